@@ -1,0 +1,1 @@
+"""fastdiff: fast training and sampling of DDPM-family diffusion models."""

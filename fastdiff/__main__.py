@@ -1,0 +1,7 @@
+"""``python -m fastdiff``."""
+
+import sys
+
+from fastdiff.cli import main
+
+sys.exit(main())

@@ -1,0 +1,17 @@
+"""Imports of packages that only some installs have."""
+
+import importlib
+from types import ModuleType
+
+from fastdiff.errors import InputError
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import ``module``, or raise InputError naming the extra that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"this needs the package '{error.name}', which is not installed: "
+            f"pip install 'fastdiff[{extra}]'"
+        ) from error
