@@ -1,0 +1,47 @@
+# make demo   train a small DDPM on handwritten digits, sample it, score the samples (runs/demo/)
+# make test   lint, types and every test
+# make bench  compare with other libraries (pytest-benchmark)
+# Each makes the virtual environment .venv and installs fastdiff there first, where that is still to do.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*)
+
+# Without an NVIDIA driver: one pinned torch. With one: the newest. Override with TORCH=...
+TORCH ?= $(if $(wildcard /proc/driver/nvidia/version),torch,torch==2.13.0)
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/demo.installed
+	$(BIN)/fastdiff train --preset digits --data digits --out $(DEMO) --resume
+	$(BIN)/fastdiff sample --checkpoint $(DEMO) --out $(DEMO) --num 1000 --steps 50
+	$(BIN)/fastdiff evaluate --samples $(DEMO)/samples_1000x8x8x1.npz --data digits --out $(DEMO)/evaluation.json
+	@echo "Look at $(DEMO)/grid.png (the samples) and $(DEMO)/loss_curve.png."
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/test.installed
+	$(BIN)/python -m pytest benchmarks
+
+$(VENV)/%.installed: pyproject.toml setup.py CMakeLists.txt $(NATIVE) | $(VENV)/torch.installed
+	$(BIN)/pip install --quiet --editable '.[$*]'
+	@touch $@
+
+$(VENV)/torch.installed:
+	@test -n "$(PYTHON)" || { echo "fastdiff needs Python 3.11 or newer with venv; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet '$(TORCH)'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastdiff/*.so
