@@ -1,0 +1,96 @@
+"""Builds fastdiff._native with CMake and ninja, and maps kernels/ to fastdiff.kernels.
+
+Environment variables read at build time:
+  FASTDIFF_CUDA      1 compiles the CUDA kernels (an error without nvcc), 0 leaves them out;
+                     unset, they are compiled when nvcc is found. The build prints its decision.
+  FASTDIFF_SANITIZE  passed to -fsanitize=, for example "address,undefined"; a debugging build.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import SetupError
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Configure, build and place the one native module; CMakeLists.txt owns the sources."""
+
+    def build_extension(self, ext: Extension) -> None:
+        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        options = cmake_options(module)
+        build_dir = Path(self.build_temp).resolve() / "native"
+        discard_stale_build(build_dir, options)
+
+        cmake = program("cmake")
+        run([cmake, "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja", *options])
+        run([cmake, "--build", str(build_dir), "--parallel", str(os.cpu_count() or 1)])
+
+
+def cmake_options(module: Path) -> list[str]:
+    import pybind11
+
+    options = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_MAKE_PROGRAM": program("ninja"),
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(module.parent),
+        "FASTDIFF_MODULE_SUFFIX": module.name.removeprefix("_native"),
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "FASTDIFF_CUDA": cuda_choice(),
+        "FASTDIFF_SANITIZE": os.environ.get("FASTDIFF_SANITIZE", ""),
+    }
+    return [f"-D{name}={value}" for name, value in options.items()]
+
+
+def cuda_choice() -> str:
+    asked = os.environ.get("FASTDIFF_CUDA", "")
+    choices = {"": "AUTO", "0": "OFF", "1": "ON"}
+    if asked not in choices:
+        raise SetupError(f"FASTDIFF_CUDA is {asked!r}: expected 0, 1 or unset (found by itself)")
+    return choices[asked]
+
+
+def discard_stale_build(build_dir: Path, options: list[str]) -> None:
+    """Start afresh when a tool moved: with build isolation every build has its own ninja and
+    pybind11, and a CMake cache that names those of an earlier build fails to configure."""
+    fingerprint = json.dumps([program("cmake"), os.environ.get("CXX", ""), options])
+    stamp = build_dir / "fastdiff_options.json"
+    if not stamp.is_file() or stamp.read_text() != fingerprint:
+        shutil.rmtree(build_dir, ignore_errors=True)
+        build_dir.mkdir(parents=True)
+        stamp.write_text(fingerprint)
+
+
+def program(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        raise SetupError(
+            f"{name} was not found: it comes with a plain 'pip install .'; "
+            f"with --no-build-isolation run 'pip install {name}' first"
+        )
+    return path
+
+
+def run(command: list[str]) -> None:
+    """Run one build step; a failing one has already said why on its own output."""
+    returncode = subprocess.run(command).returncode
+    if returncode != 0:
+        raise SetupError(f"building fastdiff's native library failed: {' '.join(command[:2])} …")
+
+
+setup(
+    packages=[*find_packages(include=["fastdiff", "fastdiff.*"]), "fastdiff.kernels"],
+    # A top-level module named "kernels" would shadow a well-known package of that name.
+    package_dir={"fastdiff.kernels": "kernels"},
+    package_data={"fastdiff": ["*.pyi"]},
+    ext_modules=[Extension("fastdiff._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
