@@ -1,0 +1,250 @@
+"""The blocks of the published U-Nets. Submodule names are the published state_dict keys.
+
+Each GroupNorm with the FiLM and SiLU around it is one call of ``ops.group_norm_silu``, and the
+attention on a qkv projection one call of ``ops.attention``: the modules in ``in_layers`` and the like
+hold parameters under their published names, and ``forward`` reads those instead of calling them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastdiff.errors import InputError
+from fastdiff.ops.attention import attention
+from fastdiff.ops.group_norm_silu import group_norm_silu
+
+NORM_GROUPS = 32
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal embedding [cos, sin] of (possibly fractional) timesteps.
+
+    Args:
+        timesteps: (N,), any real dtype.
+        dim: width of the embedding; an odd one ends in a zero.
+
+    Returns:
+        (N, dim) float32, on the device of ``timesteps`` and computed there.
+
+    Source: Vaswani et al. 2017, section 3.5, with the order and the divisor (dim // 2) of
+    improved-diffusion; Ho et al. use [sin, cos] and dim // 2 − 1.
+    """
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    frequencies = torch.exp(-math.log(max_period) * exponent / max(half, 1))
+    angles = timesteps.float()[:, None] * frequencies  # (N, half)
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
+    return F.pad(embedding, (0, dim % 2)) if dim % 2 else embedding
+
+
+def convolution(dims: int, in_channels: int, out_channels: int, kernel: int, stride=1) -> nn.Module:
+    """A 1-D, 2-D or 3-D convolution that keeps the size (up to its stride)."""
+    return CONVOLUTIONS[dims](in_channels, out_channels, kernel, stride, padding=kernel // 2)
+
+
+def normalization(channels: int) -> nn.GroupNorm:
+    """The published norm: 32 groups, or as many of 32 as divide the channels."""
+    return nn.GroupNorm(math.gcd(NORM_GROUPS, channels), channels)
+
+
+def zero_module(module: nn.Module) -> nn.Module:
+    """Start a block's last layer at zero, so that the block starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def apply_norm(
+    norm: nn.Module,
+    x: Tensor,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = "silu",
+) -> Tensor:
+    """One fused norm with the parameters that ``norm`` holds."""
+    assert isinstance(norm, nn.GroupNorm)
+    return group_norm_silu(
+        x,
+        norm.num_groups,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        scale=scale,
+        shift=shift,
+        activation=activation,
+    )
+
+
+def run_checkpointed(function: Callable[..., Tensor], enabled: bool, *args: Tensor) -> Tensor:
+    """Call ``function``; when ``enabled``, keep only its inputs and compute it again for backward."""
+    if enabled and torch.is_grad_enabled():
+        return checkpoint(function, *args, use_reentrant=False)
+    return function(*args)
+
+
+def upsample_nearest(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Nearest-neighbour resize of (N, C, *spatial) to ``size``: any size, so that odd ones fit."""
+    return F.interpolate(x, tuple(size), mode="nearest")
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour upsampling to a given size, then a convolution if ``use_conv``."""
+
+    def __init__(self, channels: int, use_conv: bool, dims: int):
+        super().__init__()
+        if use_conv:
+            self.conv = convolution(dims, channels, channels, 3)
+        self.use_conv = use_conv
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        x = upsample_nearest(x, size)
+        return self.conv(x) if self.use_conv else x
+
+
+class Downsample(nn.Module):
+    """Halving by a strided convolution or by average pooling; n becomes ceil(n / 2).
+
+    A 3-D input keeps its first spatial dimension, as published (video depth).
+    """
+
+    def __init__(self, channels: int, use_conv: bool, dims: int):
+        super().__init__()
+        stride = (1, 2, 2) if dims == 3 else 2
+        if use_conv:
+            self.op = convolution(dims, channels, channels, 3, stride)
+        else:
+            pool = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}[dims]
+            # ceil_mode averages the last, smaller window of an odd size over what is there.
+            self.op = pool(stride, stride, ceil_mode=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class ResBlock(nn.Module):
+    """Residual block conditioned on an embedding, optionally resampling by 2.
+
+    Args:
+        channels, out_channels: of input and output.
+        emb_channels: width of the embedding.
+        dropout: rate before the last convolution.
+        use_scale_shift_norm: FiLM (scale and shift after the second norm) instead of adding the
+            projected embedding before it.
+        resample: ``"up"``, ``"down"`` or None.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        dropout: float,
+        out_channels: int,
+        *,
+        dims: int,
+        use_scale_shift_norm: bool,
+        use_checkpoint: bool,
+        resample: str | None = None,
+    ):
+        super().__init__()
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.use_checkpoint = use_checkpoint
+        self.resample = resample
+        self.in_layers = nn.Sequential(
+            normalization(channels), nn.SiLU(), convolution(dims, channels, out_channels, 3)
+        )
+        self.pool = Downsample(channels, False, dims) if resample == "down" else None
+        emb_width = 2 * out_channels if use_scale_shift_norm else out_channels
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_width))
+        self.out_layers = nn.Sequential(
+            normalization(out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_module(convolution(dims, out_channels, out_channels, 3)),
+        )
+        self.skip_connection: nn.Module = (
+            nn.Identity()
+            if channels == out_channels
+            else convolution(dims, channels, out_channels, 1)
+        )
+
+    def forward(self, x: Tensor, emb: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """x (N, C, *spatial), emb (N, E) -> (N, C', *spatial'); ``size`` is where "up" goes."""
+        return run_checkpointed(lambda x, emb: self._forward(x, emb, size), self.use_checkpoint, x, emb)
+
+    def _forward(self, x: Tensor, emb: Tensor, size: Sequence[int] | None) -> Tensor:
+        h = apply_norm(self.in_layers[0], x)
+        if self.resample == "up":
+            assert size is not None
+            h, x = upsample_nearest(h, size), upsample_nearest(x, size)
+        elif self.pool is not None:
+            h, x = self.pool(h), self.pool(x)
+        h = self.in_layers[2](h)
+        emb = self.emb_layers(emb)  # (N, C') or (N, 2C')
+        if self.use_scale_shift_norm:
+            scale, shift = emb.chunk(2, dim=1)
+            h = apply_norm(self.out_layers[0], h, scale=scale, shift=shift)
+        else:
+            # In place: nothing needs a convolution's output for backward. The same below.
+            h += emb.view(emb.shape + (1,) * (h.dim() - 2))
+            h = apply_norm(self.out_layers[0], h)
+        h = self.out_layers[3](self.out_layers[2](h))
+        h += self.skip_connection(x)
+        return h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions, added to its input."""
+
+    def __init__(self, channels: int, num_heads: int, *, order: str, use_checkpoint: bool):
+        super().__init__()
+        if channels % num_heads:
+            raise InputError(
+                f"attention over {channels} channels cannot have {num_heads} heads; "
+                "the number of heads must divide the channels"
+            )
+        self.num_heads = num_heads
+        self.order = order
+        self.use_checkpoint = use_checkpoint
+        self.norm = normalization(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C, *spatial) -> the same shape."""
+        return run_checkpointed(self._forward, self.use_checkpoint, x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        h = apply_norm(self.norm, x, activation=None)
+        # (N, C, T): a view in either layout; a channels_last image becomes a token-major matrix.
+        qkv = project(self.qkv, h.flatten(2))  # (N, 3C, T)
+        h = attention(qkv, self.num_heads, order=self.order)  # (N, C, T)
+        return x + project(self.proj_out, h).view_as(x)
+
+
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    """A 1×1 convolution over (N, C, T) that keeps the layout: token-major input, token-major output."""
+    assert isinstance(layer, nn.Conv1d)
+    if x.stride(1) == 1 and x.shape[2] > 1:
+        return F.linear(x.transpose(1, 2), layer.weight[:, :, 0], layer.bias).transpose(1, 2)
+    return layer(x)
+
+
+class EmbedSequential(nn.Sequential):
+    """A level of the U-Net: passes the embedding and the target size to the layers that take them."""
+
+    def forward(self, x: Tensor, emb: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb, size)
+            elif isinstance(layer, Upsample):
+                assert size is not None
+                x = layer(x, size)
+            else:
+                x = layer(x)
+        return x

@@ -1,0 +1,351 @@
+"""The U-Net of Improved DDPM and ADM: one class for both published constructors."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdiff.errors import InputError
+from fastdiff.models.blocks import (
+    CONVOLUTIONS,
+    AttentionBlock,
+    Downsample,
+    EmbedSequential,
+    ResBlock,
+    Upsample,
+    apply_norm,
+    convolution,
+    normalization,
+    timestep_embedding,
+    zero_module,
+)
+
+LOW_RES_MODE = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+class UNet(nn.Module):
+    """U-Net that predicts the noise (and, with twice the output channels, the variance).
+
+    The arguments are those of the published constructors, and the state_dict has their keys, so a
+    published checkpoint loads with ``strict=True``.
+
+    Args:
+        in_channels: channels C of ``x``.
+        model_channels: base width; every level is a multiple of it.
+        out_channels: channels of the result; 2·C for a learned variance.
+        num_res_blocks: residual blocks per level.
+        attention_resolutions: the downsampling factors (1, 2, 4, ...) at which attention follows
+            each residual block.
+        dropout: rate inside the residual blocks.
+        channel_mult: width of each level over ``model_channels``; between levels the size halves.
+        conv_resample: resample with a convolution (True) or by pooling and repetition (False).
+        dims: 1, 2 or 3 spatial dimensions. In 3-D the first one is never resampled.
+        num_classes: makes the network class-conditional: it then needs ``y``.
+        use_checkpoint: recompute activations in backward, for memory.
+        num_heads: attention heads.
+        num_head_channels: width of a head; overrides ``num_heads`` unless −1.
+        num_heads_upsample: heads on the way up; −1 for ``num_heads``.
+        use_scale_shift_norm: FiLM instead of adding the embedding.
+        resblock_updown: resample inside residual blocks.
+        use_new_attention_order: qkv rows are [Q | K | V] instead of interleaved per head. A wrong
+            choice loads a published checkpoint without an error and computes nonsense.
+        image_size: information only: the network takes any size.
+        super_res: the network takes ``low_res`` too, resized to ``x`` and concatenated to it.
+        null_class: one more label, ``null_label == num_classes``, that means "no class", for
+            classifier-free guidance.
+
+    2-D networks keep their weights in channels_last, which the CPU's and the GPU's convolutions
+    prefer, and compute in it whatever the layout of ``x``.
+
+    Raises:
+        InputError: arguments that do not fit together.
+
+    Source: Nichol & Dhariwal 2021 (improved-diffusion); Dhariwal & Nichol 2021 (guided-diffusion).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        *,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        image_size: int | Sequence[int] | None = None,
+        super_res: bool = False,
+        null_class: bool = False,
+    ):
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "in_channels": in_channels,
+            "model_channels": model_channels,
+            "out_channels": out_channels,
+            "num_res_blocks": num_res_blocks,
+            "attention_resolutions": sorted(int(ds) for ds in attention_resolutions),
+            "dropout": dropout,
+            "channel_mult": list(channel_mult),
+            "conv_resample": conv_resample,
+            "dims": dims,
+            "num_classes": num_classes,
+            "use_checkpoint": use_checkpoint,
+            "num_heads": num_heads,
+            "num_head_channels": num_head_channels,
+            "num_heads_upsample": num_heads_upsample,
+            "use_scale_shift_norm": use_scale_shift_norm,
+            "resblock_updown": resblock_updown,
+            "use_new_attention_order": use_new_attention_order,
+            "image_size": image_size
+            if image_size is None or isinstance(image_size, int)
+            else list(image_size),
+            "super_res": super_res,
+            "null_class": null_class,
+        }
+        _check_config(self.config)
+        self.in_channels = in_channels
+        self.model_channels = model_channels
+        self.out_channels = out_channels
+        self.num_classes = num_classes
+        self.null_label = num_classes if null_class else None
+        self.dims = dims
+        self.image_size = image_size
+        self.super_res = super_res
+        self._build()
+        self.memory_format = torch.channels_last if dims == 2 else torch.contiguous_format
+        if dims == 2:
+            self.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "UNet":
+        """A published configuration by name, with some arguments changed. See ``presets``."""
+        from fastdiff.models import presets
+
+        return cls(**{**presets.get(name).model, **overrides})
+
+    def _build(self) -> None:
+        config = self.config
+        self.emb_channels = 4 * self.model_channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(self.model_channels, self.emb_channels),
+            nn.SiLU(),
+            nn.Linear(self.emb_channels, self.emb_channels),
+        )
+        if self.num_classes is not None:
+            labels = self.num_classes + (self.null_label is not None)
+            self.label_emb = nn.Embedding(labels, self.emb_channels)
+
+        widths = [int(mult * self.model_channels) for mult in config["channel_mult"]]
+        attention_at = set(config["attention_resolutions"])
+        last_level = len(widths) - 1
+
+        ch = widths[0]
+        first = convolution(self.dims, self.in_channels * (1 + self.super_res), ch, 3)
+        self.input_blocks = nn.ModuleList([EmbedSequential(first)])
+        skip_channels = [ch]
+        for level, width in enumerate(widths):
+            for _ in range(config["num_res_blocks"]):
+                layers: list[nn.Module] = [self._res_block(ch, width)]
+                ch = width
+                if 2**level in attention_at:
+                    layers.append(self._attention(ch))
+                self.input_blocks.append(EmbedSequential(*layers))
+                skip_channels.append(ch)
+            if level != last_level:
+                self.input_blocks.append(EmbedSequential(self._downsample(ch)))
+                skip_channels.append(ch)
+
+        self.middle_block = EmbedSequential(
+            self._res_block(ch, ch), self._attention(ch), self._res_block(ch, ch)
+        )
+
+        self.output_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for i in range(config["num_res_blocks"] + 1):
+                layers = [self._res_block(ch + skip_channels.pop(), width)]
+                ch = width
+                if 2**level in attention_at:
+                    layers.append(self._attention(ch, up=True))
+                if level and i == config["num_res_blocks"]:
+                    layers.append(self._upsample(ch))
+                self.output_blocks.append(EmbedSequential(*layers))
+
+        self.out = nn.Sequential(
+            normalization(ch),
+            nn.SiLU(),
+            zero_module(convolution(self.dims, ch, self.out_channels, 3)),
+        )
+
+    def _res_block(self, channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
+        return ResBlock(
+            channels,
+            self.emb_channels,
+            self.config["dropout"],
+            out_channels,
+            dims=self.dims,
+            use_scale_shift_norm=self.config["use_scale_shift_norm"],
+            use_checkpoint=self.config["use_checkpoint"],
+            resample=resample,
+        )
+
+    def _downsample(self, channels: int) -> nn.Module:
+        if self.config["resblock_updown"]:
+            return self._res_block(channels, channels, "down")
+        return Downsample(channels, self.config["conv_resample"], self.dims)
+
+    def _upsample(self, channels: int) -> nn.Module:
+        if self.config["resblock_updown"]:
+            return self._res_block(channels, channels, "up")
+        return Upsample(channels, self.config["conv_resample"], self.dims)
+
+    def _attention(self, channels: int, up: bool = False) -> AttentionBlock:
+        config = self.config
+        heads = config["num_heads"]
+        if up and config["num_heads_upsample"] != -1:
+            heads = config["num_heads_upsample"]
+        if config["num_head_channels"] != -1:
+            heads = channels // config["num_head_channels"]
+            if channels % config["num_head_channels"]:
+                raise InputError(
+                    f"num_head_channels={config['num_head_channels']} does not divide the "
+                    f"{channels} channels of an attention block"
+                )
+        return AttentionBlock(
+            channels,
+            heads,
+            order="qkv_first" if config["use_new_attention_order"] else "heads_first",
+            use_checkpoint=config["use_checkpoint"],
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        low_res: Tensor | None = None,
+    ) -> Tensor:
+        """The prediction for noisy samples.
+
+        Args:
+            x: (N, in_channels, *spatial).
+            timesteps: (N,), possibly fractional.
+            y: (N,) integer labels, given exactly when the network has classes.
+            low_res: (N, in_channels, *smaller), given exactly when the network is ``super_res``.
+
+        Returns:
+            (N, out_channels, *spatial) in the dtype of ``x``.
+
+        Raises:
+            InputError: an argument that is missing, unexpected or of the wrong shape. Labels out of
+                range are found here on the CPU only: looking at them on a GPU would wait for it.
+        """
+        self._check_inputs(x, timesteps, y, low_res)
+        dtype = self.time_embed[0].weight.dtype
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
+        if y is not None:
+            emb = emb + self.label_emb(y)
+
+        h = x.to(dtype)
+        if low_res is not None:
+            resized = F.interpolate(low_res.to(dtype), x.shape[2:], mode=LOW_RES_MODE[self.dims])
+            h = torch.cat([h, resized], dim=1)
+        skips = []
+        for block in self.input_blocks:
+            # Only the first call can change the layout: one-channel images have no layout of their own.
+            h = block(h, emb).contiguous(memory_format=self.memory_format)
+            skips.append(h)
+        h = self.middle_block(h, emb)
+        for block in self.output_blocks:
+            h = torch.cat([h, skips.pop()], dim=1)
+            # Upsampling goes to the size of the next skip: twice this one, or one less where it was odd.
+            h = block(h, emb, skips[-1].shape[2:] if skips else None)
+        return self.out[2](apply_norm(self.out[0], h)).to(x.dtype)
+
+    def _check_inputs(
+        self, x: Tensor, timesteps: Tensor, y: Tensor | None, low_res: Tensor | None
+    ) -> None:
+        n = x.shape[0] if x.dim() else 0
+        if x.dim() != self.dims + 2 or x.shape[1] != self.in_channels:
+            spatial = ", ".join("DHW"[3 - self.dims :])
+            raise InputError(
+                f"UNet: x has shape {tuple(x.shape)}; expected (N, {self.in_channels}, {spatial})"
+            )
+        if timesteps.shape != (n,):
+            raise InputError(
+                f"UNet: timesteps have shape {tuple(timesteps.shape)}; expected ({n},), one per sample"
+            )
+        self._check_labels(n, y)
+        if (low_res is not None) != self.super_res:
+            raise InputError(
+                "UNet: low_res is missing; a super-resolution network needs the small image"
+                if self.super_res
+                else "UNet: low_res was given, but the network was not built with super_res=True"
+            )
+        if low_res is not None and (
+            low_res.dim() != x.dim() or low_res.shape[:2] != (n, self.in_channels)
+        ):
+            raise InputError(
+                f"UNet: low_res has shape {tuple(low_res.shape)}; "
+                f"expected {self.dims + 2} dimensions that start with ({n}, {self.in_channels})"
+            )
+
+    def _check_labels(self, n: int, y: Tensor | None) -> None:
+        if self.num_classes is None:
+            if y is not None:
+                raise InputError("UNet: y was given, but the network has no classes")
+            return
+        if y is None:
+            raise InputError(f"UNet: y is missing; the network has {self.num_classes} classes")
+        if y.shape != (n,) or y.is_floating_point() or y.dtype == torch.bool:
+            raise InputError(
+                f"UNet: y has shape {tuple(y.shape)} and dtype {str(y.dtype).removeprefix('torch.')}; "
+                f"expected ({n},) integer labels"
+            )
+        if y.device.type == "cpu" and n and not torch.compiler.is_compiling():
+            highest = self.label_emb.num_embeddings - 1
+            low, high = (int(v) for v in y.aminmax())
+            if low < 0 or high > highest:
+                raise InputError(
+                    f"UNet: y holds label {low if low < 0 else high}; expected 0 to {highest}"
+                )
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    if config["dims"] not in CONVOLUTIONS:
+        raise InputError(f"UNet: dims={config['dims']!r}; expected 1, 2 or 3")
+    for name in ("in_channels", "model_channels", "out_channels", "num_res_blocks", "num_heads"):
+        if not isinstance(config[name], int) or config[name] < 1:
+            raise InputError(f"UNet: {name}={config[name]!r}; expected a whole number of at least 1")
+    for name in ("num_head_channels", "num_heads_upsample"):
+        if config[name] != -1 and config[name] < 1:
+            raise InputError(f"UNet: {name}={config[name]!r}; expected −1 or at least 1")
+    multipliers = config["channel_mult"]
+    if not multipliers or min(int(m * config["model_channels"]) for m in multipliers) < 1:
+        raise InputError(
+            f"UNet: channel_mult={multipliers!r}; expected at least one level, each of at least 1 channel"
+        )
+    if not 0 <= config["dropout"] < 1:
+        raise InputError(f"UNet: dropout={config['dropout']!r}; expected 0 ≤ dropout < 1")
+    factors = {2**level for level in range(len(multipliers))}
+    strangers = set(config["attention_resolutions"]) - factors
+    if strangers:
+        raise InputError(
+            f"UNet: attention_resolutions={config['attention_resolutions']} are downsampling factors; "
+            f"{len(multipliers)} levels have {sorted(factors)}, not {sorted(strangers)}"
+        )
+    if config["num_classes"] is not None and config["num_classes"] < 1:
+        raise InputError(f"UNet: num_classes={config['num_classes']!r}; expected None or at least 1")
+    if config["null_class"] and config["num_classes"] is None:
+        raise InputError("UNet: null_class=True needs num_classes")

@@ -1,0 +1,19 @@
+"""Attention over the qkv projection of the published U-Nets, in plain PyTorch."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention(qkv: Tensor, num_heads: int, *, order: str = "heads_first") -> Tensor:
+    """softmax(q·kᵀ / sqrt(head_dim))·v (Vaswani et al. 2017, equation 1); see ``fastdiff.ops.attention``."""
+    n, width, tokens = qkv.shape
+    head_dim = width // (3 * num_heads)
+    if order == "heads_first":
+        # rows [h0q, h0k, h0v, h1q, ...]: (N, H, 3, D, T) -> 3 × (N, H, T, D)
+        q, k, v = qkv.view(n, num_heads, 3, head_dim, tokens).transpose(3, 4).unbind(2)
+    else:
+        # rows [Q | K | V]: (N, 3, H, D, T) -> 3 × (N, H, T, D)
+        q, k, v = qkv.view(n, 3, num_heads, head_dim, tokens).transpose(3, 4).unbind(1)
+    h = F.scaled_dot_product_attention(q, k, v)
+    # (N, H, T, D) -> (N, C, T): a view of what the attention wrote, or a copy
+    return h.transpose(2, 3).reshape(n, num_heads * head_dim, tokens)
