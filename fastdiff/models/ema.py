@@ -55,7 +55,7 @@ class EMA:
         if any(source.dtype != torch.float32 for source in sources):
             sources = [source.float() for source in sources]
         for name, shadow in self.shadows.items():
-            torch._foreach_lerp_(shadow, sources, 1.0 - float(name))
+            _lerp(shadow, sources, 1.0 - float(name))
 
     def state_dict(self, rate: float | str) -> dict[str, Tensor]:
         """The averages of one rate under the parameters' names (float32, not copied)."""
@@ -99,18 +99,32 @@ class EMA:
         shadow = self._shadow(self.highest_rate if rate is None else rate)
         with torch.no_grad():
             kept = [parameter.detach().clone() for parameter in self.parameters]
-            torch._foreach_copy_(self.parameters, shadow)
+            _copy(self.parameters, shadow)
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(self.parameters, kept)
+                _copy(self.parameters, kept)
 
     def _shadow(self, rate: float | str) -> list[Tensor]:
         name = rate_name(rate)
         if name not in self.shadows:
             raise InputError(f"EMA: no average with rate {name}; there are {', '.join(self.shadows)}")
         return self.shadows[name]
+
+
+def _lerp(targets: list[Tensor], sources: list[Tensor], weight: float) -> None:
+    # A few launches for the whole list. The name has an underscore, so a torch without it is allowed for.
+    if hasattr(torch, "_foreach_lerp_"):
+        torch._foreach_lerp_(targets, sources, weight)
+    else:
+        for target, source in zip(targets, sources, strict=True):
+            target.lerp_(source, weight)
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
 def rate_name(rate: float | str) -> str:

@@ -1,0 +1,215 @@
+"""Published configurations by name: network, diffusion and training together.
+
+Sources: Ho et al. 2020, appendix B ("ddpm-*"); Nichol & Dhariwal 2021, appendix A and the released
+run flags ("iddpm-*"); Dhariwal & Nichol 2021, appendix I and the released run flags ("adm-64").
+The DDPM rows are computed by the same class as the others: the structure and the parameter count are
+Ho et al.'s, but two constants are improved-diffusion's: epsilon 1e-5 instead of 1e-6 in the norms, and
+the timestep embedding [cos, sin] with divisor half instead of [sin, cos] with half − 1. Their weights
+therefore cannot be carried over.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastdiff.errors import InputError
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One published system.
+
+    Attributes:
+        name: as in ``presets.get``.
+        model: arguments of ``UNet``.
+        diffusion: arguments of ``create_diffusion``.
+        train: published hyperparameters, under the names of ``TrainConfig``.
+        params: parameters of the network as published, in millions, to the precision printed there.
+    """
+
+    name: str
+    model: Mapping[str, Any]
+    diffusion: Mapping[str, Any]
+    train: Mapping[str, Any]
+    params: str
+
+
+def get(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return PRESETS[name]
+    except KeyError:
+        raise InputError(f"no preset named {name!r}; there are {', '.join(PRESETS)}") from None
+
+
+def names() -> list[str]:
+    """All preset names."""
+    return list(PRESETS)
+
+
+_EMA = (0.9999,)
+
+_DDPM = {"in_channels": 3, "out_channels": 3, "model_channels": 128, "num_res_blocks": 2}
+_IDDPM = {
+    "in_channels": 3,
+    "out_channels": 6,
+    "model_channels": 128,
+    "num_res_blocks": 3,
+    "num_heads": 4,
+    "use_scale_shift_norm": True,
+}
+_IMAGENET_64 = {
+    **_IDDPM,
+    "image_size": 64,
+    "channel_mult": (1, 2, 3, 4),
+    "attention_resolutions": (4, 8),
+}
+_LSUN_256 = {
+    **_DDPM,
+    "image_size": 256,
+    "channel_mult": (1, 1, 2, 2, 4, 4),
+    "attention_resolutions": (16,),
+}
+
+_LINEAR_1000 = {"steps": 1000, "noise_schedule": "linear"}
+_COSINE_4000 = {"steps": 4000, "noise_schedule": "cosine", "learn_sigma": True}
+_HYBRID = {**_COSINE_4000, "rescale_timesteps": True, "rescale_learned_sigmas": True}
+
+
+def _scaled(channels: int, params: str) -> Preset:
+    """One width of the scaling family (Nichol & Dhariwal 2021, section 6): the learning rate goes
+    with 1/sqrt(width), 1e-4 at 128."""
+    return Preset(
+        name=f"iddpm-imagenet64-{channels}",
+        model={**_IMAGENET_64, "model_channels": channels},
+        diffusion=_HYBRID,
+        train={"lr": 1e-4 * (128 / channels) ** 0.5, "batch_size": 128, "ema": _EMA},
+        params=params,
+    )
+
+
+_ALL = (
+    Preset(
+        name="ddpm-cifar10",
+        model={
+            **_DDPM,
+            "image_size": 32,
+            "channel_mult": (1, 2, 2, 2),
+            "attention_resolutions": (2,),
+            "dropout": 0.1,
+        },
+        diffusion=_LINEAR_1000,
+        train={
+            "lr": 2e-4,
+            "batch_size": 128,
+            "steps": 800_000,
+            "warmup": 5000,
+            "grad_clip": 1.0,
+            "flip": True,
+            "ema": _EMA,
+        },
+        params="35.75",
+    ),
+    Preset(
+        name="ddpm-256",
+        model=_LSUN_256,
+        diffusion={**_LINEAR_1000, "sigma_small": True},
+        # LSUN bedroom; cat 1.8M, church 1.2M and CelebA-HQ 0.5M steps.
+        train={
+            "lr": 2e-5,
+            "batch_size": 64,
+            "steps": 2_400_000,
+            "warmup": 5000,
+            "grad_clip": 1.0,
+            "ema": _EMA,
+        },
+        params="113.7",
+    ),
+    Preset(
+        name="iddpm-cifar10",
+        model={
+            **_IDDPM,
+            "image_size": 32,
+            "channel_mult": (1, 2, 2, 2),
+            "attention_resolutions": (2, 4),
+            "dropout": 0.3,
+        },
+        diffusion=_HYBRID,
+        train={"lr": 1e-4, "batch_size": 128, "steps": 500_000, "grad_clip": 0.0, "ema": _EMA},
+        params="52.5",
+    ),
+    Preset(
+        name="iddpm-imagenet64",
+        model=_IMAGENET_64,
+        diffusion=_HYBRID,
+        train={"lr": 1e-4, "batch_size": 128, "steps": 1_500_000, "grad_clip": 0.0, "ema": _EMA},
+        params="121",
+    ),
+    Preset(
+        name="iddpm-imagenet64-cond",
+        model={**_IMAGENET_64, "model_channels": 192, "num_classes": 1000},
+        diffusion=_COSINE_4000,
+        train={"lr": 3e-4, "batch_size": 2048, "steps": 250_000, "grad_clip": 0.0, "ema": _EMA},
+        params="273",
+    ),
+    Preset(
+        name="iddpm-lsun256",
+        model={**_LSUN_256, "out_channels": 6},
+        diffusion={**_LINEAR_1000, "learn_sigma": True},
+        train={"lr": 1e-4, "batch_size": 128, "steps": 1_200_000, "grad_clip": 0.0, "ema": _EMA},
+        params="113.7",
+    ),
+    Preset(
+        name="adm-64",
+        model={
+            **_IMAGENET_64,
+            "model_channels": 192,
+            "attention_resolutions": (2, 4, 8),
+            "num_heads": 1,
+            "num_head_channels": 64,
+            "num_classes": 1000,
+            "dropout": 0.1,
+            "resblock_updown": True,
+            "use_new_attention_order": True,
+        },
+        diffusion={"steps": 1000, "noise_schedule": "cosine", "learn_sigma": True},
+        train={"lr": 3e-4, "batch_size": 2048, "steps": 540_000, "grad_clip": 0.0, "ema": _EMA},
+        params="296",
+    ),
+    _scaled(64, "30"),
+    _scaled(96, "68"),
+    _scaled(128, "121"),
+    _scaled(192, "272"),
+    # Ours: 1×8×8 handwritten digits, small enough to train on a laptop's CPU in minutes.
+    Preset(
+        name="digits",
+        model={
+            "image_size": 8,
+            "in_channels": 1,
+            "out_channels": 2,
+            "model_channels": 64,
+            "num_res_blocks": 1,
+            "channel_mult": (1, 2),
+            "attention_resolutions": (2,),
+            "num_heads": 4,
+            "use_scale_shift_norm": True,
+            "dropout": 0.1,
+        },
+        diffusion={
+            "steps": 1000,
+            "noise_schedule": "cosine",
+            "learn_sigma": True,
+            "rescale_timesteps": True,
+            "rescale_learned_sigmas": True,
+        },
+        train={"lr": 1e-3, "batch_size": 128, "steps": 3000, "warmup": 100, "ema": (0.995,)},
+        params="3.0",
+    ),
+)
+
+PRESETS = {preset.name: preset for preset in _ALL}
+PRESETS["ddpm-lsun256"] = PRESETS["ddpm-256"]
