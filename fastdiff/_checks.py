@@ -1,0 +1,59 @@
+"""Checks of tensor arguments that several modules share. None of them waits for a device."""
+
+import torch
+from torch import Tensor
+
+from fastdiff.errors import InputError
+
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_timesteps(t: Tensor, x: Tensor, num_timesteps: int, x_name: str = "x") -> Tensor:
+    """``t`` as int64 (N,), one timestep index 0 … num_timesteps - 1 per sample of ``x`` (N, ...).
+
+    Raises InputError for another type, shape or device, and on the CPU for an index out of range.
+    Elsewhere reading the values would stall the device: the caller's gathers answer NaN instead.
+    """
+    if not isinstance(t, Tensor) or t.dtype not in _INDEX_DTYPES:
+        came = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise InputError(f"t must be an integer tensor of timestep indices, got {came}")
+    if x.dim() == 0 or t.shape != x.shape[:1]:
+        raise InputError(
+            f"t must hold one timestep per sample of {x_name}: expected a shape ({_batch(x)},) "
+            f"for {x_name} of shape {tuple(x.shape)}, got {tuple(t.shape)}"
+        )
+    if t.device != x.device:
+        raise InputError(f"t is on {t.device} but {x_name} is on {x.device}: move one of them")
+    t = t.long()
+    if t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
+        low, high = (int(value) for value in torch.aminmax(t))
+        if low < 0 or high >= num_timesteps:
+            raise InputError(
+                f"t must lie in 0 … {num_timesteps - 1} for a process of {num_timesteps} steps, "
+                f"got {low if low < 0 else high}"
+            )
+    return t
+
+
+def check_float(x: Tensor, name: str) -> None:
+    """Raise InputError unless ``x`` is a floating-point tensor."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        came = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise InputError(
+            f"{name} must be a floating-point tensor (images scaled to [-1, 1]), got {came}"
+        )
+
+
+def check_like(value: Tensor, name: str, x: Tensor, x_name: str) -> None:
+    """Raise InputError unless ``value`` is a float tensor of ``x``'s shape and device."""
+    check_float(value, name)
+    if value.shape != x.shape:
+        raise InputError(
+            f"{name} must have the shape of {x_name}, {tuple(x.shape)}, got {tuple(value.shape)}"
+        )
+    if value.device != x.device:
+        raise InputError(f"{name} is on {value.device} but {x_name} is on {x.device}: move one")
+
+
+def _batch(x: Tensor) -> str:
+    return str(x.shape[0]) if x.dim() else "N"

@@ -1,0 +1,169 @@
+"""Likelihood terms in nats and bits, and what is made of them: bits/dim and rate-distortion.
+
+Images are uint8 values scaled to [-1, 1]: one grey level is 2/255, and an error of 1 there is 127.5
+grey levels.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastdiff.errors import InputError
+
+
+def normal_kl(
+    mean1: Tensor | float,
+    logvar1: Tensor | float,
+    mean2: Tensor | float,
+    logvar2: Tensor | float,
+) -> Tensor:
+    """KL(N(mean1, exp logvar1) ‖ N(mean2, exp logvar2)) in nats, elementwise.
+
+    Arguments broadcast; at least one must be a tensor (InputError otherwise).
+    """
+    given = (mean1, logvar1, mean2, logvar2)
+    like = next((value for value in given if isinstance(value, Tensor)), None)
+    if like is None:
+        raise InputError("normal_kl needs at least one tensor among its arguments, got numbers")
+    # A number becomes a 0-dim CPU tensor: it joins tensors of any device without a copy or a sync.
+    logvar1, logvar2 = (
+        value if isinstance(value, Tensor) else torch.tensor(value, dtype=like.dtype)
+        for value in (logvar1, logvar2)
+    )
+    squared_error = (mean1 - mean2) ** 2
+    return 0.5 * (
+        -1.0
+        + logvar2
+        - logvar1
+        + torch.exp(logvar1 - logvar2)
+        + squared_error * torch.exp(-logvar2)
+    )
+
+
+def approx_standard_normal_cdf(x: Tensor) -> Tensor:
+    """(1 + tanh(√(2/π)(x + 0.044715 x³))) / 2: the standard normal CDF to within 2e-4."""
+    # Saturated long before ±100, where x³ is still far from overflow: an infinity would turn the
+    # gradient of tanh (zero there) into NaN.
+    x = x.clamp(-100.0, 100.0)
+    return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales: Tensor) -> Tensor:
+    """Log-probability of uint8 images in [-1, 1] under a Gaussian cut into 256 bins: nats, like x.
+
+    ``means`` and ``log_scales`` (log standard deviation) have x's shape (InputError otherwise).
+    The bins are ±1/255 wide around each grey level and the two edge bins are open
+    (Ho et al. 2020 eq. 13); probabilities are floored at 1e-12.
+    """
+    if not x.shape == means.shape == log_scales.shape:
+        raise InputError(
+            "x, means and log_scales must have one shape, "
+            f"got {tuple(x.shape)}, {tuple(means.shape)}, {tuple(log_scales.shape)}"
+        )
+    centered = x - means
+    inv_std = torch.exp(-log_scales)
+    cdf_plus = approx_standard_normal_cdf(inv_std * (centered + 1.0 / 255.0))
+    cdf_minus = approx_standard_normal_cdf(inv_std * (centered - 1.0 / 255.0))
+    # Every branch is finite before `where` chooses: the gradient of an unchosen NaN is NaN.
+    log_cdf_plus = torch.log(cdf_plus.clamp(min=1e-12))
+    log_one_minus_cdf_minus = torch.log((1.0 - cdf_minus).clamp(min=1e-12))
+    log_cdf_delta = torch.log((cdf_plus - cdf_minus).clamp(min=1e-12))
+    inner = torch.where(x > 0.999, log_one_minus_cdf_minus, log_cdf_delta)
+    return torch.where(x < -0.999, log_cdf_plus, inner)
+
+
+@dataclass(frozen=True)
+class BitsPerDim:
+    """Dataset averages of the variational bound, in bits per dimension, with standard errors.
+
+    ``total`` = ``prior`` + ``rate`` + ``decoder``: the KL of q(x_T | x_0) from the prior, the KL
+    terms of the steps (t > 0), and the decoder's negative log-likelihood (t = 0). Each ``*_stderr``
+    is the sample standard deviation over images / √count (NaN for a single image).
+    ``vb``, ``xstart_mse`` and ``mse`` are per-step averages, float64 (K,), step t at index t.
+    """
+
+    count: int
+    total: float
+    total_stderr: float
+    prior: float
+    prior_stderr: float
+    rate: float
+    rate_stderr: float
+    decoder: float
+    decoder_stderr: float
+    vb: npt.NDArray[np.float64]
+    xstart_mse: npt.NDArray[np.float64]
+    mse: npt.NDArray[np.float64]
+
+
+BpdTerms = Mapping[str, Tensor]
+
+
+def summarize_bpd(batches: BpdTerms | Sequence[BpdTerms]) -> BitsPerDim:
+    """Average what calc_bpd_loop returned for one batch or several. Raises InputError for none."""
+    terms = _collect(batches)
+    total, prior, vb = terms["total_bpd"], terms["prior_bpd"], terms["vb"]
+    return BitsPerDim(
+        len(total),
+        *_mean_and_stderr(total),
+        *_mean_and_stderr(prior),
+        *_mean_and_stderr(vb[:, :-1].sum(axis=1)),
+        *_mean_and_stderr(vb[:, -1]),
+        vb=vb.mean(axis=0)[::-1].copy(),
+        xstart_mse=terms["xstart_mse"].mean(axis=0)[::-1].copy(),
+        mse=terms["mse"].mean(axis=0)[::-1].copy(),
+    )
+
+
+@dataclass(frozen=True)
+class RateDistortion:
+    """Progressive coding, one row per moment of the transmission; arrays of length K + 1.
+
+    Row i < K: the receiver holds x_t for ``timestep`` t = K-1-i, having received ``rate`` bits/dim
+    in all, and its best guess of x_0 is off by ``distortion`` (root mean square on the 0…255
+    scale). The last row (timestep -1) is the lossless end: the whole bound, no distortion.
+    """
+
+    timestep: npt.NDArray[np.int64]
+    rate: npt.NDArray[np.float64]
+    distortion: npt.NDArray[np.float64]
+
+
+def rate_distortion(batches: BpdTerms | Sequence[BpdTerms]) -> RateDistortion:
+    """The rate-distortion table of calc_bpd_loop's results (Ho et al. 2020 section 4.3, figure 5).
+
+    Sending x_t costs the prior term and the KL terms of all later steps; the squared error of the
+    predicted x_0 is averaged over the images before the root is taken.
+    """
+    terms = _collect(batches)
+    vb = terms["vb"].mean(axis=0)  # (K,), noisiest step first, as calc_bpd_loop stacks them
+    mse = terms["xstart_mse"].mean(axis=0)
+    rate = terms["prior_bpd"].mean() + np.append(0.0, np.cumsum(vb))
+    return RateDistortion(
+        timestep=np.arange(len(vb) - 1, -2, -1, dtype=np.int64),
+        rate=rate,
+        distortion=np.append(127.5 * np.sqrt(mse), 0.0),
+    )
+
+
+def _collect(batches: BpdTerms | Sequence[BpdTerms]) -> dict[str, npt.NDArray[np.float64]]:
+    if isinstance(batches, Mapping):
+        batches = [batches]
+    if not batches or not sum(len(batch["total_bpd"]) for batch in batches):
+        raise InputError("there are no images to average the likelihood over")
+    names = ("total_bpd", "prior_bpd", "vb", "xstart_mse", "mse")
+    return {
+        name: torch.cat([batch[name].detach().double().cpu() for batch in batches]).numpy()
+        for name in names
+    }
+
+
+def _mean_and_stderr(values: npt.NDArray[np.float64]) -> tuple[float, float]:
+    count = len(values)
+    stderr = float(values.std(ddof=1)) / math.sqrt(count) if count > 1 else math.nan
+    return float(values.mean()), stderr
