@@ -1,0 +1,84 @@
+"""What every set of images offers, and the one that lies in memory."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.errors import InputError
+
+NO_LABEL = -1  # no valid class: an embedding table refuses it instead of using it
+
+
+class ImageDataset:
+    """Images of one size, by index.
+
+    image_size: (H, W). channels: C. num_classes, class_names: None without labels.
+    labels: int64 array (N,), or None. random_flip: the default of a BatchStream over the set.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        image_size: tuple[int, int],
+        channels: int,
+        *,
+        labels: np.ndarray | None = None,
+        class_names: list[str] | None = None,
+        random_flip: bool = False,
+    ) -> None:
+        if count == 0:
+            raise InputError("the data set holds no images")
+        self._count = count
+        self.image_size = image_size
+        self.channels = channels
+        self.labels = labels
+        self.class_names = class_names
+        self.num_classes = None if class_names is None else len(class_names)
+        self.random_flip = random_flip
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Image ``index`` as a uint8 tensor (C, H, W), and its label (``NO_LABEL`` without)."""
+        if not -self._count <= index < self._count:
+            raise IndexError(f"image {index} of a set of {self._count}")
+        index %= self._count
+        label = NO_LABEL if self.labels is None else int(self.labels[index])
+        return self.gather(np.array([index]))[0], label
+
+    def gather(self, indices: np.ndarray) -> Tensor:
+        """Images at int64 ``indices`` (n,) in [0, N) as one new uint8 tensor (n, C, H, W)."""
+        raise NotImplementedError
+
+    def gather_labels(self, indices: np.ndarray) -> Tensor:
+        """Labels at ``indices`` as an int64 tensor (n,)."""
+        if self.labels is None:
+            return torch.full((len(indices),), NO_LABEL, dtype=torch.int64)
+        return torch.from_numpy(self.labels[indices])
+
+
+class ArrayDataset(ImageDataset):
+    """Images held in memory, given as a uint8 array (N, H, W, C)."""
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        *,
+        labels: np.ndarray | None = None,
+        class_names: list[str] | None = None,
+        random_flip: bool = False,
+    ) -> None:
+        count, height, width, channels = images.shape
+        super().__init__(
+            count,
+            (height, width),
+            channels,
+            labels=labels,
+            class_names=class_names,
+            random_flip=random_flip,
+        )
+        self.images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+    def gather(self, indices: np.ndarray) -> Tensor:
+        return self.images[torch.from_numpy(indices)]

@@ -1,0 +1,185 @@
+"""The order in which images are drawn: endless for training, once for evaluation.
+
+Everything about batch k follows from (seed, k): the order of an epoch from (seed, epoch), a flip
+from (seed, epoch, image). So one integer resumes a stream, on any number of workers.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.data.dataset import ImageDataset
+from fastdiff.errors import InputError
+
+Batch = tuple[Tensor, Tensor]
+
+_ORDER, _FLIPS = 0, 1  # what a stream of random words is for
+_PREFETCH = 2  # batches that workers prepare ahead
+
+
+class BatchStream:
+    """Endless batches (uint8 images (n, C, H, W), int64 labels (n,)).
+
+    Epochs follow each other without a gap, inside a batch too, so after e epochs every image has
+    been drawn exactly e times, whatever the batch size. ``position`` is the number of batches
+    drawn; a stream made (or set) at position k goes on exactly as one that drew k batches.
+
+    batch_size: images of the global batch; rank r of ``world_size`` gets the r-th slice of
+        batch_size / world_size images.
+    random_flip: mirror every image with probability 1/2, anew in each epoch; None does what the
+        data set says.
+    workers: threads that prepare batches ahead (Pillow decodes outside Python's lock); 0 prepares
+        them in the caller.
+    pin_memory: page-locked batches, for copies to a GPU that do not wait.
+
+    Raises InputError for arguments that make no sense, and passes on what reading a file raises.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        random_flip: bool | None = None,
+        position: int = 0,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ) -> None:
+        _check_rank(rank, world_size)
+        if batch_size < 1 or batch_size % world_size:
+            raise InputError(
+                f"batch_size is {batch_size}, expected a positive multiple of world_size "
+                f"({world_size})"
+            )
+        if seed < 0 or workers < 0:
+            raise InputError(f"seed {seed} and workers {workers} must not be negative")
+        if pin_memory and not torch.cuda.is_available():
+            raise InputError("pin_memory needs a CUDA device, and there is none")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seed = seed
+        self.random_flip = dataset.random_flip if random_flip is None else random_flip
+        self.workers = workers
+        self._share = batch_size // world_size
+        self._first = rank * self._share
+        self._pin = pin_memory
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: deque[list[Future[Batch]]] = deque()
+        self.position = position
+
+    @property
+    def position(self) -> int:
+        """Batches drawn so far; setting it moves the stream."""
+        return self._position
+
+    @position.setter
+    def position(self, position: int) -> None:
+        if position < 0:
+            raise InputError(f"position is {position}, expected a number of batches")
+        self._position = position
+        self._pending.clear()
+
+    @property
+    def epoch(self) -> float:
+        """How often every image has been drawn on average."""
+        return self._position * self.batch_size / len(self.dataset)
+
+    def __iter__(self) -> "BatchStream":
+        return self
+
+    def __next__(self) -> Batch:
+        batch = self._next_prefetched() if self.workers else self._load(*self._draw(self.position))
+        self._position += 1
+        return (batch[0].pin_memory(), batch[1].pin_memory()) if self._pin else batch
+
+    def close(self) -> None:
+        """End the workers; the stream can still be used and starts them again."""
+        self._pending.clear()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    def _next_prefetched(self) -> Batch:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.workers, "fastdiff-data")
+        while len(self._pending) < 1 + _PREFETCH:
+            indices, flips = self._draw(self.position + len(self._pending))
+            parts = range(0, len(indices), -(-len(indices) // self.workers))
+            step = parts.step
+            self._pending.append(
+                [
+                    self._pool.submit(self._load, indices[i : i + step], flips[i : i + step])
+                    for i in parts
+                ]
+            )
+        loaded = [future.result() for future in self._pending[0]]
+        self._pending.popleft()
+        images, labels = zip(*loaded, strict=True)
+        return torch.cat(images), torch.cat(labels)
+
+    def _draw(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """Indices and flips of this rank's part of batch ``position``."""
+        first = position * self.batch_size + self._first
+        epochs, offsets = np.divmod(np.arange(first, first + self._share), len(self.dataset))
+        indices = np.empty(self._share, np.int64)
+        flips = np.zeros(self._share, bool)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            order, flipped = self._epoch_plan(int(epoch))
+            indices[here] = order[offsets[here]]
+            if self.random_flip:
+                flips[here] = flipped[indices[here]]
+        return indices, flips
+
+    def _epoch_plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        if epoch not in self._epochs:
+            if len(self._epochs) > 1:
+                del self._epochs[min(self._epochs)]
+            count = len(self.dataset)
+            # Sorting raw words, not Generator.permutation: numpy may change the latter's stream,
+            # and a run has to resume the same way under a newer numpy.
+            order = np.argsort(_words(self.seed, epoch, _ORDER, count), kind="stable")
+            flips = _words(self.seed, epoch, _FLIPS, count) >> np.uint64(63) == 1
+            self._epochs[epoch] = order, flips
+        return self._epochs[epoch]
+
+    def _load(self, indices: np.ndarray, flips: np.ndarray) -> Batch:
+        images = self.dataset.gather(indices)
+        if flips.any():
+            mirrored = torch.from_numpy(flips)
+            images[mirrored] = images[mirrored].flip(-1)
+        return images, self.dataset.gather_labels(indices)
+
+
+def iterate_once(
+    dataset: ImageDataset, batch_size: int, *, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
+    """Every image once and unflipped, in the set's order; the last batch may be smaller.
+
+    Rank r of ``world_size`` gets images r, r + world_size, r + 2·world_size, …
+    """
+    _check_rank(rank, world_size)
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}, expected a positive number")
+    indices = np.arange(rank, len(dataset), world_size)
+    for start in range(0, len(indices), batch_size):
+        part = indices[start : start + batch_size]
+        yield dataset.gather(part), dataset.gather_labels(part)
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise InputError(f"rank {rank} of world_size {world_size}, expected 0 <= rank < world_size")
+
+
+def _words(seed: int, epoch: int, purpose: int, count: int) -> np.ndarray:
+    """``count`` uint64 random words that depend on nothing but the arguments."""
+    return np.random.Philox(np.random.SeedSequence((seed, epoch, purpose))).random_raw(count)

@@ -1,0 +1,274 @@
+"""Between floats and bytes, and onto the disk: grids, PNGs, .npz samples, loss curves.
+
+Pictures take uint8 images (N, C, H, W), as tensors or arrays, with C = 1, 3 or 4; .npz files hold
+(N, H, W, C), as improved-diffusion writes them. Every file is written beside its place and renamed
+into it, so a reader never meets half a file and a full disk leaves the older one.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff._optional import require
+from fastdiff.errors import InputError
+
+MIN_GRID_WIDTH = 600  # pixels: small images are enlarged until one can look at them
+SEPARATOR = 2  # pixels between the images of a grid
+SEPARATOR_GREY = 96
+MAX_TRAJECTORY_COLUMNS = 12
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+Pathlike = str | os.PathLike[str]
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 of any shape -> float32 in [-1, 1]: x / 127.5 - 1."""
+    if images.dtype != torch.uint8:
+        raise InputError(f"to_float takes uint8 images, got {images.dtype}")
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x: Tensor, rounding: str = "nearest") -> Tensor:
+    """Floats in [-1, 1] (outside is clipped) -> uint8.
+
+    rounding: "nearest" undoes ``to_float`` exactly; "truncate" is improved-diffusion's
+        conversion, which darkens by half a level on average and so moves FID.
+
+    Raises InputError for values that are not finite: they have no colour.
+    """
+    if rounding not in ("nearest", "truncate"):
+        raise InputError(f"rounding is {rounding!r}, expected 'nearest' or 'truncate'")
+    levels = (x.float() + 1) * 127.5
+    if not torch.isfinite(levels).all():
+        raise InputError("the images hold values that are not finite (NaN or infinite)")
+    if rounding == "nearest":
+        levels = levels.round()
+    return levels.clamp(0, 255).to(torch.uint8)
+
+
+def save_grid(
+    images: Tensor | np.ndarray,
+    path: Pathlike,
+    columns: int | None = None,
+    scale: int | None = None,
+) -> Path:
+    """Write one PNG with all images in rows of ``columns`` (default: as square as it gets).
+
+    scale: whole-number enlargement without interpolation; by default the smallest one that makes
+        the picture at least 600 pixels wide.
+    """
+    array = _picture_array(images)
+    if columns is None:
+        columns = math.ceil(math.sqrt(len(array)))
+    if columns < 1 or (scale is not None and scale < 1):
+        raise InputError(f"columns {columns} and scale {scale} must be positive")
+    count, height, width, channels = array.shape
+    scale = scale or math.ceil(MIN_GRID_WIDTH / (columns * width))
+    rows = math.ceil(count / columns)
+    array = array.repeat(scale, axis=1).repeat(scale, axis=2)
+    down, right = height * scale + SEPARATOR, width * scale + SEPARATOR
+    shape = (rows * down + SEPARATOR, columns * right + SEPARATOR, channels)
+    canvas = np.full(shape, SEPARATOR_GREY, np.uint8)
+    if channels == 4:
+        canvas[..., 3] = 255
+    for i, image in enumerate(array):
+        top, left = SEPARATOR + i // columns * down, SEPARATOR + i % columns * right
+        canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return _save_png(canvas, Path(path))
+
+
+def save_trajectory(
+    frames: Sequence[Tensor] | Tensor | np.ndarray,
+    path: Pathlike,
+    *,
+    max_columns: int = MAX_TRAJECTORY_COLUMNS,
+    scale: int | None = None,
+) -> Path:
+    """Write one PNG in which each row is an image and each column a moment of its denoising.
+
+    frames: (steps, N, C, H, W) uint8, noisiest first, or a sequence of (N, C, H, W). Of more
+        than ``max_columns`` steps, that many are shown, evenly spaced, the first and last included.
+    """
+    if len(frames) == 0 or max_columns < 1:
+        raise InputError(f"{len(frames)} frames in {max_columns} columns: nothing to draw")
+    shown = min(len(frames), max_columns)
+    # Counted from the end, so that a single column is the finished image.
+    chosen = np.linspace(len(frames) - 1, 0, shown).round().astype(int)[::-1]
+    steps = np.stack([_nchw(frames[i]) for i in chosen], axis=1)  # (N, steps, C, H, W)
+    return save_grid(steps.reshape(-1, *steps.shape[2:]), path, columns=shown, scale=scale)
+
+
+def save_pngs(
+    images: Tensor | np.ndarray, folder: Pathlike, *, prefix: str = "sample", start: int = 0
+) -> list[Path]:
+    """Write one PNG per image, ``<prefix>_000000.png`` and so on from ``start``."""
+    array = _picture_array(images)
+    return [
+        _save_png(image, Path(folder) / f"{prefix}_{start + i:06d}.png")
+        for i, image in enumerate(array)
+    ]
+
+
+def save_samples_npz(
+    path: Pathlike, images: Tensor | np.ndarray, labels: Tensor | np.ndarray | None = None
+) -> Path:
+    """Write samples in the published format: ``arr_0`` uint8 (N, H, W, C), ``arr_1`` labels (N,).
+
+    path: a file ending in .npz, or a folder, which gets the published name
+        ``samples_<N>x<H>x<W>x<C>.npz``. Returns the file's path.
+    """
+    array = images.cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+    _check_nhwc(array, "images")
+    arrays = [np.ascontiguousarray(array)]
+    if labels is not None:
+        numbers = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+        _check_labels(numbers, len(array), "labels")
+        arrays.append(numbers.astype(np.int64))
+    file = Path(path)
+    if file.suffix != ".npz":
+        file = file / f"samples_{'x'.join(map(str, array.shape))}.npz"
+    with _replacing(file) as stream:
+        np.savez(stream, *arrays)
+    return file
+
+
+def load_samples_npz(path: Pathlike) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read ``arr_0`` uint8 (N, H, W, C) and, where there is one, ``arr_1`` as int64 (N,)."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in ("arr_0", "arr_1") if name in archive}
+            names = sorted(archive)
+    except FileNotFoundError:
+        raise InputError(f"no file '{path}'") from None
+    except Exception as error:  # zipfile, zlib, struct and numpy each have their own
+        raise InputError(f"'{path}' is not a readable .npz file: {error}") from error
+    if "arr_0" not in arrays:
+        raise InputError(f"'{path}' holds {', '.join(names) or 'nothing'}, expected arr_0")
+    _check_nhwc(arrays["arr_0"], f"'{path}': arr_0")
+    labels = arrays.get("arr_1")
+    if labels is not None:
+        _check_labels(labels, len(arrays["arr_0"]), f"'{path}': arr_1")
+        labels = labels.astype(np.int64)
+    return arrays["arr_0"], labels
+
+
+def plot_loss(metrics: Pathlike, out: Pathlike) -> Path:
+    """Draw the loss, and the losses of the four quarters of the timesteps, over the steps.
+
+    metrics: a file of JSON lines with ``step``, ``loss`` and, where they were measured,
+        ``loss_q0`` … ``loss_q3``; a last line cut short by a kill is passed over, and of two
+        lines for one step the later one counts (a resumed run).
+    """
+    rows = _read_metrics(Path(metrics))
+    figure = require("matplotlib.figure", "demo").Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    steps, loss = _series(rows, "loss")
+    if not len(steps):
+        raise InputError(f"'{metrics}' holds no positive loss to draw")
+    axes.plot(steps, loss, color="0.8", linewidth=0.8, label="loss, as logged")
+    axes.plot(steps, _smooth(loss), color="black", linewidth=1.8, label="loss, smoothed")
+    for quarter, note in enumerate([" (least noise)", "", "", " (most noise)"]):
+        quarter_steps, values = _series(rows, f"loss_q{quarter}")
+        if len(quarter_steps):
+            label = f"timesteps, quarter {quarter + 1}{note}"
+            axes.plot(quarter_steps, _smooth(values), linewidth=1.2, label=label)
+    axes.set_yscale("log")
+    axes.set_xlabel("training step")
+    axes.set_ylabel("loss")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend(fontsize="small")
+    file = Path(out)
+    with _replacing(file) as stream:
+        figure.savefig(stream, format="png", dpi=110)
+    return file
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise InputError(f"no metrics file '{path}'")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    by_step = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            by_step[row["step"]] = row
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):
+                raise InputError(
+                    f"'{path}' line {number} is not a JSON object with a step: {line[:60]!r}"
+                ) from error
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _series(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values where ``key`` was logged and a logarithm exists."""
+    pairs = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    pairs = [(step, value) for step, value in pairs if 0 < value < math.inf]
+    return np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Exponential mean over about a thirtieth of the curve, without a bias at its start."""
+    keep = 1 - 1 / max(1.0, len(values) / 30)
+    smoothed, mean, weight = np.empty(len(values)), 0.0, 0.0
+    for i, value in enumerate(values):
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        smoothed[i] = mean / weight
+    return smoothed
+
+
+def _nchw(images: Tensor | np.ndarray) -> np.ndarray:
+    array = images.cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] not in MODES or not array.size:
+        raise InputError(
+            f"a picture needs uint8 images (N, C, H, W) with C = 1, 3 or 4, "
+            f"got {array.dtype} {array.shape}"
+        )
+    return array
+
+
+def _picture_array(images: Tensor | np.ndarray) -> np.ndarray:
+    """Checked uint8 (N, H, W, C)."""
+    return _nchw(images).transpose(0, 2, 3, 1)
+
+
+def _check_nhwc(array: np.ndarray, name: str) -> None:
+    if array.dtype != np.uint8 or array.ndim != 4:
+        raise InputError(f"{name}: {array.dtype} {array.shape}, expected uint8 (N, H, W, C)")
+
+
+def _check_labels(array: np.ndarray, count: int, name: str) -> None:
+    if array.dtype.kind not in "iu" or array.shape != (count,):
+        raise InputError(
+            f"{name}: {array.dtype} {array.shape}, expected integers ({count},), one per image"
+        )
+
+
+def _save_png(array: np.ndarray, path: Path) -> Path:
+    """Write a uint8 (H, W, C) picture."""
+    pixels = array[:, :, 0] if array.shape[2] == 1 else array
+    image = require("PIL.Image", "train").fromarray(np.ascontiguousarray(pixels))
+    with _replacing(path) as stream:
+        image.save(stream, format="PNG")
+    return path
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A stream whose bytes become ``path`` when the block ends without an exception."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
