@@ -252,7 +252,15 @@ class ReverseProcess(ForwardProcess):
             variance, log_variance = self.fixed_large_variance, np.log(self.fixed_large_variance)
         else:
             variance, log_variance = self.posterior_variance, self.posterior_log_variance_clipped
+        # The published ε divides x_t by √ᾱ first, and recorded results hold its float32 rounding.
+        # Where 1/√ᾱ overflows (zero SNR) the form without that division takes over.
+        published = self.sqrt_recip_alphas_cumprod < _FLOAT32_MAX
         return super()._named_tables() | {
+            "eps_coef_x_t": np.where(published, self.sqrt_recip_alphas_cumprod, 1.0),
+            "eps_coef_x_start": np.where(published, 1.0, self.sqrt_alphas_cumprod),
+            "eps_divisor": np.where(
+                published, self.sqrt_recipm1_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
+            ),
             "model_timesteps": self.model_timesteps.astype(np.float64),
             "model_variance": variance,
             "model_log_variance": log_variance,
@@ -296,8 +304,9 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def eps_from_xstart(at: TablesAt, x_t: Tensor, x_start: Tensor) -> Tensor:
-    """The ε that takes x_start to x_t. It divides by √(1 − ᾱ), never 0, whatever the SNR."""
-    return (x_t - at["sqrt_alphas_cumprod"] * x_start) / at["sqrt_one_minus_alphas_cumprod"]
+    """The ε that takes x_start to x_t: (x_t − √ᾱ x_0) / √(1−ᾱ), scaled as the tables say."""
+    scaled = at["eps_coef_x_t"] * x_t - at["eps_coef_x_start"] * x_start
+    return scaled / at["eps_divisor"]
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> str:

@@ -17,10 +17,10 @@ def q_sample(
     device has to be asked.
     """
     dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
-    last = len(sqrt_alphas_cumprod) - 1
-    row = t.clamp(0, last)
-    nan = torch.where(t == row, 0.0, torch.nan)  # (N,)
+    row = t.clamp(0, len(sqrt_alphas_cumprod) - 1)
     shape = (-1,) + (1,) * (x_start.dim() - 1)
-    signal = (sqrt_alphas_cumprod[row].to(dtype) + nan).view(shape)
-    sigma = (sqrt_one_minus_alphas_cumprod[row].to(dtype) + nan).view(shape)
+    signal, sigma = (
+        torch.where(t == row, table[row].to(dtype), torch.nan).view(shape)
+        for table in (sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
+    )
     return (signal * x_start.to(dtype) + sigma * noise.to(dtype)).to(x_start.dtype)
