@@ -1,0 +1,260 @@
+"""Conversions, pictures, .npz samples and loss curves."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdiff import images as out
+from fastdiff.errors import InputError
+
+
+def picture(count=3, channels=3, height=4, width=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, channels, height, width)
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+# --- floats and bytes -----------------------------------------------------------------------
+
+
+def test_bytes_survive_the_round_trip():
+    levels = torch.arange(256, dtype=torch.uint8)
+    floats = out.to_float(levels)
+    assert floats.dtype == torch.float32 and floats[0] == -1 and floats[255] == 1
+    assert torch.equal(out.to_uint8(floats), levels)
+    assert torch.equal(out.to_uint8(floats.double()), levels)
+
+
+def test_rounding():
+    levels = torch.tensor([0.2, 0.8, 100.4, 100.6, 254.8])
+    x = levels / 127.5 - 1
+    assert out.to_uint8(x).tolist() == [0, 1, 100, 101, 255]
+    assert out.to_uint8(x, rounding="truncate").tolist() == [0, 0, 100, 100, 254]
+
+
+def test_values_outside_are_clipped():
+    x = torch.tensor([-1.7, -1.0, 1.0, 1.004, 30.0])
+    for rounding in ("nearest", "truncate"):
+        assert out.to_uint8(x, rounding).tolist() == [0, 0, 255, 255, 255]
+
+
+def test_half_precision_is_computed_in_float32():
+    x = torch.tensor([0.5], dtype=torch.bfloat16)
+    assert out.to_uint8(x).item() == 191
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_colour_for_what_is_not_finite(value):
+    with pytest.raises(InputError, match="not finite"):
+        out.to_uint8(torch.tensor([0.0, value]))
+
+
+def test_conversion_arguments():
+    with pytest.raises(InputError, match="rounding is 'up'"):
+        out.to_uint8(torch.zeros(1), "up")
+    with pytest.raises(InputError, match="uint8"):
+        out.to_float(torch.zeros(1))
+
+
+# --- pictures -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_grid_places_every_image(channels, tmp_path):
+    images = picture(5, channels)
+    path = out.save_grid(images, tmp_path / "deep" / "grid.png", columns=2, scale=3)
+    shown = np.asarray(Image.open(path))
+    shown = shown.reshape(*shown.shape[:2], channels)
+    gap = out.SEPARATOR
+    assert shown.shape[:2] == (3 * (12 + gap) + gap, 2 * (15 + gap) + gap)
+    for i in range(5):
+        top, left = gap + i // 2 * (12 + gap), gap + i % 2 * (15 + gap)
+        cell = shown[top : top + 12, left : left + 15]
+        for offset in range(3):  # nearest-neighbour: every pixel became a 3x3 block
+            assert np.array_equal(cell[offset::3, offset::3], images[i].permute(1, 2, 0).numpy())
+    assert (shown[-1, :, :1] == out.SEPARATOR_GREY).all()
+
+
+def test_grid_is_large_enough_to_look_at(tmp_path):
+    for size, count in [(8, 64), (32, 1), (64, 100)]:
+        path = out.save_grid(picture(count, 1, size, size), tmp_path / "grid.png")
+        width, height = Image.open(path).size
+        assert 600 <= width <= 600 + 8 * size * 10 and width == height
+
+
+def test_grid_takes_arrays_and_replaces_the_old_file(tmp_path):
+    path = tmp_path / "grid.png"
+    path.write_bytes(b"old")
+    out.save_grid(picture().numpy(), path)
+    assert Image.open(path).mode == "RGB"
+    assert [file.name for file in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_pngs(tmp_path):
+    images = picture(3, 1)
+    paths = out.save_pngs(images, tmp_path / "all", start=10)
+    assert [path.name for path in paths] == [f"sample_0000{n}.png" for n in (10, 11, 12)]
+    assert np.array_equal(np.asarray(Image.open(paths[2])), images[2, 0].numpy())
+
+
+def test_trajectory_has_a_row_per_image_and_a_column_per_step(tmp_path):
+    frames = torch.stack([torch.full((2, 1, 4, 4), 10 * step) for step in range(20)])
+    frames = frames.to(torch.uint8)
+    frames[:, 1] += 1
+    path = out.save_trajectory(list(frames), tmp_path / "t.png", max_columns=5, scale=1)
+    shown = np.asarray(Image.open(path))
+    assert shown.shape == (2 * 6 + 2, 5 * 6 + 2)
+    middles = shown[3::6, 3::6]
+    assert middles[0, 0] == 0 and middles[0, -1] == 190
+    assert (np.diff(middles[0].astype(int)) > 0).all()
+    assert np.array_equal(middles[1], middles[0] + 1)
+    last = out.save_trajectory(frames, tmp_path / "t.png", max_columns=1, scale=1)
+    assert np.asarray(Image.open(last))[3, 3] == 190
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(1, 3, 4, 4),
+        torch.zeros(1, 2, 4, 4, dtype=torch.uint8),
+        torch.zeros(3, 4, 4, dtype=torch.uint8),
+        torch.zeros(0, 3, 4, 4, dtype=torch.uint8),
+    ],
+)
+def test_what_is_no_picture(images, tmp_path):
+    for write in (out.save_grid, out.save_pngs):
+        with pytest.raises(InputError, match="picture needs uint8"):
+            write(images, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_layout_arguments(tmp_path):
+    for options in ({"columns": 0}, {"scale": 0}):
+        with pytest.raises(InputError, match="positive"):
+            out.save_grid(picture(), tmp_path / "x.png", **options)
+    with pytest.raises(InputError, match="nothing to draw"):
+        out.save_trajectory([], tmp_path / "x.png")
+
+
+# --- samples --------------------------------------------------------------------------------
+
+
+def test_samples_in_the_published_format(tmp_path):
+    images = picture(6, 3, 4, 5).permute(0, 2, 3, 1)
+    path = out.save_samples_npz(tmp_path / "run", images, torch.arange(6, dtype=torch.int32))
+    assert path == tmp_path / "run" / "samples_6x4x5x3.npz"
+    with np.load(path) as archive:
+        assert sorted(archive) == ["arr_0", "arr_1"]
+        assert archive["arr_0"].dtype == np.uint8 and archive["arr_1"].dtype == np.int64
+    read, labels = out.load_samples_npz(path)
+    assert np.array_equal(read, images.numpy()) and labels.tolist() == list(range(6))
+    assert out.load_samples_npz(out.save_samples_npz(tmp_path / "x.npz", images))[1] is None
+
+
+def test_samples_of_the_wrong_form(tmp_path):
+    good = np.zeros((2, 4, 4, 3), np.uint8)
+    with pytest.raises(InputError, match=r"float32 \(2, 4, 4, 3\)"):
+        out.save_samples_npz(tmp_path, good.astype(np.float32))
+    with pytest.raises(InputError, match=r"labels: int64 \(3,\)"):
+        out.save_samples_npz(tmp_path, good, np.zeros(3, np.int64))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"arr_0": np.zeros((2, 4, 4), np.uint8)}, r"uint8 \(2, 4, 4\), expected uint8 \(N, H, W"),
+        ({"arr_0": np.zeros((2, 4, 4, 3))}, "float64"),
+        ({"images": np.zeros((2, 4, 4, 3), np.uint8)}, "holds images, expected arr_0"),
+        ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "arr_1": np.zeros(3, int)}, "arr_1"),
+        ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "arr_1": np.zeros(2)}, "arr_1: float64"),
+        ({"arr_0": np.array([{}], object)}, "not a readable .npz"),
+    ],
+)
+def test_bad_npz(arrays, message, tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(InputError, match=message):
+        out.load_samples_npz(tmp_path / "a.npz")
+
+
+def test_unreadable_npz(tmp_path):
+    with pytest.raises(InputError, match="no file"):
+        out.load_samples_npz(tmp_path / "a.npz")
+    path = out.save_samples_npz(tmp_path, np.zeros((2, 40, 40, 3), np.uint8))
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(InputError, match="not a readable .npz"):
+        out.load_samples_npz(path)
+    np.save(tmp_path / "a.npy", np.zeros((2, 4, 4, 3), np.uint8))
+    (tmp_path / "a.npy").rename(tmp_path / "a.npz")
+    with pytest.raises(InputError, match="not a readable .npz"):
+        out.load_samples_npz(tmp_path / "a.npz")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = out.save_samples_npz(tmp_path / "a.npz", np.zeros((1, 2, 2, 1), np.uint8))
+
+    def fail(stream, *arrays):
+        stream.write(b"half a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(OSError, match="No space"):
+        out.save_samples_npz(path, np.ones((1, 2, 2, 1), np.uint8))
+    assert out.load_samples_npz(path)[0].max() == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["a.npz"]
+
+
+# --- the loss curve -------------------------------------------------------------------------
+
+
+def metrics_file(tmp_path, rows, tail=""):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+    return path
+
+
+def test_loss_curve(tmp_path):
+    rows = [
+        {"step": 10 * k, "loss": 1 / k, "lr": 1e-4} | {f"loss_q{q}": (4 - q) / k for q in range(4)}
+        for k in range(1, 50)
+    ]
+    rows[5]["loss"], rows[6]["loss_q2"] = float("nan"), None
+    path = metrics_file(tmp_path, rows, tail='{"step": 500, "lo')
+    drawn = out.plot_loss(path, tmp_path / "plots" / "loss_curve.png")
+    width, height = Image.open(drawn).size
+    assert width > 600 and height > 300
+
+
+def test_a_resumed_run_overwrites_its_steps(tmp_path):
+    logged = [(1, 9.0), (2, 8.0), (3, 7.0), (2, 5.0)]
+    path = metrics_file(tmp_path, [{"step": step, "loss": loss} for step, loss in logged])
+    rows = out._read_metrics(path)
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 9.0), (2, 5.0), (3, 7.0)]
+
+
+def test_smoothing_keeps_a_constant_and_quietens_noise():
+    assert np.allclose(out._smooth(np.full(300, 0.7)), 0.7)
+    noisy = np.exp(np.random.default_rng(0).normal(size=900))
+    assert out._smooth(noisy)[100:].std() < 0.3 * noisy.std()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"step": 1, "loss": 1}\nnonsense\n{"step": 2, "loss": 1}\n', "line 2"),
+        ('{"loss": 1}\n{"step": 2, "loss": 1}\n', "line 1"),
+        ('{"step": 1, "lr": 1}\n', "no positive loss"),
+        ("", "no positive loss"),
+    ],
+)
+def test_bad_metrics(text, message, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        out.plot_loss(path, tmp_path / "x.png")
+    with pytest.raises(InputError, match="no metrics file"):
+        out.plot_loss(tmp_path / "none.jsonl", tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
