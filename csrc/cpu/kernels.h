@@ -1,0 +1,35 @@
+// The CPU kernels. Each source of a kernel is compiled once per instruction set with
+// FASTDIFF_ISA naming its namespace; isa.cpp picks one table at run time.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/normal_fill.h"
+
+namespace fastdiff::cpu {
+
+struct Kernels {
+  void (*normal)(const NormalFill& fill, int threads);
+  void (*philox)(uint32_t* out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,
+                 uint32_t first_quad);
+};
+
+#ifdef FASTDIFF_ISA
+namespace FASTDIFF_ISA {
+void normal(const NormalFill& fill, int threads);
+void philox(uint32_t* out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,
+            uint32_t first_quad);
+}  // namespace FASTDIFF_ISA
+#endif
+
+namespace baseline {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+
+}  // namespace fastdiff::cpu

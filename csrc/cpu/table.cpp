@@ -1,0 +1,8 @@
+// The kernels of one instruction set; compiled once for each.
+#include "kernels.h"
+
+namespace fastdiff::cpu::FASTDIFF_ISA {
+
+const Kernels kernels = {normal, philox};
+
+}  // namespace fastdiff::cpu::FASTDIFF_ISA

@@ -1,0 +1,27 @@
+// The CUDA launchers. No torch header: raw device pointers, sizes and a stream. They launch on the
+// current device, which the caller has set to the pointers' own.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/normal_fill.h"
+
+namespace fastdiff::cuda {
+
+// Device addresses that override the values of NormalFill when not null, so that a captured graph
+// draws fresh noise at every replay: an 8-byte seed and an 8-byte step (its low 32 bits count).
+struct DeviceCounters {
+  const uint64_t* seed;
+  const int64_t* step;
+};
+
+// Both return a cudaError_t, zero when the launch was accepted; error_text describes others.
+int normal(const NormalFill& fill, const DeviceCounters& counters, void* stream);
+int philox(uint32_t* out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,
+           uint32_t first_quad, void* stream);
+
+const char* error_text(int error);
+int runtime_version();  // as 1000·major + 10·minor, of the linked CUDA runtime
+int driver_version();   // the newest CUDA the driver serves; 0 without a driver
+
+}  // namespace fastdiff::cuda

@@ -1,0 +1,129 @@
+// normal: counter-based Gaussian noise (common/philox.h), written in float32, bfloat16 or float16.
+//
+// Layouts: samples of (channels, spatial) with any strides; contiguous samples whose rows are
+// 16-byte aligned are stored four elements at a time. Bytes moved: the output, once; floor for
+// (64, 3, 256, 256) float32: 50.3 MB, 11.7 µs at the 4.3 TB/s of an H200.
+//
+// Algorithm: one thread draws one counter's four elements; x strides over the counters of a
+// sample and y over samples, so that a contiguous fill needs no division.
+// Range: element indices below 2^34. Channels_last writes are strided by the channel count and
+// meet in L2, which suits the few channels of images.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "../common/philox.h"
+#include "kernels.h"
+
+namespace fastdiff::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kMaxBlocksX = 1 << 16;
+constexpr int64_t kMaxBlocksY = 1 << 15;
+
+template <typename T>
+struct alignas(4 * sizeof(T)) Packed4 {
+  T value[4];
+};
+
+__device__ __forceinline__ void convert(float value, float* out) { *out = value; }
+__device__ __forceinline__ void convert(float value, __nv_bfloat16* out) {
+  *out = __float2bfloat16_rn(value);
+}
+__device__ __forceinline__ void convert(float value, __half* out) { *out = __float2half_rn(value); }
+
+template <typename T, bool kPacked>
+__global__ void __launch_bounds__(kThreads)
+    normal_kernel(const NormalFill fill, const DeviceCounters counters) {
+  const uint64_t seed = counters.seed ? *counters.seed : fill.seed;
+  const uint32_t step = counters.step ? static_cast<uint32_t>(*counters.step) : fill.step;
+  const int64_t elements = fill.channels * fill.spatial;
+  const int64_t quads = (elements + 3) / 4;
+
+  for (int64_t sample = blockIdx.y; sample < fill.samples; sample += gridDim.y) {
+    T* out = static_cast<T*>(fill.out) + sample * fill.sample_stride;
+    const uint64_t index = fill.first_sample + static_cast<uint64_t>(sample);
+    for (int64_t quad = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; quad < quads;
+         quad += static_cast<int64_t>(gridDim.x) * kThreads) {
+      const Normals4 normals =
+          normals_of(philox_words(seed, step, index, static_cast<uint32_t>(quad)));
+      if constexpr (kPacked) {
+        Packed4<T> packed;
+        for (int lane = 0; lane < 4; ++lane) convert(normals.n[lane], &packed.value[lane]);
+        reinterpret_cast<Packed4<T>*>(out)[quad] = packed;
+      } else {
+        for (int lane = 0; lane < 4; ++lane) {
+          const int64_t element = 4 * quad + lane;
+          if (element >= elements) break;
+          const int64_t channel = fill.channels == 1 ? 0 : element / fill.spatial;
+          const int64_t position = element - channel * fill.spatial;
+          convert(normals.n[lane],
+                  out + channel * fill.channel_stride + position * fill.spatial_stride);
+        }
+      }
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    philox_kernel(uint32_t* out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,
+                  uint32_t first_quad) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < quads;
+       i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    const Words4 words = philox_words(seed, step, sample, first_quad + static_cast<uint32_t>(i));
+    for (int lane = 0; lane < 4; ++lane) out[4 * i + lane] = words.w[lane];
+  }
+}
+
+// cudaLaunchKernelEx type-checks the arguments and returns the launch's own error.
+cudaLaunchConfig_t configuration(int64_t quads, int64_t samples, void* stream) {
+  const int64_t wanted = (quads + kThreads - 1) / kThreads;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(wanted < kMaxBlocksX ? wanted : kMaxBlocksX),
+                        static_cast<unsigned>(samples < kMaxBlocksY ? samples : kMaxBlocksY));
+  config.blockDim = dim3(kThreads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  return config;
+}
+
+template <typename T>
+bool packable(const NormalFill& fill) {
+  const bool one_run = fill.spatial_stride == 1 &&
+                       (fill.channels == 1 || fill.channel_stride == fill.spatial);
+  return one_run && fill.channels * fill.spatial % 4 == 0 && fill.sample_stride % 4 == 0 &&
+         reinterpret_cast<uintptr_t>(fill.out) % sizeof(Packed4<T>) == 0;
+}
+
+template <typename T>
+int launch(const NormalFill& fill, const DeviceCounters& counters, void* stream) {
+  const int64_t quads = (fill.channels * fill.spatial + 3) / 4;
+  if (quads == 0 || fill.samples == 0) return cudaSuccess;
+  const cudaLaunchConfig_t config = configuration(quads, fill.samples, stream);
+  return packable<T>(fill)
+             ? cudaLaunchKernelEx(&config, normal_kernel<T, true>, fill, counters)
+             : cudaLaunchKernelEx(&config, normal_kernel<T, false>, fill, counters);
+}
+
+}  // namespace
+
+int normal(const NormalFill& fill, const DeviceCounters& counters, void* stream) {
+  switch (fill.dtype) {
+    case DType::kFloat32:
+      return launch<float>(fill, counters, stream);
+    case DType::kBFloat16:
+      return launch<__nv_bfloat16>(fill, counters, stream);
+    case DType::kFloat16:
+      return launch<__half>(fill, counters, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+int philox(uint32_t* out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,
+           uint32_t first_quad, void* stream) {
+  if (quads == 0) return cudaSuccess;
+  const cudaLaunchConfig_t config = configuration(quads, 1, stream);
+  return cudaLaunchKernelEx(&config, philox_kernel, out, quads, seed, step, sample, first_quad);
+}
+
+}  // namespace fastdiff::cuda

@@ -1,0 +1,108 @@
+"""Loads the native library, picks its instruction set, and says what it can serve."""
+
+import functools
+import importlib
+import os
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
+
+import torch  # before the library: its OpenMP runtime is the one the library calls
+
+from fastdiff.errors import InputError
+
+if TYPE_CHECKING:
+    from fastdiff import _native as Library
+else:
+    Library = ModuleType
+
+INTERFACE = 1  # kInterface of csrc/bindings.cpp
+ISA_VARIABLE = "FASTDIFF_ISA"
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/common
+
+
+class NativeLibraryError(OSError):
+    """The native library is missing, unloadable, or built from other sources."""
+
+
+@functools.cache
+def library() -> "Library":
+    """The native module, loaded once and set to the best instruction set this CPU runs.
+
+    ``FASTDIFF_ISA`` (baseline, avx2 or avx512) forces one. Raises NativeLibraryError when the
+    module cannot be used and InputError when the forced instruction set cannot.
+    """
+    try:
+        module = importlib.import_module("fastdiff._native")
+    except ImportError as error:
+        raise NativeLibraryError(
+            f"fastdiff's native library cannot be loaded ({error}): reinstall fastdiff with "
+            "'pip install --force-reinstall --no-deps fastdiff', or 'pip install -e .' in a clone"
+        ) from error
+    found = getattr(module, "INTERFACE", None)
+    if found != INTERFACE:
+        raise NativeLibraryError(
+            f"fastdiff's native library has interface {found}, this fastdiff expects {INTERFACE}: "
+            "it was built from other sources; run 'pip install' again"
+        )
+    module.set_isa(choose_isa(os.environ.get(ISA_VARIABLE, ""), module.supported_isas()))
+    return cast("Library", module)
+
+
+def choose_isa(forced: str, supported: list[str]) -> str:
+    """The name ``forced`` if it is given, else the last and fastest of ``supported``."""
+    if not forced:
+        return supported[-1]
+    if forced not in supported:
+        raise InputError(
+            f"{ISA_VARIABLE} is {forced!r}, but this CPU and build run only "
+            f"{', '.join(supported)}: name one of these or unset it"
+        )
+    return forced
+
+
+def build_info() -> dict[str, Any]:
+    """What the library was compiled with: compiler, isas, openmp, cuda, cuda_archs, sanitize."""
+    return library().build_info()
+
+
+def cuda_driver_version() -> int:
+    """The newest CUDA the driver serves, as 1000·major + 10·minor; 0 without driver or kernels."""
+    return library().cuda_driver_version() if build_info()["cuda"] is not None else 0
+
+
+@functools.cache
+def cuda_serves(device: torch.device) -> bool:
+    """Whether the compiled CUDA kernels run on ``device``."""
+    info = build_info()
+    if device.type != "cuda" or info["cuda"] is None:
+        return False
+    capability = torch.cuda.get_device_capability(device)
+    return driver_serves(info["cuda"], cuda_driver_version()) and archs_serve(
+        info["cuda_archs"].split(), capability
+    )
+
+
+def driver_serves(runtime: int, driver: int) -> bool:
+    """A driver runs every CUDA runtime of its major version or an older one."""
+    return driver // 1000 >= runtime // 1000
+
+
+def archs_serve(archs: list[str], capability: tuple[int, int]) -> bool:
+    """Whether code compiled for ``archs`` ("80-real", "90a-real", "100", "90-virtual") runs on
+    a device of compute capability ``capability``.
+
+    Machine code runs on its major version from its minor version on, that of an "a" architecture
+    on exactly its own, and PTX (no suffix, or "-virtual") on everything that is not older.
+    """
+    for arch in archs:
+        name, _, kind = arch.partition("-")
+        number = int(name.rstrip("af"))
+        own = (number // 10, number % 10)
+        if name.endswith("a"):
+            if own == capability:
+                return True
+            continue
+        same_major = own[0] == capability[0] and own[1] <= capability[1]
+        if (kind != "virtual" and same_major) or (kind != "real" and own <= capability):
+            return True
+    return False

@@ -1,0 +1,116 @@
+"""normal: counter-based Gaussian noise, the Triton fill.
+
+Layouts: samples of (channels, spatial) with any strides; float32, bfloat16, float16.
+Bytes moved: the output, once; floor for (64, 3, 256, 256) float32: 11.7 µs at 4.3 TB/s (H200).
+
+One program draws BLOCK counters of one sample, interleaves the four lanes and stores 4·BLOCK
+neighbouring elements. Range: element indices below 2^34.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .philox import interleave4, philox_normals, philox_words, split_word64
+
+BLOCK = 256
+UNSPECIALIZED = ["seed", "step", "first_sample", "samples", "spatial"]
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def normal_kernel(
+    out,
+    seed_address,  # int64 on the device, or None: then `seed` counts
+    step_address,
+    seed,  # int64, the seed's bits
+    step,  # int64
+    first_sample,  # int64, bits
+    channels,
+    spatial,
+    sample_stride,
+    channel_stride,
+    spatial_stride,
+    ONE_RUN: tl.constexpr,  # a sample is one contiguous run: no division
+    BLOCK: tl.constexpr,
+):
+    elements = channels.to(tl.int64) * spatial
+    blocks = tl.cdiv(elements, 4 * BLOCK)
+    program = tl.program_id(0).to(tl.int64)
+    sample = program // blocks
+    first_quad = (program % blocks) * BLOCK
+
+    if seed_address is not None:
+        seed = tl.load(seed_address)
+    if step_address is not None:
+        step = tl.load(step_address)
+    seed_low, seed_high = split_word64(seed.to(tl.int64))
+    step_low, _ = split_word64(step.to(tl.int64))
+    sample_low, sample_high = split_word64(first_sample.to(tl.int64) + sample)
+    quad = (first_quad + tl.arange(0, BLOCK)).to(tl.uint32)
+    n0, n1, n2, n3 = philox_normals(seed_low, seed_high, step_low, sample_low, sample_high, quad)
+
+    element = 4 * first_quad + tl.arange(0, 4 * BLOCK)
+    if ONE_RUN:
+        offset = element
+    else:
+        channel = element // spatial
+        offset = channel * channel_stride + (element - channel * spatial) * spatial_stride
+    to = out + sample * sample_stride + offset
+    values = interleave4(n0, n1, n2, n3).to(out.dtype.element_ty)
+    tl.store(to, values, mask=element < elements)
+
+
+@triton.jit(do_not_specialize=["seed", "step", "sample", "first_quad", "quads"])
+def philox_kernel(out, quads, seed, step, sample, first_quad, BLOCK: tl.constexpr):
+    """The integers alone, for checking: out is int32 (quads, 4), the words' bits."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    seed_low, seed_high = split_word64(seed.to(tl.int64))
+    step_low, _ = split_word64(step.to(tl.int64))
+    sample_low, sample_high = split_word64(sample.to(tl.int64))
+    quad = (first_quad.to(tl.int64) + row).to(tl.uint32)
+    r0, r1, r2, r3 = philox_words(seed_low, seed_high, step_low, sample_low, sample_high, quad)
+    to = out + 4 * row
+    tl.store(to + 0, r0.to(tl.int32, bitcast=True), mask=row < quads)
+    tl.store(to + 1, r1.to(tl.int32, bitcast=True), mask=row < quads)
+    tl.store(to + 2, r2.to(tl.int32, bitcast=True), mask=row < quads)
+    tl.store(to + 3, r3.to(tl.int32, bitcast=True), mask=row < quads)
+
+
+def fill(
+    out: torch.Tensor,
+    layout: tuple[int, int, int, int, int],
+    seed: int | torch.Tensor,
+    step: int | torch.Tensor,
+    first_sample: int,
+) -> None:
+    """Fill ``out``, whose samples stand as ``layout`` says (fastdiff.rng.Layout's fields)."""
+    channels, spatial, sample_stride, channel_stride, spatial_stride = layout
+    blocks = triton.cdiv(channels * spatial, 4 * BLOCK)
+    normal_kernel[(out.shape[0] * blocks,)](
+        out,
+        seed if isinstance(seed, torch.Tensor) else None,
+        step if isinstance(step, torch.Tensor) else None,
+        0 if isinstance(seed, torch.Tensor) else signed64(seed),
+        0 if isinstance(step, torch.Tensor) else step,
+        signed64(first_sample),
+        channels,
+        spatial,
+        sample_stride,
+        channel_stride,
+        spatial_stride,
+        ONE_RUN=channels == 1 and spatial_stride == 1,
+        BLOCK=BLOCK,
+        enable_fp_fusion=False,
+    )
+
+
+def philox(out: torch.Tensor, *, seed: int, step: int, sample: int, first_quad: int = 0) -> None:
+    """Write the words of counters (first_quad + i, step, sample) into ``out``: int32 (quads, 4)."""
+    quads = out.shape[0]
+    grid = (triton.cdiv(quads, BLOCK),)
+    philox_kernel[grid](out, quads, signed64(seed), step, signed64(sample), first_quad, BLOCK=BLOCK)
+
+
+def signed64(value: int) -> int:
+    """The int64 with the same bits: Triton types an integer argument by its value."""
+    return value - 2**64 if value >= 2**63 else value
