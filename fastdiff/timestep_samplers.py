@@ -94,7 +94,7 @@ class LossSecondMomentSampler:
         """Record unweighted losses (n,) of the timesteps ``t`` (n,) they were measured at.
 
         In the order given: where a timestep occurs more often than the history is long, the last
-        ones stay. Losses that are not finite are left out. Raises InputError for shapes that differ.
+        ones stay. Losses that are not finite are left out. InputError for shapes that differ.
         """
         if t.dim() != 1 or t.shape != losses.shape:
             raise InputError(

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastdiff import rng
 from fastdiff._checks import check_float, check_like, check_timesteps
 from fastdiff.errors import InputError
 from fastdiff.reference.q_sample import q_sample as reference_q_sample
@@ -37,16 +38,14 @@ def q_sample(
     if noise is not None:
         check_like(noise, "noise", x_start, "x_start")
     elif seed is not None:
-        from fastdiff import rng
-
+        # Drawn in x_start's own dtype and layout, so that the noise returned is what x_t holds.
         noise = rng.normal(
             tuple(x_start.shape),
             seed=seed,
             step=rng.training_step(0),
             first_sample=first_sample,
-            dtype=torch.float32,
-            device=x_start.device,
-        ).to(x_start.dtype)
+            out=torch.empty_like(x_start),
+        )
     else:
         noise = torch.randn_like(x_start)
     return reference_q_sample(x_start, t, *tables, noise), noise
