@@ -1,1 +1,45 @@
-"""fastdiff: fast training and sampling of DDPM-family diffusion models."""
+"""fastdiff: fast training and sampling of DDPM-family diffusion models.
+
+The names below are the public ones; each module's docstring says where it comes from.
+"""
+
+from fastdiff import ops
+from fastdiff.create import create_diffusion
+from fastdiff.diffusion import GaussianDiffusion
+from fastdiff.errors import InputError, TrainingError
+from fastdiff.models.checkpoint import Checkpoint, load, save
+from fastdiff.models.ema import EMA
+from fastdiff.models.unet import UNet
+from fastdiff.respacing import space_timesteps
+from fastdiff.sampler import Sampler
+from fastdiff.schedules import (
+    cosine_betas,
+    get_named_beta_schedule,
+    linear_betas,
+    rescale_zero_terminal_snr,
+)
+from fastdiff.step_table import StepTable
+from fastdiff.variance_exploding import VarianceExploding
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EMA",
+    "Checkpoint",
+    "GaussianDiffusion",
+    "InputError",
+    "Sampler",
+    "StepTable",
+    "TrainingError",
+    "UNet",
+    "VarianceExploding",
+    "cosine_betas",
+    "create_diffusion",
+    "get_named_beta_schedule",
+    "linear_betas",
+    "load",
+    "ops",
+    "rescale_zero_terminal_snr",
+    "save",
+    "space_timesteps",
+]

@@ -1,1 +1,8 @@
-"""The fused operations."""
+"""The fused operations: each checks its arguments, chooses an implementation and launches it."""
+
+from fastdiff.ops.attention import attention
+from fastdiff.ops.group_norm_silu import group_norm_silu
+from fastdiff.ops.posterior_step import posterior_step
+from fastdiff.ops.q_sample import q_sample
+
+__all__ = ["attention", "group_norm_silu", "posterior_step", "q_sample"]
