@@ -90,7 +90,6 @@ setup(
     packages=[*find_packages(include=["fastdiff", "fastdiff.*"]), "fastdiff.kernels"],
     # A top-level module named "kernels" would shadow a well-known package of that name.
     package_dir={"fastdiff.kernels": "kernels"},
-    package_data={"fastdiff": ["*.pyi"]},
     ext_modules=[Extension("fastdiff._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

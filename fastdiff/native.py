@@ -3,17 +3,11 @@
 import functools
 import importlib
 import os
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch  # before the library: its OpenMP runtime is the one the library calls
 
 from fastdiff.errors import InputError
-
-if TYPE_CHECKING:
-    from fastdiff import _native as Library
-else:
-    Library = ModuleType
 
 INTERFACE = 1  # kInterface of csrc/bindings.cpp
 ISA_VARIABLE = "FASTDIFF_ISA"
@@ -25,8 +19,8 @@ class NativeLibraryError(OSError):
 
 
 @functools.cache
-def library() -> "Library":
-    """The native module, loaded once and set to the best instruction set this CPU runs.
+def library() -> Any:
+    """The native module (csrc/bindings.cpp), set to the best instruction set this CPU runs.
 
     ``FASTDIFF_ISA`` (baseline, avx2 or avx512) forces one. Raises NativeLibraryError when the
     module cannot be used and InputError when the forced instruction set cannot.
@@ -45,7 +39,7 @@ def library() -> "Library":
             "it was built from other sources; run 'pip install' again"
         )
     module.set_isa(choose_isa(os.environ.get(ISA_VARIABLE, ""), module.supported_isas()))
-    return cast("Library", module)
+    return module
 
 
 def choose_isa(forced: str, supported: list[str]) -> str:

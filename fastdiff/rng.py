@@ -21,7 +21,7 @@ import importlib.util
 import math
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 
@@ -294,9 +294,7 @@ _LAUNCHERS = {
 }
 
 
-def _fill(
-    out: torch.Tensor, layout: Layout, seed: int, step: int, first_sample: int
-) -> "native.Library.NormalFill":
+def _fill(out: torch.Tensor, layout: Layout, seed: int, step: int, first_sample: int) -> Any:
     return native.library().NormalFill(
         out=out.data_ptr(),
         dtype=native.DTYPE_CODES[out.dtype],

@@ -11,10 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .philox import interleave4, philox_normals, philox_words, split_word64
+from .philox import high_word, interleave4, low_word, philox_normals, philox_words
 
 BLOCK = 256
-UNSPECIALIZED = ["seed", "step", "first_sample", "samples", "spatial"]
+# An integer argument equal to 1 would otherwise become a constant without a type.
+UNSPECIALIZED = ["seed", "step", "first_sample", "channels", "spatial"]
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -22,9 +23,9 @@ def normal_kernel(
     out,
     seed_address,  # int64 on the device, or None: then `seed` counts
     step_address,
-    seed,  # int64, the seed's bits
-    step,  # int64
-    first_sample,  # int64, bits
+    seed,  # the seed's bits as a signed integer
+    step,  # the low 32 bits count
+    first_sample,  # int64, the number's bits
     channels,
     spatial,
     sample_stride,
@@ -43,11 +44,13 @@ def normal_kernel(
         seed = tl.load(seed_address)
     if step_address is not None:
         step = tl.load(step_address)
-    seed_low, seed_high = split_word64(seed.to(tl.int64))
-    step_low, _ = split_word64(step.to(tl.int64))
-    sample_low, sample_high = split_word64(first_sample.to(tl.int64) + sample)
-    quad = (first_quad + tl.arange(0, BLOCK)).to(tl.uint32)
-    n0, n1, n2, n3 = philox_normals(seed_low, seed_high, step_low, sample_low, sample_high, quad)
+    seed = seed.to(tl.int64)
+    step = low_word(step.to(tl.int64))
+    number = first_sample.to(tl.int64) + sample
+    quad = low_word(first_quad + tl.arange(0, BLOCK))
+    n0, n1, n2, n3 = philox_normals(
+        low_word(seed), high_word(seed), step, low_word(number), high_word(number), quad
+    )
 
     element = 4 * first_quad + tl.arange(0, 4 * BLOCK)
     if ONE_RUN:
@@ -64,11 +67,13 @@ def normal_kernel(
 def philox_kernel(out, quads, seed, step, sample, first_quad, BLOCK: tl.constexpr):
     """The integers alone, for checking: out is int32 (quads, 4), the words' bits."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    seed_low, seed_high = split_word64(seed.to(tl.int64))
-    step_low, _ = split_word64(step.to(tl.int64))
-    sample_low, sample_high = split_word64(sample.to(tl.int64))
-    quad = (first_quad.to(tl.int64) + row).to(tl.uint32)
-    r0, r1, r2, r3 = philox_words(seed_low, seed_high, step_low, sample_low, sample_high, quad)
+    seed = seed.to(tl.int64)
+    step = low_word(step.to(tl.int64))
+    number = sample.to(tl.int64)
+    quad = low_word(first_quad.to(tl.int64) + row)
+    r0, r1, r2, r3 = philox_words(
+        low_word(seed), high_word(seed), step, low_word(number), high_word(number), quad
+    )
     to = out + 4 * row
     tl.store(to + 0, r0.to(tl.int32, bitcast=True), mask=row < quads)
     tl.store(to + 1, r1.to(tl.int32, bitcast=True), mask=row < quads)
@@ -90,9 +95,9 @@ def fill(
         out,
         seed if isinstance(seed, torch.Tensor) else None,
         step if isinstance(step, torch.Tensor) else None,
-        0 if isinstance(seed, torch.Tensor) else signed64(seed),
-        0 if isinstance(step, torch.Tensor) else step,
-        signed64(first_sample),
+        0 if isinstance(seed, torch.Tensor) else signed(seed, 64),
+        0 if isinstance(step, torch.Tensor) else signed(step, 32),
+        signed(first_sample, 64),
         channels,
         spatial,
         sample_stride,
@@ -108,9 +113,17 @@ def philox(out: torch.Tensor, *, seed: int, step: int, sample: int, first_quad: 
     """Write the words of counters (first_quad + i, step, sample) into ``out``: int32 (quads, 4)."""
     quads = out.shape[0]
     grid = (triton.cdiv(quads, BLOCK),)
-    philox_kernel[grid](out, quads, signed64(seed), step, signed64(sample), first_quad, BLOCK=BLOCK)
+    philox_kernel[grid](
+        out,
+        quads,
+        signed(seed, 64),
+        signed(step, 32),
+        signed(sample, 64),
+        signed(first_quad, 32),
+        BLOCK=BLOCK,
+    )
 
 
-def signed64(value: int) -> int:
-    """The int64 with the same bits: Triton types an integer argument by its value."""
-    return value - 2**64 if value >= 2**63 else value
+def signed(value: int, bits: int) -> int:
+    """The signed integer with the same bits: Triton types an integer argument by its value."""
+    return value - 2**bits if value >= 2 ** (bits - 1) else value

@@ -10,10 +10,14 @@ import triton.language as tl
 
 
 @triton.jit
-def split_word64(value):
-    """(low, high) 32-bit words of a 64-bit integer tensor, as uint32."""
-    value = value.to(tl.uint64, bitcast=True)
-    return (value & 0xFFFFFFFF).to(tl.uint32), (value >> 32).to(tl.uint32)
+def low_word(value):
+    """The low 32 bits of an int64, as uint32."""
+    return (value & 0xFFFFFFFF).to(tl.uint32)
+
+
+@triton.jit
+def high_word(value):
+    return low_word(value >> 32)
 
 
 @triton.jit
