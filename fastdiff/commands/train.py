@@ -1,0 +1,337 @@
+"""``fastdiff train``: a data set, a preset and flags in; a run directory out."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastdiff.create import create_diffusion
+from fastdiff.data import ImageDataset, load_dataset
+from fastdiff.diffusion import LOSS_TYPES, GaussianDiffusion
+from fastdiff.errors import InputError
+from fastdiff.models import presets
+from fastdiff.models.unet import UNet
+from fastdiff.reverse_process import MEAN_TYPES, VAR_TYPES
+from fastdiff.training import TrainConfig, Trainer
+from fastdiff.training.saved import SavedRun, read_checkpoint
+from fastdiff.training.state import list_checkpoints
+
+HELP = "train a diffusion model on images"
+
+DEFAULT_PRESET = "digits"
+
+
+def numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """An argparse type: values separated by commas; "none" for no value."""
+
+    def parse(text: str) -> tuple[Any, ...]:
+        return () if text == "none" else tuple(kind(part) for part in text.split(","))
+
+    parse.__name__ = f"list of {kind.__name__}"  # argparse prints it: "invalid list of int value"
+    return parse
+
+
+# Flags that are not given leave no trace in the namespace, so that a preset (or, on resuming, the
+# checkpoint) decides. The destination says what a flag belongs to: "model.dropout", "train.lr".
+MODEL_FLAGS: dict[str, tuple[Any, str]] = {
+    "model_channels": (int, "base width"),
+    "channel_mult": (numbers(float), "width of each level over the base width, as in 1,2,2"),
+    "num_res_blocks": (int, "residual blocks per level"),
+    "attention_resolutions": (
+        numbers(int),
+        "downsampling factors (1, 2, 4, ...) at which attention stands, or none",
+    ),
+    "num_heads": (int, "attention heads"),
+    "num_head_channels": (int, "width of a head; overrides num-heads unless -1"),
+    "num_heads_upsample": (int, "attention heads on the way up; -1: as num-heads"),
+    "dropout": (float, "rate inside the residual blocks"),
+    "use_scale_shift_norm": (bool, "FiLM instead of adding the embedding"),
+    "resblock_updown": (bool, "resample inside residual blocks"),
+    "conv_resample": (bool, "resample with convolutions"),
+    "use_new_attention_order": (bool, "qkv rows [Q | K | V] instead of interleaved per head"),
+    "use_checkpoint": (bool, "recompute activations in backward, for memory"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.argument_default = argparse.SUPPRESS
+    _add_run_flags(parser)
+    _add_train_flags(parser.add_argument_group("training"))
+    _add_model_flags(parser.add_argument_group("network (defaults: the preset's)"))
+    _add_diffusion_flags(parser.add_argument_group("diffusion (defaults: the preset's)"))
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="RUN_DIR", help="where everything goes")
+    parser.add_argument(
+        "--data",
+        metavar="SPEC",
+        help="'digits', a folder of images, a .npz of uint8 images, or a CIFAR-10 folder; "
+        "needed unless a run is resumed",
+    )
+    parser.add_argument(
+        "--preset",
+        choices=presets.names(),
+        metavar="NAME",
+        help=f"network, diffusion and hyperparameters to start from (default: {DEFAULT_PRESET}): "
+        + ", ".join(presets.names()),
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the newest checkpoint in RUN_DIR, or start there if it has none",
+    )
+    parser.add_argument("--image-size", type=int, help="resize and centre-crop images to this side")
+    parser.add_argument("--channels", type=int, choices=(1, 3, 4), help="grey, RGB or RGBA")
+    parser.add_argument(
+        "--class-cond",
+        action=argparse.BooleanOptionalAction,
+        help="condition the network on the images' classes",
+    )
+    parser.add_argument(
+        "--eval-data", metavar="SPEC", help="images for bits/dim (default: the training images)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_train_flags(group: Any) -> None:
+    for field in dataclasses.fields(TrainConfig):
+        default, choices = field.default, field.metadata["choices"]
+        kind = numbers(float) if isinstance(default, tuple) else type(default)
+        text = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        note = f"{field.metadata['help']} (default: {text}, or the preset's)"
+        _add_flag(group, "train", field.name, kind, note, choices)
+
+
+def _add_model_flags(group: Any) -> None:
+    for name, (kind, note) in MODEL_FLAGS.items():
+        _add_flag(group, "model", name, kind, note)
+
+
+def _add_diffusion_flags(group: Any) -> None:
+    for name, kind, note, choices in (
+        ("diffusion_steps", int, "number of noise levels T", ()),
+        ("noise_schedule", str, "linear, cosine, quad, warmup10, warmup50, const or jsd", ()),
+        ("learn_sigma", bool, "learn the variance's interpolation, with the hybrid loss", ()),
+        ("variance", str, "of the reverse process", VAR_TYPES),
+        ("predict", str, "what the network predicts", MEAN_TYPES),
+        ("loss", str, "what is minimised", LOSS_TYPES),
+        ("rescale_timesteps", bool, "give the network timesteps scaled to 0 ... 1000", ()),
+        ("zero_terminal_snr", bool, "rescale the schedule to end without signal", ()),
+    ):
+        _add_flag(group, "diffusion", name, kind, note, choices)
+    group.add_argument(
+        "--min-snr",
+        dest="diffusion.min_snr",
+        type=float,
+        metavar="GAMMA",
+        help="min-SNR loss weighting with this gamma, usually 5 (0: none)",
+    )
+
+
+def _add_flag(
+    group: Any, part: str, name: str, kind: Any, note: str, choices: tuple[str, ...] = ()
+) -> None:
+    options: dict[str, Any] = {"dest": f"{part}.{name}", "help": note.replace("%", "%%")}
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["type"] = kind
+        options["choices" if choices else "metavar"] = choices or name.upper()
+    group.add_argument("--" + name.replace("_", "-"), **options)
+
+
+def run(args: argparse.Namespace) -> int:
+    given = vars(args)
+    run_dir = Path(args.out)
+    found = _existing_run(run_dir, given.get("resume", False))
+    trainer = _resume(run_dir, found[-1], given) if found else _start(run_dir, given)
+    try:
+        trainer.fit()
+    except (KeyboardInterrupt, SystemExit):
+        print(f"stopped; continue with --resume from {trainer.last_checkpoint}", file=sys.stderr)
+        raise
+    left = trainer.config.steps - trainer.step
+    print(f"{trainer.step} steps done, {left} left; newest checkpoint: {trainer.last_checkpoint}")
+    return 0
+
+
+def _existing_run(run_dir: Path, resume: bool) -> list[Path]:
+    """The checkpoints to resume from; InputError when the directory is not ours to use."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise InputError(f"--out {run_dir} is a file, expected a directory")
+    if run_dir.is_dir() and not resume and any(run_dir.iterdir()):
+        raise InputError(
+            f"--out {run_dir} is not empty: add --resume to continue the run in it, "
+            "or choose another directory"
+        )
+    return list_checkpoints(run_dir)
+
+
+def _start(run_dir: Path, given: Mapping[str, Any]) -> Trainer:
+    if "data" not in given:
+        raise InputError("--data is missing: 'digits', a folder of images, a .npz or CIFAR-10")
+    preset = presets.get(given.get("preset", DEFAULT_PRESET))
+    config = TrainConfig(**{**preset.train, **_part(given, "train")})
+    class_cond = given.get("class_cond", preset.model.get("num_classes") is not None)
+    source = {
+        "spec": given["data"],
+        "image_size": given.get("image_size"),
+        "channels": given.get("channels"),
+        "class_cond": class_cond,
+    }
+    dataset = _load(source)
+    diffusion = build_diffusion(preset.diffusion, _part(given, "diffusion"))
+    torch.manual_seed(config.seed)
+    model = build_model({**preset.model, **_part(given, "model")}, diffusion, dataset, config)
+    return Trainer(
+        model,
+        diffusion,
+        dataset,
+        config,
+        run_dir,
+        eval_dataset=_load_eval(given, source),
+        device=given.get("device"),
+        info={"preset": preset.name, "data": source},
+        progress="quiet" not in given,
+    )
+
+
+def _resume(run_dir: Path, path: Path, given: Mapping[str, Any]) -> Trainer:
+    saved = read_checkpoint(path)
+    check_same_run(saved, given)
+    source = dict(saved.info.get("data") or {})
+    if "data" in given:
+        source["spec"] = given["data"]
+    if "spec" not in source:
+        raise InputError(f"--data is missing, and {path} does not say what it was trained on")
+    return Trainer.from_saved(
+        saved,
+        _load(source),
+        run_dir,
+        changes=_part(given, "train"),
+        eval_dataset=_load_eval(given, source),
+        device=given.get("device"),
+        info={"data": source},
+        progress="quiet" not in given,
+    )
+
+
+def _part(given: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """The flags of one destination that were given."""
+    head = part + "."
+    return {key.removeprefix(head): value for key, value in given.items() if key.startswith(head)}
+
+
+def _load(source: Mapping[str, Any]) -> ImageDataset:
+    return load_dataset(
+        source["spec"],
+        image_size=source.get("image_size"),
+        channels=source.get("channels"),
+        class_cond=bool(source.get("class_cond")),
+    )
+
+
+def _load_eval(given: Mapping[str, Any], source: Mapping[str, Any]) -> ImageDataset | None:
+    return _load({**source, "spec": given["eval_data"]}) if "eval_data" in given else None
+
+
+def build_diffusion(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> GaussianDiffusion:
+    """create_diffusion with ``recipe``, where a flag replaces whatever else decides its matter."""
+    recipe = dict(recipe)
+    if "diffusion_steps" in flags:
+        recipe["steps"] = flags["diffusion_steps"]
+    for name in ("noise_schedule", "rescale_timesteps", "zero_terminal_snr"):
+        if name in flags:
+            recipe[name] = flags[name]
+    if "learn_sigma" in flags:
+        # The published default with a learned variance: the hybrid loss.
+        _decide(recipe, {"learn_sigma": flags["learn_sigma"]}, "sigma_small", "var_type")
+        if flags["learn_sigma"] and not recipe.get("use_kl"):
+            recipe["rescale_learned_sigmas"] = recipe.get("loss_type") in (None, "rescaled_mse")
+    if "variance" in flags:
+        if flags.get("learn_sigma", False) and flags["variance"] != "learned_range":
+            raise InputError(f"--learn-sigma contradicts --variance {flags['variance']}: give one")
+        _decide(recipe, {"var_type": flags["variance"]}, "learn_sigma", "sigma_small")
+    if "predict" in flags:
+        _decide(recipe, {"mean_type": flags["predict"]}, "predict_xstart")
+    if "loss" in flags:
+        _decide(recipe, {"loss_type": flags["loss"]}, "use_kl", "rescale_learned_sigmas")
+    if "min_snr" in flags:
+        gamma = flags["min_snr"]
+        recipe["loss_weighting"] = "min_snr" if gamma else None
+        recipe["min_snr_gamma"] = gamma or 5.0
+    return create_diffusion(**recipe)
+
+
+def _decide(recipe: dict[str, Any], choice: dict[str, Any], *overruled: str) -> None:
+    for name in overruled:
+        recipe.pop(name, None)
+    recipe.update(choice)
+
+
+def build_model(
+    arguments: Mapping[str, Any],
+    diffusion: GaussianDiffusion,
+    dataset: ImageDataset,
+    config: TrainConfig,
+) -> UNet:
+    """The network for these images: their channels, classes and size replace a preset's."""
+    height, width = dataset.image_size
+    return UNet(
+        **{
+            **arguments,
+            "in_channels": dataset.channels,
+            "out_channels": dataset.channels * (2 if diffusion.learns_variance else 1),
+            "num_classes": dataset.num_classes,
+            "null_class": config.label_dropout > 0 and dataset.num_classes is not None,
+            "image_size": height if height == width else [height, width],
+        }
+    )
+
+
+def check_same_run(saved: SavedRun, given: Mapping[str, Any]) -> None:
+    """InputError when flags ask a resumed run for another network, diffusion or image format."""
+    data = saved.info.get("data") or {}
+    before = {**data, "preset": saved.info.get("preset")}
+    for name in ("preset", "image_size", "channels", "class_cond"):
+        if name in given:
+            _check_unchanged(saved, name, before.get(name), given[name])
+    for name, value in _part(given, "model").items():
+        _check_unchanged(saved, name, saved.model.config[name], value)
+
+    flags = _part(given, "diffusion")
+    recipe = saved.diffusion.to_config()
+    if flags and "betas" in recipe:
+        raise InputError(f"{saved.path} keeps its betas as they are; leave the diffusion flags out")
+    if flags:
+        asked = build_diffusion(recipe, flags)
+        for name in (
+            "num_timesteps",
+            "mean_type",
+            "var_type",
+            "loss_type",
+            "loss_weighting",
+            "min_snr_gamma",
+            "rescale_timesteps",
+        ):
+            _check_unchanged(saved, name, getattr(saved.diffusion, name), getattr(asked, name))
+        if not np.array_equal(asked.betas, saved.diffusion.betas):
+            raise InputError(f"the noise schedule is not the one {saved.path} was trained with")
+
+
+def _check_unchanged(saved: SavedRun, name: str, before: Any, now: Any) -> None:
+    as_list = list(now) if isinstance(now, tuple) else now
+    if name == "attention_resolutions":
+        as_list = sorted(as_list)
+    if before != as_list:
+        raise InputError(
+            f"--{name.replace('_', '-')} is {as_list!r}, but {saved.path} was trained with "
+            f"{before!r}; leave the flag out to resume, or start a new run"
+        )

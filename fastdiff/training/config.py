@@ -1,0 +1,157 @@
+"""What a training run is told: one dataclass, which gives the command line its flags and help."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from fastdiff.errors import InputError
+
+LR_SCHEDULES = ("constant", "linear", "cosine")
+TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment")
+DTYPES = ("float32", "bfloat16")
+
+
+def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), fixed: bool = False) -> Any:
+    """A field with its help text; ``fixed`` ones may not change when a run is resumed."""
+    return dataclasses.field(
+        default=default, metadata={"help": help, "choices": choices, "fixed": fixed}
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training run. Raises InputError when a value makes no sense.
+
+    Intervals (``*_every``) count optimizer steps; 0 turns that activity off. Fields marked fixed
+    decide which batch follows which, so a resumed run keeps them.
+    """
+
+    batch_size: int = setting(64, "images per optimizer step", fixed=True)
+    microbatch: int = setting(
+        0, "images per forward pass; gradients are averaged over the batch (0: the whole batch)"
+    )
+    steps: int = setting(10_000, "optimizer steps in all; a resumed run continues up to this")
+    lr: float = setting(1e-4, "peak learning rate of AdamW")
+    lr_schedule: str = setting("constant", "learning rate after the warm-up", choices=LR_SCHEDULES)
+    warmup: int = setting(0, "steps over which the learning rate rises linearly")
+    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
+    betas: tuple[float, ...] = setting((0.9, 0.999), "AdamW's betas, separated by a comma")
+    grad_clip: float = setting(1.0, "largest gradient norm (0: no clipping)")
+    ema: tuple[float, ...] = setting(
+        (0.9999,), "decay rates of the weight averages, separated by commas", fixed=True
+    )
+    label_dropout: float = setting(
+        0.0, "probability that a label is hidden, for classifier-free guidance"
+    )
+    timestep_sampler: str = setting(
+        "uniform", "how timesteps are drawn", choices=TIMESTEP_SAMPLERS, fixed=True
+    )
+    dtype: str = setting(
+        "float32", "of the network's arithmetic (bfloat16: autocast)", choices=DTYPES
+    )
+    seed: int = setting(0, "of the weights, data order, timesteps and noise", fixed=True)
+    flip: bool = setting(False, "mirror images at random", fixed=True)
+    log_every: int = setting(50, "steps between lines in metrics.jsonl")
+    save_every: int = setting(1000, "steps between checkpoints (0: only at the end)")
+    keep: int = setting(3, "checkpoints kept, the newest ones (0: all)")
+    sample_every: int = setting(0, "steps between sample grids (0: none)")
+    sample_count: int = setting(16, "images in a sample grid")
+    sample_steps: int = setting(50, "sampling steps of a sample grid")
+    nll_every: int = setting(0, "steps between measurements of bits/dim (0: none)")
+    nll_images: int = setting(16, "images the bits/dim are measured on")
+    nll_steps: int = setting(
+        0, "strided steps of the measured process (0: all; fewer give a looser bound)"
+    )
+    workers: int = setting(0, "threads that prepare batches ahead (0: none)")
+    compile: bool = setting(False, "run the network through torch.compile")
+    max_minutes: float = setting(0.0, "stop and save after this wall-clock time (0: no limit)")
+    tensorboard: bool = setting(True, "write TensorBoard event files")
+
+    def __post_init__(self) -> None:
+        for name in ("betas", "ema"):
+            object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
+        for name in ("batch_size", "steps", "log_every", "sample_count", "sample_steps"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        self._require("nll_images", self.nll_images >= 2, "at least 2, for a standard error")
+        for name in _COUNTS:
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        for field in dataclasses.fields(self):
+            choices = field.metadata["choices"]
+            if choices:
+                self._require(
+                    field.name, getattr(self, field.name) in choices, "one of " + ", ".join(choices)
+                )
+        self._require("lr", math.isfinite(self.lr) and self.lr > 0, "a positive number")
+        self._require("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more")
+        self._require("grad_clip", 0 <= self.grad_clip < math.inf, "0 or more")
+        self._require("max_minutes", 0 <= self.max_minutes < math.inf, "0 or more")
+        self._require("label_dropout", 0 <= self.label_dropout < 1, "in [0, 1)")
+        self._require(
+            "betas",
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            "two numbers in [0, 1)",
+        )
+        self._require("ema", all(0 < r < 1 for r in self.ema), "rates between 0 and 1")
+        self._require("ema", len(set(self.ema)) == len(self.ema), "rates that differ")
+
+    def _require(self, name: str, condition: bool, expected: str) -> None:
+        if not condition:
+            raise InputError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
+        """The inverse of ``to_dict``; InputError when a name is not a setting."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise InputError(f"unknown training setting {unknown[0]!r}; known: {sorted(known)}")
+        return cls(**values)
+
+    def resumed_with(self, changes: dict[str, Any]) -> "TrainConfig":
+        """This configuration with ``changes``; InputError when a fixed setting would differ."""
+        changed = self.from_dict({**self.to_dict(), **changes})
+        for field in dataclasses.fields(self):
+            before, now = getattr(self, field.name), getattr(changed, field.name)
+            if field.metadata["fixed"] and before != now:
+                raise InputError(
+                    f"{field.name} is {now!r} but the run was started with {before!r}, and it "
+                    f"cannot change when a run is resumed; leave it out or start a new run"
+                )
+        return changed
+
+
+_COUNTS = (
+    "microbatch",
+    "warmup",
+    "seed",
+    "save_every",
+    "keep",
+    "sample_every",
+    "nll_every",
+    "nll_steps",
+    "workers",
+)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The rate of the update that follows ``step`` finished ones.
+
+    A linear warm-up, then constant, linear to zero (the published anneal when there is no warm-up)
+    or half a cosine to zero (Loshchilov and Hutter 2017, eq. 5), both ending at ``config.steps``.
+    """
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.lr_schedule == "constant":
+        return config.lr
+    progress = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
+    if config.lr_schedule == "linear":
+        return config.lr * (1 - progress)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))

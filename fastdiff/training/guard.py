@@ -1,0 +1,33 @@
+"""Noticing a diverged run without waiting for the device at every step."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastdiff.errors import TrainingError
+
+
+class FiniteGuard:
+    """Remembers, on the device, the first step whose loss or gradient was not finite."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def record(self, step: int, *values: Tensor) -> None:
+        """Look at scalar tensors of one step; waits for nothing."""
+        fine = torch.stack([torch.isfinite(value) for value in values]).all()
+        self.first_bad = torch.where(fine | (self.first_bad >= 0), self.first_bad, step)
+
+    def check(self, advice: str) -> None:
+        """Raise TrainingError naming that step, if there was one. Waits for the device."""
+        step = int(self.first_bad)
+        if step >= 0:
+            raise TrainingError(f"the loss or its gradient is not finite at step {step}; {advice}")
+
+
+def check_weights(parameters: Sequence[Tensor], step: int, advice: str) -> None:
+    """Raise TrainingError when an update made a weight infinite or NaN. Waits for the device."""
+    finite = torch.stack([torch.isfinite(p.detach()).all() for p in parameters]).all()
+    if not bool(finite):
+        raise TrainingError(f"the weights are not finite after step {step}; {advice}")

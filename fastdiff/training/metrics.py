@@ -1,0 +1,170 @@
+"""What a run measures: sums kept on the device between log lines, and the files they end up in."""
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff._optional import require
+from fastdiff.errors import InputError
+
+QUARTILES = 4
+
+
+class IntervalMeter:
+    """Loss terms and the gradient norm, summed on the device over the steps of one log interval.
+
+    ``add`` costs no host-device synchronisation; ``summary`` costs one. Each loss term is kept
+    overall and per quartile of the timestep, q0 holding the least noisy ones.
+    """
+
+    def __init__(self, num_timesteps: int, device: torch.device) -> None:
+        self.num_timesteps = num_timesteps
+        self.device = device
+        self.groups = torch.arange(-1, QUARTILES, device=device).unsqueeze(1)  # -1 stands for all
+        self.reset()
+
+    def reset(self) -> None:
+        self.steps = 0
+        self.samples = 0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, t: Tensor, weights: Tensor, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
+        """Count one step. ``t`` (N,) int64, ``weights`` (N,), every loss term (N,)."""
+        quartile = t * QUARTILES // self.num_timesteps
+        member = ((quartile == self.groups) | (self.groups < 0)).float()  # (5, N)
+        self._accumulate("weights", member @ weights.float())
+        for name, values in losses.items():
+            self._accumulate(f"loss.{name}", member @ (values.float() * weights))
+        self._accumulate("grad_norm", grad_norm.float())
+        self.steps += 1
+        self.samples += len(t)
+
+    def _accumulate(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def summary(self) -> dict[str, float]:
+        """Means over the interval, which then starts anew; a quartile without samples is left out.
+
+        The overall means are of the importance-weighted losses, which is what the optimizer
+        sees; a quartile's mean is divided by its own weights, so that it estimates the mean over
+        that quartile's timesteps however they were drawn.
+        """
+        if self.steps == 0:
+            return {}
+        names = list(self.sums)
+        flat = torch.cat([self.sums[name].reshape(-1) for name in names]).tolist()
+        rows = {}
+        for name in names:
+            rows[name], flat = flat[: self.sums[name].numel()], flat[self.sums[name].numel() :]
+        weights = rows.pop("weights")
+        result = {"grad_norm": rows.pop("grad_norm")[0] / self.steps}
+        for key, row in rows.items():
+            term = key.removeprefix("loss.")
+            result[term] = row[0] / self.samples
+            for q in range(QUARTILES):
+                if weights[q + 1] > 0:
+                    result[f"{term}_q{q}"] = row[q + 1] / weights[q + 1]
+        self.reset()
+        return result
+
+    def state_dict(self) -> dict[str, Tensor]:
+        counts = torch.tensor([self.steps, self.samples], dtype=torch.int64)
+        return {"counts": counts, **{f"sums.{k}": v for k, v in self.sums.items()}}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.steps, self.samples = state["counts"].tolist()
+        self.sums = {
+            key.removeprefix("sums."): value.to(self.device)
+            for key, value in state.items()
+            if key.startswith("sums.")
+        }
+
+
+class MetricsWriter:
+    """Writes metrics.jsonl (one JSON object per logged step) and TensorBoard event files.
+
+    Opened at a step > 0, it first drops what an earlier process recorded past that step, so that
+    a resumed run leaves neither a gap nor a duplicate.
+    """
+
+    def __init__(self, run_dir: Path, step: int, *, tensorboard: bool) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        self.board = open_tensorboard(run_dir / "tensorboard", step) if tensorboard else None
+        truncate_metrics(self.path, step)
+        self.file = open(self.path, "a", encoding="utf-8")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def write_images(self, step: int, name: str, images: Tensor) -> None:
+        """``images``: uint8 (N, C, H, W)."""
+        if self.board is not None:
+            self.board.add_images(name, images, step)
+
+    def sync(self) -> None:
+        """Put the lines on disk: a checkpoint must never be newer than the metrics before it."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.file.close()
+            if self.board is not None:
+                self.board.close()
+        except OSError:
+            if error is None:  # a full disk is reported by whoever met it first
+                raise
+
+
+def open_tensorboard(directory: Path, step: int) -> Any:
+    require("tensorboard", "train")
+    writer = require("torch.utils.tensorboard", "train").SummaryWriter
+    return writer(str(directory), purge_step=step + 1)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The records of a metrics.jsonl, without a last line that a killed process left unfinished."""
+    if not path.exists():
+        return []
+    records = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number == len(lines):
+                break
+            raise InputError(f"{path}, line {number}: not a JSON object") from None
+    return records
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop the records past ``step``."""
+    if not path.exists():
+        return
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old text or the new one."""
+    replacement = path.with_name(path.name + ".new")
+    replacement.write_text(text, encoding="utf-8")
+    os.replace(replacement, path)

@@ -1,0 +1,118 @@
+"""What a resumed run needs beyond weights and averages, and the directory of checkpoints."""
+
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.errors import InputError
+
+# A directory gets this name only once it is complete (see fastdiff.models.checkpoint.save).
+_COMPLETE = re.compile(r"step_(\d{8,})")
+_DOOMED = ".deleting"
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` finished steps stands."""
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def list_checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    root = Path(run_dir) / "checkpoints"
+    if not root.is_dir():
+        return []
+    found = [(match, entry) for entry in root.iterdir() if (match := _match(entry))]
+    return [entry for match, entry in sorted(found, key=lambda pair: int(pair[0].group(1)))]
+
+
+def newest_checkpoint(run_dir: str | os.PathLike[str]) -> Path:
+    """The complete checkpoint with the most steps; InputError when there is none."""
+    found = list_checkpoints(run_dir)
+    if not found:
+        raise InputError(f"'{run_dir}' holds no checkpoint to resume from")
+    return found[-1]
+
+
+def _match(entry: Path) -> re.Match[str] | None:
+    return _COMPLETE.fullmatch(entry.name) if entry.is_dir() else None
+
+
+def prune_checkpoints(run_dir: Path, keep: int) -> None:
+    """Delete all but the ``keep`` newest checkpoints (0 keeps every one).
+
+    Renamed first, so that a kill never leaves half a checkpoint under a name that counts.
+    """
+    doomed = list_checkpoints(run_dir)[:-keep] if keep else []
+    for path in doomed:
+        path.rename(path.with_name(f".{path.name}{_DOOMED}"))
+    for leftover in (run_dir / "checkpoints").glob(f".step_*{_DOOMED}"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def parameter_names(model: nn.Module) -> list[str]:
+    """Names of the trained parameters in the order the optimizer holds them."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
+    """The optimizer's state as ``<parameter>.<moment>`` tensors."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{names[index]}.{moment}": value
+        for index, moments in state.items()
+        for moment, value in moments.items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what ``optimizer_tensors`` gave; InputError where a shape is another model's."""
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    order = {name: index for index, name in enumerate(parameters)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, moment = key.rpartition(".")
+        if name not in parameters:
+            raise InputError(f"the optimizer state has {name!r}, which the network has not")
+        parameter = parameters[name]
+        if value.dim() and value.shape != parameter.shape:
+            raise InputError(
+                f"the optimizer state of {name!r} has shape {tuple(value.shape)}, "
+                f"the network's is {tuple(parameter.shape)}"
+            )
+        # Files have no strides; the fused optimizer walks weights and moments side by side.
+        laid_out = torch.empty_like(parameter, dtype=value.dtype) if value.dim() else value
+        state.setdefault(order[name], {})[moment] = laid_out.copy_(value) if value.dim() else value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def rng_tensors(device: torch.device) -> dict[str, Tensor]:
+    """The state of torch's generators that training on ``device`` draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def load_rng_tensors(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put back what ``rng_tensors`` gave. On another kind of device its own generator goes on."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of ``prefixed``, on a dict that holds several prefixes."""
+    head = prefix + "."
+    return {n.removeprefix(head): tensor for n, tensor in tensors.items() if n.startswith(head)}

@@ -1,0 +1,55 @@
+"""Ways to end a run early that lose nothing: signals and a wall-clock limit."""
+
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class StopRequest:
+    """While entered, the first Ctrl-C or SIGTERM only sets ``requested``; a second Ctrl-C raises.
+
+    The trainer finishes its step, saves, and calls ``reraise``. Handlers can only be set in the
+    main thread; elsewhere only the time limit works.
+    """
+
+    def __init__(self, max_minutes: float = 0.0) -> None:
+        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
+        self.signal: int | None = None
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None or self.out_of_time
+
+    @property
+    def out_of_time(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def reraise(self) -> None:
+        """What the signal would have done: KeyboardInterrupt, or exit with 128 + its number."""
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.signal is not None:
+            raise SystemExit(128 + self.signal)
