@@ -38,10 +38,12 @@ def test_error_is_that_of_storing_the_exact_answer(dtype, shape):
     signal, sigma = (table[t].double().view(rows) for table in tables)
     parts = signal * x_start.double(), sigma * noise.double()
     exact = parts[0] + parts[1]
-    # Half an ulp of the storage dtype; the float32 arithmetic in between rounds thrice.
-    arithmetic = 1.5 * torch.finfo(torch.float32).eps * (parts[0].abs() + parts[1].abs())
-    storage = 0.5 * torch.finfo(dtype).eps * exact.abs() if dtype in HALF else 0.0
-    assert ((x_t.double() - exact).abs() <= arithmetic + storage + 1e-7).all()
+    # The arithmetic rounds thrice; then half an ulp (or half the smallest step) of the storage.
+    working = torch.float32 if dtype in HALF else dtype
+    arithmetic = 1.5 * torch.finfo(working).eps * (parts[0].abs() + parts[1].abs())
+    info = torch.finfo(dtype)
+    storage = 0.5 * info.eps * exact.abs() + info.smallest_normal * info.eps if dtype in HALF else 0
+    assert ((x_t.double() - exact).abs() <= arithmetic + storage).all()
 
 
 def test_bfloat16_images_get_noise_at_every_timestep():
