@@ -191,13 +191,12 @@ _ALL = (
             "image_size": 8,
             "in_channels": 1,
             "out_channels": 2,
-            "model_channels": 64,
+            "model_channels": 32,
             "num_res_blocks": 1,
-            "channel_mult": (1, 2),
+            "channel_mult": (1, 2, 4),
             "attention_resolutions": (2,),
             "num_heads": 4,
             "use_scale_shift_norm": True,
-            "dropout": 0.1,
         },
         diffusion={
             "steps": 1000,
@@ -206,8 +205,15 @@ _ALL = (
             "rescale_timesteps": True,
             "rescale_learned_sigmas": True,
         },
-        train={"lr": 1e-3, "batch_size": 128, "steps": 3000, "warmup": 100, "ema": (0.995,)},
-        params="3.0",
+        train={
+            "lr": 1e-3,
+            "lr_schedule": "linear",
+            "batch_size": 64,
+            "steps": 2000,
+            "warmup": 100,
+            "ema": (0.995,),
+        },
+        params="2.7",
     ),
 )
 
