@@ -1,0 +1,185 @@
+"""posterior_step: one sampler step (DDPM, DDIM, DPM-Solver++) from one row of a StepTable."""
+
+import math
+
+import torch
+
+from fastdiff import rng
+from fastdiff.errors import InputError
+from fastdiff.reference import posterior_step as reference
+from fastdiff.step_table import COLUMNS, StepTable
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def posterior_step(
+    x_t: torch.Tensor,
+    model_output: torch.Tensor,
+    table: StepTable,
+    step: int | torch.Tensor,
+    *,
+    noise: torch.Tensor | None = None,
+    seed: int | None = None,
+    first_sample: int = 0,
+    prev_x_start: torch.Tensor | None = None,
+    guidance_scale: float | torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Apply row ``step`` of ``table`` and return (x_prev, pred_x_start), both like ``x_t``.
+
+    Args:
+        x_t: (N, C, ...) in float32, bfloat16 or float16; the arithmetic is float32.
+        model_output: (N, C, ...), or (N, 2C, ...) where the process learns its variance. With
+            guidance the batch is 2N: the conditional half first, then the unconditional.
+        table: rows of coefficients, on the device of ``x_t``.
+        step: the row, 0 being the noisiest: an int, or an integer tensor of one element on the
+            device, which is not read back.
+        noise: (N, C, ...) standard normal. Or give ``seed``: sample i then draws the counter-based
+            noise of sample ``first_sample + i`` at this step. A row that draws no noise needs
+            neither, and ignores what it is given; a ``step`` tensor counts as any row.
+        prev_x_start: pred_x_start of the row before; DPM-Solver++ needs it (a first row does not
+            read it, so a ``step`` tensor may start from zeros).
+        guidance_scale: s in unconditional + s·(conditional − unconditional), a number or a tensor
+            of one element; a learned variance is the conditional half's.
+
+    Raises InputError for shapes, dtypes, devices or a ``step`` that do not fit.
+    Equations: fastdiff/step_table.py.
+    """
+    _check_tensors(x_t, model_output, table, guidance_scale)
+    _check_step(step, table, x_t.device)
+    noisy = _any_row(table.noisy_rows, step)
+    multistep = _any_row(table.multistep_rows, step)
+    _check_extras(x_t, noisy, multistep, noise, seed, prev_x_start)
+
+    if noisy and seed is not None:
+        noise = rng.normal(
+            x_t.shape,
+            seed=seed,
+            step=_counter_step(step),
+            first_sample=first_sample,
+            device=x_t.device,
+        )
+    output, variance_output = _split_output(model_output, x_t.shape[1], table, guidance_scale)
+    x_prev, x_start = reference.posterior_step(
+        x_t.float(),
+        output,
+        _row(table, step),
+        variance_output=variance_output,
+        z=noise.float() if noisy and noise is not None else None,
+        x_start_before=prev_x_start.float() if multistep and prev_x_start is not None else None,
+    )
+    return x_prev.to(x_t.dtype), x_start.to(x_t.dtype)
+
+
+def _split_output(
+    model_output: torch.Tensor,
+    channels: int,
+    table: StepTable,
+    guidance_scale: float | torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The float32 mean output and, where the table reads it, the variance output."""
+    output = model_output[:, :channels].float()
+    if guidance_scale is not None:
+        output = reference.guide(output, guidance_scale)
+    if not table.learned_variance:
+        return output, None
+    return output, model_output[: output.shape[0], channels:].float()
+
+
+def _row(table: StepTable, step: int | torch.Tensor) -> dict[str, torch.Tensor]:
+    if isinstance(step, int):
+        values = table.packed[step]
+    else:  # a gather on the device: no synchronisation
+        values = table.packed.index_select(0, step.reshape(1))[0]
+    return dict(zip(COLUMNS, values.unbind(), strict=True))
+
+
+def _counter_step(step: int | torch.Tensor) -> int | torch.Tensor:
+    """The generator's numbering of the row, computed where ``step`` is."""
+    if isinstance(step, int):
+        return rng.sampling_step(step)
+    return step.long() + rng.sampling_step(0)
+
+
+def _any_row(rows: tuple[bool, ...], step: int | torch.Tensor) -> bool:
+    return rows[step] if isinstance(step, int) else any(rows)
+
+
+def _check_tensors(
+    x_t: torch.Tensor,
+    model_output: torch.Tensor,
+    table: StepTable,
+    guidance_scale: float | torch.Tensor | None,
+) -> None:
+    for name, tensor in (("x_t", x_t), ("model_output", model_output)):
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(f"{name} is a {type(tensor).__name__}; expected a tensor")
+        if tensor.dtype not in DTYPES:
+            raise InputError(f"{name} is {tensor.dtype}; expected float32, bfloat16 or float16")
+    if x_t.ndim < 2:
+        raise InputError(f"x_t has shape {tuple(x_t.shape)}; expected (N, C, ...)")
+    batch, channels, *size = x_t.shape
+    batch *= 1 if guidance_scale is None else 2
+    channels *= 2 if table.doubled_output else 1
+    if tuple(model_output.shape) != (batch, channels, *size):
+        why = [
+            *(["two halves of the batch for guidance"] if guidance_scale is not None else []),
+            *(["2C channels for the learned variance"] if table.doubled_output else []),
+        ]
+        raise InputError(
+            f"model_output has shape {tuple(model_output.shape)}; expected "
+            f"{(batch, channels, *size)} for x_t of shape {tuple(x_t.shape)}"
+            + (f" ({' and '.join(why)})" if why else "")
+        )
+    for name, device in (("model_output", model_output.device), ("table", table.device)):
+        if device != x_t.device:
+            raise InputError(f"{name} is on {device}, x_t on {x_t.device}; move one to the other")
+    if isinstance(guidance_scale, torch.Tensor):
+        if guidance_scale.numel() != 1 or guidance_scale.device != x_t.device:
+            raise InputError(
+                f"guidance_scale is a tensor of shape {tuple(guidance_scale.shape)} on "
+                f"{guidance_scale.device}; expected one element on {x_t.device}"
+            )
+    elif guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise InputError(f"guidance_scale is {guidance_scale}; expected a finite number")
+
+
+def _check_step(step: int | torch.Tensor, table: StepTable, device: torch.device) -> None:
+    if isinstance(step, torch.Tensor):
+        if step.numel() != 1 or step.dtype not in (torch.int32, torch.int64):
+            raise InputError(
+                f"step is a {step.dtype} tensor of shape {tuple(step.shape)}; "
+                "expected one int32 or int64 element"
+            )
+        if step.device != device:
+            raise InputError(f"step is on {step.device}, x_t on {device}; move one to the other")
+        if device.type != "cpu":  # reading the value would wait for the device
+            return
+    elif not isinstance(step, int) or isinstance(step, bool):
+        raise InputError(f"step is {step!r}; expected an int or an integer tensor of one element")
+    if not 0 <= int(step) < len(table):
+        raise InputError(f"step is {int(step)}; the table has rows 0 … {len(table) - 1}")
+
+
+def _check_extras(
+    x_t: torch.Tensor,
+    noisy: bool,
+    multistep: bool,
+    noise: torch.Tensor | None,
+    seed: int | None,
+    prev_x_start: torch.Tensor | None,
+) -> None:
+    if noise is not None and seed is not None:
+        raise InputError("noise and seed are both given; expected one of them")
+    if noisy and noise is None and seed is None:
+        raise InputError("this step draws noise; give noise=, or seed= to have it drawn")
+    if multistep and prev_x_start is None:
+        raise InputError(
+            "this step is a second-order multistep one; give prev_x_start=, the pred_x_start that "
+            "the step before returned"
+        )
+    for name, tensor in (("noise", noise), ("prev_x_start", prev_x_start)):
+        if tensor is not None and (tensor.shape != x_t.shape or tensor.device != x_t.device):
+            raise InputError(
+                f"{name} has shape {tuple(tensor.shape)} on {tensor.device}; "
+                f"expected {tuple(x_t.shape)} on {x_t.device}, like x_t"
+            )

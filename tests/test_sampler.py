@@ -1,0 +1,537 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from golden_cases import META, array, network, process, relative_error
+from torch import nn
+
+from fastdiff.diffusion import GaussianDiffusion
+from fastdiff.errors import InputError, TrainingError
+from fastdiff.models.unet import UNet
+from fastdiff.sampler import Sampler
+from fastdiff.schedules import get_named_beta_schedule
+from fastdiff.step_table import MEAN_TYPES, VAR_TYPES, noise_levels
+from fastdiff.variance_exploding import VarianceExploding, geometric_sigmas
+
+SHAPE = (3, 2, 4, 4)
+
+
+def diffusion(steps=20, schedule="cosine", **types):
+    return GaussianDiffusion(get_named_beta_schedule(schedule, steps), **types)
+
+
+def closed_form(doubled=False):
+    """A smooth stand-in for a network, (N, C, ...) → (N, C or 2C, ...)."""
+
+    def model(x, t):
+        t = t.view(-1, *(1,) * (x.dim() - 1)).to(x.dtype)
+        eps = torch.tanh(x) * (0.6 + 0.4 * torch.cos(t / 7)) + 0.1 * torch.sin(5 * x)
+        return torch.cat([eps, torch.sin(3 * x + t / 5)], dim=1) if doubled else eps
+
+    return model
+
+
+class Tiny(nn.Module):
+    """A small network with parameters, dropout, and classes of which the last is the null one."""
+
+    def __init__(self, channels=2, classes=3):
+        super().__init__()
+        self.null_label = classes
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.drop = nn.Dropout(0.5)
+        self.labels = nn.Embedding(classes + 1, channels)
+        self.seen = []
+
+    def forward(self, x, t, y=None):
+        self.seen.append((x.dtype, t.dtype, x.shape[0], self.training, x.stride()))
+        h = self.drop(torch.tanh(self.conv(x)))
+        return h if y is None else h + self.labels(y)[:, :, None, None].to(h.dtype)
+
+
+# Against the process's own loops
+
+
+@pytest.mark.parametrize("mean_type", MEAN_TYPES)
+@pytest.mark.parametrize("var_type", VAR_TYPES)
+@pytest.mark.parametrize("respacing", [None, 7, "3,4", "ddim5"])
+@pytest.mark.parametrize("clip", [True, False])
+def test_it_samples_as_the_processs_loops_do(mean_type, var_type, respacing, clip):
+    original = diffusion(mean_type=mean_type, var_type=var_type, rescale_timesteps=True)
+    strided = original if respacing is None else original.respace(respacing)
+    model = closed_form(doubled=original.learns_variance)
+    noise, z = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+
+    def step_noise(t):
+        return z.roll(t)
+
+    for method, eta in (("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.7)):
+        sampler = Sampler(
+            model, original, steps=respacing, method=method, eta=eta, clip_denoised=clip
+        )
+        actual = list(sampler.iterate(SHAPE, noise=noise, step_noise=step_noise))
+        options = {"noise": noise, "step_noise": step_noise, "clip_denoised": clip}
+        if method == "ddpm":
+            expected = list(strided.p_sample_loop_progressive(model, SHAPE, **options))
+        else:
+            expected = list(strided.ddim_sample_loop_progressive(model, SHAPE, eta=eta, **options))
+        assert len(actual) == len(expected) == strided.num_timesteps
+        for ours, theirs in zip(actual, expected, strict=True):
+            for name in ("sample", "pred_xstart"):
+                # Unclipped, a network that is no denoiser lets samples grow without bound.
+                scale = max(1.0, theirs["sample"].abs().max(), theirs["pred_xstart"].abs().max())
+                assert (ours[name] - theirs[name]).abs().max() <= 1e-4 * scale
+        last = sampler.sample(SHAPE, noise=noise, step_noise=step_noise)
+        assert torch.equal(last, actual[-1]["sample"])
+
+
+@pytest.mark.parametrize("case", [name for name, meta in META.items() if meta["K"] <= 100])
+@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+def test_recorded_loops(case, method):
+    strided = process(case)
+    x_T, z = array(f"{case}/noise"), array(f"{case}/z")
+    sampler = Sampler(network(strided), strided, method=method)
+    sample = sampler.sample(tuple(x_T.shape), noise=x_T, step_noise=z)
+    name = {"ddpm": "p_sample_loop", "ddim": "ddim_sample_loop"}[method]
+    assert relative_error(sample, array(f"{case}/{name}")) <= 1e-4
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+def test_torch_noise_is_drawn_in_the_published_order(method):
+    strided, model = diffusion(var_type="fixed_large").respace("6"), closed_form()
+    sampler = Sampler(model, diffusion(var_type="fixed_large"), steps=6, method=method, rng="torch")
+    loop = strided.p_sample_loop if method == "ddpm" else strided.ddim_sample_loop
+    generator = torch.Generator().manual_seed(11)
+    expected = loop(model, SHAPE, generator=generator)
+    torch.testing.assert_close(sampler.sample(SHAPE, seed=11), expected, rtol=1e-4, atol=1e-4)
+    # One draw for x_T and one for every step, the last and DDIM's idle ones too.
+    torch.manual_seed(11)
+    draws = [torch.randn(SHAPE) for _ in range(7)]
+    given = sampler.sample(SHAPE, noise=draws[0], step_noise=lambda t: draws[6 - t])
+    assert torch.equal(given, sampler.sample(SHAPE, seed=11))
+
+
+# DPM-Solver++
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "x_start", "v"])
+@pytest.mark.parametrize("steps", [2, 3, 9, 20])
+@pytest.mark.parametrize("clip", [True, False])
+def test_dpmsolver_matches_diffusers(prediction, steps, clip):
+    diffusers = pytest.importorskip("diffusers")
+    betas = get_named_beta_schedule("linear", 1000)
+    original = GaussianDiffusion(betas, mean_type=prediction)
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        trained_betas=betas,
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        prediction_type={"epsilon": "epsilon", "x_start": "sample", "v": "v_prediction"}[
+            prediction
+        ],
+        thresholding=clip,  # with a ratio of 0 the threshold is 1: plain clipping to [−1, 1]
+        dynamic_thresholding_ratio=0.0,
+        sample_max_value=1.0,
+    )
+    strided = original.respace(steps)
+    timesteps = strided.timestep_map[::-1].tolist()
+    scheduler.set_timesteps(timesteps=timesteps)
+    model = closed_form()
+    x = noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    for t in timesteps:
+        output = model(x, torch.full((len(x),), float(t)))
+        x = scheduler.step(output, t, x).prev_sample
+    sampler = Sampler(model, original, steps=steps, method="dpmsolver++", clip_denoised=clip)
+    actual = sampler.sample(SHAPE, noise=noise)
+    # diffusers takes differences of float32 logarithms.
+    torch.testing.assert_close(actual, x, rtol=2e-4, atol=2e-4 * max(1, x.abs().max()))
+
+
+# A problem with a known answer: Gaussian data and the exact network
+
+
+MEAN = torch.tensor([0.3, -0.5])
+STD = torch.tensor([0.1, 0.6])
+
+
+def levels(process):
+    """Signal, noise and input scale, float64 (K,)."""
+    input_scale = getattr(process, "input_scale", np.ones(process.num_timesteps))
+    return tuple(torch.tensor(scale) for scale in (*noise_levels(process), input_scale))
+
+
+def exact_eps(process):
+    """E[ε | x_t] for data N(MEAN, diag(STD²))."""
+    signal, noise, scale = levels(process)
+    index = {float(t): i for i, t in enumerate(process.model_timesteps)}
+
+    def model(x, timesteps):
+        i = index[float(timesteps[0])]
+        x = x.double() / scale[i]
+        total = (signal[i] * STD) ** 2 + noise[i] ** 2
+        return (noise[i] * (x - signal[i] * MEAN) / total).float()
+
+    return model
+
+
+PROCESSES = {
+    "vp": lambda: diffusion(1000, "linear", var_type="fixed_small"),
+    "vp_large": lambda: diffusion(1000, "cosine", var_type="fixed_large"),
+    "ve": lambda: VarianceExploding(geometric_sigmas(1000, 0.002, 30.0)),
+    "ve_large": lambda: VarianceExploding(
+        geometric_sigmas(1000, 0.002, 30.0), var_type="fixed_large", conditioning="log_sigma"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("method, eta", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5)])
+def test_moments_of_gaussian_data_arrive(name, method, eta):
+    """With the exact network x_prev is linear in x_t: mean and variance follow in closed form."""
+    process = PROCESSES[name]()
+    table = Sampler(closed_form(), process, method=method, eta=eta, clip_denoised=False).table
+    row = {column: getattr(table, column).double() for column in ("a", "b", "c", "d", "sigma")}
+    signal, noise, _ = levels(process)
+    mean, variance = signal[-1] * MEAN, (signal[-1] * STD) ** 2 + noise[-1] ** 2
+    for i in range(len(table)):
+        t = len(table) - 1 - i
+        # ε = slope·x + offset; x_prev = c·(a·x + b·ε) + d·x + σ·z
+        slope = noise[t] / ((signal[t] * STD) ** 2 + noise[t] ** 2)
+        offset = -slope * signal[t] * MEAN
+        gain = row["c"][i] * (row["a"][i] + row["b"][i] * slope) + row["d"][i]
+        mean = gain * mean + row["c"][i] * row["b"][i] * offset
+        variance = gain**2 * variance + row["sigma"][i] ** 2
+    assert ((mean - MEAN) / STD).abs().max() < 1e-3
+    assert (variance.sqrt() / STD - 1).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize(
+    "method, steps", [("ddpm", None), ("ddim", 500), ("dpmsolver++", 250), ("dpmsolver++", 500)]
+)
+def test_gaussian_data_is_sampled_with_its_mean_and_covariance(name, method, steps):
+    process = PROCESSES[name]()
+    count = 2_000 if method == "ddpm" else 20_000
+    sampler = Sampler(exact_eps(process), process, steps=steps, method=method, clip_denoised=False)
+    samples = sampler.sample((count, 2), seed=3)
+    slack = 4 / math.sqrt(count)  # four standard errors
+    assert ((samples.mean(0) - MEAN) / STD).abs().max() < slack
+    assert (samples.std(0) / STD - 1).abs().max() < 0.04 + slack
+    assert torch.corrcoef(samples.T)[0, 1].abs() < slack
+
+
+@pytest.mark.parametrize("name", ["vp", "ve"])
+def test_the_solver_is_of_second_order_and_ddim_of_first(name):
+    """The probability-flow ODE from a given x_T has a known end."""
+    process = PROCESSES[name]()
+    signal, noise, _ = (scale[-1] for scale in levels(process))
+    prior = getattr(process, "prior_std", 1.0)
+    x_T = prior * torch.linspace(-1, 1, 7)[:, None].expand(7, 2).contiguous()
+    # Along the flow, (x − signal·MEAN)/√((signal·STD)² + noise²) stays what it is.
+    answer = MEAN + STD * (x_T - signal * MEAN) / ((signal * STD) ** 2 + noise**2).sqrt()
+
+    def error(method, steps):
+        sampler = Sampler(
+            exact_eps(process), process, steps=steps, method=method, clip_denoised=False
+        )
+        return (sampler.sample((7, 2), noise=x_T) - answer).abs().max(0).values[1].item()
+
+    assert 1.8 < error("ddim", 125) / error("ddim", 250) < 2.2
+    assert 3.5 < error("dpmsolver++", 125) / error("dpmsolver++", 250) < 5
+    assert error("dpmsolver++", 250) < 0.2 * error("ddim", 250)
+
+
+# Noise and batches
+
+
+@pytest.mark.parametrize("method, eta", [("ddpm", 0.0), ("ddim", 0.5), ("dpmsolver++", 0.0)])
+def test_a_sample_is_the_same_in_any_batch(method, eta):
+    sampler = Sampler(closed_form(), diffusion(), steps=5, method=method, eta=eta)
+    whole = sampler.sample((5, 2, 4, 4), seed=9, first_sample=100)
+    parts = [
+        sampler.sample((count, 2, 4, 4), seed=9, first_sample=100 + first)
+        for first, count in ((0, 1), (1, 3), (4, 1))
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(sampler.sample((5, 2, 4, 4), seed=9, first_sample=100), whole)
+    assert not torch.equal(sampler.sample((5, 2, 4, 4), seed=10, first_sample=100), whole)
+    assert len({tuple(x.flatten().tolist()) for x in whole}) == 5
+
+
+def test_a_unets_samples_are_the_same_in_any_batch():
+    torch.manual_seed(0)
+    unet = UNet(
+        in_channels=1,
+        model_channels=32,
+        out_channels=1,
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        channel_mult=(1, 2),
+    )
+    for parameter in unet.parameters():
+        nn.init.normal_(parameter, std=0.05) if not parameter.any() else None
+    sampler = Sampler(unet, diffusion(), steps=3)
+    whole = sampler.sample((3, 1, 8, 8), seed=4)
+    parts = [sampler.sample((1, 1, 8, 8), seed=4, first_sample=i) for i in range(3)]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-4)
+
+
+# The network's mode, dtype and layout
+
+
+@pytest.mark.parametrize("fail", [None, RuntimeError, KeyboardInterrupt])
+def test_eval_mode_and_gradients_are_put_back(fail):
+    model = Tiny().train()
+    model.drop.eval()  # a part the user froze stays frozen
+
+    def callback(step):
+        assert torch.is_grad_enabled()
+        if fail is not None and step["step"] == 1:
+            raise fail
+
+    sampler = Sampler(model, diffusion(), steps=3)
+    if fail is None:
+        assert not sampler.sample(SHAPE, callback=callback).requires_grad
+    else:
+        with pytest.raises(fail):
+            sampler.sample(SHAPE, callback=callback)
+    assert model.training and model.conv.training and not model.drop.training
+    assert not any(training for *_, training, _ in model.seen)
+    # Nothing of the interrupted run is left in the next.
+    assert torch.equal(sampler.sample(SHAPE), Sampler(model, diffusion(), steps=3).sample(SHAPE))
+
+
+def test_an_abandoned_iteration_puts_the_mode_back():
+    model = Tiny().train()
+    steps = Sampler(model, diffusion(), steps=3).iterate(SHAPE)
+    next(steps)
+    assert not model.training
+    steps.close()
+    assert model.training and model.drop.training
+
+
+def test_autocast_and_parameter_dtypes():
+    model = Tiny()
+    sample = Sampler(model, diffusion(), steps=3, dtype=torch.bfloat16).sample(SHAPE)
+    assert sample.dtype == torch.float32
+    assert model.seen[0][:2] == (torch.float32, torch.float32)
+    reference = Sampler(model, diffusion(), steps=3).sample(SHAPE)
+    assert not torch.equal(sample, reference)  # the network did run in bfloat16
+    torch.testing.assert_close(sample, reference, rtol=0.05, atol=0.05)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        exact = Sampler(model, diffusion(), steps=3, dtype=torch.float32).sample(SHAPE)
+    assert torch.equal(exact, reference)
+
+    half = Tiny().bfloat16()
+    assert Sampler(half, diffusion(), steps=3).sample(SHAPE).dtype == torch.float32
+    assert half.seen[0][0] == torch.bfloat16
+
+
+def test_channels_last_follows_the_model():
+    plain = Tiny()
+    last = Tiny().to(memory_format=torch.channels_last)
+    last.load_state_dict(plain.state_dict())
+    shape = (2, 2, 4, 6)
+    expected = Sampler(plain, diffusion(), steps=3).sample(shape)
+    actual = Sampler(last, diffusion(), steps=3).sample(shape)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    strides = torch.empty(shape).contiguous(memory_format=torch.channels_last).stride()
+    assert {seen[-1] for seen in last.seen} == {strides}
+    assert {seen[-1] for seen in plain.seen} == {torch.empty(shape).stride()}
+
+
+def test_a_bound_method_is_a_model():
+    model = Tiny().train()
+    expected = Sampler(model, diffusion(), steps=3).sample(SHAPE)
+    assert torch.equal(Sampler(model.forward, diffusion(), steps=3).sample(SHAPE), expected)
+    assert model.training and not model.seen[-1][3]
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (2, 2, 9), (2, 1, 4, 5), (1, 2, 3, 4, 2)])
+def test_data_of_any_dimension(shape):
+    for kind in (diffusion(), VarianceExploding(geometric_sigmas(20))):
+        sample = Sampler(closed_form(), kind, steps=4).sample(shape)
+        assert sample.shape == shape and torch.isfinite(sample).all()
+
+
+def test_what_iterate_yields():
+    rescaled = diffusion(20, rescale_timesteps=True)
+    steps = list(Sampler(closed_form(), rescaled, steps=3).iterate(SHAPE))
+    assert [step["step"] for step in steps] == [0, 1, 2]
+    assert [step["timestep"] for step in steps] == [950.0, 500.0, 0.0]
+    assert all(step["sample"].shape == step["pred_xstart"].shape == SHAPE for step in steps)
+    assert torch.equal(steps[-1]["sample"], steps[-1]["pred_xstart"])
+
+
+def test_progress_draws_a_bar(capsys):
+    Sampler(closed_form(), diffusion(), steps=3).sample(SHAPE, progress=True)
+    assert "0/3" in capsys.readouterr().err
+
+
+# Variance-exploding processes
+
+
+def test_variance_exploding_starts_from_its_prior_and_scales_the_networks_input():
+    ve = VarianceExploding(geometric_sigmas(20, 0.01, 50.0))
+    inputs = []
+
+    def model(x, t):
+        inputs.append((x.std().item(), t[0].item()))
+        return torch.zeros_like(x)
+
+    Sampler(model, ve, steps=4, method="ddim", clip_denoised=False).sample((500, 2, 4))
+    # ε = 0 leaves x as it was, 50·N(0, I), which is scaled by 1/√(1 + σ²) for each level.
+    expected = [50 / math.hypot(1, sigma) for sigma in ve.respace(4).sigmas[::-1]]
+    assert [std for std, _ in inputs] == pytest.approx(expected, rel=0.03)
+    assert [t for _, t in inputs] == [19, 13, 6, 0]
+
+
+# Guidance
+
+
+def test_guidance_is_the_combination_of_two_runs_of_the_network():
+    model = Tiny().eval()
+    y = torch.tensor([0, 2, 1])
+    scale = 3.0
+
+    def combined(x, t):
+        null = torch.full_like(y, model.null_label)
+        conditional, unconditional = model(x, t, y), model(x, t, null)
+        return unconditional + scale * (conditional - unconditional)
+
+    guided = Sampler(model, diffusion(), steps=4, guidance_scale=scale)
+    expected = Sampler(combined, diffusion(), steps=4).sample(SHAPE)
+    actual = guided.sample(SHAPE, model_kwargs={"y": y})
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert model.seen[-1][2] == 6 or model.seen[-1][2] == 3
+    named = guided.sample(
+        SHAPE, model_kwargs={"y": y}, uncond_kwargs={"y": torch.full_like(y, model.null_label)}
+    )
+    assert torch.equal(named, actual)
+    plain = Sampler(model, diffusion(), steps=4).sample(SHAPE, model_kwargs={"y": y})
+    one = Sampler(model, diffusion(), steps=4, guidance_scale=1.0)
+    torch.testing.assert_close(
+        one.sample(SHAPE, model_kwargs={"y": y}), plain, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_guidance_doubles_what_belongs_to_the_batch():
+    got = {}
+
+    def model(x, t, **kwargs):
+        got.update(kwargs)
+        return x
+
+    image = torch.randn(3, 1, 4, 4)
+    kwargs = {"text": torch.ones(3, 5), "low_res": image, "table": torch.ones(7), "flag": True}
+    Sampler(model, diffusion(), steps=1, guidance_scale=2.0).sample(
+        SHAPE, model_kwargs=kwargs, uncond_kwargs={"text": torch.zeros(3, 5)}
+    )
+    assert torch.equal(got["text"], torch.cat([torch.ones(3, 5), torch.zeros(3, 5)]))
+    assert torch.equal(got["low_res"], torch.cat([image, image]))
+    assert got["table"].shape == (7,) and got["flag"] is True
+
+
+# Errors
+
+
+def nan_from(timestep):
+    def model(x, t):
+        return torch.full_like(x, float("nan")) if t[0] <= timestep else x
+
+    return model
+
+
+def test_a_network_that_answers_nan_is_named_with_its_step():
+    sampler = Sampler(nan_from(10), diffusion(20), steps=3)
+    with pytest.raises(TrainingError, match=r"not finite after step 1 \(timestep 10\)"):
+        sampler.sample(SHAPE)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"method": "heun"}, "method is 'heun'"),
+        ({"eta": 0.5}, "eta=0.5 belongs to method 'ddim'"),
+        ({"rng": "numpy"}, "rng is 'numpy'"),
+        ({"capture": True}, "needs CUDA graph support, which this version lacks"),
+        ({"capture": "always"}, "capture is 'always'"),
+        ({"dtype": torch.float64}, "dtype is torch.float64"),
+        ({"dtype": "bf16"}, "dtype is 'bf16'"),
+        ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
+        ({"steps": 21}, "21"),
+        ({"steps": "ddim19"}, "ddim19"),
+        ({"steps": "fifty"}, "fifty"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(InputError, match=message):
+        Sampler(closed_form(), diffusion(20), **options)
+
+
+def test_bad_model_or_process():
+    with pytest.raises(InputError, match="model is a int"):
+        Sampler(3, diffusion())
+    with pytest.raises(InputError, match="a Linear has no noise levels"):
+        Sampler(closed_form(), nn.Linear(2, 2), steps=3)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"shape": (3,)}, "expected \\(N, C, ...\\)"),
+        ({"shape": (0, 2, 4, 4)}, "positive integers"),
+        ({"shape": 16}, "positive integers"),
+        ({"shape": (3, 2.0)}, "positive integers"),
+        ({"noise": torch.zeros(1, 2, 4, 4)}, "noise has shape"),
+        ({"step_noise": torch.zeros(1, 2, 4, 4)}, "noise has shape"),
+        ({"seed": 1.5}, "seed"),
+        ({"seed": -1}, "seed"),
+        ({"first_sample": -1}, "first_sample"),
+        ({"uncond_kwargs": {}}, "belong to guidance"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["counter", "torch"])
+def test_bad_calls(arguments, message, kind):
+    sampler = Sampler(closed_form(), diffusion(), steps=2, rng=kind)
+    with pytest.raises(InputError, match=message):
+        sampler.sample(**{"shape": SHAPE} | arguments)
+
+
+def test_torch_noise_has_no_numbering():
+    sampler = Sampler(closed_form(), diffusion(), steps=2, rng="torch")
+    with pytest.raises(InputError, match="first_sample numbers the samples of rng='counter'"):
+        sampler.sample(SHAPE, first_sample=4)
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (lambda x, t: x[:, :1], r"model_output has shape \(3, 1, 4, 4\); expected"),
+        (lambda x, t: x.long(), "model_output is torch.int64"),
+        (lambda x, t: (x,), "model_output is a tuple; expected a tensor"),
+    ],
+)
+def test_bad_network_outputs(model, message):
+    with pytest.raises(InputError, match=message):
+        Sampler(model, diffusion(), steps=2).sample(SHAPE)
+
+
+@pytest.mark.parametrize(
+    "kwargs, uncond, message",
+    [
+        ({}, None, "needs to know what unconditional means"),
+        ({"y": torch.zeros(3).long()}, {"z": 1}, "uncond_kwargs has 'z'"),
+        ({"y": torch.zeros(3).long()}, {"y": torch.zeros(2).long()}, r"is \(2,\); expected"),
+        ({"y": 3}, {"y": torch.zeros(3)}, "must be a tensor whose first dimension is the batch"),
+    ],
+)
+def test_bad_guidance(kwargs, uncond, message):
+    sampler = Sampler(closed_form(), diffusion(), steps=2, guidance_scale=2.0)
+    with pytest.raises(InputError, match=message):
+        sampler.sample(SHAPE, model_kwargs=kwargs, uncond_kwargs=uncond)
+
+
+def test_the_samplers_device_is_the_callers_choice():
+    sampler = Sampler(closed_form(), diffusion(), steps=2, device="cpu")
+    assert sampler.sample(SHAPE).device.type == "cpu"
