@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand. Exit codes: 0 done, 2 bad input or a run that cannot go on, 130 Ctrl-C."""
+    """Run one subcommand. Exit codes: 0 done, 2 bad input or a broken run, 130 Ctrl-C."""
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
