@@ -82,6 +82,7 @@ def evaluate(
     reason = _why_no_classifier(dataset, real_labels)
     classifier = None
     if reason is None:
+        _check_labels(labels, len(fake), len(dataset.class_names or []))
         classifier = train_classifier(
             real,
             real_labels,
@@ -179,19 +180,20 @@ def _recognition(
             "max_share": float(shares.max()),
             "absent": [name for name, share in zip(names, shares, strict=True) if share == 0],
         },
-        "label_agreement": _agreement(recognised, labels, len(names)),
+        "label_agreement": (
+            None if labels is None else _mean(recognised == torch.from_numpy(labels))
+        ),
     }
 
 
-def _agreement(recognised: Tensor, labels: np.ndarray | None, num_classes: int) -> float | None:
+def _check_labels(labels: np.ndarray | None, count: int, num_classes: int) -> None:
     if labels is None:
-        return None
-    if labels.shape != (len(recognised),) or not 0 <= labels.min() <= labels.max() < num_classes:
+        return
+    if labels.shape != (count,) or not 0 <= labels.min() <= labels.max() < num_classes:
         raise InputError(
             f"the samples' labels are {labels.shape} from {labels.min()} to {labels.max()}, "
-            f"expected ({len(recognised)},) from 0 to {num_classes - 1}"
+            f"expected ({count},) from 0 to {num_classes - 1}"
         )
-    return _mean(recognised == torch.from_numpy(labels))
 
 
 def _features(classifier: Classifier | None, images: Tensor) -> np.ndarray:

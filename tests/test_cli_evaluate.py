@@ -1,0 +1,65 @@
+"""``fastdiff evaluate`` from the command line."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastdiff.commands import evaluate
+from fastdiff.data import load_dataset
+from fastdiff.errors import InputError
+from fastdiff.images import save_samples_npz
+
+
+def run(*arguments):
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    return evaluate.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def test_digits(tmp_path, capsys):
+    data = load_dataset("digits", class_cond=True)
+    images = data.images[:300].permute(0, 2, 3, 1).numpy()
+    samples = save_samples_npz(tmp_path, images, data.labels[:300])
+    out = tmp_path / "scores" / "evaluation.json"
+    code = run(
+        "--samples", samples, "--data", "digits", "--classifier-steps", 60, "--device", "cpu",
+        "--out", out,
+    )  # fmt: skip
+    assert code == 0
+    report = json.loads(out.read_text())
+    assert report["samples"] == {"count": 300, "shape": [8, 8, 1], "file": str(samples)}
+    assert report["real"]["data"] == "digits"
+    assert report["label_agreement"] > 0.9 and report["nearest"]["copies"] == 300
+    printed = capsys.readouterr().out
+    for line in ("mean confidence", "Fréchet distance", "nearest real image", "copies 300"):
+        assert line in printed
+
+
+def test_a_folder_resized_to_the_samples(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        pixels = rng.integers(0, 256, (20 + i, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    samples = save_samples_npz(tmp_path / "s.npz", rng.integers(0, 256, (6, 8, 8, 3), np.uint8))
+    assert run("--samples", samples, "--data", tmp_path, "--image-size", 8) == 0
+    assert "no classifier: the data have no labels" in capsys.readouterr().out
+    with pytest.raises(InputError, match="mixed sizes"):
+        run("--samples", samples, "--data", tmp_path)
+
+
+def test_bad_input(tmp_path):
+    small = save_samples_npz(tmp_path / "small.npz", np.zeros((3, 4, 4, 1), np.uint8))
+    cases = [
+        (("--samples", tmp_path / "none.npz", "--data", "digits"), "no file"),
+        (("--samples", small, "--data", tmp_path / "none"), "no data at"),
+        (("--samples", small, "--data", "digits"), "samples are 4x4"),
+        (("--samples", small, "--data", "digits", "--seed", -1), "--seed"),
+        (("--samples", small, "--data", "digits", "--device", "abacus"), "--device abacus"),
+        (("--samples", small, "--data", "digits", "--classifier-steps", 0), "--classifier-steps"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(InputError, match=message):
+            run(*arguments)
