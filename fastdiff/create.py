@@ -39,8 +39,9 @@ def create_diffusion(
     Raises InputError for unknown names, for a flag that contradicts a name, and for a respacing
     that does not fit.
     """
+    betas = get_named_beta_schedule(noise_schedule, steps)
     recipe = {
-        "steps": steps,
+        "steps": len(betas),
         "noise_schedule": noise_schedule,
         "learn_sigma": learn_sigma,
         "sigma_small": sigma_small,
@@ -56,7 +57,6 @@ def create_diffusion(
         "min_snr_gamma": min_snr_gamma,
         "zero_terminal_snr": zero_terminal_snr,
     }
-    betas = get_named_beta_schedule(noise_schedule, steps)
     diffusion = GaussianDiffusion(
         rescale_zero_terminal_snr(betas) if zero_terminal_snr else betas,
         mean_type=_named_or("mean_type", mean_type, {"x_start": predict_xstart}, "epsilon"),
@@ -77,7 +77,7 @@ def create_diffusion(
         min_snr_gamma=min_snr_gamma,
     )
     diffusion._recipe = recipe
-    return diffusion.respace(timestep_respacing) if timestep_respacing else diffusion
+    return diffusion if timestep_respacing == "" else diffusion.respace(timestep_respacing)
 
 
 def _named_or(what: str, name: str | None, flags: dict[str, bool], default: str) -> str:

@@ -96,8 +96,8 @@ class GaussianDiffusion(SamplingLoops):
         }
         respaced = GaussianDiffusion(**arguments)
         if self._recipe is not None and not self._recipe["timestep_respacing"]:
-            text = sections if isinstance(sections, str | int) else list(sections)
-            respaced._recipe = self._recipe | {"timestep_respacing": text}
+            plain = sections if isinstance(sections, str) else np.asarray(sections).tolist()
+            respaced._recipe = self._recipe | {"timestep_respacing": plain}
         return respaced
 
     def to_config(self) -> dict[str, Any]:

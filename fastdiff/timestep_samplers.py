@@ -106,16 +106,19 @@ class LossSecondMomentSampler:
         spare = self.num_timesteps
         usable = losses.isfinite() & (t >= 0) & (t < spare)
         rows, order = torch.where(usable, t, spare).sort(stable=True)
-        losses = losses[order]
-        # Equal timesteps are now neighbours, in order of arrival: count each one's place.
+        kept, slots = self._slots(rows)
+        self._history[kept, slots] = losses[order]
+        self._counts.scatter_add_(0, rows, torch.ones_like(rows))
+
+    def _slots(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Where in the history losses of the ascending timesteps ``rows`` go: (row, slot) of each."""
         first = torch.searchsorted(rows, rows, right=False)
         after = torch.searchsorted(rows, rows, right=True)
-        place = torch.arange(len(rows), device=rows.device) - first
-        slot = (self._counts[rows] + place) % self.history_per_term
-        # Of more than a history's worth, only the last: two writes to a slot have no order.
-        kept = torch.where(place >= (after - first) - self.history_per_term, rows, spare)
-        self._history[kept, slot] = losses
-        self._counts.scatter_add_(0, rows, torch.ones_like(rows))
+        place = torch.arange(len(rows), device=rows.device) - first  # among equal timesteps
+        slots = (self._counts[rows] + place) % self.history_per_term
+        # Of more than a history's worth, only the last: on a GPU two writes to a slot have no order.
+        last = place >= (after - first) - self.history_per_term
+        return torch.where(last, rows, self.num_timesteps), slots
 
     def state_dict(self) -> dict[str, Tensor]:
         """{"history" float64 (T, H), "counts" int64 (T,)}: copies, on the device of the state."""

@@ -67,6 +67,7 @@ def test_tables_are_copied_to_a_device_once_and_usable_after_inference_mode():
         diffusion.q_sample(x, t)
         diffusion.ddim_sample(lambda x, t: x, x, t, eta=0.5)
     tables = diffusion._tables(x)
+    assert not any(table.is_inference() for table in tables.values())
     weight = torch.ones((), requires_grad=True)
     diffusion.training_losses(lambda x, t: weight * x, x, t)["loss"].sum().backward()
     diffusion.ddim_sample(lambda x, t: weight * x, x, t, eta=0.5)["sample"].sum().backward()
@@ -90,6 +91,8 @@ CONFIGURED = [
     create_diffusion(learn_sigma=True, timestep_respacing="10,20", steps=100),
     create_diffusion(mean_type="v", zero_terminal_snr=True, loss_weighting="min_snr"),
     create_diffusion(rescale_timesteps=True).respace([50]),
+    create_diffusion(steps=np.int64(60)).respace(np.int64(5)),
+    create_diffusion(timestep_respacing=(3, np.int64(4))),
     create_diffusion(timestep_respacing="100").respace("ddim20"),
     GaussianDiffusion(linear_betas(30), mean_type="x_start", var_type="learned", loss_type="kl"),
     GaussianDiffusion(jsd_betas(30), mean_type="previous_x", loss_type="rescaled_mse").respace(7),
@@ -175,6 +178,18 @@ def test_a_perfect_network_recovers_x_start_and_the_posterior(mean_type, var_typ
     torch.testing.assert_close(out["pred_xstart"], x_start, rtol=1e-9, atol=1e-9)
     true_mean = diffusion.q_posterior_mean_variance(x_start, x_t, t)[0]
     torch.testing.assert_close(out["mean"], true_mean, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("mean_type", MEAN_TYPES)
+@pytest.mark.parametrize("var_type", VAR_TYPES)
+def test_a_half_precision_network_is_computed_with_in_float32(mean_type, var_type):
+    diffusion = GaussianDiffusion(linear_betas(40), mean_type=mean_type, var_type=var_type)
+    x, t = images(3, 2, 4), torch.tensor([0, 11, 39])
+    output = with_variance(diffusion, gaussian(3, 2, 4)).bfloat16()
+    half = diffusion.p_mean_variance(lambda x, t: output, x, t)
+    full = diffusion.p_mean_variance(lambda x, t: output.float(), x, t)
+    for name, value in half.items():
+        assert value.dtype == torch.float32 and torch.equal(value, full[name])
 
 
 def test_learned_range_interpolates_respaced_logs_and_is_not_clamped():
@@ -325,6 +340,7 @@ BAD_CALLS = {
     r"mean_type='v' contradicts the flag that chooses 'x_start'": lambda: create_diffusion(
         mean_type="v", predict_xstart=True
     ),
+    r"the sections choose no timesteps": lambda: create_diffusion(timestep_respacing=0),
     r"not a diffusion config: .*'colour'": lambda: GaussianDiffusion.from_config({"colour": 3}),
     r"a diffusion config must be a dict, got list": lambda: GaussianDiffusion.from_config([]),
 }

@@ -202,6 +202,18 @@ def test_training_reads_nothing_back_from_the_device(loss_type):
     assert terms["loss"].device.type == "meta" and terms["loss"].shape == (4,)
 
 
+def test_losses_compile_as_one_graph():
+    diffusion = GaussianDiffusion(linear_betas(30), var_type="learned_range")
+    x_start, noise, t = images(3, 2, 4), gaussian(3, 2, 4), torch.tensor([0, 10, 29])
+
+    def losses(x_start, t, noise):
+        return diffusion.training_losses(lambda x, t: torch.cat([x, x], 1), x_start, t, None, noise)
+
+    compiled = torch.compile(losses, fullgraph=True, backend="eager")
+    for _ in range(2):  # before and after the tables are on the device
+        torch.testing.assert_close(compiled(x_start, t, noise), losses(x_start, t, noise))
+
+
 def test_rows_out_of_range_become_nan_where_nobody_may_look():
     """What a GPU computes for a bad t (tables end in a NaN row), exercised on the CPU."""
     diffusion = create_diffusion(steps=30)

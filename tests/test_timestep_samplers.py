@@ -108,6 +108,16 @@ def test_batched_updates_equal_one_loss_at_a_time(timesteps, history, batches, d
         assert (sampler.weights() == 1 / timesteps).all()
 
 
+def test_no_slot_is_written_twice_in_one_update():
+    sampler = LossSecondMomentSampler(4, history_per_term=3)
+    sampler.update_with_losses(torch.tensor([0, 0, 2]), torch.ones(3))
+    rows = torch.tensor([0] * 8 + [1] * 3 + [2] * 4 + [4] * 5)  # 4: dropped already
+    kept, slots = sampler._slots(rows)
+    written = [pair for pair in zip(kept.tolist(), slots.tolist(), strict=True) if pair[0] < 4]
+    assert len(set(written)) == len(written) == 9
+    assert kept.tolist() == [4] * 5 + [0] * 3 + [1] * 3 + [4] + [2] * 3 + [4] * 5
+
+
 def test_losses_that_are_not_finite_are_left_out():
     sampler = warmed([1.0, 1.0])
     before = sampler.state_dict()
