@@ -111,12 +111,12 @@ class LossSecondMomentSampler:
         self._counts.scatter_add_(0, rows, torch.ones_like(rows))
 
     def _slots(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Where in the history losses of the ascending timesteps ``rows`` go: (row, slot) of each."""
+        """The row and slot of the history for each loss, given its timestep in ascending ``rows``."""
         first = torch.searchsorted(rows, rows, right=False)
         after = torch.searchsorted(rows, rows, right=True)
         place = torch.arange(len(rows), device=rows.device) - first  # among equal timesteps
         slots = (self._counts[rows] + place) % self.history_per_term
-        # Of more than a history's worth, only the last: on a GPU two writes to a slot have no order.
+        # Of more than a history's worth only the last go in: two writes to a slot have no order.
         last = place >= (after - first) - self.history_per_term
         return torch.where(last, rows, self.num_timesteps), slots
 
