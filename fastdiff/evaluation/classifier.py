@@ -51,13 +51,13 @@ def train_classifier(
 ) -> Classifier:
     """Train on four fifths of uint8 ``images`` (N, C, H, W) with int64 ``labels`` (N,).
 
-    steps: of each member; by default 20 passes over the data, at least 200 and at most 1,000
+    steps: of each member; by default 20 passes over the data, at least 200 and at most 500
         steps. The same seed gives the same classifier on the same kind of machine.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     held_out, kept = order[: len(images) // HELD_OUT], order[len(images) // HELD_OUT :]
     if steps is None:
-        steps = min(max(20 * len(kept) // BATCH, 200), 1000)
+        steps = min(max(20 * len(kept) // BATCH, 200), 500)
     x, y = images[kept], labels[kept]
     members = [
         _train_member(x, y, num_classes, steps, seed * MEMBERS + member, torch.device(device))
