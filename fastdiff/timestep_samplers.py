@@ -111,7 +111,7 @@ class LossSecondMomentSampler:
         self._counts.scatter_add_(0, rows, torch.ones_like(rows))
 
     def _slots(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The row and slot of the history for each loss, given its timestep in ascending ``rows``."""
+        """The history's row and slot for each loss, given its timestep in ascending ``rows``."""
         first = torch.searchsorted(rows, rows, right=False)
         after = torch.searchsorted(rows, rows, right=True)
         place = torch.arange(len(rows), device=rows.device) - first  # among equal timesteps
