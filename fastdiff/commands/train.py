@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
     except (KeyboardInterrupt, SystemExit):
         print(f"stopped; continue with --resume from {trainer.last_checkpoint}", file=sys.stderr)
         raise
-    left = trainer.config.steps - trainer.step
+    left = max(0, trainer.config.steps - trainer.step)
     print(f"{trainer.step} steps done, {left} left; newest checkpoint: {trainer.last_checkpoint}")
     return 0
 
@@ -312,16 +312,16 @@ def check_same_run(saved: SavedRun, given: Mapping[str, Any]) -> None:
         raise InputError(f"{saved.path} keeps its betas as they are; leave the diffusion flags out")
     if flags:
         asked = build_diffusion(recipe, flags)
-        for name in (
-            "num_timesteps",
-            "mean_type",
-            "var_type",
-            "loss_type",
-            "loss_weighting",
-            "min_snr_gamma",
-            "rescale_timesteps",
+        for flag, name in (
+            ("diffusion_steps", "num_timesteps"),
+            ("predict", "mean_type"),
+            ("variance", "var_type"),
+            ("loss", "loss_type"),
+            ("min_snr", "loss_weighting"),
+            ("min_snr", "min_snr_gamma"),
+            ("rescale_timesteps", "rescale_timesteps"),
         ):
-            _check_unchanged(saved, name, getattr(saved.diffusion, name), getattr(asked, name))
+            _check_unchanged(saved, flag, getattr(saved.diffusion, name), getattr(asked, name))
         if not np.array_equal(asked.betas, saved.diffusion.betas):
             raise InputError(f"the noise schedule is not the one {saved.path} was trained with")
 

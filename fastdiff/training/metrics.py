@@ -92,7 +92,7 @@ class MetricsWriter:
     a resumed run leaves neither a gap nor a duplicate.
     """
 
-    def __init__(self, run_dir: Path, step: int, *, tensorboard: bool) -> None:
+    def __init__(self, run_dir: Path, step: int, tensorboard: bool) -> None:
         self.path = run_dir / "metrics.jsonl"
         self.board = open_tensorboard(run_dir / "tensorboard", step) if tensorboard else None
         truncate_metrics(self.path, step)

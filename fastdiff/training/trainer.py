@@ -178,9 +178,7 @@ class Trainer:
         self._clock = self.step, time.monotonic()
         with (
             StopRequest(self.config.max_minutes) as stop,
-            MetricsWriter(
-                self.run_dir, self.step, tensorboard=self.config.tensorboard
-            ) as self.metrics,
+            MetricsWriter(self.run_dir, self.step, self.config.tensorboard) as self.metrics,
             progress_bar(self.config.steps, self.step, self.show_progress) as self.bar,
             contextlib.closing(self.stream),
         ):
@@ -247,23 +245,23 @@ class Trainer:
                 noise=noise[part],
             )
             ((losses["loss"] * weights[part]).sum() / batch).backward()
-            parts.append(losses)
-        return {name: torch.cat([p[name].detach() for p in parts]) for name in parts[0]}
+            parts.append({name: value.detach() for name, value in losses.items()})
+        return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
     def _predict(self, x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
-        """The network under autocast; the losses around it stay in float32."""
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"
-        ):
+        """The network, under autocast or not; the losses around it stay in float32."""
+        if self.config.dtype == "float32":
+            return self.network(x, t, **kwargs)
+        with torch.autocast(self.device.type, torch.bfloat16):
             return self.network(x, t, **kwargs)
 
     def _clip_gradients(self) -> Tensor:
         """The gradient norm before clipping, a scalar on the device."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         if self.config.grad_clip:
-            return torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
-        return torch.nn.utils.get_total_norm(
-            [p.grad for p in self.parameters if p.grad is not None]
-        )
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
+        return norm
 
     def _report(self) -> None:
         """What is due after this step: the log line, bits/dim, the sample grid."""
@@ -316,9 +314,7 @@ class Trainer:
                 extra_json={STATE: self._state_json()},
             )
         except OSError as error:
-            raise OSError(
-                error.errno, f"checkpoint not saved: {error}; {self._advice()}"
-            ) from error
+            raise OSError(f"checkpoint not saved: {error}; {self._advice()}") from error
         self.last_checkpoint = path
         state.prune_checkpoints(self.run_dir, self.config.keep)
         return path
