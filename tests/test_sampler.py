@@ -202,7 +202,7 @@ def test_moments_of_gaussian_data_arrive(name, method, eta):
         mean = gain * mean + row["c"][i] * row["b"][i] * offset
         variance = gain**2 * variance + row["sigma"][i] ** 2
     assert ((mean - MEAN) / STD).abs().max() < 1e-3
-    assert (variance.sqrt() / STD - 1).abs().max() < 0.03
+    assert (variance.sqrt() / STD - 1).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -384,6 +384,24 @@ def test_variance_exploding_starts_from_its_prior_and_scales_the_networks_input(
     expected = [50 / math.hypot(1, sigma) for sigma in ve.respace(4).sigmas[::-1]]
     assert [std for std, _ in inputs] == pytest.approx(expected, rel=0.03)
     assert [t for _, t in inputs] == [19, 13, 6, 0]
+
+
+@pytest.mark.parametrize("conditioning", ["timestep", "log_sigma"])
+def test_a_unet_samples_a_variance_exploding_process(conditioning):
+    torch.manual_seed(0)
+    unet = UNet(
+        in_channels=1,
+        model_channels=32,
+        out_channels=1,
+        num_res_blocks=1,
+        attention_resolutions=(),
+        channel_mult=(1,),
+    )
+    ve = VarianceExploding(geometric_sigmas(20), conditioning=conditioning, mean_type="v")
+    losses = ve.training_losses(unet, torch.randn(4, 1, 8, 8), torch.tensor([0, 5, 12, 19]))
+    assert torch.isfinite(losses["loss"]).all()
+    sample = Sampler(unet, ve, steps=3).sample((2, 1, 8, 8))
+    assert sample.shape == (2, 1, 8, 8)
 
 
 # Guidance

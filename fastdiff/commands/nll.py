@@ -1,0 +1,218 @@
+"""``fastdiff nll``: the variational bound on −log p(x) of images, in bits per dimension."""
+
+import argparse
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fastdiff import rng
+from fastdiff._optional import require
+from fastdiff.commands._checkpoint import (
+    add_checkpoint_arguments,
+    describe,
+    image_size,
+    load_checkpoint,
+    writable_folder,
+)
+from fastdiff.data import ImageDataset, load_dataset
+from fastdiff.diffusion import GaussianDiffusion
+from fastdiff.errors import InputError, TrainingError
+from fastdiff.images import to_float
+from fastdiff.likelihood import BitsPerDim, rate_distortion, summarize_bpd
+from fastdiff.models.checkpoint import Checkpoint
+
+HELP = "score a checkpoint: bits per dimension of images, with its terms"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint_arguments(parser)
+    parser.add_argument(
+        "--data",
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="SPEC",
+        help="'digits', a folder, a .npz file, CIFAR-10",
+    )
+    parser.add_argument(
+        "--num",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="how many images, evenly spaced in the set (default: all)",
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="images scored together")
+    parser.add_argument(
+        "--respacing",
+        default=argparse.SUPPRESS,
+        help="score the strided process: a number of steps, 10,15,20 or ddimN (default: all steps)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument(
+        "--out",
+        default=argparse.SUPPRESS,
+        metavar="FILE.json",
+        help="write there every term, timestep by timestep, and the rate-distortion table",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    for name in ("num", "respacing", "out"):
+        vars(args).setdefault(name, None)
+    if args.batch_size < 1 or args.seed < 0 or (args.num is not None and args.num < 1):
+        raise InputError("--batch-size and --num must be positive, and --seed not negative")
+    checkpoint = load_checkpoint(args)
+    diffusion = checkpoint.diffusion
+    if not isinstance(diffusion, GaussianDiffusion):
+        raise InputError(
+            f"{checkpoint.path} has a {type(diffusion).__name__} process; "
+            "the bound is that of a GaussianDiffusion"
+        )
+    if args.respacing is not None:
+        diffusion = diffusion.respace(args.respacing)
+    dataset = _dataset(args.data, checkpoint)
+    if args.out is not None:
+        writable_folder(Path(args.out).parent)
+        if Path(args.out).is_dir():
+            raise InputError(f"--out {args.out} is a directory; expected a file to write")
+    print(describe(checkpoint))
+
+    terms = _score(args, checkpoint, diffusion, dataset)
+    summary = summarize_bpd(terms)
+    if not math.isfinite(summary.total):
+        raise TrainingError(f"the bound is {summary.total}: the network's output is not finite")
+    print(_report(summary))
+    if args.out is not None:
+        document = _document(args, checkpoint, diffusion, summary, terms)
+        Path(args.out).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        print(args.out)
+    return 0
+
+
+def _dataset(spec: str, checkpoint: Checkpoint) -> ImageDataset:
+    """The images, in the format the network was trained with."""
+    height, width = image_size(checkpoint)
+    model = checkpoint.model
+    dataset = load_dataset(
+        spec,
+        image_size=height if height == width else None,
+        channels=model.in_channels if model.in_channels in (1, 3, 4) else None,
+        class_cond=model.num_classes is not None,
+    )
+    found = (dataset.channels, *dataset.image_size)
+    if found != (model.in_channels, height, width):
+        raise InputError(
+            f"--data {spec} has images of (C, H, W) {found}; the network was trained with "
+            f"{(model.in_channels, height, width)}"
+        )
+    if model.num_classes is not None and dataset.num_classes != model.num_classes:
+        raise InputError(
+            f"--data {spec} has {dataset.num_classes} classes; the network was trained with "
+            f"{model.num_classes}"
+        )
+    return dataset
+
+
+def _score(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    diffusion: GaussianDiffusion,
+    dataset: ImageDataset,
+) -> list[dict[str, Tensor]]:
+    """calc_bpd_loop's terms for every batch. Image i draws the same noise in any batch."""
+    device = next(checkpoint.model.parameters()).device
+    count = min(args.num or len(dataset), len(dataset))
+    indices = np.linspace(0, len(dataset) - 1, count).round().astype(np.int64)
+    starts = range(0, count, args.batch_size)
+    terms = []
+    with require("tqdm", "train").tqdm(
+        total=len(starts) * diffusion.num_timesteps, desc="scoring", unit="step"
+    ) as bar:
+        for start in starts:
+            part = indices[start : start + args.batch_size]
+            x_start = to_float(dataset.gather(part).to(device))
+            labels = dataset.gather_labels(part).to(device)
+
+            def noise(t: int, shape: tuple[int, ...] = tuple(x_start.shape), first: int = start):
+                bar.update()
+                return rng.normal(
+                    shape,
+                    seed=args.seed,
+                    step=rng.sampling_step(t),
+                    first_sample=first,
+                    device=device,
+                )
+
+            terms.append(
+                diffusion.calc_bpd_loop(
+                    checkpoint.model,
+                    x_start,
+                    model_kwargs=None if checkpoint.model.num_classes is None else {"y": labels},
+                    noise=noise,
+                )
+            )
+    return terms
+
+
+def _report(summary: BitsPerDim) -> str:
+    """The total with its standard error, its parts, and the steps' terms by quartile."""
+    lines = [
+        f"{summary.count} images: {_with_error(summary.total, summary.total_stderr)} bits/dim",
+        f"  prior    {_with_error(summary.prior, summary.prior_stderr)}   KL of q(x_T | x_0)",
+        f"  rate     {_with_error(summary.rate, summary.rate_stderr)}   KL terms, t > 0",
+        f"  decoder  {_with_error(summary.decoder, summary.decoder_stderr)}   "
+        "negative log-likelihood, t = 0",
+        "",
+        "steps t         bits/dim   MSE of x_0   MSE of eps",
+    ]
+    for steps in _quartiles(len(summary.vb)):
+        first, last = steps[0], steps[-1]
+        lines.append(
+            f"{first:>5} … {last:<5}  {summary.vb[steps].sum():>9.4f}  "
+            f"{summary.xstart_mse[steps].mean():>10.4g}  {summary.mse[steps].mean():>10.4g}"
+        )
+    return "\n".join(lines)
+
+
+def _quartiles(num_timesteps: int) -> list[np.ndarray]:
+    return [part for part in np.array_split(np.arange(num_timesteps), 4) if len(part)]
+
+
+def _with_error(value: float, stderr: float) -> str:
+    return f"{value:.4f}" if math.isnan(stderr) else f"{value:.4f} ± {stderr:.4f}"
+
+
+def _document(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    diffusion: GaussianDiffusion,
+    summary: BitsPerDim,
+    terms: list[dict[str, Tensor]],
+) -> dict[str, Any]:
+    averages = dataclasses.asdict(summary)
+    steps = {"timestep": diffusion.timestep_map}
+    steps |= {name: averages.pop(name) for name in ("vb", "xstart_mse", "mse")}
+    return {
+        "checkpoint": str(checkpoint.path),
+        "weights": checkpoint.weights,
+        "step": checkpoint.step,
+        "data": args.data,
+        "seed": args.seed,
+        "num_timesteps": diffusion.num_timesteps,
+        "bits_per_dim": {name: _plain(value) for name, value in averages.items()},
+        "steps": {name: _plain(values) for name, values in steps.items()},
+        "rate_distortion": {
+            name: _plain(values)
+            for name, values in dataclasses.asdict(rate_distortion(terms)).items()
+        },
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Numbers for JSON, which has no NaN: the standard error of a single image is null."""
+    if isinstance(value, np.ndarray):
+        return [_plain(item) for item in value.tolist()]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
