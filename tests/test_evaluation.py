@@ -12,7 +12,7 @@ from scipy import linalg
 from fastdiff import evaluation
 from fastdiff.data import ArrayDataset, load_dataset
 from fastdiff.errors import InputError
-from fastdiff.evaluation import distances
+from fastdiff.evaluation import distances, threads
 from fastdiff.evaluation.classifier import train_classifier
 
 
@@ -286,3 +286,17 @@ def test_two_images_are_no_data_set():
     dataset = ArrayDataset(np.zeros((3, 8, 8, 1), np.uint8))
     with pytest.raises(InputError, match="3 images, expected at least 4"):
         evaluation.evaluate(np.zeros((2, 8, 8, 1), np.uint8), dataset)
+
+
+def test_thread_count_is_restored():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with threads.one_thread(False):
+            assert torch.get_num_threads() == 2
+        with pytest.raises(KeyError), threads.one_thread():
+            assert torch.get_num_threads() == 1
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -5,12 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.evaluation.threads import one_thread
 from fastdiff.images import to_float
 
 MEMBERS = 4
 HIDDEN = 16  # features of one member, of the layer before the last
 BATCH = 128
 HELD_OUT = 5  # one image in so many
+ONE_THREAD_SIDE = 16  # images up to this side make layers too short to share out
 
 
 class Classifier:
@@ -31,12 +33,13 @@ class Classifier:
         """uint8 (n, C, H, W) -> probabilities (n, K) on the CPU, hidden features (n, D) float64."""
         probabilities, features = [], []
         device = next(self.members[0].parameters()).device
-        for part in images.split(256):
-            x = to_float(part.to(device))
-            hidden = [member[:-1](x) for member in self.members]
-            logits = [member[-1](h) for member, h in zip(self.members, hidden, strict=True)]
-            probabilities.append(torch.stack(logits).softmax(-1).mean(0).cpu())
-            features.append(torch.cat(hidden, dim=1).double().cpu())
+        with one_thread(max(images.shape[2:]) <= ONE_THREAD_SIDE):
+            for part in images.split(256):
+                x = to_float(part.to(device))
+                hidden = [member[:-1](x) for member in self.members]
+                logits = [member[-1](h) for member, h in zip(self.members, hidden, strict=True)]
+                probabilities.append(torch.stack(logits).softmax(-1).mean(0).cpu())
+                features.append(torch.cat(hidden, dim=1).double().cpu())
         return torch.cat(probabilities), torch.cat(features).numpy()
 
 
@@ -59,10 +62,11 @@ def train_classifier(
     if steps is None:
         steps = min(max(20 * len(kept) // BATCH, 200), 500)
     x, y = images[kept], labels[kept]
-    members = [
-        _train_member(x, y, num_classes, steps, seed * MEMBERS + member, torch.device(device))
-        for member in range(MEMBERS)
-    ]
+    with one_thread(max(images.shape[2:]) <= ONE_THREAD_SIDE):
+        members = [
+            _train_member(x, y, num_classes, steps, seed * MEMBERS + member, torch.device(device))
+            for member in range(MEMBERS)
+        ]
     return Classifier(members, held_out.sort().values.numpy())
 
 

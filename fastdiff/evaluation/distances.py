@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError
+from fastdiff.evaluation.threads import one_thread
 
 CHUNK_BYTES = 1 << 27  # of float64 images held at a time
 
@@ -31,7 +32,8 @@ def frechet_from_moments(
     symmetric, and no square root of a rounding error where a covariance lacks full rank.
     """
     difference = mean_a - mean_b
-    cross = np.linalg.svd(_root(cov_a) @ _root(cov_b), compute_uv=False).sum()
+    with one_thread():
+        cross = torch.linalg.svdvals(_root(cov_a) @ _root(cov_b)).sum().item()
     distance = difference @ difference + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
     return max(float(distance), 0.0)
 
@@ -69,11 +71,14 @@ def nearest_distances(
 
 
 def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    features = features.astype(np.float64)
-    return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
+    """Mean (D,) and unbiased covariance (D, D) of features (n, D)."""
+    rows = torch.from_numpy(features.astype(np.float64))
+    with one_thread():
+        covariance = torch.cov(rows.T).reshape(rows.shape[1], rows.shape[1])
+        return rows.mean(0).numpy(), covariance.numpy()
 
 
-def _root(covariance: np.ndarray) -> np.ndarray:
+def _root(covariance: np.ndarray) -> Tensor:
     """Symmetric square root of a positive semi-definite matrix."""
-    values, vectors = np.linalg.eigh(covariance)
-    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    values, vectors = torch.linalg.eigh(torch.from_numpy(covariance.astype(np.float64)))
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
