@@ -39,8 +39,9 @@ class Sampler:
         clip_denoised: clip the predicted x_0 to [−1, 1].
         dtype: autocast dtype of the network (torch.bfloat16, ...); x_t stays float32. None runs it
             in the dtype of its parameters.
-        rng: "counter": sample i of a seed is the same in any batch. "torch": torch.randn, one draw
-            for x_T and one for every step, in the order of the published improved-diffusion loops.
+        rng: "counter": sample i of a seed is the same in any batch. "torch": torch.randn from a
+            generator of that seed, x_T first and then step by step: the samples of the published
+            improved-diffusion loops.
         capture: "auto" or False; True would need CUDA graphs, which this version does not have.
         device: where to sample; by default that of the model's parameters, else of ``noise``, else
             the CPU.
@@ -303,10 +304,9 @@ class _Draws:
             return {"noise": noise_of_step(self.step_noise, len(self.table) - 1 - i)}
         if self.generator is None:
             return {"seed": self.seed, "first_sample": self.first_sample}
-        if self.table.method == "dpmsolver++":
-            return {}
-        # The published loops draw at every step: at the last too, and for DDIM with eta = 0.
-        return {"noise": self._randn()}
+        # The published loops draw at quiet rows too (the last; every one of DDIM with eta = 0).
+        # Nothing is drawn after those, so leaving them out changes no sample.
+        return {"noise": self._randn()} if self.table.noisy_rows[i] else {}
 
     def _randn(self) -> Tensor:
         return torch.randn(self.shape, generator=self.generator, device=self.device)

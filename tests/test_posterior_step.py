@@ -118,6 +118,18 @@ def test_a_step_tensor_gives_what_an_int_gives(method, var_type):
             assert torch.equal(tensor[0], number[0]) and torch.equal(tensor[1], number[1])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_tensor_is_not_read_back(method):
+    """The meta device has no values: whatever looked at the step would fail."""
+    rows = table(5, method=method, var_type="learned_range").to("meta")
+    x, output = torch.empty(2, 3, 4, 4, device="meta"), torch.empty(4, 6, 4, 4, device="meta")
+    step = torch.zeros((), dtype=torch.int64, device="meta")
+    x_prev, pred = posterior_step(
+        x, output, rows, step, noise=x, prev_x_start=x, guidance_scale=torch.ones((), device="meta")
+    )
+    assert x_prev.shape == pred.shape == x.shape and x_prev.device.type == "meta"
+
+
 def test_a_zero_coefficient_contributes_nothing():
     """The last row adds no noise, whatever noise and variance it is given; nor does a first row
     read a previous x_start."""

@@ -96,19 +96,24 @@ def test_recorded_loops(case, method):
     assert relative_error(sample, array(f"{case}/{name}")) <= 1e-4
 
 
-@pytest.mark.parametrize("method", ["ddpm", "ddim"])
-def test_torch_noise_is_drawn_in_the_published_order(method):
-    strided, model = diffusion(var_type="fixed_large").respace("6"), closed_form()
-    sampler = Sampler(model, diffusion(var_type="fixed_large"), steps=6, method=method, rng="torch")
-    loop = strided.p_sample_loop if method == "ddpm" else strided.ddim_sample_loop
+@pytest.mark.parametrize("method, eta", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.7)])
+def test_torch_noise_is_drawn_in_the_published_order(method, eta):
+    original, model = diffusion(var_type="fixed_large"), closed_form()
+    strided = original.respace("6")
+    sampler = Sampler(model, original, steps=6, method=method, eta=eta, rng="torch")
     generator = torch.Generator().manual_seed(11)
-    expected = loop(model, SHAPE, generator=generator)
-    torch.testing.assert_close(sampler.sample(SHAPE, seed=11), expected, rtol=1e-4, atol=1e-4)
-    # One draw for x_T and one for every step, the last and DDIM's idle ones too.
+    if method == "ddpm":
+        expected = strided.p_sample_loop(model, SHAPE, generator=generator)
+    else:
+        expected = strided.ddim_sample_loop(model, SHAPE, eta=eta, generator=generator)
+    sample = sampler.sample(SHAPE, seed=11)
+    torch.testing.assert_close(sample, expected, rtol=1e-4, atol=1e-4)
     torch.manual_seed(11)
-    draws = [torch.randn(SHAPE) for _ in range(7)]
+    draws = [torch.randn(SHAPE) for _ in range(7)]  # x_T, then one for every step
     given = sampler.sample(SHAPE, noise=draws[0], step_noise=lambda t: draws[6 - t])
-    assert torch.equal(given, sampler.sample(SHAPE, seed=11))
+    assert torch.equal(given, sample)
+    assert torch.equal(sampler.sample(SHAPE, seed=11), sample)
+    assert not torch.equal(sampler.sample(SHAPE, seed=12), sample)
 
 
 # DPM-Solver++
