@@ -1,0 +1,50 @@
+"""The README is true: its example runs, its files exist, its commands know their flags."""
+
+import re
+import shlex
+from pathlib import Path
+
+import torch
+
+from fastdiff.cli import build_parser
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of one language ("" for those that name none)."""
+    fenced = README.split("```")[1::2]
+    return [text for first, _, text in (b.partition("\n") for b in fenced) if first == language]
+
+
+def test_the_example_runs_as_printed():
+    (example,) = blocks("python")
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["images"].shape == names["x"].shape
+    assert torch.isfinite(names["images"]).all()
+
+
+def test_the_commands_parse():
+    commands = [
+        line for block in blocks("") for line in block.splitlines() if line.startswith("fastdiff ")
+    ]
+    assert len(commands) >= 3
+    for command in commands:
+        build_parser().parse_args(shlex.split(command)[1:])
+
+
+def test_every_file_it_names_exists():
+    linked = re.findall(r"\]\(([^)#:]+)\)", README)
+    table = re.findall(r"^\| (`.*?) \|", README, flags=re.MULTILINE)
+    assert linked and len(table) >= 8
+    for path in linked:
+        assert (ROOT / path).exists(), path
+    for row in table:
+        folder = Path()
+        for name in re.findall(r"`([^`]+)`", row):
+            # "fastdiff/a.py, b.py": the later names stand beside the first.
+            folder = Path(name).parent if name.startswith(("fastdiff/", "csrc")) else folder
+            candidates = (ROOT / name, ROOT / folder / name)
+            assert any(path.exists() for path in candidates), name
