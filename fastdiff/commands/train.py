@@ -24,6 +24,7 @@ from fastdiff.training.state import list_checkpoints
 HELP = "train a diffusion model on images"
 
 DEFAULT_PRESET = "digits"
+METAVARS: dict[Any, str] = {int: "N", float: "X", str: "NAME"}
 
 
 def numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
@@ -61,7 +62,7 @@ MODEL_FLAGS: dict[str, tuple[Any, str]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.argument_default = argparse.SUPPRESS
     _add_run_flags(parser)
-    _add_train_flags(parser.add_argument_group("training"))
+    _add_train_flags(parser.add_argument_group("training (a preset has its own defaults)"))
     _add_model_flags(parser.add_argument_group("network (defaults: the preset's)"))
     _add_diffusion_flags(parser.add_argument_group("diffusion (defaults: the preset's)"))
 
@@ -76,7 +77,6 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--preset",
-        choices=presets.names(),
         metavar="NAME",
         help=f"network, diffusion and hyperparameters to start from (default: {DEFAULT_PRESET}): "
         + ", ".join(presets.names()),
@@ -105,7 +105,7 @@ def _add_train_flags(group: Any) -> None:
         default, choices = field.default, field.metadata["choices"]
         kind = numbers(float) if isinstance(default, tuple) else type(default)
         text = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        note = f"{field.metadata['help']} (default: {text}, or the preset's)"
+        note = f"{field.metadata['help']} (default: {text})"
         _add_flag(group, "train", field.name, kind, note, choices)
 
 
@@ -141,9 +141,10 @@ def _add_flag(
     options: dict[str, Any] = {"dest": f"{part}.{name}", "help": note.replace("%", "%%")}
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
+    elif choices:
+        options |= {"type": kind, "choices": choices}
     else:
-        options["type"] = kind
-        options["choices" if choices else "metavar"] = choices or name.upper()
+        options |= {"type": kind, "metavar": METAVARS.get(kind, "A,B")}
     group.add_argument("--" + name.replace("_", "-"), **options)
 
 
