@@ -221,18 +221,18 @@ class AttentionBlock(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         h = apply_norm(self.norm, x, activation=None)
-        # (N, C, T): a view in either layout; a channels_last image becomes a token-major matrix.
-        qkv = project(self.qkv, h.flatten(2))  # (N, 3C, T)
-        h = attention(qkv, self.num_heads, order=self.order)  # (N, C, T)
-        return x + project(self.proj_out, h).view_as(x)
+        # Tokens before channels, (N, T, C): a view of a channels_last image, a copy of another; then
+        # both projections are plain matrix products and attention reads rows of q, k and v.
+        tokens = h.flatten(2).transpose(1, 2)
+        qkv = pointwise(self.qkv, tokens)  # (N, T, 3C)
+        h = attention(qkv.transpose(1, 2), self.num_heads, order=self.order)  # (N, C, T)
+        h = pointwise(self.proj_out, h.transpose(1, 2))  # (N, T, C)
+        return x + h.transpose(1, 2).view_as(x)
 
 
-def project(layer: nn.Module, x: Tensor) -> Tensor:
-    """A 1×1 convolution over (N, C, T) that keeps the layout: token-major input, token-major output."""
-    assert isinstance(layer, nn.Conv1d)
-    if x.stride(1) == 1 and x.shape[2] > 1:
-        return F.linear(x.transpose(1, 2), layer.weight[:, :, 0], layer.bias).transpose(1, 2)
-    return layer(x)
+def pointwise(layer: nn.Conv1d, tokens: Tensor) -> Tensor:
+    """A 1×1 convolution applied to (N, T, C) tokens."""
+    return F.linear(tokens, layer.weight[:, :, 0], layer.bias)
 
 
 class EmbedSequential(nn.Sequential):

@@ -143,7 +143,8 @@ def load(
             network; the message names the file.
     """
     path = Path(os.path.abspath(directory))
-    _recover(path)
+    if not path.exists() and _previous(path).is_dir():
+        path = _previous(path)  # a save was killed between its two renames; the next one recovers
     config = _read_config(path)
     rates = list(config["ema"])
     name, stem = _choose_weights(path, rates, weights)

@@ -124,7 +124,6 @@ class UNet(nn.Module):
         self.image_size = image_size
         self.super_res = super_res
         self._build()
-        self.memory_format = torch.channels_last if dims == 2 else torch.contiguous_format
         if dims == 2:
             self.to(memory_format=torch.channels_last)
 
@@ -263,8 +262,10 @@ class UNet(nn.Module):
             h = torch.cat([h, resized], dim=1)
         skips = []
         for block in self.input_blocks:
-            # Only the first call can change the layout: one-channel images have no layout of their own.
-            h = block(h, emb).contiguous(memory_format=self.memory_format)
+            h = block(h, emb)
+            if not skips:
+                # An image of one channel has no layout of its own; from here on the blocks keep it.
+                h = h.contiguous(memory_format=self._memory_format())
             skips.append(h)
         h = self.middle_block(h, emb)
         for block in self.output_blocks:
@@ -272,6 +273,13 @@ class UNet(nn.Module):
             # Upsampling goes to the size of the next skip: twice this one, or one less where it was odd.
             h = block(h, emb, skips[-1].shape[2:] if skips else None)
         return self.out[2](apply_norm(self.out[0], h)).to(x.dtype)
+
+    def _memory_format(self) -> torch.memory_format:
+        """The layout of the weights, which is the one to compute in."""
+        weight = self.middle_block[0].in_layers[2].weight
+        if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+            return torch.channels_last
+        return torch.contiguous_format
 
     def _check_inputs(
         self, x: Tensor, timesteps: Tensor, y: Tensor | None, low_res: Tensor | None

@@ -37,11 +37,28 @@ def group_norm_silu(
 def _group_norm(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """GroupNorm in the dtype PyTorch is fast in: its CPU kernel takes a bfloat16 ``x`` beside float32
-    parameters and sums in float32; elsewhere a mixed call is not allowed, so ``x`` is widened."""
-    if weight is not None and weight.dtype != x.dtype:
-        if x.device.type != "cpu" or weight.dtype != torch.float32:
-            return F.group_norm(
-                x.float(), num_groups, weight.float(), None if bias is None else bias.float(), eps
-            )
-    return F.group_norm(x, num_groups, weight, bias, eps)
+    """GroupNorm with float32 statistics and, as a rule, the dtype of ``x``."""
+    mixed = weight is not None and weight.dtype != x.dtype
+    # PyTorch's CPU kernel takes a half-precision x beside float32 parameters; elsewhere x is widened.
+    # In channels_last it leaves the vector unit idle when a group is narrower than a vector of
+    # halves: there float32 is 1.5 to 4 times faster, casts included.
+    if x.device.type != "cpu":
+        widen = mixed
+    else:
+        widen = (mixed and weight.dtype != torch.float32) or _is_narrow_channels_last(x, num_groups)
+    if not widen:
+        return F.group_norm(x, num_groups, weight, bias, eps)
+    weight = None if weight is None else weight.float()
+    bias = None if bias is None else bias.float()
+    return F.group_norm(x.float(), num_groups, weight, bias, eps).to(x.dtype)
+
+
+def _is_narrow_channels_last(x: Tensor, num_groups: int) -> bool:
+    return (
+        x.dtype in (torch.bfloat16, torch.float16)
+        and x.dim() == 4
+        and x.shape[1] // num_groups < 16
+        and x.shape[2] * x.shape[3] < 1024
+        and x.stride(1) == 1
+        and x.shape[1] > 1
+    )
