@@ -59,9 +59,12 @@ def cuda_choice() -> str:
 
 
 def discard_stale_build(build_dir: Path, options: list[str]) -> None:
-    """Start afresh when a tool moved: with build isolation every build has its own ninja and
-    pybind11, and a CMake cache that names those of an earlier build fails to configure."""
-    fingerprint = json.dumps([program("cmake"), os.environ.get("CXX", ""), options])
+    """Start afresh when a tool moved or came: with build isolation every build has its own ninja
+    and pybind11, and a CMake cache that names those of an earlier build fails to configure; one
+    that found no nvcc never looks again."""
+    variables = ("CXX", "CXXFLAGS", "CUDACXX", "CUDAFLAGS", "CUDA_HOME", "CUDA_PATH")
+    chosen = [os.environ.get(name, "") for name in variables]
+    fingerprint = json.dumps([program("cmake"), shutil.which("nvcc"), chosen, options])
     stamp = build_dir / "fastdiff_options.json"
     if not stamp.is_file() or stamp.read_text() != fingerprint:
         shutil.rmtree(build_dir, ignore_errors=True)

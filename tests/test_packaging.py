@@ -6,6 +6,7 @@ of its own that has the build requirements and no torch.
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -161,3 +162,19 @@ def test_asking_for_cuda_without_nvcc_is_an_error(sdist, tmp_path):
     assert done.returncode != 0
     assert "FASTDIFF_CUDA=1 asks for the CUDA kernels, but no working nvcc" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_a_build_that_found_no_nvcc_is_not_kept_when_one_is_named(tmp_path, monkeypatch):
+    # CMake remembers that it found no CUDA compiler, and would never look again.
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    discard = runpy.run_path(str(ROOT / "setup.py"))["discard_stale_build"]
+    monkeypatch.setitem(discard.__globals__, "program", lambda name: name)
+    build = tmp_path / "native"
+    discard(build, ["-DA=1"])
+    kept = build / "CMakeCache.txt"
+    kept.touch()
+    discard(build, ["-DA=1"])
+    assert kept.exists()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    discard(build, ["-DA=1"])
+    assert build.exists() and not kept.exists()
