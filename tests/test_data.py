@@ -308,6 +308,12 @@ def test_nothing_there(tmp_path):
     np.savez(tmp_path / "a.npz", np.zeros((0, 4, 4, 3), np.uint8))
     with pytest.raises(InputError, match="no images"):
         load_dataset(tmp_path / "a.npz")
+    np.savez(tmp_path / "a.npz", np.zeros((0, 4, 4, 3), np.uint8), np.zeros(0, np.int64))
+    with pytest.raises(InputError, match="no images"):
+        load_dataset(tmp_path / "a.npz", class_cond=True)
+    np.savez(tmp_path / "a.npz", np.zeros((2, 0, 4, 3), np.uint8))
+    with pytest.raises(InputError, match=r"no images: arr_0 has shape \(2, 0, 4, 3\)"):
+        load_dataset(tmp_path / "a.npz")
 
 
 def test_mixed_sizes_name_two_files(tmp_path):
@@ -371,12 +377,18 @@ def test_missing_labels(tmp_path):
     np.savez(tmp_path / "a.npz", np.zeros((2, 4, 4, 3), np.uint8), np.array([-1, 0]))
     with pytest.raises(InputError, match="label -1"):
         load_dataset(tmp_path / "a.npz", class_cond=True)
+    np.savez(tmp_path / "a.npz", np.zeros((2, 4, 4, 3), np.uint8), np.array([3, 40_000_000]))
+    with pytest.raises(InputError, match="label 40000000, expected class numbers"):
+        load_dataset(tmp_path / "a.npz", class_cond=True)
 
 
-@pytest.mark.parametrize("options", [{"image_size": 0}, {"image_size": -4}, {"channels": 2}])
-def test_bad_options(options):
-    with pytest.raises(InputError, match=next(iter(options))):
-        load_dataset("digits", **options)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("image_size", 0), ("image_size", 8.5), ("image_size", "8"), ("channels", 2)],
+)
+def test_bad_options(option, value):
+    with pytest.raises(InputError, match=f"{option} is {value!r}"):
+        load_dataset("digits", **{option: value})
 
 
 # --- the stream -----------------------------------------------------------------------------

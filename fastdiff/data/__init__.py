@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastdiff.data.arrays import (
     cifar10_files,
     load_cifar10,
@@ -54,7 +56,7 @@ def load_dataset(
 
     Items are (uint8 tensor (C, H, W), int label). Raises InputError for what cannot be used.
     """
-    if image_size is not None and (isinstance(image_size, bool) or int(image_size) < 1):
+    if image_size is not None and not _is_size(image_size):
         raise InputError(f"image_size is {image_size!r}, expected a positive number of pixels")
     if channels not in (None, 1, 3, 4):
         raise InputError(f"channels is {channels!r}, expected 1 (grey), 3 (RGB) or 4 (RGBA)")
@@ -82,3 +84,7 @@ def load_dataset(
         f"'{path}' is a file of an unknown kind: expected a folder of images, a .npz file "
         "or a CIFAR-10 batch"
     )
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 1

@@ -17,6 +17,7 @@ CIFAR10_CLASSES = (
     "airplane automobile bird cat deer dog frog horse ship truck".split()
 )  # label i is name i
 CIFAR10_BATCH = re.compile(r"(data_batch_(\d+)|test_batch)(\.bin)?")
+MAX_CLASSES = 1_000_000  # beyond, labels are something else: names and embeddings grow with them
 CIFAR10_PIXELS = 3 * 32 * 32
 
 
@@ -31,8 +32,15 @@ def load_digits(**options: Any) -> ArrayDataset:
 def load_npz(path: Path, **options: Any) -> ArrayDataset:
     """A .npz of uint8 (N, H, W, C) ``arr_0`` and, optionally, (N,) integer ``arr_1``."""
     images, labels = load_samples_npz(path)
-    if labels is not None and labels.min() < 0:
-        raise InputError(f"'{path}': arr_1 holds the label {labels.min()}, expected 0 or more")
+    if labels is not None and len(labels):
+        wrong = labels[(labels < 0) | (labels >= MAX_CLASSES)]
+        if len(wrong):
+            raise InputError(
+                f"'{path}': arr_1 holds the label {wrong[0]}, "
+                f"expected class numbers from 0, below {MAX_CLASSES:,}"
+            )
+    if images.size == 0:
+        raise InputError(f"'{path}' holds no images: arr_0 has shape {images.shape}")
     names = None if labels is None else [str(i) for i in range(int(labels.max()) + 1)]
     return _array_dataset(images, labels, names, f"'{path}'", **options)
 
