@@ -1,4 +1,10 @@
-"""Checks of tensor arguments that several modules share. None of them waits for a device."""
+"""Checks of arguments that several modules share. None of them waits for a device."""
+
+import math
+import numbers
+import operator
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +39,37 @@ def check_timesteps(t: Tensor, x: Tensor, num_timesteps: int, x_name: str = "x")
                 f"got {low if low < 0 else high}"
             )
     return t
+
+
+def is_finite(value: Any) -> bool:
+    """Whether ``value`` is a real number, neither infinite nor NaN (text and tensors are none)."""
+    return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+def check_shape(shape: Sequence[int], *, empty: bool = False) -> tuple[int, ...]:
+    """``shape`` as a tuple, or InputError unless it is (N, C, ...) in positive integers.
+
+    ``empty`` allows N = 0.
+    """
+    try:
+        sizes = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        sizes = ()
+    if len(sizes) < 2 or sizes[0] < (0 if empty else 1) or min(sizes[1:]) < 1:
+        raise InputError(
+            f"shape is {shape!r}; expected (N, C, ...) in positive integers, as in (16, 3, 32, 32)"
+        )
+    return sizes
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """``device`` as a torch.device, or InputError for what names none."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError(
+            f"device is {device!r}; expected 'cpu', 'cuda', 'cuda:1', … or a torch.device"
+        ) from None
 
 
 def check_float(x: Tensor, name: str) -> None:

@@ -9,10 +9,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastdiff._checks import check_float, check_like
+from fastdiff._checks import check_float, check_like, is_finite
 from fastdiff.errors import InputError
-from fastdiff.forward_process import FloatArray, TablesAt, draw_like, posterior_mean
+from fastdiff.forward_process import draw_like, mean_flat, posterior_mean
 from fastdiff.likelihood import discretized_gaussian_log_likelihood, normal_kl
+from fastdiff.process_tables import FloatArray, TablesAt
 from fastdiff.respacing import space_timesteps
 from fastdiff.reverse_process import Model, check_choice, eps_from_xstart
 from fastdiff.sampling_loops import SamplingLoops, StepNoise, countdown, noise_of_step
@@ -74,7 +75,7 @@ class GaussianDiffusion(SamplingLoops):
             raise InputError(f"loss_weighting must be None or 'min_snr', got {loss_weighting!r}")
         if loss_weighting is not None and loss_type in ("kl", "rescaled_kl"):
             raise InputError(f"loss_weighting applies to the mse losses, not to {loss_type!r}")
-        if not (math.isfinite(min_snr_gamma) and min_snr_gamma > 0):
+        if not (is_finite(min_snr_gamma) and min_snr_gamma > 0):
             raise InputError(f"min_snr_gamma must be a positive number, got {min_snr_gamma!r}")
         self.loss_weighting = loss_weighting
         self.min_snr_gamma = float(min_snr_gamma)
@@ -295,8 +296,3 @@ class GaussianDiffusion(SamplingLoops):
             "timestep_map": self.timestep_map,
             "original_num_steps": self.original_num_steps,
         }
-
-
-def mean_flat(x: Tensor) -> Tensor:
-    """The mean of each sample: (N, ...) to (N,)."""
-    return x.mean(dim=tuple(range(1, x.dim()))) if x.dim() > 1 else x

@@ -1,4 +1,4 @@
-"""The two errors fastdiff raises on purpose. The command line prints them as one line and exits with 2."""
+"""The two errors fastdiff raises on purpose; the command line prints one line and exits with 2."""
 
 
 class InputError(ValueError):
@@ -6,4 +6,4 @@ class InputError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """A training run that cannot go on (a loss that is not finite, for one); earlier checkpoints are kept."""
+    """A run that cannot go on (a loss that is not finite, for one); older checkpoints are kept."""

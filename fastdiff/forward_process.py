@@ -10,14 +10,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastdiff._checks import check_float, check_like, check_timesteps
+from fastdiff._checks import check_float, check_like
 from fastdiff.errors import InputError
 from fastdiff.ops.q_sample import q_sample
+from fastdiff.process_tables import FloatArray, ProcessTables, TablesAt, check_timestep_map
+from fastdiff.schedules import check_betas
 
-FloatArray = npt.NDArray[np.float64]
 
-
-class ForwardProcess:
+class ForwardProcess(ProcessTables):
     """q(x_t | x_0) and q(x_{t-1} | x_t, x_0) for a sequence of betas (GaussianDiffusion's base)."""
 
     def __init__(
@@ -28,9 +28,14 @@ class ForwardProcess:
         timestep_map: Sequence[int] | npt.NDArray[np.int64] | None = None,
         original_num_steps: int | None = None,
     ):
-        self.betas = _check_betas(betas)
+        super().__init__()
+        self.betas = check_betas(betas)
+        if 1.0 - self.betas[0] == 1.0:
+            raise InputError(
+                f"the first beta, {self.betas[0]}, is too small to add noise in float64"
+            )
         self.num_timesteps = len(self.betas)
-        self.timestep_map, self.original_num_steps = _check_timestep_map(
+        self.timestep_map, self.original_num_steps = check_timestep_map(
             timestep_map, original_num_steps, self.num_timesteps
         )
         self.rescale_timesteps = bool(rescale_timesteps)
@@ -66,7 +71,6 @@ class ForwardProcess:
         first = self.posterior_variance[1] if self.num_timesteps > 1 else self.betas[0]
         self.posterior_log_variance_clipped = np.log(np.append(first, self.posterior_variance[1:]))
         self.fixed_large_variance = np.append(first, self.betas[1:])
-        self._device_tables: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log-variance of q(x_t | x_0), eq. 4; each (N, ...) like x_start.
@@ -118,22 +122,7 @@ class ForwardProcess:
             at["posterior_log_variance_clipped"].expand(x_t.shape),
         )
 
-    def _at(self, t: Tensor, x: Tensor, x_name: str = "x") -> "TablesAt":
-        """The tables at each sample's t, after checking t; every gather broadcasts over x."""
-        check_float(x, x_name)
-        t = check_timesteps(t, x, self.num_timesteps, x_name)
-        return TablesAt(self._tables(x), t, x)
-
-    def _tables(self, x: Tensor) -> dict[str, Tensor]:
-        """Every table on x's device, copied there once: (K + 1,), the last row NaN."""
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        key = (x.device, dtype)
-        if key not in self._device_tables:
-            self._device_tables[key] = to_device(self._named_tables(), x.device, dtype)
-        return self._device_tables[key]
-
     def _named_tables(self) -> dict[str, FloatArray]:
-        """Float64 (K,) tables by the names that methods gather them under."""
         return {
             "alphas_cumprod": self.alphas_cumprod,
             "sqrt_alphas_cumprod": self.sqrt_alphas_cumprod,
@@ -146,40 +135,15 @@ class ForwardProcess:
             "posterior_mean_coef2": self.posterior_mean_coef2,
         }
 
-    def __getstate__(self) -> dict:
-        """Copies and pickles leave the device tables behind: they are a cache."""
-        return self.__dict__ | {"_device_tables": {}}
-
-
-def to_device(
-    tables: dict[str, FloatArray], device: torch.device, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Each float64 (K,) table as a (K + 1,) tensor whose last row is NaN."""
-    # A tensor made in inference mode could never take part in training later.
-    with torch.inference_mode(False):
-        return {
-            name: torch.from_numpy(np.append(table, np.nan)).to(device, dtype)
-            for name, table in tables.items()
-        }
-
-
-class TablesAt:
-    """``at[name]``: the table at each sample's timestep, (N, 1, ...) to broadcast over x."""
-
-    def __init__(self, tables: dict[str, Tensor], t: Tensor, x: Tensor):
-        self.tables = tables
-        self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.shape = (-1,) + (1,) * (x.dim() - 1)
-        # -1 wraps to the last row, which holds NaN, and so does K: one kernel guards every gather.
-        self.rows = t.long().clamp(-1, len(tables["sqrt_alphas_cumprod"]) - 1)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tables[name][self.rows].view(self.shape)
-
 
 def posterior_mean(at: TablesAt, x_start: Tensor, x_t: Tensor) -> Tensor:
     """The mean of q(x_{t-1} | x_t, x_0), eq. 7."""
     return at["posterior_mean_coef1"] * x_start + at["posterior_mean_coef2"] * x_t
+
+
+def mean_flat(x: Tensor) -> Tensor:
+    """The mean of each sample: (N, ...) to (N,)."""
+    return x.mean(dim=tuple(range(1, x.dim()))) if x.dim() > 1 else x
 
 
 def draw_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -194,39 +158,3 @@ def draw_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         )
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
     return noise if x.is_contiguous() else torch.empty_like(x).copy_(noise)
-
-
-def _check_betas(betas: npt.ArrayLike) -> FloatArray:
-    try:
-        values = np.array(betas, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise InputError(f"betas must be an array of numbers, got {type(betas).__name__}") from None
-    if values.ndim != 1 or values.size == 0:
-        raise InputError(f"betas must be one-dimensional and not empty, got shape {values.shape}")
-    if not ((values > 0) & (values <= 1)).all():
-        wrong = int(np.argmin((values > 0) & (values <= 1)))
-        raise InputError(f"betas must lie in (0, 1], got {values[wrong]} at step {wrong}")
-    if 1.0 - values[0] == 1.0:
-        raise InputError(f"the first beta, {values[0]}, is too small to add noise in float64")
-    return values
-
-
-def _check_timestep_map(
-    timestep_map: Sequence[int] | npt.NDArray[np.int64] | None,
-    original_num_steps: int | None,
-    num_timesteps: int,
-) -> tuple[npt.NDArray[np.int64], int]:
-    if timestep_map is None:
-        timestep_map = np.arange(num_timesteps)
-    steps = np.array(timestep_map)
-    if steps.shape != (num_timesteps,) or steps.dtype.kind not in "iu":
-        raise InputError(
-            f"timestep_map must hold one integer per beta, {num_timesteps} in all, "
-            f"got {steps.dtype} of shape {steps.shape}"
-        )
-    original = int(steps[-1]) + 1 if original_num_steps is None else int(original_num_steps)
-    if steps[0] < 0 or (np.diff(steps) <= 0).any() or steps[-1] >= original:
-        raise InputError(
-            f"timestep_map must ascend within 0 … {original - 1} (original_num_steps - 1)"
-        )
-    return steps.astype(np.int64), original

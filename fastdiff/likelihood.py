@@ -154,9 +154,11 @@ def rate_distortion(batches: BpdTerms | Sequence[BpdTerms]) -> RateDistortion:
 def _collect(batches: BpdTerms | Sequence[BpdTerms]) -> dict[str, npt.NDArray[np.float64]]:
     if isinstance(batches, Mapping):
         batches = [batches]
+    names = ("total_bpd", "prior_bpd", "vb", "xstart_mse", "mse")
+    if missing := [name for batch in batches for name in names if name not in batch]:
+        raise InputError(f"{missing[0]!r} is missing: expected what calc_bpd_loop returns")
     if not batches or not sum(len(batch["total_bpd"]) for batch in batches):
         raise InputError("there are no images to average the likelihood over")
-    names = ("total_bpd", "prior_bpd", "vb", "xstart_mse", "mse")
     return {
         name: torch.cat([batch[name].detach().double().cpu() for batch in batches]).numpy()
         for name in names

@@ -13,16 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastdiff._checks import check_like
+from fastdiff._checks import check_like, is_finite
 from fastdiff.errors import InputError
-from fastdiff.forward_process import (
-    FloatArray,
-    ForwardProcess,
-    TablesAt,
-    draw_like,
-    posterior_mean,
-    to_device,
-)
+from fastdiff.forward_process import ForwardProcess, draw_like, posterior_mean
+from fastdiff.process_tables import FloatArray, TablesAt, arithmetic_dtype, to_device
 
 MEAN_TYPES = ("epsilon", "x_start", "v", "previous_x")
 VAR_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
@@ -172,27 +166,16 @@ class ReverseProcess(ForwardProcess):
     ) -> Tensor:
         """The network's output in the dtype of the arithmetic, its shape checked."""
         timesteps = self._tables(x)["model_timesteps"][at.rows].float()
-        output = model(x, timesteps, **(model_kwargs or {}))
-        if not isinstance(output, Tensor):
-            raise InputError(
-                f"the model must answer a tensor, got {type(output).__name__}: wrap it so that "
-                "model(x, t) returns the prediction itself"
-            )
-        wanted = x.shape
+        needs, shape = f"mean_type {self.mean_type!r} with var_type {self.var_type!r}", x.shape
         if self.learns_variance:
             if x.dim() < 2:
                 raise InputError(
                     f"var_type {self.var_type!r} needs x of shape (N, C, ...) to split channels, "
                     f"got {tuple(x.shape)}"
                 )
-            wanted = torch.Size((x.shape[0], 2 * x.shape[1], *x.shape[2:]))
-        if output.shape != wanted:
-            raise InputError(
-                f"the model answered shape {tuple(output.shape)} for x of shape {tuple(x.shape)}: "
-                f"mean_type {self.mean_type!r} with var_type {self.var_type!r} needs "
-                f"{tuple(wanted)}" + (" (mean, then variance channels)" * self.learns_variance)
-            )
-        return output.to(at.dtype)
+            needs += " (mean, then variance channels)"
+            shape = torch.Size((x.shape[0], 2 * x.shape[1], *x.shape[2:]))
+        return network_output(model, x, timesteps, model_kwargs, shape, needs).to(at.dtype)
 
     def _interpret(
         self,
@@ -276,11 +259,10 @@ class ReverseProcess(ForwardProcess):
 
     def _ddim_tables_for(self, eta: float, x: Tensor) -> dict[str, Tensor]:
         """σ_t and √(1 − ᾱ_{t-1} − σ_t²) of eq. 12 and 16 on x's device, made once per eta."""
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        key = (eta, x.device, dtype)
+        key = (eta, x.device, arithmetic_dtype(x))
         if key not in self._ddim_tables:
-            if not (math.isfinite(eta) and eta >= 0):
-                raise InputError(f"eta must be a number from 0 up, got {eta}")
+            if not (is_finite(eta) and eta >= 0):
+                raise InputError(f"eta must be a number from 0 up, got {eta!r}")
             # Eq. 16 at eta = 1 is the posterior variance.
             room = 1.0 - self.alphas_cumprod_prev - eta**2 * self.posterior_variance
             if (room < -1e-12).any():
@@ -293,7 +275,7 @@ class ReverseProcess(ForwardProcess):
                 "ddim_sigma": eta * np.sqrt(self.posterior_variance),
                 "ddim_direction": np.sqrt(room.clip(min=0.0)),
             }
-            self._ddim_tables[key] = to_device(tables, x.device, dtype)
+            self._ddim_tables[key] = to_device(tables, *key[1:])
         return self._ddim_tables[key]
 
     def __getstate__(self) -> dict:
@@ -307,6 +289,33 @@ def eps_from_xstart(at: TablesAt, x_t: Tensor, x_start: Tensor) -> Tensor:
     """The ε that takes x_start to x_t: (x_t − √ᾱ x_0) / √(1−ᾱ), scaled as the tables say."""
     scaled = at["eps_coef_x_t"] * x_t - at["eps_coef_x_start"] * x_start
     return scaled / at["eps_divisor"]
+
+
+def network_output(
+    model: Model,
+    x: Tensor,
+    timesteps: Tensor,
+    model_kwargs: dict[str, Any] | None,
+    shape: torch.Size,
+    needs: str,
+) -> Tensor:
+    """``model(x, timesteps, **model_kwargs)``, or InputError for other than ``shape``, in floats.
+
+    ``needs`` says what asks for that shape.
+    """
+    output = model(x, timesteps, **(model_kwargs or {}))
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        came = output.dtype if isinstance(output, Tensor) else type(output).__name__
+        raise InputError(
+            f"the model must answer a floating-point tensor, got {came}: wrap it so that "
+            "model(x, t) returns the prediction itself"
+        )
+    if output.shape != shape:
+        raise InputError(
+            f"the model answered shape {tuple(output.shape)} for x of shape {tuple(x.shape)}: "
+            f"{needs} needs {tuple(shape)}"
+        )
+    return output
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> str:

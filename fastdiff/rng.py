@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, SupportsIndex
 import torch
 
 from fastdiff import native
+from fastdiff._checks import check_device
 from fastdiff.errors import InputError
 
 # The counter's steps: x_T, then the sampling steps, then the training steps, never shared.
@@ -72,7 +73,7 @@ def normal(
     """
     shape = _checked_shape(shape)
     if out is None:
-        out = torch.empty(shape, dtype=_checked_dtype(dtype), device=device)
+        out = torch.empty(shape, dtype=_checked_dtype(dtype), device=check_device(device))
     else:
         _check_out(out, shape)
     seed = _counter("seed", seed, 2**64, out.device)

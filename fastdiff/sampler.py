@@ -3,7 +3,6 @@
 One step is: run the network at row i's timestep, apply row i, i ← i + 1.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import rng as counter_rng
+from fastdiff._checks import check_device, check_float, check_shape, is_finite
 from fastdiff._optional import require
 from fastdiff.errors import InputError, TrainingError
 from fastdiff.ops.posterior_step import posterior_step
@@ -79,8 +79,8 @@ class Sampler:
             raise InputError(f"capture is {capture!r}; expected 'auto', True or False")
         if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise InputError(f"dtype is {dtype!r}; expected torch.float32, bfloat16 or float16")
-        if guidance_scale is not None and not math.isfinite(guidance_scale):
-            raise InputError(f"guidance_scale is {guidance_scale}; expected a finite number")
+        if guidance_scale is not None and not is_finite(guidance_scale):
+            raise InputError(f"guidance_scale is {guidance_scale!r}; expected a finite number")
         noise_levels(diffusion)  # raises for what is no process
         self.model = model
         self.diffusion = diffusion if steps is None else diffusion.respace(steps)
@@ -90,7 +90,7 @@ class Sampler:
         self.guidance_scale = guidance_scale
         self.dtype = dtype
         self.rng = rng
-        self.device = None if device is None else torch.device(device)
+        self.device = None if device is None else check_device(device)
 
     def sample(
         self,
@@ -158,9 +158,11 @@ class Sampler:
         Raises InputError for arguments or a network output that do not fit, TrainingError when the
         samples stop being finite (on a CPU at that step, elsewhere after the last one).
         """
-        shape = _check_shape(shape)
-        if noise is not None and tuple(noise.shape) != shape:
-            raise InputError(f"noise has shape {tuple(noise.shape)}, but shape is {shape}")
+        shape = check_shape(shape)
+        if noise is not None:
+            check_float(noise, "noise")
+            if noise.shape != shape:
+                raise InputError(f"noise has shape {tuple(noise.shape)}, but shape is {shape}")
         device = self._device(noise)
         draws = _Draws(self.rng, self.table, shape, device, seed, first_sample, step_noise)
         kwargs = self._network_kwargs(shape[0], dict(model_kwargs or {}), uncond_kwargs)
@@ -357,15 +359,6 @@ def _double(name: str, value: Any, uncond: Any, count: int) -> Any:
             f"{tuple(value.shape)}"
         )
     return torch.cat([value, other.to(value)])
-
-
-def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(shape) if isinstance(shape, Sequence) else ()
-    if len(sizes) < 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise InputError(
-            f"shape is {shape!r}; expected (N, C, ...) in positive integers, as in (16, 3, 32, 32)"
-        )
-    return sizes
 
 
 def _check_finite(x: Tensor, i: int, timestep: float) -> None:

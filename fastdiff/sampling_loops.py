@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff._checks import check_device, check_float, check_shape
 from fastdiff._optional import require
 from fastdiff.errors import InputError
 from fastdiff.forward_process import draw_like
@@ -148,7 +149,12 @@ def countdown(num_timesteps: int, progress: bool):
 
 def noise_of_step(noise: StepNoise | None, i: int) -> Tensor | None:
     """The noise of step i: a callable is asked for it, a tensor serves every step."""
-    return noise(i) if callable(noise) and not isinstance(noise, Tensor) else noise
+    if noise is None or isinstance(noise, Tensor):
+        return noise
+    drawn = noise(i) if callable(noise) else noise
+    if not isinstance(drawn, Tensor):
+        raise InputError(f"the noise of step {i} must be a tensor, got {type(drawn).__name__}")
+    return drawn
 
 
 def _start(
@@ -159,17 +165,18 @@ def _start(
     generator: torch.Generator | None,
 ) -> Tensor:
     """x_T on the device to sample on."""
-    if not isinstance(shape, tuple | list) or not shape:
-        raise InputError(f"shape must be a tuple such as (16, 3, 32, 32), got {shape!r}")
+    shape = check_shape(shape, empty=True)
+    device = None if device is None else check_device(device)
     if noise is not None:
-        if tuple(noise.shape) != tuple(shape):
-            raise InputError(f"noise has shape {tuple(noise.shape)}, but shape is {tuple(shape)}")
+        check_float(noise, "noise")
+        if noise.shape != shape:
+            raise InputError(f"noise has shape {tuple(noise.shape)}, but shape is {shape}")
         return noise if device is None else noise.to(device)
     if device is None:
         parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
         first = next(parameters, None)
         device = torch.device("cpu") if first is None else first.device
-    return draw_like(torch.empty(tuple(shape), device=device), generator)
+    return draw_like(torch.empty(shape, device=device), generator)
 
 
 def _last(steps: Iterator[dict[str, Tensor]]) -> Tensor:

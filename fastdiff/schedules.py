@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from fastdiff._checks import is_finite
 from fastdiff.errors import InputError
 
 FloatArray = npt.NDArray[np.float64]
@@ -44,9 +45,9 @@ def cosine_betas(num_steps: int, s: float = 0.008, max_beta: float = 0.999) -> F
     Nichol & Dhariwal 2021 eq. 17. Returns float64 (num_steps,).
     """
     num_steps = _check_steps(num_steps)
-    if not s >= 0:
+    if not (is_finite(s) and s >= 0):
         raise InputError(f"s must not be negative, got {s!r}")
-    if not 0 < max_beta <= 1:
+    if not (is_finite(max_beta) and 0 < max_beta <= 1):
         raise InputError(f"max_beta must lie in (0, 1], got {max_beta!r}")
 
     def alpha_bar(u: float) -> float:
@@ -82,7 +83,7 @@ def warmup_betas(
     """
     num_steps = _check_steps(num_steps)
     _check_ends(beta_start, beta_end)
-    if not 0 <= fraction <= 1:
+    if not (is_finite(fraction) and 0 <= fraction <= 1):
         raise InputError(f"fraction must lie in [0, 1], got {fraction!r}")
     betas = np.full(num_steps, beta_end, dtype=np.float64)
     rising = int(num_steps * fraction)
@@ -133,7 +134,7 @@ def get_named_beta_schedule(name: str, num_steps: int) -> FloatArray:
 
     Returns float64 (num_steps,). Raises InputError for an unknown name.
     """
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         raise InputError(f"unknown noise schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
     return SCHEDULES[name](num_steps)
 
@@ -143,18 +144,36 @@ def rescale_zero_terminal_snr(betas: npt.ArrayLike) -> FloatArray:
 
     Lin et al. 2023 algorithm 1: the first step keeps its signal, the last has none (its beta is 1).
     Use it with v, x_start or previous_x prediction: ε says nothing about x_0 where there is only
-    noise. Takes and returns float64 (T,), T >= 2. Raises InputError otherwise.
+    noise. Takes and returns float64 (T,), T >= 2. Raises InputError otherwise, for betas outside
+    (0, 1], and for betas whose signal does not fall after the first step or ends before the last.
     """
-    betas = np.array(betas, dtype=np.float64)
-    if betas.ndim != 1 or betas.size < 2:
-        raise InputError(f"betas must be one-dimensional with at least 2 steps, got {betas.shape}")
-    if not ((betas > 0) & (betas <= 1)).all():
-        raise InputError("betas must lie in (0, 1]")
+    betas = check_betas(betas)
+    if betas.size < 2:
+        raise InputError("betas must have at least 2 steps, got 1: there is nothing to rescale")
     root = np.sqrt(np.cumprod(1.0 - betas))
+    if not root[0] > root[-1] or root[-2] == 0:
+        raise InputError(
+            "betas must leave signal until the last step and lose some after the first: "
+            f"√alphas_cumprod runs {root[0]:.3g}, …, {root[-2]:.3g}, {root[-1]:.3g}"
+        )
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     alphas_cumprod = root**2
     alphas = np.append(alphas_cumprod[0], alphas_cumprod[1:] / alphas_cumprod[:-1])
     return 1.0 - alphas
+
+
+def check_betas(betas: npt.ArrayLike) -> FloatArray:
+    """``betas`` as float64 (T,), or InputError unless they are numbers in (0, 1]."""
+    try:
+        values = np.array(betas, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError(f"betas must be an array of numbers, got {type(betas).__name__}") from None
+    if values.ndim != 1 or values.size == 0:
+        raise InputError(f"betas must be one-dimensional and not empty, got shape {values.shape}")
+    if not ((values > 0) & (values <= 1)).all():
+        wrong = int(np.argmin((values > 0) & (values <= 1)))
+        raise InputError(f"betas must lie in (0, 1], got {values[wrong]} at step {wrong}")
+    return values
 
 
 def _check_steps(num_steps: int) -> int:
@@ -170,5 +189,5 @@ def _check_steps(num_steps: int) -> int:
 
 
 def _check_ends(beta_start: float, beta_end: float) -> None:
-    if not (0 < beta_start <= 1 and 0 < beta_end <= 1):
+    if not all(is_finite(beta) and 0 < beta <= 1 for beta in (beta_start, beta_end)):
         raise InputError(f"betas must lie in (0, 1], got {beta_start!r} to {beta_end!r}")

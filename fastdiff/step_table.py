@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastdiff._checks import is_finite
 from fastdiff.errors import InputError
 
 Float64Array = npt.NDArray[np.float64]
@@ -292,8 +293,8 @@ def _ddim_columns(
     levels: _Levels, a: Float64Array, b: Float64Array, eta: float, clipped_eps: bool
 ) -> dict[str, Float64Array]:
     """x_prev = signal_prev·x_0 + √(noise_prev² − σ²)·ε + σ·z with ε = (x_t − signal·x_0)/noise."""
-    if not (np.isfinite(eta) and eta >= 0):
-        raise InputError(f"eta is {eta}; expected ≥ 0 (0 deterministic, 1 the DDPM variance)")
+    if not (is_finite(eta) and eta >= 0):
+        raise InputError(f"eta is {eta!r}; expected ≥ 0 (0 deterministic, 1 the DDPM variance)")
     # σ² = η²·posterior_variance, so noise_prev² − σ² = noise_prev²·(1 − η²·transition/noise²).
     share = levels.transition_variance[1:] / levels.noise[1:] ** 2
     if (eta**2 * share > 1).any():

@@ -5,9 +5,11 @@ Everything stays on the device: neither drawing nor updating waits for it.
 
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff._checks import is_finite
 from fastdiff.errors import InputError
 
 SAMPLER_NAMES = ("uniform", "loss-second-moment")
@@ -58,9 +60,11 @@ class LossSecondMomentSampler:
         uniform_prob: float = 0.001,
     ):
         self.num_timesteps = _num_timesteps(diffusion)
-        if history_per_term < 1:
-            raise InputError(f"history_per_term must be at least 1, got {history_per_term}")
-        if not 0 <= uniform_prob <= 1:
+        if not isinstance(history_per_term, int) or history_per_term < 1:
+            raise InputError(
+                f"history_per_term must be at least 1 and an integer, got {history_per_term!r}"
+            )
+        if not (is_finite(uniform_prob) and 0 <= uniform_prob <= 1):
             raise InputError(f"uniform_prob must lie in [0, 1], got {uniform_prob}")
         self.history_per_term = history_per_term
         self.uniform_prob = uniform_prob
@@ -94,8 +98,11 @@ class LossSecondMomentSampler:
         """Record unweighted losses (n,) of the timesteps ``t`` (n,) they were measured at.
 
         In the order given: where a timestep occurs more often than the history is long, the last
-        ones stay. Losses that are not finite are left out. InputError for shapes that differ.
+        ones stay. Losses that are not finite are left out. InputError for shapes that
+        differ and for timesteps that are no integers.
         """
+        if t.is_floating_point() or t.dtype == torch.bool:
+            raise InputError(f"update_with_losses needs integer timesteps, got {t.dtype}")
         if t.dim() != 1 or t.shape != losses.shape:
             raise InputError(
                 "update_with_losses needs t and losses of one shape (n,), "
@@ -156,7 +163,9 @@ def create_timestep_sampler(name: str, diffusion: HasTimesteps | int) -> Timeste
 
 
 def _num_timesteps(diffusion: HasTimesteps | int) -> int:
-    count = diffusion if isinstance(diffusion, int) else diffusion.num_timesteps
+    count = getattr(diffusion, "num_timesteps", diffusion)
+    if not isinstance(count, int | np.integer):
+        raise InputError(f"expected a diffusion process or a number of timesteps, got {count!r}")
     if count < 1:
         raise InputError(f"the number of timesteps must be at least 1, got {count}")
-    return count
+    return int(count)

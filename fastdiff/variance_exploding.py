@@ -4,7 +4,7 @@ Song et al. 2021 (arXiv:2011.13456) section 3.4 and appendix C; in its notation 
 Ermon 2019. Sampling it needs nothing of its own: Sampler reads the process through a StepTable.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastdiff._checks import check_float, check_like, check_timesteps
+from fastdiff._checks import check_float, is_finite
 from fastdiff.errors import InputError
-from fastdiff.forward_process import draw_like
+from fastdiff.forward_process import draw_like, mean_flat
 from fastdiff.ops.q_sample import q_sample
+from fastdiff.process_tables import FloatArray, ProcessTables, TablesAt, check_timestep_map
 from fastdiff.respacing import space_timesteps
-from fastdiff.reverse_process import check_choice
+from fastdiff.reverse_process import Model, check_choice, network_output
 
 PROCESS = "variance_exploding"
 MEAN_TYPES = ("epsilon", "x_start", "v")
@@ -28,16 +29,16 @@ LOSS_WEIGHTINGS = ("inverse_variance", "edm", "min_snr")
 
 def geometric_sigmas(
     num_steps: int, sigma_min: float = 0.01, sigma_max: float = 50.0
-) -> npt.NDArray[np.float64]:
+) -> FloatArray:
     """``num_steps`` noise levels in geometric progression, smallest first; float64 (num_steps,).
 
     Song et al. 2021, eq. 6; sigma_max should be near the largest distance between two data points
     (Song & Ermon 2020, technique 1). Raises InputError unless 0 < sigma_min < sigma_max and
     num_steps ≥ 2.
     """
-    if num_steps < 2:
-        raise InputError(f"num_steps is {num_steps}; a geometric progression needs at least 2")
-    if not 0 < sigma_min < sigma_max < np.inf:
+    if not isinstance(num_steps, int | np.integer) or num_steps < 2:
+        raise InputError(f"num_steps is {num_steps!r}; expected an integer, at least 2")
+    if not (is_finite(sigma_min) and is_finite(sigma_max) and 0 < sigma_min < sigma_max):
         raise InputError(
             f"sigma_min is {sigma_min} and sigma_max {sigma_max}; "
             "expected 0 < sigma_min < sigma_max"
@@ -45,7 +46,7 @@ def geometric_sigmas(
     return np.geomspace(sigma_min, sigma_max, num_steps, dtype=np.float64)
 
 
-class VarianceExploding:
+class VarianceExploding(ProcessTables):
     """q(x_t | x_0) = N(x_0, sigma_t²·I), its training losses, and what a StepTable reads of it.
 
     Args:
@@ -84,27 +85,23 @@ class VarianceExploding:
         timestep_map: Sequence[int] | npt.NDArray[np.int64] | None = None,
         original_num_steps: int | None = None,
     ):
+        super().__init__()
         self.sigmas = _check_sigmas(sigmas)
         self.mean_type = check_choice("mean_type", mean_type, MEAN_TYPES)
         self.var_type = check_choice("var_type", var_type, VAR_TYPES)
         self.conditioning = check_choice("conditioning", conditioning, CONDITIONINGS)
         if loss_weighting is not None:
             check_choice("loss_weighting", loss_weighting, LOSS_WEIGHTINGS)
-        if not min_snr_gamma > 0:
-            raise InputError(f"min_snr_gamma is {min_snr_gamma}; expected a positive number")
+        if not (is_finite(min_snr_gamma) and min_snr_gamma > 0):
+            raise InputError(f"min_snr_gamma must be a positive number, got {min_snr_gamma!r}")
         self.scale_input = bool(scale_input)
         self.loss_weighting = loss_weighting
         self.min_snr_gamma = float(min_snr_gamma)
 
         self.num_timesteps = len(self.sigmas)
-        steps = np.arange(self.num_timesteps) if timestep_map is None else np.array(timestep_map)
-        self.timestep_map = _check_timestep_map(steps, self.num_timesteps)
-        self.original_num_steps = int(original_num_steps or self.timestep_map[-1] + 1)
-        if self.original_num_steps <= self.timestep_map[-1]:
-            raise InputError(
-                f"original_num_steps is {original_num_steps}; timestep_map goes up to "
-                f"{self.timestep_map[-1]}"
-            )
+        self.timestep_map, self.original_num_steps = check_timestep_map(
+            timestep_map, original_num_steps, self.num_timesteps
+        )
 
         self.signal_scale = np.ones_like(self.sigmas)
         self.noise_scale = self.sigmas
@@ -114,7 +111,6 @@ class VarianceExploding:
         self.model_timesteps = told.astype(np.float32)
         self.prior_std = float(self.sigmas[-1])
         self.loss_weights = self._loss_weights(total_std)
-        self._device_tables: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """Draw x_t ~ N(x_start, sigma_t²·I): like x_start.
@@ -126,17 +122,17 @@ class VarianceExploding:
         check_float(x_start, "x_start")
         tables = self._tables(x_start)
         noise = draw_like(x_start) if noise is None else noise
-        return q_sample(x_start, t, tables["signal"], tables["sigma"], noise=noise)[0]
+        signal, sigma = tables["signal"][:-1], tables["sigma"][:-1]
+        return q_sample(x_start, t, signal, sigma, noise=noise)[0]
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log variance of q(x_t | x_0), each (N, ...) like x_start."""
-        sigma = self._at("sigma", t, x_start)
-        variance = (sigma**2).expand(x_start.shape)
+        variance = (self._at(t, x_start, "x_start")["sigma"] ** 2).expand(x_start.shape)
         return x_start, variance, variance.log()
 
     def training_losses(
         self,
-        model: Callable[..., Tensor],
+        model: Model,
         x_start: Tensor,
         t: Tensor,
         model_kwargs: dict[str, Any] | None = None,
@@ -147,19 +143,16 @@ class VarianceExploding:
         ``model`` is called ``model(x, timesteps, **model_kwargs)`` with x = input_scale_t·x_t and
         float32 (N,) timesteps, and answers x's shape. Arguments and errors: :meth:`q_sample`.
         """
+        at = self._at(t, x_start, "x_start")
         noise = draw_like(x_start) if noise is None else noise
-        check_like(noise, "noise", x_start, "x_start")
         x_t = self.q_sample(x_start, t, noise)
-        network_input = (self._at("input_scale", t, x_start) * x_t).to(x_start.dtype)
-        timesteps = self._tables(x_start)["model_timesteps"][t.long()].float()
-        output = model(network_input, timesteps, **(model_kwargs or {}))
-        if not isinstance(output, Tensor) or output.shape != x_start.shape:
-            came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise InputError(f"the model answered {came} for x of shape {tuple(x_start.shape)}")
-        target = self._target(x_start, t, noise)
-        squared_error = (target - output.to(target.dtype)) ** 2
-        mse = squared_error.flatten(1).mean(1)
-        return {"loss": self._at("loss_weight", t, x_start).flatten() * mse, "mse": mse}
+        network_input = (at["input_scale"] * x_t).to(x_start.dtype)
+        timesteps = at["model_timesteps"].flatten().float()
+        output = network_output(
+            model, network_input, timesteps, model_kwargs, x_start.shape, f"a {PROCESS} process"
+        )
+        mse = mean_flat((self._target(x_start, noise, at) - output.to(at.dtype)) ** 2)
+        return {"loss": at["loss_weight"].flatten() * mse, "mse": mse}
 
     def respace(self, sections: str | int | Sequence[int]) -> "VarianceExploding":
         """The strided process with the steps of :func:`fastdiff.space_timesteps`."""
@@ -191,27 +184,24 @@ class VarianceExploding:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "VarianceExploding":
         """The process :meth:`to_config` described. Raises InputError for any other dictionary."""
-        arguments = dict(config)
-        if arguments.pop("process", None) != PROCESS:
-            raise InputError(f"config has process {config.get('process')!r}, expected {PROCESS!r}")
+        came = config.get("process") if isinstance(config, dict) else config
+        if came != PROCESS:
+            raise InputError(f"config has process {came!r}, expected {PROCESS!r}")
+        arguments = {name: value for name, value in config.items() if name != "process"}
         try:
             return cls(**arguments)
         except TypeError as error:
             raise InputError(f"the config of a {PROCESS} process does not fit: {error}") from None
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the device tables behind: they are a cache."""
-        return self.__dict__ | {"_device_tables": {}}
-
-    def _target(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        sigma = self._at("sigma", t, x_start)
+    def _target(self, x_start: Tensor, noise: Tensor, at: TablesAt) -> Tensor:
         if self.mean_type == "epsilon":
-            return noise.to(sigma.dtype)
+            return noise.to(at.dtype)
         if self.mean_type == "x_start":
-            return x_start.to(sigma.dtype)
+            return x_start.to(at.dtype)
+        sigma = at["sigma"]
         return (noise - sigma * x_start) / torch.sqrt(1 + sigma**2)
 
-    def _loss_weights(self, total_std: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    def _loss_weights(self, total_std: FloatArray) -> FloatArray:
         """(K,): weight of x_0's squared error × how x_0's error follows from the output's."""
         snr = self.sigmas**-2
         weights = {
@@ -229,37 +219,17 @@ class VarianceExploding:
         }
         return weights[self.loss_weighting] * b[self.mean_type] ** 2
 
-    def _at(self, name: str, t: Tensor, x: Tensor) -> Tensor:
-        """A table at each sample's t, shaped to broadcast over x."""
-        check_float(x, "x_start")
-        t = check_timesteps(t, x, self.num_timesteps, "x_start")
-        # Row K, to which -1 and K lead, holds NaN: see check_timesteps.
-        rows = t.clamp(-1, self.num_timesteps)
-        return self._tables(x, padded=True)[name][rows].view(-1, *(1,) * (x.dim() - 1))
-
-    def _tables(self, x: Tensor, padded: bool = False) -> dict[str, Tensor]:
-        """Every table on x's device, copied there once: (K,), or with a row of NaN behind."""
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        key = (x.device, dtype)
-        if key not in self._device_tables:
-            named: dict[str, np.ndarray] = {
-                "signal": self.signal_scale,
-                "sigma": self.sigmas,
-                "input_scale": self.input_scale,
-                "loss_weight": self.loss_weights,
-                "model_timesteps": self.model_timesteps,
-            }
-            # A tensor made in inference mode could never take part in training later.
-            with torch.inference_mode(False):
-                self._device_tables[key] = {
-                    name: torch.from_numpy(np.append(table, np.nan)).to(x.device, dtype)
-                    for name, table in named.items()
-                }
-        tables = self._device_tables[key]
-        return tables if padded else {name: table[:-1] for name, table in tables.items()}
+    def _named_tables(self) -> dict[str, FloatArray]:
+        return {
+            "signal": self.signal_scale,
+            "sigma": self.sigmas,
+            "input_scale": self.input_scale,
+            "loss_weight": self.loss_weights,
+            "model_timesteps": self.model_timesteps.astype(np.float64),
+        }
 
 
-def _check_sigmas(sigmas: npt.ArrayLike) -> npt.NDArray[np.float64]:
+def _check_sigmas(sigmas: npt.ArrayLike) -> FloatArray:
     try:
         array = np.array(sigmas, dtype=np.float64)
     except (TypeError, ValueError):
@@ -269,14 +239,3 @@ def _check_sigmas(sigmas: npt.ArrayLike) -> npt.NDArray[np.float64]:
     if not np.isfinite(array).all() or array[0] <= 0 or (np.diff(array) <= 0).any():
         raise InputError("sigmas must be finite, positive and rising: smallest noise first")
     return array
-
-
-def _check_timestep_map(steps: np.ndarray, count: int) -> npt.NDArray[np.int64]:
-    if steps.shape != (count,) or steps.dtype.kind not in "iu":
-        raise InputError(
-            f"timestep_map must hold one integer per sigma, {count} in all, "
-            f"got {steps.dtype} of shape {steps.shape}"
-        )
-    if steps[0] < 0 or (np.diff(steps) <= 0).any():
-        raise InputError("timestep_map must ascend from 0 or above")
-    return steps.astype(np.int64)

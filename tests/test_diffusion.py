@@ -296,13 +296,15 @@ BAD_CALLS = {
     r"x_start must have the shape of x_t": lambda: PLAIN.q_posterior_mean_variance(X[:, :1], X, T),
     r"noise must have the shape of x, ": lambda: PLAIN.p_sample(identity, X, T, noise=X[:1]),
     r"t is on meta but x is on cpu": lambda: PLAIN.p_sample(identity, X, T.to("meta")),
-    r"answered shape \(2, 3, 4\).*'learned_range' needs \(2, 6, 4\) \(mean, then": lambda: (
+    r"answered shape \(2, 3, 4\).*'learned_range' \(mean, then .* needs \(2, 6, 4\)": lambda: (
         LEARNED.p_sample(identity, X, T)
     ),
     r"the model answered shape \(2, 6, 4\).*'fixed_small' needs \(2, 3, 4\)": lambda: (
         PLAIN.training_losses(lambda x, t: torch.cat([x, x], 1), X, T)
     ),
-    r"the model must answer a tensor, got dict": lambda: PLAIN.p_sample(lambda x, t: {}, X, T),
+    r"the model must answer a floating-point tensor, got dict": lambda: PLAIN.p_sample(
+        lambda x, t: {}, X, T
+    ),
     r"needs x of shape \(N, C, ...\) to split channels": lambda: LEARNED.p_sample(
         identity, X[:, 0, 0], T
     ),
@@ -331,12 +333,26 @@ BAD_CALLS = {
         create_diffusion(zero_terminal_snr=True)
     ),
     r"epsilon prediction cannot recover x_0": lambda: create_diffusion(noise_schedule="jsd"),
-    r"timestep_map must hold one integer per beta, 2 in all": lambda: GaussianDiffusion(
+    r"timestep_map must hold one integer per step, 2 in all": lambda: GaussianDiffusion(
         [0.1, 0.2], timestep_map=[0]
     ),
     r"timestep_map must ascend within 0 … 4": lambda: GaussianDiffusion(
         [0.1, 0.2], timestep_map=[4, 2], original_num_steps=5
     ),
+    r"timestep_map must hold one integer per step, got \[\[0\], \[1, 2\]\]": lambda: (
+        GaussianDiffusion([0.1, 0.2], timestep_map=[[0], [1, 2]])
+    ),
+    r"original_num_steps must be an integer, got 10.5": lambda: GaussianDiffusion(
+        [0.1, 0.2], original_num_steps=10.5
+    ),
+    r"min_snr_gamma must be a positive number, got '5'": lambda: GaussianDiffusion(
+        [0.1], min_snr_gamma="5"
+    ),
+    r"unknown noise schedule \['linear'\]": lambda: GaussianDiffusion.from_config(
+        {"noise_schedule": ["linear"]}
+    ),
+    r"eta must be a number from 0 up, got '0'": lambda: PLAIN.ddim_sample(identity, X, T, eta="0"),
+    r"floating-point tensor, got torch.int64": lambda: PLAIN.p_sample(lambda x, t: x.long(), X, T),
     r"mean_type='v' contradicts the flag that chooses 'x_start'": lambda: create_diffusion(
         mean_type="v", predict_xstart=True
     ),

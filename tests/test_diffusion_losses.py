@@ -9,7 +9,7 @@ from diffusion_tools import gaussian, images, output_for
 
 from fastdiff.create import create_diffusion
 from fastdiff.diffusion import LOSS_TYPES, GaussianDiffusion, mean_flat
-from fastdiff.forward_process import TablesAt
+from fastdiff.process_tables import TablesAt
 from fastdiff.reverse_process import MEAN_TYPES, VAR_TYPES
 from fastdiff.schedules import cosine_betas, jsd_betas, linear_betas, rescale_zero_terminal_snr
 

@@ -284,8 +284,18 @@ def test_progress_counts_the_steps(capsys):
 
 GENERATOR_ELSEWHERE = type("Generator", (), {"device": torch.device("cuda:0")})()
 BAD_CALLS = {
-    r"shape must be a tuple such as .*, got 5": lambda: strided().p_sample_loop(model, 5),
-    r"shape must be a tuple such as .*, got \(\)": lambda: strided().p_sample_loop(model, ()),
+    r"shape is 5; expected \(N, C, ...\) in positive integers": lambda: strided().p_sample_loop(
+        model, 5
+    ),
+    r"shape is \(2, -3, 4\); expected": lambda: strided().p_sample_loop(model, (2, -3, 4)),
+    r"device is 'gpu'; expected 'cpu'": lambda: strided().p_sample_loop(model, SHAPE, device="gpu"),
+    r"noise must be a floating-point tensor .* got list": lambda: strided().p_sample_loop(
+        model, SHAPE, [0.0]
+    ),
+    r"the noise of step 5 must be a tensor, got NoneType": lambda: strided().p_sample_loop(
+        model, SHAPE, step_noise=lambda i: None
+    ),
+    r"shape is \(\); expected": lambda: strided().p_sample_loop(model, ()),
     r"noise has shape \(2, 3\), but shape is": lambda: strided().ddim_sample_loop(
         model, SHAPE, torch.zeros(2, 3)
     ),

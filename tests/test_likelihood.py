@@ -221,6 +221,11 @@ def test_distortion_is_in_grey_levels():
     assert rate_distortion(terms).distortion == pytest.approx([3.0] * 30 + [0.0])
 
 
+def test_results_of_something_else_are_an_error():
+    with pytest.raises(InputError, match="'total_bpd' is missing.*calc_bpd_loop"):
+        summarize_bpd({"loss": torch.zeros(3)})
+
+
 def test_nothing_to_average_is_an_error():
     empty = {name: value[:0] for name, value in batches()[0].items()}
     for nothing in ([], [empty]):

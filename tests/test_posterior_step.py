@@ -229,6 +229,7 @@ X = torch.zeros(2, 3, 4, 4)
             {"model_output": torch.zeros(4, 3, 4, 4), "guidance_scale": torch.ones(2)},
             "expected one element on cpu",
         ),
+        ({"table": None}, "table is a NoneType; expected a StepTable"),
         ({"step": 5}, "step is 5; the table has rows 0 … 4"),
         ({"step": -1}, "step is -1"),
         ({"step": torch.tensor(9)}, "step is 9"),

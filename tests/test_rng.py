@@ -347,6 +347,7 @@ def test_plan(device_type, dtype, cuda_kernel, triton, expected):
         (dict(seed=0, out=torch.empty(2, 8, dtype=torch.int8)), "dtype is torch.int8"),
         (dict(seed=0, out=torch.empty(2, 8, requires_grad=True)), "requires grad"),
         (dict(seed=0, out=torch.empty(2, 1).expand(2, 8)), "share memory"),
+        (dict(seed=0, device="gpu"), "device is 'gpu'; expected 'cpu'"),
         (dict(seed=0, backend="numpy"), "backend is 'numpy': expected one of native, cuda"),
         (dict(seed=0, backend="cuda"), "backend 'cuda' cannot draw torch.float32 on cpu"),
         (dict(seed=0, backend="native", dtype=torch.float64), "cannot draw torch.float64"),

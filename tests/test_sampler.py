@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from golden_cases import META, array, network, process, relative_error
@@ -351,6 +352,9 @@ def test_a_network_that_answers_nan_is_named_with_its_step():
         ({"dtype": torch.float64}, "dtype is torch.float64"),
         ({"dtype": "bf16"}, "dtype is 'bf16'"),
         ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
+        ({"guidance_scale": "2"}, "guidance_scale is '2'"),
+        ({"device": "gpu"}, "device is 'gpu'; expected 'cpu'"),
+        ({"method": "ddim", "eta": "1"}, "eta is '1'"),
         ({"steps": 21}, "21"),
         ({"steps": "ddim19"}, "ddim19"),
         ({"steps": "fifty"}, "fifty"),
@@ -376,6 +380,9 @@ def test_bad_model_or_process():
         ({"shape": 16}, "positive integers"),
         ({"shape": (3, 2.0)}, "positive integers"),
         ({"noise": torch.zeros(1, 2, 4, 4)}, "noise has shape"),
+        ({"noise": np.zeros(SHAPE)}, "noise must be a floating-point tensor .* got ndarray"),
+        ({"step_noise": lambda i: None}, "the noise of step 1 must be a tensor, got NoneType"),
+        ({"step_noise": np.zeros(SHAPE)}, "the noise of step 1 must be a tensor, got ndarray"),
         ({"step_noise": torch.zeros(1, 2, 4, 4)}, "noise has shape"),
         ({"seed": 1.5}, "seed"),
         ({"seed": -1}, "seed"),

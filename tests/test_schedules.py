@@ -96,6 +96,12 @@ def test_zero_terminal_snr_leaves_a_schedule_that_has_it():
         (lambda: quad_betas(10, 1e-4, 3), r"betas must lie in \(0, 1\]"),
         (lambda: warmup_betas(10, 1.5), r"fraction must lie in \[0, 1\]"),
         (lambda: rescale_zero_terminal_snr([0.1]), "at least 2 steps"),
+        (lambda: rescale_zero_terminal_snr("linear"), "array of numbers, got str"),
+        (lambda: rescale_zero_terminal_snr([1.0, 0.1]), "leave signal until the last step"),
+        (lambda: rescale_zero_terminal_snr([0.1, 1.0, 0.1]), "leave signal until the last step"),
+        (lambda: rescale_zero_terminal_snr([0.1, 1e-20]), "lose some after the first"),
+        (lambda: cosine_betas(10, s="0"), "s must not be negative"),
+        (lambda: get_named_beta_schedule(["linear"], 10), "unknown noise schedule"),
         (lambda: rescale_zero_terminal_snr([0.1, 1.2]), r"betas must lie in \(0, 1\]"),
     ],
 )

@@ -172,6 +172,13 @@ BAD_CALLS = {
         create_timestep_sampler("importance", 10)
     ),
     "at least 1, got 0": lambda: UniformSampler(0),
+    "a diffusion process or a number of timesteps, got 2.5": lambda: UniformSampler(2.5),
+    "history_per_term must be at least 1 and an integer, got 2.5": lambda: LossSecondMomentSampler(
+        3, 2.5
+    ),
+    "integer timesteps, got torch.float32": lambda: LossSecondMomentSampler(3).update_with_losses(
+        torch.zeros(2), torch.zeros(2)
+    ),
     "history_per_term must be at least 1": lambda: LossSecondMomentSampler(3, 0),
     r"uniform_prob must lie in \[0, 1\]": lambda: LossSecondMomentSampler(3, 1, 1.5),
     r"one shape \(n,\), got \(2,\) and \(3,\)": lambda: LossSecondMomentSampler(

@@ -160,17 +160,22 @@ def test_device_tables_are_a_cache_that_copies_leave_behind():
         (lambda: process(conditioning="time"), "conditioning"),
         (lambda: process(loss_weighting="snr"), "loss_weighting"),
         (lambda: process(loss_weighting="min_snr", min_snr_gamma=0), "min_snr_gamma"),
-        (lambda: VarianceExploding([0.1, 0.2], timestep_map=[0]), "one integer per sigma"),
+        (lambda: VarianceExploding([0.1, 0.2], timestep_map=[0]), "one integer per step"),
         (lambda: VarianceExploding([0.1, 0.2], timestep_map=[3, 1]), "ascend"),
         (
             lambda: VarianceExploding([0.1, 0.2], timestep_map=[0, 5], original_num_steps=3),
-            "goes up to 5",
+            "ascend within 0 … 2",
         ),
         (lambda: VarianceExploding.from_config({"sigmas": [0.1]}), "expected 'variance_exploding'"),
         (
             lambda: VarianceExploding.from_config({"process": "variance_exploding", "size": 3}),
             "does not fit",
         ),
+        (lambda: VarianceExploding.from_config(None), "expected 'variance_exploding'"),
+        (lambda: VarianceExploding([0.1], original_num_steps="x"), "must be an integer, got 'x'"),
+        (lambda: process(min_snr_gamma="5"), "min_snr_gamma"),
+        (lambda: geometric_sigmas(5.5), "an integer"),
+        (lambda: geometric_sigmas(5, "a", 1.0), "0 < sigma_min < sigma_max"),
         (lambda: process().respace("50"), "50"),
     ],
 )
@@ -187,7 +192,11 @@ def test_bad_calls():
         ve.q_mean_variance(x, torch.tensor([0]))
     with pytest.raises(InputError, match="noise must have the shape"):
         ve.training_losses(lambda x, t: x, x, t, noise=x[:1])
-    with pytest.raises(InputError, match=r"answered \(2, 2\)"):
+    with pytest.raises(InputError, match=r"answered shape \(2, 2\)"):
         ve.training_losses(lambda x, t: x[:, :2], x, t)
     with pytest.raises(InputError, match="floating-point"):
         ve.q_sample(torch.zeros(2, 3, dtype=torch.uint8), t)
+    with pytest.raises(InputError, match="x_start must be a floating-point"):
+        ve.training_losses(lambda x, t: x, torch.zeros(2, 3, dtype=torch.uint8), t)
+    with pytest.raises(InputError, match="must answer a floating-point tensor, got torch.int64"):
+        ve.training_losses(lambda x, t: x.long(), x, t)

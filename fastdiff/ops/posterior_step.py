@@ -1,10 +1,9 @@
 """posterior_step: one sampler step (DDPM, DDIM, DPM-Solver++) from one row of a StepTable."""
 
-import math
-
 import torch
 
 from fastdiff import rng
+from fastdiff._checks import is_finite
 from fastdiff.errors import InputError
 from fastdiff.reference import posterior_step as reference
 from fastdiff.step_table import COLUMNS, StepTable
@@ -115,6 +114,8 @@ def _check_tensors(
             raise InputError(f"{name} is a {type(tensor).__name__}; expected a tensor")
         if tensor.dtype not in DTYPES:
             raise InputError(f"{name} is {tensor.dtype}; expected float32, bfloat16 or float16")
+    if not isinstance(table, StepTable):
+        raise InputError(f"table is a {type(table).__name__}; expected a StepTable")
     if x_t.ndim < 2:
         raise InputError(f"x_t has shape {tuple(x_t.shape)}; expected (N, C, ...)")
     batch, channels, *size = x_t.shape
@@ -139,8 +140,8 @@ def _check_tensors(
                 f"guidance_scale is a tensor of shape {tuple(guidance_scale.shape)} on "
                 f"{guidance_scale.device}; expected one element on {x_t.device}"
             )
-    elif guidance_scale is not None and not math.isfinite(guidance_scale):
-        raise InputError(f"guidance_scale is {guidance_scale}; expected a finite number")
+    elif guidance_scale is not None and not is_finite(guidance_scale):
+        raise InputError(f"guidance_scale is {guidance_scale!r}; expected a finite number")
 
 
 def _check_step(step: int | torch.Tensor, table: StepTable, device: torch.device) -> None:
