@@ -1,10 +1,13 @@
-"""create_diffusion: a process from the options that published training scripts have."""
+"""Making a process: from the options of published training scripts, or from its own config."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import InputError
 from fastdiff.schedules import get_named_beta_schedule, rescale_zero_terminal_snr
+from fastdiff.variance_exploding import PROCESS as VARIANCE_EXPLODING
+from fastdiff.variance_exploding import VarianceExploding
 
 
 def create_diffusion(
@@ -78,6 +81,13 @@ def create_diffusion(
     )
     diffusion._recipe = recipe
     return diffusion if timestep_respacing == "" else diffusion.respace(timestep_respacing)
+
+
+def process_from_config(config: dict[str, Any]) -> GaussianDiffusion | VarianceExploding:
+    """The process of either kind whose ``to_config`` gave ``config``. InputError for others."""
+    if isinstance(config, dict) and config.get("process") == VARIANCE_EXPLODING:
+        return VarianceExploding.from_config(config)
+    return GaussianDiffusion.from_config(config)
 
 
 def _named_or(what: str, name: str | None, flags: dict[str, bool], default: str) -> str:

@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from fastdiff.create import process_from_config
 from fastdiff.errors import InputError
 from fastdiff.models.ema import EMA, rate_name
 from fastdiff.models.unet import UNet
@@ -154,11 +155,7 @@ def load(
     load_weights(model, state, path / f"{stem}.safetensors")
     diffusion = None
     if config["diffusion"] is not None:
-        from fastdiff.diffusion import GaussianDiffusion
-
-        diffusion = _build(
-            path, "diffusion", lambda: GaussianDiffusion.from_config(config["diffusion"])
-        )
+        diffusion = _build(path, "diffusion", lambda: process_from_config(config["diffusion"]))
     return Checkpoint(
         model=model.to(device).eval(),
         diffusion=diffusion,
