@@ -1,8 +1,9 @@
 """The blocks of the published U-Nets. Submodule names are the published state_dict keys.
 
 Each GroupNorm with the FiLM and SiLU around it is one call of ``ops.group_norm_silu``, and the
-attention on a qkv projection one call of ``ops.attention``: the modules in ``in_layers`` and the like
-hold parameters under their published names, and ``forward`` reads those instead of calling them.
+attention on a qkv projection one call of ``ops.attention``: the modules in ``in_layers`` and the
+like hold parameters under their published names, and ``forward`` reads those instead of calling
+them.
 """
 
 import math
@@ -82,7 +83,7 @@ def apply_norm(
 
 
 def run_checkpointed(function: Callable[..., Tensor], enabled: bool, *args: Tensor) -> Tensor:
-    """Call ``function``; when ``enabled``, keep only its inputs and compute it again for backward."""
+    """Call ``function``; if ``enabled``, keep only its inputs and compute it again in backward."""
     if enabled and torch.is_grad_enabled():
         return checkpoint(function, *args, use_reentrant=False)
     return function(*args)
@@ -175,7 +176,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """x (N, C, *spatial), emb (N, E) -> (N, C', *spatial'); ``size`` is where "up" goes."""
-        return run_checkpointed(lambda x, emb: self._forward(x, emb, size), self.use_checkpoint, x, emb)
+        return run_checkpointed(
+            lambda x, emb: self._forward(x, emb, size), self.use_checkpoint, x, emb
+        )
 
     def _forward(self, x: Tensor, emb: Tensor, size: Sequence[int] | None) -> Tensor:
         h = apply_norm(self.in_layers[0], x)
@@ -221,8 +224,8 @@ class AttentionBlock(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         h = apply_norm(self.norm, x, activation=None)
-        # Tokens before channels, (N, T, C): a view of a channels_last image, a copy of another; then
-        # both projections are plain matrix products and attention reads rows of q, k and v.
+        # Tokens before channels, (N, T, C): a view of a channels_last image, a copy of another.
+        # Both projections are then matrix products, and attention reads rows of q, k and v.
         tokens = h.flatten(2).transpose(1, 2)
         qkv = pointwise(self.qkv, tokens)  # (N, T, 3C)
         h = attention(qkv.transpose(1, 2), self.num_heads, order=self.order)  # (N, C, T)
@@ -230,15 +233,18 @@ class AttentionBlock(nn.Module):
         return x + h.transpose(1, 2).view_as(x)
 
 
-def pointwise(layer: nn.Conv1d, tokens: Tensor) -> Tensor:
+def pointwise(layer: nn.Module, tokens: Tensor) -> Tensor:
     """A 1×1 convolution applied to (N, T, C) tokens."""
+    assert isinstance(layer, nn.Conv1d)
     return F.linear(tokens, layer.weight[:, :, 0], layer.bias)
 
 
 class EmbedSequential(nn.Sequential):
-    """A level of the U-Net: passes the embedding and the target size to the layers that take them."""
+    """Layers in a row; passes the embedding and the target size to those that take them."""
 
-    def forward(self, x: Tensor, emb: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, emb: Tensor, size: Sequence[int] | None = None
+    ) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb, size)

@@ -1,9 +1,9 @@
-"""Checkpoints: a directory that describes itself, written so that a crash cannot spoil an older one.
+"""Checkpoints: directories that describe themselves, written so that no crash spoils an older one.
 
-    config.json             {"format", "model", "diffusion", "step", "info", "ema"}
-    model.safetensors       the network's state_dict
-    ema_<rate>.safetensors  one file per average
-    ...                     whatever the caller adds
+- config.json: {"format", "model", "diffusion", "step", "info", "ema"}
+- model.safetensors: the network's state_dict
+- ema_<rate>.safetensors: one file per average
+- whatever the caller adds
 """
 
 import errno
@@ -109,7 +109,10 @@ def save(
         },
         **(extra_json or {}),
     }
-    tensors: dict[str, Mapping[str, Tensor]] = {"model": model.state_dict(), **(extra_tensors or {})}
+    tensors: dict[str, Mapping[str, Tensor]] = {
+        "model": model.state_dict(),
+        **(extra_tensors or {}),
+    }
     for rate in rates:
         assert ema is not None
         tensors[f"ema_{rate}"] = ema.state_dict(rate)
@@ -136,7 +139,7 @@ def load(
     Args:
         directory: what ``save`` wrote.
         weights: ``"model"`` for the trained weights, a rate such as ``"0.9999"`` for that average,
-            ``"ema"`` for the average with the highest rate, or the trained weights if there is none.
+            ``"ema"`` for the average with the highest rate (the trained weights if there is none).
         device: where the network goes.
 
     Raises:
@@ -298,7 +301,7 @@ def _replace_directory(target: Path, write: Callable[[Path], None]) -> None:
         raise
     previous = _previous(target)
     if target.exists():
-        # Between these two renames there is no directory of this name; ``_recover`` undoes the first.
+        # Between the two renames nothing has this name; ``_recover`` undoes the first.
         target.rename(previous)
     temporary.rename(target)
     _sync_directory(target.parent)

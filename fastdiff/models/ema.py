@@ -12,8 +12,8 @@ from fastdiff.errors import InputError
 class EMA:
     """``shadow ← rate·shadow + (1 − rate)·parameter`` after every optimizer step, for each rate.
 
-    A rate is called by its shortest decimal form, ``"0.9999"``; that is its name in checkpoints. The
-    averages are float32 whatever the dtype of the parameters: in bfloat16 a step of 1e-4 is lost.
+    A rate is called by its shortest decimal form, ``"0.9999"``; that is its name in checkpoints.
+    The averages are float32 whatever the dtype of the parameters: bfloat16 loses a step of 1e-4.
     An update is a few fused launches per rate and waits for nothing.
 
     Args:
@@ -94,8 +94,11 @@ class EMA:
 
     @contextmanager
     def swapped(self, rate: float | str | None = None) -> Iterator[None]:
-        """Within the block the followed model holds an average (None: the slowest); then, bit for
-        bit, what it held before. The values move, not the storage, so captured graphs stay valid."""
+        """Within the block the followed model holds an average (None: the slowest).
+
+        Afterwards it holds what it held before, bit for bit. The values move, not the storage, so
+        captured graphs stay valid.
+        """
         shadow = self._shadow(self.highest_rate if rate is None else rate)
         with torch.no_grad():
             kept = [parameter.detach().clone() for parameter in self.parameters]
@@ -109,12 +112,14 @@ class EMA:
     def _shadow(self, rate: float | str) -> list[Tensor]:
         name = rate_name(rate)
         if name not in self.shadows:
-            raise InputError(f"EMA: no average with rate {name}; there are {', '.join(self.shadows)}")
+            raise InputError(
+                f"EMA: no average with rate {name}; there are {', '.join(self.shadows)}"
+            )
         return self.shadows[name]
 
 
 def _lerp(targets: list[Tensor], sources: list[Tensor], weight: float) -> None:
-    # A few launches for the whole list. The name has an underscore, so a torch without it is allowed for.
+    # A few launches for the whole list; the underscore says that some torch may not have it.
     if hasattr(torch, "_foreach_lerp_"):
         torch._foreach_lerp_(targets, sources, weight)
     else:

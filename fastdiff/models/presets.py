@@ -2,10 +2,10 @@
 
 Sources: Ho et al. 2020, appendix B ("ddpm-*"); Nichol & Dhariwal 2021, appendix A and the released
 run flags ("iddpm-*"); Dhariwal & Nichol 2021, appendix I and the released run flags ("adm-64").
-The DDPM rows are computed by the same class as the others: the structure and the parameter count are
-Ho et al.'s, but two constants are improved-diffusion's: epsilon 1e-5 instead of 1e-6 in the norms, and
-the timestep embedding [cos, sin] with divisor half instead of [sin, cos] with half − 1. Their weights
-therefore cannot be carried over.
+The DDPM rows are computed by the same class as the others: the structure and the parameter count
+are Ho et al.'s, but two constants are improved-diffusion's: epsilon 1e-5 instead of 1e-6 in the
+norms, and the timestep embedding [cos, sin] with divisor half instead of [sin, cos] with half − 1.
+Their weights therefore cannot be carried over.
 """
 
 from collections.abc import Mapping

@@ -125,7 +125,7 @@ class UNet(nn.Module):
         self.super_res = super_res
         self._build()
         if dims == 2:
-            self.to(memory_format=torch.channels_last)
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "UNet":
@@ -251,7 +251,7 @@ class UNet(nn.Module):
                 range are found here on the CPU only: looking at them on a GPU would wait for it.
         """
         self._check_inputs(x, timesteps, y, low_res)
-        dtype = self.time_embed[0].weight.dtype
+        dtype = self._first_weight().dtype
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
         if y is not None:
             emb = emb + self.label_emb(y)
@@ -260,7 +260,7 @@ class UNet(nn.Module):
         if low_res is not None:
             resized = F.interpolate(low_res.to(dtype), x.shape[2:], mode=LOW_RES_MODE[self.dims])
             h = torch.cat([h, resized], dim=1)
-        skips = []
+        skips: list[Tensor] = []
         for block in self.input_blocks:
             h = block(h, emb)
             if not skips:
@@ -270,13 +270,18 @@ class UNet(nn.Module):
         h = self.middle_block(h, emb)
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)
-            # Upsampling goes to the size of the next skip: twice this one, or one less where it was odd.
+            # Upsampling goes to the next skip's size: twice this one, or one less if that was odd.
             h = block(h, emb, skips[-1].shape[2:] if skips else None)
         return self.out[2](apply_norm(self.out[0], h)).to(x.dtype)
 
+    def _first_weight(self) -> Tensor:
+        return self.time_embed[0].get_parameter("weight")
+
     def _memory_format(self) -> torch.memory_format:
         """The layout of the weights, which is the one to compute in."""
-        weight = self.middle_block[0].in_layers[2].weight
+        block = self.middle_block[0]
+        assert isinstance(block, ResBlock)
+        weight = block.in_layers[2].get_parameter("weight")
         if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
             return torch.channels_last
         return torch.contiguous_format
@@ -292,7 +297,8 @@ class UNet(nn.Module):
             )
         if timesteps.shape != (n,):
             raise InputError(
-                f"UNet: timesteps have shape {tuple(timesteps.shape)}; expected ({n},), one per sample"
+                f"UNet: timesteps have shape {tuple(timesteps.shape)}; "
+                f"expected ({n},), one per sample"
             )
         self._check_labels(n, y)
         if (low_res is not None) != self.super_res:
@@ -318,8 +324,8 @@ class UNet(nn.Module):
             raise InputError(f"UNet: y is missing; the network has {self.num_classes} classes")
         if y.shape != (n,) or y.is_floating_point() or y.dtype == torch.bool:
             raise InputError(
-                f"UNet: y has shape {tuple(y.shape)} and dtype {str(y.dtype).removeprefix('torch.')}; "
-                f"expected ({n},) integer labels"
+                f"UNet: y has shape {tuple(y.shape)} and dtype "
+                f"{str(y.dtype).removeprefix('torch.')}; expected ({n},) integer labels"
             )
         if y.device.type == "cpu" and n and not torch.compiler.is_compiling():
             highest = self.label_emb.num_embeddings - 1
@@ -335,14 +341,15 @@ def _check_config(config: dict[str, Any]) -> None:
         raise InputError(f"UNet: dims={config['dims']!r}; expected 1, 2 or 3")
     for name in ("in_channels", "model_channels", "out_channels", "num_res_blocks", "num_heads"):
         if not isinstance(config[name], int) or config[name] < 1:
-            raise InputError(f"UNet: {name}={config[name]!r}; expected a whole number of at least 1")
+            raise InputError(f"UNet: {name}={config[name]!r}; expected an integer of at least 1")
     for name in ("num_head_channels", "num_heads_upsample"):
         if config[name] != -1 and config[name] < 1:
             raise InputError(f"UNet: {name}={config[name]!r}; expected −1 or at least 1")
     multipliers = config["channel_mult"]
     if not multipliers or min(int(m * config["model_channels"]) for m in multipliers) < 1:
         raise InputError(
-            f"UNet: channel_mult={multipliers!r}; expected at least one level, each of at least 1 channel"
+            f"UNet: channel_mult={multipliers!r}; "
+            "expected at least one level, each of at least 1 channel"
         )
     if not 0 <= config["dropout"] < 1:
         raise InputError(f"UNet: dropout={config['dropout']!r}; expected 0 ≤ dropout < 1")
@@ -350,10 +357,10 @@ def _check_config(config: dict[str, Any]) -> None:
     strangers = set(config["attention_resolutions"]) - factors
     if strangers:
         raise InputError(
-            f"UNet: attention_resolutions={config['attention_resolutions']} are downsampling factors; "
-            f"{len(multipliers)} levels have {sorted(factors)}, not {sorted(strangers)}"
+            f"UNet: attention_resolutions={config['attention_resolutions']} are downsampling "
+            f"factors; {len(multipliers)} levels have {sorted(factors)}, not {sorted(strangers)}"
         )
     if config["num_classes"] is not None and config["num_classes"] < 1:
-        raise InputError(f"UNet: num_classes={config['num_classes']!r}; expected None or at least 1")
+        raise InputError(f"UNet: num_classes={config['num_classes']}; expected None or at least 1")
     if config["null_class"] and config["num_classes"] is None:
         raise InputError("UNet: null_class=True needs num_classes")

@@ -54,7 +54,7 @@ def _check(
 ) -> None:
     if x.dim() < 2 or not x.is_floating_point():
         raise InputError(
-            f"group_norm_silu: x is {_describe(x)}; expected a floating-point (N, C, *spatial) tensor"
+            f"group_norm_silu: x is {_describe(x)}; expected floating-point (N, C, *spatial)"
         )
     n, channels = x.shape[:2]
     if num_groups < 1 or channels % num_groups:

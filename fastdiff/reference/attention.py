@@ -6,7 +6,10 @@ from torch import Tensor
 
 
 def attention(qkv: Tensor, num_heads: int, *, order: str = "heads_first") -> Tensor:
-    """softmax(q·kᵀ / sqrt(head_dim))·v (Vaswani et al. 2017, equation 1); see ``fastdiff.ops.attention``."""
+    """softmax(q·kᵀ / sqrt(head_dim))·v per head; see ``fastdiff.ops.attention``.
+
+    Source: Vaswani et al. 2017, equation 1.
+    """
     n, width, tokens = qkv.shape
     head_dim = width // (3 * num_heads)
     if order == "heads_first":
@@ -20,5 +23,5 @@ def attention(qkv: Tensor, num_heads: int, *, order: str = "heads_first") -> Ten
         h = torch.softmax((q * head_dim**-0.5) @ k.transpose(2, 3), dim=-1) @ v
     else:
         h = F.scaled_dot_product_attention(q, k, v)
-    # (N, H, T, D) -> (N, C, T): a view of what the attention wrote, or a copy
-    return h.transpose(2, 3).reshape(n, num_heads * head_dim, tokens)
+    # (N, H, T, D) -> (N, C, T); autocast may have chosen another dtype
+    return h.transpose(2, 3).reshape(n, num_heads * head_dim, tokens).to(qkv.dtype)
