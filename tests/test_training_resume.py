@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -210,3 +211,16 @@ def test_lines_past_the_checkpoint_are_dropped(tmp_path):
     path.write_text('{"step": 4}\nrubbish\n{"step": 8}\n')
     with pytest.raises(InputError, match="metrics.jsonl, line 2"):
         truncate_metrics(path, 8)
+
+
+def test_tensorboard_shows_every_step_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = {"tensorboard": True, "log_every": 2, "save_every": 4, "steps": 11, "keep": 0}
+    make_trainer(tmp_path, **settings).fit()
+    for path in list_checkpoints(tmp_path)[1:]:
+        shutil.rmtree(path)  # as if it had been killed at step 11, before the second save
+    resume_trainer(tmp_path).fit()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4, 6, 8, 10, 11]
