@@ -254,7 +254,7 @@ class UNet(nn.Module):
         dtype = self._first_weight().dtype
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
         if y is not None:
-            emb = emb + self.label_emb(y)
+            emb = emb + self.label_emb(y.long())
 
         h = x.to(dtype)
         if low_res is not None:
@@ -294,6 +294,11 @@ class UNet(nn.Module):
             spatial = ", ".join("DHW"[3 - self.dims :])
             raise InputError(
                 f"UNet: x has shape {tuple(x.shape)}; expected (N, {self.in_channels}, {spatial})"
+            )
+        if not x.is_floating_point():
+            raise InputError(
+                f"UNet: x is {str(x.dtype).removeprefix('torch.')}; expected floating-point samples, "
+                "such as images scaled to [-1, 1]"
             )
         if timesteps.shape != (n,):
             raise InputError(

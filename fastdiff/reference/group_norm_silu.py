@@ -41,11 +41,12 @@ def _group_norm(
 ) -> Tensor:
     """GroupNorm with float32 statistics (float64 for a float64 ``x``), in the dtype of ``x``."""
     if _fits_as_is(x, weight) and not _is_narrow_channels_last(x, num_groups):
-        return F.group_norm(x, num_groups, weight, bias, eps)
+        # Not F.group_norm, which refuses one sample with groups of one element.
+        return torch.group_norm(x, num_groups, weight, bias, eps)
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight = None if weight is None else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    return F.group_norm(x.to(dtype), num_groups, weight, bias, eps).to(x.dtype)
+    return torch.group_norm(x.to(dtype), num_groups, weight, bias, eps).to(x.dtype)
 
 
 def _fits_as_is(x: Tensor, weight: Tensor | None) -> bool:
