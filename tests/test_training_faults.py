@@ -7,14 +7,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from training_tools import make_dataset, make_model, make_trainer, resume_trainer
+from training_tools import (
+    SETTINGS,
+    make_dataset,
+    make_diffusion,
+    make_model,
+    make_trainer,
+    resume_trainer,
+)
 
+from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import InputError, TrainingError
 from fastdiff.models import checkpoint
-from fastdiff.training import Trainer
+from fastdiff.training import TrainConfig, Trainer
 from fastdiff.training.guard import FiniteGuard
 from fastdiff.training.state import list_checkpoints
 
@@ -210,3 +219,100 @@ def test_a_full_disk_keeps_the_earlier_checkpoints(tmp_path):
         assert resume_trainer(tmp_path).step == checkpoint.load(found[-1]).step
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 0},
+        {"steps": 0},
+        {"microbatch": -1},
+        {"lr": 0.0},
+        {"lr": math.nan},
+        {"lr_schedule": "step"},
+        {"weight_decay": -1.0},
+        {"betas": (0.9,)},
+        {"betas": (0.9, 1.0)},
+        {"grad_clip": -1.0},
+        {"ema": (1.0,)},
+        {"ema": (0.9, 0.9)},
+        {"label_dropout": 1.0},
+        {"timestep_sampler": "best"},
+        {"dtype": "float16"},
+        {"nll_images": 1},
+        {"max_minutes": -1.0},
+        {"keep": -1},
+    ],
+)
+def test_settings_that_make_no_sense(settings):
+    name = next(iter(settings))
+    with pytest.raises(InputError, match=f"^{name} is .*, expected"):
+        TrainConfig(**settings)
+
+
+def test_unknown_setting():
+    with pytest.raises(InputError, match="unknown training setting 'batchsize'"):
+        TrainConfig.from_dict({"batchsize": 3})
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        ({"in_channels": 3}, {}, "training images have 1 channels, the network takes 3"),
+        ({"out_channels": 1}, {}, "1 output channels; 1-channel images .* need 2"),
+        ({"num_classes": 4}, {}, "network has 4 classes, the training images have 3"),
+        ({"null_class": False}, {}, "label_dropout is 0.2, which needs .* null_class=True"),
+        ({"channel_mult": (1, 1, 1, 1, 1)}, {}, "images of 8x8 are too small .* halves them 4"),
+        ({"super_res": True}, {}, "2-D networks of whole images"),
+    ],
+)
+def test_parts_that_do_not_fit(tmp_path, model, settings, message):
+    with pytest.raises(InputError, match=message):
+        make_trainer(tmp_path, model=model, **settings)
+
+
+def test_only_processes_a_checkpoint_can_describe(tmp_path):
+    class Other:
+        num_timesteps = 8
+
+    with pytest.raises(InputError, match="needs a GaussianDiffusion"):
+        Trainer(make_model(), Other(), make_dataset(), TrainConfig(), tmp_path)  # type: ignore
+
+
+def test_a_device_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="no device 'cuda:77' here"):
+        Trainer(
+            make_model(),
+            make_diffusion(),
+            make_dataset(),
+            TrainConfig(**SETTINGS),
+            tmp_path,
+            device="cuda:77",
+        )
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    trainer = make_trainer(tmp_path, steps=1, tensorboard=True)
+    with pytest.raises(InputError, match=r"'tensorboard'.*fastdiff\[train\]"):
+        trainer.fit()
+
+
+def test_any_betas_can_be_trained_and_resumed(tmp_path):
+    diffusion = GaussianDiffusion(np.linspace(0.01, 0.2, 8), var_type="fixed_small")
+    trainer = Trainer(
+        make_model(out_channels=1),
+        diffusion,
+        make_dataset(),
+        TrainConfig(**{**SETTINGS, "steps": 2}),
+        tmp_path,
+        device="cpu",
+        progress=False,
+    )
+    trainer.fit()
+    resumed = Trainer.resume(tmp_path, make_dataset(), changes={"steps": 3}, progress=False)
+    assert np.array_equal(resumed.diffusion.betas, diffusion.betas)
+    assert resumed.fit() == 3
