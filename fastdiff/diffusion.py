@@ -11,11 +11,12 @@ from torch import Tensor
 
 from fastdiff._checks import check_float, check_like, is_finite
 from fastdiff.errors import InputError
-from fastdiff.forward_process import draw_like, mean_flat, posterior_mean
+from fastdiff.forward_process import mean_flat, posterior_mean
 from fastdiff.likelihood import discretized_gaussian_log_likelihood, normal_kl
 from fastdiff.process_tables import FloatArray, TablesAt
 from fastdiff.respacing import space_timesteps
 from fastdiff.reverse_process import Model, check_choice, eps_from_xstart
+from fastdiff.rng import draw_like
 from fastdiff.sampling_loops import SamplingLoops, StepNoise, countdown, noise_of_step
 
 LOSS_TYPES = ("mse", "rescaled_mse", "kl", "rescaled_kl")

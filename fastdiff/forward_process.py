@@ -14,6 +14,7 @@ from fastdiff._checks import check_float, check_like
 from fastdiff.errors import InputError
 from fastdiff.ops.q_sample import q_sample
 from fastdiff.process_tables import FloatArray, ProcessTables, TablesAt, check_timestep_map
+from fastdiff.rng import draw_like
 from fastdiff.schedules import check_betas
 
 
@@ -144,17 +145,3 @@ def posterior_mean(at: TablesAt, x_start: Tensor, x_t: Tensor) -> Tensor:
 def mean_flat(x: Tensor) -> Tensor:
     """The mean of each sample: (N, ...) to (N,)."""
     return x.mean(dim=tuple(range(1, x.dim()))) if x.dim() > 1 else x
-
-
-def draw_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """N(0, 1) of x's shape, dtype, device and memory layout.
-
-    Drawn in logical order whatever the layout, so that channels_last changes no number.
-    """
-    if generator is not None and generator.device.type != x.device.type:
-        raise InputError(
-            f"the generator is on {generator.device} but the samples are on {x.device}: "
-            f"make it with torch.Generator('{x.device.type}')"
-        )
-    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-    return noise if x.is_contiguous() else torch.empty_like(x).copy_(noise)

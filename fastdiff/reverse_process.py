@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fastdiff._checks import check_like, is_finite
 from fastdiff.errors import InputError
-from fastdiff.forward_process import ForwardProcess, draw_like, posterior_mean
+from fastdiff.forward_process import ForwardProcess, posterior_mean
 from fastdiff.process_tables import FloatArray, TablesAt, arithmetic_dtype, to_device
+from fastdiff.rng import draw_like
 
 MEAN_TYPES = ("epsilon", "x_start", "v", "previous_x")
 VAR_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")

@@ -94,6 +94,21 @@ def normal(
     return out
 
 
+def draw_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """N(0, 1) of x's shape, dtype, device and memory layout, by ``torch.randn``.
+
+    Drawn in logical order whatever the layout, so that channels_last changes no number.
+    Raises InputError for a generator of another device.
+    """
+    if generator is not None and generator.device.type != x.device.type:
+        raise InputError(
+            f"the generator is on {generator.device} but the samples are on {x.device}: "
+            f"make it with torch.Generator('{x.device.type}')"
+        )
+    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    return noise if x.is_contiguous() else torch.empty_like(x).copy_(noise)
+
+
 def plan(device_type: str, dtype: torch.dtype, *, cuda_kernel: bool, triton: bool) -> str:
     """The backend for a call: a pure function of the output and of what is installed.
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from fastdiff._checks import check_device, check_float, check_shape
 from fastdiff._optional import require
 from fastdiff.errors import InputError
-from fastdiff.forward_process import draw_like
 from fastdiff.reverse_process import DenoisedFn, Model, ReverseProcess
+from fastdiff.rng import draw_like
 
 StepNoise = Tensor | Callable[[int], Tensor]
 Step = Callable[..., dict[str, Tensor]]

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from fastdiff._checks import check_float, is_finite
 from fastdiff.errors import InputError
-from fastdiff.forward_process import draw_like, mean_flat
+from fastdiff.forward_process import mean_flat
 from fastdiff.ops.q_sample import q_sample
 from fastdiff.process_tables import FloatArray, ProcessTables, TablesAt, check_timestep_map
 from fastdiff.respacing import space_timesteps
 from fastdiff.reverse_process import Model, check_choice, network_output
+from fastdiff.rng import draw_like
 
 PROCESS = "variance_exploding"
 MEAN_TYPES = ("epsilon", "x_start", "v")

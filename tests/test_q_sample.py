@@ -108,6 +108,17 @@ def test_a_samples_noise_does_not_depend_on_its_batch(batch, first, split):
     assert torch.equal(whole, torch.cat(parts))
 
 
+def test_torch_noise_is_the_same_in_channels_last():
+    x_start, t, _ = inputs()
+    last = x_start.contiguous(memory_format=torch.channels_last)
+    torch.manual_seed(3)
+    expected, _ = q_sample(x_start, t, SIGNAL, SIGMA)
+    torch.manual_seed(3)
+    x_t, noise = q_sample(last, t, SIGNAL, SIGMA)
+    assert noise.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(x_t, expected)
+
+
 def test_seeded_noise_is_the_same_in_channels_last():
     x_start, t, _ = inputs()
     expected, _ = q_sample(x_start, t, SIGNAL, SIGMA, seed=1)

@@ -25,7 +25,8 @@ def q_sample(
     arithmetic is float32 (float64 for float64 input) whatever the storage dtype; the noise returned
     is, to the bit, what x_t holds. The noise is ``noise`` when given; drawn from the counter-based
     generator with ``seed``, where sample i of the batch takes the stream of sample
-    ``first_sample + i``; or drawn by ``torch.randn_like``.
+    ``first_sample + i``; or drawn by ``torch.randn`` in
+    logical order, so that channels_last changes no number.
 
     Raises InputError for both noise and seed, a shape, dtype or device that does not fit, and, on
     the CPU, a t out of range. On other devices such a t gives NaN: reading it would stall them.
@@ -47,7 +48,7 @@ def q_sample(
             out=torch.empty_like(x_start),
         )
     else:
-        noise = torch.randn_like(x_start)
+        noise = rng.draw_like(x_start)
     return reference_q_sample(x_start, t, *tables, noise), noise
 
 
