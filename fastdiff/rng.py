@@ -94,7 +94,7 @@ def normal(
     return out
 
 
-def draw_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def draw_like(x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """N(0, 1) of x's shape, dtype, device and memory layout, by ``torch.randn``.
 
     Drawn in logical order whatever the layout, so that channels_last changes no number.

@@ -8,10 +8,10 @@ For a Gaussian process q(x_t | x_0) = N(signal_t·x_0, noise_t²·I), each first
 
 where v is the second half of the output's channels if the network learns the variance, and
 x_0_before is the x_0 of the row before. A zero c, d, o, e or sigma contributes nothing,
-whatever it multiplies. Variance-preserving (signal² + noise² = 1) and variance-exploding (signal = 1)
-processes share the derivation. Sources: DDPM (Ho et al. 2020, eq. 6–7), Improved DDPM (Nichol &
-Dhariwal 2021, eq. 15), DDIM (Song et al. 2020, eq. 12 and 16), DPM-Solver++ (Lu et al. 2022,
-algorithm 2), v-prediction (Salimans & Ho 2022, appendix D).
+whatever it multiplies. Variance-preserving (signal² + noise² = 1) and variance-exploding
+(signal = 1) processes share the derivation. Sources: DDPM (Ho et al. 2020, eq. 6–7), Improved
+DDPM (Nichol & Dhariwal 2021, eq. 15), DDIM (Song et al. 2020, eq. 12 and 16), DPM-Solver++ (Lu et
+al. 2022, algorithm 2), v-prediction (Salimans & Ho 2022, appendix D).
 """
 
 from dataclasses import dataclass, replace
