@@ -163,7 +163,7 @@ def test_a_new_run_does_not_overwrite_checkpoints(tmp_path):
 
 
 FULL_DISK = """
-import resource, sys, warnings
+import resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from training_tools import make_trainer, resume_trainer
