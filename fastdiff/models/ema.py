@@ -27,8 +27,11 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, rates: Sequence[float] = (0.9999,)):
+        if not rates:
+            raise InputError("EMA: no rates; give at least one, such as 0.9999")
         self.names = [name for name, _ in model.named_parameters()]
-        self.parameters = [parameter for _, parameter in model.named_parameters()]
+        # Where each parameter hangs: load_state_dict(assign=True) replaces the parameters.
+        self._owners = [_owner(model, name) for name in self.names]
         self.shadows: dict[str, list[Tensor]] = {}
         for rate in rates:
             name = rate_name(rate)
@@ -37,6 +40,11 @@ class EMA:
             self.shadows[name] = [
                 parameter.detach().to(torch.float32, copy=True) for parameter in self.parameters
             ]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The parameters that the followed model has now, in the order of ``names``."""
+        return [getattr(module, attribute) for module, attribute in self._owners]
 
     @property
     def rates(self) -> list[str]:
@@ -75,21 +83,28 @@ class EMA:
                 f"EMA: the state for rate {rate} is of another model; "
                 f"{len(strangers)} names differ, such as {strangers[0]}"
             )
-        for name, average in zip(self.names, shadow, strict=True):
+        pairs = list(zip(self.names, shadow, strict=True))
+        for name, average in pairs:
             if state[name].shape != average.shape:
                 raise InputError(
                     f"EMA: {name} has shape {tuple(state[name].shape)} in the state; "
                     f"the model has {tuple(average.shape)}"
                 )
+        for name, average in pairs:
             average.copy_(state[name])
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module, rate: float | str) -> None:
-        """Write one rate's averages into the parameters of ``model``, in place."""
+        """Write one rate's averages into the parameters of ``model``, in place.
+
+        Raises:
+            InputError: ``model`` has a parameter of another name or shape; it is unchanged.
+        """
         state = self.state_dict(rate)
         for name, parameter in model.named_parameters():
             if name not in state or state[name].shape != parameter.shape:
                 raise InputError(f"EMA: the model has a parameter {name} that was not averaged")
+        for name, parameter in model.named_parameters():
             parameter.copy_(state[name])
 
     @contextmanager
@@ -100,14 +115,12 @@ class EMA:
         captured graphs stay valid.
         """
         shadow = self._shadow(self.highest_rate if rate is None else rate)
-        with torch.no_grad():
-            kept = [parameter.detach().clone() for parameter in self.parameters]
-            _copy(self.parameters, shadow)
+        kept = [parameter.detach().clone() for parameter in self.parameters]
         try:
+            _copy(self.parameters, shadow)
             yield
         finally:
-            with torch.no_grad():
-                _copy(self.parameters, kept)
+            _copy(self.parameters, kept)
 
     def _shadow(self, rate: float | str) -> list[Tensor]:
         name = rate_name(rate)
@@ -116,6 +129,12 @@ class EMA:
                 f"EMA: no average with rate {name}; there are {', '.join(self.shadows)}"
             )
         return self.shadows[name]
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the parameter of that dotted name, and the last part of the name."""
+    prefix, _, attribute = name.rpartition(".")
+    return model.get_submodule(prefix), attribute
 
 
 def _lerp(targets: list[Tensor], sources: list[Tensor], weight: float) -> None:
@@ -127,6 +146,7 @@ def _lerp(targets: list[Tensor], sources: list[Tensor], weight: float) -> None:
             target.lerp_(source, weight)
 
 
+@torch.no_grad()
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)

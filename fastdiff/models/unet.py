@@ -297,8 +297,8 @@ class UNet(nn.Module):
             )
         if not x.is_floating_point():
             raise InputError(
-                f"UNet: x is {str(x.dtype).removeprefix('torch.')}; expected floating-point samples, "
-                "such as images scaled to [-1, 1]"
+                f"UNet: x is {str(x.dtype).removeprefix('torch.')}; expected floating-point "
+                "samples, such as images scaled to [-1, 1]"
             )
         if timesteps.shape != (n,):
             raise InputError(
