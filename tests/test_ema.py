@@ -73,13 +73,20 @@ def test_rates_out_of_range_are_refused(rate):
         EMA(network(), (rate,))
 
 
-def test_rates_given_twice_or_not_at_all_are_refused():
+def test_rates_given_twice_or_unknown_are_refused():
     with pytest.raises(InputError, match="rate 0.99 was given twice"):
         EMA(network(), (0.99, 0.990))
-    with pytest.raises(InputError, match="no rates"):
-        EMA(network(), ())
     with pytest.raises(InputError, match="no average with rate 0.9; there are 0.99"):
         EMA(network(), (0.99,)).state_dict(0.9)
+
+
+def test_no_rates_at_all_average_nothing():
+    model = network()
+    ema = EMA(model, ())
+    ema.update()
+    assert ema.rates == []
+    with pytest.raises(InputError, match="made with no rates"), ema.swapped():
+        pass
 
 
 def test_averages_of_bfloat16_parameters_are_float32():

@@ -27,8 +27,6 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, rates: Sequence[float] = (0.9999,)):
-        if not rates:
-            raise InputError("EMA: no rates; give at least one, such as 0.9999")
         self.names = [name for name, _ in model.named_parameters()]
         # Where each parameter hangs: load_state_dict(assign=True) replaces the parameters.
         self._owners = [_owner(model, name) for name in self.names]
@@ -54,6 +52,8 @@ class EMA:
     @property
     def highest_rate(self) -> str:
         """The slowest average: the one the published systems sample from."""
+        if not self.shadows:
+            raise InputError("EMA: it was made with no rates, so there is no average")
         return max(self.shadows, key=float)
 
     @torch.no_grad()
