@@ -105,7 +105,10 @@ BpdTerms = Mapping[str, Tensor]
 
 
 def summarize_bpd(batches: BpdTerms | Sequence[BpdTerms]) -> BitsPerDim:
-    """Average what calc_bpd_loop returned for one batch or several. Raises InputError for none."""
+    """Average what calc_bpd_loop returned for one batch or several.
+
+    Raises InputError where there are no images, and for dictionaries that lack its terms.
+    """
     terms = _collect(batches)
     total, prior, vb = terms["total_bpd"], terms["prior_bpd"], terms["vb"]
     return BitsPerDim(

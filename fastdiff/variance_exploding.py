@@ -127,9 +127,13 @@ class VarianceExploding(ProcessTables):
         return q_sample(x_start, t, signal, sigma, noise=noise)[0]
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log variance of q(x_t | x_0), each (N, ...) like x_start."""
-        variance = (self._at(t, x_start, "x_start")["sigma"] ** 2).expand(x_start.shape)
-        return x_start, variance, variance.log()
+        """Mean, variance and log variance of q(x_t | x_0), each of x_start's shape (N, ...).
+
+        Float32, or float64 for float64 x_start. Arguments and errors: :meth:`q_sample`.
+        """
+        at = self._at(t, x_start, "x_start")
+        variance = (at["sigma"] ** 2).expand(x_start.shape)
+        return x_start.to(at.dtype), variance, variance.log()
 
     def training_losses(
         self,

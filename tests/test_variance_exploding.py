@@ -146,6 +146,13 @@ def test_device_tables_are_a_cache_that_copies_leave_behind():
     assert ve._device_tables and not copy.deepcopy(ve)._device_tables
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_moments_share_one_dtype(dtype):
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    moments = process().q_mean_variance(torch.ones(2, 3, dtype=dtype), torch.tensor([0, 1]))
+    assert [moment.dtype for moment in moments] == [wanted] * 3
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
