@@ -12,9 +12,9 @@ def attention(qkv: Tensor, num_heads: int, *, order: str = "heads_first") -> Ten
     """``softmax(q·kᵀ / sqrt(head_dim))·v`` for every head, read from the projection's own layout.
 
     Args:
-        qkv: (N, 3C, T). Either layout is read as it stands: channel-major (the output of a 1×1
-            convolution) or token-major, that is a transposed (N, T, 3C), which is what a
-            channels_last image is. The result has the layout of ``qkv``.
+        qkv: (N, 3C, T). Any layout is read as it stands: channel-major, the output of a 1×1
+            convolution, or token-major, a transposed (N, T, 3C), which is faster and what a
+            channels_last image gives without a copy.
         num_heads: divides C; head_dim is C / num_heads.
         order: how the 3C rows are arranged: ``"heads_first"`` is [h0q, h0k, h0v, h1q, …]
             (improved-diffusion, and guided-diffusion by default), ``"qkv_first"`` is [Q | K | V]
@@ -22,7 +22,7 @@ def attention(qkv: Tensor, num_heads: int, *, order: str = "heads_first") -> Ten
             wrong choice gives wrong numbers and no error.
 
     Returns:
-        (N, C, T) in the dtype of ``qkv``.
+        (N, C, T) in the dtype of ``qkv``, token-major: its transpose (N, T, C) is contiguous.
 
     Raises:
         InputError: a shape, dtype or name that does not fit.

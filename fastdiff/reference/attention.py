@@ -23,5 +23,6 @@ def attention(qkv: Tensor, num_heads: int, *, order: str = "heads_first") -> Ten
         h = torch.softmax((q * head_dim**-0.5) @ k.transpose(2, 3), dim=-1) @ v
     else:
         h = F.scaled_dot_product_attention(q, k, v)
-    # (N, H, T, D) -> (N, C, T); autocast may have chosen another dtype
-    return h.transpose(2, 3).reshape(n, num_heads * head_dim, tokens).to(qkv.dtype)
+    # (N, H, T, D) -> (N, T, C) -> (N, C, T); autocast may have chosen another dtype
+    h = h.transpose(1, 2).reshape(n, tokens, num_heads * head_dim).contiguous()
+    return h.transpose(1, 2).to(qkv.dtype)
