@@ -13,6 +13,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ from fastdiff.models.unet import UNet
 FORMAT = 1
 CONFIG_FILE = "config.json"
 MODEL_FILE = "model.safetensors"
+# What config.json holds beside the format.
+KINDS = {"model": dict, "diffusion": dict | None, "step": int | None, "info": dict, "ema": list}
+_in_progress: set[Path] = set()  # temporary directories that threads of this process write
 
 
 @dataclass
@@ -87,11 +91,11 @@ def save(
 
     Raises:
         OSError: the disk is full or not writable; nothing has changed.
-        InputError: ``directory`` is a file, or the model has no config.
+        InputError: ``directory`` is a file or a folder of other things, the model has no config, or
+            a value has no JSON form; nothing has changed.
     """
     target = Path(os.path.abspath(directory))
-    if target.exists() and not target.is_dir():
-        raise InputError(f"cannot save a checkpoint to {target}: it is a file, not a directory")
+    _check_target(target)
     if not isinstance(getattr(model, "config", None), dict):
         raise InputError(
             f"cannot save a {type(model).__name__}: it has no config, which a checkpoint needs to "
@@ -117,11 +121,13 @@ def save(
         assert ema is not None
         tensors[f"ema_{rate}"] = ema.state_dict(rate)
 
+    texts = {stem: _to_json(f"{stem}.json", document) for stem, document in documents.items()}
+
     def write(folder: Path) -> None:
         for stem, group in tensors.items():
             _write_tensors(folder / f"{stem}.safetensors", group)
-        for stem, document in documents.items():
-            _write_json(folder / f"{stem}.json", document)
+        for stem, text in texts.items():
+            _write_json(folder / f"{stem}.json", text)
 
     target.parent.mkdir(parents=True, exist_ok=True)
     _replace_directory(target, write)
@@ -150,7 +156,7 @@ def load(
     if not path.exists() and _previous(path).is_dir():
         path = _previous(path)  # a save was killed between its two renames; the next one recovers
     config = _read_config(path)
-    rates = list(config["ema"])
+    rates = _build(path, "ema", lambda: [rate_name(rate) for rate in config["ema"]])
     name, stem = _choose_weights(path, rates, weights)
     state = load_tensors(path, stem)
 
@@ -197,7 +203,7 @@ def load_json(directory: str | os.PathLike[str], stem: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing from the checkpoint") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error})") from error
 
 
@@ -238,20 +244,27 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not (path / CONFIG_FILE).is_file():
         raise InputError(f"{path} is not a checkpoint directory: it has no {CONFIG_FILE}")
     config = load_json(path, "config")
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-        raise InputError(f"{path / CONFIG_FILE} does not describe a model")
-    if config.get("format") != FORMAT:
+    if not isinstance(config, dict) or "format" not in config:
+        raise InputError(f"{path / CONFIG_FILE} is not a fastdiff checkpoint's: it has no format")
+    if config["format"] != FORMAT:
         raise InputError(
-            f"{path / CONFIG_FILE} has format {config.get('format')!r}; this version reads {FORMAT}"
+            f"{path / CONFIG_FILE} has format {config['format']!r}; this version reads {FORMAT}"
         )
-    return {"diffusion": None, "step": None, "info": {}, "ema": [], **config}
+    config = {"model": None, "diffusion": None, "step": None, "info": {}, "ema": [], **config}
+    for part, kinds in KINDS.items():
+        if not isinstance(config[part], kinds):
+            raise InputError(f"{path / CONFIG_FILE}: its {part} cannot be {config[part]!r:.80}")
+    return config
 
 
 def _choose_weights(path: Path, rates: list[str], weights: str | float) -> tuple[str, str]:
     """(name of the weights, file stem)."""
     if weights == "model" or (weights == "ema" and not rates):
         return "model", "model"
-    name = max(rates, key=float) if weights == "ema" else rate_name(weights)
+    name = max(rates, key=float) if weights == "ema" else str(weights)
+    if name not in rates:
+        with suppress(InputError):  # "0.90" and 0.9 mean "0.9"; other words are no rates
+            name = rate_name(weights)
     if name not in rates:
         there = ", ".join(["model", *rates])
         raise InputError(f"{path} has no weights {name!r}; there are {there}")
@@ -261,11 +274,26 @@ def _choose_weights(path: Path, rates: list[str], weights: str | float) -> tuple
 def _build(path: Path, part: str, make: Callable[[], Any]) -> Any:
     try:
         return make()
-    except (TypeError, ValueError, KeyError) as error:
-        raise InputError(f"{path / CONFIG_FILE}: its {part} cannot be built: {error}") from error
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path / CONFIG_FILE}: its {part} cannot be built: {reason}") from error
 
 
 # Writing
+
+
+def _check_target(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(f"cannot save a checkpoint to {target}: it is a file, not a directory")
+    # Saving replaces the whole directory, which must not cost anybody other files.
+    names = {entry.name for entry in target.iterdir()}
+    if names and not names >= {CONFIG_FILE, MODEL_FILE}:
+        raise InputError(
+            f"cannot save a checkpoint to {target}: it holds other files, such as {min(names)}; "
+            "give a new or empty directory, or one that holds a checkpoint to replace"
+        )
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -274,15 +302,24 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         safetensors.torch.save_file(flat, path)
     except safetensors.SafetensorError as error:
-        raise OSError(errno.EIO, f"cannot write {path}: {error}") from error
+        # The library gives the system's error number as text only.
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number.group(1)) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
-def _write_json(path: Path, document: Any) -> None:
+def _to_json(name: str, document: Any) -> str:
+    try:
+        return json.dumps(document, indent=2) + "\n"
+    except (TypeError, ValueError) as error:
+        raise InputError(f"cannot save {name}: {error}") from error
+
+
+def _write_json(path: Path, text: str) -> None:
     with open(path, "w", encoding="utf-8") as file:
-        json.dump(document, file, indent=2)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
@@ -292,20 +329,28 @@ def _replace_directory(target: Path, write: Callable[[Path], None]) -> None:
     _recover(target)
     _remove_stale(target.parent)
     temporary = target.parent / f".{target.name}.saving-{socket.gethostname()}-{os.getpid()}"
+    _in_progress.add(temporary)
     try:
-        temporary.mkdir()
-        write(temporary)
-        _sync_directory(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    previous = _previous(target)
-    if target.exists():
-        # Between the two renames nothing has this name; ``_recover`` undoes the first.
-        target.rename(previous)
-    temporary.rename(target)
+        _write_directory(temporary, write)
+        previous = _previous(target)
+        if target.exists():
+            # Between the two renames nothing has this name; ``_recover`` undoes the first.
+            target.rename(previous)
+        temporary.rename(target)
+    finally:
+        _in_progress.discard(temporary)
     _sync_directory(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def _write_directory(path: Path, write: Callable[[Path], None]) -> None:
+    path.mkdir()
+    try:
+        write(path)
+        _sync_directory(path)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def _previous(target: Path) -> Path:
@@ -328,13 +373,13 @@ def _remove_stale(parent: Path) -> None:
     pattern = re.compile(rf"\..+\.saving-{re.escape(socket.gethostname())}-(\d+)")
     for entry in parent.iterdir():
         match = pattern.fullmatch(entry.name)
-        if match and not _is_running(int(match.group(1))):
+        if match and entry not in _in_progress and not _is_running(int(match.group(1))):
             shutil.rmtree(entry, ignore_errors=True)
 
 
 def _is_running(pid: int) -> bool:
     if pid == os.getpid():
-        return False
+        return False  # a dead process had this number; ours are in _in_progress
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
