@@ -37,7 +37,7 @@ def assert_holds(path: Path, step: int, value: float) -> None:
 
 
 # Dies at the n-th call, for n = 1, 2, ... until a save lives through all of its calls. A forked
-# child saves step 2 with weights of 2 over the checkpoint of step 1; the parent prints what is left.
+# child saves step 2 with weights of 2 over a checkpoint of step 1; the parent prints what is there.
 KILL_EVERYWHERE = """
     import itertools, json, os, shutil, signal, sys
     import safetensors.torch

@@ -170,6 +170,17 @@ def test_input_is_left_alone(activation):
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_sample_with_groups_of_one_element(dtype):
+    # F.group_norm refuses this as if it were training a batch norm.
+    torch.manual_seed(0)
+    weight, bias = torch.randn(32), torch.randn(32)
+    result = group_norm_silu(torch.randn(1, 32, 1, 1).to(dtype), 32, weight, bias)
+    expected = torch.nn.functional.silu(bias).view(1, 32, 1, 1)
+    # x − mean is 0 but for rounding, which is divided by sqrt(eps) = 0.003.
+    assert error(result, expected) < 4 * torch.finfo(dtype).eps * (1 + bias.abs().max()) + 2e-4
+
+
 def test_without_parameters():
     x = torch.randn(2, 8, 5)
     assert error(group_norm_silu(x, 2, None, None), equations(x, 2, None, None)) < 2e-6

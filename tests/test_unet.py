@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastdiff.errors import InputError
@@ -170,6 +170,28 @@ def test_any_image_size_and_channel_count(
     assert out.shape == (2, 2 * channels, height, width) and out.isfinite().all()
 
 
+@settings(deadline=None, max_examples=25)
+@given(
+    size=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    n=st.integers(1, 2),
+    resblock_updown=st.booleans(),
+    conv_resample=st.booleans(),
+)
+@example(size=[1, 1], n=1, resblock_updown=False, conv_resample=True)
+def test_any_size_in_one_two_and_three_dimensions(size, n, resblock_updown, conv_resample):
+    # The example: one sample whose norms have groups of one element each.
+    model = small_unet(
+        dims=len(size),
+        channel_mult=(1, 1, 1),
+        resblock_updown=resblock_updown,
+        conv_resample=conv_resample,
+    )
+    x, t, _ = batch(model, *size, n=n)
+    with torch.no_grad():
+        out = model(x, t)
+    assert out.shape == x.shape and out.isfinite().all() and out.any()
+
+
 def test_empty_batch():
     assert small_unet()(torch.zeros(0, 3, 8, 8), torch.zeros(0)).shape == (0, 3, 8, 8)
 
@@ -199,6 +221,14 @@ def test_timesteps_and_labels_matter():
         out = model(x, t, y)
         assert (model(x, t + 0.5, y) - out).abs().max() > 1e-4
         assert (model(x, t, 2 - y) - out).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type(dtype):
+    model = small_unet(num_classes=3)
+    x, t, y = batch(model, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(model(x, t, y.to(dtype)), model(x, t, y))
 
 
 def test_null_class_is_one_more_label():
@@ -360,6 +390,11 @@ def test_bad_arguments_get_one_line(changes, message):
         ({}, {"x": torch.zeros(2, 3, 8)}, "expected (N, 3, H, W)"),
         ({"dims": 1}, {"x": torch.zeros(2, 3, 8, 8)}, "expected (N, 3, W)"),
         ({"dims": 3}, {"x": torch.zeros(2, 3, 8, 8)}, "expected (N, 3, D, H, W)"),
+        (
+            {},
+            {"x": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)},
+            "x is uint8; expected floating-point samples, such as images scaled to [-1, 1]",
+        ),
         ({}, {"timesteps": torch.zeros(3)}, "timesteps have shape (3,); expected (2,)"),
         ({}, {"timesteps": torch.tensor(1.0)}, "timesteps have shape ()"),
         ({}, {"y": torch.zeros(2, dtype=torch.int64)}, "y was given, but the network has no"),
