@@ -1,0 +1,109 @@
+"""The same network, training step and sampling step in fastdiff and in diffusers.
+
+Both get the same size of network, batch, optimizer, autocast dtype and noise schedule; each runs as
+its own documentation has it: diffusers in its default layout, fastdiff in its default layout.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DModel
+
+import fastdiff
+
+Step = Callable[[], object]
+
+# fastdiff's preset, and the diffusers arguments that give a network of the same size.
+NETWORKS = {
+    "ddpm-cifar10": {
+        "sample_size": 32,
+        "layers_per_block": 2,
+        "block_out_channels": (128, 256, 256, 256),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": None,
+        "norm_eps": 1e-5,
+        "dropout": 0.1,
+    }
+}
+
+
+def fastdiff_network(name: str) -> fastdiff.UNet:
+    return fastdiff.UNet.from_preset(name)
+
+
+def diffusers_network(name: str) -> UNet2DModel:
+    return UNet2DModel(in_channels=3, out_channels=3, **NETWORKS[name])
+
+
+def fastdiff_training_step(name: str, batch: int, dtype: torch.dtype) -> Step:
+    model = fastdiff_network(name).train()
+    diffusion = fastdiff.create_diffusion(steps=1000)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    x = images(batch, name).contiguous(memory_format=torch.channels_last)
+
+    def network(*args):
+        with autocast(dtype):
+            return model(*args)
+
+    def step() -> None:
+        t = torch.randint(diffusion.num_timesteps, (batch,))
+        optimizer.zero_grad(set_to_none=True)
+        diffusion.training_losses(network, x, t)["loss"].mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def diffusers_training_step(name: str, batch: int, dtype: torch.dtype) -> Step:
+    model = diffusers_network(name).train()
+    scheduler = DDPMScheduler(num_train_timesteps=1000)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    x = images(batch, name)
+
+    def step() -> None:
+        t = torch.randint(1000, (batch,))
+        noise = torch.randn_like(x)
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(dtype):
+            prediction = model(scheduler.add_noise(x, noise, t), t).sample
+        F.mse_loss(prediction.float(), noise).backward()
+        optimizer.step()
+
+    return step
+
+
+def fastdiff_sampling_step(name: str, batch: int, dtype: torch.dtype) -> Step:
+    sampler = fastdiff.Sampler(
+        fastdiff_network(name), fastdiff.create_diffusion(steps=1000), dtype=dtype
+    )
+    steps = sampler.iterate(images(batch, name).shape)
+    return lambda: next(steps)
+
+
+def diffusers_sampling_step(name: str, batch: int, dtype: torch.dtype) -> Step:
+    model = diffusers_network(name).eval()
+    scheduler = DDPMScheduler(num_train_timesteps=1000)
+    scheduler.set_timesteps(1000)
+    timesteps = iter(scheduler.timesteps)
+    x = images(batch, name)
+
+    def step() -> None:
+        nonlocal x
+        t = next(timesteps)
+        with torch.no_grad():
+            with autocast(dtype):
+                prediction = model(x, t).sample
+            x = scheduler.step(prediction.float(), t, x).prev_sample
+
+    return step
+
+
+def images(batch: int, name: str) -> torch.Tensor:
+    size = NETWORKS[name]["sample_size"]
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def autocast(dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
