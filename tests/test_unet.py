@@ -178,8 +178,9 @@ def test_any_image_size_and_channel_count(
     conv_resample=st.booleans(),
 )
 @example(size=[1, 1], n=1, resblock_updown=False, conv_resample=True)
+@example(size=[1, 1, 3], n=1, resblock_updown=True, conv_resample=False)
 def test_any_size_in_one_two_and_three_dimensions(size, n, resblock_updown, conv_resample):
-    # The example: one sample whose norms have groups of one element each.
+    # The examples: norms with groups of one element in one sample; images below the pool's window.
     model = small_unet(
         dims=len(size),
         channel_mult=(1, 1, 1),
