@@ -389,3 +389,12 @@ def test_published_weights_of_another_network():
     with pytest.raises(InputError) as caught:
         load_published(tiny().state_dict(), **{**TINY, "num_classes": 3})
     assert "1 missing, such as label_emb.weight" in str(caught.value)
+
+
+def test_files_are_as_readable_as_the_umask_says(tmp_path):
+    before = os.umask(0o022)
+    try:
+        path = save(tmp_path / "run", tiny())
+    finally:
+        os.umask(before)
+    assert {entry.stat().st_mode & 0o777 for entry in path.iterdir()} == {0o644}

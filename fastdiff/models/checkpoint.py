@@ -299,8 +299,11 @@ def _check_target(target: Path) -> None:
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # Channels_last weights are written as their logical values; safetensors has no strides.
     flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode
     try:
         safetensors.torch.save_file(flat, path)
+        path.chmod(mode)  # the library's files are the owner's alone, whatever the umask says
     except safetensors.SafetensorError as error:
         # The library gives the system's error number as text only.
         number = re.search(r"os error (\d+)", str(error))

@@ -14,11 +14,11 @@ from torch import Tensor
 from fastdiff.data import BatchStream, ImageDataset
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import InputError
-from fastdiff.forward_process import draw_like
 from fastdiff.images import save_grid, to_float
 from fastdiff.models import checkpoint
 from fastdiff.models.ema import EMA
 from fastdiff.models.unet import UNet
+from fastdiff.rng import draw_like
 from fastdiff.timestep_samplers import create_timestep_sampler
 from fastdiff.training import preview, state
 from fastdiff.training.checks import check_fit, check_images, choose_device, describe_images
