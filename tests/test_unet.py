@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from fastdiff.errors import InputError
 from fastdiff.models import UNet
-from fastdiff.models.blocks import AttentionBlock, ResBlock, timestep_embedding
+from fastdiff.models.blocks import (
+    AttentionBlock,
+    ResBlock,
+    Upsample,
+    convolve_doubled,
+    doubling_folds,
+    timestep_embedding,
+)
 
 DATA = Path(__file__).parent / "data"
 CASES = ["improved_film_learned", "improved_plain_classcond", "guided_updown_neworder"]
@@ -321,6 +328,44 @@ def test_follows_the_layout_of_its_weights():
     model.middle_block.register_forward_hook(lambda m, a, out: layouts.append(out.is_contiguous()))
     model(*batch(model, 8, 8))
     assert layouts == [True]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_doubling_and_convolution_in_one_are_the_two_in_turn(layout):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64).contiguous(memory_format=layout)
+    weight = torch.randn(7, 3, 3, 3, dtype=torch.float64).contiguous(memory_format=layout)
+    leaves = [x.requires_grad_(), weight.requires_grad_(), torch.randn(7).double().requires_grad_()]
+    upstream = torch.randn(2, 7, 10, 8, dtype=torch.float64)
+
+    one = convolve_doubled(*leaves)
+    doubled = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    two = torch.nn.functional.conv2d(doubled, weight, leaves[2], padding=1)
+    assert (one - two).abs().max() < 1e-12
+    gradients = [torch.autograd.grad(y, leaves, upstream) for y in (one, two)]
+    for own, true in zip(*gradients, strict=True):
+        assert (own - true).abs().max() < 1e-12
+
+
+def test_doubling_folds_only_where_it_is_exact_and_pays():
+    x = torch.zeros(2, 4, 16, 16)
+    assert doubling_folds(x, (32, 32))
+    assert not doubling_folds(x, (31, 32))
+    assert not doubling_folds(x[:1], (32, 32))
+    assert not doubling_folds(x.bfloat16(), (32, 32))
+    assert not doubling_folds(torch.zeros(8, 4, 64), (128,))
+    assert not doubling_folds(x.to("meta"), (32, 32))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not doubling_folds(x, (32, 32))
+
+
+def test_upsampling_is_the_same_folded_or_not():
+    torch.manual_seed(0)
+    layer = Upsample(4, True, 2)
+    x = torch.randn(2, 4, 16, 16)
+    with torch.no_grad():
+        alone = torch.cat([layer(x[:1], (32, 32)), layer(x[1:], (32, 32))])
+        assert (layer(x, (32, 32)) - alone).abs().max() < 1e-5
 
 
 def test_odd_embedding_width_and_fractional_timesteps():
