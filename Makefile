@@ -13,6 +13,10 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*/*)
 # Without an NVIDIA driver: one pinned torch. With one: the newest. Override with TORCH=...
 TORCH ?= $(if $(wildcard /proc/driver/nvidia/version),torch,torch==2.13.0)
 
+# OpenMP's threads spin while they wait for each other. Beside other busy processes each then waits
+# for a core that another one spins on, and small networks train 20 times slower; asleep, they don't.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/demo.installed
