@@ -7,7 +7,7 @@ peers = pytest.importorskip("peers", reason="diffusers is not installed here")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("batch", [4, 8])
 @pytest.mark.parametrize("name", peers.NETWORKS)
 def test_training_step(race, name, batch, dtype):
     ratios = race(

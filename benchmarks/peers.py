@@ -14,34 +14,66 @@ import fastdiff
 
 Step = Callable[[], object]
 
-# fastdiff's preset, and the diffusers arguments that give a network of the same size.
-NETWORKS = {
-    "ddpm-cifar10": {
-        "sample_size": 32,
-        "layers_per_block": 2,
-        "block_out_channels": (128, 256, 256, 256),
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        "attention_head_dim": None,
-        "norm_eps": 1e-5,
-        "dropout": 0.1,
-    }
+# Arguments of fastdiff's network (or its preset), and those that give diffusers the same size.
+NETWORKS: dict[str, tuple[str | dict, dict]] = {
+    "ddpm-cifar10": (
+        "ddpm-cifar10",
+        {
+            "layers_per_block": 2,
+            "block_out_channels": (128, 256, 256, 256),
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            "dropout": 0.1,
+        },
+    ),
+    "small": (
+        {
+            "in_channels": 3,
+            "out_channels": 3,
+            "model_channels": 64,
+            "num_res_blocks": 1,
+            "channel_mult": (1, 2, 2),
+            "attention_resolutions": (2,),
+        },
+        {
+            "layers_per_block": 1,
+            "block_out_channels": (64, 128, 128),
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        },
+    ),
 }
+SIZE = 32
 
 
 def fastdiff_network(name: str) -> fastdiff.UNet:
-    return fastdiff.UNet.from_preset(name)
+    own, _ = NETWORKS[name]
+    return fastdiff.UNet.from_preset(own) if isinstance(own, str) else fastdiff.UNet(**own)
 
 
 def diffusers_network(name: str) -> UNet2DModel:
-    return UNet2DModel(in_channels=3, out_channels=3, **NETWORKS[name])
+    _, theirs = NETWORKS[name]
+    model = UNet2DModel(
+        sample_size=SIZE,
+        in_channels=3,
+        out_channels=3,
+        attention_head_dim=None,  # one head of the full width
+        norm_eps=1e-5,
+        **theirs,
+    )
+    assert count_parameters(model) == count_parameters(fastdiff_network(name))
+    return model
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def fastdiff_training_step(name: str, batch: int, dtype: torch.dtype) -> Step:
     model = fastdiff_network(name).train()
     diffusion = fastdiff.create_diffusion(steps=1000)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    x = images(batch, name).contiguous(memory_format=torch.channels_last)
+    x = images(batch).contiguous(memory_format=torch.channels_last)
 
     def network(*args):
         with autocast(dtype):
@@ -60,7 +92,7 @@ def diffusers_training_step(name: str, batch: int, dtype: torch.dtype) -> Step:
     model = diffusers_network(name).train()
     scheduler = DDPMScheduler(num_train_timesteps=1000)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    x = images(batch, name)
+    x = images(batch)
 
     def step() -> None:
         t = torch.randint(1000, (batch,))
@@ -78,7 +110,7 @@ def fastdiff_sampling_step(name: str, batch: int, dtype: torch.dtype) -> Step:
     sampler = fastdiff.Sampler(
         fastdiff_network(name), fastdiff.create_diffusion(steps=1000), dtype=dtype
     )
-    steps = sampler.iterate(images(batch, name).shape)
+    steps = sampler.iterate(images(batch).shape)
     return lambda: next(steps)
 
 
@@ -87,7 +119,7 @@ def diffusers_sampling_step(name: str, batch: int, dtype: torch.dtype) -> Step:
     scheduler = DDPMScheduler(num_train_timesteps=1000)
     scheduler.set_timesteps(1000)
     timesteps = iter(scheduler.timesteps)
-    x = images(batch, name)
+    x = images(batch)
 
     def step() -> None:
         nonlocal x
@@ -100,9 +132,8 @@ def diffusers_sampling_step(name: str, batch: int, dtype: torch.dtype) -> Step:
     return step
 
 
-def images(batch: int, name: str) -> torch.Tensor:
-    size = NETWORKS[name]["sample_size"]
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+def images(batch: int) -> torch.Tensor:
+    return torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 
 
 def autocast(dtype: torch.dtype) -> torch.autocast:
