@@ -149,7 +149,7 @@ def plot(out, errors, distances, exact: float, floor: float) -> None:
     right.set(
         ylabel="sliced Wasserstein-1",
         title="Distance of the samples to real ones",
-        ylim=(floor / 2.5, None),
+        ylim=(floor / 5, None),
     )
     show_steps(right, BUDGETS)
     right.legend(fontsize=8, loc="lower left")
