@@ -121,9 +121,14 @@ class Sampler:
         )
         if progress:
             steps = require("tqdm.auto", "train").tqdm(steps, total=len(self.table), leave=False)
-        for step in steps:
-            if callback is not None:
-                callback(step)
+        # Under one autocast for the whole loop the weights are cast once, not at every step. The
+        # steps' own are nested in it; a generator must not hold it while its caller goes on.
+        device = self._device(noise)
+        with self._autocast(device):
+            for step in steps:
+                if callback is not None:
+                    with torch.autocast(device.type, enabled=False):
+                        callback(step)
         return step["sample"]
 
     def iterate(

@@ -5,6 +5,7 @@ import pytest
 import torch
 from golden_cases import META, array, network, process, relative_error
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import InputError, TrainingError
@@ -434,3 +435,25 @@ def test_bad_guidance(kwargs, uncond, message):
 def test_the_samplers_device_is_the_callers_choice():
     sampler = Sampler(closed_form(), diffusion(), steps=2, device="cpu")
     assert sampler.sample(SHAPE).device.type == "cpu"
+
+
+def test_weights_are_cast_once_for_the_whole_loop_and_callbacks_see_no_autocast():
+    class Casts(TorchDispatchMode):
+        of_weights = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            copies = func is torch.ops.aten._to_copy.default
+            self.of_weights += copies and args[0].shape == model.conv.weight.shape
+            return func(*args, **(kwargs or {}))
+
+    model = Tiny()
+    sampler = Sampler(model, diffusion(), steps=5, dtype=torch.bfloat16)
+    autocast = []
+    with Casts() as casts:
+        whole = sampler.sample(
+            SHAPE, callback=lambda step: autocast.append(torch.is_autocast_enabled("cpu"))
+        )
+    assert casts.of_weights == 1
+    assert autocast == [False] * 5
+    *_, last = sampler.iterate(SHAPE)
+    assert torch.equal(whole, last["sample"])
