@@ -209,7 +209,7 @@ _ALL = (
             "lr": 1e-3,
             "lr_schedule": "linear",
             "batch_size": 64,
-            "steps": 1600,
+            "steps": 1300,
             "warmup": 100,
             "ema": (0.995,),
         },
