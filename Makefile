@@ -16,7 +16,7 @@ TORCH ?= $(if $(wildcard /proc/driver/nvidia/version),torch,torch==2.13.0)
 # OpenMP's threads spin while they wait for each other. Beside other busy processes each then waits
 # for a core that another one spins on, and small networks train 20 times slower; asleep, they don't.
 # For 8x8 images one thread is faster than two that sleep, and takes the same time on a busy machine.
-export OMP_WAIT_POLICY ?= passive
+demo test: export OMP_WAIT_POLICY ?= passive
 demo: export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test lint bench clean
