@@ -4,12 +4,14 @@ The names below are the public ones; each module's docstring says where it comes
 """
 
 from fastdiff import ops
+from fastdiff.backends import backend, set_backend
 from fastdiff.create import create_diffusion
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import InputError, TrainingError
 from fastdiff.models.checkpoint import Checkpoint, load, save
 from fastdiff.models.ema import EMA
 from fastdiff.models.unet import UNet
+from fastdiff.ops.explain import explain
 from fastdiff.respacing import space_timesteps
 from fastdiff.sampler import Sampler
 from fastdiff.schedules import (
@@ -33,13 +35,16 @@ __all__ = [
     "TrainingError",
     "UNet",
     "VarianceExploding",
+    "backend",
     "cosine_betas",
     "create_diffusion",
+    "explain",
     "get_named_beta_schedule",
     "linear_betas",
     "load",
     "ops",
     "rescale_zero_terminal_snr",
     "save",
+    "set_backend",
     "space_timesteps",
 ]

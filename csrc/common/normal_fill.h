@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace fastdiff {
+#include "dtype.h"
 
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+namespace fastdiff {
 
 // Sample i of `out` is a (channels, spatial) array whose element (c, s) has index
 // c·spatial + s in the counter and stands at i·sample_stride + c·channel_stride +

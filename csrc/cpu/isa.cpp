@@ -16,7 +16,10 @@ const Isa kIsas[] = {
     {"baseline", &baseline::kernels, [] { return true; }},
 #ifdef FASTDIFF_HAVE_AVX2
     {"avx2", &avx2::kernels,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
+     }},
 #endif
 #ifdef FASTDIFF_HAVE_AVX512
     {"avx512", &avx512::kernels,

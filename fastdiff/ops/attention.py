@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from fastdiff.backends import Choice
 from fastdiff.errors import InputError
 from fastdiff.reference import attention as reference
 
@@ -46,3 +47,8 @@ def _check(qkv: Tensor, num_heads: int, order: str) -> None:
         )
     if order not in ORDERS:
         raise InputError(f"attention: order={order!r}; expected 'heads_first' or 'qkv_first'")
+
+
+def choose(qkv: Tensor, num_heads: int, *, order: str = "heads_first") -> Choice:
+    """What the plan picks for this call (``fastdiff.explain``)."""
+    return Choice("attention", "reference", "the kernels are yet to come")

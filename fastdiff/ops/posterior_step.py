@@ -1,9 +1,12 @@
 """posterior_step: one sampler step (DDPM, DDIM, DPM-Solver++) from one row of a StepTable."""
 
+from typing import Any
+
 import torch
 
 from fastdiff import rng
 from fastdiff._checks import is_finite
+from fastdiff.backends import Choice
 from fastdiff.errors import InputError
 from fastdiff.reference import posterior_step as reference
 from fastdiff.step_table import COLUMNS, StepTable
@@ -184,3 +187,8 @@ def _check_extras(
                 f"{name} has shape {tuple(tensor.shape)} on {tensor.device}; "
                 f"expected {tuple(x_t.shape)} on {x_t.device}, like x_t"
             )
+
+
+def choose(x_t: torch.Tensor, *_: Any, **__: Any) -> Choice:
+    """What the plan picks for this call (``fastdiff.explain``)."""
+    return Choice("posterior_step", "reference", "the kernels are yet to come")

@@ -1,10 +1,13 @@
 """q_sample: noise images to their timesteps, x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · noise."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastdiff import rng
 from fastdiff._checks import check_float, check_like, check_timesteps
+from fastdiff.backends import Choice
 from fastdiff.errors import InputError
 from fastdiff.reference.q_sample import q_sample as reference_q_sample
 
@@ -64,3 +67,8 @@ def _table_length(first: Tensor, second: Tensor, x_start: Tensor) -> int:
             f"the coefficient tables are on {first.device} but x_start is on {x_start.device}"
         )
     return len(first)
+
+
+def choose(x_start: Tensor, *_: Any, **__: Any) -> Choice:
+    """What the plan picks for this call (``fastdiff.explain``)."""
+    return Choice("q_sample", "reference", "the kernels are yet to come")

@@ -1,0 +1,123 @@
+"""Which implementation serves a fused operation: the one named here, or the plan's choice.
+
+``"reference"`` is plain PyTorch and serves everything; ``"native"`` are the C++ kernels for the
+CPU; ``"triton"`` and ``"cuda"`` the kernels for NVIDIA GPUs. Nothing is named at the start, unless
+the environment's ``FASTDIFF_BACKEND`` does: each operation's plan then chooses, a pure function of
+shape, dtype and device. A named backend that cannot serve a call raises; only the plan may choose
+another.
+"""
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fastdiff.errors import InputError
+
+BACKENDS = ("reference", "native", "triton", "cuda")
+VARIABLE = "FASTDIFF_BACKEND"
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs for one call of an operation, and why."""
+
+    op: str
+    backend: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.backend} ({self.reason})"
+
+
+def _checked(name: str | None, source: str) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise InputError(f"{source} is {name!r}; expected one of {', '.join(BACKENDS)} or None")
+    return name
+
+
+_named: str | None = _checked(os.environ.get(VARIABLE) or None, VARIABLE)
+
+
+def set_backend(name: str | None) -> None:
+    """Name the backend of every fused operation in this process; None lets the plans choose.
+
+    Raises InputError for a name that is not one of ``BACKENDS``.
+    """
+    global _named
+    _named = _checked(name, "backend")
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """``set_backend(name)`` for the length of a ``with`` block, in every thread of the process."""
+    before = _named
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def named() -> str | None:
+    """The backend that is named, or None where the plans choose."""
+    return _named
+
+
+def default(device_type: str, dtype: torch.dtype) -> str:
+    """The plan of an operation that needs no measured table."""
+    if dtype in KERNEL_DTYPES:
+        if device_type == "cpu":
+            return "native"
+        if device_type == "cuda" and HAS_TRITON:
+            return "triton"
+    return "reference"
+
+
+def default_reason(device_type: str, dtype: torch.dtype) -> str:
+    """Why ``default`` answers as it does, in words."""
+    if dtype not in KERNEL_DTYPES:
+        return f"the kernels take float32, bfloat16 and float16, not {short(dtype)}"
+    if device_type == "cpu":
+        return "the C++ kernel serves every CPU call"
+    if device_type == "cuda":
+        return "the Triton kernel serves GPUs" if HAS_TRITON else "Triton is not installed"
+    return f"there are no kernels for {device_type} devices"
+
+
+def require(op: str, name: str, device_type: str, dtype: torch.dtype) -> str:
+    """``name``, or InputError where that backend's kernel of ``op`` cannot serve such a tensor."""
+    if name == "reference":
+        return name
+    if name == "cuda":
+        problem = f"there is no CUDA C++ kernel of {op}"
+    elif dtype not in KERNEL_DTYPES:
+        problem = f"its kernels take float32, bfloat16 and float16, not {short(dtype)}"
+    elif name == "native":
+        problem = "" if device_type == "cpu" else f"it runs on the CPU, not on {device_type}"
+    elif not HAS_TRITON:
+        problem = "the package triton is not installed"
+    elif device_type == "cuda" or (device_type == "cpu" and triton_interprets()):
+        problem = ""
+    else:
+        problem = f"it runs on CUDA devices, not on {device_type}"
+    if problem:
+        raise InputError(
+            f"{op}: the backend {name!r} was named, but {problem}; name another, or None for the "
+            "plan's choice"
+        )
+    return name
+
+
+def triton_interprets() -> bool:
+    """Whether Triton kernels run in its interpreter, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
