@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -76,6 +77,74 @@ NormalFill normal_fill(uintptr_t out, int dtype, int64_t samples, int64_t channe
           first_sample};
 }
 
+template <typename T = void>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Memory of one call; freed when it is over.
+std::unique_ptr<float[]> workspace_of(int64_t floats) {
+  return std::unique_ptr<float[]>(new float[static_cast<size_t>(floats) + 1]);
+}
+
+void bind_group_norm(py::module_& module) {
+  py::class_<GroupNormShape>(module, "GroupNormShape")
+      .def(py::init([](int64_t samples, int64_t channels, int64_t positions, int64_t groups,
+                       bool channels_last, bool silu, float eps, int add, int dtype,
+                       int affine_dtype, int film_dtype, int add_dtype, int64_t scale_stride,
+                       int64_t shift_stride, int64_t add_stride) {
+             return GroupNormShape{samples,
+                                   channels,
+                                   positions,
+                                   groups,
+                                   channels_last,
+                                   silu,
+                                   eps,
+                                   static_cast<Add>(add),
+                                   static_cast<DType>(dtype),
+                                   static_cast<DType>(affine_dtype),
+                                   static_cast<DType>(film_dtype),
+                                   static_cast<DType>(add_dtype),
+                                   scale_stride,
+                                   shift_stride,
+                                   add_stride};
+           }),
+           py::kw_only(), py::arg("samples"), py::arg("channels"), py::arg("positions"),
+           py::arg("groups"), py::arg("channels_last"), py::arg("silu"), py::arg("eps"),
+           py::arg("add"), py::arg("dtype"), py::arg("affine_dtype"), py::arg("film_dtype"),
+           py::arg("add_dtype"), py::arg("scale_stride"), py::arg("shift_stride"),
+           py::arg("add_stride"));
+  // Addresses are 0 where an argument is not given.
+  module.def("group_norm_silu_cpu", [](const GroupNormShape& shape, uintptr_t x, uintptr_t weight,
+                                       uintptr_t bias, uintptr_t scale, uintptr_t shift,
+                                       uintptr_t add, uintptr_t y, uintptr_t statistics,
+                                       int threads) {
+    py::gil_scoped_release unlocked;
+    float* mean = at<float>(statistics);
+    float* rstd = mean == nullptr ? nullptr : mean + shape.samples * shape.groups;
+    const GroupNormForward call = {at(x),     at(weight), at(bias), at(scale),
+                                   at(shift), at(add),    at(y),    mean, rstd};
+    const auto kernel = cpu::current_kernels().group_norm_silu;
+    kernel(shape, call, workspace_of(kernel(shape, call, nullptr, threads)).get(), threads);
+  });
+  module.def(
+      "group_norm_silu_backward_cpu",
+      [](const GroupNormShape& shape, uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t bias,
+         uintptr_t scale, uintptr_t shift, uintptr_t add, uintptr_t statistics, uintptr_t dx,
+         uintptr_t dweight, uintptr_t dbias, uintptr_t dscale, uintptr_t dshift,
+         uintptr_t dadd, int threads) {
+        py::gil_scoped_release unlocked;
+        const float* mean = at<float>(statistics);
+        const GroupNormBackward call = {
+            at(dy),      at(x),     at(weight), at(bias),   at(scale),
+            at(shift),   at(add),   mean,       mean + shape.samples * shape.groups,
+            at(dx),      at(dweight), at(dbias), at(dscale), at(dshift),
+            at(dadd)};
+        const auto kernel = cpu::current_kernels().group_norm_silu_backward;
+        kernel(shape, call, workspace_of(kernel(shape, call, nullptr, threads)).get(), threads);
+      });
+}
+
 void bind_cpu(py::module_& module) {
   module.def("supported_isas", &cpu::supported_isas);
   module.def("set_isa", &cpu::set_isa, py::arg("name"));
@@ -140,6 +209,7 @@ PYBIND11_MODULE(_native, module) {
            py::arg("channel_stride"), py::arg("spatial_stride"), py::arg("seed"), py::arg("step"),
            py::arg("first_sample"));
   bind_cpu(module);
+  bind_group_norm(module);
 #ifdef FASTDIFF_CUDA_ARCHS
   bind_cuda(module);
 #endif

@@ -10,10 +10,12 @@ another.
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fastdiff.errors import InputError
 
@@ -121,3 +123,42 @@ def triton_interprets() -> bool:
 
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _always() -> bool:
+    return True
+
+
+def _private(path: str) -> Callable[[], Any]:
+    """A function of torch._C that no public one replaces; where it is gone, one that says yes."""
+    found: Any = torch._C
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found or _always
+
+
+_LISTENERS = (
+    torch.compiler.is_compiling,
+    torch.jit.is_tracing,
+    _private("_len_torch_dispatch_stack"),  # FakeTensorMode, make_fx, flop counters, …
+    _private("_are_functorch_transforms_active"),  # torch.func
+    _private("_autograd._profiler_enabled"),
+)
+_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+
+
+def launches_directly(*arguments: torch.Tensor | None) -> bool:
+    """Whether a kernel may be launched past PyTorch's dispatcher, which halves a call's cost.
+
+    Only for plain tensors while nobody listens: no compiler, transform, mode or profiler, and no
+    forward-mode derivative.
+    """
+    for listener in _LISTENERS:
+        if listener():
+            return False
+    if getattr(forward_ad, "_current_level", 0) >= 0:
+        return False
+    for argument in arguments:
+        if type(argument) not in _PLAIN:
+            return False
+    return True

@@ -4,14 +4,23 @@
 
 #include <cstdint>
 
+#include "../common/group_norm.h"
 #include "../common/normal_fill.h"
 
 namespace fastdiff::cpu {
+
+// Both return the floats of workspace that the call needs, and only count with a null workspace.
+using GroupNormForwardKernel = int64_t(const GroupNormShape& shape, const GroupNormForward& call,
+                                       float* workspace, int threads);
+using GroupNormBackwardKernel = int64_t(const GroupNormShape& shape, const GroupNormBackward& call,
+                                        float* workspace, int threads);
 
 struct Kernels {
   void (*normal)(const NormalFill& fill, int threads);
   void (*philox)(uint32_t* out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,
                  uint32_t first_quad);
+  GroupNormForwardKernel* group_norm_silu;
+  GroupNormBackwardKernel* group_norm_silu_backward;
 };
 
 #ifdef FASTDIFF_ISA
@@ -19,6 +28,8 @@ namespace FASTDIFF_ISA {
 void normal(const NormalFill& fill, int threads);
 void philox(uint32_t* out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,
             uint32_t first_quad);
+GroupNormForwardKernel group_norm_silu;
+GroupNormBackwardKernel group_norm_silu_backward;
 }  // namespace FASTDIFF_ISA
 #endif
 

@@ -3,6 +3,6 @@
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 
-const Kernels kernels = {normal, philox};
+const Kernels kernels = {normal, philox, group_norm_silu, group_norm_silu_backward};
 
 }  // namespace fastdiff::cpu::FASTDIFF_ISA

@@ -1,0 +1,151 @@
+// What the forward and the backward of group_norm_silu share on the CPU.
+#pragma once
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "../common/group_norm.h"
+#include "vector.h"
+
+namespace fastdiff::cpu::FASTDIFF_ISA {
+
+constexpr int64_t kSerialBelow = 16384;  // elements that one core does before a team starts
+
+FASTDIFF_VEC int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTDIFF_VEC int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTDIFF_VEC int64_t padded(int64_t channels) { return ceil_div(channels, 16) * 16; }
+
+FASTDIFF_VEC int thread_index() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// Memory handed out from one allocation of the caller's; with no base it only counts.
+struct Arena {
+  float* base;
+  int64_t used = 0;
+
+  FASTDIFF_MEMBER float* take(int64_t count) {
+    float* at = base == nullptr ? nullptr : base + used;
+    used += ceil_div(count, 16) * 16;
+    return at;
+  }
+};
+
+template <typename T>
+FASTDIFF_VEC void write_row(const float* from, T* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i));
+  if (i < count) store_n(to + i, load(from + i), static_cast<int>(count - i));
+}
+
+// `from` is padded to whole vectors.
+FASTDIFF_VEC void write_row(DType dtype, const float* from, void* to, int64_t offset,
+                            int64_t count) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return write_row(from, static_cast<float*>(to) + offset, count);
+    case DType::kBFloat16:
+      return write_row(from, static_cast<BFloat16*>(to) + offset, count);
+    case DType::kFloat16:
+      return write_row(from, static_cast<Float16*>(to) + offset, count);
+  }
+}
+
+template <typename T>
+FASTDIFF_VEC void read_row(const T* from, float* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i));
+  if (i < count) store(to + i, load_n(from + i, static_cast<int>(count - i)));
+}
+
+FASTDIFF_VEC void read_row(DType dtype, const void* from, int64_t offset, float* to,
+                           int64_t count) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return read_row(static_cast<const float*>(from) + offset, to, count);
+    case DType::kBFloat16:
+      return read_row(static_cast<const BFloat16*>(from) + offset, to, count);
+    case DType::kFloat16:
+      return read_row(static_cast<const Float16*>(from) + offset, to, count);
+  }
+}
+
+// v = x̂·gain + offset per sample and channel, and the embedding, as float32 rows. Without FiLM
+// every sample reads the same row.
+struct Coefficients {
+  float* weight;
+  float* bias;
+  float* gain;
+  float* offset;
+  float* embedding;  // null without one
+  int64_t row;       // elements from one sample's row of gain and offset to the next
+  int64_t embedding_row;
+
+  FASTDIFF_MEMBER const float* gain_of(int64_t sample) const { return gain + sample * row; }
+  FASTDIFF_MEMBER const float* offset_of(int64_t sample) const { return offset + sample * row; }
+  FASTDIFF_MEMBER const float* embedding_of(int64_t sample) const {
+    return embedding == nullptr ? nullptr : embedding + sample * embedding_row;
+  }
+};
+
+// Call is GroupNormForward or GroupNormBackward.
+template <typename Call>
+FASTDIFF_VEC Coefficients read_coefficients(const GroupNormShape& shape, const Call& call,
+                                            Arena& arena) {
+  const int64_t channels = shape.channels, row = padded(channels);
+  const bool film = call.scale != nullptr;
+  const int64_t rows = film ? shape.samples : 1;
+  Coefficients out;
+  out.row = film ? row : 0;
+  out.gain = arena.take(rows * row);
+  out.offset = arena.take(rows * row);
+  out.embedding_row = row;
+  out.embedding = shape.add == Add::kEmbedding ? arena.take(shape.samples * row) : nullptr;
+  float* weight = out.weight = arena.take(row);
+  float* bias = out.bias = arena.take(row);
+  if (arena.base == nullptr) return out;
+
+  if (call.weight != nullptr) {
+    read_row(shape.affine_dtype, call.weight, 0, weight, channels);
+    read_row(shape.affine_dtype, call.bias, 0, bias, channels);
+  } else {
+    for (int64_t c = 0; c < row; c += kWidth) {
+      store(weight + c, splat(1.0f));
+      store(bias + c, splat(0.0f));
+    }
+  }
+  for (int64_t sample = 0; sample < rows; ++sample) {
+    float* gain = out.gain + sample * row;
+    float* offset = out.offset + sample * row;
+    if (film) {
+      read_row(shape.film_dtype, call.scale, sample * shape.scale_stride, gain, channels);
+      read_row(shape.film_dtype, call.shift, sample * shape.shift_stride, offset, channels);
+    }
+    for (int64_t c = 0; c < channels; c += kWidth) {
+      const Vec one_plus_scale = film ? splat(1.0f) + load(gain + c) : splat(1.0f);
+      const Vec shift = film ? load(offset + c) : splat(0.0f);
+      store(gain + c, load(weight + c) * one_plus_scale);
+      store(offset + c, fma(load(bias + c), one_plus_scale, shift));
+    }
+  }
+  for (int64_t sample = 0; out.embedding != nullptr && sample < shape.samples; ++sample) {
+    read_row(shape.add_dtype, call.add, sample * shape.add_stride, out.embedding + sample * row,
+             channels);
+  }
+  return out;
+}
+
+FASTDIFF_VEC int64_t elements_of(const GroupNormShape& shape) {
+  return shape.samples * shape.channels * shape.positions;
+}
+
+FASTDIFF_VEC int team_of(const GroupNormShape& shape, int threads) {
+  return elements_of(shape) < kSerialBelow ? 1 : threads;
+}
+
+}  // namespace fastdiff::cpu::FASTDIFF_ISA

@@ -1,0 +1,479 @@
+// group_norm_silu, forward: GroupNorm, FiLM and SiLU (common/group_norm.h has the equations).
+//
+// Layouts: planar (NCHW and its 1-D and 3-D kin) and channels_last; float32, bfloat16, float16.
+// Bytes moved: x once from memory and once from cache, y once. Floor: 2 passes.
+//
+// Statistics: lane by lane Σ(x − s) and Σ(x − s)² with s the lane's first element, over blocks of
+// at most kBlockVectors vectors; blocks, lanes and chunks merge by Chan et al. 1983. The shift
+// keeps what a mean far above the deviation would cancel. Blocks and chunks depend on the shape
+// alone, so that results do not depend on the number of threads.
+//
+// Planar: a group is one run of memory. A thread takes a group, reads it twice; where groups are
+// fewer than threads, their chunks are shared out. channels_last: all groups interleave; a thread
+// takes a sample or, where samples are few, blocks of positions.
+#include "group_norm.h"
+#include "kernels.h"
+
+namespace fastdiff::cpu::FASTDIFF_ISA {
+namespace {
+
+constexpr int64_t kBlockVectors = 256;
+constexpr int64_t kChunk = 65536;          // elements of a group that threads share out
+constexpr int64_t kBlockElements = 8192;   // channels_last: a block of positions
+
+struct Moments {
+  float count, mean, m2;
+};
+
+FASTDIFF_VEC Moments merge(Moments a, Moments b) {
+  if (a.count == 0.0f) return b;
+  const double total = static_cast<double>(a.count) + b.count;
+  const double delta = static_cast<double>(b.mean) - a.mean;
+  const double mean = a.mean + delta * (b.count / total);
+  const double m2 = static_cast<double>(a.m2) + b.m2 + delta * delta * (a.count * (b.count / total));
+  return {static_cast<float>(total), static_cast<float>(mean), static_cast<float>(m2)};
+}
+
+FASTDIFF_VEC float rstd_of(float m2, double count, float eps) {
+  return static_cast<float>(1.0 / __builtin_sqrt(m2 / count + static_cast<double>(eps)));
+}
+
+// x, or x + residual, as float32.
+template <typename T, bool kResidual>
+FASTDIFF_VEC Vec value(const T* x, const T* residual, int64_t i) {
+  return kResidual ? load(x + i) + load(residual + i) : load(x + i);
+}
+
+template <typename T, bool kResidual>
+FASTDIFF_VEC Vec value_n(const T* x, const T* residual, int64_t i, int n) {
+  return kResidual ? load_n(x + i, n) + load_n(residual + i, n) : load_n(x + i, n);
+}
+
+template <typename T, bool kSilu>
+FASTDIFF_VEC Vec activate(Vec v) {
+  return kSilu ? v * sigmoid<T>(v) : v;
+}
+
+// The moments of a stream of runs, lane by lane.
+struct Scan {
+  Vec shift{}, sum{}, square{}, count{};  // of the block under way
+  Vec mean{}, m2{}, total{};              // of the blocks before
+  int64_t vectors = 0;
+
+  template <typename T, bool kResidual>
+  FASTDIFF_MEMBER void run(const T* x, const T* residual, int64_t length, Vec add) {
+    int64_t i = 0;
+    while (i + kWidth <= length) {
+      if (vectors == 0) shift = value<T, kResidual>(x, residual, i) + add;
+      const int64_t n = smaller((length - i) / kWidth, kBlockVectors - vectors);
+      const Vec base = shift - add;
+      Vec s[4] = {}, q[4] = {};
+      int64_t v = 0;
+      for (; v + 4 <= n; v += 4) {
+        for (int u = 0; u < 4; ++u) {
+          const Vec d = value<T, kResidual>(x, residual, i + (v + u) * kWidth) - base;
+          s[u] += d;
+          q[u] = fma(d, d, q[u]);
+        }
+      }
+      for (; v < n; ++v) {
+        const Vec d = value<T, kResidual>(x, residual, i + v * kWidth) - base;
+        s[0] += d;
+        q[0] = fma(d, d, q[0]);
+      }
+      sum += (s[0] + s[1]) + (s[2] + s[3]);
+      square += (q[0] + q[1]) + (q[2] + q[3]);
+      count += splat(static_cast<float>(n));
+      vectors += n;
+      i += n * kWidth;
+      if (vectors >= kBlockVectors) finish_block();
+    }
+    if (i < length) {
+      const int n = static_cast<int>(length - i);
+      const Vec v = value_n<T, kResidual>(x, residual, i, n) + add;
+      if (vectors == 0) shift = splat(v[0]);
+      const Vec lanes = ones_n(n);
+      const Vec d = (v - shift) * lanes;
+      sum += d;
+      square = fma(d, d, square);
+      count += lanes;
+      if (++vectors >= kBlockVectors) finish_block();
+    }
+  }
+
+  FASTDIFF_MEMBER void finish_block() {
+    const Vec none = splat(0.0f);
+    const Vec n = count > none ? count : splat(1.0f);
+    const Vec block_mean = shift + sum / n;
+    const Vec block_m2 = square - sum * (sum / n);
+    const Vec together = total + n;
+    const Vec delta = total > none ? block_mean - mean : block_mean;
+    const Vec share = count / together;  // 0 in a lane that saw nothing
+    const Vec before = mean;
+    mean = total > none ? fma(delta, share, before) : block_mean;
+    m2 += (block_m2 > none ? block_m2 : none) +
+          (total > none ? delta * delta * (total * share) : none);
+    total += count;
+    sum = square = count = Vec{};
+    vectors = 0;
+  }
+
+  FASTDIFF_MEMBER Moments moments() {
+    if (vectors > 0) finish_block();
+    const float elements = fastdiff::cpu::FASTDIFF_ISA::sum(total);
+    const Vec seen = total > splat(0.0f) ? splat(1.0f) : splat(0.0f);
+    const Vec from = splat(mean[0]);
+    const Vec offset = (mean - from) * seen;
+    const float shifted = fastdiff::cpu::FASTDIFF_ISA::sum(offset * total) / elements;
+    const Vec apart = (offset - splat(shifted)) * seen;
+    return {elements, mean[0] + shifted,
+            fastdiff::cpu::FASTDIFF_ISA::sum(m2 + apart * apart * total)};
+  }
+};
+
+// --- Planar -----------------------------------------------------------------------------------
+
+template <typename T, bool kResidual, bool kSilu>
+struct Planar {
+  const GroupNormShape& shape;
+  const GroupNormForward& call;
+  const Coefficients& coefficients;
+  int64_t width = shape.channels / shape.groups;
+  int64_t run = width * shape.positions;  // elements of a group
+
+  FASTDIFF_MEMBER const T* residual_at(int64_t offset) const {
+    return kResidual ? static_cast<const T*>(call.add) + offset : nullptr;
+  }
+
+  // Elements [begin, end) of group `item` of all samples' groups.
+  FASTDIFF_MEMBER Moments scan(int64_t item, int64_t begin, int64_t end) const {
+    const T* x = static_cast<const T*>(call.x) + item * run;
+    const T* residual = residual_at(item * run);
+    const float* embedding = coefficients.embedding_of(item / shape.groups);
+    Scan scan;
+    if (embedding == nullptr) {
+      scan.run<T, kResidual>(x + begin, residual + (kResidual ? begin : 0), end - begin, Vec{});
+      return scan.moments();
+    }
+    embedding += item % shape.groups * width;
+    for (int64_t at = begin; at < end;) {
+      const int64_t channel = at / shape.positions;
+      const int64_t stop = smaller((channel + 1) * shape.positions, end);
+      scan.run<T, false>(x + at, nullptr, stop - at, splat(embedding[channel]));
+      at = stop;
+    }
+    return scan.moments();
+  }
+
+  FASTDIFF_MEMBER void apply(int64_t item, int64_t begin, int64_t end, float mean,
+                             float rstd) const {
+    const int64_t sample = item / shape.groups, first = item % shape.groups * width;
+    const T* x = static_cast<const T*>(call.x) + item * run;
+    const T* residual = residual_at(item * run);
+    T* y = static_cast<T*>(call.y) + item * run;
+    const float* gain = coefficients.gain_of(sample) + first;
+    const float* offset = coefficients.offset_of(sample) + first;
+    const float* embedding = coefficients.embedding_of(sample);
+    for (int64_t at = begin; at < end;) {
+      const int64_t channel = at / shape.positions;
+      const int64_t stop = smaller((channel + 1) * shape.positions, end);
+      const float add = embedding == nullptr ? 0.0f : embedding[first + channel];
+      const Vec m = splat(mean - add), a = splat(gain[channel] * rstd), b = splat(offset[channel]);
+      for (; at + kWidth <= stop; at += kWidth) {
+        const Vec v = value<T, kResidual>(x, residual, at);
+        store(y + at, activate<T, kSilu>(fma(v - m, a, b)));
+      }
+      if (at < stop) {
+        const int n = static_cast<int>(stop - at);
+        const Vec v = value_n<T, kResidual>(x, residual, at, n);
+        store_n(y + at, activate<T, kSilu>(fma(v - m, a, b)), n);
+        at = stop;
+      }
+    }
+  }
+
+  FASTDIFF_MEMBER void finish(int64_t item, Moments moments, float* rstd) const {
+    *rstd = rstd_of(moments.m2, moments.count, shape.eps);
+    if (call.mean != nullptr) {
+      call.mean[item] = moments.mean;
+      call.rstd[item] = *rstd;
+    }
+  }
+};
+
+template <typename T, bool kResidual, bool kSilu>
+void run_planar(const GroupNormShape& shape, const GroupNormForward& call,
+                const Coefficients& coefficients, Moments* parts, int team) {
+  const Planar<T, kResidual, kSilu> planar{shape, call, coefficients};
+  const int64_t items = shape.samples * shape.groups;
+  const int64_t chunks = ceil_div(planar.run, kChunk);
+  if (chunks == 1 || items >= 2 * team) {
+#pragma omp parallel for num_threads(team) if (team > 1) schedule(static)
+    for (int64_t item = 0; item < items; ++item) {
+      Moments moments = {0, 0, 0};
+      for (int64_t begin = 0; begin < planar.run; begin += kChunk) {
+        moments = merge(moments, planar.scan(item, begin, smaller(begin + kChunk, planar.run)));
+      }
+      float rstd;
+      planar.finish(item, moments, &rstd);
+      planar.apply(item, 0, planar.run, moments.mean, rstd);
+    }
+    return;
+  }
+#pragma omp parallel num_threads(team)
+  {
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < items * chunks; ++part) {
+      const int64_t begin = part % chunks * kChunk;
+      parts[part] = planar.scan(part / chunks, begin, smaller(begin + kChunk, planar.run));
+    }
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < items * chunks; ++part) {
+      const int64_t item = part / chunks, begin = part % chunks * kChunk;
+      Moments moments = {0, 0, 0};
+      for (int64_t c = 0; c < chunks; ++c) moments = merge(moments, parts[item * chunks + c]);
+      float rstd = rstd_of(moments.m2, moments.count, shape.eps);
+      if (begin == 0) planar.finish(item, moments, &rstd);
+      planar.apply(item, begin, smaller(begin + kChunk, planar.run), moments.mean, rstd);
+    }
+  }
+}
+
+// --- channels_last ----------------------------------------------------------------------------
+
+template <typename T, bool kResidual, bool kSilu>
+struct ChannelsLast {
+  const GroupNormShape& shape;
+  const GroupNormForward& call;
+  const Coefficients& coefficients;
+  float* parts;    // (samples, blocks, 2, row): each block's means and m2, channel by channel
+  float* scratch;  // (team, 4, row): a sample's mean and m2, then the affine map's terms
+  int64_t row = padded(shape.channels);
+  int64_t block = kBlockElements / shape.channels > 0 ? kBlockElements / shape.channels : 1;
+  int64_t blocks = ceil_div(shape.positions, block);
+
+  FASTDIFF_MEMBER int64_t first_of(int64_t index) const { return index * block; }
+  FASTDIFF_MEMBER int64_t count_of(int64_t index) const {
+    return smaller(block, shape.positions - index * block);
+  }
+
+  // kVectors vectors of channels over all positions of a block: their sums stay in registers.
+  template <int kVectors>
+  FASTDIFF_MEMBER void scan_channels(const T* x, const T* residual, int64_t count, float* means,
+                                     float* m2s) const {
+    Vec shift[kVectors], s[kVectors] = {}, q[kVectors] = {};
+    for (int u = 0; u < kVectors; ++u) shift[u] = value<T, kResidual>(x, residual, u * kWidth);
+    for (int64_t position = 0; position < count; ++position) {
+      const int64_t at = position * shape.channels;
+      for (int u = 0; u < kVectors; ++u) {
+        const Vec d = value<T, kResidual>(x, residual, at + u * kWidth) - shift[u];
+        s[u] += d;
+        q[u] = fma(d, d, q[u]);
+      }
+    }
+    const Vec inverse = splat(1.0f / static_cast<float>(count));
+    for (int u = 0; u < kVectors; ++u) {
+      const Vec m2 = q[u] - s[u] * (s[u] * inverse);
+      store(means + u * kWidth, fma(s[u], inverse, shift[u]));
+      store(m2s + u * kWidth, m2 > splat(0.0f) ? m2 : splat(0.0f));
+    }
+  }
+
+  FASTDIFF_MEMBER void scan_tail(const T* x, const T* residual, int64_t count, int lanes,
+                                 float* means, float* m2s) const {
+    const Vec shift = value_n<T, kResidual>(x, residual, 0, lanes);
+    Vec s{}, q{};
+    for (int64_t position = 0; position < count; ++position) {
+      const Vec d = value_n<T, kResidual>(x, residual, position * shape.channels, lanes) - shift;
+      s += d;
+      q = fma(d, d, q);
+    }
+    const Vec inverse = splat(1.0f / static_cast<float>(count));
+    const Vec m2 = q - s * (s * inverse);
+    store(means, fma(s, inverse, shift));
+    store(m2s, m2 > splat(0.0f) ? m2 : splat(0.0f));
+  }
+
+  FASTDIFF_MEMBER void scan(int64_t sample, int64_t index) const {
+    const int64_t offset = (sample * shape.positions + first_of(index)) * shape.channels;
+    const T* x = static_cast<const T*>(call.x) + offset;
+    const T* residual = kResidual ? static_cast<const T*>(call.add) + offset : nullptr;
+    float* means = parts + (sample * blocks + index) * 2 * row;
+    float* m2s = means + row;
+    const int64_t count = count_of(index);
+    int64_t c = 0;
+    for (; c + 4 * kWidth <= shape.channels; c += 4 * kWidth) {
+      scan_channels<4>(x + c, residual + (kResidual ? c : 0), count, means + c, m2s + c);
+    }
+    for (; c + kWidth <= shape.channels; c += kWidth) {
+      scan_channels<1>(x + c, residual + (kResidual ? c : 0), count, means + c, m2s + c);
+    }
+    if (c < shape.channels) {
+      scan_tail(x + c, residual + (kResidual ? c : 0), count, static_cast<int>(shape.channels - c),
+                means + c, m2s + c);
+    }
+  }
+
+  // The affine map of a sample, (x − m)·a + b channel by channel, into this thread's scratch.
+  FASTDIFF_MEMBER void prepare(int64_t sample, bool keep) const {
+    float* mean = scratch + thread_index() * 4 * row;
+    float* m2 = mean + row;
+    merge_blocks(sample, mean, m2);
+    const float* embedding = coefficients.embedding_of(sample);
+    if (embedding != nullptr) {
+      for (int64_t c = 0; c < row; c += kWidth) store(mean + c, load(mean + c) + load(embedding + c));
+    }
+    float* a = m2 + row;
+    float* b = a + row;
+    const float* gain = coefficients.gain_of(sample);
+    const float* offset = coefficients.offset_of(sample);
+    const int64_t width = shape.channels / shape.groups;
+    for (int64_t group = 0; group < shape.groups; ++group) {
+      const int64_t first = group * width;
+      double offset_sum = 0, group_m2 = 0;
+      const double from = mean[first];
+      for (int64_t c = first; c < first + width; ++c) offset_sum += mean[c] - from;
+      const double group_mean = from + offset_sum / static_cast<double>(width);
+      for (int64_t c = first; c < first + width; ++c) {
+        const double apart = mean[c] - group_mean;
+        group_m2 += m2[c] + apart * apart * static_cast<double>(shape.positions);
+      }
+      const float m = static_cast<float>(group_mean);
+      const float rstd = rstd_of(static_cast<float>(group_m2),
+                                 static_cast<double>(width * shape.positions), shape.eps);
+      for (int64_t c = first; c < first + width; ++c) {
+        mean[c] = m;
+        a[c] = gain[c] * rstd;
+        b[c] = offset[c];
+      }
+      if (keep && call.mean != nullptr) {
+        call.mean[sample * shape.groups + group] = m;
+        call.rstd[sample * shape.groups + group] = rstd;
+      }
+    }
+    if (embedding != nullptr) {
+      for (int64_t c = 0; c < row; c += kWidth) store(mean + c, load(mean + c) - load(embedding + c));
+    }
+  }
+
+  FASTDIFF_MEMBER void merge_blocks(int64_t sample, float* mean, float* m2) const {
+    const float* part = parts + sample * blocks * 2 * row;
+    memcpy(mean, part, 2 * row * sizeof(float));
+    for (int64_t index = 1; index < blocks; ++index) {
+      part += 2 * row;
+      const float before = static_cast<float>(first_of(index));
+      const float count = static_cast<float>(count_of(index));
+      const Vec share = splat(count / (before + count));
+      const Vec weight = splat(before * (count / (before + count)));
+      for (int64_t c = 0; c < row; c += kWidth) {
+        const Vec delta = load(part + c) - load(mean + c);
+        store(mean + c, fma(delta, share, load(mean + c)));
+        store(m2 + c, load(m2 + c) + fma(delta * delta, weight, load(part + row + c)));
+      }
+    }
+  }
+
+  FASTDIFF_MEMBER void apply(int64_t sample, int64_t index) const {
+    const int64_t offset = (sample * shape.positions + first_of(index)) * shape.channels;
+    const T* x = static_cast<const T*>(call.x) + offset;
+    const T* residual = kResidual ? static_cast<const T*>(call.add) + offset : nullptr;
+    T* y = static_cast<T*>(call.y) + offset;
+    const float* m = scratch + thread_index() * 4 * row;
+    const float* a = m + 2 * row;
+    const float* b = a + row;
+    const int64_t count = count_of(index), channels = shape.channels;
+    for (int64_t position = 0; position < count; ++position) {
+      const int64_t at = position * channels;
+      int64_t c = 0;
+      for (; c + kWidth <= channels; c += kWidth) {
+        const Vec v = value<T, kResidual>(x, residual, at + c);
+        store(y + at + c, activate<T, kSilu>(fma(v - load(m + c), load(a + c), load(b + c))));
+      }
+      if (c < channels) {
+        const int n = static_cast<int>(channels - c);
+        const Vec v = value_n<T, kResidual>(x, residual, at + c, n);
+        store_n(y + at + c, activate<T, kSilu>(fma(v - load(m + c), load(a + c), load(b + c))), n);
+      }
+    }
+  }
+};
+
+template <typename T, bool kResidual, bool kSilu>
+void run_channels_last(const GroupNormShape& shape, const GroupNormForward& call,
+                       const Coefficients& coefficients, float* parts, float* scratch, int team) {
+  const ChannelsLast<T, kResidual, kSilu> slab{shape, call, coefficients, parts, scratch};
+  const int64_t samples = shape.samples, blocks = slab.blocks;
+  if (samples % team == 0 || samples >= 4 * team) {  // what a thread reads first stays in its cache
+#pragma omp parallel for num_threads(team) if (team > 1) schedule(static)
+    for (int64_t sample = 0; sample < samples; ++sample) {
+      for (int64_t index = 0; index < blocks; ++index) slab.scan(sample, index);
+      slab.prepare(sample, true);
+      for (int64_t index = 0; index < blocks; ++index) slab.apply(sample, index);
+    }
+    return;
+  }
+#pragma omp parallel num_threads(team)
+  {
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < samples * blocks; ++part) slab.scan(part / blocks, part % blocks);
+    int64_t prepared = -1;
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < samples * blocks; ++part) {
+      const int64_t sample = part / blocks;
+      if (sample != prepared) slab.prepare(sample, part % blocks == 0);
+      prepared = sample;
+      slab.apply(sample, part % blocks);
+    }
+  }
+}
+
+template <typename T, bool kResidual, bool kSilu>
+int64_t run(const GroupNormShape& shape, const GroupNormForward& call, float* workspace,
+            int threads) {
+  const int team = team_of(shape, threads);
+  Arena arena{workspace};
+  const Coefficients coefficients = read_coefficients(shape, call, arena);
+  if (shape.channels_last) {
+    const ChannelsLast<T, kResidual, kSilu> slab{shape, call, coefficients, nullptr, nullptr};
+    float* parts = arena.take(shape.samples * slab.blocks * 2 * slab.row);
+    float* scratch = arena.take(team * 4 * slab.row);
+    if (workspace != nullptr) {
+      run_channels_last<T, kResidual, kSilu>(shape, call, coefficients, parts, scratch, team);
+    }
+    return arena.used;
+  }
+  const int64_t chunks = ceil_div(shape.channels / shape.groups * shape.positions, kChunk);
+  float* parts = arena.take(3 * shape.samples * shape.groups * chunks);
+  if (workspace != nullptr) {
+    run_planar<T, kResidual, kSilu>(shape, call, coefficients, reinterpret_cast<Moments*>(parts),
+                                    team);
+  }
+  return arena.used;
+}
+
+template <typename T>
+int64_t run_dtype(const GroupNormShape& shape, const GroupNormForward& call, float* workspace,
+                  int threads) {
+  const bool residual = shape.add == Add::kResidual;
+  if (residual && shape.silu) return run<T, true, true>(shape, call, workspace, threads);
+  if (residual) return run<T, true, false>(shape, call, workspace, threads);
+  if (shape.silu) return run<T, false, true>(shape, call, workspace, threads);
+  return run<T, false, false>(shape, call, workspace, threads);
+}
+
+}  // namespace
+
+int64_t group_norm_silu(const GroupNormShape& shape, const GroupNormForward& call,
+                        float* workspace, int threads) {
+  switch (shape.dtype) {
+    case DType::kFloat32:
+      return run_dtype<float>(shape, call, workspace, threads);
+    case DType::kBFloat16:
+      return run_dtype<BFloat16>(shape, call, workspace, threads);
+    case DType::kFloat16:
+      return run_dtype<Float16>(shape, call, workspace, threads);
+  }
+  return 0;
+}
+
+}  // namespace fastdiff::cpu::FASTDIFF_ISA
