@@ -60,10 +60,16 @@ FASTDIFF_VEC Vec fma(Vec a, Vec b, Vec c) {
 }
 
 FASTDIFF_VEC float sum(Vec v) {
-  for (int half = kWidth / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  }
-  return v[0];
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
+#elif defined(__AVX2__)
+  const __m256 all = reinterpret_cast<__m256>(v);
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
 }
 
 FASTDIFF_VEC Vec to_floats(VecHalf v, BFloat16) { return as_floats(widen(v) << 16); }

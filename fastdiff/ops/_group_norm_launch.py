@@ -82,7 +82,8 @@ def backward(
             if gradient is not None:
                 gradient.zero_()
         return dx, *small
-    out, written = dx, small
+    out = dx
+    written: tuple[Maybe, ...] = small
     shape = _shapes.get(_key(x, num_groups, weight, bias, eps, scale, shift, add, silu))
     if shape is None:
         shape, out, x, weight, bias, scale, shift, add = _prepare(
