@@ -82,6 +82,6 @@ def test_group_norm_silu(race, device, compiles, norm, batch_of_device, dtype, l
     choose = partial(fused, activation, *first[: 5 if norm.form == "film" else 3], call=CHOOSE)
     plan, others, reason = contenders.of_operation(step(ours), choose, first[0])
     peers = [*others, Contender("eager", step(eager)), contenders.copy()]
-    if compiles(norm):
+    if compiles(norm, batch):
         peers.append(contenders.compiled(eager, backward=backward))
     race(case, plan, peers, first, inputs, reason=reason)

@@ -60,6 +60,6 @@ def test_posterior_step(
     peers = [*others, eager, contenders.copy()]
     if device.type == "cuda":  # the same, without copies from the host: as fast as eager can be
         peers.append(Contender("eager, device tables", lambda x, o: on_device.p_sample(x, o, t)))
-    if compiles(image):
+    if compiles(image, batch):
         peers.append(contenders.compiled(lambda x, o: on_device.p_sample(x, o, t)))
     race(case, plan, peers, first, inputs, reason=reason)

@@ -56,6 +56,6 @@ def test_q_sample(race, device, compiles, image, batch_of_device, dtype, layout,
     choose = partial(ours, first[0], CHOOSERS["q_sample"])
     plan, others, reason = contenders.of_operation(ours, choose, first[0])
     peers = [*others, Contender("eager", eager), contenders.copy()]
-    if compiles(image):
+    if compiles(image, batch):
         peers.append(contenders.compiled(eager))
     race(case, plan, peers, first, inputs, reason=reason)

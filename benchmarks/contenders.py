@@ -25,6 +25,11 @@ def of_operation(
     return Contender(choice.backend, call), others, choice.reason
 
 
+def kernels(device: torch.device) -> str:
+    """The backend whose kernels serve the device."""
+    return backends.default(device.type, torch.float32)
+
+
 def _serves(op: str, name: str, device: torch.device, dtype: torch.dtype) -> bool:
     if name == "triton" and device.type == "cpu":
         return False  # its interpreter would be timed

@@ -166,9 +166,9 @@ ATTENTION = tuple(Attention(*row[:3], _count(row[3])) for row in _ATTENTION)
 # seconds on a CPU): one of each kind, from the smallest to the largest.
 QUICK_NORMS = {(256, 8, "norm"), (512, 4, "silu"), (128, 32, "film"), (384, 64, "silu")}
 QUICK_NORMS |= {(896, 16, "silu"), (128, 128, "silu")}
-COMPILED_NORMS = {(128, 32, "film"), (896, 16, "silu"), (128, 128, "silu")}
+COMPILED_NORMS = {(128, 32, "film"), (896, 16, "silu")}
 QUICK_ATTENTION = {(1, 256, 256), (1, 256, 512), (4, 64, 64), (4, 256, 96), (6, 1024, 64)}
-COMPILED_ATTENTION = {(1, 256, 512), (4, 64, 64)}
+COMPILED_ATTENTION = {(1, 256, 512)}
 QUICK_IMAGES = {32, 256}
 COMPILED_IMAGES = {64}
 

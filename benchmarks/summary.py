@@ -19,7 +19,18 @@ TARGETS: dict[tuple[str, str], tuple[float, float]] = {
     ("attention", "forward"): (1.0, 1.0),
     ("attention", "forward+backward"): (1.0, 1.0),
 }
-COMPILED_TARGET = 1.0
+COMPILED_TARGET = 1.0  # on every shape
+
+# GPU: % of the floor over the large cases; torch.compile's code on the geometric mean; and the
+# best of PyTorch's attention kernels on every shape.
+GPU_SHARES = {
+    ("q_sample", "forward"): 90,
+    ("posterior_step", "forward"): 90,
+    ("group_norm_silu", "forward"): 85,
+    ("group_norm_silu", "backward"): 80,
+}
+GPU_COMPILED_TARGET = {"group_norm_silu": 1.5}
+BEST_SDPA, GPU_SDPA_TARGET = "best sdpa", 1.0
 
 
 @dataclass(frozen=True)
@@ -49,19 +60,34 @@ class Group:
     def key(self) -> tuple[str, str, str, str]:
         return self.op, self.dtype, self.layout, self.direction
 
-    def verdict(self) -> str:
-        """"ok", or what is below its target."""
-        below = []
+    def verdict(self, kind: str = "cpu") -> str:
+        """"ok", or what is below its target on a "cpu" or on "cuda"."""
+        checks = self._gpu_checks() if kind == "cuda" else self._cpu_checks()
+        below = [f"{name} < {goal:g}" for name, value, goal in checks if value < goal]
+        return ", ".join(below) or "ok"
+
+    def _cpu_checks(self) -> list[tuple[str, float, float]]:
+        checks = []
         eager, compiled = self.peers.get("eager"), self.peers.get("compiled")
         if eager and (self.op, self.direction) in TARGETS:
             mean, least = TARGETS[self.op, self.direction]
-            if eager.mean < mean:
-                below.append(f"mean < {mean:g}")
-            if eager.least < least:
-                below.append(f"least < {least:g}")
-        if compiled and compiled.least < COMPILED_TARGET:
-            below.append(f"compiled < {COMPILED_TARGET:g}")
-        return ", ".join(below) or "ok"
+            checks += [("mean", eager.mean, mean), ("least", eager.least, least)]
+        if compiled:
+            checks.append(("compiled", compiled.least, COMPILED_TARGET))
+        return checks
+
+    def _gpu_checks(self) -> list[tuple[str, float, float]]:
+        checks = []
+        share = GPU_SHARES.get((self.op, self.direction))
+        compiled, sdpa = self.peers.get("compiled"), self.peers.get(BEST_SDPA)
+        if share is not None and self.floor_large is not None:
+            checks.append(("% floor", self.floor_large, share))
+        if compiled:
+            goal = GPU_COMPILED_TARGET.get(self.op, COMPILED_TARGET)
+            checks.append(("compiled", compiled.mean, goal))
+        if sdpa:
+            checks.append((BEST_SDPA, sdpa.least, GPU_SDPA_TARGET))
+        return checks
 
 
 def groups(rows: Iterable[Row]) -> list[Group]:
@@ -153,32 +179,47 @@ def _calls(op: str, model: str) -> int:
     return sum(shape.count.get(model, 0) for shape in table)
 
 
-def as_text(rows: list[Row], *, derived: bool = False) -> str:
-    """The short table after a run."""
-    every = groups([*rows, *(backward_rows(rows) if derived else [])])
-    operations = [group for group in every if group.op in OPERATIONS]
+def as_text(rows: list[Row], kind: str = "cpu", *, brief: bool = False) -> str:
+    """The short table after a run; unless ``brief``, also what a whole network gains."""
+    rows = [row for row in rows if row["op"] in OPERATIONS]
+    every = groups([*rows, *(backward_rows(rows) if kind == "cuda" else [])])
     lines = [
         f"{'operation':16} {'dtype':9} {'layout':13} {'direction':17} {'cases':>5} "
-        f"{'mean':>6} {'least':>6} {'vs compiled':>13} {'% floor':>8} {'64 MB':>6}  target"
+        f"{'mean':>6} {'least':>6} {'vs compiled':>13} {'% floor':>8} {'>64 MB':>6}  target"
     ]
-    for group in operations:
+    for group in every:
         eager, compiled = group.peers.get("eager"), group.peers.get("compiled")
         lines.append(
             f"{group.op:16} {group.dtype:9} {group.layout:13} {group.direction:17} "
             f"{group.cases:5} {_number(eager and eager.mean):>6} {_number(eager and eager.least):>6}"
             f" {_number(compiled and compiled.mean):>6} {_number(compiled and compiled.least):>6}"
-            f" {_number(group.floor, 0):>8} {_number(group.floor_large, 0):>6}  {group.verdict()}"
+            f" {_number(group.floor, 0):>8} {_number(group.floor_large, 0):>6}"
+            f"  {group.verdict(kind)}"
         )
-    worst = [(p.least, g, p) for g in operations if (p := g.peers.get("eager"))]
+    worst = [(p.least, g, p) for g in every if (p := g.peers.get("eager"))]
     if worst:
         least, group, peer = min(worst, key=lambda item: item[0])
         lines.append(f"worst against eager: {least:.2f}x, {' '.join(group.key)}, {peer.least_at}")
-    for key, ratio in per_forward(rows).items():
-        op, model, batch, dtype, layout, direction = key
-        lines.append(
-            f"all {op} of one {model} {direction}, batch {batch}, {dtype} {layout}: {ratio:.2f}x"
-        )
+    lines += _below_target(rows)
+    if not brief:
+        for key, ratio in per_forward(rows).items():
+            op, model, batch, dtype, layout, direction = key
+            lines.append(
+                f"all {op} of one {model} {direction}, batch {batch}, {dtype} {layout}: "
+                f"{ratio:.2f}x"
+            )
     return "\n".join(lines)
+
+
+def _below_target(rows: list[Row]) -> list[str]:
+    """The cases with a target of their own that do not reach it."""
+    return [
+        f"below its target {goal:g}: {row['op']} {case(row)} {row['dtype']} {row['layout']} "
+        f"{row['direction']}: {ratio:.2f}x over {peer}"
+        for row in rows
+        for peer, goal in row.get("targets", {}).items()
+        if (ratio := row["times_faster"].get(peer)) is not None and ratio < goal
+    ]
 
 
 def others_as_text(rows: list[Row]) -> str:
