@@ -38,9 +38,7 @@ def fused(
     *,
     call: Callable[..., Any] = fastdiff.ops.group_norm_silu,
 ) -> Any:
-    return call(
-        x, shapes.GROUPS, weight, bias, scale=scale, shift=shift, activation=activation
-    )
+    return call(x, shapes.GROUPS, weight, bias, scale=scale, shift=shift, activation=activation)
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])

@@ -33,7 +33,11 @@ def test_posterior_step(
     published, on_device = Process(learned), Process(learned, device)
 
     def ours(x_t, output, call=fastdiff.ops.posterior_step):
-        return call(x_t, output, table, STEP, seed=1, return_x_start=x_start) if HAS else call(x_t, output, table, STEP, seed=1)
+        return (
+            call(x_t, output, table, STEP, seed=1, return_x_start=x_start)
+            if HAS
+            else call(x_t, output, table, STEP, seed=1)
+        )
 
     def inputs() -> Inputs:
         image_like = partial(normal, dtype=dtype, device=device, layout=layout)

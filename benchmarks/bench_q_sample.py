@@ -27,7 +27,11 @@ def test_q_sample(race, device, compiles, image, batch_of_device, dtype, layout,
     tables = (process.sqrt_alphas_cumprod, process.sqrt_one_minus_alphas_cumprod)
 
     def ours(x_start, call=fastdiff.ops.q_sample):
-        return call(x_start, t, *tables, seed=1, return_noise=return_noise) if HAS else call(x_start, t, *tables, seed=1)
+        return (
+            call(x_start, t, *tables, seed=1, return_noise=return_noise)
+            if HAS
+            else call(x_start, t, *tables, seed=1)
+        )
 
     def eager(x_start):
         return process.q_sample(x_start, t)

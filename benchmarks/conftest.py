@@ -147,9 +147,9 @@ def race(benchmark, request, recorded):
     """race(case, ours, peers, inputs, more) -> {"peer": how many times faster ours is}.
 
     ``inputs`` are every contender's arguments, ``more()`` makes another such set (a GPU's calls
-    rotate among several, so that its cache holds none). Of the contenders the one named "copy" gives
-    the bandwidth: it clones the first input in its turn, and so meets the same caches. The floor is
-    the case's bytes over that bandwidth, or its flops over the matrix product's rate if longer.
+    rotate among several, so that its cache holds none). The contender named "copy" gives the
+    bandwidth: it clones the first input in its turn, and so meets the same caches. The floor is the
+    case's bytes over that bandwidth, or its flops over the matrix product's rate if longer.
     """
     device = _device(request.config)
     turn_type = GpuTurn if device.type == "cuda" else CpuTurn

@@ -54,7 +54,9 @@ def phases(results: Path) -> list[Phase]:
         Phase("build", (python, *install), 120, needed=True),
         Phase("tests that need a GPU", (*pytest, *spread, "-m", "cuda", "tests"), 100),
         Phase(
-            "tests of the operations", (*pytest, *spread, "-m", "not cuda and not slow", *op_tests), 60
+            "tests of the operations",
+            (*pytest, *spread, "-m", "not cuda and not slow", *op_tests),
+            60,
         ),
         Phase("q_sample", (*quick, "benchmarks/bench_q_sample.py"), 40),
         Phase("posterior_step", (*quick, "benchmarks/bench_posterior_step.py"), 50),

@@ -61,7 +61,7 @@ class Group:
         return self.op, self.dtype, self.layout, self.direction
 
     def verdict(self, kind: str = "cpu") -> str:
-        """"ok", or what is below its target on a "cpu" or on "cuda"."""
+        """What is below its target on a "cpu" or on "cuda", else "ok"."""
         checks = self._gpu_checks() if kind == "cuda" else self._cpu_checks()
         below = [f"{name} < {goal:g}" for name, value, goal in checks if value < goal]
         return ", ".join(below) or "ok"
@@ -167,9 +167,7 @@ def per_forward(rows: Iterable[Row], peer: str = "eager") -> dict[tuple, float]:
             theirs[key] = theirs.get(key, 0.0) + count * row["times_s"][peer]
             ours[key] = ours.get(key, 0.0) + count * row["times_s"][row["ours"]]
             seen[key] = seen.get(key, 0) + count
-    return {
-        key: theirs[key] / ours[key] for key in theirs if seen[key] == _calls(key[0], key[1])
-    }
+    return {key: theirs[key] / ours[key] for key in theirs if seen[key] == _calls(key[0], key[1])}
 
 
 def _calls(op: str, model: str) -> int:
@@ -191,7 +189,8 @@ def as_text(rows: list[Row], kind: str = "cpu", *, brief: bool = False) -> str:
         eager, compiled = group.peers.get("eager"), group.peers.get("compiled")
         lines.append(
             f"{group.op:16} {group.dtype:9} {group.layout:13} {group.direction:17} "
-            f"{group.cases:5} {_number(eager and eager.mean):>6} {_number(eager and eager.least):>6}"
+            f"{group.cases:5} "
+            f"{_number(eager and eager.mean):>6} {_number(eager and eager.least):>6}"
             f" {_number(compiled and compiled.mean):>6} {_number(compiled and compiled.least):>6}"
             f" {_number(group.floor, 0):>8} {_number(group.floor_large, 0):>6}"
             f"  {group.verdict(kind)}"
@@ -232,10 +231,10 @@ def others_as_text(rows: list[Row]) -> str:
             goal = row.get("targets", {}).get(peer)
             mark = "" if goal is None else f"  target {goal:.2f}"
             mark += "" if goal is None or ratio >= goal else ", below"
+            ours, theirs = (1e3 * row["times_s"][name] for name in (row["ours"], peer))
             lines.append(
                 f"{row['op']:14} {row['shape']:14} {row['dtype']:9} batch {row['batch']:<4} "
-                f"{row['times_s'][row['ours']] * 1e3:9.2f} ms {row['times_s'][peer] * 1e3:9.2f} ms  "
-                f"{peer:28} {ratio:5.2f}x{mark}"
+                f"{ours:9.2f} ms {theirs:9.2f} ms  {peer:28} {ratio:5.2f}x{mark}"
             )
     return "\n".join(lines)
 

@@ -1,18 +1,13 @@
 """The benchmarks' shapes are those the networks really meet."""
 
 import collections
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import fastdiff
+import shapes
 from fastdiff.models import blocks
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-
-import shapes  # noqa: E402
 
 
 @pytest.mark.parametrize("model", shapes.MODELS)
