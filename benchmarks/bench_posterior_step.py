@@ -17,7 +17,6 @@ from peers_eager import Process
 from timing import Contender, Inputs, normal
 
 STEP = 500  # a row that draws noise
-HAS = "return_x_start" in __import__("inspect").signature(fastdiff.ops.posterior_step).parameters
 FLOPS = {"fixed": 9, "learned": 15}  # per element, the noise apart
 
 
@@ -33,11 +32,7 @@ def test_posterior_step(
     published, on_device = Process(learned), Process(learned, device)
 
     def ours(x_t, output, call=fastdiff.ops.posterior_step):
-        return (
-            call(x_t, output, table, STEP, seed=1, return_x_start=x_start)
-            if HAS
-            else call(x_t, output, table, STEP, seed=1)
-        )
+        return call(x_t, output, table, STEP, seed=1, return_x_start=x_start)
 
     def inputs() -> Inputs:
         image_like = partial(normal, dtype=dtype, device=device, layout=layout)

@@ -15,7 +15,6 @@ from fastdiff.ops.explain import CHOOSERS
 from peers_eager import Process
 from timing import Contender, Inputs, normal
 
-HAS = "return_noise" in __import__("inspect").signature(fastdiff.ops.q_sample).parameters
 FLOPS = 3  # per element; drawing the noise is integer arithmetic for the most part
 
 
@@ -27,11 +26,7 @@ def test_q_sample(race, device, compiles, image, batch_of_device, dtype, layout,
     tables = (process.sqrt_alphas_cumprod, process.sqrt_one_minus_alphas_cumprod)
 
     def ours(x_start, call=fastdiff.ops.q_sample):
-        return (
-            call(x_start, t, *tables, seed=1, return_noise=return_noise)
-            if HAS
-            else call(x_start, t, *tables, seed=1)
-        )
+        return call(x_start, t, *tables, seed=1, return_noise=return_noise)
 
     def eager(x_start):
         return process.q_sample(x_start, t)

@@ -4,6 +4,7 @@ A turn answers seconds per call. Whatever is compared takes its turns alternatel
 so that all meet the same machine in the same state.
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -66,8 +67,9 @@ class GpuTurn:
         self.start = torch.cuda.Event(enable_timing=True)
         self.end = torch.cuda.Event(enable_timing=True)
         self.calls = len(inputs)
-        self.replay, self.how = self._launch, "events"
-        self()
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.how = "events"
+        self()  # compilation, first allocations
         alone = self()
         if self.calls < CALLS_PER_GRAPH:
             rounds = math.ceil(min(CALLS_PER_GRAPH, GRAPH_S / max(alone, 1e-6)) / self.calls)
@@ -77,21 +79,28 @@ class GpuTurn:
         self.estimate = self()
 
     def _capture(self) -> None:
+        """Not by torch.cuda.graph, which empties the allocator's cache at every capture."""
         fastdiff.set_backend(self.contender.backend)
-        side = torch.cuda.Stream()
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.contender.call(*self.inputs[0])
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
+        collecting = gc.isenabled()
+        gc.disable()  # freeing an older graph would spoil the capture
         try:
-            with torch.cuda.graph(graph):
-                self._launch()
+            with torch.cuda.stream(side):
+                self.contender.call(*self.inputs[0])
+                torch.cuda.synchronize()
+                graph.capture_begin()
+                try:
+                    self._launch()
+                finally:
+                    graph.capture_end()
+            self.graph, self.how = graph, "graph"
         except RuntimeError as error:
-            torch.cuda.synchronize()
             self.how = f"events: not capturable ({' '.join(str(error).split())[:60]})"
-            return
-        self.replay, self.how = graph.replay, "graph"
+        finally:
+            if collecting:
+                gc.enable()
+            torch.cuda.synchronize()
 
     def _launch(self) -> None:
         call, inputs = self.contender.call, self.inputs
@@ -101,7 +110,10 @@ class GpuTurn:
     def __call__(self) -> float:
         fastdiff.set_backend(self.contender.backend)
         self.start.record()
-        self.replay()
+        if self.graph is None:
+            self._launch()
+        else:
+            self.graph.replay()
         self.end.record()
         self.end.synchronize()
         return self.start.elapsed_time(self.end) / 1e3 / self.calls
@@ -177,7 +189,7 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / _best_of(lambda: a @ b, device) / 1e12
 
 
-def _best_of(call: Callable[[], object], device: torch.device, rounds: int = 5) -> float:
+def _best_of(call: Callable[[], object], device: torch.device, rounds: int = 15) -> float:
     turn_type = GpuTurn if device.type == "cuda" else CpuTurn
     turn = turn_type(Contender("", call), [()])
     return min(turn() for _ in range(rounds))

@@ -11,7 +11,6 @@ import torch
 
 import fastdiff
 import peers_eager
-import timing
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -64,41 +63,6 @@ def test_a_step_is_the_same_function(device, learned, t, monkeypatch):
     sample, x_start = fastdiff.ops.posterior_step(x, output, table, 999 - t, noise=noise)
     torch.testing.assert_close(peer["sample"], sample, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(peer["pred_xstart"], x_start, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("layout", ["NCHW", "channels_last"])
-def test_inputs_are_filled_whatever_their_size(layout):
-    for shape in [(2, 3, 5, 7), (1, 2, 1024, 1024 + 1), (2, 6, 9)]:
-        x = timing.normal(*shape, dtype=torch.float32, device=CPU, layout=layout)
-        assert x.shape == shape
-        assert (x.stride(1) == 1) == (layout == "channels_last")
-        assert torch.isfinite(x).all() and (len(shape) < 4 or abs(x.std() - 1) < 0.25)
-    offset = timing.normal(2, 3, 5, dtype=torch.float32, device=CPU, offset=1)
-    assert not torch.equal(offset, timing.normal(2, 3, 5, dtype=torch.float32, device=CPU))
-
-
-def test_with_backward_gives_every_wanted_gradient():
-    x, w = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
-    upstream = torch.randn(3)
-    gradients = timing.with_backward(lambda a, b, c: a * b + c)(x, w, torch.ones(3), upstream)
-    assert [torch.equal(g, e * upstream) for g, e in zip(gradients, (w, x), strict=True)] == [1, 1]
-
-
-def test_a_turn_names_the_backend_and_answers_seconds_per_call():
-    seen = []
-
-    def call(x):
-        seen.append((fastdiff.backends.named(), x))
-
-    turn = timing.CpuTurn(timing.Contender("ours", call, "reference"), [(1,)])
-    turn.calls = 4
-    seen.clear()
-    before = fastdiff.backends.named()
-    try:
-        assert 0 < turn() < 1
-    finally:
-        fastdiff.set_backend(before)
-    assert seen == [("reference", 1)] * 4
 
 
 def run_benchmark(*args: str) -> subprocess.CompletedProcess:
