@@ -1,0 +1,64 @@
+"""One DDPM step after the network, against improved-diffusion's p_mean_variance and p_sample.
+
+Floor: reads x_t and the output (twice as wide where it holds the variance), writes x_prev: 3 passes
+or 4; one more where the predicted x_0 is returned.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+
+import contenders
+import fastdiff
+from conftest import Case
+from fastdiff.ops.explain import CHOOSERS
+from peers_eager import Process
+from timing import Contender, Inputs, normal
+
+STEP = 500  # a row that draws noise
+FLOPS = {"fixed": 9, "learned": 15}  # per element, the noise apart
+
+
+@pytest.mark.parametrize("x_start", [True, False], ids=["with x_0", "x_prev alone"])
+@pytest.mark.parametrize("variance", ["fixed", "learned"])
+def test_posterior_step(
+    race, device, compiles, image, batch_of_device, dtype, layout, variance, x_start
+):
+    batch, learned = batch_of_device, variance == "learned"
+    diffusion = fastdiff.create_diffusion(steps=1000, learn_sigma=learned)
+    table = fastdiff.StepTable.from_process(diffusion).to(device)
+    t = torch.full((batch,), len(table) - 1 - STEP, device=device)
+    published, on_device = Process(learned), Process(learned, device)
+
+    def ours(x_t, output, call=fastdiff.ops.posterior_step):
+        return call(x_t, output, table, STEP, seed=1, return_x_start=x_start)
+
+    def inputs() -> Inputs:
+        image_like = partial(normal, dtype=dtype, device=device, layout=layout)
+        channels = image.channels * (2 if learned else 1)
+        return (
+            image_like(batch, image.channels, image.size, image.size),
+            image_like(batch, channels, image.size, image.size, offset=1),
+        )
+
+    first = inputs()
+    case = Case(
+        "posterior_step",
+        str(image),
+        dtype,
+        batch,
+        variant=f"{variance}, {'with x_0' if x_start else 'x_prev alone'}",
+        layout=layout,
+        size_bytes=first[0].nbytes * (3 + learned + x_start),
+        flops=first[0].numel() * FLOPS[variance],
+    )
+    choose = partial(ours, *first, CHOOSERS["posterior_step"])
+    plan, others, reason = contenders.of_operation(ours, choose, first[0])
+    eager = Contender("eager", lambda x, output: published.p_sample(x, output, t), capturable=False)
+    peers = [*others, eager, contenders.copy()]
+    if device.type == "cuda":  # the same, without copies from the host: as fast as eager can be
+        peers.append(Contender("eager, device tables", lambda x, o: on_device.p_sample(x, o, t)))
+    if compiles(image, batch):
+        peers.append(contenders.compiled(lambda x, o: on_device.p_sample(x, o, t)))
+    race(case, plan, peers, first, inputs, reason=reason)

@@ -1,0 +1,158 @@
+"""Results files -> the README's tables and the roofline plots.
+
+    python benchmarks/report.py [results.json ...]
+
+Without files it takes all of benchmarks/results/. The tables replace what stands between the two
+markers in README.md; each file's plot becomes docs/roofline_<file>.png.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import results
+import summary
+
+ROOT = Path(__file__).parent.parent
+START, END = "<!-- operations: start -->", "<!-- operations: end -->"
+
+# Okabe & Ito's colours, told apart with any colour vision; the markers differ too.
+STYLE = {
+    "group_norm_silu": ("#0072B2", "o"),
+    "q_sample": ("#E69F00", "s"),
+    "posterior_step": ("#009E73", "^"),
+    "attention": ("#CC79A7", "D"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("files", nargs="*", type=Path, help="default: benchmarks/results/*.json")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the plots go")
+    args = parser.parse_args(argv)
+    files = args.files or sorted(results.FOLDER.glob("*.json"))
+    loaded = {path: data for path in files if (data := results.load(path)) is not None}
+    if not loaded:
+        print(f"no results among {[str(f) for f in files]}", file=sys.stderr)
+        return 1
+    sections = []
+    for path, data in loaded.items():
+        plot = args.docs / f"roofline_{path.stem}.png"
+        draw_roofline(data, plot)
+        print(f"written: {plot}")
+        sections.append(table(data))
+    replace_between_markers(args.readme, "\n\n".join(sections))
+    print(f"written: {args.readme}")
+    return 0
+
+
+def replace_between_markers(readme: Path, text: str) -> None:
+    """Raises ValueError where the markers are not there, once each and in order."""
+    content = readme.read_text()
+    head, start, rest = content.partition(START)
+    _, end, tail = rest.partition(END)
+    if not (start and end) or START in rest or END in tail:
+        raise ValueError(f"{readme} must have {START} and then {END}, once each")
+    readme.write_text(f"{head}{START}\n\n{text}\n\n{END}{tail}")
+
+
+def table(data: dict[str, Any]) -> str:
+    """One device's markdown table."""
+    rows = [row for row in data["rows"] if row["op"] in summary.OPERATIONS]
+    large = data["kind"] == "cuda"
+    share = "% of copy, ≥ 64 MB" if large else "% of copy"
+    lines = [
+        f"**{caption(data)}**",
+        "",
+        f"| operation | dtype | layout | direction | mean | least | over compiled | {share} |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for group in summary.groups([*rows, *(summary.backward_rows(rows) if large else [])]):
+        eager, compiled = group.peers.get("eager"), group.peers.get("compiled")
+        floor = group.floor_large if large else group.floor
+        cells = [
+            *(group.op, group.dtype, group.layout, group.direction),
+            _times(eager and eager.mean),
+            "–" if eager is None else f"{_times(eager.least)} ({eager.least_at})",
+            _times(compiled and compiled.mean),
+            "–" if floor is None else f"{floor:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def caption(data: dict[str, Any]) -> str:
+    versions = data["versions"]
+    software = ["torch " + str(versions["torch"])]
+    if data["kind"] == "cuda":
+        software += [f"triton {versions['triton']}", f"driver {data['driver']}"]
+    else:
+        software += [f"{data['isa']} kernels"]
+    return f"{data['device']}, {', '.join(software)}, {data['date']}"
+
+
+def _times(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}×"
+
+
+def draw_roofline(data: dict[str, Any], path: Path) -> None:
+    """Operations per byte against operations per second: one point per operation and case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in data["rows"] if row["op"] in STYLE and row["bytes"] and row["flops"]]
+    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    intensities = [row["flops"] / row["bytes"] for row in rows] or [1.0]
+    least, most = min(intensities) / 2, max(intensities) * 2
+    copy = data["copy_gbps"]
+    peaks = data["matmul_tflops"]
+    for op, (colour, marker) in STYLE.items():
+        for dtype, fill in (("float32", colour), ("bfloat16", "none")):
+            mine = [row for row in rows if row["op"] == op and row["dtype"] == dtype]
+            if mine:
+                axes.scatter(
+                    [row["flops"] / row["bytes"] for row in mine],
+                    [row["flops"] / row["times_s"][row["ours"]] / 1e9 for row in mine],
+                    s=26,
+                    marker=marker,
+                    facecolors=fill,
+                    edgecolors=colour,
+                    linewidths=1.0,
+                    alpha=0.8,
+                    label=f"{op}, {dtype}",
+                )
+    ridge = min(most, 1e3 * max(peaks.values()) / copy)
+    axes.plot([least, ridge], [copy * least, copy * ridge], color="black", linewidth=1.2)
+    axes.annotate(
+        f"copy, {copy:.0f} GB/s",
+        (least, copy * least),
+        xytext=(8, 14),
+        textcoords="offset points",
+        rotation=30,
+        rotation_mode="anchor",
+        fontsize=9,
+    )
+    for (dtype, peak), dashes in zip(peaks.items(), ("--", ":"), strict=False):
+        axes.axhline(peak * 1e3, color="grey", linewidth=1.0, linestyle=dashes)
+        text = f"matrix product, {dtype}, {peak:.3g} TFLOP/s"
+        axes.annotate(
+            text, (least, peak * 1e3), xytext=(8, 3), textcoords="offset points", fontsize=8
+        )
+    axes.set(xscale="log", yscale="log", xlim=(least, most))
+    axes.set_xlabel("nominal operations per byte that must move")
+    axes.set_ylabel("achieved GFLOP/s")
+    axes.set_title(caption(data), fontsize=10)
+    axes.grid(True, which="major", linewidth=0.3)
+    axes.legend(fontsize=8, loc="lower right", framealpha=0.9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
