@@ -77,6 +77,7 @@ def apply_norm(
     *,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    add: Tensor | None = None,
     activation: str | None = "silu",
 ) -> Tensor:
     """One fused norm with the parameters that ``norm`` holds."""
@@ -89,6 +90,7 @@ def apply_norm(
         norm.eps,
         scale=scale,
         shift=shift,
+        add=add,
         activation=activation,
     )
 
@@ -239,11 +241,9 @@ class ResBlock(nn.Module):
             scale, shift = emb.chunk(2, dim=1)
             h = apply_norm(self.out_layers[0], h, scale=scale, shift=shift)
         else:
-            # In place: nothing needs a convolution's output for backward. The same below.
-            h += emb.view(emb.shape + (1,) * (h.dim() - 2))
-            h = apply_norm(self.out_layers[0], h)
+            h = apply_norm(self.out_layers[0], h, add=emb)
         h = self.out_layers[3](self.out_layers[2](h))
-        h += self.skip_connection(x)
+        h += self.skip_connection(x)  # in place: nothing needs the convolution's output again
         return h
 
 
