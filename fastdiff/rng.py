@@ -76,8 +76,8 @@ def normal(
         out = torch.empty(shape, dtype=_checked_dtype(dtype), device=check_device(device))
     else:
         _check_out(out, shape)
-    seed = _counter("seed", seed, 2**64, out.device)
-    step = _counter("step", step, 2**32, out.device)
+    seed = check_counter("seed", seed, 2**64, out.device)
+    step = check_counter("step", step, 2**32, out.device)
     first_sample = _integer("first_sample", first_sample, 2**64 - max(shape[0] - 1, 0))
 
     launch = _LAUNCHERS[_choose(out, backend)]
@@ -343,7 +343,10 @@ def _integer(name: str, value: SupportsIndex, limit: int) -> int:
     return number
 
 
-def _counter(name: str, value: Counter, limit: int, device: torch.device) -> Counter:
+def check_counter(
+    name: str, value: Counter, limit: int, device: torch.device | None = None
+) -> Counter:
+    """``value`` if it is a seed or a step: 0 ≤ value < limit, or an int64 element on ``device``."""
     if not isinstance(value, torch.Tensor):
         return _integer(name, value, limit)
     if value.dtype != torch.int64 or value.numel() != 1 or value.device != device:

@@ -41,12 +41,45 @@ struct PosteriorStep {
   int64_t rows;
   Layout x_t;
   Layout output;
-  int64_t variance_offset;  // 0: the variance is not learned
-  int64_t guidance_offset;  // 0: no guidance
+  int64_t variance_offset;  // negative: the variance is not learned
+  int64_t guidance_offset;  // negative: no guidance
   Layout noise;
   Layout prev_x_start;
   Layout x_prev;
   Layout x_start;
+};
+
+// One call's addresses and counters.
+struct QSampleCall {
+  const void* x_start;
+  const int64_t* t;     // one row a sample
+  const float* signal;  // the tables
+  const float* sigma;
+  void* noise;  // read, or written where it is drawn; null: neither
+  void* x_t;
+  bool draws;
+  uint64_t seed;
+  uint32_t step;
+  uint64_t first_sample;
+};
+
+struct PosteriorStepCall {
+  const void* x_t;
+  const void* output;
+  const float* table;
+  const void* noise;         // null: drawn, or none
+  const void* prev_x_start;  // null: none
+  void* x_prev;
+  void* x_start;             // null: not wanted
+  int64_t step;
+  const void* step_address;  // overrides step; int64 if step_is_wide, else int32
+  bool step_is_wide;
+  float guidance;
+  const float* guidance_address;  // overrides guidance
+  bool draws;
+  uint64_t seed;
+  uint32_t first_step;  // the counter's step of row 0
+  uint64_t first_sample;
 };
 
 }  // namespace fastdiff

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../common/elementwise.h"
 #include "../common/normal_fill.h"
 
 namespace fastdiff::cpu {
@@ -12,6 +13,10 @@ struct Kernels {
   void (*normal)(const NormalFill& fill, int threads);
   void (*philox)(uint32_t* out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,
                  uint32_t first_quad);
+  // -1, or before anything is written the first sample whose t is out of range
+  int64_t (*q_sample)(const QSample& plan, const QSampleCall& call, int threads);
+  // false, before anything is written, for a step out of range
+  bool (*posterior_step)(const PosteriorStep& plan, const PosteriorStepCall& call, int threads);
 };
 
 #ifdef FASTDIFF_ISA
@@ -19,6 +24,8 @@ namespace FASTDIFF_ISA {
 void normal(const NormalFill& fill, int threads);
 void philox(uint32_t* out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,
             uint32_t first_quad);
+int64_t q_sample(const QSample& plan, const QSampleCall& call, int threads);
+bool posterior_step(const PosteriorStep& plan, const PosteriorStepCall& call, int threads);
 }  // namespace FASTDIFF_ISA
 #endif
 

@@ -3,6 +3,6 @@
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 
-const Kernels kernels = {normal, philox};
+const Kernels kernels = {normal, philox, q_sample, posterior_step};
 
 }  // namespace fastdiff::cpu::FASTDIFF_ISA

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import rng
+from fastdiff import backends, native, rng
 from fastdiff._checks import check_float, check_like, check_timesteps
 from fastdiff.backends import Choice
 from fastdiff.errors import InputError
+from fastdiff.ops._elementwise import common_layout, remember, signed, split_counter, word
 from fastdiff.reference.q_sample import q_sample as reference_q_sample
 
 
@@ -19,40 +20,87 @@ def q_sample(
     sqrt_one_minus_alphas_cumprod: Tensor,
     *,
     noise: Tensor | None = None,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     first_sample: int = 0,
-) -> tuple[Tensor, Tensor]:
+    step: int | Tensor = 0,
+    return_noise: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Draw x_t from q(x_t | x_0) (Ho et al. 2020 eq. 4). Returns (x_t, noise), both like x_start.
 
-    ``x_start`` is (N, ...) of any floating dtype, ``t`` (N,) integer, the two tables (K,). The
-    arithmetic is float32 (float64 for float64 input) whatever the storage dtype; the noise returned
-    is, to the bit, what x_t holds. The noise is ``noise`` when given; drawn from the counter-based
-    generator with ``seed``, where sample i of the batch takes the stream of sample
-    ``first_sample + i``; or drawn by ``torch.randn`` in
-    logical order, so that channels_last changes no number.
+    Args:
+        x_start: (N, ...) of any floating dtype. The arithmetic is float32 (float64 for float64
+            input) whatever the storage dtype. Gradients reach it, and ``noise``.
+        t: (N,) integer, the tables' row of each sample.
+        sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod: (K,).
+        noise: N(0, I) like x_start. Or
+        seed: the noise is drawn from the counter-based generator, in the pass that uses it, in
+            x_start's dtype: to the bit what ``rng.normal`` draws. Sample i of the batch takes the
+            stream of sample ``first_sample + i`` at training step ``step``. Either may be an int64
+            tensor of one element on x_start's device, which is read where the noise is drawn.
+            With neither, torch.randn draws in logical order, so that channels_last changes no
+            number.
+        return_noise: False: the second result is None, and with ``seed`` no noise is written.
 
     Raises InputError for both noise and seed, a shape, dtype or device that does not fit, and, on
     the CPU, a t out of range. On other devices such a t gives NaN: reading it would stall them.
     """
+    signal, sigma = sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod
     check_float(x_start, "x_start")
-    tables = (sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
-    t = check_timesteps(t, x_start, _table_length(*tables, x_start), "x_start")
-    if noise is not None and seed is not None:
-        raise InputError("q_sample takes noise or seed, not both")
+    rows = _table_length(signal, sigma, x_start)
+    backend = _backend(x_start, signal, sigma)
+    # The native kernel looks at t by itself.
+    t = check_timesteps(t, x_start, rows, "x_start", look=backend != "native")
     if noise is not None:
+        if seed is not None:
+            raise InputError("q_sample takes noise or seed, not both")
         check_like(noise, "noise", x_start, "x_start")
-    elif seed is not None:
-        # Drawn in x_start's own dtype and layout, so that the noise returned is what x_t holds.
-        noise = rng.normal(
-            tuple(x_start.shape),
-            seed=seed,
-            step=rng.training_step(0),
-            first_sample=first_sample,
-            out=torch.empty_like(x_start),
-        )
-    else:
+    elif seed is None:
         noise = rng.draw_like(x_start)
-    return reference_q_sample(x_start, t, *tables, noise), noise
+
+    if backend == "reference":
+        if noise is None:
+            noise = _drawn(x_start, seed, step, first_sample)
+        x_t = reference_q_sample(x_start, t, signal, sigma, noise)
+        return x_t, noise if return_noise else None
+    counters = _counters(x_start, seed, step, first_sample)
+    returns_drawn = noise is None and return_noise
+    results = _launch(x_start, t, signal, sigma, noise, *counters, returns_drawn, backend)
+    if returns_drawn:
+        return results
+    return results[0], noise if return_noise else None
+
+
+def choose(
+    x_start: Tensor,
+    t: Tensor,
+    sqrt_alphas_cumprod: Tensor,
+    sqrt_one_minus_alphas_cumprod: Tensor,
+    **_: Any,
+) -> Choice:
+    """What the plan picks for this call (``fastdiff.explain``)."""
+    backend = _backend(x_start, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
+    if backends.named() is not None:
+        reason = "named"
+    elif sqrt_alphas_cumprod.requires_grad or sqrt_one_minus_alphas_cumprod.requires_grad:
+        reason = "only it has gradients for the tables"
+    else:
+        reason = backends.default_reason(x_start.device.type, x_start.dtype)
+    return Choice("q_sample", backend, reason)
+
+
+def _backend(x_start: Tensor, signal: Tensor, sigma: Tensor) -> str:
+    name = backends.named()
+    wants_tables = signal.requires_grad or sigma.requires_grad
+    if name is None:
+        if wants_tables:
+            return "reference"
+        return backends.default(x_start.device.type, x_start.dtype)
+    if name != "reference" and wants_tables:
+        raise InputError(
+            f"q_sample: the backend {name!r} was named, but its kernels have no gradients for the "
+            "tables; name 'reference', or None for the plan's choice"
+        )
+    return backends.require("q_sample", name, x_start.device.type, x_start.dtype)
 
 
 def _table_length(first: Tensor, second: Tensor, x_start: Tensor) -> int:
@@ -69,6 +117,241 @@ def _table_length(first: Tensor, second: Tensor, x_start: Tensor) -> int:
     return len(first)
 
 
-def choose(x_start: Tensor, *_: Any, **__: Any) -> Choice:
-    """What the plan picks for this call (``fastdiff.explain``)."""
-    return Choice("q_sample", "reference", "the kernels are yet to come")
+# --- The operators ----------------------------------------------------------------------------
+#
+# Each of two: x_t alone, or x_t and the noise that was drawn for it. The first of a pair has an
+# autograd formula; eager calls that need none take the second, whose dispatch is half as long.
+
+Counters = tuple[int | None, Tensor | None, int, Tensor | None, int]
+
+_ARGUMENTS = (
+    "(Tensor x_start, Tensor t, Tensor signal, Tensor sigma, Tensor? noise, "
+    "int? seed, Tensor? seed_tensor, int step, Tensor? step_tensor, int first_sample, str backend)"
+)
+_lib = torch.library.Library("fastdiff", "FRAGMENT")
+
+
+def _launch(
+    x_start: Tensor,
+    t: Tensor,
+    signal: Tensor,
+    sigma: Tensor,
+    noise: Tensor | None,
+    seed: int | None,
+    seed_tensor: Tensor | None,
+    step: int,
+    step_tensor: Tensor | None,
+    first_sample: int,
+    returns_drawn: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    arguments = (x_start, t, signal, sigma, noise)
+    counters = (seed, seed_tensor, step, step_tensor, first_sample)
+    if torch.compiler.is_compiling():
+        if returns_drawn:
+            return torch.ops.fastdiff.q_sample_drawn(*arguments, *counters, backend)
+        return (torch.ops.fastdiff.q_sample(*arguments, *counters, backend),)
+    if torch.is_grad_enabled() and (
+        x_start.requires_grad or (noise is not None and noise.requires_grad)
+    ):
+        if returns_drawn:
+            return _QSampleDrawn.apply(*arguments, *counters, backend)
+        return (_QSample.apply(*arguments, *counters, backend),)
+    if returns_drawn:
+        return torch.ops.fastdiff.q_sample_drawn_inference(*arguments, *counters, backend)
+    return (torch.ops.fastdiff.q_sample_inference(*arguments, *counters, backend),)
+
+
+def _counters(
+    x_start: Tensor, seed: int | Tensor | None, step: int | Tensor, first_sample: int
+) -> Counters:
+    """The checked counters as operators take them; ``step`` stays the training step's number."""
+    if seed is None:
+        return None, None, 0, None, 0
+    number, seed_tensor = split_counter("seed", seed, 2**64, x_start.device)
+    limit = 2**32 - rng.TRAINING_STEP_BASE
+    step_number, step_tensor = split_counter("step", step, limit, x_start.device)
+    first = rng.check_counter("first_sample", first_sample, 2**64 - max(len(x_start) - 1, 0))
+    return number, seed_tensor, step_number or 0, step_tensor, signed(first)
+
+
+def _drawn(
+    x_start: Tensor, seed: int | Tensor | None, step: int | Tensor, first_sample: int
+) -> Tensor:
+    """The noise by itself, in x_start's own dtype and layout."""
+    assert seed is not None
+    counted = step + rng.TRAINING_STEP_BASE if isinstance(step, Tensor) else rng.training_step(step)
+    return rng.normal(
+        tuple(x_start.shape),
+        seed=seed,
+        step=counted,
+        first_sample=first_sample,
+        out=torch.empty_like(x_start, requires_grad=False),
+    )
+
+
+def _x_t(*arguments: Any) -> Tensor:
+    return _run(*arguments, None)
+
+
+def _x_t_and_noise(x_start: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    noise = torch.empty_like(x_start)
+    return _run(x_start, *arguments, noise), noise
+
+
+def _run(
+    x_start: Tensor,
+    t: Tensor,
+    signal: Tensor,
+    sigma: Tensor,
+    noise: Tensor | None,
+    seed: int | None,
+    seed_tensor: Tensor | None,
+    step: int,
+    step_tensor: Tensor | None,
+    first_sample: int,
+    backend: str,
+    drawn: Tensor | None,
+) -> Tensor:
+    """x_t; the noise is ``noise``, drawn where there is a seed (and written to ``drawn``), or 0."""
+    x_t = torch.empty_like(x_start)
+    if x_start.numel() == 0:
+        return x_t
+    counts = seed is not None or seed_tensor is not None
+    if noise is not None and noise.dtype not in native.DTYPE_CODES:
+        noise = noise.float()
+    written = drawn if counts else noise
+    t = t.contiguous()
+    if signal.dtype != torch.float32 or not signal.is_contiguous():
+        signal = signal.float().contiguous()
+    if sigma.dtype != torch.float32 or not sigma.is_contiguous():
+        sigma = sigma.float().contiguous()
+    plan = _plan(x_start, written, x_t, len(signal), counts, backend)
+    if plan is None:  # strides that (channels, spatial) cannot say: through contiguous copies
+        dense = [None if v is None else v.contiguous() for v in (x_start, noise, drawn)]
+        counters = (seed, seed_tensor, step, step_tensor, first_sample)
+        result = _run(dense[0], t, signal, sigma, dense[1], *counters, backend, dense[2])
+        if drawn is not None and dense[2] is not drawn:
+            drawn.copy_(dense[2])
+        return x_t.copy_(result)
+    if backend == "triton":
+        from fastdiff.kernels import q_sample as kernels
+
+        kernels.launch(
+            plan,
+            (x_start, t, signal, sigma, written, x_t),
+            counts,
+            seed_tensor if seed is None else seed,
+            step if step_tensor is None else step_tensor,
+            first_sample,
+        )
+        return x_t
+    if seed_tensor is not None:
+        seed = int(seed_tensor)
+    if step_tensor is not None:
+        step = int(step_tensor)
+    bad = native.library().q_sample_cpu(
+        plan,
+        x_start.data_ptr(),
+        t.data_ptr(),
+        signal.data_ptr(),
+        sigma.data_ptr(),
+        0 if written is None else written.data_ptr(),
+        x_t.data_ptr(),
+        counts,
+        word(seed or 0, 64),
+        word(step + rng.TRAINING_STEP_BASE, 32),
+        word(first_sample, 64),
+        torch.get_num_threads(),
+    )
+    if bad >= 0:
+        raise InputError(
+            f"t must lie in 0 … {len(signal) - 1} for a process of {len(signal)} steps, "
+            f"got {int(t[bad])}"
+        )
+    return x_t
+
+
+_plans: dict[tuple, Any] = {}
+
+
+def _plan(
+    x_start: Tensor, noise: Tensor | None, x_t: Tensor, rows: int, counted: bool, backend: str
+) -> Any:
+    """The kernel's description of these layouts, or None where there is none."""
+    given = None if noise is None else (noise.stride(), noise.dtype)
+    key = (x_start.shape, x_start.stride(), x_start.dtype, given, rows, counted, backend)
+    if key in _plans:
+        return _plans[key]
+    operands = [x_start, x_t, x_start if noise is None else noise]
+    common = common_layout(operands, counted=counted)
+    if common is None:
+        return remember(_plans, key, None)
+    shape, (first, last, middle) = common
+    if backend == "triton":
+        return remember(_plans, key, (shape, rows, first, middle, last))
+    plan = native.library().QSample(shape, rows, first, middle, last)
+    return remember(_plans, key, plan)
+
+
+# --- Gradients: x_t is linear in x_start and noise, so the operator is its own derivative. -------
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+    x_start, t, signal, sigma, noise = inputs[:5]
+    ctx.save_for_backward(t, signal, sigma)
+    ctx.noise_dtype = None if noise is None else noise.dtype
+    ctx.backend = inputs[-1]
+    if isinstance(output, tuple):
+        ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    t, signal, sigma = ctx.saved_tensors
+    grads: list[Tensor | None] = [None] * 11
+    none = (None, None, None, 0, None, 0, False, ctx.backend)
+    if ctx.needs_input_grad[0]:
+        grads[0] = _launch(grad, t, signal, sigma, *none)[0]
+    if ctx.needs_input_grad[4]:
+        grads[4] = _launch(grad, t, sigma, signal, *none)[0].to(ctx.noise_dtype)
+    return tuple(grads)
+
+
+class _QSample(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        return torch.ops.fastdiff.q_sample_inference(*arguments)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+
+class _QSampleDrawn(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return torch.ops.fastdiff.q_sample_drawn_inference(*arguments)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+
+def _fake_x_t(x_start: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x_start)
+
+
+def _fake_both(x_start: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_start), torch.empty_like(x_start)
+
+
+for _name, _returns, _impl, _fake in (
+    ("q_sample", "Tensor", _x_t, _fake_x_t),
+    ("q_sample_drawn", "(Tensor, Tensor)", _x_t_and_noise, _fake_both),
+):
+    for _suffix in ("", "_inference"):
+        _lib.define(f"{_name}{_suffix}{_ARGUMENTS} -> {_returns}")
+        for _key in ("CPU", "CUDA"):
+            _lib.impl(f"{_name}{_suffix}", _impl, _key)
+        torch.library.register_fake(f"fastdiff::{_name}{_suffix}", _fake, lib=_lib)
+    torch.library.register_autograd(
+        f"fastdiff::{_name}", _backward, setup_context=_setup_context, lib=_lib
+    )
