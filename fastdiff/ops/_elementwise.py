@@ -83,6 +83,36 @@ def _split(layout: Layout, channels: int) -> Layout:
     )
 
 
+def described(tensor: Tensor | None) -> tuple | None:
+    """All that checks and launch plans ask of a tensor but its values and its address."""
+    if tensor is None:
+        return None
+    return (
+        type(tensor),
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        tensor.is_cpu,
+        tensor.requires_grad,
+    )
+
+
+def is_plain() -> bool:
+    """Whether a kernel may be called without the dispatcher: nothing traces, transforms or
+    intercepts operators here. Then 5 µs of a call are spared."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def is_counter(value: object, limit: int) -> bool:
+    """Whether ``value`` needs no further check as a seed, step or sample number."""
+    return type(value) is int and 0 <= value < limit
+
+
 def word(value: int, bits: int) -> int:
     """The low ``bits`` bits as an unsigned integer."""
     return value & (2**bits - 1)
