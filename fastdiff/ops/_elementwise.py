@@ -83,12 +83,12 @@ def _split(layout: Layout, channels: int) -> Layout:
     )
 
 
-def described(tensor: Tensor | None) -> tuple | None:
-    """All that checks and launch plans ask of a tensor but its values and its address."""
-    if tensor is None:
-        return None
+def described(tensor: object) -> tuple | None:
+    """All that checks and launch plans ask of a plain tensor but its values and its address; None
+    for None, and the type alone of anything else."""
+    if type(tensor) is not Tensor:
+        return None if tensor is None else (type(tensor),)
     return (
-        type(tensor),
         tensor.shape,
         tensor.stride(),
         tensor.dtype,

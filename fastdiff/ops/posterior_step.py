@@ -1,14 +1,23 @@
 """posterior_step: one sampler step (DDPM, DDIM, DPM-Solver++) from one row of a StepTable."""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 
-from fastdiff import backends, native, rng
+from fastdiff import backends, rng
 from fastdiff._checks import is_finite
 from fastdiff.backends import Choice
 from fastdiff.errors import InputError
-from fastdiff.ops._elementwise import common_layout, remember, signed, split_counter, word
+from fastdiff.ops._elementwise import (
+    described,
+    is_counter,
+    is_plain,
+    remember,
+    signed,
+    split_counter,
+)
+from fastdiff.ops._posterior_launch import call_native, plan_of, step_error
 from fastdiff.reference import posterior_step as reference
 from fastdiff.step_table import COLUMNS, StepTable
 
@@ -50,10 +59,27 @@ def posterior_step(
     Gradients are the reference's alone. Raises InputError for shapes, dtypes, devices or a ``step``
     that do not fit. Equations: fastdiff/step_table.py.
     """
+    key: tuple | None = None
+    if is_plain():
+        # What was checked and planned once is neither checked nor planned again.
+        key = _kind(x_t, model_output, table, step, noise, seed, prev_x_start, guidance_scale)
+        plan = _known.get(key)
+        if plan is not None and is_counter(first_sample, 2**63):
+            return plan.run(
+                x_t,
+                model_output,
+                table.packed,
+                step,
+                noise,
+                seed,
+                first_sample,
+                prev_x_start,
+                guidance_scale,
+                return_x_start,
+            )
     _check_tensors(x_t, model_output, table, guidance_scale)
     _check_step(step, table, x_t.device)
-    noisy = _any_row(table.noisy_rows, step)
-    multistep = _any_row(table.multistep_rows, step)
+    noisy, multistep = _reads(table, step)
     _check_extras(x_t, noisy, multistep, noise, seed, prev_x_start)
     number, seed_tensor = split_counter("seed", seed if noisy else None, 2**64, x_t.device)
     first_sample = rng.check_counter("first_sample", first_sample, 2**64 - max(len(x_t) - 1, 0))
@@ -93,7 +119,10 @@ def posterior_step(
         scale_tensor,
         backend,
     )
-    return result if return_x_start else (result, None)
+    x_prev, x_start = result if return_x_start else (result, None)
+    if key is not None and backend == "native":
+        _know(key, x_t, model_output, table, step, noise, seed, prev_x_start, guidance_scale)
+    return x_prev, x_start
 
 
 def choose(
@@ -184,7 +213,7 @@ def _row(table: StepTable, step: int | torch.Tensor) -> dict[str, torch.Tensor]:
         values = table.packed[step]
     else:  # a gather on the device: no synchronisation
         if step.device.type == "cpu" and not 0 <= int(step) < len(table):
-            raise _step_error(int(step), len(table))
+            raise step_error(int(step), len(table))
         values = table.packed.index_select(0, step.reshape(1))[0]
     return dict(zip(COLUMNS, values.unbind(), strict=True))
 
@@ -196,8 +225,131 @@ def _counter_step(step: int | torch.Tensor) -> int | torch.Tensor:
     return step.long() + rng.sampling_step(0)
 
 
-def _any_row(rows: tuple[bool, ...], step: int | torch.Tensor) -> bool:
-    return rows[step] if isinstance(step, int) else any(rows)
+def _reads(table: StepTable, step: int | torch.Tensor) -> tuple[bool, bool]:
+    """Whether the step draws noise and reads prev_x_start; a tensor counts as any row."""
+    if isinstance(step, int):
+        return table.noisy_rows[step], table.multistep_rows[step]
+    return table.is_noisy, table.is_multistep
+
+
+# --- Calls like those before ------------------------------------------------------------------
+
+
+class _Known(NamedTuple):
+    """A plan of the native kernel, and which of the arguments it reads."""
+
+    plan: Any
+    noisy: bool
+    multistep: bool
+
+    def run(
+        self,
+        x_t: torch.Tensor,
+        model_output: torch.Tensor,
+        packed: torch.Tensor,
+        step: int | torch.Tensor,
+        noise: torch.Tensor | None,
+        seed: int | None,
+        first_sample: int,
+        prev_x_start: torch.Tensor | None,
+        guidance_scale: float | torch.Tensor | None,
+        return_x_start: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x_prev = torch.empty_like(x_t)
+        x_start = torch.empty_like(x_t) if return_x_start else None
+        row, row_tensor = (step, None) if type(step) is int else (0, step)
+        tensor_scale = isinstance(guidance_scale, torch.Tensor)
+        call_native(
+            self.plan,
+            x_t,
+            model_output,
+            packed,
+            row,
+            row_tensor,
+            noise if self.noisy else None,
+            seed if self.noisy else None,
+            first_sample,
+            prev_x_start if self.multistep else None,
+            0.0 if tensor_scale or guidance_scale is None else guidance_scale,
+            guidance_scale if tensor_scale else None,
+            x_prev,
+            x_start,
+        )
+        return x_prev, x_start
+
+
+_known: dict[tuple, _Known] = {}
+
+
+def _kind(
+    x_t: torch.Tensor,
+    model_output: torch.Tensor,
+    table: StepTable,
+    step: int | torch.Tensor,
+    noise: torch.Tensor | None,
+    seed: int | torch.Tensor | None,
+    prev_x_start: torch.Tensor | None,
+    guidance_scale: float | torch.Tensor | None,
+) -> tuple | None:
+    """All that the checks and the plan of a call depend on; None for calls that are not kept."""
+    if type(table) is not StepTable or not (seed is None or is_counter(seed, 2**64)):
+        return None
+    at: tuple | None
+    if type(step) is int:
+        if not 0 <= step < len(table.noisy_rows):
+            return None
+        at = (table.noisy_rows[step], table.multistep_rows[step])
+    else:
+        at = (described(step), table.is_noisy, table.is_multistep)
+    scale: tuple | bool | None
+    if type(guidance_scale) is float:
+        if not math.isfinite(guidance_scale):
+            return None
+        scale = True
+    else:
+        scale = described(guidance_scale)
+    return (
+        *map(described, (x_t, model_output, table.packed, noise, prev_x_start)),
+        at,
+        seed is None,
+        scale,
+        table.doubled_output,
+        table.learned_variance,
+        backends.named(),
+    )
+
+
+def _know(
+    key: tuple,
+    x_t: torch.Tensor,
+    model_output: torch.Tensor,
+    table: StepTable,
+    step: int | torch.Tensor,
+    noise: torch.Tensor | None,
+    seed: int | torch.Tensor | None,
+    prev_x_start: torch.Tensor | None,
+    guidance_scale: float | torch.Tensor | None,
+) -> None:
+    """Keep the plan of a call that needs nothing beside the kernel."""
+    noisy, multistep = _reads(table, step)
+    noise = noise if noisy else None
+    prev_x_start = prev_x_start if multistep else None
+    extras = [v for v in (noise, prev_x_start, step, guidance_scale) if type(v) is torch.Tensor]
+    as_the_kernel_reads = (
+        all(type(v) is torch.Tensor for v in (x_t, model_output, table.packed))
+        and not any(v.requires_grad for v in (x_t, model_output, *extras))
+        and table.packed.is_contiguous()
+        and all(v is None or v.dtype in DTYPES for v in (noise, prev_x_start))
+        and (not isinstance(guidance_scale, torch.Tensor) or guidance_scale.dtype == torch.float32)
+        and (guidance_scale is None or isinstance(guidance_scale, float | torch.Tensor))
+    )
+    if not as_the_kernel_reads or x_t.numel() == 0:
+        return
+    uses = (table.learned_variance, guidance_scale is not None, noisy and seed is not None)
+    operands = (x_t, model_output, noise, prev_x_start, torch.empty_like(x_t), None)
+    plan = plan_of(*operands, len(table), uses, "native")
+    if plan is not None:
+        remember(_known, key, _Known(plan, noisy, multistep))
 
 
 # --- Checks -----------------------------------------------------------------------------------
@@ -257,11 +409,7 @@ def _check_step(step: int | torch.Tensor, table: StepTable, device: torch.device
     if not isinstance(step, int) or isinstance(step, bool):
         raise InputError(f"step is {step!r}; expected an int or an integer tensor of one element")
     if not 0 <= step < len(table):
-        raise _step_error(step, len(table))
-
-
-def _step_error(step: int, rows: int) -> InputError:
-    return InputError(f"step is {step}; the table has rows 0 … {rows - 1}")
+        raise step_error(step, len(table))
 
 
 def _check_extras(
@@ -287,184 +435,3 @@ def _check_extras(
                 f"{name} has shape {tuple(tensor.shape)} on {tensor.device}; "
                 f"expected {tuple(x_t.shape)} on {x_t.device}, like x_t"
             )
-
-
-# --- The operators: (x_prev, pred_x_start), or x_prev alone -----------------------------------
-
-_ARGUMENTS = (
-    "(Tensor x_t, Tensor model_output, Tensor packed, bool learned_variance, int step, "
-    "Tensor? step_tensor, Tensor? noise, int? seed, Tensor? seed_tensor, int first_sample, "
-    "Tensor? prev_x_start, float? guidance_scale, Tensor? guidance_tensor, str backend)"
-)
-_lib = torch.library.Library("fastdiff", "FRAGMENT")
-
-
-def _x_prev_and_x_start(x_t: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    x_start = torch.empty_like(x_t)
-    return _run(x_t, *arguments, x_start), x_start
-
-
-def _x_prev(*arguments: Any) -> torch.Tensor:
-    return _run(*arguments, None)
-
-
-def _run(
-    x_t: torch.Tensor,
-    model_output: torch.Tensor,
-    packed: torch.Tensor,
-    learned_variance: bool,
-    step: int,
-    step_tensor: torch.Tensor | None,
-    noise: torch.Tensor | None,
-    seed: int | None,
-    seed_tensor: torch.Tensor | None,
-    first_sample: int,
-    prev_x_start: torch.Tensor | None,
-    guidance_scale: float | None,
-    guidance_tensor: torch.Tensor | None,
-    backend: str,
-    x_start: torch.Tensor | None,
-) -> torch.Tensor:
-    x_prev = torch.empty_like(x_t)
-    if x_t.numel() == 0:
-        return x_prev
-    guided = guidance_scale is not None or guidance_tensor is not None
-    draws = seed is not None or seed_tensor is not None
-    if noise is not None and noise.dtype not in native.DTYPE_CODES:
-        noise = noise.float()
-    if prev_x_start is not None and prev_x_start.dtype not in native.DTYPE_CODES:
-        prev_x_start = prev_x_start.float()
-    if guidance_tensor is not None and guidance_tensor.dtype != torch.float32:
-        guidance_tensor = guidance_tensor.float()
-    if not packed.is_contiguous():
-        packed = packed.contiguous()
-    shape = (learned_variance, guided, draws)
-    plan = _plan(
-        x_t, model_output, noise, prev_x_start, x_prev, x_start, len(packed), shape, backend
-    )
-    if plan is None:  # strides that (channels, spatial) cannot say: through contiguous copies
-        dense = [
-            None if v is None else v.contiguous()
-            for v in (x_t, model_output, noise, prev_x_start, x_start)
-        ]
-        result = _run(
-            dense[0],
-            dense[1],
-            packed,
-            learned_variance,
-            step,
-            step_tensor,
-            dense[2],
-            seed,
-            seed_tensor,
-            first_sample,
-            dense[3],
-            guidance_scale,
-            guidance_tensor,
-            backend,
-            dense[4],
-        )
-        if x_start is not None and dense[4] is not x_start:
-            x_start.copy_(dense[4])
-        return x_prev.copy_(result)
-    if backend == "triton":
-        from fastdiff.kernels import posterior_step as kernels
-
-        kernels.launch(
-            plan,
-            (x_t, model_output, packed, noise, prev_x_start, x_prev, x_start),
-            step if step_tensor is None else step_tensor,
-            seed if seed_tensor is None else seed_tensor,
-            first_sample,
-            guidance_scale if guidance_tensor is None else guidance_tensor,
-        )
-        return x_prev
-    served = native.library().posterior_step_cpu(
-        plan,
-        x_t.data_ptr(),
-        model_output.data_ptr(),
-        packed.data_ptr(),
-        0 if noise is None else noise.data_ptr(),
-        0 if prev_x_start is None else prev_x_start.data_ptr(),
-        x_prev.data_ptr(),
-        0 if x_start is None else x_start.data_ptr(),
-        step,
-        0 if step_tensor is None else step_tensor.data_ptr(),
-        step_tensor is not None and step_tensor.dtype == torch.int64,
-        guidance_scale or 0.0,
-        0 if guidance_tensor is None else guidance_tensor.data_ptr(),
-        draws,
-        word(int(seed_tensor) if seed_tensor is not None else seed or 0, 64),
-        rng.sampling_step(0),
-        word(first_sample, 64),
-        torch.get_num_threads(),
-    )
-    if not served:
-        raise _step_error(step if step_tensor is None else int(step_tensor), len(packed))
-    return x_prev
-
-
-_plans: dict[tuple, Any] = {}
-
-
-def _plan(
-    x_t: torch.Tensor,
-    model_output: torch.Tensor,
-    noise: torch.Tensor | None,
-    prev_x_start: torch.Tensor | None,
-    x_prev: torch.Tensor,
-    x_start: torch.Tensor | None,
-    rows: int,
-    uses: tuple[bool, bool, bool],
-    backend: str,
-) -> Any:
-    """The kernel's description of these layouts, or None where there is none."""
-    key = (
-        x_t.shape,
-        x_t.stride(),
-        x_t.dtype,
-        model_output.stride(),
-        model_output.dtype,
-        None if noise is None else (noise.stride(), noise.dtype),
-        None if prev_x_start is None else (prev_x_start.stride(), prev_x_start.dtype),
-        rows,
-        uses,
-        backend,
-    )
-    if key in _plans:
-        return _plans[key]
-    learned_variance, guided, draws = uses
-    batch, channels = x_t.shape[:2]
-    output = model_output[:batch, :channels]
-    operands = [x_t, output, *(x_t if v is None else v for v in (noise, prev_x_start)), x_prev]
-    operands.append(x_prev if x_start is None else x_start)
-    common = common_layout(operands, counted=draws)
-    if common is None:
-        return remember(_plans, key, None)
-    shape, layouts = common
-    offsets = (
-        channels * model_output.stride(1) if learned_variance else -1,
-        batch * model_output.stride(0) if guided else -1,
-    )
-    arguments = (shape, rows, *layouts[:2], *offsets, *layouts[2:])
-    if backend == "triton":
-        return remember(_plans, key, arguments)
-    return remember(_plans, key, native.library().PosteriorStep(*arguments))
-
-
-def _fake_both(x_t: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(x_t), torch.empty_like(x_t)
-
-
-def _fake_x_prev(x_t: torch.Tensor, *_: Any) -> torch.Tensor:
-    return torch.empty_like(x_t)
-
-
-for _name, _returns, _impl, _fake in (
-    ("posterior_step", "(Tensor, Tensor)", _x_prev_and_x_start, _fake_both),
-    ("posterior_x_prev", "Tensor", _x_prev, _fake_x_prev),
-):
-    _lib.define(f"{_name}{_ARGUMENTS} -> {_returns}")
-    for _key in ("CPU", "CUDA"):
-        _lib.impl(_name, _impl, _key)
-    torch.library.register_fake(f"fastdiff::{_name}", _fake, lib=_lib)
