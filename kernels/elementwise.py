@@ -30,7 +30,7 @@ def place(element, spatial, channel_stride, spatial_stride, ONE_RUN: tl.constexp
 
 @triton.jit
 def elements_from(first_quad, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """4·first_quad …, in 32 bits where a sample allows it: a 64-bit division takes 70 instructions."""
+    """4·first_quad …, in 32 bits where a sample allows it: 64-bit divisions are slow."""
     element = 4 * first_quad + tl.arange(0, 4 * BLOCK)
     if not WIDE:
         element = element.to(tl.int32)

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastdiff import native, rng
 from fastdiff.rng import Layout
@@ -97,12 +98,18 @@ def described(tensor: object) -> tuple | None:
     )
 
 
+def is_dual() -> bool:
+    """Whether forward-mode derivatives are taken, which the kernels would drop."""
+    return forward_ad._current_level >= 0
+
+
 def is_plain() -> bool:
     """Whether a kernel may be called without the dispatcher: nothing traces, transforms or
     intercepts operators here. Then 5 µs of a call are spared."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
+        or is_dual()
         or torch._C._functorch.maybe_current_level() is not None
         or torch._C._get_tracing_state() is not None
     )
@@ -129,6 +136,10 @@ def split_counter(
     """A checked seed or step as (number, None), (None, tensor) or (None, None)."""
     if value is None:
         return None, None
-    if isinstance(value, Tensor):
-        return None, rng.check_counter(name, value, limit, device)
-    return signed(rng.check_counter(name, value, limit, device)), None
+    checked = rng.check_counter(name, value, limit, device)
+    return (None, checked) if isinstance(checked, Tensor) else (signed(checked), None)
+
+
+def check_first_sample(value: int, samples: int) -> int:
+    """The checked number of a batch's first sample, as operators take it."""
+    return signed(rng.check_integer("first_sample", value, 2**64 - max(samples - 1, 0)))

@@ -21,14 +21,15 @@ _lib = torch.library.Library("fastdiff", "FRAGMENT")
 
 def _x_prev_and_x_start(x_t: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     x_start = torch.empty_like(x_t)
-    return _run(x_t, *arguments, x_start), x_start
+    return _run(x_start, x_t, *arguments), x_start
 
 
 def _x_prev(*arguments: Any) -> Tensor:
-    return _run(*arguments, None)
+    return _run(None, *arguments)
 
 
 def _run(
+    x_start: Tensor | None,
     x_t: Tensor,
     model_output: Tensor,
     packed: Tensor,
@@ -43,7 +44,6 @@ def _run(
     guidance_scale: float | None,
     guidance_tensor: Tensor | None,
     backend: str,
-    x_start: Tensor | None,
 ) -> Tensor:
     x_prev = torch.empty_like(x_t)
     if x_t.numel() == 0:
@@ -63,29 +63,28 @@ def _run(
         x_t, model_output, noise, prev_x_start, x_prev, x_start, len(packed), shape, backend
     )
     if plan is None:  # strides that (channels, spatial) cannot say: through contiguous copies
-        dense = [
-            None if v is None else v.contiguous()
-            for v in (x_t, model_output, noise, prev_x_start, x_start)
-        ]
+        copied = None
+        if x_start is not None:
+            copied = torch.empty(x_start.shape, dtype=x_start.dtype, device=x_start.device)
         result = _run(
-            dense[0],
-            dense[1],
+            copied,
+            x_t.contiguous(),
+            model_output.contiguous(),
             packed,
             learned_variance,
             step,
             step_tensor,
-            dense[2],
+            None if noise is None else noise.contiguous(),
             seed,
             seed_tensor,
             first_sample,
-            dense[3],
+            None if prev_x_start is None else prev_x_start.contiguous(),
             guidance_scale,
             guidance_tensor,
             backend,
-            dense[4],
         )
-        if x_start is not None and dense[4] is not x_start:
-            x_start.copy_(dense[4])
+        if x_start is not None and copied is not None:
+            x_start.copy_(copied)
         return x_prev.copy_(result)
     if backend == "triton":
         from fastdiff.kernels import posterior_step as kernels
@@ -99,9 +98,8 @@ def _run(
             guidance_scale if guidance_tensor is None else guidance_tensor,
         )
         return x_prev
-    seed_number = None if seed_tensor is None and seed is None else seed
     if seed_tensor is not None:
-        seed_number = int(seed_tensor)
+        seed = int(seed_tensor)
     call_native(
         plan,
         x_t,
@@ -110,7 +108,7 @@ def _run(
         step,
         step_tensor,
         noise,
-        None if seed_number is None else word(seed_number, 64),
+        None if seed is None else word(seed, 64),
         word(first_sample, 64),
         prev_x_start,
         guidance_scale or 0.0,

@@ -10,11 +10,12 @@ from fastdiff._checks import is_finite
 from fastdiff.backends import Choice
 from fastdiff.errors import InputError
 from fastdiff.ops._elementwise import (
+    check_first_sample,
     described,
     is_counter,
+    is_dual,
     is_plain,
     remember,
-    signed,
     split_counter,
 )
 from fastdiff.ops._posterior_launch import call_native, plan_of, step_error
@@ -63,9 +64,9 @@ def posterior_step(
     if is_plain():
         # What was checked and planned once is neither checked nor planned again.
         key = _kind(x_t, model_output, table, step, noise, seed, prev_x_start, guidance_scale)
-        plan = _known.get(key)
-        if plan is not None and is_counter(first_sample, 2**63):
-            return plan.run(
+        known = None if key is None else _known.get(key)
+        if known is not None and is_counter(first_sample, 2**63):
+            return known.run(
                 x_t,
                 model_output,
                 table.packed,
@@ -82,7 +83,7 @@ def posterior_step(
     noisy, multistep = _reads(table, step)
     _check_extras(x_t, noisy, multistep, noise, seed, prev_x_start)
     number, seed_tensor = split_counter("seed", seed if noisy else None, 2**64, x_t.device)
-    first_sample = rng.check_counter("first_sample", first_sample, 2**64 - max(len(x_t) - 1, 0))
+    first = check_first_sample(first_sample, len(x_t))
     backend, _ = _choose(x_t, model_output, noise, prev_x_start)
 
     if backend == "reference":
@@ -113,7 +114,7 @@ def posterior_step(
         noise if noisy else None,
         number,
         seed_tensor,
-        signed(first_sample),
+        first,
         prev_x_start if multistep else None,
         guidance_scale if scale_tensor is None else None,
         scale_tensor,
@@ -143,12 +144,13 @@ def _choose(x_t: torch.Tensor, *others: torch.Tensor | None) -> tuple[str, str]:
     """(backend, reason)."""
     name = backends.named()
     device_type, dtype = x_t.device.type, x_t.dtype
-    tracked = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x_t, *others)
+    tracked = is_dual() or (
+        torch.is_grad_enabled()
+        and any(tensor is not None and tensor.requires_grad for tensor in (x_t, *others))
     )
     if name is None:
         if tracked:
-            return "reference", "only it is differentiable, and an input requires grad"
+            return "reference", "only it is differentiable, and a gradient is wanted"
         return backends.default(device_type, dtype), backends.default_reason(device_type, dtype)
     if tracked and name != "reference":
         raise InputError(
@@ -249,15 +251,15 @@ class _Known(NamedTuple):
         packed: torch.Tensor,
         step: int | torch.Tensor,
         noise: torch.Tensor | None,
-        seed: int | None,
+        seed: Any,
         first_sample: int,
         prev_x_start: torch.Tensor | None,
-        guidance_scale: float | torch.Tensor | None,
+        guidance_scale: Any,
         return_x_start: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         x_prev = torch.empty_like(x_t)
         x_start = torch.empty_like(x_t) if return_x_start else None
-        row, row_tensor = (step, None) if type(step) is int else (0, step)
+        row, row_tensor = (0, step) if isinstance(step, torch.Tensor) else (step, None)
         tensor_scale = isinstance(guidance_scale, torch.Tensor)
         call_native(
             self.plan,

@@ -10,12 +10,13 @@ from fastdiff._checks import check_float, check_like, check_timesteps
 from fastdiff.backends import Choice
 from fastdiff.errors import InputError
 from fastdiff.ops._elementwise import (
+    check_first_sample,
     common_layout,
     described,
     is_counter,
+    is_dual,
     is_plain,
     remember,
-    signed,
     split_counter,
     word,
 )
@@ -85,7 +86,7 @@ def q_sample(
     if key is not None and backend == "native":
         _know(key, x_start, t, signal, sigma, results[1] if returns_drawn else noise, results[0])
     if returns_drawn:
-        return results
+        return results[0], results[1]
     return results[0], noise if return_noise else None
 
 
@@ -100,8 +101,8 @@ def choose(
     backend = _backend(x_start, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
     if backends.named() is not None:
         reason = "named"
-    elif sqrt_alphas_cumprod.requires_grad or sqrt_one_minus_alphas_cumprod.requires_grad:
-        reason = "only it has gradients for the tables"
+    elif _only_reference(sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod):
+        reason = "only it has forward-mode derivatives, and gradients for the tables"
     else:
         reason = backends.default_reason(x_start.device.type, x_start.dtype)
     return Choice("q_sample", backend, reason)
@@ -109,17 +110,21 @@ def choose(
 
 def _backend(x_start: Tensor, signal: Tensor, sigma: Tensor) -> str:
     name = backends.named()
-    wants_tables = signal.requires_grad or sigma.requires_grad
     if name is None:
-        if wants_tables:
+        if _only_reference(signal, sigma):
             return "reference"
         return backends.default(x_start.device.type, x_start.dtype)
-    if name != "reference" and wants_tables:
+    if name != "reference" and _only_reference(signal, sigma):
         raise InputError(
-            f"q_sample: the backend {name!r} was named, but its kernels have no gradients for the "
-            "tables; name 'reference', or None for the plan's choice"
+            f"q_sample: the backend {name!r} was named, but its kernels have no forward-mode "
+            "derivatives and no gradients for the tables; name 'reference', or None for the plan's "
+            "choice"
         )
     return backends.require("q_sample", name, x_start.device.type, x_start.dtype)
+
+
+def _only_reference(signal: Tensor, sigma: Tensor) -> bool:
+    return signal.requires_grad or sigma.requires_grad or is_dual()
 
 
 def _table_length(first: Tensor, second: Tensor, x_start: Tensor) -> int:
@@ -190,8 +195,8 @@ def _counters(
     number, seed_tensor = split_counter("seed", seed, 2**64, x_start.device)
     limit = 2**32 - rng.TRAINING_STEP_BASE
     step_number, step_tensor = split_counter("step", step, limit, x_start.device)
-    first = rng.check_counter("first_sample", first_sample, 2**64 - max(len(x_start) - 1, 0))
-    return number, seed_tensor, step_number or 0, step_tensor, signed(first)
+    first = check_first_sample(first_sample, len(x_start))
+    return number, seed_tensor, step_number or 0, step_tensor, first
 
 
 def _drawn(
@@ -210,15 +215,16 @@ def _drawn(
 
 
 def _x_t(*arguments: Any) -> Tensor:
-    return _run(*arguments, None)
+    return _run(None, *arguments)
 
 
 def _x_t_and_noise(x_start: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     noise = torch.empty_like(x_start)
-    return _run(x_start, *arguments, noise), noise
+    return _run(noise, x_start, *arguments), noise
 
 
 def _run(
+    drawn: Tensor | None,
     x_start: Tensor,
     t: Tensor,
     signal: Tensor,
@@ -230,7 +236,6 @@ def _run(
     step_tensor: Tensor | None,
     first_sample: int,
     backend: str,
-    drawn: Tensor | None,
 ) -> Tensor:
     """x_t; the noise is ``noise``, drawn where there is a seed (and written to ``drawn``), or 0."""
     x_t = torch.empty_like(x_start)
@@ -247,11 +252,16 @@ def _run(
         sigma = sigma.float().contiguous()
     plan = _plan(x_start, written, x_t, len(signal), counts, backend)
     if plan is None:  # strides that (channels, spatial) cannot say: through contiguous copies
-        dense = [None if v is None else v.contiguous() for v in (x_start, noise, drawn)]
+        given = None if noise is None else noise.contiguous()
+        copied = (
+            None
+            if drawn is None
+            else torch.empty(drawn.shape, dtype=drawn.dtype, device=drawn.device)
+        )
         counters = (seed, seed_tensor, step, step_tensor, first_sample)
-        result = _run(dense[0], t, signal, sigma, dense[1], *counters, backend, dense[2])
-        if drawn is not None and dense[2] is not drawn:
-            drawn.copy_(dense[2])
+        result = _run(copied, x_start.contiguous(), t, signal, sigma, given, *counters, backend)
+        if drawn is not None and copied is not None:
+            drawn.copy_(copied)
         return x_t.copy_(result)
     if backend == "triton":
         from fastdiff.kernels import q_sample as kernels
@@ -348,7 +358,7 @@ def _new_x_t(
     signal: Tensor,
     sigma: Tensor,
     noise: Tensor | None,
-    seed: int | None,
+    seed: Any,
     step: Any,
     first_sample: int,
     return_noise: bool,
