@@ -1,13 +1,15 @@
 """posterior_step's operators, (x_prev, pred_x_start) and x_prev alone, and their launch plans."""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdiff import native, rng
+from fastdiff import backends, native, rng
 from fastdiff.errors import InputError
-from fastdiff.ops._elementwise import common_layout, remember, word
+from fastdiff.ops._elementwise import common_layout, described, is_counter, remember, word
+from fastdiff.step_table import StepTable
 
 _ARGUMENTS = (
     "(Tensor x_t, Tensor model_output, Tensor packed, bool learned_variance, int step, "
@@ -224,6 +226,133 @@ for _name, _returns, _impl, _fake in (
     for _key in ("CPU", "CUDA"):
         _lib.impl(_name, _impl, _key)
     torch.library.register_fake(f"fastdiff::{_name}", _fake, lib=_lib)
+
+
+def reads(table: StepTable, step: int | Tensor) -> tuple[bool, bool]:
+    """Whether the step draws noise and reads prev_x_start; a tensor counts as any row."""
+    if isinstance(step, int):
+        return table.noisy_rows[step], table.multistep_rows[step]
+    return table.is_noisy, table.is_multistep
+
+
+# --- Calls like those before ------------------------------------------------------------------
+
+
+class _Known(NamedTuple):
+    """A plan of the native kernel, and which of the arguments it reads."""
+
+    plan: Any
+    noisy: bool
+    multistep: bool
+
+    def run(
+        self,
+        x_t: Tensor,
+        model_output: Tensor,
+        packed: Tensor,
+        step: int | Tensor,
+        noise: Tensor | None,
+        seed: Any,
+        first_sample: int,
+        prev_x_start: Tensor | None,
+        guidance_scale: Any,
+        return_x_start: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        x_prev = torch.empty_like(x_t)
+        x_start = torch.empty_like(x_t) if return_x_start else None
+        row, row_tensor = (0, step) if isinstance(step, Tensor) else (step, None)
+        tensor_scale = isinstance(guidance_scale, Tensor)
+        call_native(
+            self.plan,
+            x_t,
+            model_output,
+            packed,
+            row,
+            row_tensor,
+            noise if self.noisy else None,
+            seed if self.noisy else None,
+            first_sample,
+            prev_x_start if self.multistep else None,
+            0.0 if tensor_scale or guidance_scale is None else guidance_scale,
+            guidance_scale if tensor_scale else None,
+            x_prev,
+            x_start,
+        )
+        return x_prev, x_start
+
+
+known_calls: dict[tuple, _Known] = {}
+
+
+def kind_of_call(
+    x_t: Tensor,
+    model_output: Tensor,
+    table: StepTable,
+    step: int | Tensor,
+    noise: Tensor | None,
+    seed: int | Tensor | None,
+    prev_x_start: Tensor | None,
+    guidance_scale: float | Tensor | None,
+) -> tuple | None:
+    """All that the checks and the plan of a call depend on; None for calls that are not kept."""
+    if type(table) is not StepTable or not (seed is None or is_counter(seed, 2**64)):
+        return None
+    at: tuple | None
+    if type(step) is int:
+        if not 0 <= step < len(table.noisy_rows):
+            return None
+        at = (table.noisy_rows[step], table.multistep_rows[step])
+    else:
+        at = (described(step), table.is_noisy, table.is_multistep)
+    scale: tuple | bool | None
+    if type(guidance_scale) is float:
+        if not math.isfinite(guidance_scale):
+            return None
+        scale = True
+    else:
+        scale = described(guidance_scale)
+    return (
+        *map(described, (x_t, model_output, table.packed, noise, prev_x_start)),
+        at,
+        seed is None,
+        scale,
+        table.doubled_output,
+        table.learned_variance,
+        backends.named(),
+    )
+
+
+def know(
+    key: tuple,
+    x_t: Tensor,
+    model_output: Tensor,
+    table: StepTable,
+    step: int | Tensor,
+    noise: Tensor | None,
+    seed: int | Tensor | None,
+    prev_x_start: Tensor | None,
+    guidance_scale: float | Tensor | None,
+) -> None:
+    """Keep the plan of a call that needs nothing beside the kernel."""
+    noisy, multistep = reads(table, step)
+    noise = noise if noisy else None
+    prev_x_start = prev_x_start if multistep else None
+    extras = [v for v in (noise, prev_x_start, step, guidance_scale) if type(v) is Tensor]
+    as_the_kernel_reads = (
+        all(type(v) is Tensor for v in (x_t, model_output, table.packed))
+        and not any(v.requires_grad for v in (x_t, model_output, *extras))
+        and table.packed.is_contiguous()
+        and all(v is None or v.dtype in native.DTYPE_CODES for v in (noise, prev_x_start))
+        and (not isinstance(guidance_scale, Tensor) or guidance_scale.dtype == torch.float32)
+        and (guidance_scale is None or isinstance(guidance_scale, float | Tensor))
+    )
+    if not as_the_kernel_reads or x_t.numel() == 0:
+        return
+    uses = (table.learned_variance, guidance_scale is not None, noisy and seed is not None)
+    operands = (x_t, model_output, noise, prev_x_start, torch.empty_like(x_t), None)
+    plan = plan_of(*operands, len(table), uses, "native")
+    if plan is not None:
+        remember(known_calls, key, _Known(plan, noisy, multistep))
 
 
 def step_error(step: int, rows: int) -> InputError:

@@ -1,7 +1,6 @@
 """posterior_step: one sampler step (DDPM, DDIM, DPM-Solver++) from one row of a StepTable."""
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -11,14 +10,12 @@ from fastdiff.backends import Choice
 from fastdiff.errors import InputError
 from fastdiff.ops._elementwise import (
     check_first_sample,
-    described,
     is_counter,
     is_dual,
     is_plain,
-    remember,
     split_counter,
 )
-from fastdiff.ops._posterior_launch import call_native, plan_of, step_error
+from fastdiff.ops._posterior_launch import kind_of_call, know, known_calls, reads, step_error
 from fastdiff.reference import posterior_step as reference
 from fastdiff.step_table import COLUMNS, StepTable
 
@@ -63,8 +60,10 @@ def posterior_step(
     key: tuple | None = None
     if is_plain():
         # What was checked and planned once is neither checked nor planned again.
-        key = _kind(x_t, model_output, table, step, noise, seed, prev_x_start, guidance_scale)
-        known = None if key is None else _known.get(key)
+        key = kind_of_call(
+            x_t, model_output, table, step, noise, seed, prev_x_start, guidance_scale
+        )
+        known = None if key is None else known_calls.get(key)
         if known is not None and is_counter(first_sample, 2**63):
             return known.run(
                 x_t,
@@ -80,7 +79,7 @@ def posterior_step(
             )
     _check_tensors(x_t, model_output, table, guidance_scale)
     _check_step(step, table, x_t.device)
-    noisy, multistep = _reads(table, step)
+    noisy, multistep = reads(table, step)
     _check_extras(x_t, noisy, multistep, noise, seed, prev_x_start)
     number, seed_tensor = split_counter("seed", seed if noisy else None, 2**64, x_t.device)
     first = check_first_sample(first_sample, len(x_t))
@@ -122,7 +121,7 @@ def posterior_step(
     )
     x_prev, x_start = result if return_x_start else (result, None)
     if key is not None and backend == "native":
-        _know(key, x_t, model_output, table, step, noise, seed, prev_x_start, guidance_scale)
+        know(key, x_t, model_output, table, step, noise, seed, prev_x_start, guidance_scale)
     return x_prev, x_start
 
 
@@ -225,133 +224,6 @@ def _counter_step(step: int | torch.Tensor) -> int | torch.Tensor:
     if isinstance(step, int):
         return rng.sampling_step(step)
     return step.long() + rng.sampling_step(0)
-
-
-def _reads(table: StepTable, step: int | torch.Tensor) -> tuple[bool, bool]:
-    """Whether the step draws noise and reads prev_x_start; a tensor counts as any row."""
-    if isinstance(step, int):
-        return table.noisy_rows[step], table.multistep_rows[step]
-    return table.is_noisy, table.is_multistep
-
-
-# --- Calls like those before ------------------------------------------------------------------
-
-
-class _Known(NamedTuple):
-    """A plan of the native kernel, and which of the arguments it reads."""
-
-    plan: Any
-    noisy: bool
-    multistep: bool
-
-    def run(
-        self,
-        x_t: torch.Tensor,
-        model_output: torch.Tensor,
-        packed: torch.Tensor,
-        step: int | torch.Tensor,
-        noise: torch.Tensor | None,
-        seed: Any,
-        first_sample: int,
-        prev_x_start: torch.Tensor | None,
-        guidance_scale: Any,
-        return_x_start: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        x_prev = torch.empty_like(x_t)
-        x_start = torch.empty_like(x_t) if return_x_start else None
-        row, row_tensor = (0, step) if isinstance(step, torch.Tensor) else (step, None)
-        tensor_scale = isinstance(guidance_scale, torch.Tensor)
-        call_native(
-            self.plan,
-            x_t,
-            model_output,
-            packed,
-            row,
-            row_tensor,
-            noise if self.noisy else None,
-            seed if self.noisy else None,
-            first_sample,
-            prev_x_start if self.multistep else None,
-            0.0 if tensor_scale or guidance_scale is None else guidance_scale,
-            guidance_scale if tensor_scale else None,
-            x_prev,
-            x_start,
-        )
-        return x_prev, x_start
-
-
-_known: dict[tuple, _Known] = {}
-
-
-def _kind(
-    x_t: torch.Tensor,
-    model_output: torch.Tensor,
-    table: StepTable,
-    step: int | torch.Tensor,
-    noise: torch.Tensor | None,
-    seed: int | torch.Tensor | None,
-    prev_x_start: torch.Tensor | None,
-    guidance_scale: float | torch.Tensor | None,
-) -> tuple | None:
-    """All that the checks and the plan of a call depend on; None for calls that are not kept."""
-    if type(table) is not StepTable or not (seed is None or is_counter(seed, 2**64)):
-        return None
-    at: tuple | None
-    if type(step) is int:
-        if not 0 <= step < len(table.noisy_rows):
-            return None
-        at = (table.noisy_rows[step], table.multistep_rows[step])
-    else:
-        at = (described(step), table.is_noisy, table.is_multistep)
-    scale: tuple | bool | None
-    if type(guidance_scale) is float:
-        if not math.isfinite(guidance_scale):
-            return None
-        scale = True
-    else:
-        scale = described(guidance_scale)
-    return (
-        *map(described, (x_t, model_output, table.packed, noise, prev_x_start)),
-        at,
-        seed is None,
-        scale,
-        table.doubled_output,
-        table.learned_variance,
-        backends.named(),
-    )
-
-
-def _know(
-    key: tuple,
-    x_t: torch.Tensor,
-    model_output: torch.Tensor,
-    table: StepTable,
-    step: int | torch.Tensor,
-    noise: torch.Tensor | None,
-    seed: int | torch.Tensor | None,
-    prev_x_start: torch.Tensor | None,
-    guidance_scale: float | torch.Tensor | None,
-) -> None:
-    """Keep the plan of a call that needs nothing beside the kernel."""
-    noisy, multistep = _reads(table, step)
-    noise = noise if noisy else None
-    prev_x_start = prev_x_start if multistep else None
-    extras = [v for v in (noise, prev_x_start, step, guidance_scale) if type(v) is torch.Tensor]
-    as_the_kernel_reads = (
-        all(type(v) is torch.Tensor for v in (x_t, model_output, table.packed))
-        and not any(v.requires_grad for v in (x_t, model_output, *extras))
-        and table.packed.is_contiguous()
-        and all(v is None or v.dtype in DTYPES for v in (noise, prev_x_start))
-        and (not isinstance(guidance_scale, torch.Tensor) or guidance_scale.dtype == torch.float32)
-        and (guidance_scale is None or isinstance(guidance_scale, float | torch.Tensor))
-    )
-    if not as_the_kernel_reads or x_t.numel() == 0:
-        return
-    uses = (table.learned_variance, guidance_scale is not None, noisy and seed is not None)
-    operands = (x_t, model_output, noise, prev_x_start, torch.empty_like(x_t), None)
-    plan = plan_of(*operands, len(table), uses, "native")
-    if plan is not None:
-        remember(_known, key, _Known(plan, noisy, multistep))
 
 
 # --- Checks -----------------------------------------------------------------------------------
