@@ -7,6 +7,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "cpu/isa.h"
 #ifdef _OPENMP
@@ -145,6 +146,66 @@ void bind_group_norm(py::module_& module) {
       });
 }
 
+// dtype, and the strides of sample, channel and position
+using LayoutTuple = std::tuple<int, int64_t, int64_t, int64_t>;
+using ShapeTuple = std::tuple<int64_t, int64_t, int64_t>;
+
+Layout layout_of(const LayoutTuple& t) {
+  return {static_cast<DType>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
+}
+
+Shape shape_of(const ShapeTuple& t) { return {std::get<0>(t), std::get<1>(t), std::get<2>(t)}; }
+
+void bind_elementwise(py::module_& module) {
+  py::class_<QSample>(module, "QSample")
+      .def(py::init([](const ShapeTuple& shape, int64_t rows, const LayoutTuple& x_start,
+                       const LayoutTuple& noise, const LayoutTuple& x_t) {
+             return QSample{shape_of(shape), rows, layout_of(x_start), layout_of(noise),
+                            layout_of(x_t)};
+           }),
+           py::arg("shape"), py::arg("rows"), py::arg("x_start"), py::arg("noise"), py::arg("x_t"));
+  py::class_<PosteriorStep>(module, "PosteriorStep")
+      .def(py::init([](const ShapeTuple& shape, int64_t rows, const LayoutTuple& x_t,
+                       const LayoutTuple& output, int64_t variance_offset, int64_t guidance_offset,
+                       const LayoutTuple& noise, const LayoutTuple& prev_x_start,
+                       const LayoutTuple& x_prev, const LayoutTuple& x_start) {
+             return PosteriorStep{shape_of(shape),     rows,
+                                  layout_of(x_t),      layout_of(output),
+                                  variance_offset,     guidance_offset,
+                                  layout_of(noise),    layout_of(prev_x_start),
+                                  layout_of(x_prev),   layout_of(x_start)};
+           }),
+           py::arg("shape"), py::arg("rows"), py::arg("x_t"), py::arg("output"),
+           py::arg("variance_offset"), py::arg("guidance_offset"), py::arg("noise"),
+           py::arg("prev_x_start"), py::arg("x_prev"), py::arg("x_start"));
+  module.def("q_sample_cpu",
+             [](const QSample& plan, uintptr_t x_start, uintptr_t t, uintptr_t signal,
+                uintptr_t sigma, uintptr_t noise, uintptr_t x_t, bool draws, uint64_t seed,
+                uint32_t step, uint64_t first_sample, int threads) {
+               const QSampleCall call = {
+                   at(x_start),  at<int64_t>(t), at<float>(signal),
+                   at<float>(sigma),   at(noise), at(x_t),
+                   draws, seed, step, first_sample};
+               py::gil_scoped_release unlocked;
+               return cpu::current_kernels().q_sample(plan, call, threads);
+             });
+  module.def("posterior_step_cpu",
+             [](const PosteriorStep& plan, uintptr_t x_t, uintptr_t output, uintptr_t table,
+                uintptr_t noise, uintptr_t prev_x_start, uintptr_t x_prev, uintptr_t x_start,
+                int64_t step, uintptr_t step_address, bool step_is_wide, float guidance,
+                uintptr_t guidance_address, bool draws, uint64_t seed, uint32_t first_step,
+                uint64_t first_sample, int threads) {
+               const PosteriorStepCall call = {
+                   at(x_t), at(output), at<float>(table),
+                   at(noise), at(prev_x_start), at(x_prev),
+                   at(x_start), step, at(step_address), step_is_wide,
+                   guidance, at<float>(guidance_address), draws, seed, first_step,
+                   first_sample};
+               py::gil_scoped_release unlocked;
+               return cpu::current_kernels().posterior_step(plan, call, threads);
+             });
+}
+
 void bind_cpu(py::module_& module) {
   module.def("supported_isas", &cpu::supported_isas);
   module.def("set_isa", &cpu::set_isa, py::arg("name"));
@@ -210,6 +271,7 @@ PYBIND11_MODULE(_native, module) {
            py::arg("first_sample"));
   bind_cpu(module);
   bind_group_norm(module);
+  bind_elementwise(module);
 #ifdef FASTDIFF_CUDA_ARCHS
   bind_cuda(module);
 #endif

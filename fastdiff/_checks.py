@@ -14,11 +14,14 @@ from fastdiff.errors import InputError
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_timesteps(t: Tensor, x: Tensor, num_timesteps: int, x_name: str = "x") -> Tensor:
+def check_timesteps(
+    t: Tensor, x: Tensor, num_timesteps: int, x_name: str = "x", *, look: bool = True
+) -> Tensor:
     """``t`` as int64 (N,), one timestep index 0 … num_timesteps - 1 per sample of ``x`` (N, ...).
 
     Raises InputError for another type, shape or device, and on the CPU for an index out of range.
     Elsewhere reading the values would stall the device: the caller's gathers answer NaN instead.
+    ``look=False`` leaves the range to the caller.
     """
     if not isinstance(t, Tensor) or t.dtype not in _INDEX_DTYPES:
         came = t.dtype if isinstance(t, Tensor) else type(t).__name__
@@ -31,7 +34,7 @@ def check_timesteps(t: Tensor, x: Tensor, num_timesteps: int, x_name: str = "x")
     if t.device != x.device:
         raise InputError(f"t is on {t.device} but {x_name} is on {x.device}: move one of them")
     t = t.long()
-    if t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
+    if look and t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
         low, high = (int(value) for value in torch.aminmax(t))
         if low < 0 or high >= num_timesteps:
             raise InputError(

@@ -39,12 +39,12 @@ BACKENDS = ("native", "cuda", "triton", "reference")
 
 def sampling_step(index: int) -> int:
     """The counter's step for sampling step ``index`` = 0, 1, … (0 is the noisiest)."""
-    return 1 + _integer("sampling step", index, TRAINING_STEP_BASE - 1)
+    return 1 + check_integer("sampling step", index, TRAINING_STEP_BASE - 1)
 
 
 def training_step(index: int) -> int:
     """The counter's step for training step ``index`` = 0, 1, …"""
-    return TRAINING_STEP_BASE + _integer("training step", index, 2**32 - TRAINING_STEP_BASE)
+    return TRAINING_STEP_BASE + check_integer("training step", index, 2**32 - TRAINING_STEP_BASE)
 
 
 def normal(
@@ -76,9 +76,9 @@ def normal(
         out = torch.empty(shape, dtype=_checked_dtype(dtype), device=check_device(device))
     else:
         _check_out(out, shape)
-    seed = _counter("seed", seed, 2**64, out.device)
-    step = _counter("step", step, 2**32, out.device)
-    first_sample = _integer("first_sample", first_sample, 2**64 - max(shape[0] - 1, 0))
+    seed = check_counter("seed", seed, 2**64, out.device)
+    step = check_counter("step", step, 2**32, out.device)
+    first_sample = check_integer("first_sample", first_sample, 2**64 - max(shape[0] - 1, 0))
 
     launch = _LAUNCHERS[_choose(out, backend)]
     if out.numel() == 0:
@@ -333,7 +333,8 @@ def _value_or_address(counter: Counter) -> tuple[int, int]:
 # --- Checks ----------------------------------------------------------------------------------
 
 
-def _integer(name: str, value: SupportsIndex, limit: int) -> int:
+def check_integer(name: str, value: SupportsIndex, limit: int) -> int:
+    """``value`` as an int if 0 ≤ value < limit."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -343,9 +344,10 @@ def _integer(name: str, value: SupportsIndex, limit: int) -> int:
     return number
 
 
-def _counter(name: str, value: Counter, limit: int, device: torch.device) -> Counter:
+def check_counter(name: str, value: Counter, limit: int, device: torch.device) -> Counter:
+    """``value`` if it is a seed or a step: 0 ≤ value < limit, or an int64 element on ``device``."""
     if not isinstance(value, torch.Tensor):
-        return _integer(name, value, limit)
+        return check_integer(name, value, limit)
     if value.dtype != torch.int64 or value.numel() != 1 or value.device != device:
         raise InputError(
             f"{name} is a {value.dtype} tensor of {value.numel()} elements on {value.device}: "

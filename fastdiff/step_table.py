@@ -15,6 +15,7 @@ al. 2022, algorithm 2), v-prediction (Salimans & Ho 2022, appendix D).
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol, overload
 
 import numpy as np
@@ -170,6 +171,16 @@ class StepTable:
     @property
     def device(self) -> torch.device:
         return self.packed.device
+
+    @cached_property
+    def is_noisy(self) -> bool:
+        """Whether any row draws noise."""
+        return any(self.noisy_rows)
+
+    @cached_property
+    def is_multistep(self) -> bool:
+        """Whether any row reads the x_0 of the row before."""
+        return any(self.multistep_rows)
 
     def to(self, device: torch.device | str) -> "StepTable":
         """The same table on ``device``."""

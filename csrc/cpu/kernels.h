@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../common/elementwise.h"
 #include "../common/group_norm.h"
 #include "../common/normal_fill.h"
 
@@ -21,6 +22,10 @@ struct Kernels {
                  uint32_t first_quad);
   GroupNormForwardKernel* group_norm_silu;
   GroupNormBackwardKernel* group_norm_silu_backward;
+  // -1, or before anything is written the first sample whose t is out of range
+  int64_t (*q_sample)(const QSample& plan, const QSampleCall& call, int threads);
+  // false, before anything is written, for a step out of range
+  bool (*posterior_step)(const PosteriorStep& plan, const PosteriorStepCall& call, int threads);
 };
 
 #ifdef FASTDIFF_ISA
@@ -30,6 +35,8 @@ void philox(uint32_t* out, int64_t quads, uint64_t seed, uint32_t step, uint64_t
             uint32_t first_quad);
 GroupNormForwardKernel group_norm_silu;
 GroupNormBackwardKernel group_norm_silu_backward;
+int64_t q_sample(const QSample& plan, const QSampleCall& call, int threads);
+bool posterior_step(const PosteriorStep& plan, const PosteriorStepCall& call, int threads);
 }  // namespace FASTDIFF_ISA
 #endif
 

@@ -3,6 +3,9 @@
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 
-const Kernels kernels = {normal, philox, group_norm_silu, group_norm_silu_backward};
+const Kernels kernels = {
+    normal,         philox, group_norm_silu, group_norm_silu_backward, q_sample,
+    posterior_step,
+}; Kernels kernels = {normal, philox, q_sample, posterior_step};
 
 }  // namespace fastdiff::cpu::FASTDIFF_ISA

@@ -4,10 +4,18 @@ from typing import Any
 
 import torch
 
-from fastdiff import rng
+from fastdiff import backends, rng
 from fastdiff._checks import is_finite
 from fastdiff.backends import Choice
 from fastdiff.errors import InputError
+from fastdiff.ops._elementwise import (
+    check_first_sample,
+    is_counter,
+    is_dual,
+    is_plain,
+    split_counter,
+)
+from fastdiff.ops._posterior_launch import kind_of_call, know, known_calls, reads, step_error
 from fastdiff.reference import posterior_step as reference
 from fastdiff.step_table import COLUMNS, StepTable
 
@@ -21,11 +29,12 @@ def posterior_step(
     step: int | torch.Tensor,
     *,
     noise: torch.Tensor | None = None,
-    seed: int | None = None,
+    seed: int | torch.Tensor | None = None,
     first_sample: int = 0,
     prev_x_start: torch.Tensor | None = None,
     guidance_scale: float | torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    return_x_start: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Apply row ``step`` of ``table`` and return (x_prev, pred_x_start), both like ``x_t``.
 
     Args:
@@ -34,25 +43,138 @@ def posterior_step(
             guidance the batch is 2N: the conditional half first, then the unconditional.
         table: rows of coefficients, on the device of ``x_t``.
         step: the row, 0 being the noisiest: an int, or an integer tensor of one element on the
-            device, which is not read back.
-        noise: (N, C, ...) standard normal. Or give ``seed``: sample i then draws the counter-based
-            noise of sample ``first_sample + i`` at this step. A row that draws no noise needs
-            neither, and ignores what it is given; a ``step`` tensor counts as any row.
+            device, which is read where the step is computed.
+        noise: (N, C, ...) standard normal. Or give ``seed`` (an int, or an int64 tensor of one
+            element on the device): sample i then draws the counter-based noise of sample
+            ``first_sample + i`` at this step. A row that draws no noise needs neither, and ignores
+            what it is given; a ``step`` tensor counts as any row.
         prev_x_start: pred_x_start of the row before; DPM-Solver++ needs it (a first row does not
             read it, so a ``step`` tensor may start from zeros).
         guidance_scale: s in unconditional + s·(conditional − unconditional), a number or a tensor
             of one element; a learned variance is the conditional half's.
+        return_x_start: False: the second result is None and is never written.
 
-    Raises InputError for shapes, dtypes, devices or a ``step`` that do not fit.
-    Equations: fastdiff/step_table.py.
+    Gradients are the reference's alone. Raises InputError for shapes, dtypes, devices or a ``step``
+    that do not fit. Equations: fastdiff/step_table.py.
     """
+    key: tuple | None = None
+    if is_plain():
+        # What was checked and planned once is neither checked nor planned again.
+        key = kind_of_call(
+            x_t, model_output, table, step, noise, seed, prev_x_start, guidance_scale
+        )
+        known = None if key is None else known_calls.get(key)
+        if known is not None and is_counter(first_sample, 2**63):
+            return known.run(
+                x_t,
+                model_output,
+                table.packed,
+                step,
+                noise,
+                seed,
+                first_sample,
+                prev_x_start,
+                guidance_scale,
+                return_x_start,
+            )
     _check_tensors(x_t, model_output, table, guidance_scale)
     _check_step(step, table, x_t.device)
-    noisy = _any_row(table.noisy_rows, step)
-    multistep = _any_row(table.multistep_rows, step)
+    noisy, multistep = reads(table, step)
     _check_extras(x_t, noisy, multistep, noise, seed, prev_x_start)
+    number, seed_tensor = split_counter("seed", seed if noisy else None, 2**64, x_t.device)
+    first = check_first_sample(first_sample, len(x_t))
+    backend, _ = _choose(x_t, model_output, noise, prev_x_start)
 
-    if noisy and seed is not None:
+    if backend == "reference":
+        return _reference(
+            x_t,
+            model_output,
+            table,
+            step,
+            noise if noisy else None,
+            seed if noisy else None,
+            first_sample,
+            prev_x_start if multistep else None,
+            guidance_scale,
+            return_x_start,
+        )
+    step_tensor = step if isinstance(step, torch.Tensor) else None
+    scale_tensor = guidance_scale if isinstance(guidance_scale, torch.Tensor) else None
+    operator = (
+        torch.ops.fastdiff.posterior_step if return_x_start else torch.ops.fastdiff.posterior_x_prev
+    )
+    result = operator(
+        x_t,
+        model_output,
+        table.packed,
+        table.learned_variance,
+        0 if step_tensor is not None else step,
+        step_tensor,
+        noise if noisy else None,
+        number,
+        seed_tensor,
+        first,
+        prev_x_start if multistep else None,
+        guidance_scale if scale_tensor is None else None,
+        scale_tensor,
+        backend,
+    )
+    x_prev, x_start = result if return_x_start else (result, None)
+    if key is not None and backend == "native":
+        know(key, x_t, model_output, table, step, noise, seed, prev_x_start, guidance_scale)
+    return x_prev, x_start
+
+
+def choose(
+    x_t: torch.Tensor,
+    model_output: torch.Tensor,
+    table: StepTable,
+    step: int | torch.Tensor,
+    *,
+    noise: torch.Tensor | None = None,
+    prev_x_start: torch.Tensor | None = None,
+    **_: Any,
+) -> Choice:
+    """What the plan picks for this call (``fastdiff.explain``)."""
+    return Choice("posterior_step", *_choose(x_t, model_output, noise, prev_x_start))
+
+
+def _choose(x_t: torch.Tensor, *others: torch.Tensor | None) -> tuple[str, str]:
+    """(backend, reason)."""
+    name = backends.named()
+    device_type, dtype = x_t.device.type, x_t.dtype
+    tracked = is_dual() or (
+        torch.is_grad_enabled()
+        and any(tensor is not None and tensor.requires_grad for tensor in (x_t, *others))
+    )
+    if name is None:
+        if tracked:
+            return "reference", "only it is differentiable, and a gradient is wanted"
+        return backends.default(device_type, dtype), backends.default_reason(device_type, dtype)
+    if tracked and name != "reference":
+        raise InputError(
+            f"posterior_step: the backend {name!r} was named, but its kernel has no gradients and "
+            "an input requires grad; use torch.no_grad(), or name 'reference'"
+        )
+    return backends.require("posterior_step", name, device_type, dtype), "named"
+
+
+# --- The reference ----------------------------------------------------------------------------
+
+
+def _reference(
+    x_t: torch.Tensor,
+    model_output: torch.Tensor,
+    table: StepTable,
+    step: int | torch.Tensor,
+    noise: torch.Tensor | None,
+    seed: int | torch.Tensor | None,
+    first_sample: int,
+    prev_x_start: torch.Tensor | None,
+    guidance_scale: float | torch.Tensor | None,
+    return_x_start: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if seed is not None:
         noise = rng.normal(
             x_t.shape,
             seed=seed,
@@ -66,10 +188,10 @@ def posterior_step(
         output,
         _row(table, step),
         variance_output=variance_output,
-        z=noise.float() if noisy and noise is not None else None,
-        x_start_before=prev_x_start.float() if multistep and prev_x_start is not None else None,
+        z=None if noise is None else noise.float(),
+        x_start_before=None if prev_x_start is None else prev_x_start.float(),
     )
-    return x_prev.to(x_t.dtype), x_start.to(x_t.dtype)
+    return x_prev.to(x_t.dtype), x_start.to(x_t.dtype) if return_x_start else None
 
 
 def _split_output(
@@ -91,6 +213,8 @@ def _row(table: StepTable, step: int | torch.Tensor) -> dict[str, torch.Tensor]:
     if isinstance(step, int):
         values = table.packed[step]
     else:  # a gather on the device: no synchronisation
+        if step.device.type == "cpu" and not 0 <= int(step) < len(table):
+            raise step_error(int(step), len(table))
         values = table.packed.index_select(0, step.reshape(1))[0]
     return dict(zip(COLUMNS, values.unbind(), strict=True))
 
@@ -102,8 +226,7 @@ def _counter_step(step: int | torch.Tensor) -> int | torch.Tensor:
     return step.long() + rng.sampling_step(0)
 
 
-def _any_row(rows: tuple[bool, ...], step: int | torch.Tensor) -> bool:
-    return rows[step] if isinstance(step, int) else any(rows)
+# --- Checks -----------------------------------------------------------------------------------
 
 
 def _check_tensors(
@@ -156,12 +279,11 @@ def _check_step(step: int | torch.Tensor, table: StepTable, device: torch.device
             )
         if step.device != device:
             raise InputError(f"step is on {step.device}, x_t on {device}; move one to the other")
-        if device.type != "cpu":  # reading the value would wait for the device
-            return
-    elif not isinstance(step, int) or isinstance(step, bool):
+        return  # its value is read where the step is computed
+    if not isinstance(step, int) or isinstance(step, bool):
         raise InputError(f"step is {step!r}; expected an int or an integer tensor of one element")
-    if not 0 <= int(step) < len(table):
-        raise InputError(f"step is {int(step)}; the table has rows 0 … {len(table) - 1}")
+    if not 0 <= step < len(table):
+        raise step_error(step, len(table))
 
 
 def _check_extras(
@@ -169,7 +291,7 @@ def _check_extras(
     noisy: bool,
     multistep: bool,
     noise: torch.Tensor | None,
-    seed: int | None,
+    seed: int | torch.Tensor | None,
     prev_x_start: torch.Tensor | None,
 ) -> None:
     if noise is not None and seed is not None:
@@ -187,8 +309,3 @@ def _check_extras(
                 f"{name} has shape {tuple(tensor.shape)} on {tensor.device}; "
                 f"expected {tuple(x_t.shape)} on {x_t.device}, like x_t"
             )
-
-
-def choose(x_t: torch.Tensor, *_: Any, **__: Any) -> Choice:
-    """What the plan picks for this call (``fastdiff.explain``)."""
-    return Choice("posterior_step", "reference", "the kernels are yet to come")

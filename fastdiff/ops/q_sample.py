@@ -5,10 +5,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import rng
+from fastdiff import backends, rng
 from fastdiff._checks import check_float, check_like, check_timesteps
 from fastdiff.backends import Choice
 from fastdiff.errors import InputError
+from fastdiff.ops._elementwise import (
+    check_first_sample,
+    described,
+    is_dual,
+    is_plain,
+    split_counter,
+)
+from fastdiff.ops._q_sample_launch import (
+    Counters,
+    are_plain_counters,
+    know,
+    known_plans,
+    launch,
+    new_x_t,
+)
 from fastdiff.reference.q_sample import q_sample as reference_q_sample
 
 
@@ -19,40 +34,101 @@ def q_sample(
     sqrt_one_minus_alphas_cumprod: Tensor,
     *,
     noise: Tensor | None = None,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     first_sample: int = 0,
-) -> tuple[Tensor, Tensor]:
+    step: int | Tensor = 0,
+    return_noise: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Draw x_t from q(x_t | x_0) (Ho et al. 2020 eq. 4). Returns (x_t, noise), both like x_start.
 
-    ``x_start`` is (N, ...) of any floating dtype, ``t`` (N,) integer, the two tables (K,). The
-    arithmetic is float32 (float64 for float64 input) whatever the storage dtype; the noise returned
-    is, to the bit, what x_t holds. The noise is ``noise`` when given; drawn from the counter-based
-    generator with ``seed``, where sample i of the batch takes the stream of sample
-    ``first_sample + i``; or drawn by ``torch.randn`` in
-    logical order, so that channels_last changes no number.
+    Args:
+        x_start: (N, ...) of any floating dtype. The arithmetic is float32 (float64 for float64
+            input) whatever the storage dtype. Gradients reach it, and ``noise``.
+        t: (N,) integer, the tables' row of each sample.
+        sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod: (K,).
+        noise: N(0, I) like x_start. Or
+        seed: the noise is drawn from the counter-based generator, in the pass that uses it, in
+            x_start's dtype: to the bit what ``rng.normal`` draws. Sample i of the batch takes the
+            stream of sample ``first_sample + i`` at training step ``step``. Either may be an int64
+            tensor of one element on x_start's device, which is read where the noise is drawn.
+            With neither, torch.randn draws in logical order, so that channels_last changes no
+            number.
+        return_noise: False: the second result is None, and with ``seed`` no noise is written.
 
     Raises InputError for both noise and seed, a shape, dtype or device that does not fit, and, on
     the CPU, a t out of range. On other devices such a t gives NaN: reading it would stall them.
     """
+    signal, sigma = sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod
+    key: tuple | None = None
+    if (seed is None) != (noise is None) and is_plain():
+        # What was checked and planned once is neither checked nor planned again.
+        tensors = (x_start, t, signal, sigma, noise)
+        key = (*map(described, tensors), return_noise, backends.named())
+        plan = known_plans.get(key)
+        if plan is not None and (seed is None or are_plain_counters(seed, step, first_sample)):
+            return new_x_t(plan, *tensors, seed, step, first_sample, return_noise)
     check_float(x_start, "x_start")
-    tables = (sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
-    t = check_timesteps(t, x_start, _table_length(*tables, x_start), "x_start")
-    if noise is not None and seed is not None:
-        raise InputError("q_sample takes noise or seed, not both")
+    rows = _table_length(signal, sigma, x_start)
+    backend = _backend(x_start, signal, sigma)
+    # The native kernel looks at t by itself.
+    t = check_timesteps(t, x_start, rows, "x_start", look=backend != "native")
     if noise is not None:
+        if seed is not None:
+            raise InputError("q_sample takes noise or seed, not both")
         check_like(noise, "noise", x_start, "x_start")
-    elif seed is not None:
-        # Drawn in x_start's own dtype and layout, so that the noise returned is what x_t holds.
-        noise = rng.normal(
-            tuple(x_start.shape),
-            seed=seed,
-            step=rng.training_step(0),
-            first_sample=first_sample,
-            out=torch.empty_like(x_start),
-        )
-    else:
+    elif seed is None:
         noise = rng.draw_like(x_start)
-    return reference_q_sample(x_start, t, *tables, noise), noise
+
+    if backend == "reference":
+        if noise is None:
+            noise = _drawn(x_start, seed, step, first_sample)
+        x_t = reference_q_sample(x_start, t, signal, sigma, noise)
+        return x_t, noise if return_noise else None
+    counters = _counters(x_start, seed, step, first_sample)
+    returns_drawn = noise is None and return_noise
+    results = launch(x_start, t, signal, sigma, noise, *counters, returns_drawn, backend)
+    if key is not None and backend == "native":
+        know(key, x_start, t, signal, sigma, results[1] if returns_drawn else noise, results[0])
+    if returns_drawn:
+        return results[0], results[1]
+    return results[0], noise if return_noise else None
+
+
+def choose(
+    x_start: Tensor,
+    t: Tensor,
+    sqrt_alphas_cumprod: Tensor,
+    sqrt_one_minus_alphas_cumprod: Tensor,
+    **_: Any,
+) -> Choice:
+    """What the plan picks for this call (``fastdiff.explain``)."""
+    backend = _backend(x_start, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
+    if backends.named() is not None:
+        reason = "named"
+    elif _only_reference(sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod):
+        reason = "only it has forward-mode derivatives, and gradients for the tables"
+    else:
+        reason = backends.default_reason(x_start.device.type, x_start.dtype)
+    return Choice("q_sample", backend, reason)
+
+
+def _backend(x_start: Tensor, signal: Tensor, sigma: Tensor) -> str:
+    name = backends.named()
+    if name is None:
+        if _only_reference(signal, sigma):
+            return "reference"
+        return backends.default(x_start.device.type, x_start.dtype)
+    if name != "reference" and _only_reference(signal, sigma):
+        raise InputError(
+            f"q_sample: the backend {name!r} was named, but its kernels have no forward-mode "
+            "derivatives and no gradients for the tables; name 'reference', or None for the plan's "
+            "choice"
+        )
+    return backends.require("q_sample", name, x_start.device.type, x_start.dtype)
+
+
+def _only_reference(signal: Tensor, sigma: Tensor) -> bool:
+    return signal.requires_grad or sigma.requires_grad or is_dual()
 
 
 def _table_length(first: Tensor, second: Tensor, x_start: Tensor) -> int:
@@ -69,6 +145,29 @@ def _table_length(first: Tensor, second: Tensor, x_start: Tensor) -> int:
     return len(first)
 
 
-def choose(x_start: Tensor, *_: Any, **__: Any) -> Choice:
-    """What the plan picks for this call (``fastdiff.explain``)."""
-    return Choice("q_sample", "reference", "the kernels are yet to come")
+def _counters(
+    x_start: Tensor, seed: int | Tensor | None, step: int | Tensor, first_sample: int
+) -> Counters:
+    """The checked counters as operators take them; ``step`` stays the training step's number."""
+    if seed is None:
+        return None, None, 0, None, 0
+    number, seed_tensor = split_counter("seed", seed, 2**64, x_start.device)
+    limit = 2**32 - rng.TRAINING_STEP_BASE
+    step_number, step_tensor = split_counter("step", step, limit, x_start.device)
+    first = check_first_sample(first_sample, len(x_start))
+    return number, seed_tensor, step_number or 0, step_tensor, first
+
+
+def _drawn(
+    x_start: Tensor, seed: int | Tensor | None, step: int | Tensor, first_sample: int
+) -> Tensor:
+    """The noise by itself, in x_start's own dtype and layout."""
+    assert seed is not None
+    counted = step + rng.TRAINING_STEP_BASE if isinstance(step, Tensor) else rng.training_step(step)
+    return rng.normal(
+        tuple(x_start.shape),
+        seed=seed,
+        step=counted,
+        first_sample=first_sample,
+        out=torch.empty_like(x_start, requires_grad=False),
+    )

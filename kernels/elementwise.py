@@ -1,0 +1,73 @@
+"""What the elementwise kernels share: where an element stands, and the noise of neighbouring ones.
+
+An operand's sample is a (channels, spatial) array whose element (c, s) has index c·spatial + s in
+the noise's counter and stands at c·channel_stride + s·spatial_stride.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from .philox import high_word, interleave4, low_word, philox_normals
+
+BLOCK = 256  # counters a program draws; it computes four elements of each
+
+
+@triton.jit
+def place(element, spatial, channel_stride, spatial_stride, ONE_RUN: tl.constexpr):
+    """An element's offset within its sample."""
+    if ONE_RUN:
+        offset = element
+    else:
+        channel = element // spatial
+        position = element - channel * spatial
+        offset = channel.to(tl.int64) * channel_stride + position.to(tl.int64) * spatial_stride
+    return offset
+
+
+@triton.jit
+def elements_from(first_quad, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """4·first_quad …, in 32 bits where a sample allows it: 64-bit divisions are slow."""
+    element = 4 * first_quad + tl.arange(0, 4 * BLOCK)
+    if not WIDE:
+        element = element.to(tl.int32)
+    return element
+
+
+@triton.jit
+def draw(seed_address, seed, step, number, first_quad, BLOCK: tl.constexpr):
+    """Float32 noise of elements 4·first_quad … of sample ``number`` at the counter's ``step``.
+
+    seed_address: int64 on the device, or None: then ``seed`` counts. All int64, their low bits.
+    """
+    if seed_address is not None:
+        seed = tl.load(seed_address)
+    seed = seed.to(tl.int64)
+    quad = low_word(first_quad + tl.arange(0, BLOCK))
+    n0, n1, n2, n3 = philox_normals(
+        low_word(seed), high_word(seed), low_word(step), low_word(number), high_word(number), quad
+    )
+    return interleave4(n0, n1, n2, n3)
+
+
+def is_one_run(shape: tuple[int, int, int], *layouts: tuple[int, int, int, int]) -> bool:
+    """Whether each operand's samples are contiguous."""
+    return shape[1] == 1 and all(layout[3] == 1 for layout in layouts)
+
+
+def is_wide(shape: tuple[int, int, int]) -> bool:
+    """Whether a sample's elements need 64-bit numbers."""
+    return shape[1] * shape[2] >= 2**31 - 4 * BLOCK
+
+
+@contextlib.contextmanager
+def device_of(tensor: torch.Tensor) -> Iterator[None]:
+    """The device to launch on; Triton's interpreter takes CPU tensors."""
+    if tensor.device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(tensor.device):
+        yield
