@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../common/attention.h"
 #include "../common/normal_fill.h"
 
 namespace fastdiff::cpu {
@@ -12,6 +13,9 @@ struct Kernels {
   void (*normal)(const NormalFill& fill, int threads);
   void (*philox)(uint32_t* out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,
                  uint32_t first_quad);
+  int64_t (*attention_workspace)(const Attention& attention, bool for_backward, int threads);
+  void (*attention_forward)(const Attention& attention, int threads);
+  void (*attention_backward)(const Attention& attention, int threads);
 };
 
 #ifdef FASTDIFF_ISA
@@ -19,6 +23,9 @@ namespace FASTDIFF_ISA {
 void normal(const NormalFill& fill, int threads);
 void philox(uint32_t* out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,
             uint32_t first_quad);
+int64_t attention_workspace(const Attention& attention, bool for_backward, int threads);  // floats
+void attention_forward(const Attention& attention, int threads);
+void attention_backward(const Attention& attention, int threads);
 }  // namespace FASTDIFF_ISA
 #endif
 

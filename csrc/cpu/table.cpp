@@ -3,6 +3,6 @@
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 
-const Kernels kernels = {normal, philox};
+const Kernels kernels = {normal, philox, attention_workspace, attention_forward, attention_backward};
 
 }  // namespace fastdiff::cpu::FASTDIFF_ISA
