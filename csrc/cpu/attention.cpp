@@ -96,6 +96,26 @@ void pack_rows(float* to, int64_t ld, const Part<T>& from, int64_t first, int64_
        tokens, head_dim);
 }
 
+// Tokens by rows of float32 channels: where they stand, if that is what they are, or packed.
+struct Rows {
+  const float* data;
+  int64_t stride;
+};
+
+template <typename T>
+Rows rows_of(const Part<T>& from, int64_t first, int64_t tokens, int64_t head_dim, float* scratch,
+             int64_t ld) {
+  pack_rows(scratch, ld, from, first, tokens, head_dim);
+  return {scratch, ld};
+}
+
+inline Rows rows_of(const Part<const float>& from, int64_t first, int64_t tokens, int64_t head_dim,
+                    float* scratch, int64_t ld) {
+  if (from.channel_stride == 1) return {from.data + first * from.token_stride, from.token_stride};
+  pack_rows(scratch, ld, from, first, tokens, head_dim);
+  return {scratch, ld};
+}
+
 template <typename T>
 void unpack_rows(const Part<T>& to, int64_t first, const float* from, int64_t ld, int64_t tokens,
                  int64_t head_dim) {
@@ -129,37 +149,62 @@ FASTDIFF_VEC Vec first_lanes(Vec v, int64_t n, float others) {
   return lane < static_cast<int32_t>(n) ? v : splat(others);
 }
 
-FASTDIFF_VEC float largest(Vec v) {
-  float m = v[0];
-  for (int i = 1; i < kWidth; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+// Lane i becomes the largest lane, or the sum of the lanes, of rows[i].
+FASTDIFF_VEC Vec largest_of_each(Vec* rows) {
+  transpose(rows);
+  Vec result = rows[0];
+  for (int i = 1; i < kWidth; ++i) result = larger(rows[i], result);
+  return result;
 }
 
-// scores[j] becomes exp(scale·scores[j] − m), m the largest so far. Returns their sum.
-inline float exponentials(float* scores, int64_t keys, float scale, float* m) {
+FASTDIFF_VEC Vec sum_of_each(Vec* rows) {
+  transpose(rows);
+  Vec result = rows[0];
+  for (int i = 1; i < kWidth; ++i) result += rows[i];
+  return result;
+}
+
+// For up to kWidth rows: scores become exp(scale·scores - m), m the row's largest so far; its
+// total so far is brought up to date. Returns what everything of the row so far shrank by.
+inline Vec exponentials(float* scores, int64_t stride, int rows, int64_t keys, float scale,
+                        float* m, float* total) {
   const float lowest = -__builtin_inff();
   const int64_t whole = keys - keys % kWidth;
-  Vec highest = splat(lowest);
-  for (int64_t j = 0; j < whole; j += kWidth) highest = larger(load(scores + j), highest);
-  if (whole < keys) {
-    highest = larger(first_lanes(load(scores + whole), keys - whole, lowest), highest);
+  Vec each[kWidth];
+  for (int i = 0; i < kWidth; ++i) each[i] = splat(lowest);
+  for (int i = 0; i < rows; ++i) {
+    const float* row = scores + i * stride;
+    Vec highest = splat(lowest);
+    for (int64_t j = 0; j < whole; j += kWidth) highest = larger(load(row + j), highest);
+    if (whole < keys) {
+      highest = larger(first_lanes(load(row + whole), keys - whole, lowest), highest);
+    }
+    each[i] = highest;
   }
-  const float here = largest(highest) * scale;
-  *m = here > *m ? here : *m;
+  const Vec before = load(m), now = larger(largest_of_each(each) * splat(scale), before);
+  store(m, now);
 
-  const Vec factor = splat(scale), offset = splat(-*m);
-  Vec total = Vec{};
-  for (int64_t j = 0; j < whole; j += kWidth) {
-    const Vec p = exp(fma(load(scores + j), factor, offset));
-    store(scores + j, p);
-    total += p;
+  const Vec factor = splat(scale);
+  for (int i = 0; i < kWidth; ++i) each[i] = Vec{};
+  for (int i = 0; i < rows; ++i) {
+    float* row = scores + i * stride;
+    const Vec offset = splat(-m[i]);
+    Vec added = Vec{};
+    for (int64_t j = 0; j < whole; j += kWidth) {
+      const Vec p = exp(fma(load(row + j), factor, offset));
+      store(row + j, p);
+      added += p;
+    }
+    if (whole < keys) {
+      const Vec p = exp(fma(load(row + whole), factor, offset));
+      store(row + whole, p);
+      added += first_lanes(p, keys - whole, 0.0f);
+    }
+    each[i] = added;
   }
-  if (whole < keys) {
-    const Vec p = exp(fma(load(scores + whole), factor, offset));
-    store(scores + whole, p);
-    total += first_lanes(p, keys - whole, 0.0f);
-  }
-  return sum(total);
+  const Vec shrink = exp(before - now);
+  store(total, fma(load(total), shrink, sum_of_each(each)));
+  return shrink;
 }
 
 inline void multiply_row(float* row, int64_t width, float by) {
@@ -175,26 +220,24 @@ void attend(const Attention& p, const Cut& cut, int64_t head, int64_t block, con
   const int64_t first = block * cut.rows, rows = smaller(cut.rows, tokens - first);
   const int64_t sample = head / p.heads, own = head % p.heads;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
-  float* q = scratch;
-  float* out = q + cut.rows * cut.width;
+  float* out = scratch + cut.rows * cut.width;
   float* scores = out + cut.rows * cut.width;
-  pack_rows(q, cut.width, part<const T>(p.qkv, sample, own * p.head_rows), first, rows, head_dim);
+  const Rows q = rows_of(part<const T>(p.qkv, sample, own * p.head_rows), first, rows, head_dim,
+                         scratch, cut.width);
 
   float m[kRows], total[kRows];
-  for (int64_t i = 0; i < rows; ++i) m[i] = -__builtin_inff(), total[i] = 0.0f;
+  for (int64_t i = 0; i < kRows; ++i) m[i] = -__builtin_inff(), total[i] = 0.0f;
   for (int64_t key = 0; key < tokens; key += kKeys) {
     const int64_t keys = smaller(kKeys, tokens - key);
-    multiply<false>(q, cut.width, k_panels + key * head_dim, head_dim, 0, scores, cut.score_stride,
-                    rows, keys, head_dim, false);
-    for (int64_t i = 0; i < rows; ++i) {
-      const float before = m[i];
-      const float added = exponentials(scores + i * cut.score_stride, keys, scale, &m[i]);
-      if (key > 0) {
-        const float shrink = exp(splat(before - m[i]))[0];
-        total[i] *= shrink;
-        multiply_row(out + i * cut.width, cut.width, shrink);
+    multiply<false>(q.data, q.stride, k_panels + key * head_dim, head_dim, 0, scores,
+                    cut.score_stride, rows, keys, head_dim, false);
+    for (int64_t i = 0; i < rows; i += kWidth) {
+      const int count = static_cast<int>(smaller(kWidth, rows - i));
+      const Vec shrink = exponentials(scores + i * cut.score_stride, cut.score_stride, count, keys,
+                                      scale, m + i, total + i);
+      for (int row = 0; key > 0 && row < count; ++row) {
+        multiply_row(out + (i + row) * cut.width, cut.width, shrink[row]);
       }
-      total[i] += added;
     }
     multiply<false>(scores, cut.score_stride, v_panels, tokens, key, out, cut.width, rows, head_dim,
                     keys, key > 0);
@@ -310,19 +353,23 @@ struct Backward {
     float* probabilities = scratch.probabilities + first * stride;
     float* grad_scores = scratch.grad_scores + first * stride;
 
-    pack_rows(left, cut.width, q, first, rows, head_dim);
-    multiply<false>(left, cut.width, scratch.k_by_token + key * head_dim, head_dim, 0,
+    const Rows queries = rows_of(q, first, rows, head_dim, left, cut.width);
+    multiply<false>(queries.data, queries.stride, scratch.k_by_token + key * head_dim, head_dim, 0,
                     probabilities, stride, rows, keys, head_dim, false);
-    pack_rows(left, cut.width, grad_out, first, rows, head_dim);
-    multiply<false>(left, cut.width, scratch.v_by_token + key * head_dim, head_dim, 0, grad_scores,
-                    stride, rows, keys, head_dim, false);
+    const Rows gradients = rows_of(grad_out, first, rows, head_dim, left, cut.width);
+    multiply<false>(gradients.data, gradients.stride, scratch.v_by_token + key * head_dim, head_dim,
+                    0, grad_scores, stride, rows, keys, head_dim, false);
     if (key == 0) {
-      pack_rows(other, cut.width, out, first, rows, head_dim);
+      const Rows outputs = rows_of(out, first, rows, head_dim, other, cut.width);
       for (int64_t i = 0; i < rows; ++i) {
+        const float* a = gradients.data + i * gradients.stride;
+        const float* b = outputs.data + i * outputs.stride;
+        const int64_t whole = head_dim - head_dim % kWidth;
         Vec dot = Vec{};
-        for (int64_t j = 0; j < cut.width; j += kWidth) {
-          const int64_t at = i * cut.width + j;
-          dot = fma(load(left + at), load(other + at), dot);
+        for (int64_t j = 0; j < whole; j += kWidth) dot = fma(load(a + j), load(b + j), dot);
+        if (whole < head_dim) {
+          const int rest = static_cast<int>(head_dim - whole);
+          dot = fma(load_n(a + whole, rest), load_n(b + whole, rest), dot);
         }
         scratch.dots[first + i] = sum(dot);
       }
