@@ -79,19 +79,34 @@ def choose(qkv: Tensor, num_heads: int, *, order: str = "heads_first") -> Choice
 def _implementation(qkv: Tensor, num_heads: int) -> tuple[str, str]:
     device_type, dtype = qkv.device.type, qkv.dtype
     name = backends.named()
-    if name is not None:
-        return backends.require("attention", name, device_type, dtype), "named"
-    isa, amx = _cpu() if device_type == "cpu" else ("", False)
-    samples, width, tokens = qkv.shape
-    training = qkv.requires_grad and torch.is_grad_enabled()
-    head_dim = width // (3 * num_heads)
-    return plan(
-        Call(device_type, dtype, samples * num_heads, tokens, head_dim, training, isa, amx)
+    transforms = not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )
+    if name is not None:
+        if transforms and name != "reference":
+            raise InputError(
+                f"attention: the backend {name!r} was named, but its kernels do not serve "
+                "torch.func transforms and forward-mode derivatives; name 'reference' or None"
+            )
+        return backends.require("attention", name, device_type, dtype), "it was named"
+    if transforms:
+        return "reference", "torch.func transforms and forward-mode derivatives pass through it"
+    isa, amx = cpu() if device_type == "cpu" else ("", False)
+    call = Call(
+        device_type,
+        dtype,
+        tokens=qkv.shape[2],
+        head_dim=qkv.shape[1] // (3 * num_heads),
+        training=qkv.requires_grad and torch.is_grad_enabled(),
+        token_major=qkv.stride(1) == 1,
+        isa=isa,
+        amx=amx,
+    )
+    return plan(call)
 
 
 @torch.compiler.assume_constant_result
-def _cpu() -> tuple[str, bool]:
+def cpu() -> tuple[str, bool]:
     """The native library's instruction set, and whether PyTorch multiplies bfloat16 in AMX tiles."""
     return native.library().current_isa(), _AMX
 
@@ -112,9 +127,8 @@ def run(implementation: str, qkv: Tensor, num_heads: int, order: str) -> Tensor:
         return written_out(qkv, num_heads, order)
     if torch.compiler.is_compiling():
         return torch.ops.fastdiff.attention(qkv, num_heads, order)[0]
-    # Forward-mode derivatives take the way that refuses them; the inference op would drop them.
-    if (qkv.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
-        return _Attention.apply(qkv, num_heads, order)[0]
+    if qkv.requires_grad and torch.is_grad_enabled():
+        return _Attention.apply(qkv, num_heads, order)
     return torch.ops.fastdiff.attention_inference(qkv, num_heads, order)
 
 
@@ -259,16 +273,10 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Tensor, int, str], output: tuple[Tensor, Tensor]):
     qkv, ctx.num_heads, ctx.order = inputs
     ctx.save_for_backward(qkv, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor | None, None, None]:
-    if grad_out is None:
-        return None, None, None
+def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor, None, None]:
     arguments = (grad_out, *ctx.saved_tensors, ctx.num_heads, ctx.order)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _AttentionBackward.apply(*arguments), None, None
     return torch.ops.fastdiff.attention_backward(*arguments), None, None
 
 
@@ -278,26 +286,30 @@ torch.library.register_autograd(
 
 
 class _Attention(torch.autograd.Function):
-    """The op's autograd formula again: in eager mode a third of the cost of the op's own."""
+    """The op's autograd formula for eager mode, where the op's own costs three times as much.
+
+    It takes ctx in forward: a setup_context of its own would cost as much again.
+    """
 
     @staticmethod
-    def forward(qkv: Tensor, num_heads: int, order: str) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastdiff.attention(qkv, num_heads, order)
-
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)
-
-
-class _AttentionBackward(torch.autograd.Function):
-    """Backward under create_graph=True: it has no derivative."""
+    def forward(ctx: Any, qkv: Tensor, num_heads: int, order: str) -> Tensor:
+        out, lse = torch.ops.fastdiff.attention(qkv, num_heads, order)
+        ctx.num_heads, ctx.order = num_heads, order
+        ctx.save_for_backward(qkv, out, lse)
+        return out
 
     @staticmethod
-    def forward(*arguments: Any) -> Tensor:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        arguments = (grad_out, *ctx.saved_tensors, ctx.num_heads, ctx.order)
+        if torch.is_grad_enabled():  # create_graph=True
+            return _NoSecondDerivative.apply(*arguments), None, None
+        return torch.ops.fastdiff.attention_backward(*arguments), None, None
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
         return torch.ops.fastdiff.attention_backward(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
