@@ -1,4 +1,4 @@
-"""What the tests of attention share: a loop over heads in float64, inputs in odd layouts, errors."""
+"""What attention's tests share: a loop over heads in float64, inputs in odd layouts, errors."""
 
 import math
 
@@ -40,9 +40,11 @@ def projection(n, width, tokens, dtype=torch.float32, layout="token_major", seed
     if layout == "channel_major":
         return qkv.contiguous()
     if layout == "misaligned":  # by one element
-        return torch.cat([qkv.new_zeros(1), qkv.transpose(1, 2).flatten()])[1:].view(
-            n, tokens, width
-        ).transpose(1, 2)
+        return (
+            torch.cat([qkv.new_zeros(1), qkv.transpose(1, 2).flatten()])[1:]
+            .view(n, tokens, width)
+            .transpose(1, 2)
+        )
     if layout == "sliced":
         wide = torch.full((n, width + 5, tokens + 3), float("nan"), dtype=dtype)
         wide[:, 2 : width + 2, 1 : tokens + 1] = qkv

@@ -206,7 +206,9 @@ def test_the_gradient_has_the_projections_layout(layout):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1, 200, 64), (3, 2, 40, 17), (1, 1, 600, 40), (5, 1, 300, 8)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 200, 64), (3, 2, 40, 17), (1, 1, 600, 40), (5, 1, 300, 8)]
+)
 def test_bits_do_not_depend_on_runs_or_threads(isa, shape, dtype):
     n, heads, tokens, head_dim = shape
     qkv = projection(n, 3 * heads * head_dim, tokens, dtype)

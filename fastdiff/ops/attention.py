@@ -107,7 +107,7 @@ def _implementation(qkv: Tensor, num_heads: int) -> tuple[str, str]:
 
 @torch.compiler.assume_constant_result
 def cpu() -> tuple[str, bool]:
-    """The native library's instruction set, and whether PyTorch multiplies bfloat16 in AMX tiles."""
+    """The native library's instruction set, and whether PyTorch multiplies in AMX tiles."""
     return native.library().current_isa(), _AMX
 
 
@@ -158,7 +158,7 @@ def _launch(qkv: Tensor, num_heads: int, order: str, with_lse: bool) -> tuple[Te
     if out.numel() == 0:
         return out, lse
     if _uses_triton(qkv):
-        from fastdiff.kernels import attention as kernels
+        import fastdiff.kernels.attention as kernels
 
         kernels.forward(qkv, num_heads, order, out, lse)
         return out, lse
@@ -186,7 +186,7 @@ def _launch_backward(
     if 1 not in grad_out.stride()[1:]:  # an expanded one, from a sum
         grad_out = grad_out.contiguous()
     if _uses_triton(qkv):
-        from fastdiff.kernels import attention as kernels
+        import fastdiff.kernels.attention as kernels
 
         kernels.backward(qkv, num_heads, order, out, lse, grad_out, grad_qkv)
         return grad_qkv
