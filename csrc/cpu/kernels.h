@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../common/attention.h"
 #include "../common/elementwise.h"
 #include "../common/group_norm.h"
 #include "../common/normal_fill.h"
@@ -26,6 +27,9 @@ struct Kernels {
   int64_t (*q_sample)(const QSample& plan, const QSampleCall& call, int threads);
   // false, before anything is written, for a step out of range
   bool (*posterior_step)(const PosteriorStep& plan, const PosteriorStepCall& call, int threads);
+  int64_t (*attention_workspace)(const Attention& attention, bool for_backward, int threads);
+  void (*attention_forward)(const Attention& attention, int threads);
+  void (*attention_backward)(const Attention& attention, int threads);
 };
 
 #ifdef FASTDIFF_ISA
@@ -37,6 +41,9 @@ GroupNormForwardKernel group_norm_silu;
 GroupNormBackwardKernel group_norm_silu_backward;
 int64_t q_sample(const QSample& plan, const QSampleCall& call, int threads);
 bool posterior_step(const PosteriorStep& plan, const PosteriorStepCall& call, int threads);
+int64_t attention_workspace(const Attention& attention, bool for_backward, int threads);  // floats
+void attention_forward(const Attention& attention, int threads);
+void attention_backward(const Attention& attention, int threads);
 }  // namespace FASTDIFF_ISA
 #endif
 

@@ -4,8 +4,15 @@
 namespace fastdiff::cpu::FASTDIFF_ISA {
 
 const Kernels kernels = {
-    normal,         philox, group_norm_silu, group_norm_silu_backward, q_sample,
+    normal,
+    philox,
+    group_norm_silu,
+    group_norm_silu_backward,
+    q_sample,
     posterior_step,
-}; Kernels kernels = {normal, philox, q_sample, posterior_step};
+    attention_workspace,
+    attention_forward,
+    attention_backward,
+};
 
 }  // namespace fastdiff::cpu::FASTDIFF_ISA
