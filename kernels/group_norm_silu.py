@@ -45,12 +45,18 @@ class Plan(NamedTuple):
     warps: int
 
 
-# Elements one program may hold. Forward, 512 threads keep 64 values each; backward, 32 of x and 32
-# of dy: beyond that the registers spill.
-FORWARD_TILE, BACKWARD_TILE = 32768, 16384
-CHUNK = 8192  # where several tiles make a group: four programs fit a multiprocessor
+# Elements one program may hold before registers spill, by (backward, channels_last): 32 values a
+# thread and 1024 threads, half of them where dy is held too, and half again where every thread
+# meets several channels and keeps their coefficients.
+MOST = {
+    (False, False): 32768,
+    (False, True): 16384,
+    (True, False): 16384,
+    (True, True): 8192,
+}
+CHUNK = 8192  # where several tiles make a group: three or four programs fit a multiprocessor
 SMALL = 2048  # below this a program's start costs more than its work: take several groups
-SECTOR, LINE = 32, 128  # bytes: what memory moves, what a warp's access should cover
+LEAST, LINE = 16, 128  # bytes side by side: half a sector of memory, and what a warp should cover
 
 
 @functools.lru_cache(maxsize=None)
@@ -66,7 +72,7 @@ def plan(
 ) -> Plan:
     """The tiles for one call: a pure function of shape, layout, storage size and device."""
     group = channels // groups
-    most = BACKWARD_TILE if backward else FORWARD_TILE
+    most = MOST[backward, channels_last]
     padded_positions = triton.next_power_of_2(positions)
 
     best = None
@@ -82,15 +88,15 @@ def plan(
         enough = samples * groups // count >= 2 * device.processors
         if not channels_last:  # a group is one run: more only where it is small
             better = best is None or (tile <= SMALL and enough)
-        else:  # cover sectors always, and lines while the programs suffice
+        else:  # cover half sectors always, and lines while the programs suffice
             line = width * itemsize <= LINE
-            better = best is None or best * group * itemsize < SECTOR or (line and enough)
+            better = best is None or best * group * itemsize < LEAST or (line and enough)
         if better:
             best = count
-    whole_sectors = not channels_last or (
-        best is not None and (best * group * itemsize >= SECTOR or best == groups)
+    covers = not channels_last or (
+        best is not None and (best * group * itemsize >= LEAST or best == groups)
     )
-    if best is not None and whole_sectors:
+    if best is not None and covers:
         width = best * group
         tile_channels = triton.next_power_of_2(width)
         warps = _warps(tile_channels * padded_positions, backward)
@@ -119,7 +125,7 @@ def plan(
 
 def _warps(tile: int, backward: bool) -> int:
     """32 values a thread hide the latency of one another; dy doubles what backward holds."""
-    return min(16, max(1, tile // (512 if backward else 1024)))
+    return min(32, max(1, tile // 1024)) if not backward else min(16, max(1, tile // 512))
 
 
 # --- Pieces of the kernels -------------------------------------------------------------------
