@@ -57,17 +57,23 @@ def specialised(kernel: JITFunction, args: tuple, kwargs: dict) -> ASTSource:
     """The source as Triton's launcher specialises it: ones and None constant, 16 | n noted."""
     bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        value = bound[parameter.name]
+
+    def note(path: tuple, value):
+        """The type of one argument, which may be a tuple."""
+        if isinstance(value, tuple):
+            return tuple(note((*path, i), entry) for i, entry in enumerate(value))
         is_int = isinstance(value, int) and not isinstance(value, bool)
-        if parameter.is_constexpr or value is None or (is_int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-            continue
-        signature[parameter.name] = mangle_type(value)
+        if kernel.params[path[0]].is_constexpr or value is None or (is_int and value == 1):
+            constants[path] = value
+            return "constexpr"
         number = value if is_int else value.data_ptr() if hasattr(value, "data_ptr") else 1
         if number % 16 == 0:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            attributes[path] = [["tt.divisibility", 16]]
+        return mangle_type(value)
+
+    for index, parameter in enumerate(kernel.params):
+        value = bound[parameter.name]
+        signature[parameter.name] = note((index,), tuple(value) if isinstance(value, tuple) else value)
     return ASTSource(kernel, signature, constants, attributes)
 
 
