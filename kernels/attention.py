@@ -29,7 +29,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Tensor cores round float32 operands to 11 bits: attention in float32 means float32.
-FLOAT32_PRECISION = "ieee"
+FLOAT32_PRECISION = "tf32x3"
 
 
 class Tiles(NamedTuple):
@@ -56,7 +56,7 @@ def plan(head_dim: int, tokens: int, itemsize: int, programs: int, processors: i
 
     programs: samples × heads. Fewer rows where the grid would leave multiprocessors idle.
     """
-    chunk, chunks = _chunks(head_dim)
+    chunk, chunks = _chunks(head_dim, 128 if itemsize == 2 else 32)
     width = chunk * chunks
     most = max(16, triton.next_power_of_2(tokens))
 
@@ -71,7 +71,7 @@ def plan(head_dim: int, tokens: int, itemsize: int, programs: int, processors: i
 
     if itemsize == 4:  # products on the ordinary cores: operands stand in registers
         return Plan(
-            tiles(128, 32, 32, 4, 1), tiles(64, 32, 32, 4, 1), tiles(128, 32, 32, 4, 1)
+            tiles(128, 32, 32, 4, 1), tiles(64, 32, 32, 4, 1), tiles(64, 32, 32, 4, 1)
         )
     if width <= 64:
         return Plan(
@@ -86,10 +86,11 @@ def plan(head_dim: int, tokens: int, itemsize: int, programs: int, processors: i
     )
 
 
-def _chunks(head_dim: int) -> tuple[int, int]:
-    """The least padding in at most 8 chunks; of equals the fewest. Tensor cores want 32 or more."""
-    smallest = 16 if head_dim < 64 else 32
-    sizes = [size for size in (128, 64, 32, 16) if size >= smallest and size * 8 >= head_dim]
+def _chunks(head_dim: int, most: int) -> tuple[int, int]:
+    """The least padding in chunks of at most ``most``; of equals the fewest, and at most 8 chunks
+    if that allows. Tensor cores want 32 or more."""
+    smallest = min(most, 16 if head_dim < 64 else max(32, triton.next_power_of_2(head_dim) // 8))
+    sizes = [size for size in (128, 64, 32, 16) if smallest <= size <= most]
     chunk = min(sizes, key=lambda size: triton.cdiv(head_dim, size) * size)
     return chunk, triton.cdiv(head_dim, chunk)
 
@@ -163,6 +164,35 @@ def zeros(ROWS: tl.constexpr, BD: tl.constexpr, COUNT: tl.constexpr):
     return tiles
 
 
+@triton.jit
+def products(
+    a,  # (rows, channels), strides (token, channel)
+    a_strides,
+    b,
+    b_strides,
+    row,
+    column,
+    tokens,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """a[row]·b[column]ᵀ over the head's channels: (ROWS, COLUMNS)."""
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    # A loop kept rolled holds one chunk at a time; unrolled, every chunk of the operand that does
+    # not change would be kept in shared memory and registers.
+    for c in range(CHUNKS):
+        d = indices(c * BD, BD, WIDE)
+        left = load_tile(a, row, d, a_strides[2], a_strides[1], tokens, D)
+        right = load_tile(b, d, column, b_strides[1], b_strides[2], D, tokens)
+        sums = tl.dot(left, right, sums, input_precision=PRECISION)
+    return sums
+
+
 # --- Forward ---------------------------------------------------------------------------------
 
 
@@ -186,26 +216,34 @@ def forward_kernel(
     SPLITS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    HOLD: tl.constexpr,  # keep the queries; float32 has no room to
 ):
     OWNED: tl.constexpr = (CHUNKS + SPLITS - 1) // SPLITS
     block, split, head, sample = split_program(blocks, heads, SPLITS)
     q_base, k_base, v_base = head_rows(qkv, sample, head, heads, strides, D, HEADS_FIRST)
     m = indices(block * BM, BM, WIDE)
     q = ()
-    for c in tl.static_range(CHUNKS):
-        d = indices(c * BD, BD, WIDE)
-        q = q + (load_tile(q_base, m, d, strides[2], strides[1], tokens, D),)
+    if HOLD:
+        for c in tl.static_range(CHUNKS):
+            d = indices(c * BD, BD, WIDE)
+            q = q + (load_tile(q_base, m, d, strides[2], strides[1], tokens, D),)
 
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = zeros(BM, BD, OWNED)
     for start in range(0, tokens, BN):
         n = indices(start, BN, WIDE)
-        s = tl.zeros((BM, BN), tl.float32)
-        for c in tl.static_range(CHUNKS):
-            d = indices(c * BD, BD, WIDE)
-            k = load_tile(k_base, d, n, strides[1], strides[2], D, tokens)
-            s = tl.dot(q[c], k, s, input_precision=PRECISION)
+        if HOLD:
+            s = tl.zeros((BM, BN), tl.float32)
+            for c in tl.static_range(CHUNKS):
+                d = indices(c * BD, BD, WIDE)
+                k = load_tile(k_base, d, n, strides[1], strides[2], D, tokens)
+                s = tl.dot(q[c], k, s, input_precision=PRECISION)
+        else:
+            s = products(
+                q_base, strides, k_base, strides, m, n, tokens,
+                D, BD, CHUNKS, BM, BN, WIDE, PRECISION,
+            )  # fmt: skip
         s = tl.where((n < tokens)[None, :], s * (scale * LOG2_E), float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         p = tl.exp2(s - new_top[:, None])
@@ -299,16 +337,14 @@ def keys_kernel(
     dv = zeros(BM, BD, OWNED)
     for start in range(0, tokens, BN):
         n = indices(start, BN, WIDE)
-        s = tl.zeros((BM, BN), tl.float32)
-        dp = tl.zeros((BM, BN), tl.float32)
-        for c in tl.static_range(CHUNKS):
-            d = indices(c * BD, BD, WIDE)
-            k = load_tile(k_base, keys, d, strides[2], strides[1], tokens, D)
-            q = load_tile(q_base, d, n, strides[1], strides[2], D, tokens)
-            s = tl.dot(k, q, s, input_precision=PRECISION)
-            v = load_tile(v_base, keys, d, strides[2], strides[1], tokens, D)
-            g = load_tile(g_base, d, n, grad_strides[1], grad_strides[2], D, tokens)
-            dp = tl.dot(v, g, dp, input_precision=PRECISION)
+        s = products(
+            k_base, strides, q_base, strides, keys, n, tokens,
+            D, BD, CHUNKS, BM, BN, WIDE, PRECISION,
+        )  # fmt: skip
+        dp = products(
+            v_base, strides, g_base, grad_strides, keys, n, tokens,
+            D, BD, CHUNKS, BM, BN, WIDE, PRECISION,
+        )  # fmt: skip
         row_lse = tl.load(lse + per_row + n, mask=n < tokens, other=float("inf"))
         row_delta = tl.load(delta + per_row + n, mask=n < tokens, other=0.0)
         p = tl.exp2(s * (scale * LOG2_E) - (row_lse * LOG2_E)[None, :])  # 0 past the tokens
@@ -370,16 +406,14 @@ def queries_kernel(
     dq = zeros(BM, BD, OWNED)
     for start in range(0, tokens, BN):
         n = indices(start, BN, WIDE)
-        s = tl.zeros((BM, BN), tl.float32)
-        dp = tl.zeros((BM, BN), tl.float32)
-        for c in tl.static_range(CHUNKS):
-            d = indices(c * BD, BD, WIDE)
-            q = load_tile(q_base, m, d, strides[2], strides[1], tokens, D)
-            k = load_tile(k_base, d, n, strides[1], strides[2], D, tokens)
-            s = tl.dot(q, k, s, input_precision=PRECISION)
-            g = load_tile(g_base, m, d, grad_strides[2], grad_strides[1], tokens, D)
-            v = load_tile(v_base, d, n, strides[1], strides[2], D, tokens)
-            dp = tl.dot(g, v, dp, input_precision=PRECISION)
+        s = products(
+            q_base, strides, k_base, strides, m, n, tokens,
+            D, BD, CHUNKS, BM, BN, WIDE, PRECISION,
+        )  # fmt: skip
+        dp = products(
+            g_base, grad_strides, v_base, strides, m, n, tokens,
+            D, BD, CHUNKS, BM, BN, WIDE, PRECISION,
+        )  # fmt: skip
         p = tl.exp2(s * (scale * LOG2_E) - (row_lse * LOG2_E)[:, None])
         # Past the tokens k is zero, and so is what the other factor multiplies.
         ds = p * (dp - row_delta[:, None])
@@ -415,6 +449,7 @@ def forward(
     grid = (blocks * tiles.forward.splits * num_heads * qkv.shape[0],)
     forward_kernel[grid](
         qkv, out, lse, head_dim**-0.5, blocks, num_heads, tokens, qkv.stride(), out.stride(),
+        HOLD=qkv.element_size() == 2,
         **_constants(head_dim, order, qkv.dtype, tiles.forward, qkv, out),
     )  # fmt: skip
 
