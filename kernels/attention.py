@@ -56,12 +56,13 @@ def plan(head_dim: int, tokens: int, itemsize: int, programs: int, processors: i
 
     programs: samples × heads. Fewer rows where the grid would leave multiprocessors idle.
     """
-    chunk, chunks = _chunks(head_dim, 128 if itemsize == 2 else 32)
-    width = chunk * chunks
     most = max(16, triton.next_power_of_2(tokens))
 
-    def tiles(owned: int, rows: int, columns: int, warps: int, stages: int) -> Tiles:
-        """owned: channels of the output one program accumulates."""
+    def tiles(
+        largest: int, owned: int, rows: int, columns: int, warps: int, stages: int
+    ) -> Tiles:
+        """largest: chunk; owned: channels of the output one program accumulates."""
+        chunk, chunks = _chunks(head_dim, largest)
         per_program = max(1, owned // chunk)
         splits = triton.cdiv(chunks, per_program)
         rows, columns = min(rows, most), min(columns, most)
@@ -69,20 +70,28 @@ def plan(head_dim: int, tokens: int, itemsize: int, programs: int, processors: i
             rows //= 2
         return Tiles(chunk, chunks, splits, rows, columns, warps, stages)
 
-    if itemsize == 4:  # products on the ordinary cores: operands stand in registers
+    if itemsize == 4:  # each operand stands in registers three times over
         return Plan(
-            tiles(128, 32, 32, 4, 1), tiles(64, 32, 32, 4, 1), tiles(64, 32, 32, 4, 1)
+            forward=tiles(32, 128, 32, 32, 8, 1),
+            keys=tiles(32, 64, 32, 16, 8, 1),
+            queries=tiles(32, 64, 32, 32, 8, 1),
         )
-    if width <= 64:
+    if head_dim <= 64:
         return Plan(
-            tiles(64, 128, 64, 4, 3), tiles(64, 64, 64, 4, 2), tiles(64, 64, 64, 4, 2)
+            forward=tiles(64, 64, 128, 64, 4, 3),
+            keys=tiles(64, 64, 64, 64, 4, 2),
+            queries=tiles(64, 64, 64, 64, 4, 2),
         )
-    if width <= 128:
+    if head_dim <= 128:
         return Plan(
-            tiles(128, 128, 64, 8, 2), tiles(128, 64, 64, 8, 2), tiles(128, 64, 64, 8, 2)
+            forward=tiles(128, 128, 128, 64, 8, 2),
+            keys=tiles(128, 128, 64, 32, 8, 2),
+            queries=tiles(128, 128, 64, 64, 8, 2),
         )
     return Plan(
-        tiles(256, 64, 32, 8, 2), tiles(128, 64, 32, 8, 2), tiles(256, 64, 32, 8, 2)
+        forward=tiles(128, 256, 64, 32, 8, 2),
+        keys=tiles(64, 128, 64, 32, 8, 2),
+        queries=tiles(64, 256, 64, 32, 8, 2),
     )
 
 
@@ -469,7 +478,7 @@ def backward(
     tokens, head_dim, tiles = _prepare(qkv, num_heads)
     pairs = qkv.shape[0] * num_heads
     delta = torch.empty_like(lse)
-    rows = min(64, max(16, triton.next_power_of_2(tokens)))
+    rows = min(32, max(16, triton.next_power_of_2(tokens)))
     blocks = triton.cdiv(tokens, rows)
     delta_kernel[(blocks * pairs,)](
         out, grad_out, delta, blocks, num_heads, tokens, out.stride(), grad_out.stride(),
