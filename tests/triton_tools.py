@@ -1,0 +1,99 @@
+"""What the tests of Triton kernels share: compiling what a launcher launches, without a GPU."""
+
+import contextlib
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+
+CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
+
+
+class Usage(NamedTuple):
+    """What one compiled kernel takes, as cuobjdump reads it off the machine code."""
+
+    kernel: str
+    registers: int
+    stack: int  # bytes; a spill needs stack
+    spills: int  # local loads and stores in the machine code
+    shared: int
+    warps: int
+
+
+@contextlib.contextmanager
+def compiling(capability: int, cache: str | Path, usages: list[Usage]):
+    """Within: a launch compiles for ``capability`` instead of running, and notes its usage.
+
+    Call the launcher with tensors on device "meta": their pointers count as aligned.
+    """
+    seen = set()
+
+    def run(self, *args, grid, warmup, **kwargs):
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        source = specialised(self, args, kwargs)
+        key = (source.hash(), str(options))
+        if key in seen:
+            return
+        seen.add(key)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        usages.append(usage(compiled, cache))
+
+    original = JITFunction.run
+    JITFunction.run = run
+    try:
+        yield
+    finally:
+        JITFunction.run = original
+
+
+def specialised(kernel: JITFunction, args: tuple, kwargs: dict) -> ASTSource:
+    """The source as Triton's launcher specialises it: ones and None constant, 16 | n noted."""
+    bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constants, attributes = {}, {}, {}
+
+    def note(path: tuple, value):
+        """The type of one argument, which may be a tuple."""
+        if isinstance(value, tuple):
+            return tuple(note((*path, i), entry) for i, entry in enumerate(value))
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        if kernel.params[path[0]].is_constexpr or value is None or (is_int and value == 1):
+            constants[path] = value
+            return "constexpr"
+        number = value if is_int else value.data_ptr() if hasattr(value, "data_ptr") else 1
+        if number % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return mangle_type(value)
+
+    for index, parameter in enumerate(kernel.params):
+        value = bound[parameter.name]
+        signature[parameter.name] = note((index,), tuple(value) if isinstance(value, tuple) else value)
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def usage(compiled, cache: str | Path) -> Usage:
+    cubin = Path(cache) / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    report = _cuobjdump("-res-usage", cubin)
+    code = _cuobjdump("-sass", cubin)
+    registers, stack = (int(re.search(rf"{name}:(\d+)", report)[1]) for name in ("REG", "STACK"))
+    return Usage(
+        compiled.metadata.name,
+        registers,
+        stack,
+        len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        compiled.metadata.shared,
+        compiled.metadata.num_warps,
+    )
+
+
+def _cuobjdump(option: str, cubin: Path) -> str:
+    return subprocess.run(
+        [str(CUOBJDUMP), option, str(cubin)], capture_output=True, text=True, check=True
+    ).stdout
