@@ -117,7 +117,7 @@ def backward(
 
 
 def _room(like: Maybe) -> Maybe:
-    return None if like is None else torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    return None if like is None else torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def operator_backward(*arguments: Any) -> tuple[Tensor, ...]:

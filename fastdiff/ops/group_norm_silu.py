@@ -12,6 +12,10 @@ from fastdiff.ops import _group_norm_launch as launch
 from fastdiff.reference import group_norm_silu as reference
 
 OP = "group_norm_silu"
+# Contiguous tensors up to this size train on PyTorch's operations: a call of autograd's Python side
+# costs more than the kernels save (benchmarks/results, the smallest shapes of forward+backward).
+# Not channels_last ones, for which PyTorch's statistics cancel where the mean is far from zero.
+SMALL = 32768
 
 
 def group_norm_silu(
@@ -48,7 +52,10 @@ def group_norm_silu(
     """
     tensors = (weight, bias, scale, shift, add)
     _check(x, num_groups, *tensors, activation)
-    backend = _backend(x)
+    wants_gradient = torch.is_grad_enabled() and (
+        x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
+    )
+    backend = _backend(x, wants_gradient)
     if backend == "reference":
         return reference.group_norm_silu(
             x, num_groups, weight, bias, eps, scale=scale, shift=shift, add=add,
@@ -56,27 +63,35 @@ def group_norm_silu(
         )  # fmt: skip
     silu = activation is not None
     arguments = (x, num_groups, weight, bias, eps, scale, shift, add, silu)
-    wants_gradient = torch.is_grad_enabled() and (
-        x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
-    )
     if not backends.launches_directly(x, *tensors):
         return _forward(*arguments)[0] if wants_gradient else _inference(*arguments)
     return _Function.apply(*arguments) if wants_gradient else launch.inference(*arguments)
 
 
-def choose(x: Tensor, *_: Any, **__: Any) -> Choice:
-    """Which backend serves a call with this ``x``, and why (``fastdiff.explain``)."""
-    backend = _backend(x)
+def choose(x: Tensor, *arguments: Any, **options: Any) -> Choice:
+    """Which backend serves this call, and why (``fastdiff.explain``)."""
+    tensors = (x, *arguments, *options.values())
+    wants_gradient = torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in tensors
+    )
+    backend = _backend(x, wants_gradient)
     if backends.named() is not None:
         return Choice(OP, backend, "named by set_backend, backend() or FASTDIFF_BACKEND")
+    if backend == "reference" and x.device.type == "cpu" and x.dtype in backends.KERNEL_DTYPES:
+        return Choice(
+            OP, backend, f"PyTorch's operations train up to {SMALL} contiguous elements faster"
+        )
     return Choice(OP, backend, backends.default_reason(x.device.type, x.dtype))
 
 
-def _backend(x: Tensor) -> str:
+def _backend(x: Tensor, wants_gradient: bool) -> str:
     name = backends.named()
-    if name is None:
-        return backends.default(x.device.type, x.dtype)
-    return backends.require(OP, name, x.device.type, x.dtype)
+    if name is not None:
+        return backends.require(OP, name, x.device.type, x.dtype)
+    name = backends.default(x.device.type, x.dtype)
+    if name == "native" and wants_gradient and x.numel() <= SMALL and x.is_contiguous():
+        return "reference"
+    return name
 
 
 # --- torch.library ----------------------------------------------------------------------------
