@@ -43,14 +43,15 @@ def inputs(shape, rows, dtype, output_dtype=None, layout="contiguous", guided=Fa
 
 
 def exact(rows, i, x_t, output, noise, before, scale=None):
-    """(x_prev, x_0) in float64."""
+    """(x_prev, x_0) in float64, and the size of what cancels in x_0."""
     x_t, output, noise, before = (v.double().numpy() for v in (x_t, output, noise, before))
     channels, batch = x_t.shape[1], x_t.shape[0]
     v = output[:batch, channels:] if rows.learned_variance else None
     output = output[:, :channels]
     if scale is not None:
         output = output[batch:] + float(scale) * (output[:batch] - output[batch:])
-    return direct(rows, i, x_t, output, v=v, z=noise, before=before)
+    cancels = np.abs(float(rows.a[i]) * x_t) + np.abs(float(rows.b[i]) * output)
+    return *direct(rows, i, x_t, output, v=v, z=noise, before=before), cancels
 
 
 @given(
@@ -76,7 +77,9 @@ def test_error_is_at_most_twice_that_of_the_reference(
         shape, rows, dtype, output_dtype, layout, guided=scale is not None
     )
     options = {"noise": noise, "prev_x_start": before, "guidance_scale": scale}
-    wanted = exact(rows, i, x_t, output, noise, before, scale)
+    *wanted, cancels = exact(rows, i, x_t, output, noise, before, scale)
+    # Where a few elements escape the clip, the largest error of either is luck.
+    luck = torch.finfo(torch.float32).eps * cancels
     with fastdiff.backend("reference"):
         reference = posterior_step(x_t, output, rows, i, **options)
     for isa in each_isa():
@@ -88,7 +91,8 @@ def test_error_is_at_most_twice_that_of_the_reference(
                 continue
             error = np.abs(mine.double().numpy() - value)
             allowed = 2 * np.abs(theirs.double().numpy() - value).max()
-            assert (error <= allowed + torch.finfo(dtype).eps * (np.abs(value) + 1)).all(), isa
+            ulp = torch.finfo(dtype).eps * (np.abs(value) + 1)
+            assert (error <= allowed + ulp + luck).all(), isa
 
 
 @pytest.mark.parametrize("name", ["ddpm", "learned_range", "dpmsolver++"])

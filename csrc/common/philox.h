@@ -74,9 +74,10 @@ FASTDIFF_INLINE F horner(F p, F x, float c) {
 template <typename F>
 FASTDIFF_INLINE F natural_log(F u) {
   using L = Lanes<F>;
-  const auto offset = L::as_int(L::bits_of(u) - 0x3F3504F3u);  // bits of √½
-  const F e = L::round_int(offset >> 23);
-  const F m = L::float_of(L::as_word(offset & 0x007FFFFF) + 0x3F3504F3u);
+  const auto bits = L::bits_of(u);
+  const auto exponent = (bits - 0x3F3504F3u) & 0xFF800000u;  // e·2^23; 0x3F3504F3: bits of √½
+  const F e = L::round_int(L::as_int(exponent));             // 2^23 too large, as its factors know
+  const F m = L::float_of(bits - exponent);
   const F f = L::add(m, L::splat(-1.0f));
 
   F p = L::splat(-0.0735380277f);
@@ -90,9 +91,10 @@ FASTDIFF_INLINE F natural_log(F u) {
 
   const F f2 = L::mul(f, f);
   F low = L::mul(L::mul(f, f2), p);
-  low = L::add(low, L::mul(e, L::splat(-2.12194440e-4f)));  // ln 2 = 0.693359375 - 2.12194440e-4
+  low = L::add(low, L::mul(e, L::splat(-2.12194440e-4f * 0x1p-23f)));
+  // ln 2 = 0.693359375 - 2.12194440e-4, of which the first has nine bits and e six: exact
   low = L::fma(f2, L::splat(-0.5f), low);
-  return L::fma(e, L::splat(0.693359375f), L::add(low, f));  // nine bits by six: exact
+  return L::fma(e, L::splat(0.693359375f * 0x1p-23f), L::add(low, f));
 }
 
 // (cos 2πu, sin 2πu), u that of uniform_of(word): the argument is reduced in turns, which is exact;
@@ -120,10 +122,10 @@ FASTDIFF_INLINE void cos_sin_turns(typename Lanes<F>::Word word, F* cosine, F* s
 
   // Quadrants 1 and 3 swap the two; cos is negative in 1 and 2, sin in 2 and 3.
   const auto n = L::as_word(quadrant);
-  const auto either = (cos_f ^ sin_f) & (0u - (n & 1u));
+  const auto odd = (n & 1u) != 0u;
   const auto sign = n << 30;
-  *cosine = L::float_of(cos_f ^ either ^ ((sign + 0x40000000u) & 0x80000000u));
-  *sine = L::float_of(sin_f ^ either ^ (sign & 0x80000000u));
+  *cosine = L::float_of((odd ? sin_f : cos_f) ^ ((sign + 0x40000000u) & 0x80000000u));
+  *sine = L::float_of((odd ? cos_f : sin_f) ^ (sign & 0x80000000u));
 }
 
 template <typename F>

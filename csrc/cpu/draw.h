@@ -36,8 +36,8 @@ FASTDIFF_VEC Wide product(Wide words, uint32_t factor) {
 #endif
 }
 
-// Even and odd lanes of 32 bits from the low halves of two Wides.
-FASTDIFF_VEC VecU interleave_words(Wide even, Wide odd) {
+// Even and odd lanes of 32 bits from the low, or the high, halves of two Wides.
+FASTDIFF_VEC VecU low_halves(Wide even, Wide odd) {
 #if defined(__AVX512F__)
   return reinterpret_cast<VecU>(_mm512_mask_shuffle_epi32(
       reinterpret_cast<__m512i>(even), 0xAAAA, reinterpret_cast<__m512i>(odd), _MM_PERM_CCAA));
@@ -46,8 +46,17 @@ FASTDIFF_VEC VecU interleave_words(Wide even, Wide odd) {
 #endif
 }
 
-struct Words {
-  Wide w[4];
+FASTDIFF_VEC VecU high_halves(Wide even, Wide odd) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecU>(_mm512_mask_shuffle_epi32(
+      reinterpret_cast<__m512i>(odd), 0x5555, reinterpret_cast<__m512i>(even), _MM_PERM_DDBB));
+#else
+  return reinterpret_cast<VecU>((even >> 32) | (odd & 0xFFFFFFFF00000000u));
+#endif
+}
+
+struct Counters {
+  Wide c[4];
 };
 
 // What the rounds of every counter of one stream have in common: the round keys, and the halves of
@@ -84,8 +93,8 @@ FASTDIFF_VEC Schedule schedule_of(const Stream& stream) {
   return s;
 }
 
-// Philox4x32-10 of the counters whose first words are `quads`.
-FASTDIFF_VEC Words philox(const Schedule& s, Wide quads) {
+// The counters whose first words are `quads` after nine rounds.
+FASTDIFF_VEC Counters nine_rounds(const Schedule& s, Wide quads) {
   Wide c0, c1, c2, c3;
   c3 = product(quads, kPhiloxMultiplier0);  // round 1
   c2 = (c3 >> 32) ^ s.c2_round1;
@@ -93,8 +102,8 @@ FASTDIFF_VEC Words philox(const Schedule& s, Wide quads) {
   c0 = (c1 >> 32) ^ s.c0_round2;
   c2 = c3 ^ s.c2_round2;
   c3 = Wide{} + s.c3_round2;
-#pragma GCC unroll 8
-  for (int round = 2; round < 10; ++round) {
+#pragma GCC unroll 7
+  for (int round = 2; round < 9; ++round) {
     const Wide product0 = product(c0, kPhiloxMultiplier0);
     const Wide product1 = product(c2, kPhiloxMultiplier1);
     c0 = (product1 >> 32) ^ c1 ^ s.key0[round];
@@ -103,6 +112,20 @@ FASTDIFF_VEC Words philox(const Schedule& s, Wide quads) {
     c3 = product0;
   }
   return {{c0, c1, c2, c3}};
+}
+
+// Philox4x32-10 of the counters whose first words are `quads`; the last round brings them together.
+FASTDIFF_VEC void philox(const Schedule& s, VecU quads, VecU words[4]) {
+  const Counters even = nine_rounds(s, reinterpret_cast<Wide>(quads));
+  const Counters odd = nine_rounds(s, reinterpret_cast<Wide>(quads) >> 32);
+  const Wide even0 = product(even.c[0], kPhiloxMultiplier0);
+  const Wide even1 = product(even.c[2], kPhiloxMultiplier1);
+  const Wide odd0 = product(odd.c[0], kPhiloxMultiplier0);
+  const Wide odd1 = product(odd.c[2], kPhiloxMultiplier1);
+  words[0] = high_halves(even1, odd1) ^ low_halves(even.c[1], odd.c[1]) ^ s.key0[9];
+  words[1] = low_halves(even1, odd1);
+  words[2] = high_halves(even0, odd0) ^ low_halves(even.c[3], odd.c[3]) ^ s.key1[9];
+  words[3] = low_halves(even0, odd0);
 }
 
 // (a0 b0 c0 d0) (a1 b1 c1 d1) …, of each 128-bit part: `to` gets the parts' first rows, then their
@@ -155,10 +178,8 @@ FASTDIFF_VEC void draw_block(const Stream& stream, uint32_t first_quad, int64_t 
   for (int i = 0; i < kWidth; ++i) lanes[i] = kParts * (i % 4) + i / 4;
   for (int64_t element = 0; element < count; element += kGroup) {
     const VecU quads = lanes + (first_quad + static_cast<uint32_t>(element / 4));
-    const Words even = philox(schedule, reinterpret_cast<Wide>(quads));
-    const Words odd = philox(schedule, reinterpret_cast<Wide>(quads) >> 32);
     VecU words[4];
-    for (int i = 0; i < 4; ++i) words[i] = interleave_words(even.w[i], odd.w[i]);
+    philox(schedule, quads, words);
     Vec n0, n1, n2, n3;
     box_muller<Vec>(words[0], words[1], &n0, &n1);
     box_muller<Vec>(words[2], words[3], &n2, &n3);
