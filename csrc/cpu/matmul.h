@@ -135,10 +135,10 @@ static void unpack(T* to, int64_t stride_i, int64_t stride_j, const float* from,
     }
     return;
   }
-  for (int64_t i = 0; i < rows; i += kWidth) {
-    const int down = static_cast<int>(smaller(kWidth, rows - i));
-    for (int64_t j = 0; j < columns; j += kWidth) {
-      const int across = static_cast<int>(smaller(kWidth, columns - j));
+  for (int64_t j = 0; j < columns; j += kWidth) {
+    const int across = static_cast<int>(smaller(kWidth, columns - j));
+    for (int64_t i = 0; i < rows; i += kWidth) {
+      const int down = static_cast<int>(smaller(kWidth, rows - i));
       T* corner = to + i * stride_i + j * stride_j;
       Vec tile[kWidth];
       for (int ii = 0; ii < kWidth; ++ii) {

@@ -65,6 +65,6 @@ def _plan_cpu(call: Call) -> tuple[str, str]:
         if call.training:
             if call.tokens >= 192 and call.head_dim >= 32:
                 return "matmuls", f"PyTorch's matrix products are measured faster for {shape}"
-        elif call.token_major and call.tokens >= 32:
+        elif call.token_major and call.tokens >= 32 and call.tokens * call.head_dim >= 4096:
             return "sdpa", f"PyTorch's SDPA is measured faster for {shape}"
     return "native", "the C++ kernel is measured faster than PyTorch's SDPA"
