@@ -50,7 +50,7 @@ class Plan(NamedTuple):
     queries: Tiles  # dq
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def plan(head_dim: int, tokens: int, itemsize: int, programs: int, processors: int = 132) -> Plan:
     """The tiles of all three kernels, from shape and storage size alone.
 
@@ -58,9 +58,7 @@ def plan(head_dim: int, tokens: int, itemsize: int, programs: int, processors: i
     """
     most = max(16, triton.next_power_of_2(tokens))
 
-    def tiles(
-        largest: int, owned: int, rows: int, columns: int, warps: int, stages: int
-    ) -> Tiles:
+    def tiles(largest: int, owned: int, rows: int, columns: int, warps: int, stages: int) -> Tiles:
         """largest: chunk; owned: channels of the output one program accumulates."""
         chunk, chunks = _chunks(head_dim, largest)
         per_program = max(1, owned // chunk)
@@ -369,9 +367,7 @@ def keys_kernel(
         dk = new_dk
         dv = new_dv
 
-    _, dk_base, dv_base = head_rows(
-        grad_qkv, sample, head, heads, grad_qkv_strides, D, HEADS_FIRST
-    )
+    _, dk_base, dv_base = head_rows(grad_qkv, sample, head, heads, grad_qkv_strides, D, HEADS_FIRST)
     for i in tl.static_range(OWNED):
         d = indices((split * OWNED + i) * BD, BD, WIDE)
         to = (grad_qkv_strides[2], grad_qkv_strides[1])
@@ -502,7 +498,7 @@ def _prepare(qkv: Tensor, num_heads: int) -> tuple[int, int, Plan]:
     return tokens, head_dim, tiles
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132  # H100, H200

@@ -28,12 +28,14 @@ class Usage(NamedTuple):
 
 
 @contextlib.contextmanager
-def compiling(capability: int, cache: str | Path, usages: list[Usage]):
+def compiling(capability: int, cache: str | Path):
     """Within: a launch compiles for ``capability`` instead of running, and notes its usage.
 
-    Call the launcher with tensors on device "meta": their pointers count as aligned.
+    Yields the list of usages. Call the launcher with tensors on device "meta": their pointers
+    count as aligned. ``cache`` is a folder of the test's own.
     """
     seen = set()
+    usages: list[Usage] = []
 
     def run(self, *args, grid, warmup, **kwargs):
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
@@ -48,7 +50,7 @@ def compiling(capability: int, cache: str | Path, usages: list[Usage]):
     original = JITFunction.run
     JITFunction.run = run
     try:
-        yield
+        yield usages
     finally:
         JITFunction.run = original
 
@@ -73,7 +75,9 @@ def specialised(kernel: JITFunction, args: tuple, kwargs: dict) -> ASTSource:
 
     for index, parameter in enumerate(kernel.params):
         value = bound[parameter.name]
-        signature[parameter.name] = note((index,), tuple(value) if isinstance(value, tuple) else value)
+        signature[parameter.name] = note(
+            (index,), tuple(value) if isinstance(value, tuple) else value
+        )
     return ASTSource(kernel, signature, constants, attributes)
 
 
@@ -97,3 +101,19 @@ def _cuobjdump(option: str, cubin: Path) -> str:
     return subprocess.run(
         [str(CUOBJDUMP), option, str(cubin)], capture_output=True, text=True, check=True
     ).stdout
+
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program can have
+
+
+def report(capability: int, case: str, usages: list[Usage]) -> None:
+    """Print what the kernels take (pytest -s) and assert that they fit without spills."""
+    assert usages
+    for use in usages:
+        print(
+            f"sm_{capability} {case} {use.kernel}: {use.registers} registers, "
+            f"{use.spills} spills, {use.shared} bytes shared, {use.warps} warps"
+        )
+        assert use.spills == 0 and use.stack == 0, use
+        assert use.shared <= SHARED_MEMORY[capability], use
+        assert use.registers * 32 * use.warps <= 65536, use
