@@ -49,6 +49,9 @@ def group_norm_silu(
     tensors = (weight, bias, scale, shift, add)
     _check(x, num_groups, *tensors, activation)
     backend = _backend(x)
+    directly = backend != "reference" and backends.launches_directly(x, *tensors)
+    if not directly and backend != "reference" and backends.transforms():
+        backend = backends.under_transforms(OP)
     if backend == "reference":
         return reference.group_norm_silu(
             x, num_groups, weight, bias, eps, scale=scale, shift=shift, add=add,
@@ -59,7 +62,7 @@ def group_norm_silu(
     wants_gradient = torch.is_grad_enabled() and (
         x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
     )
-    if not backends.launches_directly(x, *tensors):
+    if not directly:
         return _forward(*arguments)[0] if wants_gradient else _inference(*arguments)
     return _Function.apply(*arguments) if wants_gradient else launch.inference(*arguments)
 
@@ -67,6 +70,9 @@ def group_norm_silu(
 def choose(x: Tensor, *_: Any, **__: Any) -> Choice:
     """Which backend serves a call with this ``x``, and why (``fastdiff.explain``)."""
     backend = _backend(x)
+    if backend != "reference" and backends.transforms():
+        reason = "only plain PyTorch serves torch.func and forward-mode differentiation"
+        return Choice(OP, backends.under_transforms(OP), reason)
     if backends.named() is not None:
         return Choice(OP, backend, "named by set_backend, backend() or FASTDIFF_BACKEND")
     return Choice(OP, backend, backends.default_reason(x.device.type, x.dtype))
@@ -131,7 +137,7 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...
     statistics, x, weight, bias, scale, shift, add = ctx.saved_tensors
     num_groups, eps, silu = ctx.rest
     arguments = (dy, statistics, x, num_groups, weight, bias, eps, scale, shift, add, silu)
-    if not backends.launches_directly(dy):
+    if not backends.launches_backward_directly(dy):
         out = _backward(*arguments)
         given = (x, weight, bias, scale, shift, add)
         out = [d if like is not None else None for d, like in zip(out, given, strict=True)]
@@ -162,6 +168,16 @@ class _Function(torch.autograd.Function):
     backward = staticmethod(_gradients)
 
 
+def _refuse(ctx: Any, *_: Any) -> Any:
+    raise InputError(
+        f"{OP} is differentiable once; for higher derivatives run it under "
+        "fastdiff.backend('reference')"
+    )
+
+
+torch.library.register_autograd("fastdiff::group_norm_silu_backward", _refuse, lib=_LIBRARY)
+
+
 class _Once(torch.autograd.Function):
     """The backward where somebody keeps its graph: a second derivative is refused."""
 
@@ -169,12 +185,7 @@ class _Once(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Any:
         return launch.backward(*arguments)
 
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise InputError(
-            f"{OP} is differentiable once; for higher derivatives run it under "
-            "fastdiff.backend('reference')"
-        )
+    backward = staticmethod(_refuse)
 
 
 # --- Checks -----------------------------------------------------------------------------------
