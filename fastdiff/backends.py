@@ -116,6 +116,16 @@ def require(op: str, name: str, device_type: str, dtype: torch.dtype) -> str:
     return name
 
 
+def under_transforms(op: str) -> str:
+    """The backend that serves torch.func and forward mode; InputError where another is named."""
+    if _named not in (None, "reference"):
+        raise InputError(
+            f"{op}: the backend {_named!r} was named, but only 'reference' serves torch.func and "
+            "forward-mode differentiation; name that, or None for the plan's choice"
+        )
+    return "reference"
+
+
 def triton_interprets() -> bool:
     """Whether Triton kernels run in its interpreter, which takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -147,6 +157,18 @@ _LISTENERS = (
 _PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
 
 
+_transforming = _private("_are_functorch_transforms_active")
+_is_batched = _private("_functorch.is_legacy_batchedtensor")
+
+
+def transforms() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which only plain PyTorch
+    follows: through a kernel a tangent would be lost without a word."""
+    if torch.compiler.is_compiling():
+        return False
+    return _transforming() or getattr(forward_ad, "_current_level", 0) >= 0
+
+
 def launches_directly(*arguments: torch.Tensor | None) -> bool:
     """Whether a kernel may be launched past PyTorch's dispatcher, which halves a call's cost.
 
@@ -162,3 +184,8 @@ def launches_directly(*arguments: torch.Tensor | None) -> bool:
         if type(argument) not in _PLAIN:
             return False
     return True
+
+
+def launches_backward_directly(dy: torch.Tensor) -> bool:
+    """``launches_directly`` for an incoming gradient, which ``is_grads_batched`` makes a batch."""
+    return launches_directly(dy) and not _is_batched(dy)

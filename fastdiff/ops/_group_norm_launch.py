@@ -165,7 +165,8 @@ def _triton_backward(
         dadd.copy_(dx_sum)
 
 
-# Arguments that need no conversion are recognised by what decides it: sizes, strides and dtypes.
+# Arguments that need no conversion are recognised by what decides it: the kind of device, sizes,
+# strides and dtypes.
 _shapes: dict[tuple[Any, ...], Any] = {}
 MAX_SHAPES = 4096
 
@@ -175,7 +176,7 @@ def _key(
     scale: Maybe, shift: Maybe, add: Maybe, silu: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
     return (
-        x.shape, x.stride(), x.dtype, num_groups, eps, silu,
+        x.device.type, x.shape, x.stride(), x.dtype, num_groups, eps, silu,
         None if weight is None or bias is None else
         (weight.dtype, weight.stride(), bias.dtype, bias.stride()),
         None if scale is None or shift is None else

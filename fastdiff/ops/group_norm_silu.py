@@ -56,6 +56,9 @@ def group_norm_silu(
         x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
     )
     backend = _backend(x, wants_gradient)
+    directly = backend != "reference" and backends.launches_directly(x, *tensors)
+    if not directly and backend != "reference" and backends.transforms():
+        backend = backends.under_transforms(OP)
     if backend == "reference":
         return reference.group_norm_silu(
             x, num_groups, weight, bias, eps, scale=scale, shift=shift, add=add,
@@ -63,7 +66,7 @@ def group_norm_silu(
         )  # fmt: skip
     silu = activation is not None
     arguments = (x, num_groups, weight, bias, eps, scale, shift, add, silu)
-    if not backends.launches_directly(x, *tensors):
+    if not directly:
         return _forward(*arguments)[0] if wants_gradient else _inference(*arguments)
     return _Function.apply(*arguments) if wants_gradient else launch.inference(*arguments)
 
@@ -75,6 +78,9 @@ def choose(x: Tensor, *arguments: Any, **options: Any) -> Choice:
         isinstance(t, Tensor) and t.requires_grad for t in tensors
     )
     backend = _backend(x, wants_gradient)
+    if backend != "reference" and backends.transforms():
+        reason = "only plain PyTorch serves torch.func and forward-mode differentiation"
+        return Choice(OP, backends.under_transforms(OP), reason)
     if backends.named() is not None:
         return Choice(OP, backend, "named by set_backend, backend() or FASTDIFF_BACKEND")
     if backend == "reference" and x.device.type == "cpu" and x.dtype in backends.KERNEL_DTYPES:
@@ -146,7 +152,7 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...
     statistics, x, weight, bias, scale, shift, add = ctx.saved_tensors
     num_groups, eps, silu = ctx.rest
     arguments = (dy, statistics, x, num_groups, weight, bias, eps, scale, shift, add, silu)
-    if not backends.launches_directly(dy):
+    if not backends.launches_backward_directly(dy):
         out = _backward(*arguments)
         given = (x, weight, bias, scale, shift, add)
         out = [d if like is not None else None for d, like in zip(out, given, strict=True)]
@@ -177,6 +183,16 @@ class _Function(torch.autograd.Function):
     backward = staticmethod(_gradients)
 
 
+def _refuse(ctx: Any, *_: Any) -> Any:
+    raise InputError(
+        f"{OP} is differentiable once; for higher derivatives run it under "
+        "fastdiff.backend('reference')"
+    )
+
+
+torch.library.register_autograd("fastdiff::group_norm_silu_backward", _refuse, lib=_LIBRARY)
+
+
 class _Once(torch.autograd.Function):
     """The backward where somebody keeps its graph: a second derivative is refused."""
 
@@ -184,12 +200,7 @@ class _Once(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Any:
         return launch.backward(*arguments)
 
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise InputError(
-            f"{OP} is differentiable once; for higher derivatives run it under "
-            "fastdiff.backend('reference')"
-        )
+    backward = staticmethod(_refuse)
 
 
 # --- Checks -----------------------------------------------------------------------------------
