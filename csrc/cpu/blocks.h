@@ -12,7 +12,7 @@
 namespace fastdiff::cpu::FASTDIFF_ISA {
 
 constexpr int64_t kBlock = 512;           // elements: 2 KiB of float32
-constexpr int64_t kSerialBelow = 4096;    // elements that one core computes before a team starts
+constexpr int64_t kSerialBelow = 16384;   // elements: no more than 16 µs on one core
 constexpr int64_t kCachedSample = 4096;   // elements of a strided sample that stay in L1
 
 FASTDIFF_VEC int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
