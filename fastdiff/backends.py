@@ -135,11 +135,11 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _always() -> bool:
+def _always(*_: Any) -> bool:
     return True
 
 
-def _private(path: str) -> Callable[[], Any]:
+def _private(path: str) -> Callable[..., Any]:
     """A function of torch._C that no public one replaces; where it is gone, one that says yes."""
     found: Any = torch._C
     for name in path.split("."):
@@ -161,24 +161,29 @@ _transforming = _private("_are_functorch_transforms_active")
 _is_batched = _private("_functorch.is_legacy_batchedtensor")
 
 
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives are taken: through a kernel they would be lost unsaid."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
 def transforms() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, which only plain PyTorch
-    follows: through a kernel a tangent would be lost without a word."""
-    if torch.compiler.is_compiling():
-        return False
-    return _transforming() or getattr(forward_ad, "_current_level", 0) >= 0
+    follows."""
+    return not torch.compiler.is_compiling() and (_transforming() or forward_mode())
 
 
-def launches_directly(*arguments: torch.Tensor | None) -> bool:
-    """Whether a kernel may be launched past PyTorch's dispatcher, which halves a call's cost.
-
-    Only for plain tensors while nobody listens: no compiler, transform, mode or profiler, and no
-    forward-mode derivative.
-    """
+def nobody_listens() -> bool:
+    """Whether no compiler, transform, mode, profiler or forward-mode derivative wants to know of a
+    call. A kernel may then be launched past PyTorch's dispatcher, which halves the call's cost."""
     for listener in _LISTENERS:
         if listener():
             return False
-    if getattr(forward_ad, "_current_level", 0) >= 0:
+    return not forward_mode()
+
+
+def launches_directly(*arguments: torch.Tensor | None) -> bool:
+    """``nobody_listens``, and all arguments are plain tensors or None."""
+    if not nobody_listens():
         return False
     for argument in arguments:
         if type(argument) not in _PLAIN:

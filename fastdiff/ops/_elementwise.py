@@ -6,7 +6,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastdiff import native, rng
 from fastdiff.rng import Layout
@@ -95,23 +94,6 @@ def described(tensor: object) -> tuple | None:
         tensor.dtype,
         tensor.is_cpu,
         tensor.requires_grad,
-    )
-
-
-def is_dual() -> bool:
-    """Whether forward-mode derivatives are taken, which the kernels would drop."""
-    return forward_ad._current_level >= 0
-
-
-def is_plain() -> bool:
-    """Whether a kernel may be called without the dispatcher: nothing traces, transforms or
-    intercepts operators here. Then 5 µs of a call are spared."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or is_dual()
-        or torch._C._functorch.maybe_current_level() is not None
-        or torch._C._get_tracing_state() is not None
     )
 
 

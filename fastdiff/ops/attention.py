@@ -5,7 +5,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastdiff import backends, native
 from fastdiff.backends import Choice
@@ -79,18 +78,11 @@ def choose(qkv: Tensor, num_heads: int, *, order: str = "heads_first") -> Choice
 def _implementation(qkv: Tensor, num_heads: int) -> tuple[str, str]:
     device_type, dtype = qkv.device.type, qkv.dtype
     name = backends.named()
-    transforms = not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
+    if backends.transforms():
+        reason = "only plain PyTorch serves torch.func and forward-mode differentiation"
+        return backends.under_transforms("attention"), reason
     if name is not None:
-        if transforms and name != "reference":
-            raise InputError(
-                f"attention: the backend {name!r} was named, but its kernels do not serve "
-                "torch.func transforms and forward-mode derivatives; name 'reference' or None"
-            )
         return backends.require("attention", name, device_type, dtype), "it was named"
-    if transforms:
-        return "reference", "torch.func transforms and forward-mode derivatives pass through it"
     isa, amx = cpu() if device_type == "cpu" else ("", False)
     call = Call(
         device_type,
@@ -111,7 +103,7 @@ def cpu() -> tuple[str, bool]:
     return native.library().current_isa(), _AMX
 
 
-_AMX: bool = torch.cpu._is_amx_tile_supported()
+_AMX: bool = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 # --- Launching --------------------------------------------------------------------------------

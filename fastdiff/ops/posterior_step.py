@@ -11,8 +11,6 @@ from fastdiff.errors import InputError
 from fastdiff.ops._elementwise import (
     check_first_sample,
     is_counter,
-    is_dual,
-    is_plain,
     split_counter,
 )
 from fastdiff.ops._posterior_launch import kind_of_call, know, known_calls, reads, step_error
@@ -58,7 +56,7 @@ def posterior_step(
     that do not fit. Equations: fastdiff/step_table.py.
     """
     key: tuple | None = None
-    if is_plain():
+    if backends.nobody_listens():
         # What was checked and planned once is neither checked nor planned again.
         key = kind_of_call(
             x_t, model_output, table, step, noise, seed, prev_x_start, guidance_scale
@@ -143,7 +141,7 @@ def _choose(x_t: torch.Tensor, *others: torch.Tensor | None) -> tuple[str, str]:
     """(backend, reason)."""
     name = backends.named()
     device_type, dtype = x_t.device.type, x_t.dtype
-    tracked = is_dual() or (
+    tracked = backends.forward_mode() or (
         torch.is_grad_enabled()
         and any(tensor is not None and tensor.requires_grad for tensor in (x_t, *others))
     )

@@ -12,8 +12,6 @@ from fastdiff.errors import InputError
 from fastdiff.ops._elementwise import (
     check_first_sample,
     described,
-    is_dual,
-    is_plain,
     split_counter,
 )
 from fastdiff.ops._q_sample_launch import (
@@ -60,7 +58,7 @@ def q_sample(
     """
     signal, sigma = sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod
     key: tuple | None = None
-    if (seed is None) != (noise is None) and is_plain():
+    if (seed is None) != (noise is None) and backends.nobody_listens():
         # What was checked and planned once is neither checked nor planned again.
         tensors = (x_start, t, signal, sigma, noise)
         key = (*map(described, tensors), return_noise, backends.named())
@@ -128,7 +126,7 @@ def _backend(x_start: Tensor, signal: Tensor, sigma: Tensor) -> str:
 
 
 def _only_reference(signal: Tensor, sigma: Tensor) -> bool:
-    return signal.requires_grad or sigma.requires_grad or is_dual()
+    return signal.requires_grad or sigma.requires_grad or backends.forward_mode()
 
 
 def _table_length(first: Tensor, second: Tensor, x_start: Tensor) -> int:
