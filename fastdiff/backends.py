@@ -131,6 +131,11 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """CUDA kernels are launched on the current device: make that the tensor's."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

@@ -1,6 +1,5 @@
 """Launching group_norm_silu's kernels: tensors to memory layouts, row strides and addresses."""
 
-import contextlib
 from typing import Any
 
 import torch
@@ -56,7 +55,7 @@ def _run(
 
         if statistics is None:
             statistics = torch.empty((2, x.shape[0], num_groups), device=x.device)
-        with _device_of(x):
+        with backends.device_of(x):
             kernels.forward(
                 x, num_groups, weight, bias, eps, scale, shift, add, silu, out, *statistics.unbind()
             )
@@ -146,7 +145,7 @@ def _triton_backward(
     from fastdiff.kernels import group_norm_silu as kernels
 
     sums = x.new_empty((3, *x.shape[:2]), dtype=torch.float32)
-    with _device_of(x):
+    with backends.device_of(x):
         kernels.backward(
             dy, x, num_groups, weight, bias, mean, rstd, scale, shift, add, silu, dx, sums
         )
@@ -278,8 +277,3 @@ def _is_native(x: Tensor) -> bool:
 
 def _address(tensor: Maybe) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """CUDA kernels are launched on the current device: make that the tensor's."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
