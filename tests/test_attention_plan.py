@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,9 @@ def call(**changes):
 
 
 def test_the_rule_agrees_with_the_measurements():
-    machine, slow = TABLE["machine"], []
+    """Within a tenth of the fastest in 99 rows of 100 (a busy machine spoils a row now and then),
+    within a hundredth on average."""
+    machine, lost = TABLE["machine"], []
     for row in TABLE["rows"]:
         choice, _ = plan(
             call(
@@ -34,10 +37,10 @@ def test_the_rule_agrees_with_the_measurements():
             )
         )
         times = row["microseconds"]
-        if times[choice] > 1.1 * min(times.values()):
-            slow.append((choice, row))
-    assert len(TABLE["rows"]) > 400
-    assert not slow
+        lost.append(times[choice] / min(times.values()))
+    assert len(lost) > 400
+    assert sum(factor > 1.1 for factor in lost) <= len(lost) // 100, sorted(lost)[-10:]
+    assert math.prod(lost) ** (1 / len(lost)) < 1.01
 
 
 def test_the_measurements_say_where_they_come_from():
