@@ -164,8 +164,6 @@ _is_batched = _private("_functorch.is_legacy_batchedtensor")
 def transforms() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, which only plain PyTorch
     follows: through a kernel a tangent would be lost without a word."""
-    if torch.compiler.is_compiling():
-        return False
     return _transforming() or getattr(forward_ad, "_current_level", 0) >= 0
 
 
