@@ -174,7 +174,7 @@ def forward_mode() -> bool:
 def transforms() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, which only plain PyTorch
     follows."""
-    return not torch.compiler.is_compiling() and (_transforming() or forward_mode())
+    return _transforming() or forward_mode()
 
 
 def nobody_listens() -> bool:

@@ -7,6 +7,15 @@ namespace fastdiff::cpu::FASTDIFF_ISA {
 
 constexpr int64_t kBlockVectors = 256;
 
+// How many of n values give the shift s of Σ(x − s)²: their mean. With one alone, an outlier there
+// would cancel all the others; among √n it moves s by v/√n, and n·(v/√n)² is no more than the v²
+// that belongs to the sum anyway.
+FASTDIFF_VEC int64_t shift_values(int64_t n) {
+  int64_t root = 1;
+  while (root * root < n) ++root;
+  return root;
+}
+
 struct Moments {
   float count, mean, m2;
 };
@@ -45,8 +54,13 @@ struct Scan {
   FASTDIFF_MEMBER void run(const T* x, const T* residual, int64_t length, Vec add) {
     int64_t i = 0;
     while (i + kWidth <= length) {
-      if (vectors == 0) shift = value<T, kResidual>(x, residual, i) + add;
       const int64_t n = smaller((length - i) / kWidth, kBlockVectors - vectors);
+      if (vectors == 0) {
+        const int64_t first = shift_values(n);
+        Vec start{};
+        for (int64_t v = 0; v < first; ++v) start += value<T, kResidual>(x, residual, i + v * kWidth);
+        shift = start * splat(1.0f / static_cast<float>(first)) + add;
+      }
       const Vec base = shift - add;
       Vec s[4] = {}, q[4] = {};
       int64_t v = 0;
@@ -72,8 +86,8 @@ struct Scan {
     if (i < length) {
       const int n = static_cast<int>(length - i);
       const Vec v = value_n<T, kResidual>(x, residual, i, n) + add;
-      if (vectors == 0) shift = splat(v[0]);
       const Vec lanes = ones_n(n);
+      if (vectors == 0) shift = splat(fastdiff::cpu::FASTDIFF_ISA::sum(v * lanes) / n);
       const Vec d = (v - shift) * lanes;
       sum += d;
       square = fma(d, d, square);

@@ -3,10 +3,10 @@
 // Layouts: planar (NCHW and its 1-D and 3-D kin) and channels_last; float32, bfloat16, float16.
 // Bytes moved: x once from memory and once from cache, y once. Floor: 2 passes.
 //
-// Statistics: lane by lane Σ(x − s) and Σ(x − s)² with s the lane's first element, over blocks of
-// at most kBlockVectors vectors; blocks, lanes and chunks merge by Chan et al. 1983. The shift
-// keeps what a mean far above the deviation would cancel. Blocks and chunks depend on the shape
-// alone, so that results do not depend on the number of threads.
+// Statistics: lane by lane Σ(x − s) and Σ(x − s)², s a mean of the lane's first elements, over
+// blocks of at most kBlockVectors vectors; blocks, lanes and chunks merge by Chan et al. 1983. The
+// shift keeps what a mean far above the deviation would cancel. Blocks and chunks depend on the
+// shape alone, so that results do not depend on the number of threads.
 //
 // Planar: a group is one run of memory. A thread takes a group, reads it twice; where groups are
 // fewer than threads, their chunks are shared out. channels_last: all groups interleave; a thread
@@ -18,7 +18,8 @@ namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
 
 constexpr int64_t kChunk = 65536;          // elements of a group that threads share out
-constexpr int64_t kBlockElements = 8192;   // channels_last: a block of positions
+constexpr int64_t kBlockElements = 8192;   // channels_last: a block of positions, all channels,
+constexpr int64_t kBlockPositions = 512;   // but no more of them: each is one more rounding
 
 template <typename T, bool kSilu>
 FASTDIFF_VEC Vec activate(Vec v) {
@@ -143,7 +144,7 @@ struct ChannelsLast {
   float* parts;    // (samples, blocks, 2, row): each block's means and m2, channel by channel
   float* scratch;  // (team, 4, row): a sample's mean and m2, then the affine map's terms
   int64_t row = padded(shape.channels);
-  int64_t block = kBlockElements / shape.channels > 0 ? kBlockElements / shape.channels : 1;
+  int64_t block = smaller(ceil_div(kBlockElements, shape.channels), kBlockPositions);
   int64_t blocks = ceil_div(shape.positions, block);
 
   FASTDIFF_MEMBER int64_t first_of(int64_t index) const { return index * block; }
@@ -155,8 +156,15 @@ struct ChannelsLast {
   template <int kVectors>
   FASTDIFF_MEMBER void scan_channels(const T* x, const T* residual, int64_t count, float* means,
                                      float* m2s) const {
-    Vec shift[kVectors], s[kVectors] = {}, q[kVectors] = {};
-    for (int u = 0; u < kVectors; ++u) shift[u] = value<T, kResidual>(x, residual, u * kWidth);
+    Vec shift[kVectors] = {}, s[kVectors] = {}, q[kVectors] = {};
+    const int64_t first = shift_values(count);
+    for (int64_t position = 0; position < first; ++position) {
+      const int64_t at = position * shape.channels;
+      for (int u = 0; u < kVectors; ++u) {
+        shift[u] += value<T, kResidual>(x, residual, at + u * kWidth);
+      }
+    }
+    for (int u = 0; u < kVectors; ++u) shift[u] *= splat(1.0f / static_cast<float>(first));
     for (int64_t position = 0; position < count; ++position) {
       const int64_t at = position * shape.channels;
       for (int u = 0; u < kVectors; ++u) {
@@ -175,8 +183,12 @@ struct ChannelsLast {
 
   FASTDIFF_MEMBER void scan_tail(const T* x, const T* residual, int64_t count, int lanes,
                                  float* means, float* m2s) const {
-    const Vec shift = value_n<T, kResidual>(x, residual, 0, lanes);
-    Vec s{}, q{};
+    Vec shift{}, s{}, q{};
+    const int64_t first = shift_values(count);
+    for (int64_t position = 0; position < first; ++position) {
+      shift += value_n<T, kResidual>(x, residual, position * shape.channels, lanes);
+    }
+    shift *= splat(1.0f / static_cast<float>(first));
     for (int64_t position = 0; position < count; ++position) {
       const Vec d = value_n<T, kResidual>(x, residual, position * shape.channels, lanes) - shift;
       s += d;

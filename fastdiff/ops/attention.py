@@ -152,7 +152,8 @@ def _launch(qkv: Tensor, num_heads: int, order: str, with_lse: bool) -> tuple[Te
     if _uses_triton(qkv):
         import fastdiff.kernels.attention as kernels
 
-        kernels.forward(qkv, num_heads, order, out, lse)
+        with backends.device_of(qkv):
+            kernels.forward(qkv, num_heads, order, out, lse)
         return out, lse
     library, threads = native.library(), torch.get_num_threads()
     problem = _problem(library, qkv, num_heads, order, out, lse)
@@ -181,7 +182,8 @@ def _launch_backward(
     if _uses_triton(qkv):
         import fastdiff.kernels.attention as kernels
 
-        kernels.backward(qkv, num_heads, order, out, lse, grad_out, grad_qkv)
+        with backends.device_of(qkv):
+            kernels.backward(qkv, num_heads, order, out, lse, grad_out, grad_qkv)
         return grad_qkv
     library, threads = native.library(), torch.get_num_threads()
     problem = _problem(library, qkv, num_heads, order, out, lse)
