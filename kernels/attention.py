@@ -77,7 +77,7 @@ def plan(head_dim: int, tokens: int, itemsize: int, programs: int, processors: i
     if head_dim <= 64:
         return Plan(
             forward=tiles(64, 64, 128, 64, 4, 3),
-            keys=tiles(64, 64, 64, 64, 4, 2),
+            keys=tiles(64, 64, 64, 32, 4, 2),
             queries=tiles(64, 64, 64, 64, 4, 2),
         )
     if head_dim <= 128:

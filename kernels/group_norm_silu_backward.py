@@ -203,16 +203,20 @@ def gradient_merge_kernel(
         channel = group * GROUP + lane
         a, _ = coefficients(weight, None, scale, None, scale_stride, 0, sample, channel, inside, CB)
         at = sample * channels + channel
-        sum0 = tl.zeros((CB,), tl.float32)
-        sum1 = tl.zeros((CB,), tl.float32)
-        sum2 = tl.zeros((CB,), tl.float32)
+        # Lanes add up first: and Triton 3.6 fails on a loop that adds what tl.sum returns.
+        lanes0 = tl.zeros((CB, BLOCK), tl.float32)
+        lanes1 = tl.zeros((CB, BLOCK), tl.float32)
+        lanes2 = tl.zeros((CB, BLOCK), tl.float32)
         for start in range(0, CHUNKS, BLOCK):
             i = start + tl.arange(0, BLOCK)
             mask = inside[:, None] & (i < CHUNKS)[None, :]
             entry = partial + at[:, None] * CHUNKS + i[None, :]
-            sum0 += tl.sum(tl.load(entry, mask=mask, other=0.0), 1)
-            sum1 += tl.sum(tl.load(entry + partial_plane, mask=mask, other=0.0), 1)
-            sum2 += tl.sum(tl.load(entry + partial_plane + partial_plane, mask=mask, other=0.0), 1)
+            lanes0 += tl.load(entry, mask=mask, other=0.0)
+            lanes1 += tl.load(entry + partial_plane, mask=mask, other=0.0)
+            lanes2 += tl.load(entry + partial_plane + partial_plane, mask=mask, other=0.0)
+        sum0 = tl.sum(lanes0, 1)
+        sum1 = tl.sum(lanes1, 1)
+        sum2 = tl.sum(lanes2, 1)
         tl.store(sums + at, sum0, mask=inside)
         tl.store(sums + sums_plane + at, sum1, mask=inside)
         tl.store(sums + sums_plane + sums_plane + at, sum2, mask=inside)
