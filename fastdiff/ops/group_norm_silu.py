@@ -216,10 +216,14 @@ def _check(
     add: Tensor | None,
     activation: str | None,
 ) -> None:
+    if not isinstance(x, Tensor):
+        raise _no_tensor("x", x)
     shape = x.shape
     if len(shape) < 2 or not x.is_floating_point():
         raise InputError(f"{OP}: x is {_describe(x)}; expected floating-point (N, C, *spatial)")
     n, channels = shape[0], shape[1]
+    if not isinstance(num_groups, int):
+        raise InputError(f"{OP}: num_groups={num_groups!r}; expected an int")
     if num_groups < 1 or channels % num_groups:
         raise InputError(
             f"{OP}: num_groups={num_groups} does not divide the {channels} channels of x"
@@ -235,6 +239,8 @@ def _check(
         _check_like("scale", scale, (n, channels), x)
         _check_like("shift", shift, (n, channels), x)
     if add is not None:
+        if not isinstance(add, Tensor):
+            raise _no_tensor("add", add)
         if add.shape != shape:
             _check_like("add", add, (n, channels), x, f" or x's own {tuple(shape)}")
         elif add.dtype != x.dtype or add.device != x.device:
@@ -249,7 +255,8 @@ def _check(
 def _check_like(
     name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor, also: str = ""
 ) -> None:
-    assert tensor is not None
+    if not isinstance(tensor, Tensor):
+        raise _no_tensor(name, tensor)
     if tensor.shape != shape or not tensor.is_floating_point():
         raise InputError(
             f"{OP}: {name} is {_describe(tensor)}; expected floating-point {tuple(shape)}{also}"
@@ -258,6 +265,10 @@ def _check_like(
         raise InputError(
             f"{OP}: {name} is on {tensor.device} but x is on {x.device}: move one of them"
         )
+
+
+def _no_tensor(name: str, value: object) -> InputError:
+    return InputError(f"{OP}: {name} is a {type(value).__name__}; expected a tensor")
 
 
 def _describe(tensor: Tensor) -> str:
