@@ -18,12 +18,17 @@ def blocks(language: str) -> list[str]:
     return [text for first, _, text in (b.partition("\n") for b in fenced) if first == language]
 
 
-def test_the_example_runs_as_printed():
-    (example,) = blocks("python")
+def run(example: str) -> dict:
     names: dict = {}
     exec(compile(example, "README.md", "exec"), names)
-    assert names["images"].shape == names["x"].shape
-    assert torch.isfinite(names["images"]).all()
+    return names
+
+
+def test_the_examples_run_as_printed():
+    sampled, fused = (run(example) for example in blocks("python"))
+    assert sampled["images"].shape == sampled["x"].shape
+    assert torch.isfinite(sampled["images"]).all()
+    torch.testing.assert_close(fused["y"], fused["plain"])
 
 
 def test_the_commands_parse():
