@@ -13,6 +13,7 @@ from norm_cases import (
     equations,
     error,
     forced_isa,
+    kernels_at_any_size,  # noqa: F401
     poison,
     run,
     threads,

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from norm_cases import case, equations, error, gradients, run
+from norm_cases import (
+    case,
+    equations,
+    error,
+    gradients,
+    kernels_at_any_size,  # noqa: F401
+    run,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint

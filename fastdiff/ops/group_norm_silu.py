@@ -95,7 +95,7 @@ def _backend(x: Tensor, wants_gradient: bool) -> str:
     if name is not None:
         return backends.require(OP, name, x.device.type, x.dtype)
     name = backends.default(x.device.type, x.dtype)
-    if name == "native" and wants_gradient and x.numel() <= SMALL and x.is_contiguous():
+    if name == "native" and wants_gradient and 0 < x.numel() <= SMALL and x.is_contiguous():
         return "reference"
     return name
 

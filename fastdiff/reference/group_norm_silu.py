@@ -45,7 +45,7 @@ def _group_norm(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """GroupNorm with float32 statistics (float64 for a float64 ``x``), in the dtype of ``x``."""
-    if _fits_as_is(x, weight):
+    if _fits_as_is(x, weight, bias):
         # Not F.group_norm, which refuses one sample with groups of one element.
         return torch.group_norm(x, num_groups, weight, bias, eps)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -54,8 +54,10 @@ def _group_norm(
     return torch.group_norm(x.to(dtype), num_groups, weight, bias, eps).to(x.dtype)
 
 
-def _fits_as_is(x: Tensor, weight: Tensor | None) -> bool:
+def _fits_as_is(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """One dtype throughout, or what only PyTorch's CPU kernel takes: half x, float32 parameters."""
-    if weight is None or weight.dtype == x.dtype:
+    if weight is None or bias is None or weight.dtype == bias.dtype == x.dtype:
         return True
+    if weight.dtype != bias.dtype:
+        return False
     return x.device.type == "cpu" and x.dtype in HALF and weight.dtype == torch.float32
