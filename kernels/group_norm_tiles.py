@@ -144,7 +144,7 @@ def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Call:
         backward,
         _device(x.device),
     )
-    strides = tuple(t.stride(0) if t is not None else 0 for t in (scale, shift, add))
+    scale_row, shift_row, add_row = (0 if t is None else t.stride(0) for t in (scale, shift, add))
     if add is None:
         kind = NO_ADD
     else:
@@ -163,6 +163,7 @@ def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Call:
         enable_fp_fusion=True,
     )
     slabs = groups * tiles.parts if tiles.parts > 1 else channels // tiles.width
+    strides = (scale_row, shift_row, add_row)
     return Call(tiles, samples, channels, positions, slabs, strides, constants)
 
 

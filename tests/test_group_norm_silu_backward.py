@@ -305,7 +305,7 @@ def test_the_reference_passes_gradcheck():
 
 
 def test_small_contiguous_tensors_train_on_pytorch(monkeypatch):
-    """The plan's exception, and its limits: what is measured slower, and what PyTorch gets wrong."""
+    """The plan's exception, and its limits: what is slower, and what PyTorch gets wrong."""
     module = sys.modules["fastdiff.ops.group_norm_silu"]
     monkeypatch.setattr(module, "SMALL", 64 * 16)
     weight, bias = torch.ones(64, requires_grad=True), torch.zeros(64)
