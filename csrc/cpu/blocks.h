@@ -7,17 +7,13 @@
 #pragma once
 
 #include "../common/elementwise.h"
-#include "vector.h"
+#include "threads.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 
 constexpr int64_t kBlock = 512;           // elements: 2 KiB of float32
 constexpr int64_t kSerialBelow = 16384;   // elements: no more than 16 µs on one core
 constexpr int64_t kCachedSample = 4096;   // elements of a strided sample that stay in L1
-
-FASTDIFF_VEC int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTDIFF_VEC int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTDIFF_VEC int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Run {
   int64_t channel;

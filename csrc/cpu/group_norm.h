@@ -1,28 +1,14 @@
 // What the forward and the backward of group_norm_silu share on the CPU.
 #pragma once
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "../common/group_norm.h"
-#include "vector.h"
+#include "threads.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 
 constexpr int64_t kSerialBelow = 16384;  // elements that one core does before a team starts
 
-FASTDIFF_VEC int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTDIFF_VEC int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FASTDIFF_VEC int64_t padded(int64_t channels) { return ceil_div(channels, 16) * 16; }
-
-FASTDIFF_VEC int thread_index() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 // Memory handed out from one allocation of the caller's; with no base it only counts.
 struct Arena {

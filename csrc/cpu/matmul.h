@@ -10,7 +10,7 @@
 // cutting the work differently (for another number of threads) changes no bit.
 #pragma once
 
-#include "vector.h"
+#include "threads.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 
@@ -27,8 +27,6 @@ constexpr int max_rows(int) { return 4; }  // 8 of 16: without FMA products take
 constexpr int64_t kPanel = kPanelVectors * kWidth;
 constexpr int64_t kDepth = 128;
 
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t padded(int64_t n) { return ceil_div(n, kWidth) * kWidth; }
 
 // --- Packing ----------------------------------------------------------------------------------

@@ -1,0 +1,114 @@
+// attention on the CPU: how a call is cut into pieces, and how q, k and v are packed.
+#pragma once
+
+#include "../common/attention.h"
+#include "matmul.h"
+
+namespace fastdiff::cpu::FASTDIFF_ISA {
+
+constexpr int64_t kRows = 64;           // queries, or keys, of one block; fewer to occupy a team
+constexpr int64_t kKeys = 256;          // whose scores stand in scratch memory at a time
+constexpr int64_t kGroupFloats = 1 << 24;  // 64 MiB: bounds the heads that are packed at a time
+constexpr int64_t kThreadWork = 1 << 18;   // products (5 µs) that justify another thread
+
+// How one call is cut into pieces, and how long its scratch arrays are, in floats.
+struct Cut {
+  int team;
+  int64_t rows;    // of a block
+  int64_t blocks;  // of a head
+  int64_t group;   // heads packed at a time
+  int64_t width;   // padded(head_dim)
+  int64_t score_stride;
+  int64_t head_floats;
+  int64_t thread_floats;
+
+  Cut(const Attention& p, int threads, bool backward) {
+    const int64_t heads = p.samples * p.heads;
+    const int64_t useful = 1 + heads * p.tokens * p.tokens * p.head_dim / kThreadWork;
+    team = static_cast<int>(smaller(threads, useful));
+    rows = kRows;
+    while (rows > 16 && heads * ceil_div(p.tokens, rows) < 2 * team) rows /= 2;
+    blocks = ceil_div(p.tokens, rows);
+    width = padded(p.head_dim);
+    // Not a power of two, or the rows of a column would share a few sets of the L1.
+    score_stride = padded(smaller(p.tokens, kKeys)) + 16;
+    const int64_t by_channel = p.tokens * width, by_token = p.head_dim * padded(p.tokens);
+    if (backward) {
+      head_floats = 4 * by_channel + 2 * by_token + padded(p.tokens) + 2 * p.tokens * score_stride;
+      thread_floats = 2 * rows * width;
+    } else {
+      head_floats = by_channel + by_token;
+      thread_floats = rows * (2 * width + score_stride);
+    }
+    head_floats = ceil_div(head_floats, 16) * 16;
+    group = smaller(smaller(heads, team), 1 + kGroupFloats / (head_floats + 1));
+  }
+};
+
+// A head's q, k, v, or rows of the output.
+template <typename T>
+struct Part {
+  T* data;
+  int64_t channel_stride;
+  int64_t token_stride;
+};
+
+template <typename T>
+Part<T> part(const TokenTensor& tensor, int64_t sample, int64_t row) {
+  return {static_cast<T*>(tensor.data) + sample * tensor.sample_stride +
+              row * tensor.channel_stride,
+          tensor.channel_stride, tensor.token_stride};
+}
+
+// `tokens` rows of head_dim channels, one after the other.
+template <typename T>
+void pack_rows(float* to, int64_t ld, const Part<T>& from, int64_t first, int64_t tokens,
+               int64_t head_dim) {
+  pack(to, ld, from.data + first * from.token_stride, from.token_stride, from.channel_stride,
+       tokens, head_dim);
+}
+
+// Tokens by rows of float32 channels: where they stand, if that is what they are, or packed.
+struct Rows {
+  const float* data;
+  int64_t stride;
+};
+
+template <typename T>
+Rows rows_of(const Part<T>& from, int64_t first, int64_t tokens, int64_t head_dim, float* scratch,
+             int64_t ld) {
+  pack_rows(scratch, ld, from, first, tokens, head_dim);
+  return {scratch, ld};
+}
+
+inline Rows rows_of(const Part<const float>& from, int64_t first, int64_t tokens, int64_t head_dim,
+                    float* scratch, int64_t ld) {
+  if (from.channel_stride == 1) return {from.data + first * from.token_stride, from.token_stride};
+  pack_rows(scratch, ld, from, first, tokens, head_dim);
+  return {scratch, ld};
+}
+
+template <typename T>
+void unpack_rows(const Part<T>& to, int64_t first, const float* from, int64_t ld, int64_t tokens,
+                 int64_t head_dim) {
+  unpack(to.data + first * to.token_stride, to.token_stride, to.channel_stride, from, ld, tokens,
+         head_dim);
+}
+
+// Tokens [first, last) of panels whose depth is the channels: the right factor of q·kᵀ.
+template <typename T>
+void pack_by_token(float* panels, const Part<T>& from, int64_t first, int64_t last, int64_t tokens,
+                   int64_t head_dim) {
+  pack_panels(panels, head_dim, tokens, from.data, from.channel_stride, from.token_stride, 0,
+              head_dim, first, last);
+}
+
+// Tokens [first, last) of panels whose depth is the tokens: the right factor of P·v.
+template <typename T>
+void pack_by_channel(float* panels, const Part<T>& from, int64_t first, int64_t last,
+                     int64_t tokens, int64_t head_dim) {
+  pack_panels(panels, tokens, head_dim, from.data, from.token_stride, from.channel_stride, first,
+              last, 0, head_dim);
+}
+
+}  // namespace fastdiff::cpu::FASTDIFF_ISA
