@@ -157,7 +157,7 @@ def test_nobody_who_listens_is_passed_by():
         ask(torch.zeros(2))
     with torch.profiler.profile():
         ask(x)
-    torch.jit.trace(ask, (x,))
+    torch.jit.trace(ask, (x,), check_trace=False)
     assert seen and set(seen) == {(False, False)}
     seen.clear()
     torch.func.grad(ask)(x)
