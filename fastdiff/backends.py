@@ -135,7 +135,7 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _always() -> bool:
+def _always(*_: object) -> bool:
     return True
 
 
