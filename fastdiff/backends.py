@@ -139,7 +139,7 @@ def _always(*_: object) -> bool:
     return True
 
 
-def _private(path: str) -> Callable[[], Any]:
+def _private(path: str) -> Callable[..., Any]:
     """A function of torch._C that no public one replaces; where it is gone, one that says yes."""
     found: Any = torch._C
     for name in path.split("."):

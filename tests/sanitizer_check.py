@@ -100,9 +100,7 @@ def posterior_step():
     for method, learned in itertools.product(("ddpm", "ddim", "dpmsolver++"), (False, True)):
         if learned and method != "ddpm":
             continue
-        process = GaussianDiffusion(
-            betas, **({"var_type": "learned_range"} if learned else {})
-        )
+        process = GaussianDiffusion(betas, **({"var_type": "learned_range"} if learned else {}))
         table = StepTable.from_process(process, method=method, eta=1.0 if method == "ddim" else 0.0)
         for shape, dtype in itertools.product(SHAPES, DTYPES):
             n, c, *size = shape
