@@ -140,7 +140,7 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _always(*_: Any) -> bool:
+def _always(*_: object) -> bool:
     return True
 
 
