@@ -88,7 +88,7 @@ def plan(head_dim: int, tokens: int, itemsize: int, programs: int, processors: i
         )
     return Plan(
         forward=tiles(128, 256, 64, 32, 8, 2),
-        keys=tiles(64, 128, 64, 32, 8, 2),
+        keys=tiles(64, 128, 64, 32 if head_dim <= 256 else 16, 8, 2),
         queries=tiles(64, 256, 64, 32, 8, 2),
     )
 
