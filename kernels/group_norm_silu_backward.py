@@ -324,9 +324,8 @@ def backward(
         )  # fmt: skip
         return
     grid = (samples * slabs * tiles.chunks,)
-    floats = dict(dtype=torch.float32, device=x.device)
-    partial = torch.empty((3, samples, channels, tiles.chunks), **floats)
-    constants = torch.empty((2, samples, num_groups), **floats)
+    partial = sums.new_empty((3, samples, channels, tiles.chunks))
+    constants = sums.new_empty((2, samples, num_groups))
     gradient_sums_kernel[grid](
         dy, x, weight, bias, scale, shift, add, mean, rstd, partial, partial.stride(0),
         *call.strides, channels, positions, slabs, tiles.chunks, PARTS=tiles.parts,
