@@ -88,7 +88,7 @@ def plan(head_dim: int, tokens: int, itemsize: int, programs: int, processors: i
         )
     return Plan(
         forward=tiles(128, 256, 64, 32, 8, 2),
-        keys=tiles(64, 128, 64, 32, 8, 2),
+        keys=tiles(64, 128, 64, 32 if head_dim <= 256 else 16, 8, 2),
         queries=tiles(64, 256, 64, 32, 8, 2),
     )
 
@@ -164,10 +164,15 @@ def head_rows(base, sample, head, heads, strides, D: tl.constexpr, HEADS_FIRST: 
 
 
 @triton.jit
+def append(tiles, tile):
+    return tiles + (tile,)
+
+
+@triton.jit
 def zeros(ROWS: tl.constexpr, BD: tl.constexpr, COUNT: tl.constexpr):
     tiles = ()
     for _ in tl.static_range(COUNT):
-        tiles = tiles + (tl.zeros((ROWS, BD), tl.float32),)
+        tiles = append(tiles, tl.zeros((ROWS, BD), tl.float32))
     return tiles
 
 
@@ -233,7 +238,7 @@ def forward_kernel(
     if HOLD:
         for c in tl.static_range(CHUNKS):
             d = indices(c * BD, BD, WIDE)
-            q = q + (load_tile(q_base, m, d, strides[2], strides[1], tokens, D),)
+            q = append(q, load_tile(q_base, m, d, strides[2], strides[1], tokens, D))
 
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
@@ -261,7 +266,8 @@ def forward_kernel(
         for i in tl.static_range(OWNED):
             d = indices((split * OWNED + i) * BD, BD, WIDE)
             v = load_tile(v_base, n, d, strides[2], strides[1], tokens, D)
-            summed = summed + (
+            summed = append(
+                summed,
                 tl.dot(p.to(v.dtype), v, acc[i] * fade[:, None], input_precision=PRECISION),
             )
         acc = summed
@@ -361,9 +367,9 @@ def keys_kernel(
         for i in tl.static_range(OWNED):
             d = indices((split * OWNED + i) * BD, BD, WIDE)
             g = load_tile(g_base, n, d, grad_strides[2], grad_strides[1], tokens, D)
-            new_dv = new_dv + (tl.dot(p.to(g.dtype), g, dv[i], input_precision=PRECISION),)
+            new_dv = append(new_dv, tl.dot(p.to(g.dtype), g, dv[i], input_precision=PRECISION))
             q = load_tile(q_base, n, d, strides[2], strides[1], tokens, D)
-            new_dk = new_dk + (tl.dot(ds.to(q.dtype), q, dk[i], input_precision=PRECISION),)
+            new_dk = append(new_dk, tl.dot(ds.to(q.dtype), q, dk[i], input_precision=PRECISION))
         dk = new_dk
         dv = new_dv
 
@@ -426,7 +432,7 @@ def queries_kernel(
         for i in tl.static_range(OWNED):
             d = indices((split * OWNED + i) * BD, BD, WIDE)
             k = load_tile(k_base, n, d, strides[2], strides[1], tokens, D)
-            new_dq = new_dq + (tl.dot(ds.to(k.dtype), k, dq[i], input_precision=PRECISION),)
+            new_dq = append(new_dq, tl.dot(ds.to(k.dtype), k, dq[i], input_precision=PRECISION))
         dq = new_dq
 
     dq_base, _, _ = head_rows(grad_qkv, sample, head, heads, grad_qkv_strides, D, HEADS_FIRST)

@@ -64,7 +64,7 @@ def plan(
     most = MOST[backward, channels_last]
     padded_positions = triton.next_power_of_2(positions)
 
-    best = None
+    best: int | None = None
     for count in range(1, groups + 1):  # groups side by side in one slab
         width = count * group
         tile_channels = triton.next_power_of_2(width)
@@ -78,8 +78,8 @@ def plan(
         if not channels_last:  # a group is one run: more only where it is small
             better = best is None or (tile <= SMALL and enough)
         else:  # cover half sectors always, and lines while the programs suffice
-            line = width * itemsize <= LINE
-            better = best is None or best * group * itemsize < LEAST or (line and enough)
+            fits_line = width * itemsize <= LINE
+            better = best is None or best * group * itemsize < LEAST or (fits_line and enough)
         if better:
             best = count
     covers = not channels_last or (
@@ -88,7 +88,8 @@ def plan(
     if best is not None and covers:
         width = best * group
         tile_channels = triton.next_power_of_2(width)
-        warps = _warps(tile_channels * padded_positions, backward)
+        tile = tile_channels * padded_positions
+        warps = min(_warps(2 * tile), 16) if backward else _warps(tile)
         return Plan(True, width, 1, tile_channels, padded_positions, 1, warps)
 
     if channels_last:
@@ -109,13 +110,17 @@ def plan(
         tile_channels,
         tile_positions,
         triton.cdiv(positions, tile_positions),
-        _warps(tile_channels * tile_positions, backward),
+        _warps(tile_channels * tile_positions),
     )
 
 
-def _warps(tile: int, backward: bool) -> int:
-    """32 values a thread hide the latency of one another; dy doubles what backward holds."""
-    return min(32, max(1, tile // 1024)) if not backward else min(16, max(1, tile // 512))
+def _warps(values: int) -> int:
+    """32 values a thread: their loads hide the latency of one another.
+
+    The backward that reads once holds x and dy: 64 values a thread, where 1024 threads would leave
+    64 registers for 32 values and what surrounds them.
+    """
+    return min(32, max(1, values // 1024))
 
 
 class Call(NamedTuple):
@@ -144,7 +149,10 @@ def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Call:
         backward,
         _device(x.device),
     )
-    scale_row, shift_row, add_row = (0 if t is None else t.stride(0) for t in (scale, shift, add))
+    scale_stride, shift_stride, add_stride = (
+        t.stride(0) if t is not None else 0 for t in (scale, shift, add)
+    )
+    strides = scale_stride, shift_stride, add_stride
     if add is None:
         kind = NO_ADD
     else:
@@ -163,7 +171,6 @@ def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Call:
         enable_fp_fusion=True,
     )
     slabs = groups * tiles.parts if tiles.parts > 1 else channels // tiles.width
-    strides = (scale_row, shift_row, add_row)
     return Call(tiles, samples, channels, positions, slabs, strides, constants)
 
 

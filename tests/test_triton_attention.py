@@ -76,10 +76,12 @@ MANY = [
 )
 def test_compiles_without_spills(capability, cases, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    taken = {}
     for case in cases:
         with compiling(capability, tmp_path) as usages:
             launch(8, *case)
-        report(capability, f"{case}", usages)
+        taken[str(case)] = usages
+    report(capability, taken)
 
 
 @pytest.mark.cuda
