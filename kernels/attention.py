@@ -70,7 +70,7 @@ def plan(head_dim: int, tokens: int, itemsize: int, programs: int, processors: i
 
     if itemsize == 4:  # each operand stands in registers three times over
         return Plan(
-            forward=tiles(32, 128, 32, 32, 8, 1),
+            forward=tiles(32, 128, 32, 32 if head_dim <= 256 else 16, 8, 1),
             keys=tiles(32, 64, 32, 16, 8, 1),
             queries=tiles(32, 64, 32, 32, 8, 1),
         )
