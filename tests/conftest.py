@@ -18,6 +18,18 @@ OPTIONAL = {"build", "diffusers", "hypothesis", "matplotlib", "PIL", "scipy", "s
 OPTIONAL |= {"tensorboard", "tqdm", "triton"}
 
 
+def pytest_addoption(parser):
+    parser.addoption("--exhaustive", action="store_true", help="run the tests marked exhaustive")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--exhaustive"):
+        skip = pytest.mark.skip(reason="takes minutes; run with --exhaustive")
+        for item in items:
+            if item.get_closest_marker("exhaustive"):
+                item.add_marker(skip)
+
+
 class Unavailable(pytest.Module):
     missing: list[str]
 

@@ -74,7 +74,7 @@ MANY = [
 @pytest.mark.parametrize(
     ("capability", "cases"),
     [(80, SOME), (90, SOME), (100, [(1, 256, 512, torch.bfloat16, True)])]
-    + [pytest.param(c, MANY, marks=pytest.mark.slow) for c in (80, 90, 100)],
+    + [pytest.param(c, MANY, marks=pytest.mark.exhaustive) for c in (80, 90, 100)],
 )
 def test_compiles_without_spills(capability, cases, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
