@@ -30,11 +30,12 @@ struct ChannelsLastBackward : Backward<T, kResidual, kSilu> {
     return smaller(block, shape.positions - index * block);
   }
 
-  FASTDIFF_MEMBER void prepare(int64_t sample, const Rows& to) const {
+  FASTDIFF_MEMBER void prepare(int64_t sample, Range channels, const Rows& to) const {
     const float* gain = coefficients.gain_of(sample);
     const float* offset = coefficients.offset_of(sample);
     const float* embedding = coefficients.embedding_of(sample);
-    for (int64_t group = 0; group < shape.groups; ++group) {
+    for (int64_t group = channels.first / this->width; group * this->width < channels.last;
+         ++group) {
       const float mean = call.mean[sample * shape.groups + group];
       const float rstd = call.rstd[sample * shape.groups + group];
       for (int64_t c = group * this->width; c < (group + 1) * this->width; ++c) {
@@ -42,8 +43,10 @@ struct ChannelsLastBackward : Backward<T, kResidual, kSilu> {
         to.rstd[c] = rstd;
       }
     }
-    memcpy(to.gain, gain, row * sizeof(float));
-    memcpy(to.offset, offset, row * sizeof(float));
+    for (int64_t c = channels.first; c < channels.last; c += kWidth) {
+      store(to.gain + c, load(gain + c));
+      store(to.offset + c, load(offset + c));
+    }
   }
 
   FASTDIFF_MEMBER static Channel channel_of(const Rows& rows, int64_t c) {
@@ -54,7 +57,8 @@ struct ChannelsLastBackward : Backward<T, kResidual, kSilu> {
     return sums + (sample * blocks + index) * 3 * row;
   }
 
-  FASTDIFF_MEMBER void add_up(int64_t sample, int64_t index, const Rows& rows) const {
+  FASTDIFF_MEMBER void add_up(int64_t sample, int64_t index, Range range,
+                              const Rows& rows) const {
     const int64_t channels = shape.channels, count = count_of(index);
     const int64_t offset = (sample * shape.positions + index * block) * channels;
     const T* x = this->x_at(offset);
@@ -62,8 +66,8 @@ struct ChannelsLastBackward : Backward<T, kResidual, kSilu> {
     const T* residual = this->residual_at(offset);
     T* dx = static_cast<T*>(call.dx) + offset;
     float* part = part_of(sample, index);
-    int64_t c = 0;
-    for (; c + 2 * kWidth <= channels; c += 2 * kWidth) {
+    int64_t c = range.first;
+    for (; c + 2 * kWidth <= range.last; c += 2 * kWidth) {
       const Channel channel[2] = {channel_of(rows, c), channel_of(rows, c + kWidth)};
       Sums to[2];
       for (int64_t position = 0; position < count; ++position) {
@@ -77,8 +81,8 @@ struct ChannelsLastBackward : Backward<T, kResidual, kSilu> {
       }
       for (int u = 0; u < 2; ++u) keep(to[u], part + c + u * kWidth);
     }
-    for (; c < channels; c += kWidth) {
-      const int n = static_cast<int>(smaller(channels - c, kWidth));
+    for (; c < range.last; c += kWidth) {
+      const int n = static_cast<int>(smaller(range.last - c, kWidth));
       const Channel channel = channel_of(rows, c);
       Sums to;
       for (int64_t position = 0; position < count; ++position) {
@@ -98,15 +102,20 @@ struct ChannelsLastBackward : Backward<T, kResidual, kSilu> {
   }
 
   // Adds the blocks' sums in order, then turns them into dx's terms, channel by channel.
-  FASTDIFF_MEMBER void finish(int64_t sample, const Rows& rows, bool keep_sums) const {
-    memcpy(rows.dv, part_of(sample, 0), 3 * row * sizeof(float));
-    for (int64_t index = 1; index < blocks; ++index) {
+  FASTDIFF_MEMBER void finish(int64_t sample, Range channels, const Rows& rows,
+                              bool keep_sums) const {
+    for (int64_t index = 0; index < blocks; ++index) {
       const float* part = part_of(sample, index);
-      for (int64_t c = 0; c < 3 * row; c += kWidth) {
-        store(rows.dv + c, load(rows.dv + c) + load(part + c));
+      for (int64_t which = 0; which < 3; ++which) {
+        for (int64_t c = channels.first + which * row; c < channels.last + which * row;
+             c += kWidth) {
+          const Vec before = index == 0 ? splat(0.0f) : load(rows.dv + c);
+          store(rows.dv + c, before + load(part + c));
+        }
       }
     }
-    for (int64_t group = 0; group < shape.groups; ++group) {
+    for (int64_t group = channels.first / this->width; group * this->width < channels.last;
+         ++group) {
       const int64_t first = group * this->width;
       float level, slope;
       this->finish_group(sample, group, rows.dv + first, rows.dv_xhat + first, rows.xhat + first,
@@ -118,15 +127,15 @@ struct ChannelsLastBackward : Backward<T, kResidual, kSilu> {
     }
   }
 
-  FASTDIFF_MEMBER void write(int64_t sample, int64_t index, const Rows& rows) const {
+  FASTDIFF_MEMBER void write(int64_t sample, int64_t index, Range range, const Rows& rows) const {
     const int64_t channels = shape.channels, count = count_of(index);
     const int64_t offset = (sample * shape.positions + index * block) * channels;
     const T* x = this->x_at(offset);
     const T* residual = this->residual_at(offset);
     T* dx = static_cast<T*>(call.dx) + offset;
     const T* dy = Base::kKeepsDv ? dx : this->dy_at(offset);
-    for (int64_t c = 0; c < channels; c += kWidth) {
-      const int n = static_cast<int>(smaller(channels - c, kWidth));
+    for (int64_t c = range.first; c < range.last; c += kWidth) {
+      const int n = static_cast<int>(smaller(range.last - c, kWidth));
       const Channel channel = channel_of(rows, c);
       const Gradient gradient = {channel.gain * channel.rstd, load(rows.level + c),
                                  load(rows.slope + c)};
@@ -150,35 +159,39 @@ struct ChannelsLastBackward : Backward<T, kResidual, kSilu> {
 template <typename T, bool kResidual, bool kSilu>
 void run_channels_last_backward(const ChannelsLastBackward<T, kResidual, kSilu>& slab, int team) {
   const int64_t samples = slab.shape.samples, blocks = slab.blocks;
-  const bool whole_samples = samples % team == 0 || samples >= 4 * team;
+  const int64_t slabs = slabs_of(slab.shape, team);
+  const Range all = {0, slab.shape.channels};
 #pragma omp parallel num_threads(team) if (team > 1)
   {
     const auto rows = slab.rows();
-    if (whole_samples) {
+    if (slabs > 0) {  // what the first pass reads is still cached in the second
+      const int64_t width = slab.shape.channels / slabs;
 #pragma omp for schedule(static)
-      for (int64_t sample = 0; sample < samples; ++sample) {
-        slab.prepare(sample, rows);
-        for (int64_t index = 0; index < blocks; ++index) slab.add_up(sample, index, rows);
-        slab.finish(sample, rows, true);
-        for (int64_t index = 0; index < blocks; ++index) slab.write(sample, index, rows);
+      for (int64_t item = 0; item < samples * slabs; ++item) {
+        const int64_t sample = item / slabs, first = item % slabs * width;
+        const Range channels = {first, first + width};
+        slab.prepare(sample, channels, rows);
+        for (int64_t index = 0; index < blocks; ++index) slab.add_up(sample, index, channels, rows);
+        slab.finish(sample, channels, rows, true);
+        for (int64_t index = 0; index < blocks; ++index) slab.write(sample, index, channels, rows);
       }
     } else {
       int64_t prepared = -1;
 #pragma omp for schedule(static)
       for (int64_t part = 0; part < samples * blocks; ++part) {
-        if (part / blocks != prepared) slab.prepare(part / blocks, rows);
+        if (part / blocks != prepared) slab.prepare(part / blocks, all, rows);
         prepared = part / blocks;
-        slab.add_up(part / blocks, part % blocks, rows);
+        slab.add_up(part / blocks, part % blocks, all, rows);
       }
       prepared = -1;
 #pragma omp for schedule(static)
       for (int64_t part = 0; part < samples * blocks; ++part) {
         if (part / blocks != prepared) {
-          slab.prepare(part / blocks, rows);
-          slab.finish(part / blocks, rows, part % blocks == 0);
+          slab.prepare(part / blocks, all, rows);
+          slab.finish(part / blocks, all, rows, part % blocks == 0);
         }
         prepared = part / blocks;
-        slab.write(part / blocks, part % blocks, rows);
+        slab.write(part / blocks, part % blocks, all, rows);
       }
     }
   }

@@ -10,7 +10,8 @@
 //
 // Planar: a group is one run of memory. A thread takes a group, reads it twice; where groups are
 // fewer than threads, their chunks are shared out. channels_last: all groups interleave; a thread
-// takes a sample or, where samples are few, blocks of positions.
+// takes a sample, or a slab of its groups whose channels fill whole cache lines; where these are
+// fewer than threads, blocks of positions.
 #include "group_norm_moments.h"
 #include "kernels.h"
 
@@ -200,41 +201,43 @@ struct ChannelsLast {
     store(m2s, m2 > splat(0.0f) ? m2 : splat(0.0f));
   }
 
-  FASTDIFF_MEMBER void scan(int64_t sample, int64_t index) const {
+  FASTDIFF_MEMBER void scan(int64_t sample, int64_t index, Range channels) const {
     const int64_t offset = (sample * shape.positions + first_of(index)) * shape.channels;
     const T* x = static_cast<const T*>(call.x) + offset;
     const T* residual = kResidual ? static_cast<const T*>(call.add) + offset : nullptr;
     float* means = parts + (sample * blocks + index) * 2 * row;
     float* m2s = means + row;
     const int64_t count = count_of(index);
-    int64_t c = 0;
-    for (; c + 4 * kWidth <= shape.channels; c += 4 * kWidth) {
+    int64_t c = channels.first;
+    for (; c + 4 * kWidth <= channels.last; c += 4 * kWidth) {
       scan_channels<4>(x + c, residual + (kResidual ? c : 0), count, means + c, m2s + c);
     }
-    for (; c + kWidth <= shape.channels; c += kWidth) {
+    for (; c + kWidth <= channels.last; c += kWidth) {
       scan_channels<1>(x + c, residual + (kResidual ? c : 0), count, means + c, m2s + c);
     }
-    if (c < shape.channels) {
-      scan_tail(x + c, residual + (kResidual ? c : 0), count, static_cast<int>(shape.channels - c),
+    if (c < channels.last) {
+      scan_tail(x + c, residual + (kResidual ? c : 0), count, static_cast<int>(channels.last - c),
                 means + c, m2s + c);
     }
   }
 
   // The affine map of a sample, (x − m)·a + b channel by channel, into this thread's scratch.
-  FASTDIFF_MEMBER void prepare(int64_t sample, bool keep) const {
+  FASTDIFF_MEMBER void prepare(int64_t sample, Range channels, bool keep) const {
     float* mean = scratch + thread_index() * 4 * row;
     float* m2 = mean + row;
-    merge_blocks(sample, mean, m2);
+    merge_blocks(sample, channels, mean, m2);
     const float* embedding = coefficients.embedding_of(sample);
     if (embedding != nullptr) {
-      for (int64_t c = 0; c < row; c += kWidth) store(mean + c, load(mean + c) + load(embedding + c));
+      for (int64_t c = channels.first; c < channels.last; c += kWidth) {
+        store(mean + c, load(mean + c) + load(embedding + c));
+      }
     }
     float* a = m2 + row;
     float* b = a + row;
     const float* gain = coefficients.gain_of(sample);
     const float* offset = coefficients.offset_of(sample);
     const int64_t width = shape.channels / shape.groups;
-    for (int64_t group = 0; group < shape.groups; ++group) {
+    for (int64_t group = channels.first / width; group * width < channels.last; ++group) {
       const int64_t first = group * width;
       double offset_sum = 0, group_m2 = 0;
       const double from = mean[first];
@@ -258,20 +261,25 @@ struct ChannelsLast {
       }
     }
     if (embedding != nullptr) {
-      for (int64_t c = 0; c < row; c += kWidth) store(mean + c, load(mean + c) - load(embedding + c));
+      for (int64_t c = channels.first; c < channels.last; c += kWidth) {
+        store(mean + c, load(mean + c) - load(embedding + c));
+      }
     }
   }
 
-  FASTDIFF_MEMBER void merge_blocks(int64_t sample, float* mean, float* m2) const {
+  FASTDIFF_MEMBER void merge_blocks(int64_t sample, Range channels, float* mean, float* m2) const {
     const float* part = parts + sample * blocks * 2 * row;
-    memcpy(mean, part, 2 * row * sizeof(float));
+    for (int64_t c = channels.first; c < channels.last; c += kWidth) {
+      store(mean + c, load(part + c));
+      store(m2 + c, load(part + row + c));
+    }
     for (int64_t index = 1; index < blocks; ++index) {
       part += 2 * row;
       const float before = static_cast<float>(first_of(index));
       const float count = static_cast<float>(count_of(index));
       const Vec share = splat(count / (before + count));
       const Vec weight = splat(before * (count / (before + count)));
-      for (int64_t c = 0; c < row; c += kWidth) {
+      for (int64_t c = channels.first; c < channels.last; c += kWidth) {
         const Vec delta = load(part + c) - load(mean + c);
         store(mean + c, fma(delta, share, load(mean + c)));
         store(m2 + c, load(m2 + c) + fma(delta * delta, weight, load(part + row + c)));
@@ -279,7 +287,7 @@ struct ChannelsLast {
     }
   }
 
-  FASTDIFF_MEMBER void apply(int64_t sample, int64_t index) const {
+  FASTDIFF_MEMBER void apply(int64_t sample, int64_t index, Range range) const {
     const int64_t offset = (sample * shape.positions + first_of(index)) * shape.channels;
     const T* x = static_cast<const T*>(call.x) + offset;
     const T* residual = kResidual ? static_cast<const T*>(call.add) + offset : nullptr;
@@ -290,13 +298,13 @@ struct ChannelsLast {
     const int64_t count = count_of(index), channels = shape.channels;
     for (int64_t position = 0; position < count; ++position) {
       const int64_t at = position * channels;
-      int64_t c = 0;
-      for (; c + kWidth <= channels; c += kWidth) {
+      int64_t c = range.first;
+      for (; c + kWidth <= range.last; c += kWidth) {
         const Vec v = value<T, kResidual>(x, residual, at + c);
         store(y + at + c, activate<T, kSilu>(fma(v - load(m + c), load(a + c), load(b + c))));
       }
-      if (c < channels) {
-        const int n = static_cast<int>(channels - c);
+      if (c < range.last) {
+        const int n = static_cast<int>(range.last - c);
         const Vec v = value_n<T, kResidual>(x, residual, at + c, n);
         store_n(y + at + c, activate<T, kSilu>(fma(v - load(m + c), load(a + c), load(b + c))), n);
       }
@@ -309,26 +317,33 @@ void run_channels_last(const GroupNormShape& shape, const GroupNormForward& call
                        const Coefficients& coefficients, float* parts, float* scratch, int team) {
   const ChannelsLast<T, kResidual, kSilu> slab{shape, call, coefficients, parts, scratch};
   const int64_t samples = shape.samples, blocks = slab.blocks;
-  if (samples % team == 0 || samples >= 4 * team) {  // what a thread reads first stays in its cache
+  const Range all = {0, shape.channels};
+  const int64_t slabs = slabs_of(shape, team);
+  if (slabs > 0) {  // what a thread reads first stays in its cache
+    const int64_t width = shape.channels / slabs;
 #pragma omp parallel for num_threads(team) if (team > 1) schedule(static)
-    for (int64_t sample = 0; sample < samples; ++sample) {
-      for (int64_t index = 0; index < blocks; ++index) slab.scan(sample, index);
-      slab.prepare(sample, true);
-      for (int64_t index = 0; index < blocks; ++index) slab.apply(sample, index);
+    for (int64_t item = 0; item < samples * slabs; ++item) {
+      const int64_t sample = item / slabs, first = item % slabs * width;
+      const Range channels = {first, first + width};
+      for (int64_t index = 0; index < blocks; ++index) slab.scan(sample, index, channels);
+      slab.prepare(sample, channels, true);
+      for (int64_t index = 0; index < blocks; ++index) slab.apply(sample, index, channels);
     }
     return;
   }
 #pragma omp parallel num_threads(team)
   {
 #pragma omp for schedule(static)
-    for (int64_t part = 0; part < samples * blocks; ++part) slab.scan(part / blocks, part % blocks);
+    for (int64_t part = 0; part < samples * blocks; ++part) {
+      slab.scan(part / blocks, part % blocks, all);
+    }
     int64_t prepared = -1;
 #pragma omp for schedule(static)
     for (int64_t part = 0; part < samples * blocks; ++part) {
       const int64_t sample = part / blocks;
-      if (sample != prepared) slab.prepare(sample, part % blocks == 0);
+      if (sample != prepared) slab.prepare(sample, all, part % blocks == 0);
       prepared = sample;
-      slab.apply(sample, part % blocks);
+      slab.apply(sample, part % blocks, all);
     }
   }
 }

@@ -52,9 +52,7 @@ def group_norm_silu(
     """
     tensors = (weight, bias, scale, shift, add)
     _check(x, num_groups, *tensors, activation)
-    wants_gradient = torch.is_grad_enabled() and (
-        x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
-    )
+    wants_gradient = torch.is_grad_enabled() and _any_requires_grad(x, *tensors)
     backend = _backend(x, wants_gradient)
     directly = backend != "reference" and backends.launches_directly(x, *tensors)
     if not directly and backend != "reference" and backends.transforms():
@@ -88,6 +86,13 @@ def choose(x: Tensor, *arguments: Any, **options: Any) -> Choice:
             OP, backend, f"PyTorch's operations train up to {SMALL} contiguous elements faster"
         )
     return Choice(OP, backend, backends.default_reason(x.device.type, x.dtype))
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    for tensor in tensors:  # half the time of any(), which a small norm notices
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def _backend(x: Tensor, wants_gradient: bool) -> str:
