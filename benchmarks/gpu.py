@@ -95,7 +95,9 @@ def run_phase(phase: Phase, limit_s: float) -> Outcome:
     """
     start = time.monotonic()
     try:
-        process = subprocess.Popen(phase.command, cwd=ROOT, start_new_session=True)
+        process = subprocess.Popen(
+            phase.command, cwd=ROOT, start_new_session=True, preexec_fn=_listen_to_interrupts
+        )
     except OSError as error:
         return Outcome(phase.name, f"failed ({error})", 0.0)
     try:
@@ -108,6 +110,11 @@ def run_phase(phase: Phase, limit_s: float) -> Outcome:
         _end(process)
         raise
     return Outcome(phase.name, result, time.monotonic() - start)
+
+
+def _listen_to_interrupts() -> None:
+    """In the child: a shell starts what it runs in the background deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _end(process: subprocess.Popen) -> None:
