@@ -106,11 +106,11 @@ def _cuobjdump(option: str, cubin: Path) -> str:
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program can have
 
 
-def report(capability: int, taken: dict[str, list[Usage]]) -> None:
-    """Print what the kernels of each case take (pytest -s); assert that none ran out of registers.
+def report(capability: int, taken: dict[str, list[Usage]], spills: int = 0) -> None:
+    """Print what the kernels of each case take (pytest -s); assert that all fit.
 
-    ptxas gives up a few registers, and stores a few values, where one more program then fits a
-    multiprocessor: up to 16 such loads and stores in a whole kernel pass, while registers are left.
+    spills: how many local loads and stores a kernel may have. ptxas stores a few values where one
+    more program then fits a multiprocessor, and a tile that only just fits is still read once.
     """
     wrong = []
     for case, usages in taken.items():
@@ -122,7 +122,6 @@ def report(capability: int, taken: dict[str, list[Usage]]) -> None:
             )
             print(line)
             fits = use.shared <= SHARED_MEMORY[capability] and use.registers * use.warps <= 2048
-            most = min(255, 2048 // use.warps)
-            if not fits or use.spills > (16 if use.registers < most else 0):
+            if not fits or use.spills > spills:
                 wrong.append(line)
     assert not wrong, wrong
