@@ -22,6 +22,8 @@ from fastdiff.errors import InputError
 BACKENDS = ("reference", "native", "triton", "cuda")
 VARIABLE = "FASTDIFF_BACKEND"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMED_REASON = f"named by set_backend, backend() or {VARIABLE}"
+TRANSFORMS_REASON = "only plain PyTorch serves torch.func and forward-mode differentiation"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff import native
+from fastdiff import backends, native
 from fastdiff.ops.attention import choose
 from fastdiff.ops.attention_plan import IMPLEMENTATIONS, Call, plan
 
@@ -88,7 +88,9 @@ def test_explain_tells_the_choice_and_why(capsys):
     slow = native.library().current_isa() == "baseline"
     assert choice.backend == ("reference" if slow else "native")
     with fastdiff.backend("native"):
-        assert str(choose(torch.zeros(1, 6, 4), 1)) == "attention: native (it was named)"
+        assert (
+            str(choose(torch.zeros(1, 6, 4), 1)) == f"attention: native ({backends.NAMED_REASON})"
+        )
 
 
 def test_pytorchs_own_counts_as_the_reference_backend(monkeypatch):

@@ -79,10 +79,9 @@ def _implementation(qkv: Tensor, num_heads: int) -> tuple[str, str]:
     device_type, dtype = qkv.device.type, qkv.dtype
     name = backends.named()
     if backends.transforms():
-        reason = "only plain PyTorch serves torch.func and forward-mode differentiation"
-        return backends.under_transforms("attention"), reason
+        return backends.under_transforms("attention"), backends.TRANSFORMS_REASON
     if name is not None:
-        return backends.require("attention", name, device_type, dtype), "it was named"
+        return backends.require("attention", name, device_type, dtype), backends.NAMED_REASON
     isa, amx = cpu() if device_type == "cpu" else ("", False)
     call = Call(
         device_type,

@@ -77,10 +77,9 @@ def choose(x: Tensor, *arguments: Any, **options: Any) -> Choice:
     )
     backend = _backend(x, wants_gradient)
     if backend != "reference" and backends.transforms():
-        reason = "only plain PyTorch serves torch.func and forward-mode differentiation"
-        return Choice(OP, backends.under_transforms(OP), reason)
+        return Choice(OP, backends.under_transforms(OP), backends.TRANSFORMS_REASON)
     if backends.named() is not None:
-        return Choice(OP, backend, "named by set_backend, backend() or FASTDIFF_BACKEND")
+        return Choice(OP, backend, backends.NAMED_REASON)
     if backend == "reference" and x.device.type == "cpu" and x.dtype in backends.KERNEL_DTYPES:
         return Choice(
             OP, backend, f"PyTorch's operations train up to {SMALL} contiguous elements faster"

@@ -139,11 +139,12 @@ def choose(
 
 def _choose(x_t: torch.Tensor, *others: torch.Tensor | None) -> tuple[str, str]:
     """(backend, reason)."""
+    if backends.transforms():
+        return backends.under_transforms("posterior_step"), backends.TRANSFORMS_REASON
     name = backends.named()
     device_type, dtype = x_t.device.type, x_t.dtype
-    tracked = backends.forward_mode() or (
-        torch.is_grad_enabled()
-        and any(tensor is not None and tensor.requires_grad for tensor in (x_t, *others))
+    tracked = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x_t, *others)
     )
     if name is None:
         if tracked:
@@ -154,7 +155,7 @@ def _choose(x_t: torch.Tensor, *others: torch.Tensor | None) -> tuple[str, str]:
             f"posterior_step: the backend {name!r} was named, but its kernel has no gradients and "
             "an input requires grad; use torch.no_grad(), or name 'reference'"
         )
-    return backends.require("posterior_step", name, device_type, dtype), "named"
+    return backends.require("posterior_step", name, device_type, dtype), backends.NAMED_REASON
 
 
 # --- The reference ----------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def q_sample(
             return new_x_t(plan, *tensors, seed, step, first_sample, return_noise)
     check_float(x_start, "x_start")
     rows = _table_length(signal, sigma, x_start)
-    backend = _backend(x_start, signal, sigma)
+    backend, _ = _choose(x_start, signal, sigma)
     # The native kernel looks at t by itself.
     t = check_timesteps(t, x_start, rows, "x_start", look=backend != "native")
     if noise is not None:
@@ -100,33 +100,27 @@ def choose(
     **_: Any,
 ) -> Choice:
     """What the plan picks for this call (``fastdiff.explain``)."""
-    backend = _backend(x_start, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
-    if backends.named() is not None:
-        reason = "named"
-    elif _only_reference(sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod):
-        reason = "only it has forward-mode derivatives, and gradients for the tables"
-    else:
-        reason = backends.default_reason(x_start.device.type, x_start.dtype)
+    backend, reason = _choose(x_start, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
     return Choice("q_sample", backend, reason)
 
 
-def _backend(x_start: Tensor, signal: Tensor, sigma: Tensor) -> str:
+def _choose(x_start: Tensor, signal: Tensor, sigma: Tensor) -> tuple[str, str]:
+    """(backend, reason)."""
+    if backends.transforms():
+        return backends.under_transforms("q_sample"), backends.TRANSFORMS_REASON
     name = backends.named()
+    device_type, dtype = x_start.device.type, x_start.dtype
+    tracked = signal.requires_grad or sigma.requires_grad
     if name is None:
-        if _only_reference(signal, sigma):
-            return "reference"
-        return backends.default(x_start.device.type, x_start.dtype)
-    if name != "reference" and _only_reference(signal, sigma):
+        if tracked:
+            return "reference", "only it has gradients for the tables"
+        return backends.default(device_type, dtype), backends.default_reason(device_type, dtype)
+    if tracked and name != "reference":
         raise InputError(
-            f"q_sample: the backend {name!r} was named, but its kernels have no forward-mode "
-            "derivatives and no gradients for the tables; name 'reference', or None for the plan's "
-            "choice"
+            f"q_sample: the backend {name!r} was named, but its kernels have no gradients for the "
+            "tables; name 'reference', or None for the plan's choice"
         )
-    return backends.require("q_sample", name, x_start.device.type, x_start.dtype)
-
-
-def _only_reference(signal: Tensor, sigma: Tensor) -> bool:
-    return signal.requires_grad or sigma.requires_grad or backends.forward_mode()
+    return backends.require("q_sample", name, device_type, dtype), backends.NAMED_REASON
 
 
 def _table_length(first: Tensor, second: Tensor, x_start: Tensor) -> int:
