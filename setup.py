@@ -2,7 +2,9 @@
 
 Environment variables read at build time:
   FASTDIFF_CUDA      1 compiles the CUDA kernels (an error without nvcc), 0 leaves them out;
-                     unset, they are compiled when nvcc is found. The build prints its decision.
+                     unset, they are compiled when nvcc is found; "emulate" compiles them for
+                     the CPU, where the backend "cuda" then takes CPU tensors: slow, for tests.
+                     The build prints its decision.
   FASTDIFF_SANITIZE  passed to -fsanitize=, for example "address,undefined"; a debugging build.
 """
 
@@ -52,9 +54,9 @@ def cmake_options(module: Path) -> list[str]:
 
 def cuda_choice() -> str:
     asked = os.environ.get("FASTDIFF_CUDA", "")
-    choices = {"": "AUTO", "0": "OFF", "1": "ON"}
+    choices = {"": "AUTO", "0": "OFF", "1": "ON", "emulate": "EMULATE"}
     if asked not in choices:
-        raise SetupError(f"FASTDIFF_CUDA is {asked!r}: expected 0, 1 or unset (found by itself)")
+        raise SetupError(f"FASTDIFF_CUDA is {asked!r}: expected 0, 1, emulate or unset")
     return choices[asked]
 
 

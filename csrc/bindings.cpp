@@ -6,7 +6,6 @@
 #include <array>
 #include <cstdint>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 
@@ -15,6 +14,7 @@
 #include <omp.h>
 #endif
 #ifdef FASTDIFF_CUDA_ARCHS
+#include "bindings_cuda.h"
 #include "cuda/kernels.h"
 #endif
 
@@ -25,7 +25,7 @@ namespace {
 
 // Raised with every change of a binding's arguments or meaning; fastdiff/native.py compares it, so
 // that sources and a library built from older ones do not meet unnoticed.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 py::dict build_info() {
   py::dict info;
@@ -277,33 +277,6 @@ void bind_cpu(py::module_& module) {
       py::arg("out"), py::arg("quads"), py::arg("seed"), py::arg("step"), py::arg("sample"),
       py::arg("first_quad"));
 }
-
-#ifdef FASTDIFF_CUDA_ARCHS
-void check_launch(int error) {
-  if (error != 0) throw std::runtime_error(std::string("CUDA: ") + cuda::error_text(error));
-}
-
-void bind_cuda(py::module_& module) {
-  module.def("cuda_driver_version", &cuda::driver_version);
-  module.def(
-      "normal_cuda",
-      [](const NormalFill& fill, uintptr_t seed, uintptr_t step, uintptr_t stream) {
-        const cuda::DeviceCounters counters = {reinterpret_cast<const uint64_t*>(seed),
-                                               reinterpret_cast<const int64_t*>(step)};
-        check_launch(cuda::normal(fill, counters, reinterpret_cast<void*>(stream)));
-      },
-      py::arg("fill"), py::arg("seed_address"), py::arg("step_address"), py::arg("stream"));
-  module.def(
-      "philox_cuda",
-      [](uintptr_t out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,
-         uint32_t first_quad, uintptr_t stream) {
-        check_launch(cuda::philox(reinterpret_cast<uint32_t*>(out), quads, seed, step, sample,
-                                  first_quad, reinterpret_cast<void*>(stream)));
-      },
-      py::arg("out"), py::arg("quads"), py::arg("seed"), py::arg("step"), py::arg("sample"),
-      py::arg("first_quad"), py::arg("stream"));
-}
-#endif
 
 }  // namespace
 

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from fastdiff import native
 from fastdiff.errors import InputError
 
 BACKENDS = ("reference", "native", "triton", "cuda")
 VARIABLE = "FASTDIFF_BACKEND"
+CUDA_OPERATIONS = ("group_norm_silu", "posterior_step", "q_sample")  # those of csrc/cuda
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMED_REASON = f"named by set_backend, backend() or {VARIABLE}"
 TRANSFORMS_REASON = "only plain PyTorch serves torch.func and forward-mode differentiation"
@@ -94,14 +96,17 @@ def default_reason(device_type: str, dtype: torch.dtype) -> str:
     return f"there are no kernels for {device_type} devices"
 
 
-def require(op: str, name: str, device_type: str, dtype: torch.dtype) -> str:
+def require(op: str, name: str, device: torch.device, dtype: torch.dtype) -> str:
     """``name``, or InputError where that backend's kernel of ``op`` cannot serve such a tensor."""
+    device_type = device.type
     if name == "reference":
         return name
-    if name == "cuda":
+    if name == "cuda" and op not in CUDA_OPERATIONS:
         problem = f"there is no CUDA C++ kernel of {op}"
     elif dtype not in KERNEL_DTYPES:
         problem = f"its kernels take float32, bfloat16 and float16, not {short(dtype)}"
+    elif name == "cuda":
+        problem = native.cuda_problem(device)
     elif name == "native":
         problem = "" if device_type == "cpu" else f"it runs on the CPU, not on {device_type}"
     elif not HAS_TRITON:

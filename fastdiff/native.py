@@ -9,7 +9,7 @@ import torch  # before the library: its OpenMP runtime is the one the library ca
 
 from fastdiff.errors import InputError
 
-INTERFACE = 2  # kInterface of csrc/bindings.cpp
+INTERFACE = 3  # kInterface of csrc/bindings.cpp
 ISA_VARIABLE = "FASTDIFF_ISA"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/common
 
@@ -64,16 +64,45 @@ def cuda_driver_version() -> int:
     return library().cuda_driver_version() if build_info()["cuda"] is not None else 0
 
 
-@functools.cache
+def emulates_cuda() -> bool:
+    """Whether the CUDA kernels were built for the CPU (FASTDIFF_CUDA=emulate), for tests."""
+    return build_info()["cuda_archs"] == "emulated"
+
+
 def cuda_serves(device: torch.device) -> bool:
     """Whether the compiled CUDA kernels run on ``device``."""
+    return not cuda_problem(device)
+
+
+@functools.cache
+def cuda_problem(device: torch.device) -> str:
+    """Why the compiled CUDA kernels do not run on ``device``, in words; "" where they do."""
     info = build_info()
-    if device.type != "cuda" or info["cuda"] is None:
-        return False
-    capability = torch.cuda.get_device_capability(device)
-    return driver_serves(info["cuda"], cuda_driver_version()) and archs_serve(
-        info["cuda_archs"].split(), capability
-    )
+    if info["cuda"] is None:
+        return "the native library was built without CUDA kernels (no nvcc, or FASTDIFF_CUDA=0)"
+    if emulates_cuda():
+        return "" if device.type == "cpu" else "it was built for the emulation on CPU tensors"
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, not on {device.type}"
+    if not driver_serves(info["cuda"], cuda_driver_version()):
+        return f"the driver does not serve CUDA {info['cuda'] // 1000}, which it was built with"
+    major, minor = capability = torch.cuda.get_device_capability(device)
+    if not archs_serve(info["cuda_archs"].split(), capability):
+        return f"it was built for {info['cuda_archs']}, not for compute capability {major}.{minor}"
+    return ""
+
+
+def cuda_stream(device: torch.device) -> int:
+    """The address of the device's current stream; 0, the default stream, in the emulation."""
+    if device.type != "cuda":
+        return 0
+    if _raw_stream is not None:
+        return _raw_stream(device.index)
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+# A tenth of the public call's time, and what Triton's launcher calls too.
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def driver_serves(runtime: int, driver: int) -> bool:

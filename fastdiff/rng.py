@@ -16,8 +16,6 @@ the native CPU, CUDA and Triton fills then agree bit for bit too, and the refere
 computes in float64 from the same u, agrees with them to a few float32 ulps.
 """
 
-import functools
-import importlib.util
 import math
 import operator
 from collections.abc import Sequence
@@ -25,7 +23,7 @@ from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 
-from fastdiff import native
+from fastdiff import backends, native
 from fastdiff._checks import check_device
 from fastdiff.errors import InputError
 
@@ -227,14 +225,14 @@ def _choose(out: torch.Tensor, backend: str | None) -> str:
             out.device.type,
             out.dtype,
             cuda_kernel=on_cuda and native.cuda_serves(out.device),
-            triton=on_cuda and _has_triton(),
+            triton=on_cuda and backends.HAS_TRITON,
         )
     device_type = out.device.type
     serves = {
         "native": device_type == "cpu" and out.dtype != torch.float64,
         "cuda": out.dtype != torch.float64 and native.cuda_serves(out.device),
         # Triton's interpreter takes CPU tensors; without it Triton refuses them by itself.
-        "triton": out.dtype != torch.float64 and _has_triton(),
+        "triton": out.dtype != torch.float64 and backends.HAS_TRITON,
         "reference": True,
     }
     if backend not in serves:
@@ -245,11 +243,6 @@ def _choose(out: torch.Tensor, backend: str | None) -> str:
             "name another, or None to let fastdiff choose"
         )
     return backend
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 Counter = int | torch.Tensor
@@ -268,9 +261,10 @@ def _launch_cuda(
     seed_value, seed_address = _value_or_address(seed)
     step_value, step_address = _value_or_address(step)
     fill = _fill(out, layout, seed_value, step_value, first_sample)
-    with torch.cuda.device(out.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        native.library().normal_cuda(fill, seed_address, step_address, stream)
+    with backends.device_of(out):
+        native.library().normal_cuda(
+            fill, seed_address, step_address, native.cuda_stream(out.device)
+        )
 
 
 def _launch_triton(
@@ -278,9 +272,7 @@ def _launch_triton(
 ) -> None:
     from fastdiff.kernels import normal as kernels
 
-    if out.device.type != "cuda":  # the interpreter, on CPU tensors
-        return kernels.fill(out, layout, seed, step, first_sample)
-    with torch.cuda.device(out.device):
+    with backends.device_of(out):
         kernels.fill(out, layout, seed, step, first_sample)
 
 

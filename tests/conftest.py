@@ -30,6 +30,14 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
 
 
+@pytest.fixture(scope="session")
+def sanitized(tmp_path_factory):
+    """The native library with AddressSanitizer and UBSan, and CUDA on emulated threads."""
+    import sanitized
+
+    return sanitized.make(tmp_path_factory.mktemp("sanitized"))
+
+
 class Unavailable(pytest.Module):
     missing: list[str]
 

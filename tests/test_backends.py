@@ -112,20 +112,20 @@ def test_require(monkeypatch, name, device, dtype, serves):
     monkeypatch.setattr(backends, "HAS_TRITON", True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if serves:
-        assert backends.require("op", name, device, dtype) == name
+        assert backends.require("op", name, torch.device(device), dtype) == name
         return
     with pytest.raises(InputError, match=f"^op: the backend '{name}' was named, but ") as caught:
-        backends.require("op", name, device, dtype)
+        backends.require("op", name, torch.device(device), dtype)
     assert "\n" not in str(caught.value)
 
 
 def test_triton_on_the_cpu_needs_its_interpreter(monkeypatch):
     monkeypatch.setattr(backends, "HAS_TRITON", True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert backends.require("op", "triton", "cpu", torch.float32) == "triton"
+    assert backends.require("op", "triton", torch.device("cpu"), torch.float32) == "triton"
     monkeypatch.setattr(backends, "HAS_TRITON", False)
     with pytest.raises(InputError, match="the package triton is not installed"):
-        backends.require("op", "triton", "cpu", torch.float32)
+        backends.require("op", "triton", torch.device("cpu"), torch.float32)
 
 
 # --- Past the dispatcher ----------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """The native library: loading, instruction sets, one OpenMP runtime, CUDA sources without a GPU."""
 
-import ctypes
 import json
 import os
 import re
@@ -10,7 +9,6 @@ import sys
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -217,109 +215,6 @@ def test_drivers_that_the_runtime_accepts(runtime, driver, expected):
 
 def test_a_cpu_device_is_not_served():
     assert not native.cuda_serves(torch.device("cpu"))
-
-
-@pytest.fixture(scope="session")
-def emulation(tmp_path_factory):
-    """csrc/cuda/normal.cu as a host library: tests/cuda_emulation stands in for CUDA."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    path = tmp_path_factory.mktemp("emulation") / "normal.so"
-    folder = HERE / "cuda_emulation"
-    subprocess.run(
-        [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
-        + ["-Werror", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-        + ["-shared", "-fPIC", f"-I{folder}", str(folder / "normal.cpp"), "-o", str(path)],
-        check=True,
-    )
-    return ctypes.CDLL(str(path))
-
-
-def emulated_normal(emulation, out, *, seed, step, first_sample, addresses=(None, None)):
-    layout = rng.sample_layout(out)
-    int64, uint64 = ctypes.c_int64, ctypes.c_uint64
-    result = emulation.emulated_normal(
-        ctypes.c_void_p(out.data_ptr()),
-        native.DTYPE_CODES[out.dtype],
-        int64(out.shape[0]),
-        *(int64(value) for value in layout),
-        uint64(seed),
-        ctypes.c_uint32(step),
-        uint64(first_sample),
-        *(ctypes.c_void_p(address) for address in addresses),
-    )
-    assert result == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("grid_limit", [0, 1, 2])
-@pytest.mark.parametrize("shape", [(3, 5, 17, 19), (2, 3, 32, 32), (5, 4), (2, 6001)])
-def test_the_cuda_kernel_agrees_with_the_cpu_bit_for_bit(emulation, shape, grid_limit, dtype):
-    emulation.limit_grid(grid_limit)
-    counters = dict(seed=2**63 + 1, step=2**31 + 5, first_sample=2**40)
-    expected = rng.normal(shape, dtype=dtype, **counters)
-
-    nan = float("nan")
-    wider = torch.full((*shape[:-1], shape[-1] + 8), nan, dtype=dtype)
-    outs = {
-        "contiguous": torch.full(shape, nan, dtype=dtype),
-        "misaligned": torch.full((expected.numel() + 1,), nan, dtype=dtype)[1:].view(shape),
-        "guarded": wider[..., 4:-4] if len(shape) == 2 else torch.full(shape, nan, dtype=dtype),
-    }
-    if len(shape) == 4:
-        last = torch.full(shape, nan, dtype=dtype).to(memory_format=torch.channels_last)
-        outs["channels_last"] = last
-    for name, out in outs.items():
-        emulated_normal(emulation, out, **counters)
-        assert torch.equal(out, expected), name
-    if len(shape) == 2:
-        assert wider[:, :4].isnan().all() and wider[:, -4:].isnan().all()
-
-
-def test_the_cuda_kernel_reads_seed_and_step_from_memory(emulation):
-    emulation.limit_grid(0)
-    seed, step = torch.tensor(-3), torch.tensor(2**32 - 2)
-    out = torch.empty(2, 9)
-    addresses = (seed.data_ptr(), step.data_ptr())
-    emulated_normal(emulation, out, seed=1, step=1, first_sample=4, addresses=addresses)
-    assert torch.equal(out, rng.normal((2, 9), seed=2**64 - 3, step=2**32 - 2, first_sample=4))
-
-
-def test_the_cuda_kernel_gives_the_published_words(emulation):
-    emulation.limit_grid(1)
-    words = np.empty((700, 4), np.uint32)
-    result = emulation.emulated_philox(
-        ctypes.c_void_p(words.ctypes.data),
-        ctypes.c_int64(700),
-        ctypes.c_uint64(0xA4093822 | 0x299F31D0 << 32),
-        ctypes.c_uint32(0x85A308D3),
-        ctypes.c_uint64(0x13198A2E | 0x03707344 << 32),
-        ctypes.c_uint32(0x243F6A88 - 600),
-    )
-    assert result == 0
-    assert words[600].tolist() == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
-
-
-def test_box_muller_at_the_edges_of_its_words(emulation):
-    edges = [0, 1, 2, 127, 128, 2**24 - 1, 2**24, 2**24 + 1]
-    edges += [quarter * 2**30 + d for quarter in (1, 2, 3) for d in (-129, -1, 0, 1, 64, 128)]
-    edges += [0xB504F333 + d for d in (-300, 0, 300)]  # u about √½, where the logarithm's f jumps
-    edges += [2**32 - 1, 2**32 - 128, 2**32 - 129, 2**32 - 2**10]
-    words = np.array([(a, b) for a in edges for b in edges], np.uint32)
-    normals = np.empty(words.shape, np.float32)
-    emulation.box_muller(
-        ctypes.c_void_p(words.ctypes.data),
-        ctypes.c_void_p(normals.ctypes.data),
-        ctypes.c_int64(len(words)),
-    )
-    u = (words.astype(np.float32) * np.float32(2**-32) + np.float32(2**-33)).astype(np.float64)
-    assert (u > 0).all() and (u <= 1).all()
-    radius, angle = np.sqrt(-2 * np.log(u[:, 0])), 2 * np.pi * u[:, 1]
-    exact = np.stack((radius * np.cos(angle), radius * np.sin(angle)), -1)
-    # Beside four ulps: float64's own cos(π/2) is 6e-17, where the exact zero is right.
-    assert np.all(np.abs(normals - exact) <= 4 * np.spacing(np.abs(normals)) + 1e-14)
-    assert np.isfinite(normals).all()
 
 
 def test_sources_include_no_torch_header():

@@ -1,5 +1,6 @@
 // The CUDA launchers. No torch header: raw device pointers, sizes and a stream. They launch on the
-// current device, which the caller has set to the pointers' own.
+// current device, which the caller has set to the pointers' own, and throw std::runtime_error where
+// CUDA does not accept a launch.
 #pragma once
 
 #include <cstdint>
@@ -15,13 +16,11 @@ struct DeviceCounters {
   const int64_t* step;
 };
 
-// Both return a cudaError_t, zero when the launch was accepted; error_text describes others.
-int normal(const NormalFill& fill, const DeviceCounters& counters, void* stream);
-int philox(uint32_t* out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,
-           uint32_t first_quad, void* stream);
+void normal(const NormalFill& fill, const DeviceCounters& counters, void* stream);
+void philox(uint32_t* out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,
+            uint32_t first_quad, void* stream);
 
-const char* error_text(int error);
-int runtime_version();  // as 1000·major + 10·minor, of the linked CUDA runtime
+int runtime_version();  // as 1000·major + 10·minor, of the linked CUDA runtime; 0: emulated
 int driver_version();   // the newest CUDA the driver serves; 0 without a driver
 
 }  // namespace fastdiff::cuda

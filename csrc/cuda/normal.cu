@@ -8,12 +8,10 @@
 // sample and y over samples, so that a contiguous fill needs no division.
 // Range: element indices below 2^34. Channels_last writes are strided by the channel count and
 // meet in L2, which suits the few channels of images.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include "../common/philox.h"
 #include "kernels.h"
+#include "launch.h"
+#include "vec.h"
 
 namespace fastdiff::cuda {
 namespace {
@@ -21,17 +19,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocksX = 1 << 16;
 constexpr int64_t kMaxBlocksY = 1 << 15;
-
-template <typename T>
-struct alignas(4 * sizeof(T)) Packed4 {
-  T value[4];
-};
-
-__device__ __forceinline__ void convert(float value, float* out) { *out = value; }
-__device__ __forceinline__ void convert(float value, __nv_bfloat16* out) {
-  *out = __float2bfloat16_rn(value);
-}
-__device__ __forceinline__ void convert(float value, __half* out) { *out = __float2half_rn(value); }
 
 template <typename T, bool kPacked>
 __global__ void __launch_bounds__(kThreads)
@@ -49,17 +36,17 @@ __global__ void __launch_bounds__(kThreads)
       const Normals4 normals =
           normals_of(philox_words(seed, step, index, static_cast<uint32_t>(quad)));
       if constexpr (kPacked) {
-        Packed4<T> packed;
-        for (int lane = 0; lane < 4; ++lane) convert(normals.n[lane], &packed.value[lane]);
-        reinterpret_cast<Packed4<T>*>(out)[quad] = packed;
+        Pack<T, 4> packed;
+        for (int lane = 0; lane < 4; ++lane) packed.value[lane] = from_float<T>(normals.n[lane]);
+        reinterpret_cast<Pack<T, 4>*>(out)[quad] = packed;
       } else {
         for (int lane = 0; lane < 4; ++lane) {
           const int64_t element = 4 * quad + lane;
           if (element >= elements) break;
           const int64_t channel = fill.channels == 1 ? 0 : element / fill.spatial;
           const int64_t position = element - channel * fill.spatial;
-          convert(normals.n[lane],
-                  out + channel * fill.channel_stride + position * fill.spatial_stride);
+          out[channel * fill.channel_stride + position * fill.spatial_stride] =
+              from_float<T>(normals.n[lane]);
         }
       }
     }
@@ -76,15 +63,11 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// cudaLaunchKernelEx type-checks the arguments and returns the launch's own error.
-cudaLaunchConfig_t configuration(int64_t quads, int64_t samples, void* stream) {
+Launch configuration(const char* name, int64_t quads, int64_t samples, void* stream) {
   const int64_t wanted = (quads + kThreads - 1) / kThreads;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(wanted < kMaxBlocksX ? wanted : kMaxBlocksX),
-                        static_cast<unsigned>(samples < kMaxBlocksY ? samples : kMaxBlocksY));
-  config.blockDim = dim3(kThreads);
-  config.stream = static_cast<cudaStream_t>(stream);
-  return config;
+  const dim3 grid(static_cast<unsigned>(wanted < kMaxBlocksX ? wanted : kMaxBlocksX),
+                  static_cast<unsigned>(samples < kMaxBlocksY ? samples : kMaxBlocksY));
+  return {name, grid, kThreads, stream};
 }
 
 template <typename T>
@@ -92,38 +75,30 @@ bool packable(const NormalFill& fill) {
   const bool one_run = fill.spatial_stride == 1 &&
                        (fill.channels == 1 || fill.channel_stride == fill.spatial);
   return one_run && fill.channels * fill.spatial % 4 == 0 && fill.sample_stride % 4 == 0 &&
-         reinterpret_cast<uintptr_t>(fill.out) % sizeof(Packed4<T>) == 0;
-}
-
-template <typename T>
-int launch(const NormalFill& fill, const DeviceCounters& counters, void* stream) {
-  const int64_t quads = (fill.channels * fill.spatial + 3) / 4;
-  if (quads == 0 || fill.samples == 0) return cudaSuccess;
-  const cudaLaunchConfig_t config = configuration(quads, fill.samples, stream);
-  return packable<T>(fill)
-             ? cudaLaunchKernelEx(&config, normal_kernel<T, true>, fill, counters)
-             : cudaLaunchKernelEx(&config, normal_kernel<T, false>, fill, counters);
+         is_aligned(fill.out, sizeof(Pack<T, 4>));
 }
 
 }  // namespace
 
-int normal(const NormalFill& fill, const DeviceCounters& counters, void* stream) {
-  switch (fill.dtype) {
-    case DType::kFloat32:
-      return launch<float>(fill, counters, stream);
-    case DType::kBFloat16:
-      return launch<__nv_bfloat16>(fill, counters, stream);
-    case DType::kFloat16:
-      return launch<__half>(fill, counters, stream);
-  }
-  return cudaErrorInvalidValue;
+void normal(const NormalFill& fill, const DeviceCounters& counters, void* stream) {
+  const int64_t quads = (fill.channels * fill.spatial + 3) / 4;
+  if (quads == 0 || fill.samples == 0) return;
+  const Launch how = configuration("normal", quads, fill.samples, stream);
+  with_type(fill.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (packable<T>(fill)) {
+      launch<normal_kernel<T, true>>(how, fill, counters);
+    } else {
+      launch<normal_kernel<T, false>>(how, fill, counters);
+    }
+  });
 }
 
-int philox(uint32_t* out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,
-           uint32_t first_quad, void* stream) {
-  if (quads == 0) return cudaSuccess;
-  const cudaLaunchConfig_t config = configuration(quads, 1, stream);
-  return cudaLaunchKernelEx(&config, philox_kernel, out, quads, seed, step, sample, first_quad);
+void philox(uint32_t* out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,
+            uint32_t first_quad, void* stream) {
+  if (quads == 0) return;
+  launch<philox_kernel>(configuration("philox", quads, 1, stream), out, quads, seed, step, sample,
+                        first_quad);
 }
 
 }  // namespace fastdiff::cuda

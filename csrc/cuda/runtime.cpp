@@ -4,8 +4,6 @@
 
 namespace fastdiff::cuda {
 
-const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
-
 int runtime_version() { return CUDART_VERSION; }
 
 int driver_version() {

@@ -81,7 +81,7 @@ def _implementation(qkv: Tensor, num_heads: int) -> tuple[str, str]:
     if backends.transforms():
         return backends.under_transforms("attention"), backends.TRANSFORMS_REASON
     if name is not None:
-        return backends.require("attention", name, device_type, dtype), backends.NAMED_REASON
+        return backends.require("attention", name, qkv.device, dtype), backends.NAMED_REASON
     isa, amx = cpu() if device_type == "cpu" else ("", False)
     call = Call(
         device_type,

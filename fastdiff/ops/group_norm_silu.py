@@ -97,7 +97,7 @@ def _any_requires_grad(*tensors: Tensor | None) -> bool:
 def _backend(x: Tensor, wants_gradient: bool) -> str:
     name = backends.named()
     if name is not None:
-        return backends.require(OP, name, x.device.type, x.dtype)
+        return backends.require(OP, name, x.device, x.dtype)
     name = backends.default(x.device.type, x.dtype)
     if name == "native" and wants_gradient and 0 < x.numel() <= SMALL and x.is_contiguous():
         return "reference"

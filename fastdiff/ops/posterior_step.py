@@ -155,7 +155,7 @@ def _choose(x_t: torch.Tensor, *others: torch.Tensor | None) -> tuple[str, str]:
             f"posterior_step: the backend {name!r} was named, but its kernel has no gradients and "
             "an input requires grad; use torch.no_grad(), or name 'reference'"
         )
-    return backends.require("posterior_step", name, device_type, dtype), backends.NAMED_REASON
+    return backends.require("posterior_step", name, x_t.device, dtype), backends.NAMED_REASON
 
 
 # --- The reference ----------------------------------------------------------------------------

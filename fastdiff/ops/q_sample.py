@@ -120,7 +120,7 @@ def _choose(x_start: Tensor, signal: Tensor, sigma: Tensor) -> tuple[str, str]:
             f"q_sample: the backend {name!r} was named, but its kernels have no gradients for the "
             "tables; name 'reference', or None for the plan's choice"
         )
-    return backends.require("q_sample", name, device_type, dtype), backends.NAMED_REASON
+    return backends.require("q_sample", name, x_start.device, dtype), backends.NAMED_REASON
 
 
 def _table_length(first: Tensor, second: Tensor, x_start: Tensor) -> int:

@@ -1,0 +1,63 @@
+// Bindings of the CUDA launchers. Addresses are device addresses, as integers; a stream is the
+// integer that torch calls cuda_stream.
+#include "bindings_cuda.h"
+
+#include <cstdint>
+
+#include "cuda/kernels.h"
+#ifdef FASTDIFF_EMULATION
+#include "common/philox.h"
+#include "emulation/emulation.h"
+#endif
+
+namespace py = pybind11;
+
+namespace fastdiff {
+namespace {
+
+template <typename T = void>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void bind_noise(py::module_& module) {
+  module.def(
+      "normal_cuda",
+      [](const NormalFill& fill, uintptr_t seed, uintptr_t step, uintptr_t stream) {
+        cuda::normal(fill, {at<const uint64_t>(seed), at<const int64_t>(step)}, at(stream));
+      },
+      py::arg("fill"), py::arg("seed_address"), py::arg("step_address"), py::arg("stream"));
+  module.def(
+      "philox_cuda",
+      [](uintptr_t out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,
+         uint32_t first_quad, uintptr_t stream) {
+        cuda::philox(at<uint32_t>(out), quads, seed, step, sample, first_quad, at(stream));
+      },
+      py::arg("out"), py::arg("quads"), py::arg("seed"), py::arg("step"), py::arg("sample"),
+      py::arg("first_quad"), py::arg("stream"));
+}
+
+#ifdef FASTDIFF_EMULATION
+void bind_emulation(py::module_& module) {
+  module.def("set_emulation_order", &emulation::set_order, py::arg("seed"));
+  module.def("limit_emulated_grid", &emulation::limit_grid, py::arg("blocks"));
+  // The arithmetic of csrc/common on words of the caller's choice.
+  module.def("box_muller", [](uint32_t word0, uint32_t word1) {
+    float n0, n1;
+    box_muller<float>(word0, word1, &n0, &n1);
+    return py::make_tuple(n0, n1);
+  });
+}
+#endif
+
+}  // namespace
+
+void bind_cuda(py::module_& module) {
+  module.def("cuda_driver_version", &cuda::driver_version);
+  bind_noise(module);
+#ifdef FASTDIFF_EMULATION
+  bind_emulation(module);
+#endif
+}
+
+}  // namespace fastdiff

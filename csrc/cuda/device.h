@@ -1,0 +1,59 @@
+// What threads do together: shared memory, sums over lanes, clusters of blocks.
+#pragma once
+
+#include <cuda_runtime.h>
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define FASTDIFF_CLUSTERS
+#include <cooperative_groups.h>
+#endif
+
+namespace fastdiff::cuda {
+
+constexpr int kLanes = 32;
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+// The block's dynamic shared memory.
+__device__ __forceinline__ unsigned char* shared_memory() {
+#ifdef FASTDIFF_EMULATION
+  return static_cast<unsigned char*>(emulation::shared_memory());
+#else
+  extern __shared__ __align__(128) unsigned char memory[];
+  return memory;
+#endif
+}
+
+// The sum over the lanes whose number agrees modulo `apart` (a power of two), in each of them; the
+// order of the additions is always the same.
+__device__ __forceinline__ float sum_of_lanes(float value, int apart = 1) {
+  for (int distance = kLanes / 2; distance >= apart; distance /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, distance);
+  }
+  return value;
+}
+
+// The blocks that share their memory; one alone on devices without clusters.
+struct Cluster {
+#ifdef FASTDIFF_CLUSTERS
+  static __device__ __forceinline__ unsigned rank() {
+    return cooperative_groups::this_cluster().block_rank();
+  }
+  static __device__ __forceinline__ unsigned size() {
+    return cooperative_groups::this_cluster().num_blocks();
+  }
+  static __device__ __forceinline__ void sync() { cooperative_groups::this_cluster().sync(); }
+  template <typename T>
+  static __device__ __forceinline__ T* of_block(T* mine, unsigned rank) {
+    return cooperative_groups::this_cluster().map_shared_rank(mine, rank);
+  }
+#else
+  static __device__ __forceinline__ unsigned rank() { return 0; }
+  static __device__ __forceinline__ unsigned size() { return 1; }
+  static __device__ __forceinline__ void sync() { __syncthreads(); }
+  template <typename T>
+  static __device__ __forceinline__ T* of_block(T* mine, unsigned) {
+    return mine;
+  }
+#endif
+};
+
+}  // namespace fastdiff::cuda

@@ -1,0 +1,101 @@
+"""The native library built with AddressSanitizer and UBSan, its CUDA kernels emulated."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = (
+    "csrc",
+    "fastdiff",
+    "kernels",
+    "CMakeLists.txt",
+    "setup.py",
+    "pyproject.toml",
+    "README.md",
+)
+
+
+def runtime(name: str) -> str | None:
+    """A library of the compiler's, or None where it has no such file."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        return None
+    found = subprocess.run(
+        [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    return found if os.path.isabs(found) else None
+
+
+class Build:
+    """A copy of the sources and what was built of it; edit the copy and build again."""
+
+    def __init__(self, folder: Path):
+        self.sources = folder / "sources"
+        for name in SOURCES:
+            source, target = ROOT / name, self.sources / name
+            if source.is_dir():
+                ignored = shutil.ignore_patterns("*.so", "__pycache__", "kernels")
+                shutil.copytree(source, target, ignore=ignored if name == "fastdiff" else None)
+            else:
+                shutil.copy(source, target)
+        self.folder = folder
+        self.build()
+
+    def build(self) -> None:
+        environment = {"FASTDIFF_SANITIZE": "address,undefined", "FASTDIFF_CUDA": "emulate"}
+        done = subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext", "--build-lib",
+             str(self.folder / "lib"), "--build-temp", str(self.folder / "build")],
+            cwd=self.sources, capture_output=True, text=True, env={**os.environ, **environment},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+        (self.library,) = (self.folder / "lib").rglob("_native*.so")
+
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        """Python with the sanitizers' runtime, and FASTDIFF_TEST_LIBRARY naming this build."""
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={
+                **os.environ,
+                "FASTDIFF_TEST_LIBRARY": str(self.library),
+                "FASTDIFF_ISA": "",
+                "FASTDIFF_BACKEND": "",
+                "OMP_WAIT_POLICY": "passive",
+                "PYTHONMALLOC": "malloc",
+                # libstdc++ too: libasan looks for its __cxa_throw when it starts.
+                "LD_PRELOAD": f"{runtime('libasan.so')}:{runtime('libstdc++.so')}",
+                "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own
+                "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+                **environment,
+            },
+        )
+
+    def run_tests(self, *arguments: str, backend: str = "cuda") -> subprocess.CompletedProcess:
+        """pytest in which ``backend`` serves every call, by this build (emulated_cuda.py)."""
+        options = ("-q", "-x", "--tb=short", "-p", "emulated_cuda", "-p", "no:cacheprovider")
+        return self.run(
+            "-m", "pytest", *options, *arguments,
+            FASTDIFF_BACKEND=backend, PYTHONPATH=str(Path(__file__).parent),
+        )  # fmt: skip
+
+
+def make(folder: Path) -> Build:
+    """Build in ``folder``, or skip the test where the tools are missing."""
+    from fastdiff import native
+
+    if not native.build_info()["compiler"].startswith("GNU") or runtime("libasan.so") is None:
+        pytest.skip("needs GCC with libasan")
+    for module in ("setuptools", "pybind11"):
+        pytest.importorskip(module)
+    for program in ("cmake", "ninja"):
+        if shutil.which(program) is None:
+            pytest.skip(f"needs {program}")
+    return Build(folder)
