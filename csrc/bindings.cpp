@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "cpu/isa.h"
+#include "cuda/group_norm_tile.h"
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -116,6 +117,26 @@ void bind_group_norm(py::module_& module) {
            py::arg("add"), py::arg("dtype"), py::arg("affine_dtype"), py::arg("film_dtype"),
            py::arg("add_dtype"), py::arg("scale_stride"), py::arg("shift_stride"),
            py::arg("add_stride"));
+  py::class_<cuda::GroupNormTile>(module, "GroupNormTile")
+      .def_readonly("wide", &cuda::GroupNormTile::wide)
+      .def_readonly("resident", &cuda::GroupNormTile::resident)
+      .def_readonly("threads", &cuda::GroupNormTile::threads)
+      .def_readonly("parts", &cuda::GroupNormTile::parts)
+      .def_readonly("slab_channels", &cuda::GroupNormTile::slab_channels)
+      .def_readonly("slabs", &cuda::GroupNormTile::slabs)
+      .def_readonly("slabs_at_once", &cuda::GroupNormTile::slabs_at_once)
+      .def_readonly("shared_bytes", &cuda::GroupNormTile::shared_bytes)
+      .def_readonly("workspace_floats", &cuda::GroupNormTile::workspace_floats)
+      .def_readonly("bytes_moved", &cuda::GroupNormTile::bytes_moved);
+  // device: multiprocessors, bytes of shared memory to a block, blocks to a cluster, bytes of L2
+  module.def(
+      "group_norm_tile",
+      [](const GroupNormShape& shape, const std::array<int64_t, 4>& device, bool backward,
+         bool aligned) {
+        const cuda::DeviceLimits limits = {device[0], device[1], device[2], device[3]};
+        return cuda::group_norm_tile(shape, limits, backward, aligned);
+      },
+      py::arg("shape"), py::arg("device"), py::arg("backward"), py::arg("aligned"));
   // Addresses are 0 where an argument is not given.
   module.def("group_norm_silu_cpu", [](const GroupNormShape& shape, uintptr_t x, uintptr_t weight,
                                        uintptr_t bias, uintptr_t scale, uintptr_t shift,

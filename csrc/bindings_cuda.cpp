@@ -37,9 +37,44 @@ void bind_noise(py::module_& module) {
       py::arg("first_quad"), py::arg("stream"));
 }
 
+// Addresses are 0 where an argument is not given.
+void bind_group_norm(py::module_& module) {
+  module.def("group_norm_silu_cuda",
+             [](const GroupNormShape& shape, const cuda::GroupNormTile& tile, uintptr_t x,
+                uintptr_t weight, uintptr_t bias, uintptr_t scale, uintptr_t shift, uintptr_t add,
+                uintptr_t y, uintptr_t statistics, uintptr_t workspace, uintptr_t stream) {
+               float* mean = at<float>(statistics);
+               float* rstd = mean == nullptr ? nullptr : mean + shape.samples * shape.groups;
+               const GroupNormForward call = {at(x),     at(weight), at(bias), at(scale),
+                                              at(shift), at(add),    at(y),    mean, rstd};
+               cuda::group_norm_silu(shape, call, tile, at<float>(workspace), at(stream));
+             });
+  module.def(
+      "group_norm_silu_backward_cuda",
+      [](const GroupNormShape& shape, const cuda::GroupNormTile& tile, uintptr_t dy, uintptr_t x,
+         uintptr_t weight, uintptr_t bias, uintptr_t scale, uintptr_t shift, uintptr_t add,
+         uintptr_t statistics, uintptr_t dx, uintptr_t dweight, uintptr_t dbias, uintptr_t dscale,
+         uintptr_t dshift, uintptr_t dadd, uintptr_t workspace, uintptr_t stream) {
+        const float* mean = at<float>(statistics);
+        const GroupNormBackward call = {
+            at(dy),      at(x),     at(weight), at(bias),   at(scale),
+            at(shift),   at(add),   mean,       mean + shape.samples * shape.groups,
+            at(dx),      at(dweight), at(dbias), at(dscale), at(dshift),
+            at(dadd)};
+        cuda::group_norm_silu_backward(shape, call, tile, at<float>(workspace), at(stream));
+      });
+}
+
 #ifdef FASTDIFF_EMULATION
 void bind_emulation(py::module_& module) {
   module.def("set_emulation_order", &emulation::set_order, py::arg("seed"));
+  module.def(
+      "emulate_device",
+      [](int64_t multiprocessors, int64_t shared_bytes, int64_t cluster, int64_t l2_bytes) {
+        emulation::device = {multiprocessors, shared_bytes, cluster, l2_bytes};
+      },
+      py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("cluster"),
+      py::arg("l2_bytes"));
   module.def("limit_emulated_grid", &emulation::limit_grid, py::arg("blocks"));
   // The arithmetic of csrc/common on words of the caller's choice.
   module.def("box_muller", [](uint32_t word0, uint32_t word1) {
@@ -54,7 +89,13 @@ void bind_emulation(py::module_& module) {
 
 void bind_cuda(py::module_& module) {
   module.def("cuda_driver_version", &cuda::driver_version);
+  module.def("cuda_limits", [](int device) {
+    const cuda::DeviceLimits limits = cuda::device_limits(device);
+    return py::make_tuple(limits.multiprocessors, limits.shared_bytes, limits.cluster,
+                          limits.l2_bytes);
+  });
   bind_noise(module);
+  bind_group_norm(module);
 #ifdef FASTDIFF_EMULATION
   bind_emulation(module);
 #endif

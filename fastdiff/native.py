@@ -92,6 +92,17 @@ def cuda_problem(device: torch.device) -> str:
     return ""
 
 
+def cuda_limits(device: torch.device) -> tuple[int, int, int, int]:
+    """What CUDA launches can have: multiprocessors, bytes of shared memory to a block, blocks to a
+    cluster, bytes of L2."""
+    return library().cuda_limits(device.index or 0) if device.type == "cpu" else _limits(device)
+
+
+@functools.cache
+def _limits(device: torch.device) -> tuple[int, int, int, int]:
+    return library().cuda_limits(device.index)
+
+
 def cuda_stream(device: torch.device) -> int:
     """The address of the device's current stream; 0, the default stream, in the emulation."""
     if device.type != "cuda":

@@ -22,10 +22,10 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 #endif
 }
 
-// The sum over the lanes whose number agrees modulo `apart` (a power of two), in each of them; the
-// order of the additions is always the same.
-__device__ __forceinline__ float sum_of_lanes(float value, int apart = 1) {
-  for (int distance = kLanes / 2; distance >= apart; distance /= 2) {
+// The sum over the lanes whose numbers differ in the bits from `last` to `first` (powers of two), in
+// each of them; all lanes of the warp call. The order of the additions is always the same.
+__device__ __forceinline__ float sum_of_lanes(float value, int first = kLanes / 2, int last = 1) {
+  for (int distance = first; distance >= last; distance /= 2) {
     value += __shfl_xor_sync(kAllLanes, value, distance);
   }
   return value;

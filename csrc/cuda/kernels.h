@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../common/normal_fill.h"
+#include "group_norm_tile.h"
 
 namespace fastdiff::cuda {
 
@@ -20,6 +21,13 @@ void normal(const NormalFill& fill, const DeviceCounters& counters, void* stream
 void philox(uint32_t* out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,
             uint32_t first_quad, void* stream);
 
+// workspace: tile.workspace_floats of them.
+void group_norm_silu(const GroupNormShape& shape, const GroupNormForward& call,
+                     const GroupNormTile& tile, float* workspace, void* stream);
+void group_norm_silu_backward(const GroupNormShape& shape, const GroupNormBackward& call,
+                              const GroupNormTile& tile, float* workspace, void* stream);
+
+DeviceLimits device_limits(int device);
 int runtime_version();  // as 1000·major + 10·minor, of the linked CUDA runtime; 0: emulated
 int driver_version();   // the newest CUDA the driver serves; 0 without a driver
 

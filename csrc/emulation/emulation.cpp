@@ -324,9 +324,7 @@ void limit_grid(unsigned blocks) { most_blocks = blocks; }
 namespace {
 
 constexpr size_t kSharedByDefault = 48 << 10;
-constexpr size_t kSharedAtMost = 227 << 10;
 constexpr unsigned kPortableCluster = 8;
-constexpr unsigned kLargestCluster = 16;
 
 struct Allowed {
   size_t shared = kSharedByDefault;
@@ -340,10 +338,10 @@ std::string last_words;
 
 cudaError_t allow(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
-    allowed[kernel].cluster = value ? kLargestCluster : kPortableCluster;
+    allowed[kernel].cluster = value ? static_cast<unsigned>(device.cluster) : kPortableCluster;
     return cudaSuccess;
   }
-  if (value < 0 || static_cast<size_t>(value) > kSharedAtMost) return cudaErrorInvalidValue;
+  if (value < 0 || value > device.shared_bytes) return cudaErrorInvalidValue;
   allowed[kernel].shared = static_cast<size_t>(value);
   return cudaSuccess;
 }

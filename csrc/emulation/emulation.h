@@ -64,6 +64,16 @@ void* shared_memory_of(void* mine, unsigned rank);  // the same place in another
 // The 16 bytes that lane `source` brings to this exchange; every lane of the warp takes part.
 void exchange(void* value, size_t size, unsigned source);
 
+// What the device has; launches that ask for more are refused. A small one makes small tensors take
+// the paths of large ones.
+struct Device {
+  int64_t multiprocessors = 2;
+  int64_t shared_bytes = 227 << 10;  // of a block, when asked for
+  int64_t cluster = 16;              // blocks, when asked for
+  int64_t l2_bytes = 1 << 20;
+};
+inline Device device;
+
 // Runs the grid; the empty string, or what went wrong.
 std::string run(const Grid& grid, const std::function<void()>& kernel);
 

@@ -1,8 +1,13 @@
 // In place of csrc/cuda/runtime.cpp: no CUDA is linked, and no driver asked.
 #include "../cuda/kernels.h"
+#include "emulation.h"
 
 namespace fastdiff::cuda {
 
+DeviceLimits device_limits(int) {
+  return {emulation::device.multiprocessors, emulation::device.shared_bytes,
+          emulation::device.cluster, emulation::device.l2_bytes};
+}
 int runtime_version() { return 0; }
 int driver_version() { return 0; }
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastdiff import backends, native
 from fastdiff.backends import KERNEL_DTYPES
+from fastdiff.ops import _group_norm_cuda
 
 Maybe = Tensor | None
 
@@ -44,12 +45,15 @@ def _run(
         shape, out, x, weight, bias, scale, shift, add = _prepare(
             y, x, num_groups, weight, bias, eps, scale, shift, add, silu
         )
-    if _is_native(x):
+    backend = _backend(x)
+    if backend == "native":
         native.library().group_norm_silu_cpu(
             shape, x.data_ptr(), _address(weight), _address(bias), _address(scale),
             _address(shift), _address(add), out.data_ptr(), _address(statistics),
             torch.get_num_threads(),
         )  # fmt: skip
+    elif backend == "cuda":
+        _group_norm_cuda.forward(shape, x, weight, bias, scale, shift, add, out, statistics)
     else:
         from fastdiff.kernels import group_norm_silu as kernels
 
@@ -96,12 +100,17 @@ def backward(
         )
     if dy.stride() != out.stride():
         dy = torch.empty_like(out).copy_(dy)
-    if _is_native(x):
+    backend = _backend(x)
+    if backend == "native":
         native.library().group_norm_silu_backward_cpu(
             shape, dy.data_ptr(), x.data_ptr(), _address(weight), _address(bias), _address(scale),
             _address(shift), _address(add), statistics.data_ptr(), out.data_ptr(),
             *map(_address, written), torch.get_num_threads(),
         )  # fmt: skip
+    elif backend == "cuda":
+        _group_norm_cuda.backward(
+            shape, dy, x, weight, bias, scale, shift, add, statistics, out, written
+        )
     else:
         mean, rstd = statistics.unbind()
         _triton_backward(
@@ -175,7 +184,7 @@ def _key(
     scale: Maybe, shift: Maybe, add: Maybe, silu: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
     return (
-        x.device.type, x.shape, x.stride(), x.dtype, num_groups, eps, silu,
+        x.device.type, backends.named(), x.shape, x.stride(), x.dtype, num_groups, eps, silu,
         None if weight is None or bias is None else
         (weight.dtype, weight.stride(), bias.dtype, bias.stride()),
         None if scale is None or shift is None else
@@ -193,7 +202,7 @@ def _prepare(
     values, unchanged = _convert(out, x, weight, bias, scale, shift, add)
     out, x, weight, bias, scale, shift, add = values
     shape: Any = ()
-    if x.device.type == "cpu":
+    if _backend(x) != "triton":
         shape = _native_shape(x, num_groups, weight, eps, scale, shift, add, silu)
     if unchanged:
         if len(_shapes) >= MAX_SHAPES:
@@ -271,8 +280,12 @@ def _native_shape(
     )
 
 
-def _is_native(x: Tensor) -> bool:
-    return x.device.type == "cpu" and backends.named() != "triton"
+def _backend(x: Tensor) -> str:
+    """The kernels that serve x: those that are named, or the plan's."""
+    name = backends.named()
+    if name == "cuda":
+        return name
+    return "native" if x.device.type == "cpu" and name != "triton" else "triton"
 
 
 def _address(tensor: Maybe) -> int:
