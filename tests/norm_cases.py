@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastdiff import native
 
-ISAS = native.library().supported_isas()
+EMULATED = native.emulates_cuda()  # a thousand times slower than the kernels of the CPU
+ISAS = native.library().supported_isas()[-1 if EMULATED else 0 :]
 LAYOUTS = {2: torch.channels_last, 3: torch.channels_last_3d}
 TENSORS = ("x", "weight", "bias", "scale", "shift", "add")
 WIDTHS = {"baseline": 4, "avx2": 8, "avx512": 16}
@@ -97,6 +98,11 @@ def gradients(function, tensors, num_groups, upstream, **options):
     result = run(function, {**tensors, **leaves}, num_groups, **options)
     found = torch.autograd.grad(result, list(leaves.values()), upstream)
     return dict(zip(leaves, found, strict=True))
+
+
+def examples(count):
+    """How many examples hypothesis draws."""
+    return count // 4 if EMULATED else count
 
 
 def doubled(tensors):

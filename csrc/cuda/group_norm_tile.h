@@ -42,7 +42,7 @@ struct GroupNormTile {
   int64_t held_bytes;   // of one tensor's share
   int64_t shared_bytes;
   int64_t workspace_floats;
-  int64_t bytes_moved;  // loads and stores of tensors of x's size, those that L2 serves included
+  int64_t bytes_moved;  // of tensors of x's size, in sectors; those that L2 serves included
 };
 
 // Floats of shared memory for each channel, each partial sum of a channel, and each group.
@@ -56,22 +56,10 @@ namespace tile_detail {
 
 constexpr int kAccess = 16;               // bytes
 constexpr int kLine = 128;                // bytes
-constexpr int64_t kMostChannels = 2048;   // of a part: their coefficients live in shared memory
+constexpr int kSector = 32;               // bytes: what memory gives at least
 constexpr int64_t kWorthABlock = 16 << 10;  // bytes; smaller parts are not cut for more blocks
 constexpr int64_t kHalfAProcessor = 96 << 10;  // bytes: two such blocks share a multiprocessor
 constexpr int64_t kPortableParts = 8;     // larger clusters only for slabs that need them
-
-struct Request {
-  const GroupNormShape& shape;
-  const DeviceLimits& device;
-  bool backward;
-  int64_t item;     // bytes
-  int64_t width;    // channels of a group
-  int64_t tensors;  // that are read: x, dy, a residual
-
-  int64_t wanted_blocks() const { return 2 * device.multiprocessors; }
-  int64_t elements_in_access(bool wide) const { return wide ? kAccess / item : 1; }
-};
 
 inline int64_t divided_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 inline int64_t rounded_up(int64_t value, int64_t unit) { return divided_up(value, unit) * unit; }
@@ -82,6 +70,20 @@ inline int power_of_two(int64_t at_least, int64_t at_most) {
   return power;
 }
 
+struct Request {
+  const GroupNormShape& shape;
+  const DeviceLimits& device;
+  bool backward;
+  int64_t item;     // bytes
+  int64_t width;    // channels of a group
+  int64_t tensors;  // that are read: x, dy, a residual
+
+  // Of a part: their coefficients and sums live in shared memory.
+  int64_t most_channels() const { return power_of_two(device.shared_bytes / 128, 2048); }
+  int64_t wanted_blocks() const { return 2 * device.multiprocessors; }
+  int64_t elements_in_access(bool wide) const { return wide ? kAccess / item : 1; }
+};
+
 // One way to cut: slabs of `groups` groups, in `parts` or a few less.
 inline GroupNormTile cut(const Request& r, bool wide, int64_t groups, int64_t parts) {
   const bool last = r.shape.channels_last;
@@ -91,7 +93,7 @@ inline GroupNormTile cut(const Request& r, bool wide, int64_t groups, int64_t pa
   tile.slab_channels = groups * r.width;
   tile.slabs = r.shape.samples * (r.shape.groups / groups);
   tile.slabs_at_once = tile.slabs;
-  tile.part_channels = static_cast<int>(std::min(tile.slab_channels, kMostChannels));
+  tile.part_channels = static_cast<int>(std::min(tile.slab_channels, r.most_channels()));
   tile.channel_parts = static_cast<int>(divided_up(tile.slab_channels, tile.part_channels));
   tile.part_positions = rounded_up(divided_up(r.shape.positions, parts), last ? 1 : vec);
   tile.position_parts = static_cast<int>(divided_up(r.shape.positions, tile.part_positions));
@@ -148,7 +150,7 @@ inline int64_t planar_groups(const Request& r) {
 // The smallest cluster that holds a slab well: two blocks to a multiprocessor, and no fewer blocks
 // than those can take. Or false.
 inline bool cut_to_fit(const Request& r, bool wide, int64_t groups, GroupNormTile* tile) {
-  if (groups * r.width > kMostChannels) return false;
+  if (groups * r.width > r.most_channels()) return false;
   bool found = false;
   for (int64_t parts = 1; parts <= r.device.cluster; parts *= 2) {
     if (parts > kPortableParts && found) break;
@@ -167,7 +169,7 @@ inline bool cut_to_fit(const Request& r, bool wide, int64_t groups, GroupNormTil
 inline GroupNormTile cut_for_two_reads(const Request& r, bool wide) {
   const bool last = r.shape.channels_last;
   int64_t groups = last ? groups_of_line(r, r.elements_in_access(wide), kLine) : 1;
-  if (groups * r.width > kMostChannels) {  // only a single group's channels can be cut
+  if (groups * r.width > r.most_channels()) {  // only a single group's channels can be cut
     groups = 1;
     wide = wide && (!last || r.width % r.elements_in_access(wide) == 0);
   }
@@ -190,6 +192,19 @@ inline GroupNormTile cut_for_two_reads(const Request& r, bool wide) {
       tile.slabs_at_once * (r.backward ? 3 * tile.slab_channels * tile.position_parts + 2 * groups
                                        : 3 * groups * tile.parts);
   return tile;
+}
+
+// What one pass over a tensor moves: whole sectors, also where a slab's row of channels has parts of
+// them.
+inline int64_t bytes_of_a_tensor(const Request& r, const GroupNormTile& tile) {
+  const int64_t rows = r.shape.samples * r.shape.positions;
+  if (!r.shape.channels_last) return rows * r.shape.channels * r.item;
+  int64_t sectors = 0;
+  for (int64_t first = 0; first < r.shape.channels; first += tile.slab_channels) {
+    const int64_t end = std::min(first + tile.slab_channels, r.shape.channels);
+    sectors += divided_up(end * r.item, kSector) - first * r.item / kSector;
+  }
+  return rows * sectors * kSector;
 }
 
 }  // namespace tile_detail
@@ -217,8 +232,8 @@ inline GroupNormTile group_norm_tile(const GroupNormShape& shape, const DeviceLi
   }
   if (!resident) tile = cut_for_two_reads(r, wide);
   if (backward) tile.workspace_floats += 3 * shape.samples * shape.channels;
-  const int64_t tensor_bytes = shape.samples * shape.channels * shape.positions * item;
-  tile.bytes_moved = tensor_bytes * ((resident ? 1 : 2) * tensors + 1);
+  const int64_t passes = (tile.resident ? 1 : 2) * tensors + 1;
+  tile.bytes_moved = passes * bytes_of_a_tensor(r, tile);
   return tile;
 }
 
