@@ -174,6 +174,14 @@ def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Call:
 
 
 @triton.jit
+def split_program(program, slabs, chunks):
+    """(sample, slab, chunk) of a program; chunks of one slab run side by side."""
+    chunk = program % chunks
+    rest = program // chunks
+    return (rest // slabs).to(tl.int64), rest % slabs, chunk
+
+
+@triton.jit
 def place(
     sample,
     slab,
