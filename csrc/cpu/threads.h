@@ -21,6 +21,15 @@ FASTDIFF_VEC int team_of(int64_t elements, int threads) {
   return elements < kSerialBelow ? 1 : threads;
 }
 
+// How many threads the team has, which may be fewer than it was asked to have.
+FASTDIFF_VEC int thread_count() {
+#ifdef _OPENMP
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
 FASTDIFF_VEC int thread_index() {
 #ifdef _OPENMP
   return omp_get_thread_num();
