@@ -2,8 +2,10 @@
 
 Every implementation of attention on the CPU, turn by turn in one process, over the shapes of the
 published U-Nets at batch 1 and 8 and a grid beside them, in both layouts, with and without the
-backward. Writes benchmarks/results/attention_cpu.json; tests/test_attention_plan.py checks
-that the rule in fastdiff/ops/attention_plan.py picks (nearly) the fastest in every row of it.
+backward. OMP_NUM_THREADS says on how many threads; a second run betters the rows of the first.
+Writes benchmarks/results/attention_plan/<device>-<n>-threads.json; tests/test_attention_plan.py
+checks that the rule in fastdiff/ops/attention_plan.py picks (nearly) the fastest in every row of
+every table.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import datetime
 import json
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,11 +21,11 @@ from pathlib import Path
 import torch
 
 import fastdiff
+import results
 from fastdiff import native
 from fastdiff.backends import short
 from fastdiff.ops.attention import cpu, run
 
-RESULTS = Path(__file__).parent / "results" / "attention_cpu.json"
 PUBLISHED = [  # heads, tokens, head_dim
     *[(1, 256, 256), (1, 16, 256), (1, 256, 512), (1, 64, 512), (4, 256, 64), (4, 64, 64)],
     *[(4, 16, 64), (4, 256, 96), (4, 64, 128), (4, 256, 144), (4, 64, 192), (6, 1024, 64)],
@@ -52,7 +55,7 @@ def cases() -> Iterator[dict]:
 
 
 def measure(case: dict, seconds: float) -> dict[str, float]:
-    """The shortest microseconds of every implementation."""
+    """The median microseconds of every implementation."""
     dtype = getattr(torch, case["dtype"])
     channels = case["heads"] * case["head_dim"]
     qkv = torch.randn(case["samples"], case["tokens"], 3 * channels).to(dtype).transpose(1, 2)
@@ -88,9 +91,7 @@ def race(steps: dict[str, Callable[[], None]], seconds: float) -> dict[str, floa
             start = time.perf_counter()
             step()
             times[name].append(time.perf_counter() - start)
-    # The shortest: other processes only add, and on a busy machine they reach even the median.
-    # For the same reason every row is measured again, minutes later.
-    return {name: round(1e6 * min(values), 1) for name, values in times.items()}
+    return {name: round(1e6 * statistics.median(values), 1) for name, values in times.items()}
 
 
 def machine() -> dict:
@@ -107,6 +108,7 @@ def machine() -> dict:
         "isa": isa,
         "amx": amx,
         "threads": torch.get_num_threads(),
+        "times": "median",
         "torch": torch.__version__,
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "fastdiff": fastdiff.__version__,
@@ -115,20 +117,31 @@ def machine() -> dict:
     }
 
 
+def rows_of(path: Path) -> list[dict]:
+    """What an earlier run on this machine and day found, or empty rows: the best median counts,
+    since other processes only add, and for minutes on end."""
+    if path.exists():
+        table = json.loads(path.read_text())
+        if table["machine"] == machine():
+            return table["rows"]
+    return [{**case, "microseconds": {}} for case in cases()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--seconds", type=float, default=0.3, help="per row and pass")
-    parser.add_argument("--passes", type=int, default=2, help="minutes apart; the best counts")
+    path = results.default_path(torch.device("cpu"))
+    path = path.parent / "attention_plan" / path.name
+    parser.add_argument("--out", type=Path, default=path)
+    parser.add_argument("--seconds", type=float, default=0.15, help="per row")
     args = parser.parse_args()
-    rows = [{**case, "microseconds": {}} for case in cases()]
-    for _ in range(args.passes):
-        for row in rows:
-            best, found = row["microseconds"], measure(row, args.seconds)
-            row["microseconds"] = {name: min(best.get(name, v), v) for name, v in found.items()}
-            print(*row.values(), flush=True)
+    rows = rows_of(args.out)
+    for row in rows:
+        best, found = row["microseconds"], measure(row, args.seconds)
+        row["microseconds"] = {name: min(best.get(name, v), v) for name, v in found.items()}
+        print(*row.values(), flush=True)
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
     text = json.dumps(machine(), indent=1)
+    args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(f'{{\n"machine": {text},\n"rows": [\n{lines}\n]\n}}\n')
 
 

@@ -30,6 +30,7 @@ from .group_norm_tiles import (
     plan,
     prepare,
     read,
+    split_program,
 )
 
 Tensor = torch.Tensor
@@ -66,11 +67,9 @@ def forward_once_kernel(
 ):
     if EXACT:
         positions = SB  # a constant: no mask, and offsets that take no registers
-    program = tl.program_id(0)
-    sample = (program // slabs).to(tl.int64)
-    slab = program % slabs
+    sample, slab, chunk = split_program(tl.program_id(0), slabs, 1)
     channel, inside, start, offsets, mask = place(
-        sample, slab, slab * 0, channels, positions,
+        sample, slab, chunk, channels, positions,
         GROUP, WIDTH, 1, CHANNELS_LAST, WIDE, CB, SB,
     )  # fmt: skip
     v = read(x, add, add_stride, sample, channel, inside, start, offsets, mask, ADD)
@@ -111,10 +110,7 @@ def moments_kernel(
     CB: tl.constexpr,
     SB: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    chunk = program % chunks
-    slab = (program // chunks) % slabs
-    sample = (program // chunks // slabs).to(tl.int64)
+    sample, slab, chunk = split_program(tl.program_id(0), slabs, chunks)
     channel, inside, start, offsets, mask = place(
         sample, slab, chunk, channels, positions,
         GROUP, WIDTH, PARTS, CHANNELS_LAST, WIDE, CB, SB,
@@ -226,9 +222,7 @@ def forward_apply_kernel(
     SB: tl.constexpr,
 ):
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: the L2 holds the end of x
-    chunk = program % chunks
-    slab = (program // chunks) % slabs
-    sample = (program // chunks // slabs).to(tl.int64)
+    sample, slab, chunk = split_program(program, slabs, chunks)
     channel, inside, start, offsets, mask = place(
         sample, slab, chunk, channels, positions,
         GROUP, WIDTH, PARTS, CHANNELS_LAST, WIDE, CB, SB,

@@ -16,6 +16,7 @@ from .group_norm_tiles import (
     place,
     prepare,
     read,
+    split_program,
     through_silu,
 )
 
@@ -95,11 +96,9 @@ def backward_once_kernel(
 ):
     if EXACT:
         positions = SB  # a constant: no mask, and offsets that take no registers
-    program = tl.program_id(0)
-    sample = (program // slabs).to(tl.int64)
-    slab = program % slabs
+    sample, slab, chunk = split_program(tl.program_id(0), slabs, 1)
     channel, inside, start, offsets, mask = place(
-        sample, slab, slab * 0, channels, positions,
+        sample, slab, chunk, channels, positions,
         GROUP, WIDTH, 1, CHANNELS_LAST, WIDE, CB, SB,
     )  # fmt: skip
     dv, normal, a, rstd = gradient_tile(
@@ -153,10 +152,7 @@ def gradient_sums_kernel(
     CB: tl.constexpr,
     SB: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    chunk = program % chunks
-    slab = (program // chunks) % slabs
-    sample = (program // chunks // slabs).to(tl.int64)
+    sample, slab, chunk = split_program(tl.program_id(0), slabs, chunks)
     channel, inside, start, offsets, mask = place(
         sample, slab, chunk, channels, positions,
         GROUP, WIDTH, PARTS, CHANNELS_LAST, WIDE, CB, SB,
@@ -264,9 +260,7 @@ def backward_apply_kernel(
     SB: tl.constexpr,
 ):
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, as in the forward
-    chunk = program % chunks
-    slab = (program // chunks) % slabs
-    sample = (program // chunks // slabs).to(tl.int64)
+    sample, slab, chunk = split_program(program, slabs, chunks)
     channel, inside, start, offsets, mask = place(
         sample, slab, chunk, channels, positions,
         GROUP, WIDTH, PARTS, CHANNELS_LAST, WIDE, CB, SB,

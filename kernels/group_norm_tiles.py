@@ -12,14 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .device import H200, processors_of
+
 Tensor = torch.Tensor
 NO_ADD, ADD_PER_CHANNEL, ADD_PER_ELEMENT = 0, 1, 2
-
-
-class Device(NamedTuple):
-    """What of a GPU the choice of tiles rests on."""
-
-    processors: int = 132  # H100, H200
 
 
 class Plan(NamedTuple):
@@ -57,9 +53,9 @@ def plan(
     itemsize: int,
     channels_last: bool,
     backward: bool,
-    device: Device = Device(),  # noqa: B008 (immutable)
+    processors: int = H200,
 ) -> Plan:
-    """The tiles for one call: a pure function of shape, layout, storage size and device."""
+    """The tiles for one call: a pure function of shape, layout, storage size and GPU."""
     group = channels // groups
     most = MOST[backward, channels_last]
     padded_positions = triton.next_power_of_2(positions)
@@ -74,7 +70,7 @@ def plan(
         tile = tile_channels * padded_positions
         if tile > most:
             break
-        enough = samples * groups // count >= 2 * device.processors
+        enough = samples * groups // count >= 2 * processors
         if not channels_last:  # a group is one run: more only where it is small
             better = best is None or (tile <= SMALL and enough)
         else:  # cover half sectors always, and lines while the programs suffice
@@ -147,7 +143,7 @@ def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Call:
         x.element_size(),
         channels_last,
         backward,
-        _device(x.device),
+        processors_of(x.device),
     )
     scale_stride, shift_stride, add_stride = (
         t.stride(0) if t is not None else 0 for t in (scale, shift, add)
@@ -174,14 +170,15 @@ def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Call:
     return Call(tiles, samples, channels, positions, slabs, strides, constants)
 
 
-@functools.cache
-def _device(device: torch.device) -> Device:
-    if device.type != "cuda":
-        return Device()
-    return Device(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 # --- Pieces of the kernels -------------------------------------------------------------------
+
+
+@triton.jit
+def split_program(program, slabs, chunks):
+    """(sample, slab, chunk) of a program; chunks of one slab run side by side."""
+    chunk = program % chunks
+    rest = program // chunks
+    return (rest // slabs).to(tl.int64), rest % slabs, chunk
 
 
 @triton.jit

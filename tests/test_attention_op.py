@@ -110,10 +110,37 @@ def test_a_second_derivative_is_refused_by_name():
     torch.testing.assert_close(first.detach(), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match="second derivative.*backend\\('reference'\\)"):
         first.sum().backward()
+    with fastdiff.backend("native"), torch.profiler.profile():  # through the dispatcher
+        out = attention(leaf, HEADS).square().sum()
+        (first,) = torch.autograd.grad(out, leaf, create_graph=True)
+        with pytest.raises(InputError, match="second derivative"):
+            first.sum().backward()
     with fastdiff.backend("reference"):
         assert torch.autograd.gradgradcheck(
             lambda x: attention(x, 1), projection(1, 6, 3).double().requires_grad_()
         )
+
+
+def test_whoever_listens_sees_the_operators():
+    """And gets the numbers of a direct launch, as a batch of upstream gradients does."""
+    leaf, upstream = qkv_of().requires_grad_(), torch.randn(3, 2, 16, 30)
+
+    def results(gradient, **options):
+        with fastdiff.backend("native"):
+            out = attention(leaf, HEADS)
+            inferred = attention(leaf.detach(), HEADS)
+            return out, inferred, *torch.autograd.grad(out, leaf, gradient, **options)
+
+    expected = results(upstream[0])
+    with torch.profiler.profile() as profile:
+        found = results(upstream[0])
+    assert all(map(torch.equal, found, expected))
+    names = {event.key for event in profile.key_averages()}
+    assert {
+        "fastdiff::attention", "fastdiff::attention_inference", "fastdiff::attention_backward",
+    } <= names  # fmt: skip
+    batch = results(upstream, is_grads_batched=True)[2]
+    assert torch.equal(batch[0], expected[2])
 
 
 def test_functional_transforms_pass_through_the_reference():

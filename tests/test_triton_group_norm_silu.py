@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from triton_tools import compiling, report  # noqa: E402
 
 from fastdiff.kernels import group_norm_silu as kernels  # noqa: E402
-from fastdiff.kernels.group_norm_tiles import Device, plan  # noqa: E402
+from fastdiff.kernels.group_norm_tiles import plan  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 U_NETS = [  # C, positions: FIELD shapes of the published U-Nets, 32 groups
@@ -61,7 +61,7 @@ def test_tiles_of_named_shapes():
     assert not plan(1, 128, 32, 65536, 2, False, False).read_once
     # many small groups share a program while every multiprocessor has two
     assert plan(64, 512, 32, 16, 2, False, False).width > 16
-    assert plan(1, 512, 32, 16, 2, False, False, Device(132)).width == 16
+    assert plan(1, 512, 32, 16, 2, False, False, 132).width == 16
 
 
 def launch(shape, dtype, channels_last, backward, film=True, groups=32):

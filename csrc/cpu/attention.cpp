@@ -15,8 +15,8 @@
 // all queries are written to the workspace; dV = Pᵀ·dO, dK = dSᵀ·q and dQ += dS·k follow from them
 // (Dao et al. 2022, algorithm 4, in an order that adds up without atomics).
 //
-// Threads take blocks of queries or keys of as many heads at a time as there are threads; no sum
-// depends on how they share the work.
+// Every thread takes a head; of the last ones, fewer than threads, they take blocks of queries or
+// keys. No sum depends on how they share the work.
 #include "attention_pieces.h"
 #include "kernels.h"
 
@@ -140,28 +140,24 @@ void forward(const Attention& p, int threads) {
   const int64_t chunks = ceil_div(tokens, kRows);
   float* scratch = p.workspace + cut.group * cut.head_floats;
 #pragma omp parallel num_threads(cut.team) if (cut.team > 1)
-  for (int64_t base = 0; base < heads; base += cut.group) {
-    const int64_t group = smaller(cut.group, heads - base);
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < group * chunks; ++item) {
-      const int64_t head = base + item / chunks, sample = head / p.heads, own = head % p.heads;
-      const int64_t first = item % chunks * kRows, last = smaller(first + kRows, tokens);
-      float* k_panels = p.workspace + item / chunks * cut.head_floats;
+  for_each_group(heads, cut.group, [&](int64_t base, int64_t group) {
+    for_each_piece(group, chunks, [&](int64_t index, int64_t chunk) {
+      const int64_t sample = (base + index) / p.heads, own = (base + index) % p.heads;
+      const int64_t first = chunk * kRows, last = smaller(first + kRows, tokens);
+      float* k_panels = p.workspace + index * cut.head_floats;
       float* v_panels = k_panels + panels_size(head_dim, tokens);
       const int64_t row = own * p.head_rows;
       pack_by_token(k_panels, part<const T>(p.qkv, sample, row + p.part_rows), first, last, tokens,
                     head_dim);
       pack_by_channel(v_panels, part<const T>(p.qkv, sample, row + 2 * p.part_rows), first, last,
                       tokens, head_dim);
-    }
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < group * cut.blocks; ++item) {
-      const float* k_panels = p.workspace + item / cut.blocks * cut.head_floats;
-      attend<T>(p, cut, base + item / cut.blocks, item % cut.blocks, k_panels,
-                k_panels + panels_size(head_dim, tokens),
+    });
+    for_each_piece(group, cut.blocks, [&](int64_t index, int64_t block) {
+      const float* k_panels = p.workspace + index * cut.head_floats;
+      attend<T>(p, cut, base + index, block, k_panels, k_panels + panels_size(head_dim, tokens),
                 scratch + thread_index() * cut.thread_floats);
-    }
-  }
+    });
+  });
 }
 
 // --- Backward ---------------------------------------------------------------------------------
@@ -298,30 +294,20 @@ void backward(const Attention& p, int threads) {
   const int64_t chunks = ceil_div(tokens, kRows);
   float* scratch = p.workspace + cut.group * cut.head_floats;
 #pragma omp parallel num_threads(cut.team) if (cut.team > 1)
-  for (int64_t base = 0; base < heads; base += cut.group) {
-    const int64_t group = smaller(cut.group, heads - base);
+  for_each_group(heads, cut.group, [&](int64_t base, int64_t group) {
     float* own_scratch = scratch + thread_index() * cut.thread_floats;
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < group * chunks; ++item) {
-      Backward<T>(p, cut, base, item / chunks).pack_chunk(item % chunks);
-    }
+    for_each_piece(group, chunks, [&](int64_t index, int64_t chunk) {
+      Backward<T>(p, cut, base, index).pack_chunk(chunk);
+    });
     for (int64_t key = 0; key < tokens; key += kKeys) {
       const int64_t keys = smaller(kKeys, tokens - key);
-#pragma omp for schedule(static)
-      for (int64_t item = 0; item < group * cut.blocks; ++item) {
-        Backward<T>(p, cut, base, item / cut.blocks)
-            .scores(item % cut.blocks, key, keys, own_scratch);
-      }
+      for_each_piece(group, cut.blocks, [&](int64_t index, int64_t block) {
+        Backward<T>(p, cut, base, index).scores(block, key, keys, own_scratch);
+      });
       const int64_t key_blocks = ceil_div(keys, cut.rows);
-      const int64_t pieces = cut.blocks + 2 * key_blocks;
-#pragma omp for schedule(static)
-      for (int64_t item = 0; item < group * pieces; ++item) {
-        const Backward<T> own(p, cut, base, item / pieces);
-        const int64_t piece = item % pieces;
-        if (piece < cut.blocks) {
-          own.query_gradient(piece, key, keys);
-          continue;
-        }
+      for_each_piece(group, cut.blocks + 2 * key_blocks, [&](int64_t index, int64_t piece) {
+        const Backward<T> own(p, cut, base, index);
+        if (piece < cut.blocks) return own.query_gradient(piece, key, keys);
         const int64_t offset = (piece - cut.blocks) / 2 * cut.rows;
         const int64_t rows = smaller(cut.rows, keys - offset);
         if ((piece - cut.blocks) % 2 == 0) {
@@ -331,9 +317,9 @@ void backward(const Attention& p, int threads) {
           own.key_gradient(own.grad_k, own.scratch.grad_scores, own.scratch.q_by_channel,
                            key + offset, offset, rows, own_scratch);
         }
-      }
+      });
     }
-  }
+  });
 }
 
 }  // namespace

@@ -45,6 +45,31 @@ struct Cut {
   }
 };
 
+// Calls work(head, piece) for the pieces of `heads` heads. With as many heads as threads each takes
+// its own and waits for no other: a barrier costs a microsecond, and on a busy machine milliseconds.
+template <typename Work>
+FASTDIFF_VEC void for_each_piece(int64_t heads, int64_t pieces, const Work& work) {
+  if (heads == thread_count()) {
+    for (int64_t piece = 0; piece < pieces; ++piece) work(thread_index(), piece);
+    return;
+  }
+#pragma omp for schedule(static)
+  for (int64_t item = 0; item < heads * pieces; ++item) work(item / pieces, item % pieces);
+}
+
+// Calls work(base, group) for groups of heads. Before a group whose pieces are shared out, all are
+// done with the scratch memory of the one before.
+template <typename Work>
+FASTDIFF_VEC void for_each_group(int64_t heads, int64_t most, const Work& work) {
+  for (int64_t base = 0; base < heads; base += most) {
+    const int64_t group = smaller(most, heads - base);
+    if (base > 0 && group != thread_count()) {
+#pragma omp barrier
+    }
+    work(base, group);
+  }
+}
+
 // A head's q, k, v, or rows of the output.
 template <typename T>
 struct Part {

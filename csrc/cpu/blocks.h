@@ -12,7 +12,6 @@
 namespace fastdiff::cpu::FASTDIFF_ISA {
 
 constexpr int64_t kBlock = 512;           // elements: 2 KiB of float32
-constexpr int64_t kSerialBelow = 16384;   // elements: no more than 16 µs on one core
 constexpr int64_t kCachedSample = 4096;   // elements of a strided sample that stay in L1
 
 struct Run {
@@ -28,7 +27,7 @@ FASTDIFF_VEC void for_each_block(const Shape& shape, int threads, const Work& wo
   const int64_t elements = shape.channels * shape.spatial;
   const int64_t total = shape.samples * elements;
   if (total == 0) return;
-  const int team = total < kSerialBelow ? 1 : threads;
+  const int team = team_of(total, threads);
   // Small or contiguous samples in the counter's order; others position by position, so that the
   // channels of one pixel are met while their cache lines are near.
   const bool by_positions = shape.channels > 1 && elements > kCachedSample && shape.spatial >= 64;

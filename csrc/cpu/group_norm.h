@@ -1,13 +1,14 @@
 // What the forward and the backward of group_norm_silu share on the CPU.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/group_norm.h"
 #include "threads.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 
 constexpr int64_t kSlabBytes = 1 << 17;  // of a channels_last sample that is cut into slabs
-constexpr int64_t kSerialBelow = 16384;  // elements that one core does before a team starts
 
 FASTDIFF_VEC int64_t padded(int64_t channels) { return ceil_div(channels, 16) * 16; }
 
@@ -148,12 +149,30 @@ FASTDIFF_VEC int64_t slabs_of(const GroupNormShape& shape, int team) {
   return 0;
 }
 
-FASTDIFF_VEC int64_t elements_of(const GroupNormShape& shape) {
-  return shape.samples * shape.channels * shape.positions;
+FASTDIFF_VEC int team_of(const GroupNormShape& shape, int threads) {
+  return team_of(shape.samples * shape.channels * shape.positions, threads);
 }
 
-FASTDIFF_VEC int team_of(const GroupNormShape& shape, int threads) {
-  return elements_of(shape) < kSerialBelow ? 1 : threads;
+// Calls run(T{}, kResidual, kSilu), the last two as types, for what the shape asks.
+template <typename T, typename Run>
+FASTDIFF_VEC int64_t with_constants(const GroupNormShape& shape, const Run& run) {
+  const std::true_type yes;
+  const std::false_type no;
+  if (shape.add == Add::kResidual) return shape.silu ? run(T{}, yes, yes) : run(T{}, yes, no);
+  return shape.silu ? run(T{}, no, yes) : run(T{}, no, no);
+}
+
+template <typename Run>
+FASTDIFF_VEC int64_t with_constants(const GroupNormShape& shape, const Run& run) {
+  switch (shape.dtype) {
+    case DType::kFloat32:
+      return with_constants<float>(shape, run);
+    case DType::kBFloat16:
+      return with_constants<BFloat16>(shape, run);
+    case DType::kFloat16:
+      return with_constants<Float16>(shape, run);
+  }
+  return 0;
 }
 
 }  // namespace fastdiff::cpu::FASTDIFF_ISA

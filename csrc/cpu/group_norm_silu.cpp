@@ -372,29 +372,14 @@ int64_t run(const GroupNormShape& shape, const GroupNormForward& call, float* wo
   return arena.used;
 }
 
-template <typename T>
-int64_t run_dtype(const GroupNormShape& shape, const GroupNormForward& call, float* workspace,
-                  int threads) {
-  const bool residual = shape.add == Add::kResidual;
-  if (residual && shape.silu) return run<T, true, true>(shape, call, workspace, threads);
-  if (residual) return run<T, true, false>(shape, call, workspace, threads);
-  if (shape.silu) return run<T, false, true>(shape, call, workspace, threads);
-  return run<T, false, false>(shape, call, workspace, threads);
-}
-
 }  // namespace
 
 int64_t group_norm_silu(const GroupNormShape& shape, const GroupNormForward& call,
                         float* workspace, int threads) {
-  switch (shape.dtype) {
-    case DType::kFloat32:
-      return run_dtype<float>(shape, call, workspace, threads);
-    case DType::kBFloat16:
-      return run_dtype<BFloat16>(shape, call, workspace, threads);
-    case DType::kFloat16:
-      return run_dtype<Float16>(shape, call, workspace, threads);
-  }
-  return 0;
+  return with_constants(shape, [&](auto element, auto residual, auto silu) {
+    using T = decltype(element);
+    return run<T, residual.value, silu.value>(shape, call, workspace, threads);
+  });
 }
 
 }  // namespace fastdiff::cpu::FASTDIFF_ISA

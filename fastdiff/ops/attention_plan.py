@@ -1,11 +1,11 @@
 """Which implementation of attention serves a call: a pure function of what is known before it.
 
-The rule for the CPU rests on benchmarks/results/attention_cpu.json, which
-``python benchmarks/measure_attention_plan.py`` measures again; tests/test_attention_plan.py holds
-the two together. The reason of its exceptions: a CPU with AMX multiplies bfloat16 matrices several
-times faster than float32 vectors can, PyTorch (oneDNN) uses it, and fastdiff's kernel does not. In
-float32 and float16, and on small or channel-major inputs, which PyTorch copies first, the kernel
-is the faster one.
+The rule for the CPU rests on the tables in benchmarks/results/attention_plan, one for a machine and
+a number of threads, which ``python benchmarks/measure_attention_plan.py`` measures;
+tests/test_attention_plan.py holds the rule and all of them together. The reason of its exceptions:
+a CPU with AMX multiplies bfloat16 matrices several times faster than float32 vectors can, PyTorch
+(oneDNN) uses it, and fastdiff's kernel does not. In float32 and float16, and on small or
+channel-major inputs, which PyTorch copies first, the kernel is the faster one.
 """
 
 from dataclasses import dataclass
