@@ -7,7 +7,8 @@
 // stay in L1 (32 KiB with AVX-512).
 //
 // An element of the result is the same sum in the same order wherever it stands in a block, so that
-// cutting the work differently (for another number of threads) changes no bit.
+// cutting the work differently (for another number of threads) changes no bit. The steps' sums are
+// added to the result as one, which keeps a long sum's rounding error that of its pieces.
 #pragma once
 
 #include "threads.h"
@@ -25,7 +26,7 @@ constexpr int kPanelVectors = 2;
 constexpr int max_rows(int) { return 4; }  // 8 of 16: without FMA products take registers too
 #endif
 constexpr int64_t kPanel = kPanelVectors * kWidth;
-constexpr int64_t kDepth = 128;
+constexpr int64_t kDepth = 64;
 
 static inline int64_t padded(int64_t n) { return ceil_div(n, kWidth) * kWidth; }
 
@@ -187,7 +188,7 @@ static inline void multiply_tile(const float* a, int64_t lda, const float* b, fl
   for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < VECTORS; ++j) {
-      sums[i][j] = accumulate ? load(c + i * ldc + j * kWidth) : Vec{};
+      sums[i][j] = Vec{};
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
@@ -206,7 +207,10 @@ static inline void multiply_tile(const float* a, int64_t lda, const float* b, fl
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; ++j) store(c + i * ldc + j * kWidth, sums[i][j]);
+    for (int j = 0; j < VECTORS; ++j) {
+      float* at = c + i * ldc + j * kWidth;
+      store(at, accumulate ? load(at) + sums[i][j] : sums[i][j]);
+    }
   }
 }
 
