@@ -114,7 +114,7 @@ def test_every_order_layout_and_size(n, heads, head_dim, tokens, dtype, order, l
 
 @pytest.mark.parametrize("head_dim", [1, 13, 40, 256])
 def test_the_gradient_through_one_token(head_dim):
-    """Its softmax is one: v gets the upstream gradient, q and k the rounding of Σ dO·v − Σ dO·out."""
+    """Its softmax is one: v gets the upstream gradient, q and k a rounding of Σ dO·v − Σ dO·out."""
     qkv, upstream = projection(2, 3 * head_dim, 1), torch.randn(2, head_dim, 1)
     grad_q, grad_k, grad_v = gradient(natively, qkv, 1, "qkv_first", upstream).chunk(3, dim=1)
     q, k, v = qkv.chunk(3, dim=1)
