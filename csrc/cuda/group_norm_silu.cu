@@ -22,7 +22,10 @@ namespace fastdiff::cuda {
 namespace {
 
 constexpr int kMostThreads = 256;
-constexpr int kBatch = 4;
+
+// Loads in flight of a thread: few where it also has the coefficients of eight channels.
+template <typename A>
+constexpr int kBatch = A::kChannels == 8 ? 2 : 4;
 
 // Shared memory in its order; as many floats as kForwardFloats says.
 struct Shared {
@@ -135,7 +138,7 @@ __device__ void moments_of_part(const Part<A>& part, const GroupNormTile& tile,
   const int warps = static_cast<int>(blockDim.x) / kLanes;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
 
-  for_each_pack<A, 1, kBatch>(part, tile, Load<A>{part, shared.center, from, held},
+  for_each_pack<A, 1, kBatch<A>>(part, tile, Load<A>{part, shared.center, from, held},
                               shared.partials);
   __syncthreads();
   for (int group = warp; group < part.groups; group += warps) {
@@ -144,7 +147,7 @@ __device__ void moments_of_part(const Part<A>& part, const GroupNormTile& tile,
     if (lane == 0) shared.moments[group].mean = mean;
   }
   __syncthreads();
-  for_each_pack<A, 2, kBatch>(part, tile, Deviations<A>{part, shared.center, held},
+  for_each_pack<A, 2, kBatch<A>>(part, tile, Deviations<A>{part, shared.center, held},
                               shared.partials);
   __syncthreads();
   for (int group = warp; group < part.groups; group += warps) {
@@ -236,7 +239,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   constexpr bool kFromShared = kPass == Pass::kWhole;
   const Normalise<A, kFromShared> normalise = {part, shared, kFromShared ? held : from,
                                                static_cast<P*>(call.y), shape.silu};
-  for_each_pack<A, 0, kBatch>(part, tile, normalise, nullptr);
+  for_each_pack<A, 0, kBatch<A>>(part, tile, normalise, nullptr);
 }
 
 }  // namespace

@@ -25,8 +25,11 @@ namespace fastdiff::cuda {
 namespace {
 
 constexpr int kMostThreads = 256;
-constexpr int kBatch = 2;
 constexpr int kSums = 3;  // of dv, of dv·d, of d
+
+// Loads in flight of a thread: few where it also has the coefficients of eight channels.
+template <typename A>
+constexpr int kBatch = A::kChannels == 8 ? 1 : 2;
 
 // Shared memory in its order; as many floats as kBackwardFloats says.
 struct Shared {
@@ -228,7 +231,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
 
   if constexpr (kPass != Pass::kSecond) {
     constexpr bool kHold = kPass == Pass::kWhole;
-    for_each_pack<A, kSums, kBatch>(part, tile,
+    for_each_pack<A, kSums, kBatch<A>>(part, tile,
                                     Sum<A, kHold>{part, shared, from, held, shape.silu},
                                     shared.partials);
     __syncthreads();
@@ -284,7 +287,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   constexpr bool kFromShared = kPass == Pass::kWhole;
   const Gradient<A, kFromShared> gradient = {part, shared, kFromShared ? held : from,
                                              elements(call.dx), shape.silu};
-  for_each_pack<A, 0, kBatch>(part, tile, gradient, nullptr);
+  for_each_pack<A, 0, kBatch<A>>(part, tile, gradient, nullptr);
 }
 
 // Between the two passes: a warp adds the parts' sums of one group of the launch.
