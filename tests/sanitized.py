@@ -78,12 +78,18 @@ class Build:
             },
         )
 
-    def run_tests(self, *arguments: str, backend: str = "cuda") -> subprocess.CompletedProcess:
-        """pytest in which ``backend`` serves every call, by this build (emulated_cuda.py)."""
-        options = ("-q", "-x", "--tb=short", "-p", "emulated_cuda", "-p", "no:cacheprovider")
+    def run_tests(
+        self, *arguments: str, backend: str = "cuda", library: Path | None = None
+    ) -> subprocess.CompletedProcess:
+        """pytest in which ``backend`` serves every call, by this build or another library of its
+        kind (emulated_cuda.py)."""
+        # A sanitizer ends the process: what it says must not be held back by pytest.
+        options = ["-q", "-x", "--tb=short", "--capture=sys"]
+        options += ["-p", "emulated_cuda", "-p", "no:cacheprovider"]
         return self.run(
             "-m", "pytest", *options, *arguments,
-            FASTDIFF_BACKEND=backend, PYTHONPATH=str(Path(__file__).parent),
+            FASTDIFF_BACKEND=backend, FASTDIFF_TEST_LIBRARY=str(library or self.library),
+            PYTHONPATH=str(Path(__file__).parent),
         )  # fmt: skip
 
 

@@ -6,6 +6,11 @@ import pytest
 
 SUITES = {
     "normal": ["tests/test_rng_cuda.py"],
+    "group_norm_silu": [
+        "tests/test_group_norm_silu.py",
+        "tests/test_group_norm_silu_backward.py",
+        "tests/test_group_norm_silu_cuda.py",
+    ],
 }
 
 

@@ -139,7 +139,7 @@ __device__ void moments_of_part(const Part<A>& part, const GroupNormTile& tile,
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
 
   for_each_pack<A, 1, kBatch<A>>(part, tile, Load<A>{part, shared.center, from, held},
-                              shared.partials);
+                                 shared.partials);
   __syncthreads();
   for (int group = warp; group < part.groups; group += warps) {
     const float mean = sum_of_group(part, tile, shared.partials, 0, group) / count;
@@ -148,7 +148,7 @@ __device__ void moments_of_part(const Part<A>& part, const GroupNormTile& tile,
   }
   __syncthreads();
   for_each_pack<A, 2, kBatch<A>>(part, tile, Deviations<A>{part, shared.center, held},
-                              shared.partials);
+                                 shared.partials);
   __syncthreads();
   for (int group = warp; group < part.groups; group += warps) {
     const float rest = sum_of_group(part, tile, shared.partials, 0, group);

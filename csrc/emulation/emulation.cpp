@@ -47,8 +47,12 @@ struct Block {
 struct Fiber : Thread {
   ucontext_t context;
   char* stack = nullptr;
-  bool started = false;
+  uint64_t turn = 0;  // of those that can run, the highest does
 };
+
+// Who runs first: any thread, or the threads of one block (or warp) before those of the others, so
+// that one is as far ahead as barriers allow.
+enum class Favour { kNobody, kBlocks, kWarps };
 
 struct Scheduler {
   Grid grid;
@@ -56,7 +60,8 @@ struct Scheduler {
   std::mt19937_64 order;
   std::vector<Block> blocks;
   std::vector<Fiber> fibers;
-  std::vector<Fiber*> ready;
+  std::vector<Fiber*> ready;  // a heap by turn
+  Favour favour;
   Barrier cluster{"the cluster's barrier"};
   Fiber* running = nullptr;
   ucontext_t context;
@@ -67,6 +72,8 @@ struct Scheduler {
 #endif
 
   void run_cluster(uint64_t first_block, char* stacks);
+  void make_ready(Fiber* fiber);
+  Fiber& next();
   void start(Block& block, unsigned rank, uint64_t linear, char*& stack);
   void resume(Fiber& fiber);
   void suspend(bool ended);
@@ -199,7 +206,7 @@ void Scheduler::leave(Barrier& barrier) {
 
 void Scheduler::release(Barrier& barrier) {
   if (barrier.waiting.size() < barrier.members) return;
-  ready.insert(ready.end(), barrier.waiting.begin(), barrier.waiting.end());
+  for (Fiber* fiber : barrier.waiting) make_ready(fiber);
   barrier.waiting.clear();
 }
 
@@ -230,8 +237,11 @@ void Scheduler::start(Block& block, unsigned rank, uint64_t linear, char*& stack
   poison(block.shared + grid.shared_bytes, 1);
   block.warps = std::vector<Warp>((threads + kLanes - 1) / kLanes);
   block.barrier.members = block.running = threads;
+  uint64_t turn = order();
   for (unsigned i = 0; i < threads; ++i) {
+    if (favour == Favour::kWarps && i % kLanes == 0) turn = order();
     Fiber fiber;
+    fiber.turn = turn;
     fiber.index = dim3(i, 0, 0);
     fiber.block_index = dim3(static_cast<unsigned>(linear % grid.blocks.x),
                              static_cast<unsigned>(linear / grid.blocks.x), 0);
@@ -247,6 +257,22 @@ void Scheduler::start(Block& block, unsigned rank, uint64_t linear, char*& stack
   }
 }
 
+bool later(const Fiber* a, const Fiber* b) { return a->turn < b->turn; }
+
+void Scheduler::make_ready(Fiber* fiber) {
+  const uint64_t any = order() >> 32;
+  fiber->turn = favour == Favour::kNobody ? any : (fiber->turn >> 32 << 32) | any;
+  ready.push_back(fiber);
+  std::push_heap(ready.begin(), ready.end(), later);
+}
+
+Fiber& Scheduler::next() {
+  std::pop_heap(ready.begin(), ready.end(), later);
+  Fiber& fiber = *ready.back();
+  ready.pop_back();
+  return fiber;
+}
+
 void Scheduler::run_cluster(uint64_t first_block, char* stacks) {
   blocks = std::vector<Block>(grid.cluster);
   fibers.clear();
@@ -254,6 +280,7 @@ void Scheduler::run_cluster(uint64_t first_block, char* stacks) {
   ready.clear();
   cluster.waiting.clear();
   cluster.members = grid.cluster * grid.threads.x;
+  favour = static_cast<Favour>(order() % 3);
   for (unsigned rank = 0; rank < grid.cluster; ++rank) {
     start(blocks[rank], rank, first_block + rank, stacks);
   }
@@ -264,14 +291,9 @@ void Scheduler::run_cluster(uint64_t first_block, char* stacks) {
     fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, enter, 0);
-    ready.push_back(&fiber);
+    make_ready(&fiber);
   }
-  while (!ready.empty() && failure.empty()) {
-    std::swap(ready[order() % ready.size()], ready.back());
-    Fiber& fiber = *ready.back();
-    ready.pop_back();
-    resume(fiber);
-  }
+  while (!ready.empty() && failure.empty()) resume(next());
   const auto stuck = [&](const Barrier& barrier) {
     if (failure.empty() && !barrier.waiting.empty()) {
       failure = at(*barrier.waiting.front()) + " and " +
@@ -355,7 +377,8 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config,
       grid.blocks.x > 0 && grid.blocks.y > 0 && grid.blocks.y < 65536 && grid.blocks.z == 1 &&
       grid.threads.x > 0 && grid.threads.x <= 1024 && grid.threads.y == 1 && grid.threads.z == 1 &&
       grid.shared_bytes <= limits.shared && grid.cluster > 0 && grid.cluster <= limits.cluster &&
-      grid.blocks.x % grid.cluster == 0;
+      grid.shared_bytes <= static_cast<size_t>(device.shared_bytes) &&
+      grid.cluster <= device.cluster && grid.blocks.x % grid.cluster == 0;
   if (!possible) return cudaErrorInvalidConfiguration;
   if (most_blocks > 0 && grid.cluster == 1) {
     grid.blocks.x = std::min(grid.blocks.x, most_blocks);

@@ -1,9 +1,10 @@
 // A CUDA device made of fibers, so that the kernels of csrc/cuda/ run on a machine without a GPU:
 // the same sources, compiled by the host's C++ compiler with this folder in place of CUDA's headers.
 //
-// Every thread of a block, and every block of a cluster, is a fiber. The scheduler runs one at a
-// time, chosen at random, until it meets a barrier (of its warp, block or cluster) or ends; so a
-// missing barrier shows as a wrong or a different number in some run, and a barrier that not all
+// Every thread of a block, and of every block of a cluster, is a fiber. The scheduler runs one at a
+// time until it meets a barrier (of its warp, block or cluster) or ends. Which one is next is chosen
+// at random, and in two clusters of three one block or warp runs ahead of the others; so a missing
+// barrier shows as a wrong or a different number in some run, and a barrier that not all
 // threads reach as an error that names it. Shared memory is allocated to the byte and starts as
 // NaN; with AddressSanitizer its ends are guarded, and so is the memory of a block that has ended
 // and that a neighbour in the cluster still reads.

@@ -1,0 +1,141 @@
+"""Broken copies of the CUDA kernels, each of which the suites must catch in the emulation.
+
+A barrier is taken out or an index is moved by one; the broken file is compiled and linked with the
+other objects of the sanitized build.
+"""
+
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import sanitized as tools
+
+pytestmark = pytest.mark.slow
+NORM = ["tests/test_group_norm_silu_cuda.py", "-k", "cutting or order_of_threads"]
+NOISE = ["tests/test_rng_cuda.py"]
+
+
+class Mutant(NamedTuple):
+    what: str
+    kernel: str  # the file that is compiled
+    file: str  # the one that is changed
+    before: str  # occurs once
+    after: str
+    suite: list[str]
+
+
+FORWARD, BACKWARD = "group_norm_silu.cu", "group_norm_silu_backward.cu"
+MUTANTS = [
+    Mutant(
+        "deviations are taken before the mean is there",
+        FORWARD,
+        FORWARD,
+        "shared.moments[group].mean = mean;\n  }\n  __syncthreads();",
+        "shared.moments[group].mean = mean;\n  }",
+        NORM,
+    ),
+    Mutant(
+        "a neighbour's moments are read before they are there",
+        FORWARD,
+        FORWARD,
+        "      return;\n    }\n    sync_parts(tile);",
+        "      return;\n    }\n    __syncthreads();",
+        NORM,
+    ),
+    Mutant(
+        "a block ends while a neighbour reads its memory",
+        FORWARD,
+        FORWARD,
+        "  if constexpr (kPass == Pass::kWhole) {\n    sync_parts(tile);",
+        "  if constexpr (kPass == Pass::kWhole) {\n    __syncthreads();",
+        NORM,
+    ),
+    Mutant(
+        "what is held is one pack further",
+        FORWARD,
+        "group_norm.h",
+        "return int64_t{row} * columns + column; }",
+        "return int64_t{row} * columns + column + 1; }",
+        NORM,
+    ),
+    Mutant(
+        "the coefficients are read before all are written",
+        BACKWARD,
+        BACKWARD,
+        "    }\n  }\n  __syncthreads();\n\n  if constexpr (kPass != Pass::kSecond) {",
+        "    }\n  }\n\n  if constexpr (kPass != Pass::kSecond) {",
+        NORM,
+    ),
+    Mutant(
+        "a neighbour's totals are read before they are there",
+        BACKWARD,
+        BACKWARD,
+        "      return;\n    }\n    sync_parts(tile);",
+        "      return;\n    }\n    __syncthreads();",
+        NORM,
+    ),
+    Mutant(
+        "the sums of a channel go to its neighbour",
+        BACKWARD,
+        BACKWARD,
+        "  sums[index] = dv;",
+        "  sums[index + 1] = dv;",
+        NORM,
+    ),
+    Mutant(
+        "the last element is one too far",
+        "normal.cu",
+        "normal.cu",
+        "if (element >= elements) break;",
+        "if (element > elements) break;",
+        NOISE,
+    ),
+]
+
+
+def compiled(mutant: Mutant, sanitized: tools.Build, folder: Path) -> Path:
+    """The sanitized library with one of its CUDA kernels broken."""
+    csrc = folder / "csrc"
+    shutil.copytree(sanitized.sources / "csrc", csrc)
+    broken = csrc / "cuda" / mutant.file
+    source = broken.read_text()
+    assert source.count(mutant.before) == 1, "write the mutation for what the kernel is now"
+    broken.write_text(source.replace(mutant.before, mutant.after))
+    sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g1", "-fPIC"]
+    subprocess.run(
+        ["g++", "-x", "c++", "-std=c++17", "-O0", *sanitize, "-ffp-contract=off", "-w"]
+        + [
+            "-DFASTDIFF_EMULATION",
+            f"-I{csrc / 'emulation'}",
+            "-c",
+            str(csrc / "cuda" / mutant.kernel),
+        ]
+        + ["-o", str(folder / "broken.o")],
+        check=True,
+    )
+    objects = [
+        str(path)
+        for path in (sanitized.folder / "build").rglob("*.o")
+        if path.name != f"{mutant.kernel}.o"
+    ]
+    library = folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run(
+        ["g++", "-shared", "-fsanitize=address,undefined", *objects, str(folder / "broken.o")]
+        + ["-o", str(library)],
+        check=True,
+    )
+    return library
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.kernel}: {mutant.what}")
+def test_a_broken_kernel_is_caught(sanitized, mutant, tmp_path):
+    library = compiled(mutant, sanitized, tmp_path)
+    done = sanitized.run_tests("-m", "any_backend", *mutant.suite, library=library)
+    output = done.stdout + done.stderr
+    assert done.returncode != 0, output[-3000:]
+    # By a wrong value or an error of the launch, or by a sanitizer, which ends the process.
+    caught = "FAILED" in output or "AddressSanitizer" in output or "runtime error" in output
+    assert caught, output[-3000:]
