@@ -4,10 +4,6 @@ An operand's sample is a (channels, spatial) array whose element (c, s) has inde
 the noise's counter and stands at c·channel_stride + s·spatial_stride.
 """
 
-import contextlib
-from collections.abc import Iterator
-
-import torch
 import triton
 import triton.language as tl
 
@@ -61,13 +57,3 @@ def is_one_run(shape: tuple[int, int, int], *layouts: tuple[int, int, int, int])
 def is_wide(shape: tuple[int, int, int]) -> bool:
     """Whether a sample's elements need 64-bit numbers."""
     return shape[1] * shape[2] >= 2**31 - 4 * BLOCK
-
-
-@contextlib.contextmanager
-def device_of(tensor: torch.Tensor) -> Iterator[None]:
-    """The device to launch on; Triton's interpreter takes CPU tensors."""
-    if tensor.device.type != "cuda":
-        yield
-        return
-    with torch.cuda.device(tensor.device):
-        yield

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .elementwise import BLOCK, device_of, draw, elements_from, is_one_run, is_wide, place
+from .elementwise import BLOCK, draw, elements_from, is_one_run, is_wide, place
 from .normal import signed
 
 # An integer argument equal to 1 would otherwise become a constant without a type.
@@ -100,24 +100,21 @@ def launch(
     ``tensors``: x_start, t, signal, sigma, noise, x_t; counters' bits as signed integers."""
     shape, rows, *layouts = plan
     samples, channels, spatial = shape
-    x_start = tensors[0]
-    assert x_start is not None
     blocks = triton.cdiv(channels * spatial, 4 * BLOCK)
-    with device_of(x_start):
-        q_sample_kernel[(samples * blocks,)](
-            *tensors,
-            seed if isinstance(seed, torch.Tensor) else None,
-            step if isinstance(step, torch.Tensor) else None,
-            seed if isinstance(seed, int) else 0,
-            signed(step, 32) if isinstance(step, int) else 0,
-            first_sample,
-            rows,
-            channels,
-            spatial,
-            *(stride for layout in layouts for stride in layout[1:]),
-            DRAWS=draws,
-            ONE_RUN=is_one_run(shape, *layouts),
-            WIDE=is_wide(shape),
-            BLOCK=BLOCK,
-            enable_fp_fusion=False,
-        )
+    q_sample_kernel[(samples * blocks,)](
+        *tensors,
+        seed if isinstance(seed, torch.Tensor) else None,
+        step if isinstance(step, torch.Tensor) else None,
+        seed if isinstance(seed, int) else 0,
+        signed(step, 32) if isinstance(step, int) else 0,
+        first_sample,
+        rows,
+        channels,
+        spatial,
+        *(stride for layout in layouts for stride in layout[1:]),
+        DRAWS=draws,
+        ONE_RUN=is_one_run(shape, *layouts),
+        WIDE=is_wide(shape),
+        BLOCK=BLOCK,
+        enable_fp_fusion=False,
+    )

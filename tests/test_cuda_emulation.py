@@ -6,6 +6,9 @@ import pytest
 
 SUITES = {
     "normal": ["tests/test_rng_cuda.py"],
+    "elementwise kernels": ["tests/test_elementwise_cuda.py"],
+    "q_sample": ["tests/test_q_sample.py", "tests/test_q_sample_kernels.py"],
+    "posterior_step": ["tests/test_posterior_step.py", "tests/test_posterior_step_kernels.py"],
 }
 
 

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../common/elementwise.h"
 #include "../common/normal_fill.h"
 
 namespace fastdiff::cuda {
@@ -19,6 +20,20 @@ struct DeviceCounters {
 void normal(const NormalFill& fill, const DeviceCounters& counters, void* stream);
 void philox(uint32_t* out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,
             uint32_t first_quad, void* stream);
+
+// Where a launch goes: the current device's multiprocessors, and a stream of its.
+struct Target {
+  int multiprocessors;
+  void* stream;
+};
+
+// The seed and step of `counters`, where they are given: this seed in place of the call's, and this
+// step added to the call's. A t out of range gives NaN.
+void q_sample(const QSample& plan, const QSampleCall& call, const DeviceCounters& counters,
+              const Target& on);
+// `seed_address` overrides the call's seed. A step out of range gives NaN.
+void posterior_step(const PosteriorStep& plan, const PosteriorStepCall& call,
+                    const uint64_t* seed_address, const Target& on);
 
 int runtime_version();  // as 1000·major + 10·minor, of the linked CUDA runtime; 0: emulated
 int driver_version();   // the newest CUDA the driver serves; 0 without a driver
