@@ -13,6 +13,15 @@ BLOCK = 256  # counters a program draws; it computes four elements of each
 
 
 @triton.jit
+def block_of_program(channels, spatial, BLOCK: tl.constexpr):
+    """(sample, first quad, elements of a sample) of this program: BLOCK counters of one sample."""
+    elements = channels.to(tl.int64) * spatial
+    blocks = tl.cdiv(elements, 4 * BLOCK)
+    program = tl.program_id(0).to(tl.int64)
+    return program // blocks, (program % blocks) * BLOCK, elements
+
+
+@triton.jit
 def place(element, spatial, channel_stride, spatial_stride, ONE_RUN: tl.constexpr):
     """An element's offset within its sample."""
     if ONE_RUN:

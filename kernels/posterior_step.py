@@ -14,7 +14,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .elementwise import BLOCK, draw, elements_from, is_one_run, is_wide, place
+from .elementwise import (
+    BLOCK,
+    block_of_program,
+    draw,
+    elements_from,
+    is_one_run,
+    is_wide,
+    place,
+)
 
 COLUMNS = tl.constexpr(12)  # of the packed table
 FIRST_COUNTER_STEP = tl.constexpr(1)  # fastdiff.rng.sampling_step(0)
@@ -83,11 +91,7 @@ def posterior_step_kernel(
     WIDE: tl.constexpr,  # more than 2^31 elements in a sample
     BLOCK: tl.constexpr,
 ):
-    elements = channels.to(tl.int64) * spatial
-    blocks = tl.cdiv(elements, 4 * BLOCK)
-    program = tl.program_id(0).to(tl.int64)
-    sample = program // blocks
-    first_quad = (program % blocks) * BLOCK
+    sample, first_quad, elements = block_of_program(channels, spatial, BLOCK)
     element = elements_from(first_quad, BLOCK, WIDE)
     inside = element < elements
 

@@ -13,7 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .elementwise import BLOCK, draw, elements_from, is_one_run, is_wide, place
+from .elementwise import (
+    BLOCK,
+    block_of_program,
+    draw,
+    elements_from,
+    is_one_run,
+    is_wide,
+    place,
+)
 from .normal import signed
 
 # An integer argument equal to 1 would otherwise become a constant without a type.
@@ -51,11 +59,7 @@ def q_sample_kernel(
     WIDE: tl.constexpr,  # more than 2^31 elements in a sample
     BLOCK: tl.constexpr,
 ):
-    elements = channels.to(tl.int64) * spatial
-    blocks = tl.cdiv(elements, 4 * BLOCK)
-    program = tl.program_id(0).to(tl.int64)
-    sample = program // blocks
-    first_quad = (program % blocks) * BLOCK
+    sample, first_quad, elements = block_of_program(channels, spatial, BLOCK)
     element = elements_from(first_quad, BLOCK, WIDE)
     inside = element < elements
 
