@@ -11,6 +11,7 @@ import torch
 
 import contenders
 import fastdiff
+import floors
 from conftest import Case
 from fastdiff.ops.explain import CHOOSERS
 from peers_eager import Process
@@ -50,7 +51,7 @@ def test_posterior_step(
         batch,
         variant=f"{variance}, {'with x_0' if x_start else 'x_prev alone'}",
         layout=layout,
-        size_bytes=first[0].nbytes * (3 + learned + x_start),
+        size_bytes=floors.posterior_step(*first, learned=learned, returns_x_start=x_start),
         flops=first[0].numel() * FLOPS[variance],
     )
     choose = partial(ours, *first, CHOOSERS["posterior_step"])

@@ -10,6 +10,7 @@ import torch
 
 import contenders
 import fastdiff
+import floors
 from conftest import Case
 from fastdiff.ops.explain import CHOOSERS
 from peers_eager import Process
@@ -49,7 +50,7 @@ def test_q_sample(race, device, compiles, image, batch_of_device, dtype, layout,
         batch,
         variant="with noise" if return_noise else "x_t alone",
         layout=layout,
-        size_bytes=first[0].nbytes * (3 if return_noise else 2),
+        size_bytes=floors.q_sample(first[0], returns_drawn=return_noise),
         flops=first[0].numel() * FLOPS,
     )
     choose = partial(ours, first[0], CHOOSERS["q_sample"])

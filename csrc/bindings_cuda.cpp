@@ -7,7 +7,7 @@
 #include "cuda/kernels.h"
 #ifdef FASTDIFF_EMULATION
 #include "common/philox.h"
-#include "emulation/emulation.h"
+#include "emulation/cuda_runtime.h"
 #endif
 
 namespace py = pybind11;
@@ -65,6 +65,40 @@ void bind_group_norm(py::module_& module) {
       });
 }
 
+// What csrc/bindings.cpp binds for the CPU, with addresses for what a graph may change.
+void bind_elementwise(py::module_& module) {
+  module.def("q_sample_cuda",
+             [](const QSample& plan, uintptr_t x_start, uintptr_t t, uintptr_t signal,
+                uintptr_t sigma, uintptr_t noise, uintptr_t x_t, bool draws, uint64_t seed,
+                uintptr_t seed_address, uint32_t step, uintptr_t step_address,
+                uint64_t first_sample, int multiprocessors, uintptr_t stream) {
+               const QSampleCall call = {at(x_start),      at<int64_t>(t), at<float>(signal),
+                                         at<float>(sigma), at(noise),      at(x_t),
+                                         draws,            seed,           step,
+                                         first_sample};
+               cuda::q_sample(plan, call,
+                              {at<const uint64_t>(seed_address), at<const int64_t>(step_address)},
+                              {multiprocessors, at(stream)});
+             });
+  module.def("posterior_step_cuda",
+             [](const PosteriorStep& plan, uintptr_t x_t, uintptr_t output, uintptr_t table,
+                uintptr_t noise, uintptr_t prev_x_start, uintptr_t x_prev, uintptr_t x_start,
+                int64_t step, uintptr_t step_address, bool step_is_wide, float guidance,
+                uintptr_t guidance_address, bool draws, uint64_t seed, uintptr_t seed_address,
+                uint32_t first_step, uint64_t first_sample, int multiprocessors,
+                uintptr_t stream) {
+               const PosteriorStepCall call = {
+                   at(x_t),          at(output), at<float>(table),
+                   at(noise),        at(prev_x_start), at(x_prev),
+                   at(x_start),      step,       at(step_address),
+                   step_is_wide,     guidance,   at<float>(guidance_address),
+                   draws,            seed,       first_step,
+                   first_sample};
+               cuda::posterior_step(plan, call, at<const uint64_t>(seed_address),
+                                    {multiprocessors, at(stream)});
+             });
+}
+
 #ifdef FASTDIFF_EMULATION
 void bind_emulation(py::module_& module) {
   module.def("set_emulation_order", &emulation::set_order, py::arg("seed"));
@@ -76,6 +110,12 @@ void bind_emulation(py::module_& module) {
       py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("cluster"),
       py::arg("l2_bytes"));
   module.def("limit_emulated_grid", &emulation::limit_grid, py::arg("blocks"));
+  // Bytes that accesses with a cache hint have loaded and stored since the last call.
+  module.def("emulated_traffic", [] {
+    const emulation::Traffic since = emulation::traffic;
+    emulation::traffic = {};
+    return py::make_tuple(since.loaded, since.stored);
+  });
   // The arithmetic of csrc/common on words of the caller's choice.
   module.def("box_muller", [](uint32_t word0, uint32_t word1) {
     float n0, n1;
@@ -96,6 +136,7 @@ void bind_cuda(py::module_& module) {
   });
   bind_noise(module);
   bind_group_norm(module);
+  bind_elementwise(module);
 #ifdef FASTDIFF_EMULATION
   bind_emulation(module);
 #endif

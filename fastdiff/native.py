@@ -9,7 +9,7 @@ import torch  # before the library: its OpenMP runtime is the one the library ca
 
 from fastdiff.errors import InputError
 
-INTERFACE = 3  # kInterface of csrc/bindings.cpp
+INTERFACE = 4  # kInterface of csrc/bindings.cpp
 ISA_VARIABLE = "FASTDIFF_ISA"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/common
 
@@ -74,9 +74,14 @@ def cuda_serves(device: torch.device) -> bool:
     return not cuda_problem(device)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile cannot look into the library
 def cuda_problem(device: torch.device) -> str:
     """Why the compiled CUDA kernels do not run on ``device``, in words; "" where they do."""
+    return _cuda_problem(device)
+
+
+@functools.cache
+def _cuda_problem(device: torch.device) -> str:
     info = build_info()
     if info["cuda"] is None:
         return "the native library was built without CUDA kernels (no nvcc, or FASTDIFF_CUDA=0)"
@@ -101,6 +106,11 @@ def cuda_limits(device: torch.device) -> tuple[int, int, int, int]:
 @functools.cache
 def _limits(device: torch.device) -> tuple[int, int, int, int]:
     return library().cuda_limits(device.index)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many a grid is made for; in the emulation few, so that kernels stride over their work."""
+    return cuda_limits(device)[0]
 
 
 def cuda_stream(device: torch.device) -> int:

@@ -251,15 +251,15 @@ Counter = int | torch.Tensor
 def _launch_native(
     out: torch.Tensor, layout: Layout, seed: Counter, step: Counter, first_sample: int
 ) -> None:
-    fill = _fill(out, layout, _low_bits(seed, 64), _low_bits(step, 32), first_sample)
+    fill = _fill(out, layout, low_bits(seed, 64), low_bits(step, 32), first_sample)
     native.library().normal_cpu(fill, torch.get_num_threads())
 
 
 def _launch_cuda(
     out: torch.Tensor, layout: Layout, seed: Counter, step: Counter, first_sample: int
 ) -> None:
-    seed_value, seed_address = _value_or_address(seed)
-    step_value, step_address = _value_or_address(step)
+    seed_value, seed_address = value_or_address(seed)
+    step_value, step_address = value_or_address(step)
     fill = _fill(out, layout, seed_value, step_value, first_sample)
     with backends.device_of(out):
         native.library().normal_cuda(
@@ -281,7 +281,7 @@ def _launch_reference(
 ) -> None:
     # float64 arithmetic, which some accelerators lack: those are served from the CPU.
     device = out.device if out.device.type in ("cpu", "cuda") else torch.device("cpu")
-    seed, step = _low_bits(seed, 64), _low_bits(step, 32)
+    seed, step = low_bits(seed, 64), low_bits(step, 32)
     for i, sample in enumerate(out):
         values = reference_sample(
             sample.numel(),
@@ -314,11 +314,13 @@ def _fill(out: torch.Tensor, layout: Layout, seed: int, step: int, first_sample:
     )
 
 
-def _low_bits(counter: Counter, bits: int) -> int:
+def low_bits(counter: Counter, bits: int) -> int:
+    """A counter's low bits as an unsigned number; a tensor is read for it."""
     return int(counter) & (2**bits - 1)
 
 
-def _value_or_address(counter: Counter) -> tuple[int, int]:
+def value_or_address(counter: Counter) -> tuple[int, int]:
+    """A number and no address, or a tensor's address: its value is read on the device."""
     return (0, counter.data_ptr()) if isinstance(counter, torch.Tensor) else (counter, 0)
 
 

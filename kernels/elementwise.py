@@ -4,16 +4,21 @@ An operand's sample is a (channels, spatial) array whose element (c, s) has inde
 the noise's counter and stands at c·channel_stride + s·spatial_stride.
 """
 
-import contextlib
-from collections.abc import Iterator
-
-import torch
 import triton
 import triton.language as tl
 
 from .philox import high_word, interleave4, low_word, philox_normals
 
 BLOCK = 256  # counters a program draws; it computes four elements of each
+
+
+@triton.jit
+def block_of_program(channels, spatial, BLOCK: tl.constexpr):
+    """(sample, first quad, elements of a sample) of this program: BLOCK counters of one sample."""
+    elements = channels.to(tl.int64) * spatial
+    blocks = tl.cdiv(elements, 4 * BLOCK)
+    program = tl.program_id(0).to(tl.int64)
+    return program // blocks, (program % blocks) * BLOCK, elements
 
 
 @triton.jit
@@ -61,13 +66,3 @@ def is_one_run(shape: tuple[int, int, int], *layouts: tuple[int, int, int, int])
 def is_wide(shape: tuple[int, int, int]) -> bool:
     """Whether a sample's elements need 64-bit numbers."""
     return shape[1] * shape[2] >= 2**31 - 4 * BLOCK
-
-
-@contextlib.contextmanager
-def device_of(tensor: torch.Tensor) -> Iterator[None]:
-    """The device to launch on; Triton's interpreter takes CPU tensors."""
-    if tensor.device.type != "cuda":
-        yield
-        return
-    with torch.cuda.device(tensor.device):
-        yield

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .philox import high_word, interleave4, low_word, philox_normals, philox_words
+from .elementwise import BLOCK, block_of_program, draw, elements_from, is_wide, place
+from .philox import high_word, low_word, philox_words
 
-BLOCK = 256
 # An integer argument equal to 1 would otherwise become a constant without a type.
 UNSPECIALIZED = ["seed", "step", "first_sample", "channels", "spatial"]
 
@@ -32,35 +32,18 @@ def normal_kernel(
     channel_stride,
     spatial_stride,
     ONE_RUN: tl.constexpr,  # a sample is one contiguous run: no division
+    WIDE: tl.constexpr,  # more than 2^31 elements in a sample
     BLOCK: tl.constexpr,
 ):
-    elements = channels.to(tl.int64) * spatial
-    blocks = tl.cdiv(elements, 4 * BLOCK)
-    program = tl.program_id(0).to(tl.int64)
-    sample = program // blocks
-    first_quad = (program % blocks) * BLOCK
-
-    if seed_address is not None:
-        seed = tl.load(seed_address)
+    sample, first_quad, elements = block_of_program(channels, spatial, BLOCK)
+    element = elements_from(first_quad, BLOCK, WIDE)
     if step_address is not None:
         step = tl.load(step_address)
-    seed = seed.to(tl.int64)
-    step = low_word(step.to(tl.int64))
     number = first_sample.to(tl.int64) + sample
-    quad = low_word(first_quad + tl.arange(0, BLOCK))
-    n0, n1, n2, n3 = philox_normals(
-        low_word(seed), high_word(seed), step, low_word(number), high_word(number), quad
-    )
-
-    element = 4 * first_quad + tl.arange(0, 4 * BLOCK)
-    if ONE_RUN:
-        offset = element
-    else:
-        channel = element // spatial
-        offset = channel * channel_stride + (element - channel * spatial) * spatial_stride
-    to = out + sample * sample_stride + offset
-    values = interleave4(n0, n1, n2, n3).to(out.dtype.element_ty)
-    tl.store(to, values, mask=element < elements)
+    z = draw(seed_address, seed, step.to(tl.int64), number, first_quad, BLOCK)
+    at = place(element, spatial, channel_stride, spatial_stride, ONE_RUN)
+    to = out + sample * sample_stride + at
+    tl.store(to, z.to(out.dtype.element_ty), mask=element < elements)
 
 
 @triton.jit(do_not_specialize=["seed", "step", "sample", "first_quad", "quads"])
@@ -104,6 +87,7 @@ def fill(
         channel_stride,
         spatial_stride,
         ONE_RUN=channels == 1 and spatial_stride == 1,
+        WIDE=is_wide((out.shape[0], channels, spatial)),
         BLOCK=BLOCK,
         enable_fp_fusion=False,
     )

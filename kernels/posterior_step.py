@@ -14,7 +14,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .elementwise import BLOCK, device_of, draw, elements_from, is_one_run, is_wide, place
+from .elementwise import (
+    BLOCK,
+    block_of_program,
+    draw,
+    elements_from,
+    is_one_run,
+    is_wide,
+    place,
+)
 
 COLUMNS = tl.constexpr(12)  # of the packed table
 FIRST_COUNTER_STEP = tl.constexpr(1)  # fastdiff.rng.sampling_step(0)
@@ -83,11 +91,7 @@ def posterior_step_kernel(
     WIDE: tl.constexpr,  # more than 2^31 elements in a sample
     BLOCK: tl.constexpr,
 ):
-    elements = channels.to(tl.int64) * spatial
-    blocks = tl.cdiv(elements, 4 * BLOCK)
-    program = tl.program_id(0).to(tl.int64)
-    sample = program // blocks
-    first_quad = (program % blocks) * BLOCK
+    sample, first_quad, elements = block_of_program(channels, spatial, BLOCK)
     element = elements_from(first_quad, BLOCK, WIDE)
     inside = element < elements
 
@@ -160,32 +164,29 @@ def launch(
     variance_offset, guidance_offset = layouts[2:4]
     del layouts[2:4]
     samples, channels, spatial = shape
-    x_t = tensors[0]
-    assert x_t is not None
     blocks = triton.cdiv(channels * spatial, 4 * BLOCK)
-    with device_of(x_t):
-        posterior_step_kernel[(samples * blocks,)](
-            *tensors,
-            step if isinstance(step, torch.Tensor) else None,
-            seed if isinstance(seed, torch.Tensor) else None,
-            guidance_scale if isinstance(guidance_scale, torch.Tensor) else None,
-            step if isinstance(step, int) else 0,
-            seed if isinstance(seed, int) else 0,
-            first_sample,
-            0.0
-            if guidance_scale is None or isinstance(guidance_scale, torch.Tensor)
-            else float(guidance_scale),
-            rows,
-            channels,
-            spatial,
-            variance_offset,
-            guidance_offset,
-            *(stride for layout in layouts for stride in layout[1:]),
-            LEARNED=variance_offset >= 0,
-            GUIDED=guidance_offset >= 0,
-            DRAWS=seed is not None,
-            ONE_RUN=is_one_run(shape, *layouts),
-            WIDE=is_wide(shape),
-            BLOCK=BLOCK,
-            enable_fp_fusion=False,
-        )
+    posterior_step_kernel[(samples * blocks,)](
+        *tensors,
+        step if isinstance(step, torch.Tensor) else None,
+        seed if isinstance(seed, torch.Tensor) else None,
+        guidance_scale if isinstance(guidance_scale, torch.Tensor) else None,
+        step if isinstance(step, int) else 0,
+        seed if isinstance(seed, int) else 0,
+        first_sample,
+        0.0
+        if guidance_scale is None or isinstance(guidance_scale, torch.Tensor)
+        else float(guidance_scale),
+        rows,
+        channels,
+        spatial,
+        variance_offset,
+        guidance_offset,
+        *(stride for layout in layouts for stride in layout[1:]),
+        LEARNED=variance_offset >= 0,
+        GUIDED=guidance_offset >= 0,
+        DRAWS=seed is not None,
+        ONE_RUN=is_one_run(shape, *layouts),
+        WIDE=is_wide(shape),
+        BLOCK=BLOCK,
+        enable_fp_fusion=False,
+    )

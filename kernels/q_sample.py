@@ -13,7 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .elementwise import BLOCK, device_of, draw, elements_from, is_one_run, is_wide, place
+from .elementwise import (
+    BLOCK,
+    block_of_program,
+    draw,
+    elements_from,
+    is_one_run,
+    is_wide,
+    place,
+)
 from .normal import signed
 
 # An integer argument equal to 1 would otherwise become a constant without a type.
@@ -51,11 +59,7 @@ def q_sample_kernel(
     WIDE: tl.constexpr,  # more than 2^31 elements in a sample
     BLOCK: tl.constexpr,
 ):
-    elements = channels.to(tl.int64) * spatial
-    blocks = tl.cdiv(elements, 4 * BLOCK)
-    program = tl.program_id(0).to(tl.int64)
-    sample = program // blocks
-    first_quad = (program % blocks) * BLOCK
+    sample, first_quad, elements = block_of_program(channels, spatial, BLOCK)
     element = elements_from(first_quad, BLOCK, WIDE)
     inside = element < elements
 
@@ -100,24 +104,21 @@ def launch(
     ``tensors``: x_start, t, signal, sigma, noise, x_t; counters' bits as signed integers."""
     shape, rows, *layouts = plan
     samples, channels, spatial = shape
-    x_start = tensors[0]
-    assert x_start is not None
     blocks = triton.cdiv(channels * spatial, 4 * BLOCK)
-    with device_of(x_start):
-        q_sample_kernel[(samples * blocks,)](
-            *tensors,
-            seed if isinstance(seed, torch.Tensor) else None,
-            step if isinstance(step, torch.Tensor) else None,
-            seed if isinstance(seed, int) else 0,
-            signed(step, 32) if isinstance(step, int) else 0,
-            first_sample,
-            rows,
-            channels,
-            spatial,
-            *(stride for layout in layouts for stride in layout[1:]),
-            DRAWS=draws,
-            ONE_RUN=is_one_run(shape, *layouts),
-            WIDE=is_wide(shape),
-            BLOCK=BLOCK,
-            enable_fp_fusion=False,
-        )
+    q_sample_kernel[(samples * blocks,)](
+        *tensors,
+        seed if isinstance(seed, torch.Tensor) else None,
+        step if isinstance(step, torch.Tensor) else None,
+        seed if isinstance(seed, int) else 0,
+        signed(step, 32) if isinstance(step, int) else 0,
+        first_sample,
+        rows,
+        channels,
+        spatial,
+        *(stride for layout in layouts for stride in layout[1:]),
+        DRAWS=draws,
+        ONE_RUN=is_one_run(shape, *layouts),
+        WIDE=is_wide(shape),
+        BLOCK=BLOCK,
+        enable_fp_fusion=False,
+    )

@@ -38,6 +38,19 @@ def sanitized(tmp_path_factory):
     return sanitized.make(tmp_path_factory.mktemp("sanitized"))
 
 
+@pytest.fixture
+def few_blocks(request):
+    """Emulated grids cut to few blocks: a kernel that strides does all the work all the same."""
+    from fastdiff import native
+
+    if not native.emulates_cuda():
+        yield
+        return
+    native.library().limit_emulated_grid(request.param)
+    yield
+    native.library().limit_emulated_grid(0)
+
+
 class Unavailable(pytest.Module):
     missing: list[str]
 

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
-from fastdiff import native
+from fastdiff import backends, native
 
 
 def _misaligned(x):
-    buffer = torch.empty(x.numel() + 1, dtype=x.dtype)
+    buffer = x.new_empty(x.numel() + 1)
     buffer[1:] = x.flatten()
     return buffer[1:].view(x.shape)
 
 
 def _rows(x):
-    wider = torch.full((*x.shape[:-1], x.shape[-1] + 3), float("nan"), dtype=x.dtype)
+    wider = x.new_full((*x.shape[:-1], x.shape[-1] + 3), float("nan"))
     wider[..., 1:-2] = x
     return wider[..., 1:-2]
 
@@ -38,7 +38,11 @@ LAYOUTS = {
 
 
 def each_isa():
-    """The instruction sets this CPU runs, each being in use while it is looped over."""
+    """The instruction sets this CPU runs, each being in use while it is looped over; where a
+    backend is named that has none, its name."""
+    if backends.named() not in (None, "native"):
+        yield backends.named()
+        return
     library = native.library()
     before = library.current_isa()
     try:

@@ -11,6 +11,9 @@ SUITES = {
         "tests/test_group_norm_silu_backward.py",
         "tests/test_group_norm_silu_cuda.py",
     ],
+    "elementwise kernels": ["tests/test_elementwise_cuda.py"],
+    "q_sample": ["tests/test_q_sample.py", "tests/test_q_sample_kernels.py"],
+    "posterior_step": ["tests/test_posterior_step.py", "tests/test_posterior_step_kernels.py"],
 }
 
 

@@ -10,17 +10,19 @@ from fastdiff.ops.posterior_step import posterior_step
 from fastdiff.schedules import get_named_beta_schedule
 from fastdiff.step_table import COLUMNS, METHODS, StepTable
 
+DEVICE = torch.get_default_device()
 NAN = float("nan")
 
 
 def table(steps=10, *, method="ddpm", eta=0.0, clip_denoised=True, **types):
     diffusion = GaussianDiffusion(get_named_beta_schedule("cosine", steps), **types)
-    return StepTable.from_process(diffusion, method=method, eta=eta, clip_denoised=clip_denoised)
+    options = {"method": method, "eta": eta, "clip_denoised": clip_denoised}
+    return StepTable.from_process(diffusion, **options).to(DEVICE)
 
 
 def direct(rows, i, x_t, output, *, v=None, z=0.0, before=0.0):
     """The module's equations in float64 numpy, from the float32 row."""
-    row = {name: np.float64(getattr(rows, name)[i]) for name in COLUMNS}
+    row = {name: np.float64(getattr(rows, name)[i].item()) for name in COLUMNS}
     x_0 = np.clip(row["a"] * x_t + row["b"] * output, -row["clip"], row["clip"])
     std = row["sigma"]
     if v is not None:
@@ -30,12 +32,13 @@ def direct(rows, i, x_t, output, *, v=None, z=0.0, before=0.0):
     return x_prev, x_0
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("case", META)
 @pytest.mark.parametrize("clip", [0, 1])
 def test_recorded_single_steps(case, clip):
     diffusion, model = process(case), network(process(case))
-    x_start, noise, z = (array(f"{case}/{name}") for name in ("x_start", "noise", "z"))
-    t = array(f"{case}/t")
+    names = ("x_start", "noise", "z", "t")
+    x_start, noise, z, t = (array(f"{case}/{name}").to(DEVICE) for name in names)
     x_t = diffusion.q_sample(x_start, t, noise)
     output = model(x_t, torch.tensor(diffusion.model_timesteps)[t])
     methods = {"p_sample": ("ddpm", 0.0)} | {
@@ -43,6 +46,7 @@ def test_recorded_single_steps(case, clip):
     }
     for name, (method, eta) in methods.items():
         rows = StepTable.from_process(diffusion, method=method, eta=eta, clip_denoised=bool(clip))
+        rows = rows.to(DEVICE)
         samples, preds = [], []
         for i in range(len(t)):
             one = slice(i, i + 1)
@@ -50,13 +54,15 @@ def test_recorded_single_steps(case, clip):
             x_prev, pred = posterior_step(x_t[one], output[one], rows, step, noise=z[one])
             samples.append(x_prev)
             preds.append(pred)
-        error = relative_error(torch.cat(samples), array(f"{case}/{name}_clip{clip}"))
+        error = relative_error(torch.cat(samples).cpu(), array(f"{case}/{name}_clip{clip}"))
         # The published code takes DDIM's sigma from float32 tables, off by 0.5 % in this schedule.
         published_sigma_is_float32 = case == "iddpm_cosine_hybrid_respaced50" and eta == 1.0
         assert error <= (5e-3 if published_sigma_is_float32 else 1e-5), name
-        assert relative_error(torch.cat(preds), array(f"{case}/p_pred_xstart_clip{clip}")) <= 1e-5
+        wanted = array(f"{case}/p_pred_xstart_clip{clip}")
+        assert relative_error(torch.cat(preds).cpu(), wanted) <= 1e-5
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(3, 2), (2, 3, 5), (2, 1, 4, 3), (1, 2, 3, 2, 2), (0, 3, 4, 4)])
 @pytest.mark.parametrize("var_type", ["fixed_large", "learned", "learned_range"])
@@ -68,19 +74,25 @@ def test_every_row_against_the_equations(dtype, shape, var_type):
     output = torch.randn(shape[0], shape[1] * doubled, *shape[2:]).to(dtype)
     for i in range(len(rows)):
         x_prev, pred = posterior_step(x_t, output, rows, i, noise=z)
-        mean_output, *v = (part.double().numpy() for part in output.chunk(doubled, dim=1))
+        mean_output, *v = (part.double().cpu().numpy() for part in output.chunk(doubled, dim=1))
         expected = direct(
-            rows, i, x_t.double().numpy(), mean_output, v=v[0] if v else None, z=z.double().numpy()
+            rows,
+            i,
+            x_t.double().cpu().numpy(),
+            mean_output,
+            v=v[0] if v else None,
+            z=z.double().cpu().numpy(),
         )
         # float32 arithmetic on terms of this size, then one rounding to the output's dtype.
         terms = (rows.a[i] * x_t.float()).abs() + (rows.b[i] * output[:, : shape[1]].float()).abs()
-        slack = 4 * torch.finfo(torch.float32).eps * (terms.numpy() + 10)
+        slack = 4 * torch.finfo(torch.float32).eps * (terms.cpu().numpy() + 10)
         for actual, wanted in zip((x_prev, pred), expected, strict=True):
             assert actual.dtype == dtype and actual.shape == x_t.shape
-            error = np.abs(actual.double().numpy() - wanted)
+            error = np.abs(actual.double().cpu().numpy() - wanted)
             assert (error <= slack + torch.finfo(dtype).eps * np.abs(wanted)).all()
 
 
+@pytest.mark.any_backend
 def test_bfloat16_is_computed_in_float32():
     rows = table(6, clip_denoised=False)
     x_t, output, z = torch.randn(3, 4, 3, 8, 8).bfloat16()
@@ -91,6 +103,7 @@ def test_bfloat16_is_computed_in_float32():
     assert mixed.dtype == torch.float32 and torch.equal(mixed, x_prev32)
 
 
+@pytest.mark.any_backend
 def test_multistep_reads_the_previous_x_start():
     rows = table(6, method="dpmsolver++")
     x_t, output, before = torch.randn(3, 2, 3, 4, 4)
@@ -98,13 +111,14 @@ def test_multistep_reads_the_previous_x_start():
         given = None if i in (0, 5) else before  # first-order rows need none
         x_prev, _ = posterior_step(x_t, output, rows, i, prev_x_start=given)
         wanted, _ = direct(
-            rows, i, *(x.double().numpy() for x in (x_t, output)), before=before.numpy()
+            rows, i, *(x.double().cpu().numpy() for x in (x_t, output)), before=before.cpu().numpy()
         )
-        np.testing.assert_allclose(x_prev, wanted, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(x_prev.cpu(), wanted, rtol=1e-5, atol=1e-5)
     with pytest.raises(InputError, match="second-order multistep.*prev_x_start"):
         posterior_step(x_t, output, rows, 1)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("var_type", ["fixed_small", "learned_range"])
 def test_a_step_tensor_gives_what_an_int_gives(method, var_type):
@@ -130,6 +144,7 @@ def test_a_step_tensor_is_not_read_back(method):
     assert x_prev.shape == pred.shape == x.shape and x_prev.device.type == "meta"
 
 
+@pytest.mark.any_backend
 def test_a_zero_coefficient_contributes_nothing():
     """The last row adds no noise, whatever noise and variance it is given; nor does a first row
     read a previous x_start."""
@@ -149,6 +164,7 @@ def test_a_zero_coefficient_contributes_nothing():
     assert torch.equal(first[0], clean)
 
 
+@pytest.mark.any_backend
 def test_a_nan_output_is_not_hidden():
     rows = table(5)
     x_t, output = torch.randn(2, 1, 1, 2, 2)
@@ -158,6 +174,7 @@ def test_a_nan_output_is_not_hidden():
         assert x_prev.isnan().sum() == 1
 
 
+@pytest.mark.any_backend
 def test_guidance_combines_the_halves_and_takes_the_conditional_variance():
     rows = table(5, var_type="learned_range")
     x_t, z = torch.randn(2, 2, 3, 4, 4)
@@ -170,11 +187,12 @@ def test_guidance_combines_the_halves_and_takes_the_conditional_variance():
         torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.any_backend
 def test_seed_draws_the_counter_noise_of_the_row():
     rows = table(5)
     x_t, output = torch.randn(2, 4, 3, 4, 4)
     for i in range(5):
-        z = rng.normal((4, 3, 4, 4), seed=7, step=rng.sampling_step(i), first_sample=10)
+        z = rng.normal((4, 3, 4, 4), seed=7, step=rng.sampling_step(i), first_sample=10).to(x_t)
         given = posterior_step(x_t, output, rows, i, noise=z)[0]
         drawn = posterior_step(x_t, output, rows, i, seed=7, first_sample=10)[0]
         by_tensor = posterior_step(x_t, output, rows, torch.tensor(i), seed=7, first_sample=10)[0]
@@ -188,6 +206,7 @@ def test_seed_draws_the_counter_noise_of_the_row():
     )
 
 
+@pytest.mark.any_backend
 def test_memory_layouts():
     rows = table(5)
     x_t, output, z = torch.randn(3, 2, 3, 4, 6)

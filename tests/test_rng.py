@@ -394,7 +394,7 @@ def test_triton_kernels_compile_without_a_gpu(capability, tmp_path, monkeypatch)
         constants = {"BLOCK": BLOCK}
         signature = {name: "i64" for name in kernel.arg_names} | {"out": out}
         if one_run is not None:
-            constants["ONE_RUN"] = one_run
+            constants |= {"ONE_RUN": one_run, "WIDE": not one_run}
             for name in ("seed_address", "step_address"):
                 signature[name] = "*i64"
                 if not addresses:

@@ -16,17 +16,6 @@ def served():
         pytest.skip(native.cuda_problem(DEVICE))
 
 
-@pytest.fixture
-def few_blocks(request):
-    """Grids cut to few blocks: a kernel that strides does all the work all the same."""
-    if not native.emulates_cuda():
-        yield
-        return
-    native.library().limit_emulated_grid(request.param)
-    yield
-    native.library().limit_emulated_grid(0)
-
-
 def drawn(out, **counters):
     return rng.normal(tuple(out.shape), out=out, backend="cuda", **counters).cpu()
 

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../common/elementwise.h"
 #include "../common/normal_fill.h"
 #include "group_norm_tile.h"
 
@@ -26,6 +27,20 @@ void group_norm_silu(const GroupNormShape& shape, const GroupNormForward& call,
                      const GroupNormTile& tile, float* workspace, void* stream);
 void group_norm_silu_backward(const GroupNormShape& shape, const GroupNormBackward& call,
                               const GroupNormTile& tile, float* workspace, void* stream);
+
+// Where a launch goes: the current device's multiprocessors, and a stream of its.
+struct Target {
+  int multiprocessors;
+  void* stream;
+};
+
+// The seed and step of `counters`, where they are given: this seed in place of the call's, and this
+// step added to the call's. A t out of range gives NaN.
+void q_sample(const QSample& plan, const QSampleCall& call, const DeviceCounters& counters,
+              const Target& on);
+// `seed_address` overrides the call's seed. A step out of range gives NaN.
+void posterior_step(const PosteriorStep& plan, const PosteriorStepCall& call,
+                    const uint64_t* seed_address, const Target& on);
 
 DeviceLimits device_limits(int device);
 int runtime_version();  // as 1000·major + 10·minor, of the linked CUDA runtime; 0: emulated

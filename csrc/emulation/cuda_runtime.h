@@ -8,13 +8,21 @@
 #define __host__
 #define __device__
 #define __global__
+#define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 
 // Of the fiber that runs; every launch waits for the one before.
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-// --- Vectors, and accesses with a cache hint: plain copies, whose alignment UBSan checks -----------
+// --- Vectors, and accesses with a cache hint: plain copies, counted, whose alignment UBSan checks ---
+
+namespace fastdiff::emulation {
+struct Traffic {
+  uint64_t loaded, stored;  // bytes
+};
+inline Traffic traffic = {};
+}  // namespace fastdiff::emulation
 
 struct alignas(8) uint2 {
   unsigned x, y;
@@ -25,14 +33,17 @@ struct alignas(16) uint4 {
 
 template <typename T>
 inline T __ldcs(const T* address) {
+  fastdiff::emulation::traffic.loaded += sizeof(T);
   return *address;
 }
 template <typename T>
 inline T __ldg(const T* address) {
+  fastdiff::emulation::traffic.loaded += sizeof(T);
   return *address;
 }
 template <typename T>
 inline void __stcs(T* address, T value) {
+  fastdiff::emulation::traffic.stored += sizeof(T);
   *address = value;
 }
 

@@ -2,7 +2,6 @@
 and the counters of the noise they draw."""
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,17 +13,6 @@ from fastdiff.rng import Layout
 # stride, spatial stride): csrc/common/elementwise.h.
 Shape = tuple[int, int, int]
 Strides = tuple[int, int, int, int]
-
-LARGEST_CACHE = 512
-T = TypeVar("T")
-
-
-def remember(cache: dict[tuple, T], key: tuple, value: T) -> T:
-    """Put a launch plan into its cache, which starts afresh when it has grown large."""
-    if len(cache) >= LARGEST_CACHE:
-        cache.clear()
-    cache[key] = value
-    return value
 
 
 def common_layout(
@@ -83,16 +71,20 @@ def _split(layout: Layout, channels: int) -> Layout:
     )
 
 
-def described(tensor: object) -> tuple | None:
-    """All that checks and launch plans ask of a plain tensor but its values and its address; None
-    for None, and the type alone of anything else."""
+def contiguous_like(x: Tensor | None) -> Tensor | None:
+    return None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def described(tensor: object) -> tuple | type:
+    """All that checks and launch plans ask of a plain tensor but its values and its address; the
+    type alone of anything else."""
     if type(tensor) is not Tensor:
-        return None if tensor is None else (type(tensor),)
+        return type(tensor)
     return (
         tensor.shape,
         tensor.stride(),
         tensor.dtype,
-        tensor.is_cpu,
+        tensor.is_cpu or tensor.device,  # the first costs less
         tensor.requires_grad,
     )
 
@@ -102,9 +94,9 @@ def is_counter(value: object, limit: int) -> bool:
     return type(value) is int and 0 <= value < limit
 
 
-def word(value: int, bits: int) -> int:
-    """The low ``bits`` bits as an unsigned integer."""
-    return value & (2**bits - 1)
+def is_checked_counter(value: object, limit: int) -> bool:
+    """The same where tensors of which ``described`` says the same have been checked before."""
+    return 0 <= value < limit if type(value) is int else type(value) is Tensor
 
 
 def signed(value: int) -> int:

@@ -8,7 +8,13 @@ from torch import Tensor
 
 from fastdiff import backends, native, rng
 from fastdiff.errors import InputError
-from fastdiff.ops._elementwise import common_layout, described, is_counter, remember, word
+from fastdiff.ops._cache import remember
+from fastdiff.ops._elementwise import (
+    common_layout,
+    contiguous_like,
+    described,
+    is_checked_counter,
+)
 from fastdiff.step_table import StepTable
 
 _ARGUMENTS = (
@@ -65,9 +71,7 @@ def _run(
         x_t, model_output, noise, prev_x_start, x_prev, x_start, len(packed), shape, backend
     )
     if plan is None:  # strides that (channels, spatial) cannot say: through contiguous copies
-        copied = None
-        if x_start is not None:
-            copied = torch.empty(x_start.shape, dtype=x_start.dtype, device=x_start.device)
+        copied = contiguous_like(x_start)
         result = _run(
             copied,
             x_t.contiguous(),
@@ -88,57 +92,45 @@ def _run(
         if x_start is not None and copied is not None:
             x_start.copy_(copied)
         return x_prev.copy_(result)
+    tensors = (x_t, model_output, packed, noise, prev_x_start, x_prev, x_start)
+    row = step if step_tensor is None else step_tensor
+    scale = guidance_scale if guidance_tensor is None else guidance_tensor
     if backend == "triton":
         from fastdiff.kernels import posterior_step as kernels
 
-        kernels.launch(
-            plan,
-            (x_t, model_output, packed, noise, prev_x_start, x_prev, x_start),
-            step if step_tensor is None else step_tensor,
-            seed if seed_tensor is None else seed_tensor,
-            first_sample,
-            guidance_scale if guidance_tensor is None else guidance_tensor,
-        )
+        drawn_seed = seed if seed_tensor is None else seed_tensor
+        with backends.device_of(x_t):
+            kernels.launch(plan, tensors, row, drawn_seed, first_sample, scale)
         return x_prev
-    if seed_tensor is not None:
-        seed = int(seed_tensor)
-    call_native(
-        plan,
-        x_t,
-        model_output,
-        packed,
-        step,
-        step_tensor,
-        noise,
-        None if seed is None else word(seed, 64),
-        word(first_sample, 64),
-        prev_x_start,
-        guidance_scale or 0.0,
-        guidance_tensor,
-        x_prev,
-        x_start,
-    )
+    drawn_seed = seed_tensor if seed is None else rng.low_bits(seed, 64)
+    _call(backend, plan, *tensors, row, drawn_seed, rng.low_bits(first_sample, 64), scale)
     return x_prev
 
 
-def call_native(
+def _call(
+    backend: str,
     plan: Any,
     x_t: Tensor,
     model_output: Tensor,
     packed: Tensor,
-    step: int,
-    step_tensor: Tensor | None,
     noise: Tensor | None,
-    seed: int | None,
-    first_sample: int,
     prev_x_start: Tensor | None,
-    guidance_scale: float,
-    guidance_tensor: Tensor | None,
     x_prev: Tensor,
     x_start: Tensor | None,
+    step: int | Tensor,
+    seed: int | Tensor | None,
+    first_sample: int,
+    guidance_scale: float | Tensor | None,
 ) -> None:
-    """The native kernel on tensors that are as the plan says."""
-    served = native.library().posterior_step_cpu(
+    """The native kernel or CUDA's, on tensors that are as the plan says; numbers are not
+    negative."""
+    row, row_address = rng.value_or_address(step)
+    scale, scale_address = 0.0, 0
+    if isinstance(guidance_scale, Tensor):
+        scale_address = guidance_scale.data_ptr()
+    elif guidance_scale is not None:
+        scale = guidance_scale
+    arguments = (
         plan,
         x_t.data_ptr(),
         model_output.data_ptr(),
@@ -147,19 +139,36 @@ def call_native(
         0 if prev_x_start is None else prev_x_start.data_ptr(),
         x_prev.data_ptr(),
         0 if x_start is None else x_start.data_ptr(),
-        step,
-        0 if step_tensor is None else step_tensor.data_ptr(),
-        step_tensor is not None and step_tensor.dtype == torch.int64,
-        guidance_scale,
-        0 if guidance_tensor is None else guidance_tensor.data_ptr(),
+        row,
+        row_address,
+        isinstance(step, Tensor) and step.dtype == torch.int64,
+        scale,
+        scale_address,
         seed is not None,
-        seed or 0,
+    )
+    if backend == "cuda":
+        seed, seed_address = rng.value_or_address(seed or 0)
+        device = x_t.device
+        with backends.device_of(x_t):
+            native.library().posterior_step_cuda(
+                *arguments,
+                seed,
+                seed_address,
+                FIRST_COUNTER_STEP,
+                first_sample,
+                native.multiprocessors(device),
+                native.cuda_stream(device),
+            )
+        return
+    served = native.library().posterior_step_cpu(
+        *arguments,
+        rng.low_bits(seed, 64) if isinstance(seed, Tensor) else seed or 0,
         FIRST_COUNTER_STEP,
         first_sample,
         torch.get_num_threads(),
     )
     if not served:
-        raise step_error(step if step_tensor is None else int(step_tensor), len(packed))
+        raise step_error(int(step), len(packed))
 
 
 _plans: dict[tuple, Any] = {}
@@ -239,8 +248,9 @@ def reads(table: StepTable, step: int | Tensor) -> tuple[bool, bool]:
 
 
 class _Known(NamedTuple):
-    """A plan of the native kernel, and which of the arguments it reads."""
+    """A backend, its plan, and which of the arguments it reads."""
 
+    backend: str
     plan: Any
     noisy: bool
     multistep: bool
@@ -260,24 +270,11 @@ class _Known(NamedTuple):
     ) -> tuple[Tensor, Tensor | None]:
         x_prev = torch.empty_like(x_t)
         x_start = torch.empty_like(x_t) if return_x_start else None
-        row, row_tensor = (0, step) if isinstance(step, Tensor) else (step, None)
-        tensor_scale = isinstance(guidance_scale, Tensor)
-        call_native(
-            self.plan,
-            x_t,
-            model_output,
-            packed,
-            row,
-            row_tensor,
-            noise if self.noisy else None,
-            seed if self.noisy else None,
-            first_sample,
-            prev_x_start if self.multistep else None,
-            0.0 if tensor_scale or guidance_scale is None else guidance_scale,
-            guidance_scale if tensor_scale else None,
-            x_prev,
-            x_start,
-        )
+        noise = noise if self.noisy else None
+        before = prev_x_start if self.multistep else None
+        tensors = (x_t, model_output, packed, noise, before, x_prev, x_start)
+        seed = seed if self.noisy else None
+        _call(self.backend, self.plan, *tensors, step, seed, first_sample, guidance_scale)
         return x_prev, x_start
 
 
@@ -295,7 +292,7 @@ def kind_of_call(
     guidance_scale: float | Tensor | None,
 ) -> tuple | None:
     """All that the checks and the plan of a call depend on; None for calls that are not kept."""
-    if type(table) is not StepTable or not (seed is None or is_counter(seed, 2**64)):
+    if type(table) is not StepTable or not (seed is None or is_checked_counter(seed, 2**64)):
         return None
     at: tuple | None
     if type(step) is int:
@@ -304,7 +301,7 @@ def kind_of_call(
         at = (table.noisy_rows[step], table.multistep_rows[step])
     else:
         at = (described(step), table.is_noisy, table.is_multistep)
-    scale: tuple | bool | None
+    scale: tuple | type | bool
     if type(guidance_scale) is float:
         if not math.isfinite(guidance_scale):
             return None
@@ -314,7 +311,7 @@ def kind_of_call(
     return (
         *map(described, (x_t, model_output, table.packed, noise, prev_x_start)),
         at,
-        seed is None,
+        described(seed),
         scale,
         table.doubled_output,
         table.learned_variance,
@@ -332,8 +329,11 @@ def know(
     seed: int | Tensor | None,
     prev_x_start: Tensor | None,
     guidance_scale: float | Tensor | None,
+    backend: str,
 ) -> None:
-    """Keep the plan of a call that needs nothing beside the kernel."""
+    """Keep the plan of a call that needs nothing beside the kernel; Triton keeps its own."""
+    if backend == "triton":
+        return
     noisy, multistep = reads(table, step)
     noise = noise if noisy else None
     prev_x_start = prev_x_start if multistep else None
@@ -350,9 +350,9 @@ def know(
         return
     uses = (table.learned_variance, guidance_scale is not None, noisy and seed is not None)
     operands = (x_t, model_output, noise, prev_x_start, torch.empty_like(x_t), None)
-    plan = plan_of(*operands, len(table), uses, "native")
+    plan = plan_of(*operands, len(table), uses, backend)
     if plan is not None:
-        remember(known_calls, key, _Known(plan, noisy, multistep))
+        remember(known_calls, key, _Known(backend, plan, noisy, multistep))
 
 
 def step_error(step: int, rows: int) -> InputError:

@@ -5,9 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import native, rng
+from fastdiff import backends, native, rng
 from fastdiff.errors import InputError
-from fastdiff.ops._elementwise import common_layout, is_counter, remember, word
+from fastdiff.ops._cache import remember
+from fastdiff.ops._elementwise import (
+    common_layout,
+    contiguous_like,
+    is_checked_counter,
+    is_counter,
+)
 
 # Each of two: x_t alone, or x_t and the noise that was drawn for it. The first of a pair has an
 # autograd formula; eager calls that need none take the second, whose dispatch is half as long.
@@ -91,38 +97,30 @@ def _run(
     plan = _plan(x_start, written, x_t, len(signal), counts, backend)
     if plan is None:  # strides that (channels, spatial) cannot say: through contiguous copies
         given = None if noise is None else noise.contiguous()
-        copied = (
-            None
-            if drawn is None
-            else torch.empty(drawn.shape, dtype=drawn.dtype, device=drawn.device)
-        )
-        counters = (seed, seed_tensor, step, step_tensor, first_sample)
-        result = _run(copied, x_start.contiguous(), t, signal, sigma, given, *counters, backend)
+        copied = contiguous_like(drawn)
+        dense = (x_start.contiguous(), t, signal, sigma, given)
+        numbers = (seed, seed_tensor, step, step_tensor, first_sample)
+        result = _run(copied, *dense, *numbers, backend)
         if drawn is not None and copied is not None:
             drawn.copy_(copied)
         return x_t.copy_(result)
+    tensors = (x_start, t, signal, sigma, written, x_t)
+    counted_step = step if step_tensor is None else step_tensor
     if backend == "triton":
         from fastdiff.kernels import q_sample as kernels
 
-        kernels.launch(
-            plan,
-            (x_start, t, signal, sigma, written, x_t),
-            counts,
-            seed_tensor if seed is None else seed,
-            step if step_tensor is None else step_tensor,
-            first_sample,
-        )
+        drawn_seed = seed if seed_tensor is None else seed_tensor
+        with backends.device_of(x_start):
+            kernels.launch(plan, tensors, counts, drawn_seed, counted_step, first_sample)
         return x_t
-    if seed_tensor is not None:
-        seed = int(seed_tensor)
-    if step_tensor is not None:
-        step = int(step_tensor)
-    seed = None if seed is None else word(seed, 64)
-    _call(plan, x_start, t, signal, sigma, written, x_t, seed, step, word(first_sample, 64))
+    drawn_seed = seed_tensor if seed is None else rng.low_bits(seed, 64)
+    first = rng.low_bits(first_sample, 64)
+    _call(backend, plan, *tensors, drawn_seed, counted_step, first)
     return x_t
 
 
 def _call(
+    backend: str,
     plan: Any,
     x_start: Tensor,
     t: Tensor,
@@ -130,12 +128,13 @@ def _call(
     sigma: Tensor,
     noise: Tensor | None,
     x_t: Tensor,
-    seed: int | None,
-    step: int,
+    seed: int | Tensor | None,
+    step: int | Tensor,
     first_sample: int,
 ) -> None:
-    """The native kernel; with a seed it writes the noise, without it reads it."""
-    bad = native.library().q_sample_cpu(
+    """The native kernel or CUDA's. With a seed it writes the noise, without it reads it; numbers
+    are not negative."""
+    arguments = (
         plan,
         x_start.data_ptr(),
         t.data_ptr(),
@@ -144,8 +143,27 @@ def _call(
         0 if noise is None else noise.data_ptr(),
         x_t.data_ptr(),
         seed is not None,
-        seed or 0,
-        (step + rng.TRAINING_STEP_BASE) & 0xFFFFFFFF,
+    )
+    if backend == "cuda":
+        seed, seed_address = rng.value_or_address(seed or 0)
+        step, step_address = rng.value_or_address(step)
+        device = x_start.device
+        with backends.device_of(x_start):
+            native.library().q_sample_cuda(
+                *arguments,
+                seed,
+                seed_address,
+                (step + rng.TRAINING_STEP_BASE) & 0xFFFFFFFF,
+                step_address,
+                first_sample,
+                native.multiprocessors(device),
+                native.cuda_stream(device),
+            )
+        return
+    bad = native.library().q_sample_cpu(
+        *arguments,
+        rng.low_bits(seed, 64) if isinstance(seed, Tensor) else seed or 0,
+        (int(step) + rng.TRAINING_STEP_BASE) & 0xFFFFFFFF,
         first_sample,
         torch.get_num_threads(),
     )
@@ -156,8 +174,8 @@ def _call(
         )
 
 
-# Plans of calls that were served before by the native kernel alone, by all that they depend on.
-known_plans: dict[tuple, Any] = {}
+# Backends and plans of calls that needed nothing beside the kernel, by all that they depend on.
+known_plans: dict[tuple, tuple[str, Any]] = {}
 
 
 def know(
@@ -168,8 +186,12 @@ def know(
     sigma: Tensor,
     noise: Tensor | None,
     x_t: Tensor,
+    counted: bool,
+    backend: str,
 ) -> None:
-    """Keep the plan of a call that needs nothing beside the kernel."""
+    """Keep the plan of a call that needs nothing beside the kernel; Triton keeps its own."""
+    if backend == "triton":
+        return
     inputs = [x_start, t, signal, sigma] + ([] if noise is None else [noise])
     as_the_kernel_reads = (
         all(type(v) is Tensor and not v.requires_grad for v in inputs)
@@ -179,18 +201,21 @@ def know(
         and (noise is None or noise.dtype in native.DTYPE_CODES)
     )
     if as_the_kernel_reads and x_start.numel():
-        counted = key[4] is None
-        plan = _plan(x_start, noise, x_t, len(signal), counted, "native")
+        plan = _plan(x_start, noise, x_t, len(signal), counted, backend)
         if plan is not None:
-            remember(known_plans, key, plan)
+            remember(known_plans, key, (backend, plan))
 
 
-def are_plain_counters(seed: Any, step: Any, first_sample: Any) -> bool:
-    return is_counter(seed, 2**64) and is_counter(step, 2**31) and is_counter(first_sample, 2**63)
+def are_known_counters(seed: Any, step: Any, first_sample: Any) -> bool:
+    return (
+        is_checked_counter(seed, 2**64)
+        and is_checked_counter(step, 2**31)
+        and is_counter(first_sample, 2**63)
+    )
 
 
 def new_x_t(
-    plan: Any,
+    known: tuple[str, Any],
     x_start: Tensor,
     t: Tensor,
     signal: Tensor,
@@ -204,7 +229,8 @@ def new_x_t(
     x_t = torch.empty_like(x_start)
     if seed is not None and return_noise:
         noise = torch.empty_like(x_start)
-    _call(plan, x_start, t, signal, sigma, noise, x_t, seed, step, first_sample)
+    counters = (None, 0, 0) if seed is None else (seed, step, first_sample)
+    _call(*known, x_start, t, signal, sigma, noise, x_t, *counters)
     return x_t, noise if return_noise else None
 
 

@@ -118,8 +118,9 @@ def posterior_step(
         backend,
     )
     x_prev, x_start = result if return_x_start else (result, None)
-    if key is not None and backend == "native":
-        know(key, x_t, model_output, table, step, noise, seed, prev_x_start, guidance_scale)
+    if key is not None:
+        arguments = (noise, seed, prev_x_start, guidance_scale)
+        know(key, x_t, model_output, table, step, *arguments, backend)
     return x_prev, x_start
 
 

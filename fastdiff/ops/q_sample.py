@@ -16,7 +16,7 @@ from fastdiff.ops._elementwise import (
 )
 from fastdiff.ops._q_sample_launch import (
     Counters,
-    are_plain_counters,
+    are_known_counters,
     know,
     known_plans,
     launch,
@@ -61,15 +61,17 @@ def q_sample(
     if (seed is None) != (noise is None) and backends.nobody_listens():
         # What was checked and planned once is neither checked nor planned again.
         tensors = (x_start, t, signal, sigma, noise)
-        key = (*map(described, tensors), return_noise, backends.named())
-        plan = known_plans.get(key)
-        if plan is not None and (seed is None or are_plain_counters(seed, step, first_sample)):
-            return new_x_t(plan, *tensors, seed, step, first_sample, return_noise)
+        numbers = seed is None or type(seed) is type(step) is int
+        kinds = None if numbers else (described(seed), described(step))
+        key = (*map(described, tensors), kinds, return_noise, backends.named())
+        known = known_plans.get(key)
+        if known is not None and (seed is None or are_known_counters(seed, step, first_sample)):
+            return new_x_t(known, *tensors, seed, step, first_sample, return_noise)
     check_float(x_start, "x_start")
     rows = _table_length(signal, sigma, x_start)
     backend, _ = _choose(x_start, signal, sigma)
-    # The native kernel looks at t by itself.
-    t = check_timesteps(t, x_start, rows, "x_start", look=backend != "native")
+    # The native kernel looks at t by itself; the CUDA kernel answers NaN, emulated or not.
+    t = check_timesteps(t, x_start, rows, "x_start", look=backend not in ("native", "cuda"))
     if noise is not None:
         if seed is not None:
             raise InputError("q_sample takes noise or seed, not both")
@@ -85,8 +87,9 @@ def q_sample(
     counters = _counters(x_start, seed, step, first_sample)
     returns_drawn = noise is None and return_noise
     results = launch(x_start, t, signal, sigma, noise, *counters, returns_drawn, backend)
-    if key is not None and backend == "native":
-        know(key, x_start, t, signal, sigma, results[1] if returns_drawn else noise, results[0])
+    if key is not None:
+        written = results[1] if returns_drawn else noise
+        know(key, x_start, t, signal, sigma, written, results[0], seed is not None, backend)
     if returns_drawn:
         return results[0], results[1]
     return results[0], noise if return_noise else None
