@@ -27,14 +27,14 @@ def of_operation(
 
 def kernels(device: torch.device) -> str:
     """The backend whose kernels serve the device."""
-    return backends.default(device.type, torch.float32)
+    return backends.default(device, torch.float32)
 
 
 def _serves(op: str, name: str, device: torch.device, dtype: torch.dtype) -> bool:
     if name == "triton" and device.type == "cpu":
         return False  # its interpreter would be timed
     try:
-        backends.require(op, name, device.type, dtype)
+        backends.require(op, name, device, dtype)
     except InputError:
         return False
     return True

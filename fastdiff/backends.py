@@ -8,6 +8,7 @@ another.
 """
 
 import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -75,25 +76,44 @@ def named() -> str | None:
     return _named
 
 
-def default(device_type: str, dtype: torch.dtype) -> str:
-    """The plan of an operation that needs no measured table."""
+def default(device: torch.device, dtype: torch.dtype, op: str = "") -> str:
+    """The plan: the kernels of the device, those in CUDA C++ where they are measured faster."""
     if dtype in KERNEL_DTYPES:
-        if device_type == "cpu":
+        if device.type == "cpu":
             return "native"
-        if device_type == "cuda" and HAS_TRITON:
-            return "triton"
+        if device.type == "cuda":
+            if op in CUDA_OPERATIONS and (not HAS_TRITON or faster_in_cuda(op, device)):
+                if native.cuda_serves(device):
+                    return "cuda"
+            if HAS_TRITON:
+                return "triton"
     return "reference"
 
 
-def default_reason(device_type: str, dtype: torch.dtype) -> str:
+def default_reason(device: torch.device, dtype: torch.dtype, op: str = "") -> str:
     """Why ``default`` answers as it does, in words."""
     if dtype not in KERNEL_DTYPES:
         return f"the kernels take float32, bfloat16 and float16, not {short(dtype)}"
-    if device_type == "cpu":
+    if device.type == "cpu":
         return "the C++ kernel serves every CPU call"
-    if device_type == "cuda":
+    if device.type == "cuda":
+        if default(device, dtype, op) == "cuda":
+            why = "measured faster than Triton's" if HAS_TRITON else "Triton is not installed"
+            return f"the CUDA C++ kernel serves this GPU: {why}"
         return "the Triton kernel serves GPUs" if HAS_TRITON else "Triton is not installed"
-    return f"there are no kernels for {device_type} devices"
+    return f"there are no kernels for {device.type} devices"
+
+
+# (operation, GPU's name) where benchmarks/results has the CUDA C++ kernel faster than Triton's, in
+# the geometric mean over the cases; tests/test_cuda_plan.py holds the two together. No GPU has been
+# measured yet.
+FASTER_IN_CUDA: frozenset[tuple[str, str]] = frozenset()
+
+
+@functools.cache
+def faster_in_cuda(op: str, device: torch.device) -> bool:
+    """Whether the CUDA C++ kernel of ``op`` is measured faster than Triton's on this GPU."""
+    return bool(FASTER_IN_CUDA) and (op, torch.cuda.get_device_name(device)) in FASTER_IN_CUDA
 
 
 def require(op: str, name: str, device: torch.device, dtype: torch.dtype) -> str:

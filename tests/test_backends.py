@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import fastdiff
-from fastdiff import backends
+from fastdiff import backends, native
 from fastdiff.errors import InputError
 
 
@@ -63,7 +63,7 @@ def test_an_unknown_name(name):
 
 
 def from_environment(value):
-    code = "from fastdiff import backends; print(backends.named())"
+    code = "from fastdiff import backends, native; print(backends.named())"
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True,
         env={**os.environ, backends.VARIABLE: value},
@@ -85,13 +85,15 @@ def test_the_environment_names_one():
 def test_default(monkeypatch, dtype, has_triton):
     monkeypatch.setattr(backends, "HAS_TRITON", has_triton)
     kernels = dtype in backends.KERNEL_DTYPES
-    assert backends.default("cpu", dtype) == ("native" if kernels else "reference")
+    monkeypatch.setattr(native, "cuda_serves", lambda device: False)
+    cpu, cuda, mps, meta = map(torch.device, ("cpu", "cuda", "mps", "meta"))
+    assert backends.default(cpu, dtype) == ("native" if kernels else "reference")
     gpu = kernels and has_triton
-    assert backends.default("cuda", dtype) == ("triton" if gpu else "reference")
-    assert backends.default("mps", dtype) == backends.default("meta", dtype) == "reference"
-    for device in ("cpu", "cuda", "mps"):
+    assert backends.default(cuda, dtype, "q_sample") == ("triton" if gpu else "reference")
+    assert backends.default(mps, dtype) == backends.default(meta, dtype) == "reference"
+    for device in (cpu, cuda, mps):
         assert "\n" not in backends.default_reason(device, dtype)
-    assert ("not float64" in backends.default_reason("cpu", dtype)) == (not kernels)
+    assert ("not float64" in backends.default_reason(cpu, dtype)) == (not kernels)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastdiff import backends, native
 from fastdiff.backends import KERNEL_DTYPES
 from fastdiff.ops import _group_norm_cuda
+from fastdiff.ops._cache import remember
 
 Maybe = Tensor | None
 
@@ -176,7 +177,6 @@ def _triton_backward(
 # Arguments that need no conversion are recognised by what decides it: the kind of device, sizes,
 # strides and dtypes.
 _shapes: dict[tuple[Any, ...], Any] = {}
-MAX_SHAPES = 4096
 
 
 def _key(
@@ -205,9 +205,7 @@ def _prepare(
     if _backend(x) != "triton":
         shape = _native_shape(x, num_groups, weight, eps, scale, shift, add, silu)
     if unchanged:
-        if len(_shapes) >= MAX_SHAPES:
-            _shapes.clear()
-        _shapes[key] = shape
+        remember(_shapes, key, shape)
     return shape, out, x, weight, bias, scale, shift, add
 
 
@@ -283,9 +281,9 @@ def _native_shape(
 def _backend(x: Tensor) -> str:
     """The kernels that serve x: those that are named, or the plan's."""
     name = backends.named()
-    if name == "cuda":
+    if name in ("cuda", "triton"):
         return name
-    return "native" if x.device.type == "cpu" and name != "triton" else "triton"
+    return backends.default(x.device, x.dtype, "group_norm_silu")
 
 
 def _address(tensor: Maybe) -> int:

@@ -44,11 +44,11 @@ def plan(call: Call) -> tuple[str, str]:
     dtype; both are plain PyTorch, as "reference" is.
     """
     if call.dtype not in backends.KERNEL_DTYPES:
-        return "reference", backends.default_reason(call.device_type, call.dtype)
+        return "reference", backends.default_reason(torch.device(call.device_type), call.dtype)
     if call.device_type == "cpu":
         return _plan_cpu(call)
     if call.device_type != "cuda":
-        return "sdpa", backends.default_reason(call.device_type, call.dtype)
+        return "sdpa", backends.default_reason(torch.device(call.device_type), call.dtype)
     if not backends.HAS_TRITON:
         return "sdpa", "PyTorch's SDPA: Triton is not installed"
     if call.head_dim > FLASH_HEAD_DIM:

@@ -84,7 +84,7 @@ def choose(x: Tensor, *arguments: Any, **options: Any) -> Choice:
         return Choice(
             OP, backend, f"PyTorch's operations train up to {SMALL} contiguous elements faster"
         )
-    return Choice(OP, backend, backends.default_reason(x.device.type, x.dtype))
+    return Choice(OP, backend, backends.default_reason(x.device, x.dtype, OP))
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
@@ -98,7 +98,7 @@ def _backend(x: Tensor, wants_gradient: bool) -> str:
     name = backends.named()
     if name is not None:
         return backends.require(OP, name, x.device, x.dtype)
-    name = backends.default(x.device.type, x.dtype)
+    name = backends.default(x.device, x.dtype, OP)
     if name == "native" and wants_gradient and 0 < x.numel() <= SMALL and x.is_contiguous():
         return "reference"
     return name

@@ -143,20 +143,21 @@ def _choose(x_t: torch.Tensor, *others: torch.Tensor | None) -> tuple[str, str]:
     if backends.transforms():
         return backends.under_transforms("posterior_step"), backends.TRANSFORMS_REASON
     name = backends.named()
-    device_type, dtype = x_t.device.type, x_t.dtype
+    device, dtype = x_t.device, x_t.dtype
     tracked = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x_t, *others)
     )
     if name is None:
         if tracked:
             return "reference", "only it is differentiable, and a gradient is wanted"
-        return backends.default(device_type, dtype), backends.default_reason(device_type, dtype)
+        of_call = (device, dtype, "posterior_step")
+        return backends.default(*of_call), backends.default_reason(*of_call)
     if tracked and name != "reference":
         raise InputError(
             f"posterior_step: the backend {name!r} was named, but its kernel has no gradients and "
             "an input requires grad; use torch.no_grad(), or name 'reference'"
         )
-    return backends.require("posterior_step", name, x_t.device, dtype), backends.NAMED_REASON
+    return backends.require("posterior_step", name, device, dtype), backends.NAMED_REASON
 
 
 # --- The reference ----------------------------------------------------------------------------

@@ -112,18 +112,19 @@ def _choose(x_start: Tensor, signal: Tensor, sigma: Tensor) -> tuple[str, str]:
     if backends.transforms():
         return backends.under_transforms("q_sample"), backends.TRANSFORMS_REASON
     name = backends.named()
-    device_type, dtype = x_start.device.type, x_start.dtype
+    device, dtype = x_start.device, x_start.dtype
     tracked = signal.requires_grad or sigma.requires_grad
     if name is None:
         if tracked:
             return "reference", "only it has gradients for the tables"
-        return backends.default(device_type, dtype), backends.default_reason(device_type, dtype)
+        of_call = (device, dtype, "q_sample")
+        return backends.default(*of_call), backends.default_reason(*of_call)
     if tracked and name != "reference":
         raise InputError(
             f"q_sample: the backend {name!r} was named, but its kernels have no gradients for the "
             "tables; name 'reference', or None for the plan's choice"
         )
-    return backends.require("q_sample", name, x_start.device, dtype), backends.NAMED_REASON
+    return backends.require("q_sample", name, device, dtype), backends.NAMED_REASON
 
 
 def _table_length(first: Tensor, second: Tensor, x_start: Tensor) -> int:
