@@ -9,6 +9,7 @@ Exits with 0 when every phase ended well, 1 when one failed or was cut, 3 withou
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TOTAL_S = 530.0
+NORM_TESTS = "tests/test_group_norm_silu_cuda.py"
 OPERATIONS = ("group_norm_silu", "q_sample", "posterior_step", "attention")
 STOP_S = 5.0  # from the request to stop to the end of the patience
 
@@ -31,6 +33,7 @@ class Phase:
     command: tuple[str, ...]
     limit_s: float
     needed: bool = False
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,23 @@ def phases(results: Path) -> list[Phase]:
     quick = (*measure, "--shapes", "quick", "--budget", "0.05")
     full = (*measure, "--shapes", "all", "--compiled", "none", "--budget", "0.03")
     op_tests = sorted({f for op in OPERATIONS for f in _glob(f"tests/test_{op}*.py")})
+    suites = [*op_tests, "tests/test_rng_cuda.py", "tests/test_elementwise_cuda.py"]
+    accuracy = (*pytest, *spread, "-p", "on_gpu", "-m", "any_backend", *suites)
+    cutting = (*pytest, "-p", "on_gpu", "-k", "cutting or order_of_threads or many_channels")
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     return [
         Phase("build", (python, *install), 120, needed=True),
+        Phase("accuracy of CUDA C++", accuracy, 60, environment=_served_by("cuda")),
+        *(
+            Phase(
+                f"compute-sanitizer {tool}",
+                (sanitizer, "--tool", tool, "--error-exitcode", "9", *cutting, NORM_TESTS),
+                25,
+                environment=_served_by("cuda"),
+            )
+            for tool in ("memcheck", "racecheck", "initcheck", "synccheck")
+        ),
+        Phase("accuracy of Triton", accuracy, 50, environment=_served_by("triton")),
         Phase("tests that need a GPU", (*pytest, *spread, "-m", "cuda", "tests"), 100),
         Phase(
             "tests of the operations",
@@ -66,6 +84,11 @@ def phases(results: Path) -> list[Phase]:
         Phase("group_norm_silu, all shapes", (*full, "benchmarks/bench_group_norm_silu.py"), 120),
         Phase("attention, all shapes", (*full, "benchmarks/bench_attention.py"), 60),
     ]
+
+
+def _served_by(backend: str) -> tuple[tuple[str, str], ...]:
+    """The environment in which tests marked any_backend run on the GPU by one backend."""
+    return ("FASTDIFF_BACKEND", backend), ("PYTHONPATH", str(ROOT / "tests"))
 
 
 def _glob(pattern: str) -> list[str]:
@@ -96,7 +119,11 @@ def run_phase(phase: Phase, limit_s: float) -> Outcome:
     start = time.monotonic()
     try:
         process = subprocess.Popen(
-            phase.command, cwd=ROOT, start_new_session=True, preexec_fn=_listen_to_interrupts
+            phase.command,
+            cwd=ROOT,
+            start_new_session=True,
+            preexec_fn=_listen_to_interrupts,
+            env={**os.environ, **dict(phase.environment)},
         )
     except OSError as error:
         return Outcome(phase.name, f"failed ({error})", 0.0)
