@@ -3,8 +3,8 @@
 
 #include <cuda_runtime.h>
 
-#include <array>
-#include <atomic>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -21,7 +21,6 @@ struct Launch {
 
 constexpr size_t kSharedByDefault = 48 << 10;  // more has to be asked for
 constexpr unsigned kPortableCluster = 8;
-constexpr int kRememberedDevices = 64;
 
 inline std::runtime_error launch_error(const Launch& how, cudaError_t error) {
   cudaGetLastError();  // otherwise the next call of anybody's would report it again
@@ -34,24 +33,28 @@ inline std::runtime_error launch_error(const Launch& how, cudaError_t error) {
                             " bytes of shared memory: " + cudaGetErrorString(error));
 }
 
-// What has to be asked for is asked once for each kernel and device.
+// What has to be asked for is asked once for each kernel and device; a smaller size would take back
+// what another thread was granted, hence the lock.
 template <auto kKernel>
 void allow(const Launch& how) {
-  static std::array<std::atomic<size_t>, kRememberedDevices> shared = {};
-  static std::array<std::atomic<bool>, kRememberedDevices> large_cluster = {};
+  struct Granted {
+    size_t shared_bytes = kSharedByDefault;
+    bool large_clusters = false;
+  };
+  static std::mutex one_at_a_time;
+  static std::map<int, Granted> devices;
+  std::lock_guard<std::mutex> lock(one_at_a_time);
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
-  const bool known = device < kRememberedDevices;
-  if (error == cudaSuccess && how.shared_bytes > kSharedByDefault &&
-      !(known && how.shared_bytes <= shared[device])) {
+  Granted& granted = devices[device];
+  if (error == cudaSuccess && how.shared_bytes > granted.shared_bytes) {
     error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(how.shared_bytes));
-    if (error == cudaSuccess && known) shared[device] = how.shared_bytes;
+    if (error == cudaSuccess) granted.shared_bytes = how.shared_bytes;
   }
-  if (error == cudaSuccess && how.cluster > kPortableCluster &&
-      !(known && large_cluster[device])) {
+  if (error == cudaSuccess && how.cluster > kPortableCluster && !granted.large_clusters) {
     error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error == cudaSuccess && known) large_cluster[device] = true;
+    granted.large_clusters = error == cudaSuccess;
   }
   if (error != cudaSuccess) throw launch_error(how, error);
 }
