@@ -160,7 +160,9 @@ def triton_interprets() -> bool:
 
 def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """CUDA kernels are launched on the current device: make that the tensor's."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+    if x.device.type != "cuda" or torch.cuda.current_device() == x.device.index:
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def short(dtype: torch.dtype) -> str:

@@ -105,7 +105,8 @@ def cuda_limits(device: torch.device) -> tuple[int, int, int, int]:
 
 @functools.cache
 def _limits(device: torch.device) -> tuple[int, int, int, int]:
-    return library().cuda_limits(device.index)
+    with torch.cuda.device(device):
+        return library().cuda_limits(device.index)
 
 
 def multiprocessors(device: torch.device) -> int:

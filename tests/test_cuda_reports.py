@@ -32,6 +32,7 @@ class Limit(NamedTuple):
 
 # Every kernel has its line; threads and blocks are those of its __launch_bounds__.
 LIMITS = [
+    Limit("device_limits.cu", "probe_kernel", 256, 8),
     Limit("group_norm_silu.cu", "group_norm_silu_kernel", 256, 2),
     Limit("group_norm_silu_backward.cu", "group_norm_silu_backward_kernel", 256, 2),
     Limit("group_norm_silu_backward.cu", "slopes_kernel", 32, 32),

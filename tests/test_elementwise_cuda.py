@@ -234,3 +234,50 @@ def test_a_previous_x_start_is_read_where_the_row_uses_it():
             ops.posterior_step(x, x, MULTISTEP, torch.tensor(row), prev_x_start=x)
 
         assert moved_bytes(call) == floors.posterior_step(x, x, prev_x_start=before)
+
+
+def test_no_value_on_the_device_is_looked_at(monkeypatch):
+    """That would stall the GPU and break a graph's capture. The second call has a plan."""
+
+    def looked_at(tensor):
+        raise AssertionError("a tensor's value was read on the host")
+
+    x, t, rows = moved(random(2, 3, 4, 4)), moved(torch.tensor([1, 2])), moved(FIXED)
+    seed, step, zero = moved(torch.tensor(0)), moved(torch.tensor(1)), moved(torch.tensor(0))
+    tables = moved(SIGNAL), moved(SIGMA)
+    with monkeypatch.context() as patch, fastdiff.backend("cuda"):
+        for name in ("__bool__", "__int__", "__index__", "__float__", "item", "tolist"):
+            patch.setattr(torch.Tensor, name, looked_at)
+        for _ in range(2):
+            ops.q_sample(x, t, *tables, seed=seed, step=zero)
+            ops.posterior_step(x, x, rows, step, seed=seed)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("operation", ["q_sample", "posterior_step", "group_norm_silu"])
+def test_a_captured_call_follows_its_tensors(operation):
+    """The replay of a graph draws with the seed and step that are in memory then."""
+    x, t, rows = moved(random(2, 32, 8, 8)), moved(torch.tensor([1, 2])), moved(FIXED)
+    seed, step = moved(torch.tensor(3)), moved(torch.tensor(1))
+    tables = moved(SIGNAL), moved(SIGMA)
+    calls = {
+        "q_sample": lambda: ops.q_sample(x, t, *tables, seed=seed)[0],
+        "posterior_step": lambda: ops.posterior_step(x, x, rows, step, seed=seed)[0],
+        "group_norm_silu": lambda: ops.group_norm_silu(x, 8, None, None),
+    }
+    call = calls[operation]
+    with fastdiff.backend("cuda"):
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            captured = call()
+        for new_seed in (5, 6):
+            seed.fill_(new_seed)
+            x.mul_(0.5)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(captured, call())

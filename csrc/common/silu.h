@@ -15,11 +15,16 @@ FASTDIFF_INLINE float sigmoid(float v) {
 #endif
 }
 
-FASTDIFF_INLINE float silu(float v) { return v * sigmoid(v); }
-
-FASTDIFF_INLINE float silu_derivative(float v) {
-  const float s = sigmoid(v);
-  return s * (1.0f + v * (1.0f - s));
+// The same from the GPU's own exponential: relative error 2^-22 + |v|·2^-24.
+FASTDIFF_INLINE float fast_sigmoid(float v) {
+#ifdef __CUDA_ARCH__
+  return __fdividef(1.0f, 1.0f + __expf(-v));
+#else
+  return sigmoid(v);
+#endif
 }
+
+// s: the sigmoid of v
+FASTDIFF_INLINE float silu_derivative(float v, float s) { return s * (1.0f + v * (1.0f - s)); }
 
 }  // namespace fastdiff

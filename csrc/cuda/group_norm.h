@@ -4,6 +4,7 @@
 
 #include "../common/group_norm.h"
 #include "../common/lanes.h"
+#include "../common/silu.h"
 #include "device.h"
 #include "group_norm_tile.h"
 #include "launch.h"
@@ -130,6 +131,18 @@ __device__ float embedding(const GroupNormShape& shape, const Call& call, int64_
              : 0.0f;
 }
 
+// --- SiLU ----------------------------------------------------------------------------------------
+
+// Results of 16 bits are rounded a hundred times more coarsely than the fast exponential is.
+template <typename T>
+__device__ __forceinline__ float silu_of(float v) {
+  return v * (sizeof(T) == 2 ? fast_sigmoid(v) : sigmoid(v));
+}
+template <typename T>
+__device__ __forceinline__ float silu_derivative_of(float v) {
+  return silu_derivative(v, sizeof(T) == 2 ? fast_sigmoid(v) : sigmoid(v));
+}
+
 // --- Walking over the part -----------------------------------------------------------------------
 
 // x, and the residual that is added to it where there is one.
@@ -146,6 +159,12 @@ struct Input {
     Held held;
     held.x = x[pack];
     held.residual = residual == nullptr ? held.x : residual[pack];
+    return held;
+  }
+  __device__ __forceinline__ Held load_last(int64_t pack) const {  // x is not read again
+    Held held;
+    held.x = load_streaming(&x[pack]);
+    held.residual = residual == nullptr ? held.x : load_streaming(&residual[pack]);
     return held;
   }
   __device__ __forceinline__ void store(const Held& held, int64_t pack) const {

@@ -14,7 +14,6 @@
 //      global memory between two kernels, by every block in the same order.
 //   3. y from shared memory, or from x again.
 #include "../common/moments.h"
-#include "../common/silu.h"
 #include "group_norm.h"
 #include "kernels.h"
 
@@ -32,6 +31,7 @@ struct Shared {
   float* center;  // of each channel: what is taken from x
   float* gain;
   float* offset;
+  float* embedding;
   float* partials;
   Moments* moments;  // of each group
   unsigned char* held;
@@ -42,7 +42,8 @@ struct Shared {
     center = reinterpret_cast<float*>(memory);
     gain = center + part.channels;
     offset = gain + part.channels;
-    partials = offset + part.channels;
+    embedding = offset + part.channels;
+    partials = embedding + part.channels;
     moments = reinterpret_cast<Moments*>(partials + kForwardFloats.sum * tile.teams * part.channels);
     held = memory + tile.held_at;
   }
@@ -113,7 +114,8 @@ struct Normalise {
     return {shared.center[c], shared.gain[c], shared.offset[c]};
   }
   __device__ auto fetch(int row, int column) const {
-    return from.load(kFromShared ? part.place(row, column) : part.pack(row, column));
+    if constexpr (kFromShared) return from.load(part.place(row, column));
+    return from.load_last(part.pack(row, column));
   }
   template <typename Held, typename Sums>
   __device__ void use(const Held& held, const Channel* channels, int row, int column,
@@ -123,9 +125,14 @@ struct Normalise {
     for (int i = 0; i < A::kVec; ++i) {
       const Channel& c = channels[i % A::kChannels];
       const float v = (from.value(held, i) - c.center) * c.gain + c.offset;
-      result.value[i] = from_float<typename A::T>(silu ? fastdiff::silu(v) : v);
+      result.value[i] = from_float<typename A::T>(silu ? silu_of<typename A::T>(v) : v);
     }
-    y[part.pack(row, column)] = result;
+    // Where x is read twice, y leaves it the L2 cache.
+    if constexpr (kFromShared) {
+      y[part.pack(row, column)] = result;
+    } else {
+      store_streaming(&y[part.pack(row, column)], result);
+    }
   }
 };
 
@@ -192,7 +199,11 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   const Input<A> held = {held_x, residual ? held_residual : nullptr};
 
   for (int c = thread; c < part.channels; c += threads) {
-    shared.center[c] = -embedding(shape, call, part.sample, part.channel + c);
+    const Affine a = affine(shape, call, part.sample, part.channel + c);
+    shared.gain[c] = a.gain;
+    shared.offset[c] = a.offset;
+    shared.embedding[c] = embedding(shape, call, part.sample, part.channel + c);
+    shared.center[c] = -shared.embedding[c];
   }
   __syncthreads();
   // Of the slab, in the workspace: (parts, groups).
@@ -219,10 +230,8 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     const float rstd = 1.0f / sqrtf(moments.squares / moments.count + shape.eps);
     for (int i = thread % kLanes; i < part.width; i += kLanes) {
       const int c = group * part.width + i;
-      const Affine a = affine(shape, call, part.sample, part.channel + c);
-      shared.center[c] = moments.mean - embedding(shape, call, part.sample, part.channel + c);
-      shared.gain[c] = rstd * a.gain;
-      shared.offset[c] = a.offset;
+      shared.center[c] = moments.mean - shared.embedding[c];
+      shared.gain[c] *= rstd;
     }
     if (part.index == 0 && thread % kLanes == 0 && call.mean != nullptr) {
       const int64_t statistic = part.statistic(shape, group);
@@ -249,13 +258,13 @@ void group_norm_silu(const GroupNormShape& shape, const GroupNormForward& call,
   const char* const name = "group_norm_silu";
   with_access(shape, tile, [&](auto access) {
     using A = decltype(access);
-    if (tile.resident) {
-      const Launch how = launch_of(name, tile, tile.slabs, true, tile.shared_bytes, stream);
-      launch<group_norm_silu_kernel<A, Pass::kWhole>>(how, shape, call, tile, int64_t{0}, workspace);
-      return;
-    }
     for (int64_t first = 0; first < tile.slabs; first += tile.slabs_at_once) {
       const int64_t slabs = std::min(tile.slabs_at_once, tile.slabs - first);
+      if (tile.resident) {
+        const Launch whole = launch_of(name, tile, slabs, true, tile.shared_bytes, stream);
+        launch<group_norm_silu_kernel<A, Pass::kWhole>>(whole, shape, call, tile, first, workspace);
+        continue;
+      }
       const Launch read = launch_of(name, tile, slabs, false, tile.shared_bytes, stream);
       launch<group_norm_silu_kernel<A, Pass::kFirst>>(read, shape, call, tile, first, workspace);
       const Launch apply = launch_of(name, tile, slabs, false, tile.held_at, stream);

@@ -17,7 +17,6 @@
 //      kernel between two, always in the same order; they give k_mean and k_slope.
 //   3. dx from shared memory, or from dy and x again.
 // One more kernel makes the gradients of the coefficients of the sums, sample by sample in order.
-#include "../common/silu.h"
 #include "group_norm.h"
 #include "kernels.h"
 
@@ -69,6 +68,9 @@ struct Inputs {
     typename A::P dy;
   };
   __device__ __forceinline__ Held load(int64_t pack) const { return {x.load(pack), dy[pack]}; }
+  __device__ __forceinline__ Held load_last(int64_t pack) const {
+    return {x.load_last(pack), load_streaming(&dy[pack])};
+  }
   __device__ __forceinline__ void store(const Held& held, int64_t pack) const {
     x.store(held.x, pack);
     dy[pack] = held.dy;
@@ -88,7 +90,7 @@ __device__ __forceinline__ Element element(const Inputs<A>& from, const typename
                                            int i, const Normal& c, bool silu) {
   const float d = from.x.value(held.x, i) - c.center;
   const float dy = to_float(held.dy.value[i]);
-  return {d, silu ? dy * silu_derivative(d * c.gain + c.offset) : dy};
+  return {d, silu ? dy * silu_derivative_of<typename A::T>(d * c.gain + c.offset) : dy};
 }
 
 // The sums, and with kHold dy and x into shared memory.
@@ -138,7 +140,8 @@ struct Gradient {
             shared.k_slope[c]};
   }
   __device__ auto fetch(int row, int column) const {
-    return from.load(kFromShared ? part.place(row, column) : part.pack(row, column));
+    if constexpr (kFromShared) return from.load(part.place(row, column));
+    return from.load_last(part.pack(row, column));
   }
   template <typename Held, typename Sums>
   __device__ void use(const Held& held, const Channel* channels, int row, int column,
@@ -151,7 +154,12 @@ struct Gradient {
       result.value[i] =
           from_float<typename A::T>(c.normal.gain * e.dv - (c.k_mean + e.d * c.k_slope));
     }
-    dx[part.pack(row, column)] = result;
+    // Where dy and x are read twice, dx leaves them the L2 cache.
+    if constexpr (kFromShared) {
+      dx[part.pack(row, column)] = result;
+    } else {
+      store_streaming(&dx[part.pack(row, column)], result);
+    }
   }
 };
 
@@ -398,14 +406,14 @@ void group_norm_silu_backward(const GroupNormShape& shape, const GroupNormBackwa
   const Workspace workspace(shape, tile, memory);
   with_access(shape, tile, [&](auto access) {
     using A = decltype(access);
-    if (tile.resident) {
-      launch<group_norm_silu_backward_kernel<A, Pass::kWhole>>(
-          launch_of(name, tile, tile.slabs, true, tile.shared_bytes, stream), shape, call, tile,
-          int64_t{0}, workspace);
-      return;
-    }
     for (int64_t first = 0; first < tile.slabs; first += tile.slabs_at_once) {
       const int64_t slabs = std::min(tile.slabs_at_once, tile.slabs - first);
+      if (tile.resident) {
+        const Launch whole = launch_of(name, tile, slabs, true, tile.shared_bytes, stream);
+        launch<group_norm_silu_backward_kernel<A, Pass::kWhole>>(whole, shape, call, tile, first,
+                                                                 workspace);
+        continue;
+      }
       const Launch pass = launch_of(name, tile, slabs, false, tile.shared_bytes, stream);
       launch<group_norm_silu_backward_kernel<A, Pass::kFirst>>(pass, shape, call, tile, first,
                                                                workspace);

@@ -49,7 +49,7 @@ struct GroupNormTile {
 struct GroupNormFloats {
   int channel, sum, group;
 };
-constexpr GroupNormFloats kForwardFloats = {3, 2, 3};
+constexpr GroupNormFloats kForwardFloats = {4, 2, 3};
 constexpr GroupNormFloats kBackwardFloats = {8, 3, 1};
 
 namespace tile_detail {
@@ -157,6 +157,7 @@ inline bool cut_to_fit(const Request& r, bool wide, int64_t groups, GroupNormTil
     const GroupNormTile tried = cut(r, wide, groups, parts);
     const int64_t held = r.tensors * tried.held_bytes;
     if (tried.held_at + held > r.device.shared_bytes) continue;
+    if (tried.parts > kPortableParts && tried.parts != parts) continue;  // 16, or what all can
     *tile = tried;
     tile->resident = found = true;
     tile->shared_bytes = tried.held_at + held;
@@ -232,6 +233,8 @@ inline GroupNormTile group_norm_tile(const GroupNormShape& shape, const DeviceLi
   }
   if (!resident) tile = cut_for_two_reads(r, wide);
   if (backward) tile.workspace_floats += 3 * shape.samples * shape.channels;
+  const int64_t most_blocks = INT32_MAX / std::max<int64_t>(tile.parts, tile.slab_channels / r.width);
+  tile.slabs_at_once = std::min(tile.slabs_at_once, most_blocks);
   const int64_t passes = (tile.resident ? 1 : 2) * tensors + 1;
   tile.bytes_moved = passes * bytes_of_a_tensor(r, tile);
   return tile;

@@ -42,7 +42,7 @@ void q_sample(const QSample& plan, const QSampleCall& call, const DeviceCounters
 void posterior_step(const PosteriorStep& plan, const PosteriorStepCall& call,
                     const uint64_t* seed_address, const Target& on);
 
-DeviceLimits device_limits(int device);
+DeviceLimits device_limits(int device);  // the current one
 int runtime_version();  // as 1000·major + 10·minor, of the linked CUDA runtime; 0: emulated
 int driver_version();   // the newest CUDA the driver serves; 0 without a driver
 

@@ -41,12 +41,12 @@ def _run(
     if x.numel() == 0:
         return
     out = y
-    shape = _shapes.get(_key(x, num_groups, weight, bias, eps, scale, shift, add, silu))
+    backend = _backend(x)
+    shape = _shapes.get(_key(backend, x, num_groups, weight, bias, eps, scale, shift, add, silu))
     if shape is None:
         shape, out, x, weight, bias, scale, shift, add = _prepare(
-            y, x, num_groups, weight, bias, eps, scale, shift, add, silu
+            backend, y, x, num_groups, weight, bias, eps, scale, shift, add, silu
         )
-    backend = _backend(x)
     if backend == "native":
         native.library().group_norm_silu_cpu(
             shape, x.data_ptr(), _address(weight), _address(bias), _address(scale),
@@ -88,10 +88,11 @@ def backward(
         return dx, *small
     out = dx
     written: tuple[Maybe, ...] = small
-    shape = _shapes.get(_key(x, num_groups, weight, bias, eps, scale, shift, add, silu))
+    backend = _backend(x)
+    shape = _shapes.get(_key(backend, x, num_groups, weight, bias, eps, scale, shift, add, silu))
     if shape is None:
         shape, out, x, weight, bias, scale, shift, add = _prepare(
-            dx, x, num_groups, weight, bias, eps, scale, shift, add, silu
+            backend, dx, x, num_groups, weight, bias, eps, scale, shift, add, silu
         )
         # The kernel writes in the dtypes it reads, which _prepare may have widened.
         likes = (weight, bias, scale, shift, add)
@@ -101,7 +102,6 @@ def backward(
         )
     if dy.stride() != out.stride():
         dy = torch.empty_like(out).copy_(dy)
-    backend = _backend(x)
     if backend == "native":
         native.library().group_norm_silu_backward_cpu(
             shape, dy.data_ptr(), x.data_ptr(), _address(weight), _address(bias), _address(scale),
@@ -180,11 +180,11 @@ _shapes: dict[tuple[Any, ...], Any] = {}
 
 
 def _key(
-    x: Tensor, num_groups: int, weight: Maybe, bias: Maybe, eps: float,
+    backend: str, x: Tensor, num_groups: int, weight: Maybe, bias: Maybe, eps: float,
     scale: Maybe, shift: Maybe, add: Maybe, silu: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
     return (
-        x.device.type, backends.named(), x.shape, x.stride(), x.dtype, num_groups, eps, silu,
+        backend, x.shape, x.stride(), x.dtype, num_groups, eps, silu,
         None if weight is None or bias is None else
         (weight.dtype, weight.stride(), bias.dtype, bias.stride()),
         None if scale is None or shift is None else
@@ -194,15 +194,15 @@ def _key(
 
 
 def _prepare(
-    out: Tensor, x: Tensor, num_groups: int, weight: Maybe, bias: Maybe, eps: float,
+    backend: str, out: Tensor, x: Tensor, num_groups: int, weight: Maybe, bias: Maybe, eps: float,
     scale: Maybe, shift: Maybe, add: Maybe, silu: bool,
 ) -> tuple[Any, Tensor, Tensor, Maybe, Maybe, Maybe, Maybe, Maybe]:  # fmt: skip
     """(shape, out, x, weight, bias, scale, shift, add) as the kernels take them."""
-    key = _key(x, num_groups, weight, bias, eps, scale, shift, add, silu)
+    key = _key(backend, x, num_groups, weight, bias, eps, scale, shift, add, silu)
     values, unchanged = _convert(out, x, weight, bias, scale, shift, add)
     out, x, weight, bias, scale, shift, add = values
     shape: Any = ()
-    if _backend(x) != "triton":
+    if backend != "triton":
         shape = _native_shape(x, num_groups, weight, eps, scale, shift, add, silu)
     if unchanged:
         remember(_shapes, key, shape)

@@ -147,7 +147,7 @@ def _call(
         seed is not None,
     )
     if backend == "cuda":
-        seed, seed_address = rng.value_or_address(seed or 0)
+        seed, seed_address = rng.value_or_address(0 if seed is None else seed)
         device = x_t.device
         with backends.device_of(x_t):
             native.library().posterior_step_cuda(

@@ -145,7 +145,7 @@ def _call(
         seed is not None,
     )
     if backend == "cuda":
-        seed, seed_address = rng.value_or_address(seed or 0)
+        seed, seed_address = rng.value_or_address(0 if seed is None else seed)
         step, step_address = rng.value_or_address(step)
         device = x_start.device
         with backends.device_of(x_start):
