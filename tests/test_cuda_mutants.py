@@ -16,6 +16,7 @@ import sanitized as tools
 pytestmark = pytest.mark.slow
 NORM = ["tests/test_group_norm_silu_cuda.py", "-k", "cutting or order_of_threads"]
 NOISE = ["tests/test_rng_cuda.py"]
+ELEMENTWISE = ["tests/test_elementwise_cuda.py"]
 
 
 class Mutant(NamedTuple):
@@ -92,6 +93,38 @@ MUTANTS = [
         "if (element >= elements) break;",
         "if (element > elements) break;",
         NOISE,
+    ),
+    Mutant(
+        "a tile of noise is overwritten while it is read",
+        "posterior_step.cu",
+        "elementwise.h",
+        "        __syncthreads();  // the tile before has been read\n",
+        "",
+        ELEMENTWISE,
+    ),
+    Mutant(
+        "the row after the last is read",
+        "posterior_step.cu",
+        "posterior_step.cu",
+        "i < 0 || i >= rows",
+        "i < 0 || i > rows",
+        ELEMENTWISE,
+    ),
+    Mutant(
+        "a tile of noise is read before it is drawn",
+        "q_sample.cu",
+        "elementwise.h",
+        "        __syncthreads();\n#pragma unroll",
+        "#pragma unroll",
+        ELEMENTWISE,
+    ),
+    Mutant(
+        "the row after the last is read",
+        "q_sample.cu",
+        "q_sample.cu",
+        "i < 0 || i >= rows",
+        "i < 0 || i > rows",
+        ELEMENTWISE,
     ),
 ]
 
