@@ -4,9 +4,11 @@ A barrier is taken out or an index is moved by one; the broken file is compiled 
 other objects of the sanitized build.
 """
 
+import os
 import shutil
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +16,9 @@ import pytest
 import sanitized as tools
 
 pytestmark = pytest.mark.slow
-NORM = ["tests/test_group_norm_silu_cuda.py", "-k", "cutting or order_of_threads"]
-NOISE = ["tests/test_rng_cuda.py"]
-ELEMENTWISE = ["tests/test_elementwise_cuda.py"]
+NORM = ("tests/test_group_norm_silu_cuda.py", "-k", "cutting or order_of_threads")
+NOISE = ("tests/test_rng_cuda.py",)
+ELEMENTWISE = ("tests/test_elementwise_cuda.py",)
 
 
 class Mutant(NamedTuple):
@@ -25,7 +27,7 @@ class Mutant(NamedTuple):
     file: str  # the one that is changed
     before: str  # occurs once
     after: str
-    suite: list[str]
+    suite: tuple[str, ...]
 
 
 FORWARD, BACKWARD = "group_norm_silu.cu", "group_norm_silu_backward.cu"
@@ -163,10 +165,22 @@ def compiled(mutant: Mutant, sanitized: tools.Build, folder: Path) -> Path:
     return library
 
 
+@pytest.fixture(scope="module")
+def outcomes(sanitized, tmp_path_factory):
+    """Of every mutant its suite's process; as many run at a time as there are processors."""
+    folders = [tmp_path_factory.mktemp("mutant") for _ in MUTANTS]
+
+    def run(mutant, folder):
+        library = compiled(mutant, sanitized, folder)
+        return sanitized.run_tests("-m", "any_backend", *mutant.suite, library=library)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(MUTANTS, pool.map(run, MUTANTS, folders), strict=True))
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.kernel}: {mutant.what}")
-def test_a_broken_kernel_is_caught(sanitized, mutant, tmp_path):
-    library = compiled(mutant, sanitized, tmp_path)
-    done = sanitized.run_tests("-m", "any_backend", *mutant.suite, library=library)
+def test_a_broken_kernel_is_caught(outcomes, mutant):
+    done = outcomes[mutant]
     output = done.stdout + done.stderr
     assert done.returncode != 0, output[-3000:]
     # By a wrong value or an error of the launch, or by a sanitizer, which ends the process.
