@@ -92,10 +92,13 @@ def test_the_meta_device():
     assert result.shape == (2, 8, 5) and result.device.type == "meta"
 
 
-def test_shapes_are_remembered_per_device():
-    """One key for a GPU's call and the CPU's would hand the CPU the GPU's empty shape."""
-    rest = (2, None, None, 1e-5, None, None, None, True)
-    assert launch._key(X, *rest) != launch._key(X.to("meta"), *rest)
+def test_shapes_are_remembered_per_backend():
+    """One key for Triton's call and the C++ kernels' would hand these Triton's empty shape."""
+    rest = (X, 2, None, None, 1e-5, None, None, None, True)
+    assert launch._key("native", *rest) != launch._key("triton", *rest)
+    with fastdiff.backend("triton"):
+        assert launch._backend(X) == "triton"
+    assert launch._backend(X) == "native"
 
 
 # --- torch.compile ----------------------------------------------------------------------------
