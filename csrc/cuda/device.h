@@ -34,20 +34,12 @@ __device__ __forceinline__ float sum_of_lanes(float value, int first = kLanes / 
 // The blocks that share their memory; one alone on devices without clusters.
 struct Cluster {
 #ifdef FASTDIFF_CLUSTERS
-  static __device__ __forceinline__ unsigned rank() {
-    return cooperative_groups::this_cluster().block_rank();
-  }
-  static __device__ __forceinline__ unsigned size() {
-    return cooperative_groups::this_cluster().num_blocks();
-  }
   static __device__ __forceinline__ void sync() { cooperative_groups::this_cluster().sync(); }
   template <typename T>
   static __device__ __forceinline__ T* of_block(T* mine, unsigned rank) {
     return cooperative_groups::this_cluster().map_shared_rank(mine, rank);
   }
 #else
-  static __device__ __forceinline__ unsigned rank() { return 0; }
-  static __device__ __forceinline__ unsigned size() { return 1; }
   static __device__ __forceinline__ void sync() { __syncthreads(); }
   template <typename T>
   static __device__ __forceinline__ T* of_block(T* mine, unsigned) {

@@ -12,6 +12,8 @@
 
 namespace fastdiff::cuda {
 
+constexpr int kMostThreads = 256;  // of a block, of which two have registers on a multiprocessor
+
 // One kernel for a resident slab; two where x is read twice.
 enum class Pass { kWhole, kFirst, kSecond };
 
@@ -131,6 +133,25 @@ __device__ float embedding(const GroupNormShape& shape, const Call& call, int64_
              : 0.0f;
 }
 
+// A channel's coefficients as the elements meet them: v = (x − center)·gain + offset.
+struct Normal {
+  float center, gain, offset;
+};
+
+// Those of a part's channels, which begin the block's shared memory.
+struct Normals {
+  float* center;
+  float* gain;
+  float* offset;
+
+  __device__ explicit Normals(int channels)
+      : center(reinterpret_cast<float*>(shared_memory())),
+        gain(center + channels),
+        offset(gain + channels) {}
+
+  __device__ Normal of(int c) const { return {center[c], gain[c], offset[c]}; }
+};
+
 // --- SiLU ----------------------------------------------------------------------------------------
 
 // Results of 16 bits are rounded a hundred times more coarsely than the fast exponential is.
@@ -176,6 +197,24 @@ struct Input {
     return residual == nullptr ? to_float(held.x.value[i]) : sum;
   }
 };
+
+// The last pass takes its input from what the block holds, or from memory for the second and last
+// time; its result then leaves the L2 cache to what is still to be read.
+template <bool kFromShared, typename A, typename From>
+__device__ __forceinline__ auto fetch_again(const Part<A>& part, const From& from, int row,
+                                            int column) {
+  if constexpr (kFromShared) return from.load(part.place(row, column));
+  return from.load_last(part.pack(row, column));
+}
+
+template <bool kFromShared, typename P>
+__device__ __forceinline__ void store_result(P* to, const P& result) {
+  if constexpr (kFromShared) {
+    *to = result;
+  } else {
+    store_streaming(to, result);
+  }
+}
 
 // fetch(i) and then use(what it gave, i) for i = first, first + step, ...; kBatch fetches are in
 // flight together.
@@ -294,6 +333,14 @@ void with_access(const GroupNormShape& shape, const GroupNormTile& tile, const V
     if (tile.wide) return visit(Access<T, false, kWide<T>>{});
     return visit(Access<T, false, 1>{});
   });
+}
+
+// Calls visit(first slab, slabs) for as many slabs as go into a launch, until all are done.
+template <typename Visit>
+void for_each_launch(const GroupNormTile& tile, const Visit& visit) {
+  for (int64_t first = 0; first < tile.slabs; first += tile.slabs_at_once) {
+    visit(first, std::min(tile.slabs_at_once, tile.slabs - first));
+  }
 }
 
 // The launch of one pass over `slabs` slabs.

@@ -20,32 +20,23 @@
 namespace fastdiff::cuda {
 namespace {
 
-constexpr int kMostThreads = 256;
-
 // Loads in flight of a thread: few where it also has the coefficients of eight channels.
 template <typename A>
 constexpr int kBatch = A::kChannels == 8 ? 2 : 4;
 
 // Shared memory in its order; as many floats as kForwardFloats says.
-struct Shared {
-  float* center;  // of each channel: what is taken from x
-  float* gain;
-  float* offset;
-  float* embedding;
+struct Shared : Normals {
+  float* embedding;  // of each channel
   float* partials;
   Moments* moments;  // of each group
   unsigned char* held;
 
   template <typename A>
-  __device__ Shared(const Part<A>& part, const GroupNormTile& tile) {
-    unsigned char* memory = shared_memory();
-    center = reinterpret_cast<float*>(memory);
-    gain = center + part.channels;
-    offset = gain + part.channels;
+  __device__ Shared(const Part<A>& part, const GroupNormTile& tile) : Normals(part.channels) {
     embedding = offset + part.channels;
     partials = embedding + part.channels;
     moments = reinterpret_cast<Moments*>(partials + kForwardFloats.sum * tile.teams * part.channels);
-    held = memory + tile.held_at;
+    held = shared_memory() + tile.held_at;
   }
 };
 
@@ -96,26 +87,19 @@ struct Deviations {
   }
 };
 
-struct Normal {
-  float center, gain, offset;
-};
-
 // y = silu((x − center)·gain + offset)
 template <typename A, bool kFromShared>
 struct Normalise {
   using Channel = Normal;
   const Part<A>& part;
-  const Shared& shared;
+  const Normals& normals;
   Input<A> from;
   typename A::P* y;
   bool silu;
 
-  __device__ Channel channel(int c) const {
-    return {shared.center[c], shared.gain[c], shared.offset[c]};
-  }
+  __device__ Channel channel(int c) const { return normals.of(c); }
   __device__ auto fetch(int row, int column) const {
-    if constexpr (kFromShared) return from.load(part.place(row, column));
-    return from.load_last(part.pack(row, column));
+    return fetch_again<kFromShared>(part, from, row, column);
   }
   template <typename Held, typename Sums>
   __device__ void use(const Held& held, const Channel* channels, int row, int column,
@@ -127,12 +111,7 @@ struct Normalise {
       const float v = (from.value(held, i) - c.center) * c.gain + c.offset;
       result.value[i] = from_float<typename A::T>(silu ? silu_of<typename A::T>(v) : v);
     }
-    // Where x is read twice, y leaves it the L2 cache.
-    if constexpr (kFromShared) {
-      y[part.pack(row, column)] = result;
-    } else {
-      store_streaming(&y[part.pack(row, column)], result);
-    }
+    store_result<kFromShared>(&y[part.pack(row, column)], result);
   }
 };
 
@@ -258,18 +237,17 @@ void group_norm_silu(const GroupNormShape& shape, const GroupNormForward& call,
   const char* const name = "group_norm_silu";
   with_access(shape, tile, [&](auto access) {
     using A = decltype(access);
-    for (int64_t first = 0; first < tile.slabs; first += tile.slabs_at_once) {
-      const int64_t slabs = std::min(tile.slabs_at_once, tile.slabs - first);
+    for_each_launch(tile, [&](int64_t first, int64_t slabs) {
       if (tile.resident) {
         const Launch whole = launch_of(name, tile, slabs, true, tile.shared_bytes, stream);
         launch<group_norm_silu_kernel<A, Pass::kWhole>>(whole, shape, call, tile, first, workspace);
-        continue;
+        return;
       }
       const Launch read = launch_of(name, tile, slabs, false, tile.shared_bytes, stream);
       launch<group_norm_silu_kernel<A, Pass::kFirst>>(read, shape, call, tile, first, workspace);
       const Launch apply = launch_of(name, tile, slabs, false, tile.held_at, stream);
       launch<group_norm_silu_kernel<A, Pass::kSecond>>(apply, shape, call, tile, first, workspace);
-    }
+    });
   });
 }
 

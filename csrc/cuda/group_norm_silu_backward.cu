@@ -23,7 +23,6 @@
 namespace fastdiff::cuda {
 namespace {
 
-constexpr int kMostThreads = 256;
 constexpr int kSums = 3;  // of dv, of dv·d, of d
 
 // Loads in flight of a thread: few where it also has the coefficients of eight channels.
@@ -31,11 +30,8 @@ template <typename A>
 constexpr int kBatch = A::kChannels == 8 ? 1 : 2;
 
 // Shared memory in its order; as many floats as kBackwardFloats says.
-struct Shared {
-  float* center;  // of each channel
-  float* gain;
-  float* offset;
-  float* k_mean;
+struct Shared : Normals {
+  float* k_mean;  // of each channel
   float* k_slope;
   float* totals;    // (kSums, channels), of this part
   float* partials;  // then, in their place, the totals of all parts
@@ -43,17 +39,13 @@ struct Shared {
   unsigned char* held;
 
   template <typename A>
-  __device__ Shared(const Part<A>& part, const GroupNormTile& tile) {
-    unsigned char* memory = shared_memory();
-    center = reinterpret_cast<float*>(memory);
-    gain = center + part.channels;
-    offset = gain + part.channels;
+  __device__ Shared(const Part<A>& part, const GroupNormTile& tile) : Normals(part.channels) {
     k_mean = offset + part.channels;
     k_slope = k_mean + part.channels;
     totals = k_slope + part.channels;
     partials = totals + kSums * part.channels;
     rstd = partials + kSums * tile.teams * part.channels;
-    held = memory + tile.held_at;
+    held = shared_memory() + tile.held_at;
   }
 };
 
@@ -77,10 +69,6 @@ struct Inputs {
   }
 };
 
-struct Normal {
-  float center, gain, offset;
-};
-
 // d, and dv
 struct Element {
   float d, dv;
@@ -98,14 +86,12 @@ template <typename A, bool kHold>
 struct Sum {
   using Channel = Normal;
   const Part<A>& part;
-  const Shared& shared;
+  const Normals& normals;
   Inputs<A> from;
   Inputs<A> to;
   bool silu;
 
-  __device__ Channel channel(int c) const {
-    return {shared.center[c], shared.gain[c], shared.offset[c]};
-  }
+  __device__ Channel channel(int c) const { return normals.of(c); }
   __device__ auto fetch(int row, int column) const { return from.load(part.pack(row, column)); }
   template <typename Held, typename Sums>
   __device__ void use(const Held& held, const Channel* channels, int row, int column,
@@ -135,13 +121,10 @@ struct Gradient {
   bool silu;
 
   __device__ Channel channel(int c) const {
-    return {{shared.center[c], shared.gain[c], shared.offset[c]},
-            shared.k_mean[c],
-            shared.k_slope[c]};
+    return {shared.of(c), shared.k_mean[c], shared.k_slope[c]};
   }
   __device__ auto fetch(int row, int column) const {
-    if constexpr (kFromShared) return from.load(part.place(row, column));
-    return from.load_last(part.pack(row, column));
+    return fetch_again<kFromShared>(part, from, row, column);
   }
   template <typename Held, typename Sums>
   __device__ void use(const Held& held, const Channel* channels, int row, int column,
@@ -154,12 +137,7 @@ struct Gradient {
       result.value[i] =
           from_float<typename A::T>(c.normal.gain * e.dv - (c.k_mean + e.d * c.k_slope));
     }
-    // Where dy and x are read twice, dx leaves them the L2 cache.
-    if constexpr (kFromShared) {
-      dx[part.pack(row, column)] = result;
-    } else {
-      store_streaming(&dx[part.pack(row, column)], result);
-    }
+    store_result<kFromShared>(&dx[part.pack(row, column)], result);
   }
 };
 
@@ -406,13 +384,12 @@ void group_norm_silu_backward(const GroupNormShape& shape, const GroupNormBackwa
   const Workspace workspace(shape, tile, memory);
   with_access(shape, tile, [&](auto access) {
     using A = decltype(access);
-    for (int64_t first = 0; first < tile.slabs; first += tile.slabs_at_once) {
-      const int64_t slabs = std::min(tile.slabs_at_once, tile.slabs - first);
+    for_each_launch(tile, [&](int64_t first, int64_t slabs) {
       if (tile.resident) {
         const Launch whole = launch_of(name, tile, slabs, true, tile.shared_bytes, stream);
         launch<group_norm_silu_backward_kernel<A, Pass::kWhole>>(whole, shape, call, tile, first,
                                                                  workspace);
-        continue;
+        return;
       }
       const Launch pass = launch_of(name, tile, slabs, false, tile.shared_bytes, stream);
       launch<group_norm_silu_backward_kernel<A, Pass::kFirst>>(pass, shape, call, tile, first,
@@ -422,7 +399,7 @@ void group_norm_silu_backward(const GroupNormShape& shape, const GroupNormBackwa
                             workspace);
       launch<group_norm_silu_backward_kernel<A, Pass::kSecond>>(pass, shape, call, tile, first,
                                                                 workspace);
-    }
+    });
   });
   if (call.dweight == nullptr && call.dscale == nullptr && call.dadd == nullptr) return;
   const auto blocks = static_cast<unsigned>((shape.channels + kLanes - 1) / kLanes);

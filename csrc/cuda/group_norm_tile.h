@@ -14,15 +14,9 @@
 #include <cstdint>
 
 #include "../common/group_norm.h"
+#include "device_limits.h"
 
 namespace fastdiff::cuda {
-
-struct DeviceLimits {
-  int64_t multiprocessors;
-  int64_t shared_bytes;  // of one block, when asked for
-  int64_t cluster;       // blocks; 1: the device has no clusters
-  int64_t l2_bytes;
-};
 
 struct GroupNormTile {
   bool wide;      // accesses of 16 bytes; else of one element
@@ -54,12 +48,8 @@ constexpr GroupNormFloats kBackwardFloats = {8, 3, 1};
 
 namespace tile_detail {
 
-constexpr int kAccess = 16;               // bytes
-constexpr int kLine = 128;                // bytes
-constexpr int kSector = 32;               // bytes: what memory gives at least
 constexpr int64_t kWorthABlock = 16 << 10;  // bytes; smaller parts are not cut for more blocks
 constexpr int64_t kHalfAProcessor = 96 << 10;  // bytes: two such blocks share a multiprocessor
-constexpr int64_t kPortableParts = 8;     // larger clusters only for slabs that need them
 
 inline int64_t divided_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 inline int64_t rounded_up(int64_t value, int64_t unit) { return divided_up(value, unit) * unit; }
@@ -81,7 +71,7 @@ struct Request {
   // Of a part: their coefficients and sums live in shared memory.
   int64_t most_channels() const { return power_of_two(device.shared_bytes / 128, 2048); }
   int64_t wanted_blocks() const { return 2 * device.multiprocessors; }
-  int64_t elements_in_access(bool wide) const { return wide ? kAccess / item : 1; }
+  int64_t elements_in_access(bool wide) const { return wide ? kAccessBytes / item : 1; }
 };
 
 // One way to cut: slabs of `groups` groups, in `parts` or a few less.
@@ -119,8 +109,8 @@ inline GroupNormTile cut(const Request& r, bool wide, int64_t groups, int64_t pa
   tile.held_at = rounded_up(
       4 * (tile.part_channels * (floats.channel + int64_t{floats.sum} * tile.teams) +
            groups_of_part * floats.group),
-      kAccess);
-  tile.held_bytes = rounded_up(tile.part_positions * tile.part_channels * r.item, kAccess);
+      kAccessBytes);
+  tile.held_bytes = rounded_up(tile.part_positions * tile.part_channels * r.item, kAccessBytes);
   return tile;
 }
 
@@ -153,11 +143,11 @@ inline bool cut_to_fit(const Request& r, bool wide, int64_t groups, GroupNormTil
   if (groups * r.width > r.most_channels()) return false;
   bool found = false;
   for (int64_t parts = 1; parts <= r.device.cluster; parts *= 2) {
-    if (parts > kPortableParts && found) break;
+    if (parts > kPortableCluster && found) break;  // larger ones only for slabs that need them
     const GroupNormTile tried = cut(r, wide, groups, parts);
     const int64_t held = r.tensors * tried.held_bytes;
     if (tried.held_at + held > r.device.shared_bytes) continue;
-    if (tried.parts > kPortableParts && tried.parts != parts) continue;  // 16, or what all can
+    if (tried.parts > kPortableCluster && tried.parts != parts) continue;  // 16, or what all can
     *tile = tried;
     tile->resident = found = true;
     tile->shared_bytes = tried.held_at + held;
@@ -169,7 +159,7 @@ inline bool cut_to_fit(const Request& r, bool wide, int64_t groups, GroupNormTil
 
 inline GroupNormTile cut_for_two_reads(const Request& r, bool wide) {
   const bool last = r.shape.channels_last;
-  int64_t groups = last ? groups_of_line(r, r.elements_in_access(wide), kLine) : 1;
+  int64_t groups = last ? groups_of_line(r, r.elements_in_access(wide), kLineBytes) : 1;
   if (groups * r.width > r.most_channels()) {  // only a single group's channels can be cut
     groups = 1;
     wide = wide && (!last || r.width % r.elements_in_access(wide) == 0);
@@ -203,9 +193,9 @@ inline int64_t bytes_of_a_tensor(const Request& r, const GroupNormTile& tile) {
   int64_t sectors = 0;
   for (int64_t first = 0; first < r.shape.channels; first += tile.slab_channels) {
     const int64_t end = std::min(first + tile.slab_channels, r.shape.channels);
-    sectors += divided_up(end * r.item, kSector) - first * r.item / kSector;
+    sectors += divided_up(end * r.item, kSectorBytes) - first * r.item / kSectorBytes;
   }
-  return rows * sectors * kSector;
+  return rows * sectors * kSectorBytes;
 }
 
 }  // namespace tile_detail
@@ -215,7 +205,7 @@ inline GroupNormTile group_norm_tile(const GroupNormShape& shape, const DeviceLi
                                      bool backward, bool aligned) {
   using namespace tile_detail;
   const bool last = shape.channels_last;
-  const int64_t item = shape.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t item = bytes_of(shape.dtype);
   const int64_t tensors = (backward ? 2 : 1) + (shape.add == Add::kResidual ? 1 : 0);
   const Request r = {shape, device, backward, item, shape.channels / shape.groups, tensors};
   const int64_t vec = r.elements_in_access(true);
@@ -224,7 +214,7 @@ inline GroupNormTile group_norm_tile(const GroupNormShape& shape, const DeviceLi
   GroupNormTile tile;
   bool resident = false;
   if (last) {
-    for (const int line : {kLine, kLine / 2, kLine / 4}) {
+    for (const int line : {kLineBytes, kLineBytes / 2, kLineBytes / 4}) {
       const int64_t groups = groups_of_line(r, r.elements_in_access(wide), line);
       resident = resident || cut_to_fit(r, wide, groups, &tile);
     }

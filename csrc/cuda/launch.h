@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "device_limits.h"
+
 namespace fastdiff::cuda {
 
 struct Launch {
@@ -20,7 +22,6 @@ struct Launch {
 };
 
 constexpr size_t kSharedByDefault = 48 << 10;  // more has to be asked for
-constexpr unsigned kPortableCluster = 8;
 
 inline std::runtime_error launch_error(const Launch& how, cudaError_t error) {
   cudaGetLastError();  // otherwise the next call of anybody's would report it again

@@ -4,7 +4,6 @@
 #pragma once
 
 #include "../common/elementwise.h"
-#include "../common/lanes.h"
 #include "vec.h"
 
 namespace fastdiff::cuda {
@@ -16,8 +15,6 @@ struct Operand {
   void* at;  // null: not there
   Layout layout;
 };
-
-FASTDIFF_INLINE int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // The operand at some elements from its beginning; nowhere where it is not wanted.
 inline Operand operand(const void* base, const Layout& layout, int64_t offset = 0,

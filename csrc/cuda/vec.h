@@ -9,10 +9,9 @@
 #include <cstring>
 
 #include "../common/dtype.h"
+#include "device_limits.h"
 
 namespace fastdiff::cuda {
-
-constexpr int kAccessBytes = 16;
 
 // How many elements one access holds.
 template <typename T>

@@ -7,8 +7,6 @@ namespace cooperative_groups {
 
 struct cluster_group {
   static void sync() { fastdiff::emulation::sync_cluster(); }
-  static unsigned block_rank() { return fastdiff::emulation::current().block_rank; }
-  static unsigned num_blocks() { return fastdiff::emulation::grid().cluster; }
   template <typename T>
   static T* map_shared_rank(T* mine, unsigned rank) {
     return static_cast<T*>(fastdiff::emulation::shared_memory_of(mine, rank));

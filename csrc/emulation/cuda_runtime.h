@@ -37,11 +37,6 @@ inline T __ldcs(const T* address) {
   return *address;
 }
 template <typename T>
-inline T __ldg(const T* address) {
-  fastdiff::emulation::traffic.loaded += sizeof(T);
-  return *address;
-}
-template <typename T>
 inline void __stcs(T* address, T value) {
   fastdiff::emulation::traffic.stored += sizeof(T);
   *address = value;
@@ -51,21 +46,16 @@ inline void __stcs(T* address, T value) {
 
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
-inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 
 // --- Threads together ------------------------------------------------------------------------------
 
 inline void __syncthreads() { fastdiff::emulation::sync_block(); }
-inline void __syncwarp(unsigned = 0xFFFFFFFFu) { fastdiff::emulation::sync_warp(); }
 
 template <typename T>
-inline T __shfl_sync(unsigned, T value, int lane) {
-  fastdiff::emulation::exchange(&value, sizeof value, static_cast<unsigned>(lane));
+inline T __shfl_xor_sync(unsigned, T value, int lanes) {
+  const unsigned from = fastdiff::emulation::current().lane ^ static_cast<unsigned>(lanes);
+  fastdiff::emulation::exchange(&value, sizeof value, from);
   return value;
-}
-template <typename T>
-inline T __shfl_xor_sync(unsigned mask, T value, int lanes) {
-  return __shfl_sync(mask, value, static_cast<int>(fastdiff::emulation::current().lane) ^ lanes);
 }
 
 // --- Launching -------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ struct Scheduler {
   void run_cluster(uint64_t first_block, char* stacks);
   void make_ready(Fiber* fiber);
   Fiber& next();
-  void start(Block& block, unsigned rank, uint64_t linear, char*& stack);
+  void start(Block& block, uint64_t linear, char*& stack);
   void resume(Fiber& fiber);
   void suspend(bool ended);
   void wait(Barrier& barrier);
@@ -140,7 +140,6 @@ Thread& current() { return *scheduler->running; }
 const Grid& grid() { return scheduler->grid; }
 void sync_block() { scheduler->wait(current().block->barrier); }
 void sync_cluster() { scheduler->wait(scheduler->cluster); }
-void sync_warp() { scheduler->wait(current().warp->barrier); }
 void* shared_memory() { return current().block->shared; }
 
 void* shared_memory_of(void* mine, unsigned rank) {
@@ -161,7 +160,7 @@ void exchange(void* value, size_t size, unsigned source) {
     scheduler->fail("a shuffle that needs 32 lanes met " + std::to_string(warp.lanes));
   }
   std::memcpy(values[thread.lane], value, size);
-  sync_warp();
+  scheduler->wait(warp.barrier);
   std::memcpy(value, values[source], size);
 }
 
@@ -228,7 +227,7 @@ void Scheduler::fail(const std::string& what) {
   suspend(false);
 }
 
-void Scheduler::start(Block& block, unsigned rank, uint64_t linear, char*& stack) {
+void Scheduler::start(Block& block, uint64_t linear, char*& stack) {
   const unsigned threads = grid.threads.x;
   block.shared_bytes = grid.shared_bytes;
   // At least one byte, so that every block has an address of its own.
@@ -245,7 +244,6 @@ void Scheduler::start(Block& block, unsigned rank, uint64_t linear, char*& stack
     fiber.index = dim3(i, 0, 0);
     fiber.block_index = dim3(static_cast<unsigned>(linear % grid.blocks.x),
                              static_cast<unsigned>(linear / grid.blocks.x), 0);
-    fiber.block_rank = rank;
     fiber.lane = i % kLanes;
     fiber.block = &block;
     fiber.warp = &block.warps[i / kLanes];
@@ -282,7 +280,7 @@ void Scheduler::run_cluster(uint64_t first_block, char* stacks) {
   cluster.members = grid.cluster * grid.threads.x;
   favour = static_cast<Favour>(order() % 3);
   for (unsigned rank = 0; rank < grid.cluster; ++rank) {
-    start(blocks[rank], rank, first_block + rank, stacks);
+    start(blocks[rank], first_block + rank, stacks);
   }
   for (Fiber& fiber : fibers) {
     std::memcpy(fiber.stack, &kCanary, sizeof kCanary);

@@ -29,14 +29,12 @@ struct dim3 {
 
 namespace fastdiff::emulation {
 
-struct Scheduler;
 struct Block;
 struct Warp;
 
 struct Thread {
   dim3 index;
   dim3 block_index;
-  unsigned block_rank;  // in its cluster
   unsigned lane;
   unsigned exchanges = 0;  // shuffles so far, of which the parity chooses the buffer
   Block* block = nullptr;
@@ -54,10 +52,9 @@ struct Grid {
 Thread& current();
 const Grid& grid();
 
-// Each returns when all threads of the block, cluster or warp have called it.
+// Each returns when all threads of the block or cluster have called it.
 void sync_block();
 void sync_cluster();
-void sync_warp();
 
 void* shared_memory();                             // of the running thread's block
 void* shared_memory_of(void* mine, unsigned rank);  // the same place in another block's
