@@ -9,6 +9,7 @@
 #include <string>
 #include <tuple>
 
+#include "bindings_calls.h"
 #include "cpu/isa.h"
 #include "cuda/group_norm_tile.h"
 #ifdef _OPENMP
@@ -67,7 +68,7 @@ int team_size(int threads) {
 NormalFill normal_fill(uintptr_t out, int dtype, int64_t samples, int64_t channels, int64_t spatial,
                        int64_t sample_stride, int64_t channel_stride, int64_t spatial_stride,
                        uint64_t seed, uint32_t step, uint64_t first_sample) {
-  return {reinterpret_cast<void*>(out),
+  return {at(out),
           static_cast<DType>(dtype),
           samples,
           channels,
@@ -78,11 +79,6 @@ NormalFill normal_fill(uintptr_t out, int dtype, int64_t samples, int64_t channe
           seed,
           step,
           first_sample};
-}
-
-template <typename T = void>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
 }
 
 // Memory of one call; freed when it is over.
@@ -142,16 +138,13 @@ void bind_group_norm(py::module_& module) {
         return cuda::group_norm_tile(shape, limits, backward, aligned);
       },
       py::arg("shape"), py::arg("device"), py::arg("backward"), py::arg("aligned"));
-  // Addresses are 0 where an argument is not given.
   module.def("group_norm_silu_cpu", [](const GroupNormShape& shape, uintptr_t x, uintptr_t weight,
                                        uintptr_t bias, uintptr_t scale, uintptr_t shift,
                                        uintptr_t add, uintptr_t y, uintptr_t statistics,
                                        int threads) {
     py::gil_scoped_release unlocked;
-    float* mean = at<float>(statistics);
-    float* rstd = mean == nullptr ? nullptr : mean + shape.samples * shape.groups;
-    const GroupNormForward call = {at(x),     at(weight), at(bias), at(scale),
-                                   at(shift), at(add),    at(y),    mean, rstd};
+    const GroupNormForward call =
+        group_norm_forward(shape, x, weight, bias, scale, shift, add, y, statistics);
     const auto kernel = cpu::current_kernels().group_norm_silu;
     kernel(shape, call, workspace_of(kernel(shape, call, nullptr, threads)).get(), threads);
   });
@@ -162,12 +155,9 @@ void bind_group_norm(py::module_& module) {
          uintptr_t dweight, uintptr_t dbias, uintptr_t dscale, uintptr_t dshift,
          uintptr_t dadd, int threads) {
         py::gil_scoped_release unlocked;
-        const float* mean = at<float>(statistics);
-        const GroupNormBackward call = {
-            at(dy),      at(x),     at(weight), at(bias),   at(scale),
-            at(shift),   at(add),   mean,       mean + shape.samples * shape.groups,
-            at(dx),      at(dweight), at(dbias), at(dscale), at(dshift),
-            at(dadd)};
+        const GroupNormBackward call =
+            group_norm_backward(shape, dy, x, weight, bias, scale, shift, add, statistics, dx,
+                                dweight, dbias, dscale, dshift, dadd);
         const auto kernel = cpu::current_kernels().group_norm_silu_backward;
         kernel(shape, call, workspace_of(kernel(shape, call, nullptr, threads)).get(), threads);
       });
@@ -297,8 +287,7 @@ void bind_cpu(py::module_& module) {
       [](uintptr_t out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,
          uint32_t first_quad) {
         py::gil_scoped_release unlocked;
-        cpu::current_kernels().philox(reinterpret_cast<uint32_t*>(out), quads, seed, step, sample,
-                                      first_quad);
+        cpu::current_kernels().philox(at<uint32_t>(out), quads, seed, step, sample, first_quad);
       },
       py::arg("out"), py::arg("quads"), py::arg("seed"), py::arg("step"), py::arg("sample"),
       py::arg("first_quad"));

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "bindings_calls.h"
 #include "cuda/kernels.h"
 #ifdef FASTDIFF_EMULATION
 #include "common/philox.h"
@@ -14,11 +15,6 @@ namespace py = pybind11;
 
 namespace fastdiff {
 namespace {
-
-template <typename T = void>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 void bind_noise(py::module_& module) {
   module.def(
@@ -37,16 +33,13 @@ void bind_noise(py::module_& module) {
       py::arg("first_quad"), py::arg("stream"));
 }
 
-// Addresses are 0 where an argument is not given.
 void bind_group_norm(py::module_& module) {
   module.def("group_norm_silu_cuda",
              [](const GroupNormShape& shape, const cuda::GroupNormTile& tile, uintptr_t x,
                 uintptr_t weight, uintptr_t bias, uintptr_t scale, uintptr_t shift, uintptr_t add,
                 uintptr_t y, uintptr_t statistics, uintptr_t workspace, uintptr_t stream) {
-               float* mean = at<float>(statistics);
-               float* rstd = mean == nullptr ? nullptr : mean + shape.samples * shape.groups;
-               const GroupNormForward call = {at(x),     at(weight), at(bias), at(scale),
-                                              at(shift), at(add),    at(y),    mean, rstd};
+               const GroupNormForward call =
+                   group_norm_forward(shape, x, weight, bias, scale, shift, add, y, statistics);
                cuda::group_norm_silu(shape, call, tile, at<float>(workspace), at(stream));
              });
   module.def(
@@ -55,12 +48,9 @@ void bind_group_norm(py::module_& module) {
          uintptr_t weight, uintptr_t bias, uintptr_t scale, uintptr_t shift, uintptr_t add,
          uintptr_t statistics, uintptr_t dx, uintptr_t dweight, uintptr_t dbias, uintptr_t dscale,
          uintptr_t dshift, uintptr_t dadd, uintptr_t workspace, uintptr_t stream) {
-        const float* mean = at<float>(statistics);
-        const GroupNormBackward call = {
-            at(dy),      at(x),     at(weight), at(bias),   at(scale),
-            at(shift),   at(add),   mean,       mean + shape.samples * shape.groups,
-            at(dx),      at(dweight), at(dbias), at(dscale), at(dshift),
-            at(dadd)};
+        const GroupNormBackward call =
+            group_norm_backward(shape, dy, x, weight, bias, scale, shift, add, statistics, dx,
+                                dweight, dbias, dscale, dshift, dadd);
         cuda::group_norm_silu_backward(shape, call, tile, at<float>(workspace), at(stream));
       });
 }
