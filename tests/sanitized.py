@@ -9,15 +9,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = (
-    "csrc",
-    "fastdiff",
-    "kernels",
-    "CMakeLists.txt",
-    "setup.py",
-    "pyproject.toml",
-    "README.md",
-)
 
 
 def runtime(name: str) -> str | None:
@@ -32,29 +23,18 @@ def runtime(name: str) -> str | None:
 
 
 class Build:
-    """A copy of the sources and what was built of it; edit the copy and build again."""
+    """The repository's sources, built in ``folder``: the library, and objects to link anew."""
 
     def __init__(self, folder: Path):
-        self.sources = folder / "sources"
-        for name in SOURCES:
-            source, target = ROOT / name, self.sources / name
-            if source.is_dir():
-                ignored = shutil.ignore_patterns("*.so", "__pycache__", "kernels")
-                shutil.copytree(source, target, ignore=ignored if name == "fastdiff" else None)
-            else:
-                shutil.copy(source, target)
-        self.folder = folder
-        self.build()
-
-    def build(self) -> None:
         environment = {"FASTDIFF_SANITIZE": "address,undefined", "FASTDIFF_CUDA": "emulate"}
         done = subprocess.run(
-            [sys.executable, "setup.py", "-q", "build_ext", "--build-lib",
-             str(self.folder / "lib"), "--build-temp", str(self.folder / "build")],
-            cwd=self.sources, capture_output=True, text=True, env={**os.environ, **environment},
+            [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder / "lib"),
+             "--build-temp", str(folder / "build")],
+            cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-        (self.library,) = (self.folder / "lib").rglob("_native*.so")
+        (self.library,) = (folder / "lib").rglob("_native*.so")
+        self.objects = sorted((folder / "build").rglob("*.o"))
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         """Python with the sanitizers' runtime, and FASTDIFF_TEST_LIBRARY naming this build."""

@@ -134,7 +134,7 @@ MUTANTS = [
 def compiled(mutant: Mutant, sanitized: tools.Build, folder: Path) -> Path:
     """The sanitized library with one of its CUDA kernels broken."""
     csrc = folder / "csrc"
-    shutil.copytree(sanitized.sources / "csrc", csrc)
+    shutil.copytree(tools.ROOT / "csrc", csrc)
     broken = csrc / "cuda" / mutant.file
     source = broken.read_text()
     assert source.count(mutant.before) == 1, "write the mutation for what the kernel is now"
@@ -151,11 +151,7 @@ def compiled(mutant: Mutant, sanitized: tools.Build, folder: Path) -> Path:
         + ["-o", str(folder / "broken.o")],
         check=True,
     )
-    objects = [
-        str(path)
-        for path in (sanitized.folder / "build").rglob("*.o")
-        if path.name != f"{mutant.kernel}.o"
-    ]
+    objects = [str(path) for path in sanitized.objects if path.name != f"{mutant.kernel}.o"]
     library = folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     subprocess.run(
         ["g++", "-shared", "-fsanitize=address,undefined", *objects, str(folder / "broken.o")]
