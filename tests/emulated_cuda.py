@@ -32,9 +32,3 @@ def pytest_configure(config):
 
     assert native.emulates_cuda()
     native.library().set_emulation_order(ORDER)
-    try:
-        from hypothesis import settings
-    except ModuleNotFoundError:
-        return
-    settings.register_profile("emulated", max_examples=25, deadline=None)
-    settings.load_profile("emulated")

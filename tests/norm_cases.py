@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_tools import EMULATED
 from torch import Tensor
 
 from fastdiff import native
 
-EMULATED = native.emulates_cuda()  # a thousand times slower than the kernels of the CPU
 ISAS = native.library().supported_isas()[-1 if EMULATED else 0 :]
 LAYOUTS = {2: torch.channels_last, 3: torch.channels_last_3d}
 TENSORS = ("x", "weight", "bias", "scale", "shift", "add")
@@ -98,11 +98,6 @@ def gradients(function, tensors, num_groups, upstream, **options):
     result = run(function, {**tensors, **leaves}, num_groups, **options)
     found = torch.autograd.grad(result, list(leaves.values()), upstream)
     return dict(zip(leaves, found, strict=True))
-
-
-def examples(count):
-    """How many examples hypothesis draws."""
-    return count // 4 if EMULATED else count
 
 
 def doubled(tensors):

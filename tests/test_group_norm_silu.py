@@ -5,15 +5,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_tools import EMULATED, examples
 from norm_cases import (
-    EMULATED,
     ISAS,
     WIDTHS,
     case,
     eager,
     equations,
     error,
-    examples,
     forced_isa,
     kernels_at_any_size,  # noqa: F401
     poison,

@@ -6,15 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_tools import EMULATED, examples
 from norm_cases import (
-    EMULATED,
     ISAS,
     case,
     doubled,
     eager,
     equations,
     error,
-    examples,
     forced_isa,
     gradients,
     kernels_at_any_size,  # noqa: F401

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_tools import LAYOUTS, compile_for, each_isa, poisoned_outputs, spilled
+from kernel_tools import LAYOUTS, compile_for, each_isa, examples, poisoned_outputs, spilled
 from test_posterior_step import direct, table
 
 import fastdiff
@@ -71,7 +71,7 @@ def exact(rows, i, x_t, output, noise, before, scale=None):
     i=st.integers(0, 5),
     scale=st.sampled_from([None, 0.0, 3.0, torch.tensor(1.5)]),
 )
-@settings(deadline=None)
+@settings(deadline=None, max_examples=examples(200))
 def test_error_is_at_most_twice_that_of_the_reference(
     shape, name, dtype, output_dtype, layout, i, scale
 ):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_tools import examples
 
 from fastdiff import rng
 from fastdiff.diffusion import GaussianDiffusion
@@ -104,7 +105,7 @@ def test_seeded_noise_is_the_counter_generators_for_a_training_step(dtype):
 
 
 @pytest.mark.any_backend
-@settings(deadline=None)
+@settings(deadline=None, max_examples=examples(100))
 @given(batch=st.integers(1, 8), first=st.integers(0, 2**40), split=st.integers(0, 8))
 def test_a_samples_noise_does_not_depend_on_its_batch(batch, first, split):
     split = min(split, batch)

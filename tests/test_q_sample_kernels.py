@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_tools import LAYOUTS, compile_for, each_isa, poisoned_outputs, spilled
+from kernel_tools import LAYOUTS, compile_for, each_isa, examples, poisoned_outputs, spilled
 
 import fastdiff
 from fastdiff import native, ops, rng
@@ -48,7 +48,7 @@ def coefficients(t, dimensions):
     layout=st.sampled_from(sorted(LAYOUTS)),
     drawn=st.booleans(),
 )
-@settings(deadline=None)
+@settings(deadline=None, max_examples=examples(150))
 def test_error_is_at_most_twice_that_of_pytorch(shape, dtype, layout, drawn):
     x_start, t, noise = inputs(shape, dtype, layout)
     given = {"seed": 3, "step": 7, "first_sample": 2} if drawn else {"noise": noise}
