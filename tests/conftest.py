@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from kernel_tools import ISAS, forced_isa
 
 # The benchmarks' own modules (shapes, summary, report, ...) are tested too.
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
@@ -36,6 +37,13 @@ def sanitized(tmp_path_factory):
     import sanitized
 
     return sanitized.make(tmp_path_factory.mktemp("sanitized"))
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """An instruction set of this CPU, in use during the test."""
+    with forced_isa(request.param):
+        yield request.param
 
 
 @pytest.fixture

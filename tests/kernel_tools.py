@@ -10,6 +10,7 @@ import torch
 from fastdiff import backends, native
 
 EMULATED = native.emulates_cuda()  # a thousand times slower than the kernels of the CPU
+ISAS = native.library().supported_isas()[-1 if EMULATED else 0 :]
 
 
 def _misaligned(x):
@@ -44,20 +45,27 @@ def examples(count):
     return count // 4 if EMULATED else count
 
 
+@contextlib.contextmanager
+def forced_isa(name):
+    """One of ``ISAS`` is in use; a test with the argument ``isa`` runs with each (conftest.py)."""
+    library = native.library()
+    before = library.current_isa()
+    library.set_isa(name)
+    try:
+        yield
+    finally:
+        library.set_isa(before)
+
+
 def each_isa():
-    """The instruction sets this CPU runs, each being in use while it is looped over; where a
-    backend is named that has none, its name."""
+    """``ISAS``, each being in use while it is looped over; where a backend is named that has none,
+    its name."""
     if backends.named() not in (None, "native"):
         yield backends.named()
         return
-    library = native.library()
-    before = library.current_isa()
-    try:
-        for name in library.supported_isas():
-            library.set_isa(name)
+    for name in ISAS:
+        with forced_isa(name):
             yield name
-    finally:
-        library.set_isa(before)
 
 
 @contextlib.contextmanager

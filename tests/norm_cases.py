@@ -6,12 +6,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_tools import EMULATED
 from torch import Tensor
 
-from fastdiff import native
-
-ISAS = native.library().supported_isas()[-1 if EMULATED else 0 :]
 LAYOUTS = {2: torch.channels_last, 3: torch.channels_last_3d}
 TENSORS = ("x", "weight", "bias", "scale", "shift", "add")
 WIDTHS = {"baseline": 4, "avx2": 8, "avx512": 16}
@@ -111,17 +107,6 @@ def error(result: Tensor, truth: Tensor) -> float:
 def ulps(count: float, dtype: torch.dtype, truth: Tensor) -> float:
     """``count`` units in the last place of the largest number of ``truth``."""
     return count * torch.finfo(dtype).eps * truth.abs().max().item() if truth.numel() else 0.0
-
-
-@contextlib.contextmanager
-def forced_isa(name):
-    library = native.library()
-    before = library.current_isa()
-    library.set_isa(name)
-    try:
-        yield
-    finally:
-        library.set_isa(before)
 
 
 @contextlib.contextmanager

@@ -19,11 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastdiff
-from fastdiff import native
 from fastdiff.ops.attention import attention, run
 from fastdiff.reference.attention import attention as reference
 
-ISAS = native.library().supported_isas()
 PUBLISHED = [  # heads, tokens, head_dim of the published U-Nets
     *[(1, 256, 256), (1, 16, 256), (1, 256, 512), (1, 64, 512), (4, 256, 64), (4, 64, 64)],
     *[(4, 16, 64), (4, 256, 96), (4, 64, 128), (4, 256, 144), (4, 64, 192), (6, 1024, 64)],
@@ -34,15 +32,6 @@ EDGES = [  # of panels, blocks of rows and blocks of keys
     *[(1, 63, 8), (1, 64, 100), (1, 65, 17), (1, 255, 5), (1, 257, 9), (2, 300, 40), (1, 513, 33)],
     *[(1, 70, 260)],
 ]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    library = native.library()
-    before = library.current_isa()
-    library.set_isa(request.param)
-    yield request.param
-    library.set_isa(before)
 
 
 @pytest.fixture(autouse=True)

@@ -5,15 +5,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_tools import EMULATED, examples
+from kernel_tools import EMULATED, ISAS, examples, forced_isa
 from norm_cases import (
-    ISAS,
     WIDTHS,
     case,
     eager,
     equations,
     error,
-    forced_isa,
     kernels_at_any_size,  # noqa: F401
     poison,
     run,
@@ -26,12 +24,6 @@ from fastdiff.ops import _group_norm_launch as launch
 from fastdiff.ops import group_norm_silu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    with forced_isa(request.param):
-        yield request.param
 
 
 def check(tensors, num_groups, rounds=2.0, **options):

@@ -6,15 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_tools import EMULATED, examples
+from kernel_tools import EMULATED, ISAS, examples, forced_isa
 from norm_cases import (
-    ISAS,
     case,
     doubled,
     eager,
     equations,
     error,
-    forced_isa,
     gradients,
     kernels_at_any_size,  # noqa: F401
     poison,
@@ -29,12 +27,6 @@ from fastdiff.ops import _group_norm_launch as launch
 from fastdiff.ops import group_norm_silu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    with forced_isa(request.param):
-        yield request.param
 
 
 def check(tensors, num_groups, rounds=4.0, upstream=None, **options):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_tools import each_isa
 from scipy import stats
 
 from fastdiff import native, rng
@@ -35,17 +36,6 @@ KNOWN_ANSWERS = [
         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
     ),
 ]
-
-ISAS = native.library().supported_isas()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    library = native.library()
-    before = library.current_isa()
-    library.set_isa(request.param)
-    yield request.param
-    library.set_isa(before)
 
 
 def native_words(quads, *, seed, step, sample, first_quad=0):
@@ -133,14 +123,10 @@ def test_native_is_within_four_ulps_of_float64(isa):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_instruction_sets_agree_bit_for_bit(dtype):
-    library, before, draws = native.library(), native.library().current_isa(), []
-    try:
-        for name in ISAS:
-            library.set_isa(name)
-            out = torch.empty(5, 3, 19, 23, dtype=dtype).to(memory_format=torch.channels_last)
-            draws.append(rng.normal((5, 3, 19, 23), seed=5, out=out))
-    finally:
-        library.set_isa(before)
+    draws = []
+    for _ in each_isa():
+        out = torch.empty(5, 3, 19, 23, dtype=dtype).to(memory_format=torch.channels_last)
+        draws.append(rng.normal((5, 3, 19, 23), seed=5, out=out))
     bits = [draw.contiguous().view(torch.int8) for draw in draws]
     assert all(torch.equal(other, bits[0]) for other in bits)
 
