@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdiff import native
+
 LAYOUTS = {2: torch.channels_last, 3: torch.channels_last_3d}
 TENSORS = ("x", "weight", "bias", "scale", "shift", "add")
 WIDTHS = {"baseline": 4, "avx2": 8, "avx512": 16}
@@ -81,6 +83,17 @@ def case(
     elif add == "residual":
         tensors["add"] = torch.empty_like(x).copy_(torch.randn(n, c, *spatial))
     return tensors
+
+
+def native_shape(n, c, positions, groups=1, *, dtype=torch.float32, **fields):
+    """What the library is told of a call: x and SiLU alone, all tensors of one dtype and dense,
+    where ``fields`` do not say otherwise."""
+    code = native.DTYPE_CODES[dtype]
+    defaults = dict(channels_last=False, silu=True, eps=1e-5, add=0, dtype=code)
+    defaults |= dict(affine_dtype=code, film_dtype=code, add_dtype=code)
+    defaults |= dict(scale_stride=c, shift_stride=c, add_stride=c)
+    sizes = dict(samples=n, channels=c, positions=positions, groups=groups)
+    return native.library().GroupNormShape(**sizes, **(defaults | fields))
 
 
 def run(function, tensors, num_groups, **options):

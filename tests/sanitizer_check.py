@@ -11,6 +11,7 @@ import sys
 
 import emulated_cuda  # noqa: F401  loads the library
 import torch
+from norm_cases import native_shape
 
 import fastdiff
 from fastdiff import GaussianDiffusion, StepTable, native, ops, rng
@@ -146,11 +147,7 @@ def backend_of(operation):
 
 def overflow():
     x, y = torch.randn(33), torch.empty(32)
-    shape = native.library().GroupNormShape(
-        samples=1, channels=33, positions=1, groups=1, channels_last=True, silu=True, eps=1e-5,
-        add=0, dtype=0, affine_dtype=0, film_dtype=0, add_dtype=0, scale_stride=0, shift_stride=0,
-        add_stride=0,
-    )  # fmt: skip
+    shape = native_shape(1, 33, 1, channels_last=True)
     native.library().group_norm_silu_cpu(shape, x.data_ptr(), 0, 0, 0, 0, 0, y.data_ptr(), 0, 1)
 
 

@@ -13,6 +13,7 @@ from norm_cases import (
     equations,
     error,
     kernels_at_any_size,  # noqa: F401
+    native_shape,
     poison,
     run,
     threads,
@@ -227,11 +228,7 @@ def test_neighbours_of_the_output_are_left_alone(isa, c, positions, channels_las
     x = torch.randn(n * c * positions).to(dtype)
     buffer = torch.full((x.numel() + 2 * guard + 1,), 7.0, dtype=dtype)
     statistics = torch.full((2 * n + 2 * guard,), 7.0)
-    shape = native.library().GroupNormShape(
-        samples=n, channels=c, positions=positions, groups=1, channels_last=channels_last,
-        silu=True, eps=1e-5, add=0, dtype=native.DTYPE_CODES[dtype], affine_dtype=0, film_dtype=0,
-        add_dtype=0, scale_stride=0, shift_stride=0, add_stride=0,
-    )  # fmt: skip
+    shape = native_shape(n, c, positions, dtype=dtype, channels_last=channels_last)
     start = guard + 1  # misaligned for every vector
     native.library().group_norm_silu_cpu(
         shape, x.data_ptr(), 0, 0, 0, 0, 0, buffer[start:].data_ptr(),

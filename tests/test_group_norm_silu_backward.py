@@ -15,6 +15,7 @@ from norm_cases import (
     error,
     gradients,
     kernels_at_any_size,  # noqa: F401
+    native_shape,
     poison,
     threads,
     ulps,
@@ -156,16 +157,12 @@ def test_every_element_is_written(isa, monkeypatch, add, channels_last, dtype):
 @pytest.mark.parametrize(("c", "positions"), [(5, 7), (16, 16), (33, 1), (24, 100)])
 def test_neighbours_of_the_gradients_are_left_alone(isa, c, positions, channels_last, dtype):
     torch.manual_seed(0)
-    n, guard, code = 2, 64, native.DTYPE_CODES[dtype]
+    n, guard = 2, 64
     x, dy = torch.randn(2, n * c * positions).to(dtype)
     small = torch.randn(n, c).to(dtype)
     sizes = dict(dx=x.numel(), dweight=c, dbias=c, dscale=n * c, dshift=n * c, dadd=n * c)
     buffers = {k: torch.full((v + 2 * guard + 1,), 7.0, dtype=dtype) for k, v in sizes.items()}
-    shape = native.library().GroupNormShape(
-        samples=n, channels=c, positions=positions, groups=1, channels_last=channels_last,
-        silu=True, eps=1e-5, add=1, dtype=code, affine_dtype=code, film_dtype=code,
-        add_dtype=code, scale_stride=c, shift_stride=c, add_stride=c,
-    )  # fmt: skip
+    shape = native_shape(n, c, positions, dtype=dtype, channels_last=channels_last, add=1)
     rows = [small[0].data_ptr(), small[1].data_ptr(), *[small.data_ptr()] * 3]
     statistics, y = torch.empty(2 * n), torch.empty_like(x)
     native.library().group_norm_silu_cpu(

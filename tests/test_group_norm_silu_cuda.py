@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from norm_cases import case, gradients, kernels_at_any_size, run  # noqa: F401
+from norm_cases import case, gradients, kernels_at_any_size, native_shape, run  # noqa: F401
 from test_group_norm_silu import check as check_forward
 from test_group_norm_silu_backward import check as check_backward
 
@@ -22,14 +22,6 @@ A100 = (108, 163 * 1024, 1, 40 * 2**20)
 TINY = (3, 6 * 1024, 4, 16 * 1024)
 NO_CLUSTERS = (2, 24 * 1024, 1, 8 * 1024)
 DTYPES = {torch.float32: 4, torch.bfloat16: 2}
-
-
-def shape_of(n, c, positions, groups, *, dtype=torch.float32, channels_last=False, add=0):
-    return native.library().GroupNormShape(
-        samples=n, channels=c, positions=positions, groups=groups, channels_last=channels_last,
-        silu=True, eps=1e-5, add=add, dtype=native.DTYPE_CODES[dtype], affine_dtype=0,
-        film_dtype=0, add_dtype=0, scale_stride=0, shift_stride=0, add_stride=0,
-    )  # fmt: skip
 
 
 def tile_of(shape, device, backward=False, aligned=True):
@@ -55,7 +47,7 @@ def tile_of(shape, device, backward=False, aligned=True):
 def test_a_tile_covers_the_tensor_and_fits_the_device(
     n, groups, width, positions, dtype, channels_last, residual, backward, aligned, device
 ):
-    shape = shape_of(
+    shape = native_shape(
         n, groups * width, positions, groups,
         dtype=dtype, channels_last=channels_last, add=2 * residual,
     )  # fmt: skip
@@ -82,7 +74,7 @@ def test_a_tile_covers_the_tensor_and_fits_the_device(
 
 
 def test_more_blocks_than_a_grid_has_take_several_launches():
-    tile = tile_of(shape_of(2**34, 32, 16, 32), H200)
+    tile = tile_of(native_shape(2**34, 32, 16, 32), H200)
     assert tile.slabs_at_once < tile.slabs and tile.slabs_at_once * tile.parts < 2**31
 
 
@@ -102,7 +94,7 @@ def test_the_norms_of_unets_move_what_they_must(batch, dtype, channels_last):
     """Read once: within 5 % of 2N bytes forward and 3N backward; twice: 3N, 5N, and named here."""
     twice = {(False, False): set(), (True, False): set()}
     for (channels, side), backward in itertools.product(UNET_NORMS, (False, True)):
-        shape = shape_of(batch, channels, side**2, 32, dtype=dtype, channels_last=channels_last)
+        shape = native_shape(batch, channels, side**2, 32, dtype=dtype, channels_last=channels_last)
         tile = tile_of(shape, H200, backward)
         size = batch * channels * side**2 * DTYPES[dtype]
         floor = (3 if backward else 2) * size
