@@ -51,17 +51,15 @@ struct Part {
   __device__ Part(const GroupNormShape& shape, const GroupNormTile& tile, int64_t first_slab) {
     slab = blockIdx.x / tile.parts;
     index = static_cast<int>(blockIdx.x - slab * tile.parts);
-    const int64_t slabs_of_sample = shape.channels / tile.slab_channels;
-    sample = (first_slab + slab) / slabs_of_sample;
-    channel = (first_slab + slab - sample * slabs_of_sample) * tile.slab_channels;
+    sample = (first_slab + slab) / tile.slabs_of_sample;
+    channel = (first_slab + slab - sample * tile.slabs_of_sample) * tile.slab_channels;
     const int channel_part = index / tile.position_parts;
     position = (index - channel_part * tile.position_parts) * tile.part_positions;
     channels = static_cast<int>(smaller(
         tile.part_channels, tile.slab_channels - int64_t{channel_part} * tile.part_channels));
     channel += int64_t{channel_part} * tile.part_channels;
     positions = static_cast<int>(smaller(tile.part_positions, shape.positions - position));
-    const int64_t group_width = shape.channels / shape.groups;
-    width = static_cast<int>(smaller(group_width, channels));
+    width = static_cast<int>(smaller(tile.group_channels, channels));
     groups = channels / width;
     count = static_cast<float>(int64_t{width} * positions);
     rows = A::kLast ? positions : channels;
@@ -79,14 +77,14 @@ struct Part {
   }
   __device__ int place(int row, int column) const { return row * columns + column; }
   // Of the sample's group `group` of this part, among all samples' groups.
-  __device__ int64_t statistic(const GroupNormShape& shape, int group) const {
-    const int64_t group_width = shape.channels / shape.groups;
-    return sample * shape.groups + channel / group_width + group;
+  __device__ int64_t statistic(const GroupNormShape& shape, const GroupNormTile& tile,
+                               int group) const {
+    return sample * shape.groups + channel / tile.group_channels + group;
   }
 };
 
-FASTDIFF_INLINE int64_t groups_of_slab(const GroupNormShape& shape, const GroupNormTile& tile) {
-  return tile.slab_channels / (shape.channels / shape.groups);
+FASTDIFF_INLINE int64_t groups_of_slab(const GroupNormTile& tile) {
+  return tile.slab_channels / tile.group_channels;
 }
 
 // --- Coefficients of a channel -------------------------------------------------------------------
@@ -251,7 +249,7 @@ __device__ __forceinline__ void batched(int first, int end, int step, const Fetc
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) use(held[b], i + b * step);
   }
-  // What is left, still in flight together.
+  if (i >= end) return;
 #pragma unroll
   for (int b = 0; b < kBatch - 1; ++b) {
     if (i + b * step < end) held[b] = fetch(i + b * step);
@@ -304,7 +302,7 @@ __device__ __forceinline__ void for_each_pack(const Part<A>& part, const GroupNo
     const int units = part.rows * tile.teams;
     for (int first = 0; first < units; first += places) {
       const int unit = first + place;
-      const int team = unit / part.rows;
+      const int team = tile.teams == 1 ? 0 : unit / part.rows;
       const int row = unit - team * part.rows;
       float sums[kKept][1] = {};
       if (unit < units) {

@@ -20,7 +20,9 @@
 namespace fastdiff::cuda {
 namespace {
 
-// Loads in flight of a thread: few where it also has the coefficients of eight channels.
+// Loads in flight of a thread; from shared memory few where it also has the coefficients of eight
+// channels.
+constexpr int kLoads = 4;
 template <typename A>
 constexpr int kBatch = A::kChannels == 8 ? 2 : 4;
 
@@ -126,8 +128,7 @@ __device__ void moments_of_part(const Part<A>& part, const GroupNormTile& tile,
   const int warps = static_cast<int>(blockDim.x) / kLanes;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
 
-  for_each_pack<A, 1, kBatch<A>>(part, tile, Load<A, I>{part, from, held},
-                                 shared.partials);
+  for_each_pack<A, 1, kLoads>(part, tile, Load<A, I>{part, from, held}, shared.partials);
   __syncthreads();
   for (int group = warp; group < part.groups; group += warps) {
     float* const center = shared.center + group * part.width;
@@ -218,7 +219,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
       shared.gain[c] *= rstd;
     }
     if (part.index == 0 && thread % kLanes == 0 && call.mean != nullptr) {
-      const int64_t statistic = part.statistic(shape, group);
+      const int64_t statistic = part.statistic(shape, tile, group);
       call.mean[statistic] = moments.mean;
       call.rstd[statistic] = rstd;
     }

@@ -25,9 +25,7 @@ namespace {
 
 constexpr int kSums = 3;  // of dv, of dv·d, of d
 
-// Loads in flight of a thread: few where it also has the coefficients of eight channels.
-template <typename A>
-constexpr int kBatch = A::kChannels == 8 ? 1 : 2;
+constexpr int kBatch = 2;  // packs of each tensor that a thread loads at a time
 
 // Shared memory in its order; as many floats as kBackwardFloats says.
 struct Shared : Normals {
@@ -197,7 +195,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
 
   for (int c = thread; c < part.channels; c += threads) {
     const int group = c / part.width;
-    const int64_t statistic = part.statistic(shape, group);
+    const int64_t statistic = part.statistic(shape, tile, group);
     const float rstd = call.rstd[statistic];
     const Affine a = affine(shape, call, part.sample, part.channel + c);
     shared.center[c] = call.mean[statistic] -
@@ -206,7 +204,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     shared.offset[c] = a.offset;
     if (c % part.width == 0) shared.rstd[group] = rstd;
     if constexpr (kPass == Pass::kSecond) {
-      const float* k = workspace.k + 2 * (statistic - first_slab * groups_of_slab(shape, tile));
+      const float* k = workspace.k + 2 * (statistic - first_slab * groups_of_slab(tile));
       shared.k_mean[c] = k[0];
       shared.k_slope[c] = k[1];
     }
@@ -220,7 +218,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
       const I from = {{call.x, call.add}, elements(call.dy)};
       const I held = {{share(0), share(2)}, share(1)};
       const Sum<A, I, kHold> sum = {part, shared, from, held, shape.silu};
-      for_each_pack<A, kSums, kBatch<A>>(part, tile, sum, shared.partials);
+      for_each_pack<A, kSums, kBatch>(part, tile, sum, shared.partials);
     });
     __syncthreads();
     for (int i = thread; i < kSums * part.channels; i += threads) {
@@ -279,7 +277,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
                                : I{{call.x, call.add}, elements(call.dy)};
     const Gradient<A, I, kFromShared> gradient = {part, shared, from, elements(call.dx),
                                                   shape.silu};
-    for_each_pack<A, 0, kBatch<A>>(part, tile, gradient, nullptr);
+    for_each_pack<A, 0, kBatch>(part, tile, gradient, nullptr);
   });
 }
 
@@ -288,9 +286,9 @@ __global__ void __launch_bounds__(kLanes)
     slopes_kernel(const GroupNormShape shape, const GroupNormBackward call,
                   const GroupNormTile tile, int64_t first_slab, const Workspace workspace) {
   const int64_t width = shape.channels / shape.groups;
-  const int64_t slab = blockIdx.x / groups_of_slab(shape, tile);
-  const int64_t group = blockIdx.x - slab * groups_of_slab(shape, tile);
-  const int64_t statistic = first_slab * groups_of_slab(shape, tile) + blockIdx.x;
+  const int64_t slab = blockIdx.x / groups_of_slab(tile);
+  const int64_t group = blockIdx.x - slab * groups_of_slab(tile);
+  const int64_t statistic = first_slab * groups_of_slab(tile) + blockIdx.x;
   const int64_t sample = statistic / shape.groups;
   const int64_t channel = (statistic - sample * shape.groups) * width;
   float* const between = workspace.between + slab * tile.position_parts * kSums * tile.slab_channels +
@@ -401,7 +399,7 @@ void group_norm_silu_backward(const GroupNormShape& shape, const GroupNormBackwa
       const Launch pass = launch_of(name, tile, slabs, false, tile.shared_bytes, stream);
       launch<group_norm_silu_backward_kernel<A, Pass::kFirst>>(pass, shape, call, tile, first,
                                                                workspace);
-      const auto groups = static_cast<unsigned>(slabs * groups_of_slab(shape, tile));
+      const auto groups = static_cast<unsigned>(slabs * groups_of_slab(tile));
       launch<slopes_kernel>({name, dim3(groups), kLanes, stream}, shape, call, tile, first,
                             workspace);
       launch<group_norm_silu_backward_kernel<A, Pass::kSecond>>(pass, shape, call, tile, first,
