@@ -60,8 +60,8 @@ MUTANTS = [
         "what is held is one pack further",
         FORWARD,
         "group_norm.h",
-        "return int64_t{row} * columns + column; }",
-        "return int64_t{row} * columns + column + 1; }",
+        "return row * columns + column; }",
+        "return row * columns + column + 1; }",
         NORM,
     ),
     Mutant(

@@ -5,20 +5,26 @@
 
 namespace fastdiff {
 
-// 1 / (1 + e^-v); 0 and 1 far out, NaN for NaN.
-FASTDIFF_INLINE float sigmoid(float v) {
-  const float denominator = 1.0f + Lanes<float>::exp(-v);
+// One ulp, an eighth of the instructions of a division; 0 where that is below 2^-126.
+FASTDIFF_INLINE float reciprocal(float a) {
 #ifdef __CUDA_ARCH__
-  return __fdividef(1.0f, denominator);  // two ulps, a quarter of the instructions of a division
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
 #else
-  return 1.0f / denominator;
+  return 1.0f / a;
 #endif
 }
+
+// 1 / (1 + e^-v); 0 and 1 far out, NaN for NaN.
+FASTDIFF_INLINE float sigmoid(float v) { return reciprocal(1.0f + Lanes<float>::exp(-v)); }
 
 // The same from the GPU's own exponential: relative error 2^-22 + |v|·2^-24.
 FASTDIFF_INLINE float fast_sigmoid(float v) {
 #ifdef __CUDA_ARCH__
-  return __fdividef(1.0f, 1.0f + __expf(-v));
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v * -1.44269504f));  // log2(e)
+  return reciprocal(1.0f + power);
 #else
   return sigmoid(v);
 #endif

@@ -25,7 +25,9 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 // The sum over the lanes whose numbers differ in the bits from `last` to `first` (powers of two), in
 // each of them; all lanes of the warp call. The order of the additions is always the same.
 __device__ __forceinline__ float sum_of_lanes(float value, int first = kLanes / 2, int last = 1) {
-  for (int distance = first; distance >= last; distance /= 2) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance >= 1; distance /= 2) {
+    if (distance > first || distance < last) continue;
     value += __shfl_xor_sync(kAllLanes, value, distance);
   }
   return value;

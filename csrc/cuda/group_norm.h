@@ -2,6 +2,8 @@
 // (group_norm_tile.h), walks over it, and sums of its channels and groups.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/group_norm.h"
 #include "../common/lanes.h"
 #include "../common/silu.h"
@@ -43,48 +45,46 @@ struct Part {
   int width;   // channels that it has of a group
   int groups;
   float count;  // its elements of a group
-  int64_t stride;  // elements from one row to the next
-  int64_t start;   // of the first row
+  int64_t first;     // pack of the first row, in memory
+  int64_t row_packs;  // from one row to the next
 
   __device__ Part(const GroupNormShape& shape, const GroupNormTile& tile, int64_t first_slab) {
     slab = blockIdx.x / tile.parts;
     index = static_cast<int>(blockIdx.x - slab * tile.parts);
-    const int64_t slabs_of_sample = shape.channels / tile.slab_channels;
-    sample = (first_slab + slab) / slabs_of_sample;
-    channel = (first_slab + slab - sample * slabs_of_sample) * tile.slab_channels;
+    sample = (first_slab + slab) / tile.slabs_of_sample;
+    channel = (first_slab + slab - sample * tile.slabs_of_sample) * tile.slab_channels;
     const int channel_part = index / tile.position_parts;
     position = (index - channel_part * tile.position_parts) * tile.part_positions;
     channels = static_cast<int>(smaller(
         tile.part_channels, tile.slab_channels - int64_t{channel_part} * tile.part_channels));
     channel += int64_t{channel_part} * tile.part_channels;
     positions = static_cast<int>(smaller(tile.part_positions, shape.positions - position));
-    const int64_t group_width = shape.channels / shape.groups;
-    width = static_cast<int>(smaller(group_width, channels));
+    width = static_cast<int>(smaller(tile.group_channels, channels));
     groups = channels / width;
     count = static_cast<float>(int64_t{width} * positions);
     rows = A::kLast ? positions : channels;
     columns = (A::kLast ? channels : positions) / A::kVec;
-    stride = A::kLast ? shape.channels : shape.positions;
-    start = A::kLast ? (sample * shape.positions + position) * stride + channel
-                     : (sample * shape.channels + channel) * stride + position;
+    row_packs = (A::kLast ? shape.channels : shape.positions) / A::kVec;
+    first = A::kLast ? (sample * shape.positions + position) * row_packs + channel / A::kVec
+                     : (sample * shape.channels + channel) * row_packs + position / A::kVec;
   }
 
   static __device__ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
   // Where a pack is in memory, and in what the block holds of it.
   __device__ int64_t pack(int row, int column) const {
-    return (start + row * stride) / A::kVec + column;
+    return first + static_cast<uint32_t>(row) * row_packs + column;
   }
-  __device__ int64_t place(int row, int column) const { return int64_t{row} * columns + column; }
+  __device__ int place(int row, int column) const { return row * columns + column; }
   // Of the sample's group `group` of this part, among all samples' groups.
-  __device__ int64_t statistic(const GroupNormShape& shape, int group) const {
-    const int64_t group_width = shape.channels / shape.groups;
-    return sample * shape.groups + channel / group_width + group;
+  __device__ int64_t statistic(const GroupNormShape& shape, const GroupNormTile& tile,
+                               int group) const {
+    return sample * shape.groups + channel / tile.group_channels + group;
   }
 };
 
-FASTDIFF_INLINE int64_t groups_of_slab(const GroupNormShape& shape, const GroupNormTile& tile) {
-  return tile.slab_channels / (shape.channels / shape.groups);
+FASTDIFF_INLINE int64_t groups_of_slab(const GroupNormTile& tile) {
+  return tile.slab_channels / tile.group_channels;
 }
 
 // --- Coefficients of a channel -------------------------------------------------------------------
@@ -164,37 +164,57 @@ __device__ __forceinline__ float silu_derivative_of(float v) {
   return silu_derivative(v, sizeof(T) == 2 ? fast_sigmoid(v) : sigmoid(v));
 }
 
+// Calls visit(std::true_type{}) or visit(std::false_type{}).
+template <typename Visit>
+__device__ __forceinline__ void with_flag(bool flag, const Visit& visit) {
+  if (flag) {
+    visit(std::true_type{});
+  } else {
+    visit(std::false_type{});
+  }
+}
+
 // --- Walking over the part -----------------------------------------------------------------------
 
-// x, and the residual that is added to it where there is one.
-template <typename A>
+// x, and with kResidual what is added to it.
+template <typename A, bool kResidual>
 struct Input {
   using P = typename A::P;
-  P* x;
-  P* residual;
+  static constexpr int kTensors = kResidual ? 2 : 1;
+  P* at[kTensors];
+
+  __device__ Input(const void* x, const void* residual) {
+    at[0] = static_cast<P*>(const_cast<void*>(x));
+    if constexpr (kResidual) at[1] = static_cast<P*>(const_cast<void*>(residual));
+  }
 
   struct Held {
-    P x, residual;
+    P pack[kTensors];
   };
   __device__ __forceinline__ Held load(int64_t pack) const {
     Held held;
-    held.x = x[pack];
-    held.residual = residual == nullptr ? held.x : residual[pack];
+#pragma unroll
+    for (int t = 0; t < kTensors; ++t) held.pack[t] = at[t][pack];
     return held;
   }
   __device__ __forceinline__ Held load_last(int64_t pack) const {  // x is not read again
     Held held;
-    held.x = load_streaming(&x[pack]);
-    held.residual = residual == nullptr ? held.x : load_streaming(&residual[pack]);
+#pragma unroll
+    for (int t = 0; t < kTensors; ++t) held.pack[t] = load_streaming(&at[t][pack]);
     return held;
   }
   __device__ __forceinline__ void store(const Held& held, int64_t pack) const {
-    x[pack] = held.x;
-    if (residual != nullptr) residual[pack] = held.residual;
+#pragma unroll
+    for (int t = 0; t < kTensors; ++t) at[t][pack] = held.pack[t];
   }
-  __device__ __forceinline__ float value(const Held& held, int i) const {
-    const float sum = to_float(held.x.value[i]) + to_float(held.residual.value[i]);
-    return residual == nullptr ? to_float(held.x.value[i]) : sum;
+  __device__ __forceinline__ void values(const Held& held, float (&values)[A::kVec]) const {
+    unpack(held.pack[0], values);
+    if constexpr (kResidual) {
+      float added[A::kVec];
+      unpack(held.pack[1], added);
+#pragma unroll
+      for (int i = 0; i < A::kVec; ++i) values[i] += added[i];
+    }
   }
 };
 
@@ -221,16 +241,22 @@ __device__ __forceinline__ void store_result(P* to, const P& result) {
 template <int kBatch, typename Fetch, typename Use>
 __device__ __forceinline__ void batched(int first, int end, int step, const Fetch& fetch,
                                         const Use& use) {
-  for (int i = first; i < end; i += kBatch * step) {
-    decltype(fetch(i)) held[kBatch];
+  decltype(fetch(first)) held[kBatch];
+  int i = first;
+  for (; i + (kBatch - 1) * step < end; i += kBatch * step) {
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      if (i + b * step < end) held[b] = fetch(i + b * step);
-    }
+    for (int b = 0; b < kBatch; ++b) held[b] = fetch(i + b * step);
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      if (i + b * step < end) use(held[b], i + b * step);
-    }
+    for (int b = 0; b < kBatch; ++b) use(held[b], i + b * step);
+  }
+  if (i >= end) return;
+#pragma unroll
+  for (int b = 0; b < kBatch - 1; ++b) {
+    if (i + b * step < end) held[b] = fetch(i + b * step);
+  }
+#pragma unroll
+  for (int b = 0; b < kBatch - 1; ++b) {
+    if (i + b * step < end) use(held[b], i + b * step);
   }
 }
 
@@ -276,7 +302,7 @@ __device__ __forceinline__ void for_each_pack(const Part<A>& part, const GroupNo
     const int units = part.rows * tile.teams;
     for (int first = 0; first < units; first += places) {
       const int unit = first + place;
-      const int team = unit / part.rows;
+      const int team = tile.teams == 1 ? 0 : unit / part.rows;
       const int row = unit - team * part.rows;
       float sums[kKept][1] = {};
       if (unit < units) {

@@ -20,7 +20,9 @@
 namespace fastdiff::cuda {
 namespace {
 
-// Loads in flight of a thread: few where it also has the coefficients of eight channels.
+// Loads in flight of a thread; from shared memory few where it also has the coefficients of eight
+// channels.
+constexpr int kLoads = 4;
 template <typename A>
 constexpr int kBatch = A::kChannels == 8 ? 2 : 4;
 
@@ -40,47 +42,45 @@ struct Shared : Normals {
   }
 };
 
-struct Center {
-  float center;
-};
-
-// x into shared memory, and the sum of x + add.
-template <typename A>
+// x into shared memory, and its sum.
+template <typename A, typename I>
 struct Load {
-  using Channel = Center;
+  struct Channel {};
   const Part<A>& part;
-  const float* center;
-  Input<A> from;
-  Input<A> to;
+  I from;
+  I to;
 
-  __device__ Channel channel(int c) const { return {center[c]}; }
+  __device__ Channel channel(int) const { return {}; }
   __device__ auto fetch(int row, int column) const { return from.load(part.pack(row, column)); }
   template <typename Held, typename Sums>
-  __device__ void use(const Held& held, const Channel* channels, int row, int column,
-                      Sums& sums) const {
+  __device__ void use(const Held& held, const Channel*, int row, int column, Sums& sums) const {
     to.store(held, part.place(row, column));
+    float x[A::kVec];
+    from.values(held, x);
 #pragma unroll
-    for (int i = 0; i < A::kVec; ++i) {
-      sums[0][i % A::kChannels] += from.value(held, i) - channels[i % A::kChannels].center;
-    }
+    for (int i = 0; i < A::kVec; ++i) sums[0][i % A::kChannels] += x[i];
   }
 };
 
 // The sums of the deviations from the part's mean and of their squares.
-template <typename A>
+template <typename A, typename I>
 struct Deviations {
-  using Channel = Center;
+  struct Channel {
+    float center;
+  };
   const Part<A>& part;
   const float* center;
-  Input<A> from;
+  I from;
 
   __device__ Channel channel(int c) const { return {center[c]}; }
   __device__ auto fetch(int row, int column) const { return from.load(part.place(row, column)); }
   template <typename Held, typename Sums>
   __device__ void use(const Held& held, const Channel* channels, int, int, Sums& sums) const {
+    float x[A::kVec];
+    from.values(held, x);
 #pragma unroll
     for (int i = 0; i < A::kVec; ++i) {
-      const float deviation = from.value(held, i) - channels[i % A::kChannels].center;
+      const float deviation = x[i] - channels[i % A::kChannels].center;
       sums[0][i % A::kChannels] += deviation;
       sums[1][i % A::kChannels] += deviation * deviation;
     }
@@ -88,12 +88,12 @@ struct Deviations {
 };
 
 // y = silu((x − center)·gain + offset)
-template <typename A, bool kFromShared>
+template <typename A, typename I, bool kFromShared>
 struct Normalise {
   using Channel = Normal;
   const Part<A>& part;
   const Normals& normals;
-  Input<A> from;
+  I from;
   typename A::P* y;
   bool silu;
 
@@ -104,36 +104,43 @@ struct Normalise {
   template <typename Held, typename Sums>
   __device__ void use(const Held& held, const Channel* channels, int row, int column,
                       Sums&) const {
-    typename A::P result;
+    float v[A::kVec];
+    from.values(held, v);
 #pragma unroll
     for (int i = 0; i < A::kVec; ++i) {
       const Channel& c = channels[i % A::kChannels];
-      const float v = (from.value(held, i) - c.center) * c.gain + c.offset;
-      result.value[i] = from_float<typename A::T>(silu ? silu_of<typename A::T>(v) : v);
+      v[i] = (v[i] - c.center) * c.gain + c.offset;
     }
-    store_result<kFromShared>(&y[part.pack(row, column)], result);
+    if (silu) {
+#pragma unroll
+      for (int i = 0; i < A::kVec; ++i) v[i] = silu_of<typename A::T>(v[i]);
+    }
+    store_result<kFromShared>(&y[part.pack(row, column)], packed<typename A::T>(v));
   }
 };
 
 // Step 1: the moments of the part's own groups.
-template <typename A>
+template <typename A, typename I>
 __device__ void moments_of_part(const Part<A>& part, const GroupNormTile& tile,
-                                const Shared& shared, const Input<A>& from, const Input<A>& held) {
+                                const Shared& shared, const I& from, const I& held) {
   const float count = part.count;
   const int warp = static_cast<int>(threadIdx.x) / kLanes;
   const int warps = static_cast<int>(blockDim.x) / kLanes;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
 
-  for_each_pack<A, 1, kBatch<A>>(part, tile, Load<A>{part, shared.center, from, held},
-                                 shared.partials);
+  for_each_pack<A, 1, kLoads>(part, tile, Load<A, I>{part, from, held}, shared.partials);
   __syncthreads();
   for (int group = warp; group < part.groups; group += warps) {
-    const float mean = sum_of_group(part, tile, shared.partials, 0, group) / count;
-    for (int i = lane; i < part.width; i += kLanes) shared.center[group * part.width + i] += mean;
+    float* const center = shared.center + group * part.width;
+    float embeddings = 0.0f;
+    for (int i = lane; i < part.width; i += kLanes) embeddings -= center[i];
+    const float mean = sum_of_group(part, tile, shared.partials, 0, group) / count +
+                       sum_of_lanes(embeddings) / static_cast<float>(part.width);
+    for (int i = lane; i < part.width; i += kLanes) center[i] += mean;
     if (lane == 0) shared.moments[group].mean = mean;
   }
   __syncthreads();
-  for_each_pack<A, 2, kBatch<A>>(part, tile, Deviations<A>{part, shared.center, held},
+  for_each_pack<A, 2, kBatch<A>>(part, tile, Deviations<A, I>{part, shared.center, held},
                                  shared.partials);
   __syncthreads();
   for (int group = warp; group < part.groups; group += warps) {
@@ -171,11 +178,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
   const bool residual = shape.add == Add::kResidual;
-  const Input<A> from = {static_cast<P*>(const_cast<void*>(call.x)),
-                         residual ? static_cast<P*>(const_cast<void*>(call.add)) : nullptr};
-  P* const held_x = reinterpret_cast<P*>(shared.held);
-  P* const held_residual = reinterpret_cast<P*>(shared.held + tile.held_bytes);
-  const Input<A> held = {held_x, residual ? held_residual : nullptr};
+  unsigned char* const held_add = shared.held + tile.held_bytes;
 
   for (int c = thread; c < part.channels; c += threads) {
     const Affine a = affine(shape, call, part.sample, part.channel + c);
@@ -189,7 +192,10 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   Moments* const between = reinterpret_cast<Moments*>(workspace) +
                            part.slab * tile.parts * part.groups;
   if constexpr (kPass != Pass::kSecond) {
-    moments_of_part(part, tile, shared, from, held);
+    with_flag(residual, [&](auto flag) {
+      using I = Input<A, flag.value>;
+      moments_of_part(part, tile, shared, I(call.x, call.add), I(shared.held, held_add));
+    });
     if constexpr (kPass == Pass::kFirst) {
       __syncthreads();
       for (int group = thread; group < part.groups; group += threads) {
@@ -213,7 +219,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
       shared.gain[c] *= rstd;
     }
     if (part.index == 0 && thread % kLanes == 0 && call.mean != nullptr) {
-      const int64_t statistic = part.statistic(shape, group);
+      const int64_t statistic = part.statistic(shape, tile, group);
       call.mean[statistic] = moments.mean;
       call.rstd[statistic] = rstd;
     }
@@ -225,9 +231,13 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     __syncthreads();
   }
   constexpr bool kFromShared = kPass == Pass::kWhole;
-  const Normalise<A, kFromShared> normalise = {part, shared, kFromShared ? held : from,
-                                               static_cast<P*>(call.y), shape.silu};
-  for_each_pack<A, 0, kBatch<A>>(part, tile, normalise, nullptr);
+  with_flag(residual, [&](auto flag) {
+    using I = Input<A, flag.value>;
+    const I from = kFromShared ? I(shared.held, held_add) : I(call.x, call.add);
+    const Normalise<A, I, kFromShared> normalise = {part, shared, from, static_cast<P*>(call.y),
+                                                    shape.silu};
+    for_each_pack<A, 0, kBatch<A>>(part, tile, normalise, nullptr);
+  });
 }
 
 }  // namespace

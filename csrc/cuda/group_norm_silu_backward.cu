@@ -25,9 +25,7 @@ namespace {
 
 constexpr int kSums = 3;  // of dv, of dv·d, of d
 
-// Loads in flight of a thread: few where it also has the coefficients of eight channels.
-template <typename A>
-constexpr int kBatch = A::kChannels == 8 ? 1 : 2;
+constexpr int kBatch = 2;  // packs of each tensor that a thread loads at a time
 
 // Shared memory in its order; as many floats as kBackwardFloats says.
 struct Shared : Normals {
@@ -49,14 +47,14 @@ struct Shared : Normals {
   }
 };
 
-// dy and x
-template <typename A>
+// x, with kResidual what is added to it, and dy.
+template <typename A, bool kResidual>
 struct Inputs {
-  Input<A> x;
+  Input<A, kResidual> x;
   typename A::P* dy;
 
   struct Held {
-    typename Input<A>::Held x;
+    typename Input<A, kResidual>::Held x;
     typename A::P dy;
   };
   __device__ __forceinline__ Held load(int64_t pack) const { return {x.load(pack), dy[pack]}; }
@@ -67,28 +65,30 @@ struct Inputs {
     x.store(held.x, pack);
     dy[pack] = held.dy;
   }
+  template <typename Channel>
+  __device__ __forceinline__ void values(const Held& held, const Channel* channels, bool silu,
+                                         float (&d)[A::kVec], float (&dv)[A::kVec]) const {
+    x.values(held.x, d);
+    unpack(held.dy, dv);
+#pragma unroll
+    for (int i = 0; i < A::kVec; ++i) d[i] -= channels[i % A::kChannels].center;
+    if (!silu) return;
+#pragma unroll
+    for (int i = 0; i < A::kVec; ++i) {
+      const Normal& c = channels[i % A::kChannels];
+      dv[i] *= silu_derivative_of<typename A::T>(d[i] * c.gain + c.offset);
+    }
+  }
 };
-
-// d, and dv
-struct Element {
-  float d, dv;
-};
-template <typename A>
-__device__ __forceinline__ Element element(const Inputs<A>& from, const typename Inputs<A>::Held& held,
-                                           int i, const Normal& c, bool silu) {
-  const float d = from.x.value(held.x, i) - c.center;
-  const float dy = to_float(held.dy.value[i]);
-  return {d, silu ? dy * silu_derivative_of<typename A::T>(d * c.gain + c.offset) : dy};
-}
 
 // The sums, and with kHold dy and x into shared memory.
-template <typename A, bool kHold>
+template <typename A, typename I, bool kHold>
 struct Sum {
   using Channel = Normal;
   const Part<A>& part;
   const Normals& normals;
-  Inputs<A> from;
-  Inputs<A> to;
+  I from;
+  I to;
   bool silu;
 
   __device__ Channel channel(int c) const { return normals.of(c); }
@@ -97,26 +97,26 @@ struct Sum {
   __device__ void use(const Held& held, const Channel* channels, int row, int column,
                       Sums& sums) const {
     if constexpr (kHold) to.store(held, part.place(row, column));
+    float d[A::kVec], dv[A::kVec];
+    from.values(held, channels, silu, d, dv);
 #pragma unroll
     for (int i = 0; i < A::kVec; ++i) {
       const int c = i % A::kChannels;
-      const Element e = element(from, held, i, channels[c], silu);
-      sums[0][c] += e.dv;
-      sums[1][c] += e.dv * e.d;
-      sums[2][c] += e.d;
+      sums[0][c] += dv[i];
+      sums[1][c] += dv[i] * d[i];
+      sums[2][c] += d[i];
     }
   }
 };
 
-template <typename A, bool kFromShared>
+template <typename A, typename I, bool kFromShared>
 struct Gradient {
-  struct Channel {
-    Normal normal;
+  struct Channel : Normal {
     float k_mean, k_slope;
   };
   const Part<A>& part;
   const Shared& shared;
-  Inputs<A> from;
+  I from;
   typename A::P* dx;
   bool silu;
 
@@ -129,15 +129,14 @@ struct Gradient {
   template <typename Held, typename Sums>
   __device__ void use(const Held& held, const Channel* channels, int row, int column,
                       Sums&) const {
-    typename A::P result;
+    float d[A::kVec], dv[A::kVec];
+    from.values(held, channels, silu, d, dv);
 #pragma unroll
     for (int i = 0; i < A::kVec; ++i) {
       const Channel& c = channels[i % A::kChannels];
-      const Element e = element(from, held, i, c.normal, silu);
-      result.value[i] =
-          from_float<typename A::T>(c.normal.gain * e.dv - (c.k_mean + e.d * c.k_slope));
+      dv[i] = c.gain * dv[i] - (c.k_mean + d[i] * c.k_slope);
     }
-    store_result<kFromShared>(&dx[part.pack(row, column)], result);
+    store_result<kFromShared>(&dx[part.pack(row, column)], packed<typename A::T>(dv));
   }
 };
 
@@ -193,13 +192,10 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   const auto elements = [](const void* address) { return static_cast<P*>(const_cast<void*>(address)); };
   const auto share = [&](int i) { return reinterpret_cast<P*>(shared.held + i * tile.held_bytes); };
   const bool residual = shape.add == Add::kResidual;
-  const Inputs<A> from = {{elements(call.x), residual ? elements(call.add) : nullptr},
-                          elements(call.dy)};
-  const Inputs<A> held = {{share(0), residual ? share(2) : nullptr}, share(1)};
 
   for (int c = thread; c < part.channels; c += threads) {
     const int group = c / part.width;
-    const int64_t statistic = part.statistic(shape, group);
+    const int64_t statistic = part.statistic(shape, tile, group);
     const float rstd = call.rstd[statistic];
     const Affine a = affine(shape, call, part.sample, part.channel + c);
     shared.center[c] = call.mean[statistic] -
@@ -208,7 +204,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     shared.offset[c] = a.offset;
     if (c % part.width == 0) shared.rstd[group] = rstd;
     if constexpr (kPass == Pass::kSecond) {
-      const float* k = workspace.k + 2 * (statistic - first_slab * groups_of_slab(shape, tile));
+      const float* k = workspace.k + 2 * (statistic - first_slab * groups_of_slab(tile));
       shared.k_mean[c] = k[0];
       shared.k_slope[c] = k[1];
     }
@@ -217,9 +213,13 @@ __global__ void __launch_bounds__(kMostThreads, 2)
 
   if constexpr (kPass != Pass::kSecond) {
     constexpr bool kHold = kPass == Pass::kWhole;
-    for_each_pack<A, kSums, kBatch<A>>(part, tile,
-                                    Sum<A, kHold>{part, shared, from, held, shape.silu},
-                                    shared.partials);
+    with_flag(residual, [&](auto flag) {
+      using I = Inputs<A, flag.value>;
+      const I from = {{call.x, call.add}, elements(call.dy)};
+      const I held = {{share(0), share(2)}, share(1)};
+      const Sum<A, I, kHold> sum = {part, shared, from, held, shape.silu};
+      for_each_pack<A, kSums, kBatch>(part, tile, sum, shared.partials);
+    });
     __syncthreads();
     for (int i = thread; i < kSums * part.channels; i += threads) {
       const int s = i / part.channels;
@@ -271,9 +271,14 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   }
 
   constexpr bool kFromShared = kPass == Pass::kWhole;
-  const Gradient<A, kFromShared> gradient = {part, shared, kFromShared ? held : from,
-                                             elements(call.dx), shape.silu};
-  for_each_pack<A, 0, kBatch<A>>(part, tile, gradient, nullptr);
+  with_flag(residual, [&](auto flag) {
+    using I = Inputs<A, flag.value>;
+    const I from = kFromShared ? I{{share(0), share(2)}, share(1)}
+                               : I{{call.x, call.add}, elements(call.dy)};
+    const Gradient<A, I, kFromShared> gradient = {part, shared, from, elements(call.dx),
+                                                  shape.silu};
+    for_each_pack<A, 0, kBatch>(part, tile, gradient, nullptr);
+  });
 }
 
 // Between the two passes: a warp adds the parts' sums of one group of the launch.
@@ -281,9 +286,9 @@ __global__ void __launch_bounds__(kLanes)
     slopes_kernel(const GroupNormShape shape, const GroupNormBackward call,
                   const GroupNormTile tile, int64_t first_slab, const Workspace workspace) {
   const int64_t width = shape.channels / shape.groups;
-  const int64_t slab = blockIdx.x / groups_of_slab(shape, tile);
-  const int64_t group = blockIdx.x - slab * groups_of_slab(shape, tile);
-  const int64_t statistic = first_slab * groups_of_slab(shape, tile) + blockIdx.x;
+  const int64_t slab = blockIdx.x / groups_of_slab(tile);
+  const int64_t group = blockIdx.x - slab * groups_of_slab(tile);
+  const int64_t statistic = first_slab * groups_of_slab(tile) + blockIdx.x;
   const int64_t sample = statistic / shape.groups;
   const int64_t channel = (statistic - sample * shape.groups) * width;
   float* const between = workspace.between + slab * tile.position_parts * kSums * tile.slab_channels +
@@ -394,7 +399,7 @@ void group_norm_silu_backward(const GroupNormShape& shape, const GroupNormBackwa
       const Launch pass = launch_of(name, tile, slabs, false, tile.shared_bytes, stream);
       launch<group_norm_silu_backward_kernel<A, Pass::kFirst>>(pass, shape, call, tile, first,
                                                                workspace);
-      const auto groups = static_cast<unsigned>(slabs * groups_of_slab(shape, tile));
+      const auto groups = static_cast<unsigned>(slabs * groups_of_slab(tile));
       launch<slopes_kernel>({name, dim3(groups), kLanes, stream}, shape, call, tile, first,
                             workspace);
       launch<group_norm_silu_backward_kernel<A, Pass::kSecond>>(pass, shape, call, tile, first,

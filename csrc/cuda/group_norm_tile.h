@@ -31,7 +31,9 @@ struct GroupNormTile {
   int64_t part_positions;
   int64_t slab_channels;
   int64_t slabs;
+  int64_t slabs_of_sample;
   int64_t slabs_at_once;  // in one launch
+  int64_t group_channels;
   int64_t held_at;      // bytes of shared memory before the tensors' shares that it holds
   int64_t held_bytes;   // of one tensor's share
   int64_t shared_bytes;
@@ -81,7 +83,9 @@ inline GroupNormTile cut(const Request& r, bool wide, int64_t groups, int64_t pa
   GroupNormTile tile = {};
   tile.wide = wide;
   tile.slab_channels = groups * r.width;
-  tile.slabs = r.shape.samples * (r.shape.groups / groups);
+  tile.group_channels = r.width;
+  tile.slabs_of_sample = r.shape.groups / groups;
+  tile.slabs = r.shape.samples * tile.slabs_of_sample;
   tile.slabs_at_once = tile.slabs;
   tile.part_channels = static_cast<int>(std::min(tile.slab_channels, r.most_channels()));
   tile.channel_parts = static_cast<int>(divided_up(tile.slab_channels, tile.part_channels));
@@ -90,13 +94,19 @@ inline GroupNormTile cut(const Request& r, bool wide, int64_t groups, int64_t pa
   tile.parts = tile.position_parts * tile.channel_parts;
 
   const int64_t packs = tile.part_positions * tile.part_channels / vec;
-  tile.threads = packs >= 1024 ? 256 : 128;
+  // Smaller blocks spend less on what every thread does once; larger ones where they are few.
+  const bool four_fit = r.tensors * packs * vec * r.item <= kHalfAProcessor / 2 &&
+                        tile.slabs * tile.parts >= 2 * r.wanted_blocks();
+  tile.threads = packs < 1024 || four_fit ? 128 : 256;
   const int64_t row_packs = (last ? tile.part_channels : tile.part_positions) / vec;
   if (last) {
     tile.lanes = power_of_two(row_packs, tile.threads);
     tile.teams = tile.threads / std::max(tile.lanes, 32);
   } else {
-    tile.lanes = power_of_two(row_packs, 32);
+    // Those of a line; more where each still has a few packs of the row.
+    const int64_t line_packs = wide ? kLineBytes / kAccessBytes : 32;
+    const int64_t wanted = std::max(divided_up(row_packs, 4), std::min(row_packs, line_packs));
+    tile.lanes = power_of_two(wanted, 32);
     tile.teams = 1;
     const int rows_at_once = tile.threads / tile.lanes;
     while (tile.teams * tile.part_channels < rows_at_once &&

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "../common/dtype.h"
+#include "../common/lanes.h"
 #include "device_limits.h"
 
 namespace fastdiff::cuda {
@@ -39,6 +40,56 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) 
 template <>
 __device__ __forceinline__ __half from_float<__half>(float value) {
   return __float2half_rn(value);
+}
+
+// Two elements of 16 bits, as one register holds them.
+__device__ __forceinline__ float2 to_floats(__nv_bfloat162 two) {
+  uint32_t bits;
+  memcpy(&bits, &two, sizeof bits);
+  return {Lanes<float>::float_of(bits << 16), Lanes<float>::float_of(bits & 0xFFFF0000u)};
+}
+__device__ __forceinline__ float2 to_floats(__half2 two) { return __half22float2(two); }
+__device__ __forceinline__ __nv_bfloat162 from_floats(float x, float y, __nv_bfloat16) {
+  return __floats2bfloat162_rn(x, y);
+}
+__device__ __forceinline__ __half2 from_floats(float x, float y, __half) {
+  return __floats2half2_rn(x, y);
+}
+
+template <typename T, int kCount>
+constexpr bool kInPairs = sizeof(T) == 2 && kCount % 2 == 0;
+
+template <typename T, int kCount>
+__device__ __forceinline__ void unpack(const Pack<T, kCount>& pack, float (&values)[kCount]) {
+  if constexpr (kInPairs<T, kCount>) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      decltype(from_floats(0.0f, 0.0f, T{})) two;
+      memcpy(&two, &pack.value[i], sizeof two);
+      const float2 floats = to_floats(two);
+      values[i] = floats.x;
+      values[i + 1] = floats.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = to_float(pack.value[i]);
+  }
+}
+
+template <typename T, int kCount>
+__device__ __forceinline__ Pack<T, kCount> packed(const float (&values)[kCount]) {
+  Pack<T, kCount> pack;
+  if constexpr (kInPairs<T, kCount>) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      const auto two = from_floats(values[i], values[i + 1], T{});
+      memcpy(&pack.value[i], &two, sizeof two);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) pack.value[i] = from_float<T>(values[i]);
+  }
+  return pack;
 }
 
 // The built-in type of a size, which CUDA's hinted loads and stores take.

@@ -21,3 +21,11 @@ inline float __bfloat162float(__nv_bfloat16 value) {
   std::memcpy(&result, &bits, sizeof result);
   return result;
 }
+
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}

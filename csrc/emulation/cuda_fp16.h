@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda_runtime.h"
+
 struct __half {
   uint16_t bits;
 };
@@ -31,3 +33,13 @@ inline float __half2float(__half value) {
   }
   return value.bits & 0x8000 ? -magnitude : magnitude;
 }
+
+struct __half2 {
+  __half x, y;
+};
+
+inline __half2 __floats2half2_rn(float x, float y) {
+  return {__float2half_rn(x), __float2half_rn(y)};
+}
+
+inline float2 __half22float2(__half2 two) { return {__half2float(two.x), __half2float(two.y)}; }

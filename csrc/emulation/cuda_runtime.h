@@ -24,6 +24,9 @@ struct Traffic {
 inline Traffic traffic = {};
 }  // namespace fastdiff::emulation
 
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(8) uint2 {
   unsigned x, y;
 };
