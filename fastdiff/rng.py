@@ -27,8 +27,10 @@ from fastdiff import backends, native
 from fastdiff._checks import check_device
 from fastdiff.errors import InputError
 
-# The counter's steps: x_T, then the sampling steps, then the training steps, never shared.
+# The counter's steps, never shared: x_T, then the sampling steps, those of the noise on what an
+# inpainted image knows, and the training steps.
 X_T_STEP = 0
+KNOWN_STEP_BASE = 2**30
 TRAINING_STEP_BASE = 2**31
 
 MAX_SAMPLE_ELEMENTS = 2**34  # a 32-bit counter word of four elements each
@@ -37,7 +39,13 @@ BACKENDS = ("native", "cuda", "triton", "reference")
 
 def sampling_step(index: int) -> int:
     """The counter's step for sampling step ``index`` = 0, 1, … (0 is the noisiest)."""
-    return 1 + check_integer("sampling step", index, TRAINING_STEP_BASE - 1)
+    return 1 + check_integer("sampling step", index, KNOWN_STEP_BASE - 1)
+
+
+def known_step(index: int) -> int:
+    """The counter's step for noise on an inpainted image's known region at step ``index``."""
+    limit = TRAINING_STEP_BASE - KNOWN_STEP_BASE
+    return KNOWN_STEP_BASE + check_integer("known step", index, limit)
 
 
 def training_step(index: int) -> int:

@@ -180,6 +180,7 @@ def test_seeds_steps_and_samples_give_different_streams():
         "seed's high word": rng.normal((1, 4096), seed=1 + 2**32),
         "step": rng.normal((1, 4096), seed=1, step=rng.sampling_step(0)),
         "next step": rng.normal((1, 4096), seed=1, step=rng.sampling_step(1)),
+        "known region": rng.normal((1, 4096), seed=1, step=rng.known_step(0)),
         "training": rng.normal((1, 4096), seed=1, step=rng.training_step(0)),
         "sample": rng.normal((1, 4096), seed=1, first_sample=1),
         "sample's high word": rng.normal((1, 4096), seed=1, first_sample=2**32),
@@ -189,19 +190,19 @@ def test_seeds_steps_and_samples_give_different_streams():
     assert correlation.abs().max() < 5 / math.sqrt(4096)
 
 
-def test_steps_of_x_t_sampling_and_training_never_meet():
-    assert rng.X_T_STEP == 0
-    assert rng.sampling_step(0) == 1
-    assert rng.sampling_step(2**31 - 2) == 2**31 - 1
-    assert rng.training_step(0) == 2**31
-    assert rng.training_step(2**31 - 1) == 2**32 - 1
-    for call in (rng.sampling_step, rng.training_step):
-        with pytest.raises(InputError, match="step"):
-            call(-1)
-    with pytest.raises(InputError, match="sampling step"):
-        rng.sampling_step(2**31 - 1)
-    with pytest.raises(InputError, match="training step"):
-        rng.training_step(2**31)
+def test_steps_of_different_uses_never_meet():
+    next_step = rng.X_T_STEP + 1
+    for name, step_of, count in (
+        ("sampling", rng.sampling_step, 2**30 - 1),
+        ("known", rng.known_step, 2**30),
+        ("training", rng.training_step, 2**31),
+    ):
+        assert step_of(0) == next_step
+        next_step = step_of(count - 1) + 1
+        for outside in (-1, count):
+            with pytest.raises(InputError, match=f"{name} step is {outside}"):
+                step_of(outside)
+    assert next_step == 2**32
 
 
 # --- Batches and layouts ----------------------------------------------------------------------
