@@ -299,11 +299,21 @@ def test_writing_is_visible_to_autograd():
         rng.normal((2, 8), seed=0, out=torch.empty(2, 8))
 
 
-def test_seed_and_step_may_be_tensors():
-    expected = rng.normal((2, 9), seed=2**64 - 5, step=2**32 - 2)
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_counters_may_be_tensors(backend):
+    numbers = dict(seed=2**64 - 5, step=2**32 - 2, first_sample=2**63 + 2**33)
     tensors = dict(seed=torch.tensor(-5), step=torch.tensor([2**32 - 2]))
-    assert torch.equal(rng.normal((2, 9), **tensors), expected)
-    assert torch.allclose(rng.normal((2, 9), **tensors, backend="reference"), expected)
+    tensors["first_sample"] = torch.tensor([[2**33 - 2**63]])
+    expected = rng.normal((2, 9), **numbers, backend=backend)
+    assert torch.equal(rng.normal((2, 9), **tensors, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_numbers_from_a_tensor_wrap_around(backend):
+    options = dict(seed=3, backend=backend)
+    wrapped = rng.normal((3, 9), first_sample=torch.tensor(-1), **options)
+    assert torch.equal(wrapped[:1], rng.normal((1, 9), first_sample=2**64 - 1, **options))
+    assert torch.equal(wrapped[1:], rng.normal((2, 9), first_sample=0, **options))
 
 
 def test_numpy_integers_are_integers():
@@ -343,6 +353,9 @@ def test_plan(device_type, dtype, cuda_kernel, triton, expected):
         (dict(seed=0, step=-1), "step is -1"),
         (dict(seed=0, first_sample=-1), "first_sample is -1"),
         (dict(seed=0, first_sample=2**64 - 1), "first_sample"),
+        (dict(seed=0, first_sample=torch.tensor(1.0)), "first_sample is a torch.float32 tensor"),
+        (dict(seed=0, first_sample=torch.tensor([1, 2])), "2 elements"),
+        (dict(seed=0, first_sample=torch.tensor(1, device="meta")), "on meta: .* on cpu"),
         (dict(seed=0, dtype=torch.int32), "dtype is torch.int32"),
         (dict(seed=0, out=torch.empty(2, 9)), r"out has shape \(2, 9\): expected \(2, 8\)"),
         (dict(seed=0, out=torch.empty(2, 8, dtype=torch.int8)), "dtype is torch.int8"),
@@ -396,7 +409,7 @@ def test_triton_kernels_compile_without_a_gpu(capability, tmp_path, monkeypatch)
         signature = {name: "i64" for name in kernel.arg_names} | {"out": out}
         if one_run is not None:
             constants |= {"ONE_RUN": one_run, "WIDE": not one_run}
-            for name in ("seed_address", "step_address"):
+            for name in ("seed_address", "step_address", "first_sample_address"):
                 signature[name] = "*i64"
                 if not addresses:
                     constants[name] = None
@@ -422,10 +435,9 @@ def test_gpu_agrees_with_the_cpu_bit_for_bit(backend, dtype, shape):
     expected = rng.normal(shape, dtype=dtype, **options)
     drawn = rng.normal(shape, dtype=dtype, device="cuda:0", backend=backend, **options)
     assert torch.equal(drawn.cpu(), expected)
-    tensors = dict(
-        seed=torch.tensor(7 - 2**63, device="cuda:0"), step=torch.tensor(5, device="cuda:0")
-    )
+    counters = dict(seed=7 - 2**63, step=5, first_sample=2**33)
+    tensors = {name: torch.tensor(value, device="cuda:0") for name, value in counters.items()}
     if len(shape) == 4:
         out = torch.full_like(drawn, float("nan"), memory_format=torch.channels_last)
-        rng.normal(shape, out=out, backend=backend, first_sample=2**33, **tensors)
+        rng.normal(shape, out=out, backend=backend, **tensors)
         assert torch.equal(out.cpu(), expected)
