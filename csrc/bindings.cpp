@@ -27,7 +27,7 @@ namespace {
 
 // Raised with every change of a binding's arguments or meaning; fastdiff/native.py compares it, so
 // that sources and a library built from older ones do not meet unnoticed.
-constexpr int kInterface = 4;
+constexpr int kInterface = 5;
 
 py::dict build_info() {
   py::dict info;

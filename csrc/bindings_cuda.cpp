@@ -19,10 +19,14 @@ namespace {
 void bind_noise(py::module_& module) {
   module.def(
       "normal_cuda",
-      [](const NormalFill& fill, uintptr_t seed, uintptr_t step, uintptr_t stream) {
-        cuda::normal(fill, {at<const uint64_t>(seed), at<const int64_t>(step)}, at(stream));
+      [](const NormalFill& fill, uintptr_t seed, uintptr_t step, uintptr_t first_sample,
+         uintptr_t stream) {
+        const cuda::DeviceCounters counters = {at<const uint64_t>(seed), at<const int64_t>(step),
+                                               at<const uint64_t>(first_sample)};
+        cuda::normal(fill, counters, at(stream));
       },
-      py::arg("fill"), py::arg("seed_address"), py::arg("step_address"), py::arg("stream"));
+      py::arg("fill"), py::arg("seed_address"), py::arg("step_address"),
+      py::arg("first_sample_address"), py::arg("stream"));
   module.def(
       "philox_cuda",
       [](uintptr_t out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,
@@ -61,13 +65,15 @@ void bind_elementwise(py::module_& module) {
              [](const QSample& plan, uintptr_t x_start, uintptr_t t, uintptr_t signal,
                 uintptr_t sigma, uintptr_t noise, uintptr_t x_t, bool draws, uint64_t seed,
                 uintptr_t seed_address, uint32_t step, uintptr_t step_address,
-                uint64_t first_sample, int multiprocessors, uintptr_t stream) {
+                uint64_t first_sample, uintptr_t first_sample_address, int multiprocessors,
+                uintptr_t stream) {
                const QSampleCall call = {at(x_start),      at<int64_t>(t), at<float>(signal),
                                          at<float>(sigma), at(noise),      at(x_t),
                                          draws,            seed,           step,
                                          first_sample};
                cuda::q_sample(plan, call,
-                              {at<const uint64_t>(seed_address), at<const int64_t>(step_address)},
+                              {at<const uint64_t>(seed_address), at<const int64_t>(step_address),
+                               at<const uint64_t>(first_sample_address)},
                               {multiprocessors, at(stream)});
              });
   module.def("posterior_step_cuda",
@@ -75,8 +81,8 @@ void bind_elementwise(py::module_& module) {
                 uintptr_t noise, uintptr_t prev_x_start, uintptr_t x_prev, uintptr_t x_start,
                 int64_t step, uintptr_t step_address, bool step_is_wide, float guidance,
                 uintptr_t guidance_address, bool draws, uint64_t seed, uintptr_t seed_address,
-                uint32_t first_step, uint64_t first_sample, int multiprocessors,
-                uintptr_t stream) {
+                uint32_t first_step, uint64_t first_sample, uintptr_t first_sample_address,
+                int multiprocessors, uintptr_t stream) {
                const PosteriorStepCall call = {
                    at(x_t),          at(output), at<float>(table),
                    at(noise),        at(prev_x_start), at(x_prev),
@@ -85,6 +91,7 @@ void bind_elementwise(py::module_& module) {
                    draws,            seed,       first_step,
                    first_sample};
                cuda::posterior_step(plan, call, at<const uint64_t>(seed_address),
+                                    at<const uint64_t>(first_sample_address),
                                     {multiprocessors, at(stream)});
              });
 }

@@ -27,8 +27,10 @@ from fastdiff import backends, native
 from fastdiff._checks import check_device
 from fastdiff.errors import InputError
 
-# The counter's steps: x_T, then the sampling steps, then the training steps, never shared.
+# The counter's steps, never shared: x_T, then the sampling steps, those of the noise on what an
+# inpainted image knows, and the training steps.
 X_T_STEP = 0
+KNOWN_STEP_BASE = 2**30
 TRAINING_STEP_BASE = 2**31
 
 MAX_SAMPLE_ELEMENTS = 2**34  # a 32-bit counter word of four elements each
@@ -37,7 +39,13 @@ BACKENDS = ("native", "cuda", "triton", "reference")
 
 def sampling_step(index: int) -> int:
     """The counter's step for sampling step ``index`` = 0, 1, … (0 is the noisiest)."""
-    return 1 + check_integer("sampling step", index, TRAINING_STEP_BASE - 1)
+    return 1 + check_integer("sampling step", index, KNOWN_STEP_BASE - 1)
+
+
+def known_step(index: int) -> int:
+    """The counter's step for noise on an inpainted image's known region at step ``index``."""
+    limit = TRAINING_STEP_BASE - KNOWN_STEP_BASE
+    return KNOWN_STEP_BASE + check_integer("known step", index, limit)
 
 
 def training_step(index: int) -> int:
@@ -50,7 +58,7 @@ def normal(
     *,
     seed: int | torch.Tensor,
     step: int | torch.Tensor = X_T_STEP,
-    first_sample: int = 0,
+    first_sample: int | torch.Tensor = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     out: torch.Tensor | None = None,
@@ -58,9 +66,10 @@ def normal(
 ) -> torch.Tensor:
     """Standard normal noise of ``shape`` (N, …); sample i is number ``first_sample + i``.
 
-    seed, step: 0 ≤ seed < 2⁶⁴ and 0 ≤ step < 2³² (X_T_STEP, sampling_step, training_step). Either
-    may be an int64 tensor of one element on the output's device: its low 64 or 32 bits are read
-    where the noise is drawn, on a GPU without a synchronisation.
+    seed, step, first_sample: 0 ≤ seed < 2⁶⁴, 0 ≤ step < 2³² (X_T_STEP, sampling_step, known_step,
+    training_step) and 0 ≤ first_sample ≤ 2⁶⁴ − N. Each may be an int64 tensor of one element on
+    the output's device: its low 64 or, of a step, 32 bits are read where the noise is drawn, on a
+    GPU without a synchronisation. Numbers counted from a tensor's wrap around at 2⁶⁴.
     dtype: float32, bfloat16, float16, or float64, which only the reference draws.
     out: filled and returned; it gives dtype and device and may have any memory format: the values
     depend on logical positions alone.
@@ -76,7 +85,7 @@ def normal(
         _check_out(out, shape)
     seed = check_counter("seed", seed, 2**64, out.device)
     step = check_counter("step", step, 2**32, out.device)
-    first_sample = check_integer("first_sample", first_sample, 2**64 - max(shape[0] - 1, 0))
+    first_sample = check_first_sample(first_sample, shape[0], out.device)
 
     launch = _LAUNCHERS[_choose(out, backend)]
     if out.numel() == 0:
@@ -249,26 +258,25 @@ Counter = int | torch.Tensor
 
 
 def _launch_native(
-    out: torch.Tensor, layout: Layout, seed: Counter, step: Counter, first_sample: int
+    out: torch.Tensor, layout: Layout, seed: Counter, step: Counter, first_sample: Counter
 ) -> None:
-    fill = _fill(out, layout, low_bits(seed, 64), low_bits(step, 32), first_sample)
+    numbers = low_bits(seed, 64), low_bits(step, 32), low_bits(first_sample, 64)
+    fill = _fill(out, layout, *numbers)
     native.library().normal_cpu(fill, torch.get_num_threads())
 
 
 def _launch_cuda(
-    out: torch.Tensor, layout: Layout, seed: Counter, step: Counter, first_sample: int
+    out: torch.Tensor, layout: Layout, seed: Counter, step: Counter, first_sample: Counter
 ) -> None:
-    seed_value, seed_address = value_or_address(seed)
-    step_value, step_address = value_or_address(step)
-    fill = _fill(out, layout, seed_value, step_value, first_sample)
+    counters = map(value_or_address, (seed, step, first_sample))
+    numbers, addresses = zip(*counters, strict=True)
+    fill = _fill(out, layout, *numbers)
     with backends.device_of(out):
-        native.library().normal_cuda(
-            fill, seed_address, step_address, native.cuda_stream(out.device)
-        )
+        native.library().normal_cuda(fill, *addresses, native.cuda_stream(out.device))
 
 
 def _launch_triton(
-    out: torch.Tensor, layout: Layout, seed: Counter, step: Counter, first_sample: int
+    out: torch.Tensor, layout: Layout, seed: Counter, step: Counter, first_sample: Counter
 ) -> None:
     from fastdiff.kernels import normal as kernels
 
@@ -277,17 +285,17 @@ def _launch_triton(
 
 
 def _launch_reference(
-    out: torch.Tensor, layout: Layout, seed: Counter, step: Counter, first_sample: int
+    out: torch.Tensor, layout: Layout, seed: Counter, step: Counter, first_sample: Counter
 ) -> None:
     # float64 arithmetic, which some accelerators lack: those are served from the CPU.
     device = out.device if out.device.type in ("cpu", "cuda") else torch.device("cpu")
-    seed, step = low_bits(seed, 64), low_bits(step, 32)
+    seed, step, first = low_bits(seed, 64), low_bits(step, 32), low_bits(first_sample, 64)
     for i, sample in enumerate(out):
         values = reference_sample(
             sample.numel(),
             seed=seed,
             step=step,
-            sample=first_sample + i,
+            sample=low_bits(first + i, 64),
             dtype=out.dtype,
             device=device,
         )
@@ -339,7 +347,7 @@ def check_integer(name: str, value: SupportsIndex, limit: int) -> int:
 
 
 def check_counter(name: str, value: Counter, limit: int, device: torch.device) -> Counter:
-    """``value`` if it is a seed or a step: 0 ≤ value < limit, or an int64 element on ``device``."""
+    """``value`` if it is a counter: 0 ≤ value < limit, or an int64 element on ``device``."""
     if not isinstance(value, torch.Tensor):
         return check_integer(name, value, limit)
     if value.dtype != torch.int64 or value.numel() != 1 or value.device != device:
@@ -348,6 +356,11 @@ def check_counter(name: str, value: Counter, limit: int, device: torch.device) -
             f"expected an integer, or an int64 tensor of one element on {device}"
         )
     return value
+
+
+def check_first_sample(value: Counter, samples: int, device: torch.device) -> Counter:
+    """``value`` if it is a counter from which ``samples`` numbers stay below 2⁶⁴, or a tensor."""
+    return check_counter("first_sample", value, 2**64 - max(samples - 1, 0), device)
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -43,6 +43,17 @@ def elements_from(first_quad, BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def sample_number(first_sample_address, first_sample, sample):
+    """The int64 number of a batch's sample ``sample``, wrapping around.
+
+    first_sample_address: int64 on the device, or None: then ``first_sample`` counts.
+    """
+    if first_sample_address is not None:
+        first_sample = tl.load(first_sample_address)
+    return first_sample.to(tl.int64) + sample
+
+
+@triton.jit
 def draw(seed_address, seed, step, number, first_quad, BLOCK: tl.constexpr):
     """Float32 noise of elements 4·first_quad … of sample ``number`` at the counter's ``step``.
 

@@ -11,7 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .elementwise import BLOCK, block_of_program, draw, elements_from, is_wide, place
+from .elementwise import (
+    BLOCK,
+    block_of_program,
+    draw,
+    elements_from,
+    is_wide,
+    place,
+    sample_number,
+)
 from .philox import high_word, low_word, philox_words
 
 # An integer argument equal to 1 would otherwise become a constant without a type.
@@ -23,6 +31,7 @@ def normal_kernel(
     out,
     seed_address,  # int64 on the device, or None: then `seed` counts
     step_address,
+    first_sample_address,
     seed,  # the seed's bits as a signed integer
     step,  # the low 32 bits count
     first_sample,  # int64, the number's bits
@@ -39,7 +48,7 @@ def normal_kernel(
     element = elements_from(first_quad, BLOCK, WIDE)
     if step_address is not None:
         step = tl.load(step_address)
-    number = first_sample.to(tl.int64) + sample
+    number = sample_number(first_sample_address, first_sample, sample)
     z = draw(seed_address, seed, step.to(tl.int64), number, first_quad, BLOCK)
     at = place(element, spatial, channel_stride, spatial_stride, ONE_RUN)
     to = out + sample * sample_stride + at
@@ -69,7 +78,7 @@ def fill(
     layout: tuple[int, int, int, int, int],
     seed: int | torch.Tensor,
     step: int | torch.Tensor,
-    first_sample: int,
+    first_sample: int | torch.Tensor,
 ) -> None:
     """Fill ``out``, whose samples stand as ``layout`` says (fastdiff.rng.Layout's fields)."""
     channels, spatial, sample_stride, channel_stride, spatial_stride = layout
@@ -78,9 +87,10 @@ def fill(
         out,
         seed if isinstance(seed, torch.Tensor) else None,
         step if isinstance(step, torch.Tensor) else None,
+        first_sample if isinstance(first_sample, torch.Tensor) else None,
         0 if isinstance(seed, torch.Tensor) else signed(seed, 64),
         0 if isinstance(step, torch.Tensor) else signed(step, 32),
-        signed(first_sample, 64),
+        0 if isinstance(first_sample, torch.Tensor) else signed(first_sample, 64),
         channels,
         spatial,
         sample_stride,

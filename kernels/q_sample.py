@@ -21,6 +21,7 @@ from .elementwise import (
     is_one_run,
     is_wide,
     place,
+    sample_number,
 )
 from .normal import signed
 
@@ -39,6 +40,7 @@ def q_sample_kernel(
     x_t,
     seed_address,  # int64 on the device, or None: then `seed` counts
     step_address,
+    first_sample_address,
     seed,  # the seed's bits as a signed integer
     step,
     first_sample,  # int64, the number's bits
@@ -73,7 +75,7 @@ def q_sample_kernel(
     if DRAWS:
         if step_address is not None:
             step = tl.load(step_address)
-        number = first_sample.to(tl.int64) + sample
+        number = sample_number(first_sample_address, first_sample, sample)
         counter_step = step.to(tl.int64) + TRAINING_STEP_BASE
         z = draw(seed_address, seed, counter_step, number, first_quad, BLOCK)
         stored = z.to(x_start.dtype.element_ty)
@@ -98,7 +100,7 @@ def launch(
     draws: bool,
     seed: int | torch.Tensor | None,
     step: int | torch.Tensor,
-    first_sample: int,
+    first_sample: int | torch.Tensor,
 ) -> None:
     """``plan``: shape, rows, layouts of x_start, noise and x_t (fastdiff.ops._elementwise);
     ``tensors``: x_start, t, signal, sigma, noise, x_t; counters' bits as signed integers."""
@@ -109,9 +111,10 @@ def launch(
         *tensors,
         seed if isinstance(seed, torch.Tensor) else None,
         step if isinstance(step, torch.Tensor) else None,
+        first_sample if isinstance(first_sample, torch.Tensor) else None,
         seed if isinstance(seed, int) else 0,
         signed(step, 32) if isinstance(step, int) else 0,
-        first_sample,
+        first_sample if isinstance(first_sample, int) else 0,
         rows,
         channels,
         spatial,

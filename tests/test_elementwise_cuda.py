@@ -6,7 +6,7 @@ from kernel_tools import LAYOUTS, poisoned_outputs
 
 import fastdiff
 import floors
-from fastdiff import GaussianDiffusion, StepTable, native, ops
+from fastdiff import GaussianDiffusion, StepTable, native, ops, rng
 from fastdiff.schedules import cosine_betas
 
 pytestmark = pytest.mark.any_backend
@@ -63,9 +63,10 @@ def assert_close(actual, expected):
 def test_q_sample_agrees_with_the_cpu(shape, dtype, few_blocks):
     t = torch.arange(shape[0]) % 50
     counters = {"seed": 2**63 + 5, "step": 2**31 - 1, "first_sample": 2**40}
+    from_memory = {"seed": torch.tensor(3), "first_sample": torch.tensor(-1)}
     for layout in LAYOUTS:
         x_start = LAYOUTS[layout](random(*shape, dtype=dtype))
-        for given in (counters, counters | {"return_noise": False}, {"noise": random(*shape)}):
+        for given in (counters, from_memory | {"return_noise": False}, {"noise": random(*shape)}):
             expected, actual = both(ops.q_sample, x_start, t, SIGNAL, SIGMA, **given)
             assert_close(actual[0], expected[0])
             assert given.get("return_noise") is False or torch.equal(actual[1], expected[1])
@@ -83,6 +84,7 @@ def test_posterior_step_agrees_with_the_cpu(shape, dtypes, few_blocks):
     dtype, output_dtype = (DTYPES[i] for i in dtypes)
     n, c, *size = shape
     noise, before = random(*shape), random(*shape, dtype=dtype)
+    from_memory = {"seed": torch.tensor(-7), "first_sample": torch.tensor(-1)}
     for layout in LAYOUTS:
         x_t = LAYOUTS[layout](random(*shape, dtype=dtype))
         for rows, guided in ((LEARNED, True), (MULTISTEP, False), (FIXED, True), (FIXED, False)):
@@ -91,7 +93,7 @@ def test_posterior_step_agrees_with_the_cpu(shape, dtypes, few_blocks):
             scale = torch.tensor(2.5) if guided else None
             for step, given in (
                 (2, {"seed": 2**63 + 3, "first_sample": 2**40}),
-                (torch.tensor(3), {"seed": torch.tensor(-7), "return_x_start": False}),
+                (torch.tensor(3), from_memory | {"return_x_start": False}),
                 (torch.tensor([1], dtype=torch.int32), {"noise": noise}),
                 (5, {"noise": noise}),
             ):
@@ -136,24 +138,27 @@ def test_a_timestep_or_step_out_of_range_is_nan_and_reads_nothing():
                 assert all(v.isnan().all() for v in results)
 
 
-def test_calls_in_a_row_read_their_tensors_anew():
-    """A plan that was kept reads seed, step and guidance from memory each time."""
-    x, output = moved(random(2, 3, 8, 8)), moved(random(4, 3, 8, 8))
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_calls_in_a_row_read_their_tensors_anew(layout):
+    """A plan that was kept reads counters and guidance from memory each time."""
+    x, output = (LAYOUTS[layout](moved(random(n, 3, 8, 8))) for n in (2, 4))
     t, tables = moved(torch.tensor([1, 2])), (moved(SIGNAL), moved(SIGMA))
     seed, step, rows = moved(torch.tensor(4)), moved(torch.tensor(1)), moved(FIXED)
-    scale = moved(torch.tensor(1.0))
+    first, scale = moved(torch.tensor(2**33)), moved(torch.tensor(1.0))
     with fastdiff.backend("cuda"):
         for _ in range(4):
-            numbers = {"seed": int(seed), "step": int(step)}
-            actual = ops.q_sample(x, t, *tables, seed=seed, step=step)
-            assert all(map(torch.equal, actual, ops.q_sample(x, t, *tables, **numbers)))
-            given = {"seed": seed, "guidance_scale": scale}
-            actual = ops.posterior_step(x, output, rows, step, **given)
-            given = {"seed": int(seed), "guidance_scale": float(scale)}
-            expected = ops.posterior_step(x, output, rows, int(step), **given)
+            given = {"seed": seed, "first_sample": first}
+            numbers = {"seed": int(seed), "first_sample": int(first)}
+            actual = ops.q_sample(x, t, *tables, step=step, **given)
+            expected = ops.q_sample(x, t, *tables, step=int(step), **numbers)
+            assert all(map(torch.equal, actual, expected))
+            actual = ops.posterior_step(x, output, rows, step, **given, guidance_scale=scale)
+            numbers["guidance_scale"] = float(scale)
+            expected = ops.posterior_step(x, output, rows, int(step), **numbers)
             assert all(map(torch.equal, actual, expected))
             seed += 2**40
             step += 1
+            first += 2**61 + 1
             scale += 1.5
 
 
@@ -249,21 +254,23 @@ def test_no_value_on_the_device_is_looked_at(monkeypatch):
         for name in ("__bool__", "__int__", "__index__", "__float__", "item", "tolist"):
             patch.setattr(torch.Tensor, name, looked_at)
         for _ in range(2):
-            ops.q_sample(x, t, *tables, seed=seed, step=zero)
-            ops.posterior_step(x, x, rows, step, seed=seed)
+            counters = {"seed": seed, "step": step, "first_sample": zero}
+            rng.normal(tuple(x.shape), out=x, **counters, backend="cuda")
+            ops.q_sample(x, t, *tables, seed=seed, step=zero, first_sample=step)
+            ops.posterior_step(x, x, rows, step, seed=seed, first_sample=zero)
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("operation", ["q_sample", "posterior_step", "group_norm_silu"])
 def test_a_captured_call_follows_its_tensors(operation):
-    """The replay of a graph draws with the seed and step that are in memory then."""
+    """The replay of a graph draws with the counters that are in memory then."""
     x, t, rows = moved(random(2, 32, 8, 8)), moved(torch.tensor([1, 2])), moved(FIXED)
-    seed, step = moved(torch.tensor(3)), moved(torch.tensor(1))
-    tables = moved(SIGNAL), moved(SIGMA)
+    seed, step, first = (moved(torch.tensor(value)) for value in (3, 1, 0))
+    tables, counters = (moved(SIGNAL), moved(SIGMA)), {"seed": seed, "first_sample": first}
     calls = {
-        "q_sample": lambda: ops.q_sample(x, t, *tables, seed=seed)[0],
-        "posterior_step": lambda: ops.posterior_step(x, x, rows, step, seed=seed)[0],
+        "q_sample": lambda: ops.q_sample(x, t, *tables, **counters)[0],
+        "posterior_step": lambda: ops.posterior_step(x, x, rows, step, **counters)[0],
         "group_norm_silu": lambda: ops.group_norm_silu(x, 8, None, None),
     }
     call = calls[operation]
@@ -277,6 +284,7 @@ def test_a_captured_call_follows_its_tensors(operation):
             captured = call()
         for new_seed in (5, 6):
             seed.fill_(new_seed)
+            first += 2**40
             x.mul_(0.5)
             graph.replay()
             torch.cuda.synchronize()

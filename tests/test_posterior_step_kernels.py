@@ -128,12 +128,13 @@ def test_nothing_depends_on_threads_layouts_or_on_what_is_returned(name, layout,
 @pytest.mark.any_backend
 @pytest.mark.parametrize("reference", [False, True])
 def test_tensors_in_place_of_numbers(reference):
-    """step, seed and guidance_scale, each read where the step is computed."""
+    """step, counters and guidance_scale, each read where the step is computed."""
     rows = TABLES["learned_range"]
+    numbers = {"seed": 2**64 - 7, "first_sample": 2**63 + 2**33, "guidance_scale": 2.5}
     x_t, output, _, _ = inputs((2, 3, 5, 4), rows, torch.float32, guided=True)
     with fastdiff.backend("reference" if reference else fastdiff.backends.named()):
         for i in range(6):
-            expected = posterior_step(x_t, output, rows, i, seed=2**64 - 7, guidance_scale=2.5)
+            expected = posterior_step(x_t, output, rows, i, **numbers)
             for dtype in (torch.int32, torch.int64):
                 scale = torch.tensor([2.5], dtype=torch.float32 if i % 2 else torch.float64)
                 actual = posterior_step(
@@ -142,9 +143,25 @@ def test_tensors_in_place_of_numbers(reference):
                     rows,
                     torch.tensor(i, dtype=dtype),
                     seed=torch.tensor([-7]),
+                    first_sample=torch.tensor(2**33 - 2**63),
                     guidance_scale=scale,
                 )
                 torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_first_samples_number_may_be_a_tensor(layout):
+    """The same bits as from an int; numbers wrap around at 2^64."""
+    rows = TABLES["ddpm"]
+    x_t, output, _, _ = inputs((3, 4, 6, 8), rows, torch.float32, layout=layout)
+    for first in (0, 2**32 + 1, 2**63 + 7, 2**64 - 1):
+        bits = torch.tensor(first - 2**64 if first >= 2**63 else first)
+        actual = posterior_step(x_t, output, rows, 2, seed=1, first_sample=bits)[0]
+        for i in range(3):
+            number, one = (first + i) % 2**64, slice(i, i + 1)
+            alone = posterior_step(x_t[one], output[one], rows, 2, seed=1, first_sample=number)[0]
+            assert torch.equal(actual[one], alone)
 
 
 @pytest.mark.any_backend
@@ -176,6 +193,7 @@ def test_a_call_like_the_last_one_is_checked_again_where_it_may_differ():
         posterior_step(x_t, output, rows, torch.tensor(2), **plain)
         posterior_step(x_t, output[:2], TABLES["ddpm"], 2, seed=1)
         posterior_step(x_t, output[:2], TABLES["ddpm"], 2, seed=torch.tensor(1))
+        posterior_step(x_t, output[:2], TABLES["ddpm"], 2, seed=1, first_sample=torch.tensor(1))
         posterior_step(x_t, output[:2], TABLES["quiet"], 2)
     for arguments, options, message in (
         ((x_t, output, rows, 2), plain | {"guidance_scale": float("nan")}, "a finite number"),
@@ -187,6 +205,14 @@ def test_a_call_like_the_last_one_is_checked_again_where_it_may_differ():
         ((x_t, output[:2], TABLES["ddpm"], 2), {"seed": -1}, "seed is -1"),
         ((x_t, output[:2], TABLES["ddpm"], 2), {"seed": torch.tensor(1.0)}, "seed is a torch.fl"),
         ((x_t, output[:2], TABLES["ddpm"], 2), {"seed": 1, "first_sample": -1}, "first_sample"),
+        *(
+            ((x_t, output[:2], TABLES["ddpm"], 2), {"seed": 1, "first_sample": bad}, message)
+            for bad, message in (
+                (torch.tensor(1).int(), "first_sample is a torch.int32 tensor"),
+                (torch.tensor([1, 2]), "first_sample is a .* of 2 elements"),
+                (torch.tensor(1, device="meta"), "first_sample is a .* on meta"),
+            )
+        ),
     ):
         with pytest.raises(InputError, match=message):
             posterior_step(*arguments, **options)
@@ -240,6 +266,8 @@ def test_it_compiles_as_one_graph(name, step):
     x_t, output, _, before = inputs((2, 3, 4, 4), rows, torch.float32, guided=True)
     torch.compiler.reset()
     options = {"prev_x_start": before, "guidance_scale": 1.5, "seed": 1}
+    if isinstance(step, torch.Tensor):
+        options["first_sample"] = torch.tensor(2**40)
     results = []
     for call in (
         torch.compile(posterior_step, fullgraph=True, backend="aot_eager"),
@@ -255,7 +283,7 @@ def test_it_compiles_as_one_graph(name, step):
 def test_operators_pass_opcheck(operator):
     rows = TABLES["learned_range"]
     x_t, output, _, before = inputs((2, 3, 4, 4), rows, torch.float32, layout="channels_last")
-    counters = (None, 4, None, 1)
+    counters = (None, 4, None, 0, torch.tensor(2**40))
     arguments = (x_t, output, rows.packed, True, 0, torch.tensor(1), *counters, before, None, None)
     torch.library.opcheck(getattr(torch.ops.fastdiff, operator).default, (*arguments, "native"))
 
@@ -294,11 +322,13 @@ def test_triton_compiles_without_a_gpu_and_without_spills(capability, tmp_path, 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     numbers = {"seed": "i64", "first_sample": "i64", "guidance": "fp32"}
     states = ("x_t", "prev_x_start", "x_prev", "x_start", "packed", "guidance_address")
-    pointers = dict.fromkeys(states, "*fp32") | {"step_address": "*i64", "seed_address": "*i64"}
+    counters = ("step_address", "seed_address", "first_sample_address")
+    pointers = dict.fromkeys(states, "*fp32") | dict.fromkeys(counters, "*i64")
     for output, extra, one_run in (
         ("*bf16", {"noise": None}, True),
         ("*fp32", {"noise": None}, False),
         ("*fp32", {"noise": "*fp32", "prev_x_start": None, "step_address": None}, True),
+        ("*bf16", {"noise": None} | dict.fromkeys(counters), True),
     ):
         flags = dict.fromkeys(("LEARNED", "GUIDED"), extra["noise"] is None)
         flags |= {"DRAWS": extra["noise"] is None, "ONE_RUN": one_run, "WIDE": False}
@@ -316,12 +346,14 @@ def test_gpu_agrees_with_the_cpu(name, layout):
     x_t, output, _, before = inputs((3, 3, 33, 32), rows, torch.float32, torch.bfloat16, layout)
     on_gpu = [v.cuda() for v in (x_t, output)]
     for i in range(6):
-        expected = posterior_step(x_t, output, rows, i, seed=3, prev_x_start=before)
+        given = {"seed": 3, "first_sample": 2**33, "prev_x_start": before}
+        expected = posterior_step(x_t, output, rows, i, **given)
         actual = posterior_step(
             *on_gpu,
             rows.to("cuda"),
             torch.tensor(i, device="cuda"),
             seed=torch.tensor(3, device="cuda"),
+            first_sample=torch.tensor(2**33, device="cuda"),
             prev_x_start=before.cuda(),
         )
         for mine, theirs in zip(actual, expected, strict=True):

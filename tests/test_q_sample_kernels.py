@@ -108,15 +108,32 @@ def test_noise_may_have_another_dtype_and_layout(noise_dtype):
 
 
 @pytest.mark.any_backend
-def test_seed_and_step_may_be_tensors():
+def test_counters_may_be_tensors():
     x_start, t, _ = inputs((2, 3, 5), torch.float32)
-    expected = ops.q_sample(x_start, t, SIGNAL, SIGMA, seed=2**64 - 5, step=9)
+    numbers = {"seed": 2**64 - 5, "step": 9, "first_sample": 2**63 + 2**33}
+    expected = ops.q_sample(x_start, t, SIGNAL, SIGMA, **numbers)
     tensors = {"seed": torch.tensor(-5), "step": torch.tensor([9])}
+    tensors["first_sample"] = torch.tensor(2**33 - 2**63)
     for backend in (fastdiff.backends.named(), "reference"):
         with fastdiff.backend(backend):
             actual = [ops.q_sample(x_start, t, SIGNAL, SIGMA, **tensors) for _ in range(2)][1]
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
     assert not torch.equal(ops.q_sample(x_start, t, SIGNAL, SIGMA, seed=2**64 - 5)[0], expected[0])
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_first_samples_number_may_be_a_tensor(layout):
+    """The same bits as from an int; numbers wrap around at 2^64."""
+    x_start, t, _ = inputs((3, 4, 6, 8), torch.float32, layout)
+    for first in (0, 2**32 + 1, 2**63 + 7, 2**64 - 1):
+        bits = torch.tensor(first - 2**64 if first >= 2**63 else first)
+        actual = ops.q_sample(x_start, t, SIGNAL, SIGMA, seed=1, first_sample=bits)
+        for i in range(3):
+            number, one = (first + i) % 2**64, slice(i, i + 1)
+            x, row = x_start[one], t[one]
+            alone = ops.q_sample(x, row, SIGNAL, SIGMA, seed=1, first_sample=number)
+            assert torch.equal(actual[0][one], alone[0]) and torch.equal(actual[1][one], alone[1])
 
 
 @pytest.mark.any_backend
@@ -137,6 +154,7 @@ def test_a_call_like_the_last_one_is_checked_again_where_it_may_differ():
     for _ in range(2):
         ops.q_sample(x_start, t, SIGNAL, SIGMA, seed=1)
         ops.q_sample(x_start, t, SIGNAL, SIGMA, seed=tensor, step=tensor)
+        ops.q_sample(x_start, t, SIGNAL, SIGMA, seed=1, first_sample=tensor)
         ops.q_sample(x_start, t, SIGNAL, SIGMA, noise=noise)
     for counters, message in (
         ({"seed": -1}, "seed is -1"),
@@ -145,6 +163,9 @@ def test_a_call_like_the_last_one_is_checked_again_where_it_may_differ():
         ({"seed": tensor.int()}, "seed is a torch.int32 tensor"),
         ({"seed": tensor, "step": tensor.expand(2)}, "step is a .* of 2 elements"),
         ({"seed": tensor, "first_sample": -1}, "first_sample"),
+        ({"seed": 1, "first_sample": tensor.int()}, "first_sample is a torch.int32 tensor"),
+        ({"seed": 1, "first_sample": tensor.expand(2)}, "first_sample is a .* of 2 elements"),
+        ({"seed": 1, "first_sample": tensor.to("meta")}, "first_sample is a .* on meta"),
     ):
         with pytest.raises(InputError, match=message):
             ops.q_sample(x_start, t, SIGNAL, SIGMA, **counters)
@@ -213,7 +234,15 @@ def test_higher_derivatives_and_transforms():
 
 @pytest.mark.any_backend
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("given", [{"noise": True}, {"seed": 5}, {"seed": torch.tensor(5)}, {}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"noise": True},
+        {"seed": 5},
+        {"seed": torch.tensor(5), "first_sample": torch.tensor(2**40)},
+        {},
+    ],
+)
 @pytest.mark.parametrize("return_noise", [True, False])
 def test_it_compiles_as_one_graph(given, return_noise):
     x_start, t, noise = inputs((2, 3, 4, 4), torch.float32)
@@ -244,7 +273,9 @@ def test_operators_pass_opcheck(drawn, suffix):
     x_start, t, noise = inputs((2, 3, 4, 4), torch.float32, "channels_last")
     x_start.requires_grad_(not suffix)
     name = ("q_sample_drawn" if drawn else "q_sample") + suffix
-    counters = (4, None, 0, torch.tensor(3), 1) if drawn else (None, None, 0, None, 0)
+    counters = (None, None, 0, None, 0, None)
+    if drawn:
+        counters = (4, None, 0, torch.tensor(3), 0, torch.tensor(2**40))
     arguments = (x_start, t, SIGNAL, SIGMA, None if drawn else noise, *counters, "native")
     torch.library.opcheck(getattr(torch.ops.fastdiff, name).default, arguments)
 
@@ -301,7 +332,8 @@ def test_triton_compiles_without_a_gpu_and_without_spills(capability, tmp_path, 
     for dtype, one_run in (("*fp32", True), ("*bf16", False)):
         pointers = {"x_start": dtype, "noise": dtype, "x_t": dtype, **tables, **wide}
         for addresses in (True, False):
-            devices = dict.fromkeys(("seed_address", "step_address"), "*i64" if addresses else None)
+            names = ("seed_address", "step_address", "first_sample_address")
+            devices = dict.fromkeys(names, "*i64" if addresses else None)
             compiled = compile_for(
                 capability,
                 q_sample_kernel,
@@ -319,9 +351,9 @@ def test_gpu_agrees_with_the_cpu(dtype, layout):
     x_start, t, _ = inputs((3, 3, 33, 32), dtype, layout)
     expected = ops.q_sample(x_start, t, SIGNAL, SIGMA, seed=2**63 + 7, step=5, first_sample=2**33)
     on_gpu = [v.cuda() for v in (x_start, t, SIGNAL, SIGMA)]
-    device = {"device": "cuda"}
-    counters = {"seed": torch.tensor(7 - 2**63, **device), "step": torch.tensor(5, **device)}
-    x_t, noise = ops.q_sample(*on_gpu, **counters, first_sample=2**33)
+    counters = {"seed": 7 - 2**63, "step": 5, "first_sample": 2**33}
+    counters = {name: torch.tensor(value, device="cuda") for name, value in counters.items()}
+    x_t, noise = ops.q_sample(*on_gpu, **counters)
     assert torch.equal(noise.cpu(), expected[1])
     torch.testing.assert_close(x_t.cpu(), expected[0], rtol=torch.finfo(dtype).eps, atol=1e-6)
 

@@ -166,6 +166,7 @@ def test_seeds_steps_and_samples_give_different_streams():
         "seed's high word": rng.normal((1, 4096), seed=1 + 2**32),
         "step": rng.normal((1, 4096), seed=1, step=rng.sampling_step(0)),
         "next step": rng.normal((1, 4096), seed=1, step=rng.sampling_step(1)),
+        "known region": rng.normal((1, 4096), seed=1, step=rng.known_step(0)),
         "training": rng.normal((1, 4096), seed=1, step=rng.training_step(0)),
         "sample": rng.normal((1, 4096), seed=1, first_sample=1),
         "sample's high word": rng.normal((1, 4096), seed=1, first_sample=2**32),
@@ -175,19 +176,19 @@ def test_seeds_steps_and_samples_give_different_streams():
     assert correlation.abs().max() < 5 / math.sqrt(4096)
 
 
-def test_steps_of_x_t_sampling_and_training_never_meet():
-    assert rng.X_T_STEP == 0
-    assert rng.sampling_step(0) == 1
-    assert rng.sampling_step(2**31 - 2) == 2**31 - 1
-    assert rng.training_step(0) == 2**31
-    assert rng.training_step(2**31 - 1) == 2**32 - 1
-    for call in (rng.sampling_step, rng.training_step):
-        with pytest.raises(InputError, match="step"):
-            call(-1)
-    with pytest.raises(InputError, match="sampling step"):
-        rng.sampling_step(2**31 - 1)
-    with pytest.raises(InputError, match="training step"):
-        rng.training_step(2**31)
+def test_steps_of_different_uses_never_meet():
+    next_step = rng.X_T_STEP + 1
+    for name, step_of, count in (
+        ("sampling", rng.sampling_step, 2**30 - 1),
+        ("known", rng.known_step, 2**30),
+        ("training", rng.training_step, 2**31),
+    ):
+        assert step_of(0) == next_step
+        next_step = step_of(count - 1) + 1
+        for outside in (-1, count):
+            with pytest.raises(InputError, match=f"{name} step is {outside}"):
+                step_of(outside)
+    assert next_step == 2**32
 
 
 # --- Batches and layouts ----------------------------------------------------------------------
@@ -284,11 +285,21 @@ def test_writing_is_visible_to_autograd():
         rng.normal((2, 8), seed=0, out=torch.empty(2, 8))
 
 
-def test_seed_and_step_may_be_tensors():
-    expected = rng.normal((2, 9), seed=2**64 - 5, step=2**32 - 2)
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_counters_may_be_tensors(backend):
+    numbers = dict(seed=2**64 - 5, step=2**32 - 2, first_sample=2**63 + 2**33)
     tensors = dict(seed=torch.tensor(-5), step=torch.tensor([2**32 - 2]))
-    assert torch.equal(rng.normal((2, 9), **tensors), expected)
-    assert torch.allclose(rng.normal((2, 9), **tensors, backend="reference"), expected)
+    tensors["first_sample"] = torch.tensor([[2**33 - 2**63]])
+    expected = rng.normal((2, 9), **numbers, backend=backend)
+    assert torch.equal(rng.normal((2, 9), **tensors, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_numbers_from_a_tensor_wrap_around(backend):
+    options = dict(seed=3, backend=backend)
+    wrapped = rng.normal((3, 9), first_sample=torch.tensor(-1), **options)
+    assert torch.equal(wrapped[:1], rng.normal((1, 9), first_sample=2**64 - 1, **options))
+    assert torch.equal(wrapped[1:], rng.normal((2, 9), first_sample=0, **options))
 
 
 def test_numpy_integers_are_integers():
@@ -328,6 +339,9 @@ def test_plan(device_type, dtype, cuda_kernel, triton, expected):
         (dict(seed=0, step=-1), "step is -1"),
         (dict(seed=0, first_sample=-1), "first_sample is -1"),
         (dict(seed=0, first_sample=2**64 - 1), "first_sample"),
+        (dict(seed=0, first_sample=torch.tensor(1.0)), "first_sample is a torch.float32 tensor"),
+        (dict(seed=0, first_sample=torch.tensor([1, 2])), "2 elements"),
+        (dict(seed=0, first_sample=torch.tensor(1, device="meta")), "on meta: .* on cpu"),
         (dict(seed=0, dtype=torch.int32), "dtype is torch.int32"),
         (dict(seed=0, out=torch.empty(2, 9)), r"out has shape \(2, 9\): expected \(2, 8\)"),
         (dict(seed=0, out=torch.empty(2, 8, dtype=torch.int8)), "dtype is torch.int8"),
@@ -381,7 +395,7 @@ def test_triton_kernels_compile_without_a_gpu(capability, tmp_path, monkeypatch)
         signature = {name: "i64" for name in kernel.arg_names} | {"out": out}
         if one_run is not None:
             constants |= {"ONE_RUN": one_run, "WIDE": not one_run}
-            for name in ("seed_address", "step_address"):
+            for name in ("seed_address", "step_address", "first_sample_address"):
                 signature[name] = "*i64"
                 if not addresses:
                     constants[name] = None
@@ -407,10 +421,9 @@ def test_gpu_agrees_with_the_cpu_bit_for_bit(backend, dtype, shape):
     expected = rng.normal(shape, dtype=dtype, **options)
     drawn = rng.normal(shape, dtype=dtype, device="cuda:0", backend=backend, **options)
     assert torch.equal(drawn.cpu(), expected)
-    tensors = dict(
-        seed=torch.tensor(7 - 2**63, device="cuda:0"), step=torch.tensor(5, device="cuda:0")
-    )
+    counters = dict(seed=7 - 2**63, step=5, first_sample=2**33)
+    tensors = {name: torch.tensor(value, device="cuda:0") for name, value in counters.items()}
     if len(shape) == 4:
         out = torch.full_like(drawn, float("nan"), memory_format=torch.channels_last)
-        rng.normal(shape, out=out, backend=backend, first_sample=2**33, **tensors)
+        rng.normal(shape, out=out, backend=backend, **tensors)
         assert torch.equal(out.cpu(), expected)

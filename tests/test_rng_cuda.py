@@ -44,11 +44,17 @@ def test_it_agrees_with_the_cpu_bit_for_bit(shape, few_blocks, dtype):
         assert wider[:, :4].isnan().all() and wider[:, -4:].isnan().all()
 
 
-def test_seed_and_step_are_read_from_memory():
+@pytest.mark.parametrize("elements", [9, 16])
+def test_counters_are_read_from_memory(elements):
+    numbers = dict(seed=2**64 - 3, step=2**32 - 2)
     counters = dict(seed=torch.tensor(-3), step=torch.tensor(2**32 - 2))
     on_device = {name: value.to(DEVICE) for name, value in counters.items()}
-    actual = drawn(torch.empty(2, 9, device=DEVICE), first_sample=4, **on_device)
-    assert torch.equal(actual, rng.normal((2, 9), seed=2**64 - 3, step=2**32 - 2, first_sample=4))
+    for first in (4, 2**40, 2**63 + 5, 2**64 - 1):  # the last one's second sample is number 0
+        bits = torch.tensor([first - 2**64 if first >= 2**63 else first], device=DEVICE)
+        actual = drawn(torch.empty(2, elements, device=DEVICE), first_sample=bits, **on_device)
+        for i in range(2):
+            of_one = rng.normal((1, elements), first_sample=(first + i) % 2**64, **numbers)
+            assert torch.equal(actual[i : i + 1], of_one)
 
 
 @pytest.mark.parametrize("few_blocks", [1], indirect=True)

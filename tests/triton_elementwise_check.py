@@ -34,6 +34,7 @@ def both(call):
 
 def check_q_sample():
     signal, sigma = torch.rand(2, 10)
+    seed, first = torch.tensor(-5), torch.tensor(-1)  # numbers 2^64 − 1, and then 0
     for dtype in DTYPES[:2]:
         for shape, layout in (
             ((2, 3, 5, 7), "contiguous"),
@@ -44,7 +45,7 @@ def check_q_sample():
             x_start, t = LAYOUTS[layout](torch.randn(shape).to(dtype)), torch.arange(shape[0])
             given = [
                 {"seed": 2**63 + 5, "step": 2**31 - 1, "first_sample": 2**63 + 1},
-                {"seed": torch.tensor(-5), "step": torch.tensor(9)},
+                {"seed": seed, "step": torch.tensor(9), "first_sample": first},
                 {"noise": torch.randn(shape)},
                 {"seed": 1, "return_noise": False},
             ]
@@ -72,6 +73,7 @@ def check_q_sample():
 
 
 def check_posterior_step():
+    seed, first = torch.tensor(-3), torch.tensor(-1)  # numbers 2^64 − 1, and then 0
     for var_type, method, guidance in (
         ("fixed_large", "ddpm", None),
         ("learned", "ddpm", 2.5),
@@ -91,7 +93,7 @@ def check_posterior_step():
                 for step, given in (
                     (0, {"seed": 2**63 + 3, "first_sample": 2}),
                     (3, {"noise": noise, "return_x_start": False}),
-                    (torch.tensor(2), {"seed": torch.tensor(-3)}),
+                    (torch.tensor(2), {"seed": seed, "first_sample": first}),
                     (torch.tensor([5], dtype=torch.int32), {"noise": noise}),
                 ):
                     given = given | {"prev_x_start": before, "guidance_scale": guidance}

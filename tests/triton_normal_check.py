@@ -40,11 +40,17 @@ for shape in ((3, 5, 17, 21), (2, 1, 32, 64)):
     print("float32: agrees")
 
     tensors = dict(seed=torch.tensor(5 - 2**63), step=torch.tensor(2**31 + 7))
-    half = rng.normal(shape, dtype=torch.float16, first_sample=2**33, backend="triton", **tensors)
+    first = torch.tensor(2**33)
+    half = rng.normal(shape, dtype=torch.float16, first_sample=first, backend="triton", **tensors)
     assert torch.equal(half, expected.half())
-    print("float16, seed and step from memory: agrees")
+    first.fill_(-1)  # numbers 2^64 − 1, and then 0
+    expected = rng.normal(shape, first_sample=first, **tensors)
+    actual = rng.normal(shape, first_sample=first, backend="triton", **tensors)
+    assert torch.equal(actual, expected)
+    print("counters from memory: agrees")
 
 # The interpreter truncates to bfloat16 where the GPU rounds: one ulp, 2^-7 of the value.
+expected = rng.normal(shape, **options)
 drawn = rng.normal(shape, dtype=torch.bfloat16, backend="triton", **options)
 torch.testing.assert_close(drawn.float(), expected, rtol=2**-7, atol=0)
 print("bfloat16: agrees")

@@ -57,6 +57,13 @@ struct Work {
   DType drawn_as;  // what drawn noise is rounded to
   bool draws;
   uint64_t first_sample;
+  const uint64_t* first_sample_address;  // overrides it
+
+  // Read anew for every tile: kept, it would cost two registers that q_sample does not have.
+  __device__ __forceinline__ uint64_t number(int64_t sample) const {
+    const uint64_t first = first_sample_address != nullptr ? *first_sample_address : first_sample;
+    return first + static_cast<uint64_t>(sample);
+  }
 };
 
 // --- Contiguous samples --------------------------------------------------------------------------
@@ -134,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks)
 #pragma unroll
     for (int i = 0; i < Op::kInputs; ++i) unpack(work.in[i].layout.dtype, raw[i], in[i]);
     if (start.draws) {
-      const uint64_t number = work.first_sample + static_cast<uint64_t>(at.sample);
+      const uint64_t number = work.number(at.sample);
       float(&noise)[kEach] = in[Op::kNoise];
       if constexpr (kAcross) {
         float* drawn = reinterpret_cast<float*>(shared_memory());
@@ -190,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks)
 #pragma unroll
     for (int i = 0; i < Op::kInputs; ++i) unpack(work.in[i].layout.dtype, raw[i], in[i]);
     if (start.draws) {
-      const uint64_t number = work.first_sample + static_cast<uint64_t>(quad.sample);
+      const uint64_t number = work.number(quad.sample);
       const Normals4 normals = drawn_quad(start, number, quad.counter);
       memcpy(in[Op::kNoise], normals.n, sizeof normals.n);
       round_to(work.drawn_as, in[Op::kNoise]);

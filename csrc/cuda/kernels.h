@@ -12,10 +12,11 @@
 namespace fastdiff::cuda {
 
 // Device addresses that override the values of NormalFill when not null, so that a captured graph
-// draws fresh noise at every replay: an 8-byte seed and an 8-byte step (its low 32 bits count).
+// draws fresh noise at every replay: 8 bytes each (of a step the low 32 bits count).
 struct DeviceCounters {
   const uint64_t* seed;
   const int64_t* step;
+  const uint64_t* first_sample;
 };
 
 void normal(const NormalFill& fill, const DeviceCounters& counters, void* stream);
@@ -34,13 +35,14 @@ struct Target {
   void* stream;
 };
 
-// The seed and step of `counters`, where they are given: this seed in place of the call's, and this
-// step added to the call's. A t out of range gives NaN.
+// What `counters` gives takes the place of the call's seed and first sample, and is added to its
+// step. A t out of range gives NaN.
 void q_sample(const QSample& plan, const QSampleCall& call, const DeviceCounters& counters,
               const Target& on);
-// `seed_address` overrides the call's seed. A step out of range gives NaN.
+// The addresses override the call's seed and first sample. A step out of range gives NaN.
 void posterior_step(const PosteriorStep& plan, const PosteriorStepCall& call,
-                    const uint64_t* seed_address, const Target& on);
+                    const uint64_t* seed_address, const uint64_t* first_sample_address,
+                    const Target& on);
 
 DeviceLimits device_limits(int device);  // the current one
 int runtime_version();  // as 1000·major + 10·minor, of the linked CUDA runtime; 0: emulated

@@ -25,12 +25,13 @@ __global__ void __launch_bounds__(kThreads)
     normal_kernel(const NormalFill fill, const DeviceCounters counters) {
   const uint64_t seed = counters.seed ? *counters.seed : fill.seed;
   const uint32_t step = counters.step ? static_cast<uint32_t>(*counters.step) : fill.step;
+  const uint64_t first_sample = counters.first_sample ? *counters.first_sample : fill.first_sample;
   const int64_t elements = fill.channels * fill.spatial;
   const int64_t quads = (elements + 3) / 4;
 
   for (int64_t sample = blockIdx.y; sample < fill.samples; sample += gridDim.y) {
     T* out = static_cast<T*>(fill.out) + sample * fill.sample_stride;
-    const uint64_t index = fill.first_sample + static_cast<uint64_t>(sample);
+    const uint64_t index = first_sample + static_cast<uint64_t>(sample);
     for (int64_t quad = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; quad < quads;
          quad += static_cast<int64_t>(gridDim.x) * kThreads) {
       const Normals4 normals =

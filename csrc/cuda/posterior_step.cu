@@ -7,8 +7,9 @@
 // 4.3 TB/s of an H200.
 //
 // Algorithm: elementwise.h's: load eight elements of what the row uses, draw their noise where it
-// adds some, and combine. The row, its number, the seed and the guidance scale are read from the
-// device. Range: element indices below 2^34 where noise is drawn. A step out of range gives NaN.
+// adds some, and combine. The row, its number, the seed, the first sample's number and the
+// guidance scale are read from the device. Range: element indices below 2^34 where noise is drawn. A
+// step out of range gives NaN.
 #include "../common/step.h"
 
 #include "elementwise.h"
@@ -83,7 +84,8 @@ struct PosteriorOp {
 }  // namespace
 
 void posterior_step(const PosteriorStep& plan, const PosteriorStepCall& call,
-                    const uint64_t* seed_address, const Target& on) {
+                    const uint64_t* seed_address, const uint64_t* first_sample_address,
+                    const Target& on) {
   using Op = PosteriorOp;
   const int64_t guidance = plan.guidance_offset, variance = plan.variance_offset;
   Work<Op> work = {};
@@ -99,6 +101,7 @@ void posterior_step(const PosteriorStep& plan, const PosteriorStepCall& call,
   work.drawn_as = DType::kFloat32;
   work.draws = call.draws;
   work.first_sample = call.first_sample;
+  work.first_sample_address = first_sample_address;
 
   unsigned given = 0;
   for (int i = 0; i < Op::kInputs; ++i) given |= (work.in[i].at != nullptr ? 1u : 0u) << i;

@@ -70,6 +70,7 @@ void q_sample(const QSample& plan, const QSampleCall& call, const DeviceCounters
   work.drawn_as = plan.x_start.dtype;
   work.draws = call.draws;
   work.first_sample = call.first_sample;
+  work.first_sample_address = counters.first_sample;
 
   const bool reads_noise = !call.draws && call.noise != nullptr;
   const unsigned reads =

@@ -89,13 +89,9 @@ def described(tensor: object) -> tuple | type:
     )
 
 
-def is_counter(value: object, limit: int) -> bool:
-    """Whether ``value`` needs no further check as a seed, step or sample number."""
-    return type(value) is int and 0 <= value < limit
-
-
 def is_checked_counter(value: object, limit: int) -> bool:
-    """The same where tensors of which ``described`` says the same have been checked before."""
+    """Whether ``value`` needs no further check as a seed, step or sample number where tensors of
+    which ``described`` says the same have been checked before."""
     return 0 <= value < limit if type(value) is int else type(value) is Tensor
 
 
@@ -114,6 +110,9 @@ def split_counter(
     return (None, checked) if isinstance(checked, Tensor) else (signed(checked), None)
 
 
-def check_first_sample(value: int, samples: int) -> int:
-    """The checked number of a batch's first sample, as operators take it."""
-    return signed(rng.check_integer("first_sample", value, 2**64 - max(samples - 1, 0)))
+def split_first_sample(
+    value: int | Tensor, samples: int, device: torch.device
+) -> tuple[int, Tensor | None]:
+    """The checked number of a batch's first sample as (number, None) or (0, tensor)."""
+    checked = rng.check_first_sample(value, samples, device)
+    return (0, checked) if isinstance(checked, Tensor) else (signed(checked), None)

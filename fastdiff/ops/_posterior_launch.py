@@ -20,7 +20,8 @@ from fastdiff.step_table import StepTable
 _ARGUMENTS = (
     "(Tensor x_t, Tensor model_output, Tensor packed, bool learned_variance, int step, "
     "Tensor? step_tensor, Tensor? noise, int? seed, Tensor? seed_tensor, int first_sample, "
-    "Tensor? prev_x_start, float? guidance_scale, Tensor? guidance_tensor, str backend)"
+    "Tensor? first_sample_tensor, Tensor? prev_x_start, float? guidance_scale, "
+    "Tensor? guidance_tensor, str backend)"
 )
 FIRST_COUNTER_STEP = rng.sampling_step(0)
 
@@ -48,6 +49,7 @@ def _run(
     seed: int | None,
     seed_tensor: Tensor | None,
     first_sample: int,
+    first_sample_tensor: Tensor | None,
     prev_x_start: Tensor | None,
     guidance_scale: float | None,
     guidance_tensor: Tensor | None,
@@ -84,6 +86,7 @@ def _run(
             seed,
             seed_tensor,
             first_sample,
+            first_sample_tensor,
             None if prev_x_start is None else prev_x_start.contiguous(),
             guidance_scale,
             guidance_tensor,
@@ -99,11 +102,13 @@ def _run(
         from fastdiff.kernels import posterior_step as kernels
 
         drawn_seed = seed if seed_tensor is None else seed_tensor
+        first = first_sample if first_sample_tensor is None else first_sample_tensor
         with backends.device_of(x_t):
-            kernels.launch(plan, tensors, row, drawn_seed, first_sample, scale)
+            kernels.launch(plan, tensors, row, drawn_seed, first, scale)
         return x_prev
     drawn_seed = seed_tensor if seed is None else rng.low_bits(seed, 64)
-    _call(backend, plan, *tensors, row, drawn_seed, rng.low_bits(first_sample, 64), scale)
+    first = rng.low_bits(first_sample, 64) if first_sample_tensor is None else first_sample_tensor
+    _call(backend, plan, *tensors, row, drawn_seed, first, scale)
     return x_prev
 
 
@@ -119,7 +124,7 @@ def _call(
     x_start: Tensor | None,
     step: int | Tensor,
     seed: int | Tensor | None,
-    first_sample: int,
+    first_sample: int | Tensor,
     guidance_scale: float | Tensor | None,
 ) -> None:
     """The native kernel or CUDA's, on tensors that are as the plan says; numbers are not
@@ -148,6 +153,7 @@ def _call(
     )
     if backend == "cuda":
         seed, seed_address = rng.value_or_address(0 if seed is None else seed)
+        first_sample, first_sample_address = rng.value_or_address(first_sample)
         device = x_t.device
         with backends.device_of(x_t):
             native.library().posterior_step_cuda(
@@ -156,6 +162,7 @@ def _call(
                 seed_address,
                 FIRST_COUNTER_STEP,
                 first_sample,
+                first_sample_address,
                 native.multiprocessors(device),
                 native.cuda_stream(device),
             )
@@ -164,7 +171,7 @@ def _call(
         *arguments,
         rng.low_bits(seed, 64) if isinstance(seed, Tensor) else seed or 0,
         FIRST_COUNTER_STEP,
-        first_sample,
+        rng.low_bits(first_sample, 64),
         torch.get_num_threads(),
     )
     if not served:
@@ -263,7 +270,7 @@ class _Known(NamedTuple):
         step: int | Tensor,
         noise: Tensor | None,
         seed: Any,
-        first_sample: int,
+        first_sample: Any,
         prev_x_start: Tensor | None,
         guidance_scale: Any,
         return_x_start: bool,
@@ -288,11 +295,14 @@ def kind_of_call(
     step: int | Tensor,
     noise: Tensor | None,
     seed: int | Tensor | None,
+    first_sample: int | Tensor,
     prev_x_start: Tensor | None,
     guidance_scale: float | Tensor | None,
 ) -> tuple | None:
     """All that the checks and the plan of a call depend on; None for calls that are not kept."""
-    if type(table) is not StepTable or not (seed is None or is_checked_counter(seed, 2**64)):
+    if type(table) is not StepTable or not is_checked_counter(first_sample, 2**63):
+        return None
+    if not (seed is None or is_checked_counter(seed, 2**64)):
         return None
     at: tuple | None
     if type(step) is int:
@@ -312,6 +322,7 @@ def kind_of_call(
         *map(described, (x_t, model_output, table.packed, noise, prev_x_start)),
         at,
         described(seed),
+        described(first_sample),
         scale,
         table.doubled_output,
         table.learned_variance,

@@ -12,17 +12,18 @@ from fastdiff.ops._elementwise import (
     common_layout,
     contiguous_like,
     is_checked_counter,
-    is_counter,
 )
 
 # Each of two: x_t alone, or x_t and the noise that was drawn for it. The first of a pair has an
 # autograd formula; eager calls that need none take the second, whose dispatch is half as long.
 
-Counters = tuple[int | None, Tensor | None, int, Tensor | None, int]
+# The numbers and tensors of seed, step and first sample; a tensor counts in place of its number.
+Counters = tuple[int | None, Tensor | None, int, Tensor | None, int, Tensor | None]
 
 _ARGUMENTS = (
     "(Tensor x_start, Tensor t, Tensor signal, Tensor sigma, Tensor? noise, "
-    "int? seed, Tensor? seed_tensor, int step, Tensor? step_tensor, int first_sample, str backend)"
+    "int? seed, Tensor? seed_tensor, int step, Tensor? step_tensor, int first_sample, "
+    "Tensor? first_sample_tensor, str backend)"
 )
 _lib = torch.library.Library("fastdiff", "FRAGMENT")
 
@@ -38,11 +39,12 @@ def launch(
     step: int,
     step_tensor: Tensor | None,
     first_sample: int,
+    first_sample_tensor: Tensor | None,
     returns_drawn: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
     arguments = (x_start, t, signal, sigma, noise)
-    counters = (seed, seed_tensor, step, step_tensor, first_sample)
+    counters = (seed, seed_tensor, step, step_tensor, first_sample, first_sample_tensor)
     if torch.compiler.is_compiling():
         if returns_drawn:
             return torch.ops.fastdiff.q_sample_drawn(*arguments, *counters, backend)
@@ -79,6 +81,7 @@ def _run(
     step: int,
     step_tensor: Tensor | None,
     first_sample: int,
+    first_sample_tensor: Tensor | None,
     backend: str,
 ) -> Tensor:
     """x_t; the noise is ``noise``, drawn where there is a seed (and written to ``drawn``), or 0."""
@@ -98,9 +101,9 @@ def _run(
     if plan is None:  # strides that (channels, spatial) cannot say: through contiguous copies
         given = None if noise is None else noise.contiguous()
         copied = contiguous_like(drawn)
-        dense = (x_start.contiguous(), t, signal, sigma, given)
-        numbers = (seed, seed_tensor, step, step_tensor, first_sample)
-        result = _run(copied, *dense, *numbers, backend)
+        counters = (seed, seed_tensor, step, step_tensor, first_sample, first_sample_tensor)
+        dense = x_start.contiguous()
+        result = _run(copied, dense, t, signal, sigma, given, *counters, backend)
         if drawn is not None and copied is not None:
             drawn.copy_(copied)
         return x_t.copy_(result)
@@ -110,11 +113,12 @@ def _run(
         from fastdiff.kernels import q_sample as kernels
 
         drawn_seed = seed if seed_tensor is None else seed_tensor
+        first = first_sample if first_sample_tensor is None else first_sample_tensor
         with backends.device_of(x_start):
-            kernels.launch(plan, tensors, counts, drawn_seed, counted_step, first_sample)
+            kernels.launch(plan, tensors, counts, drawn_seed, counted_step, first)
         return x_t
     drawn_seed = seed_tensor if seed is None else rng.low_bits(seed, 64)
-    first = rng.low_bits(first_sample, 64)
+    first = rng.low_bits(first_sample, 64) if first_sample_tensor is None else first_sample_tensor
     _call(backend, plan, *tensors, drawn_seed, counted_step, first)
     return x_t
 
@@ -130,7 +134,7 @@ def _call(
     x_t: Tensor,
     seed: int | Tensor | None,
     step: int | Tensor,
-    first_sample: int,
+    first_sample: int | Tensor,
 ) -> None:
     """The native kernel or CUDA's. With a seed it writes the noise, without it reads it; numbers
     are not negative."""
@@ -147,6 +151,7 @@ def _call(
     if backend == "cuda":
         seed, seed_address = rng.value_or_address(0 if seed is None else seed)
         step, step_address = rng.value_or_address(step)
+        first_sample, first_sample_address = rng.value_or_address(first_sample)
         device = x_start.device
         with backends.device_of(x_start):
             native.library().q_sample_cuda(
@@ -156,6 +161,7 @@ def _call(
                 (step + rng.TRAINING_STEP_BASE) & 0xFFFFFFFF,
                 step_address,
                 first_sample,
+                first_sample_address,
                 native.multiprocessors(device),
                 native.cuda_stream(device),
             )
@@ -164,7 +170,7 @@ def _call(
         *arguments,
         rng.low_bits(seed, 64) if isinstance(seed, Tensor) else seed or 0,
         (int(step) + rng.TRAINING_STEP_BASE) & 0xFFFFFFFF,
-        first_sample,
+        rng.low_bits(first_sample, 64),
         torch.get_num_threads(),
     )
     if bad >= 0:
@@ -210,7 +216,7 @@ def are_known_counters(seed: Any, step: Any, first_sample: Any) -> bool:
     return (
         is_checked_counter(seed, 2**64)
         and is_checked_counter(step, 2**31)
-        and is_counter(first_sample, 2**63)
+        and is_checked_counter(first_sample, 2**63)
     )
 
 
@@ -223,7 +229,7 @@ def new_x_t(
     noise: Tensor | None,
     seed: Any,
     step: Any,
-    first_sample: int,
+    first_sample: Any,
     return_noise: bool,
 ) -> tuple[Tensor, Tensor | None]:
     x_t = torch.empty_like(x_start)
@@ -270,8 +276,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     t, signal, sigma = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * 11
-    none = (None, None, None, 0, None, 0, False, ctx.backend)
+    grads: list[Tensor | None] = [None] * 12
+    none = (None, None, None, 0, None, 0, None, False, ctx.backend)
     if ctx.needs_input_grad[0]:
         grads[0] = launch(grad, t, signal, sigma, *none)[0]
     if ctx.needs_input_grad[4]:

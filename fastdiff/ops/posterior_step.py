@@ -9,9 +9,8 @@ from fastdiff._checks import is_finite
 from fastdiff.backends import Choice
 from fastdiff.errors import InputError
 from fastdiff.ops._elementwise import (
-    check_first_sample,
-    is_counter,
     split_counter,
+    split_first_sample,
 )
 from fastdiff.ops._posterior_launch import kind_of_call, know, known_calls, reads, step_error
 from fastdiff.reference import posterior_step as reference
@@ -28,7 +27,7 @@ def posterior_step(
     *,
     noise: torch.Tensor | None = None,
     seed: int | torch.Tensor | None = None,
-    first_sample: int = 0,
+    first_sample: int | torch.Tensor = 0,
     prev_x_start: torch.Tensor | None = None,
     guidance_scale: float | torch.Tensor | None = None,
     return_x_start: bool = True,
@@ -42,10 +41,10 @@ def posterior_step(
         table: rows of coefficients, on the device of ``x_t``.
         step: the row, 0 being the noisiest: an int, or an integer tensor of one element on the
             device, which is read where the step is computed.
-        noise: (N, C, ...) standard normal. Or give ``seed`` (an int, or an int64 tensor of one
-            element on the device): sample i then draws the counter-based noise of sample
-            ``first_sample + i`` at this step. A row that draws no noise needs neither, and ignores
-            what it is given; a ``step`` tensor counts as any row.
+        noise: (N, C, ...) standard normal. Or give ``seed``: sample i then draws the counter-based
+            noise of sample ``first_sample + i`` at this step; both are ints, or int64 tensors of
+            one element on the device. A row that draws no noise needs neither noise nor seed, and
+            ignores what it is given; a ``step`` tensor counts as any row.
         prev_x_start: pred_x_start of the row before; DPM-Solver++ needs it (a first row does not
             read it, so a ``step`` tensor may start from zeros).
         guidance_scale: s in unconditional + s·(conditional − unconditional), a number or a tensor
@@ -59,10 +58,10 @@ def posterior_step(
     if backends.nobody_listens():
         # What was checked and planned once is neither checked nor planned again.
         key = kind_of_call(
-            x_t, model_output, table, step, noise, seed, prev_x_start, guidance_scale
+            x_t, model_output, table, step, noise, seed, first_sample, prev_x_start, guidance_scale
         )
         known = None if key is None else known_calls.get(key)
-        if known is not None and is_counter(first_sample, 2**63):
+        if known is not None:
             return known.run(
                 x_t,
                 model_output,
@@ -80,7 +79,7 @@ def posterior_step(
     noisy, multistep = reads(table, step)
     _check_extras(x_t, noisy, multistep, noise, seed, prev_x_start)
     number, seed_tensor = split_counter("seed", seed if noisy else None, 2**64, x_t.device)
-    first = check_first_sample(first_sample, len(x_t))
+    first, first_tensor = split_first_sample(first_sample, len(x_t), x_t.device)
     backend, _ = _choose(x_t, model_output, noise, prev_x_start)
 
     if backend == "reference":
@@ -112,6 +111,7 @@ def posterior_step(
         number,
         seed_tensor,
         first,
+        first_tensor,
         prev_x_start if multistep else None,
         guidance_scale if scale_tensor is None else None,
         scale_tensor,
@@ -170,7 +170,7 @@ def _reference(
     step: int | torch.Tensor,
     noise: torch.Tensor | None,
     seed: int | torch.Tensor | None,
-    first_sample: int,
+    first_sample: int | torch.Tensor,
     prev_x_start: torch.Tensor | None,
     guidance_scale: float | torch.Tensor | None,
     return_x_start: bool,

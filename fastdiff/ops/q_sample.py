@@ -10,9 +10,9 @@ from fastdiff._checks import check_float, check_like, check_timesteps
 from fastdiff.backends import Choice
 from fastdiff.errors import InputError
 from fastdiff.ops._elementwise import (
-    check_first_sample,
     described,
     split_counter,
+    split_first_sample,
 )
 from fastdiff.ops._q_sample_launch import (
     Counters,
@@ -33,7 +33,7 @@ def q_sample(
     *,
     noise: Tensor | None = None,
     seed: int | Tensor | None = None,
-    first_sample: int = 0,
+    first_sample: int | Tensor = 0,
     step: int | Tensor = 0,
     return_noise: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
@@ -47,10 +47,10 @@ def q_sample(
         noise: N(0, I) like x_start. Or
         seed: the noise is drawn from the counter-based generator, in the pass that uses it, in
             x_start's dtype: to the bit what ``rng.normal`` draws. Sample i of the batch takes the
-            stream of sample ``first_sample + i`` at training step ``step``. Either may be an int64
-            tensor of one element on x_start's device, which is read where the noise is drawn.
-            With neither, torch.randn draws in logical order, so that channels_last changes no
-            number.
+            stream of sample ``first_sample + i`` at training step ``step``. Each of the three may
+            be an int64 tensor of one element on x_start's device, which is read where the noise
+            is drawn. With neither noise nor seed, torch.randn draws in logical order, so that
+            channels_last changes no number.
         return_noise: False: the second result is None, and with ``seed`` no noise is written.
 
     Raises InputError for both noise and seed, a shape, dtype or device that does not fit, and, on
@@ -61,8 +61,8 @@ def q_sample(
     if (seed is None) != (noise is None) and backends.nobody_listens():
         # What was checked and planned once is neither checked nor planned again.
         tensors = (x_start, t, signal, sigma, noise)
-        numbers = seed is None or type(seed) is type(step) is int
-        kinds = None if numbers else (described(seed), described(step))
+        numbers = seed is None or type(seed) is type(step) is type(first_sample) is int
+        kinds = None if numbers else tuple(map(described, (seed, step, first_sample)))
         key = (*map(described, tensors), kinds, return_noise, backends.named())
         known = known_plans.get(key)
         if known is not None and (seed is None or are_known_counters(seed, step, first_sample)):
@@ -142,20 +142,20 @@ def _table_length(first: Tensor, second: Tensor, x_start: Tensor) -> int:
 
 
 def _counters(
-    x_start: Tensor, seed: int | Tensor | None, step: int | Tensor, first_sample: int
+    x_start: Tensor, seed: int | Tensor | None, step: int | Tensor, first_sample: int | Tensor
 ) -> Counters:
     """The checked counters as operators take them; ``step`` stays the training step's number."""
     if seed is None:
-        return None, None, 0, None, 0
+        return None, None, 0, None, 0, None
     number, seed_tensor = split_counter("seed", seed, 2**64, x_start.device)
     limit = 2**32 - rng.TRAINING_STEP_BASE
     step_number, step_tensor = split_counter("step", step, limit, x_start.device)
-    first = check_first_sample(first_sample, len(x_start))
-    return number, seed_tensor, step_number or 0, step_tensor, first
+    first = split_first_sample(first_sample, len(x_start), x_start.device)
+    return number, seed_tensor, step_number or 0, step_tensor, *first
 
 
 def _drawn(
-    x_start: Tensor, seed: int | Tensor | None, step: int | Tensor, first_sample: int
+    x_start: Tensor, seed: int | Tensor | None, step: int | Tensor, first_sample: int | Tensor
 ) -> Tensor:
     """The noise by itself, in x_start's own dtype and layout."""
     assert seed is not None
