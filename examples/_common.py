@@ -1,5 +1,5 @@
-"""What the six studies share: the toy data with its exact answers, a tiny network, a training loop,
-a table and a plot.
+"""What the seven studies share: the toy data with its exact answers, a tiny network, a training
+loop, a table and a plot.
 """
 
 import argparse

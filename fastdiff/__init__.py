@@ -5,6 +5,7 @@ The names below are the public ones; each module's docstring says where it comes
 
 from fastdiff import ops
 from fastdiff.backends import backend, set_backend
+from fastdiff.best_timesteps import best_timesteps
 from fastdiff.create import create_diffusion
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import InputError, TrainingError
@@ -36,6 +37,7 @@ __all__ = [
     "UNet",
     "VarianceExploding",
     "backend",
+    "best_timesteps",
     "cosine_betas",
     "create_diffusion",
     "explain",

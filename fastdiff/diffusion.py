@@ -14,7 +14,7 @@ from fastdiff.errors import InputError
 from fastdiff.forward_process import mean_flat, posterior_mean
 from fastdiff.likelihood import discretized_gaussian_log_likelihood, normal_kl
 from fastdiff.process_tables import FloatArray, TablesAt
-from fastdiff.respacing import space_timesteps
+from fastdiff.respacing import chosen_timesteps
 from fastdiff.reverse_process import Model, check_choice, eps_from_xstart
 from fastdiff.rng import draw_like
 from fastdiff.sampling_loops import SamplingLoops, StepNoise, countdown, noise_of_step
@@ -83,21 +83,31 @@ class GaussianDiffusion(SamplingLoops):
         # The keyword arguments of create_diffusion, where the process came from there.
         self._recipe: dict[str, Any] | None = None
 
-    def respace(self, sections: str | int | Sequence[int]) -> "GaussianDiffusion":
+    def respace(
+        self,
+        sections: str | int | Sequence[int] | None = None,
+        *,
+        spacing: str = "uniform",
+        timesteps: Sequence[int] | npt.NDArray[np.int64] | None = None,
+    ) -> "GaussianDiffusion":
         """The strided process over a subsequence of the timesteps; ᾱ at those is unchanged.
 
         ``sections`` as :func:`fastdiff.respacing.space_timesteps`, counted in this process's own K
-        steps. Its betas are 1 − ᾱ_i / ᾱ_prev (Nichol & Dhariwal 2021 eq. 19) and the network still
-        receives the original timesteps.
+        steps; for a ``spacing`` of :func:`fastdiff.respacing.spaced_timesteps` other than
+        "uniform", a number of steps. Or ``timesteps``, a list that ascends strictly within
+        0 … K − 1. Its betas are 1 − ᾱ_i / ᾱ_prev (Nichol & Dhariwal 2021 eq. 19) and the network
+        still receives the original timesteps. Raises InputError for what does not fit.
         """
-        chosen = space_timesteps(self.num_timesteps, sections)
+        chosen = chosen_timesteps(self, sections, spacing, timesteps)
         kept = self.alphas_cumprod[chosen]
         arguments = self._arguments() | {
             "betas": 1.0 - kept / np.append(1.0, kept[:-1]),
             "timestep_map": self.timestep_map[chosen],
         }
         respaced = GaussianDiffusion(**arguments)
-        if self._recipe is not None and not self._recipe["timestep_respacing"]:
+        # The recipe has a name for sections of the whole process only.
+        named = sections is not None and spacing == "uniform"
+        if named and self._recipe is not None and not self._recipe["timestep_respacing"]:
             plain = sections if isinstance(sections, str) else np.asarray(sections).tolist()
             respaced._recipe = self._recipe | {"timestep_respacing": plain}
         return respaced

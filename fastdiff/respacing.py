@@ -1,9 +1,19 @@
-"""Strided subsequences of timesteps (Nichol & Dhariwal 2021 section 4; DDIM, Song et al. 2020)."""
+"""Strided subsequences of timesteps: published sections, other spacings, or a list.
+
+Nichol & Dhariwal 2021 section 4; DDIM (Song et al. 2020); DPM-Solver (Lu et al. 2022,
+arXiv:2206.00927).
+"""
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from fastdiff.errors import InputError
+from fastdiff.step_table import Process, noise_levels
+
+SPACINGS = ("uniform", "quadratic", "trailing", "logsnr")
 
 
 def space_timesteps(num_timesteps: int, sections: str | int | Iterable[int]) -> list[int]:
@@ -30,6 +40,128 @@ def space_timesteps(num_timesteps: int, sections: str | int | Iterable[int]) -> 
     else:
         counts = [_count(sections, "the step count")]
     return _section_timesteps(num_timesteps, counts)
+
+
+def spaced_timesteps(
+    num_timesteps_or_process: int | Process, steps: str | int | Iterable[int], spacing: str
+) -> list[int]:
+    """``steps`` timesteps out of 0 … T − 1, ascending and distinct, by the name of their spacing.
+
+    ``"uniform"``: :func:`space_timesteps`, whose sections ``steps`` may be; both ends are taken.
+    ``"quadratic"``: linspace(0, √(0.8·T), steps)² rounded down, the choice of DDIM's code for
+    CIFAR-10 (Song et al. 2020 appendix D.2; ``skip_type="quad"``). It starts at 0.8·T.
+    ``"trailing"``: round(T, T − T/steps, T − 2T/steps, …) − 1, diffusers' name and rounding (Lin et
+    al. 2023, arXiv:2305.08891, table 2). It takes T − 1; its last step is from about T/steps − 1.
+    ``"logsnr"``: nearest to evenly spread values of λ = log(signal / noise), both ends taken, as
+    DPM-Solver's ``skip_type="logSNR"``; needs the process, not T. A last step without signal
+    (λ = −∞) is taken, and the others are spread over the rest.
+
+    Where timesteps would coincide, the later of them move up to the next free one; at T − 1 the
+    earlier move down. Raises InputError for an unknown spacing, a count that is no integer in
+    1 … T (sections belong to ``"uniform"``), and ``"logsnr"`` without a process.
+    """
+    if spacing not in SPACINGS:
+        raise InputError(f"spacing is {spacing!r}; expected one of {', '.join(SPACINGS)}")
+    log_snr = None
+    if isinstance(num_timesteps_or_process, int | np.integer):
+        num_timesteps = _count(num_timesteps_or_process, "the number of timesteps", minimum=1)
+    else:
+        log_snr = _log_snr(num_timesteps_or_process)
+        num_timesteps = len(log_snr)
+    if spacing == "uniform":
+        return space_timesteps(num_timesteps, steps)
+    try:
+        count = operator.index(steps)  # type: ignore[arg-type]
+    except TypeError:
+        raise InputError(
+            f"spacing {spacing!r} takes a number of steps, an integer, got {steps!r}: "
+            "sections belong to spacing 'uniform'"
+        ) from None
+    if not 1 <= count <= num_timesteps:
+        raise InputError(
+            f"cannot choose {count} of {num_timesteps} steps: expected 1 … all of them"
+        )
+    if spacing == "quadratic":
+        # DDIM's ermongroup/ddim, runners/diffusion.py.
+        positions = (np.linspace(0, np.sqrt(0.8 * num_timesteps), count) ** 2).astype(np.int64)
+    elif spacing == "trailing":
+        # The rounded stride may make arange one element too long.
+        stride = num_timesteps / count
+        descending = np.arange(num_timesteps, 0, -stride).round()[:count] - 1
+        positions = descending[::-1].astype(np.int64)
+    elif log_snr is not None:
+        positions = _nearest_evenly_spread(log_snr, count)
+    else:
+        raise InputError(
+            f"spacing 'logsnr' needs noise levels, got {num_timesteps} steps: "
+            "give a GaussianDiffusion or a VarianceExploding process"
+        )
+    return _distinct(positions, num_timesteps).tolist()
+
+
+def chosen_timesteps(
+    process: Process,
+    sections: str | int | Iterable[int] | None,
+    spacing: str,
+    timesteps: Sequence[int] | npt.NDArray[np.int64] | None,
+) -> list[int]:
+    """The steps that a process's ``respace`` takes: a spacing's, or ``timesteps`` themselves.
+
+    ``timesteps`` ascend strictly within 0 … K − 1 of the process. Raises InputError for others,
+    and unless exactly one of ``sections`` and ``timesteps`` is given.
+    """
+    if timesteps is None:
+        if sections is None:
+            raise InputError("respace needs a number of steps, sections, or timesteps: give one")
+        return spaced_timesteps(process, sections, spacing)
+    if sections is not None or spacing != "uniform":
+        raise InputError("timesteps already say which steps to take: give no sections or spacing")
+    num_timesteps = len(noise_levels(process)[0])
+    if not isinstance(timesteps, Iterable) or isinstance(timesteps, str):
+        raise InputError(f"timesteps must be a list of integers, got {timesteps!r}")
+    chosen = [_count(step, "each of timesteps") for step in timesteps]
+    if not chosen:
+        raise InputError("timesteps is empty: give at least one")
+    for before, after in zip(chosen, chosen[1:], strict=False):
+        if after <= before:
+            raise InputError(
+                f"timesteps must ascend strictly, but {after} comes after {before}: "
+                "sort them, each once, the least noisy first"
+            )
+    if chosen[-1] >= num_timesteps:
+        raise InputError(
+            f"timesteps must lie in 0 … {num_timesteps - 1}, the steps of this process, "
+            f"got {chosen[-1]}"
+        )
+    return chosen
+
+
+def _log_snr(process: Process) -> npt.NDArray[np.float64]:
+    """λ = log(signal / noise), (K,) falling; −∞ where no signal is left."""
+    signal, noise = noise_levels(process)
+    with np.errstate(divide="ignore"):
+        return np.log(signal) - np.log(noise)
+
+
+def _nearest_evenly_spread(log_snr: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:
+    """Ascending indices, perhaps equal ones, of the λ nearest to ``count`` evenly spread values."""
+    last = len(log_snr) - 1
+    if count == 1:
+        return np.array([last])  # sampling has to start from noise
+    if np.isneginf(log_snr[last]):
+        return np.append(_nearest_evenly_spread(log_snr[:last], count - 1), last)
+    wanted = np.linspace(log_snr[0], log_snr[last], count)
+    above = np.searchsorted(-log_snr, -wanted).clip(1, last)  # λ[above − 1] ≥ wanted ≥ λ[above]
+    nearer_below = log_snr[above - 1] - wanted <= wanted - log_snr[above]
+    return above - nearer_below
+
+
+def _distinct(positions: npt.NDArray[np.int64], num_timesteps: int) -> npt.NDArray[np.int64]:
+    """Ascending ``positions`` as distinct ones in 0 … num_timesteps − 1, moved no further than
+    needed: up, and from the upper end down."""
+    index = np.arange(len(positions))
+    pushed_up = np.maximum.accumulate(positions - index) + index
+    return np.minimum(pushed_up, num_timesteps - len(positions) + index)
 
 
 def _ddim_timesteps(num_timesteps: int, text: str) -> list[int]:

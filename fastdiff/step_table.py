@@ -10,10 +10,12 @@ where v is the second half of the output's channels if the network learns the va
 x_0_before is the x_0 of the row before. A zero c, d, o, e or sigma contributes nothing,
 whatever it multiplies. Variance-preserving (signal² + noise² = 1) and variance-exploding
 (signal = 1) processes share the derivation. Sources: DDPM (Ho et al. 2020, eq. 6–7), Improved
-DDPM (Nichol & Dhariwal 2021, eq. 15), DDIM (Song et al. 2020, eq. 12 and 16), DPM-Solver++ (Lu et
-al. 2022, algorithm 2), v-prediction (Salimans & Ho 2022, appendix D).
+DDPM (Nichol & Dhariwal 2021, eq. 15), DDIM (Song et al. 2020, eq. 12 and 16), DPM-Solver++(2M)
+and its SDE form (Lu et al. 2022, arXiv:2211.01095), v-prediction (Salimans & Ho 2022, appendix D).
+The methods' columns are in fastdiff/step_columns.py.
 """
 
+import operator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, overload
@@ -22,14 +24,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastdiff._checks import is_finite
 from fastdiff.errors import InputError
+from fastdiff.step_columns import (
+    MEAN_TYPES,  # noqa: F401 (it and VAR_TYPES are also this module's)
+    VAR_TYPES,  # noqa: F401
+    Float64Array,
+    Levels,
+    ddim_columns,
+    ddpm_columns,
+    dpmsolver_columns,
+    is_learned,
+    sde_dpmsolver_columns,
+    x_start_coefficients,
+)
 
-Float64Array = npt.NDArray[np.float64]
-
-METHODS = ("ddpm", "ddim", "dpmsolver++")
-MEAN_TYPES = ("epsilon", "x_start", "v", "previous_x")
-VAR_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
+METHODS = ("ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++")
 
 # The order of the packed tensor's columns: kernels read a row by these positions (48 bytes a row).
 COLUMNS = (
@@ -140,20 +149,22 @@ class StepTable:
             raise InputError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
         if eta != 0.0 and method != "ddim":
             raise InputError(f"eta={eta} belongs to method 'ddim', not to {method!r}")
-        levels = _Levels.of(*noise_levels(process))
-        learned = _is_learned(process.var_type)
-        a, b = _x_start_coefficients(levels, process.mean_type)
+        levels = Levels.of(*noise_levels(process))
+        learned = is_learned(process.var_type)
+        a, b = x_start_coefficients(levels, process.mean_type)
         columns: dict[str, np.ndarray] = dict.fromkeys(COLUMNS, np.zeros(len(levels.signal)))
         columns |= {"a": a, "b": b, "timesteps": process.model_timesteps}
         columns["clip"] = np.full_like(a, 1.0 if clip_denoised else np.inf)
         input_scale = getattr(process, "input_scale", None)
         columns["input_scale"] = np.ones_like(a) if input_scale is None else input_scale
         if method == "ddpm":
-            columns |= _ddpm_columns(levels, process.mean_type, process.var_type)
+            columns |= ddpm_columns(levels, process.mean_type, process.var_type)
         elif method == "ddim":
-            columns |= _ddim_columns(levels, a, b, eta, clipped_eps)
+            columns |= ddim_columns(levels, a, b, eta, clipped_eps)
+        elif method == "dpmsolver++":
+            columns |= dpmsolver_columns(levels)
         else:
-            columns |= _dpmsolver_columns(levels)
+            columns |= sde_dpmsolver_columns(levels)
         packed = _pack(columns)
         return cls(
             packed=packed,
@@ -186,165 +197,29 @@ class StepTable:
         """The same table on ``device``."""
         return replace(self, packed=self.packed.to(device))
 
+    def starting_at(self, row: int) -> "StepTable":
+        """The rows from ``row`` on, for a start from an x_t that is noised data (image-to-image).
 
-@dataclass(frozen=True)
-class _Levels:
-    """q(x_t | x_0), transition q(x_t | x_prev) and posterior q(x_prev | x_t, x_0); t ascending.
-
-    Before t = 0 stands the data itself: signal 1, noise 0.
-    """
-
-    signal: Float64Array
-    noise: Float64Array
-    signal_prev: Float64Array
-    noise_prev: Float64Array
-    transition_variance: Float64Array
-    posterior_variance: Float64Array
-    posterior_mean_coef1: Float64Array
-    posterior_mean_coef2: Float64Array
-
-    @classmethod
-    def of(cls, signal_scale: npt.ArrayLike, noise_scale: npt.ArrayLike) -> "_Levels":
-        signal = np.asarray(signal_scale, dtype=np.float64)
-        noise = np.asarray(noise_scale, dtype=np.float64)
-        _check_levels(signal, noise)
-        signal_prev = np.append(1.0, signal[:-1])
-        noise_prev = np.append(0.0, noise[:-1])
-        shrink = signal / signal_prev  # mean of x_t given x_prev
-        # noise² − (shrink·noise_prev)², factored so that close levels do not cancel.
-        transition = (noise - shrink * noise_prev) * (noise + shrink * noise_prev)
-        return cls(
-            signal=signal,
-            noise=noise,
-            signal_prev=signal_prev,
-            noise_prev=noise_prev,
-            transition_variance=transition,
-            posterior_variance=transition * (noise_prev / noise) ** 2,
-            posterior_mean_coef1=signal_prev * transition / noise**2,
-            posterior_mean_coef2=shrink * (noise_prev / noise) ** 2,
+        Row ``row`` becomes row 0. There is no x_0 of the row before it, so it takes that method's
+        first-order form: c + e in place of c, and no e. Raises InputError unless ``row`` is an
+        integer in 0 … K − 1.
+        """
+        try:
+            first = operator.index(row)
+        except TypeError:
+            raise InputError(f"row must be an integer, got {row!r}") from None
+        if not 0 <= first < len(self):
+            raise InputError(f"row is {first}; the table has rows 0 … {len(self) - 1}")
+        packed = self.packed[first:].clone()
+        c, e = COLUMNS.index("c"), COLUMNS.index("e")
+        packed[0, c] += packed[0, e]
+        packed[0, e] = 0
+        return replace(
+            self,
+            packed=packed,
+            noisy_rows=self.noisy_rows[first:],
+            multistep_rows=(False, *self.multistep_rows[first + 1 :]),
         )
-
-
-def _check_levels(signal: Float64Array, noise: Float64Array) -> None:
-    if signal.ndim != 1 or signal.shape != noise.shape or signal.size == 0:
-        raise InputError(
-            "signal_scale and noise_scale must be 1-D, of one length and not empty; "
-            f"they have shapes {signal.shape} and {noise.shape}"
-        )
-    if not (np.isfinite(signal).all() and np.isfinite(noise).all()):
-        raise InputError("signal_scale and noise_scale must be finite")
-    if (noise <= 0).any() or (signal < 0).any() or (signal[:-1] == 0).any():
-        raise InputError(
-            "noise_scale must be positive at every step, and signal_scale too "
-            "(it may be zero at the last step only)"
-        )
-    # signal/noise falls strictly  ⇔  signal_t·noise_{t−1} < signal_{t−1}·noise_t
-    if (signal[1:] * noise[:-1] >= signal[:-1] * noise[1:]).any():
-        t = int(np.argmax(signal[1:] * noise[:-1] >= signal[:-1] * noise[1:])) + 1
-        raise InputError(
-            f"the signal-to-noise ratio must fall from step to step; it does not at step {t}"
-        )
-
-
-def _is_learned(var_type: str) -> bool:
-    if var_type not in VAR_TYPES:
-        raise InputError(f"var_type is {var_type!r}; expected one of {', '.join(VAR_TYPES)}")
-    return var_type in ("learned", "learned_range")
-
-
-def _x_start_coefficients(levels: _Levels, mean_type: str) -> tuple[Float64Array, Float64Array]:
-    """(a, b) with x_0 = a·x_t + b·output before clipping."""
-    signal, noise = levels.signal, levels.noise
-    if mean_type == "epsilon":
-        with np.errstate(divide="ignore", over="ignore"):
-            unusable = not np.isfinite(np.float32(noise[-1] / signal[-1]))
-        if unusable:
-            raise InputError(
-                "mean_type 'epsilon' cannot recover x_0 at the last timestep, where no signal is "
-                "left (zero terminal SNR): train with mean_type 'v' or 'x_start'"
-            )
-        return 1 / signal, -noise / signal
-    if mean_type == "x_start":
-        return np.zeros_like(signal), np.ones_like(signal)
-    if mean_type == "v":
-        # v = cos φ·ε − sin φ·x_0 with (cos φ, sin φ) = (signal, noise)/r. For VP r = 1; for VE this
-        # is EDM's skip and output scaling with unit data variance (Karras et al. 2022, table 1),
-        # sign apart.
-        r = np.hypot(signal, noise)
-        return signal / r**2, -noise / r
-    if mean_type == "previous_x":
-        coef1, coef2 = levels.posterior_mean_coef1, levels.posterior_mean_coef2
-        return -coef2 / coef1, 1 / coef1
-    raise InputError(f"mean_type is {mean_type!r}; expected one of {', '.join(MEAN_TYPES)}")
-
-
-def _ddpm_columns(levels: _Levels, mean_type: str, var_type: str) -> dict[str, Float64Array]:
-    zero, one = np.zeros_like(levels.signal), np.ones_like(levels.signal)
-    if mean_type == "previous_x":  # the output is the posterior mean, and is not clipped
-        columns = {"o": one}
-    else:
-        columns = {"c": levels.posterior_mean_coef1, "d": levels.posterior_mean_coef2}
-    # posterior_variance[0] is 0; t = 1 lends it a logarithm (the step at t = 0 adds no noise).
-    small = levels.posterior_variance.copy()
-    small[0] = small[1] if len(small) > 1 else levels.transition_variance[0]
-    large = levels.transition_variance
-    if var_type == "fixed_small":
-        columns["sigma"] = np.sqrt(levels.posterior_variance)
-    elif var_type == "fixed_large":
-        columns["sigma"] = np.sqrt(large)
-    elif var_type == "learned":  # f·1 + (1 − f)·(−1) = v, the log variance itself
-        columns |= {"sigma": one, "log_min": -one, "log_max": one}
-    else:
-        columns |= {"sigma": one, "log_min": np.log(small), "log_max": np.log(large)}
-    columns["sigma"] = np.append(zero[:1], columns["sigma"][1:])
-    return columns
-
-
-def _ddim_columns(
-    levels: _Levels, a: Float64Array, b: Float64Array, eta: float, clipped_eps: bool
-) -> dict[str, Float64Array]:
-    """x_prev = signal_prev·x_0 + √(noise_prev² − σ²)·ε + σ·z with ε = (x_t − signal·x_0)/noise."""
-    if not (is_finite(eta) and eta >= 0):
-        raise InputError(f"eta is {eta!r}; expected ≥ 0 (0 deterministic, 1 the DDPM variance)")
-    # σ² = η²·posterior_variance, so noise_prev² − σ² = noise_prev²·(1 − η²·transition/noise²).
-    share = levels.transition_variance[1:] / levels.noise[1:] ** 2
-    if (eta**2 * share > 1).any():
-        raise InputError(
-            f"eta is {eta}; this process allows at most {1 / np.sqrt(share.max()):.4g} "
-            "(beyond, a step would add more noise than the level it arrives at)"
-        )
-    eps = levels.noise_prev * np.append(0.0, np.sqrt(1 - eta**2 * share))
-    columns = {"sigma": eta * np.sqrt(levels.posterior_variance)}
-    if clipped_eps:
-        columns["c"] = levels.signal_prev - levels.signal / levels.noise * eps
-        columns["d"] = eps / levels.noise
-    else:  # ε from the unclipped a·x_t + b·output
-        columns["c"] = levels.signal_prev
-        columns["d"] = eps * _one_minus(levels.signal * a) / levels.noise
-        columns["o"] = -eps * levels.signal * b / levels.noise
-    return columns
-
-
-def _one_minus(x: Float64Array) -> Float64Array:
-    """1 − x, exactly zero where x = signal·(1/signal) is one up to rounding (ε-prediction)."""
-    difference = 1 - x
-    return np.where(np.abs(difference) < 4 * np.finfo(np.float64).eps, 0.0, difference)
-
-
-def _dpmsolver_columns(levels: _Levels) -> dict[str, Float64Array]:
-    """The second-order multistep solver, midpoint form.
-
-    With λ = log(signal/noise), h = λ_prev − λ_t and h_0 the h of the row before, x_0 is replaced by
-    x_0 + (h / 2h_0)·(x_0 − x_0_before). First order are: the first row, the last (it arrives at
-    noise 0, λ = ∞), and of itself the one after a first row without signal (h_0 = ∞).
-    """
-    ratio = levels.noise_prev / levels.noise
-    first_order = levels.signal_prev - levels.signal * ratio
-    with np.errstate(divide="ignore"):
-        h = -np.diff(np.log(levels.signal) - np.log(levels.noise))  # (K − 1,); t's is h[t − 1]
-    weight = np.zeros_like(ratio)
-    weight[1:-1] = 0.5 * h[:-1] / h[1:]
-    return {"c": first_order * (1 + weight), "d": ratio, "e": -first_order * weight}
 
 
 def _pack(columns: dict[str, np.ndarray]) -> torch.Tensor:

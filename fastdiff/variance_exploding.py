@@ -17,7 +17,7 @@ from fastdiff.errors import InputError
 from fastdiff.forward_process import mean_flat
 from fastdiff.ops.q_sample import q_sample
 from fastdiff.process_tables import FloatArray, ProcessTables, TablesAt, check_timestep_map
-from fastdiff.respacing import space_timesteps
+from fastdiff.respacing import chosen_timesteps
 from fastdiff.reverse_process import Model, check_choice, network_output
 from fastdiff.rng import draw_like
 
@@ -159,9 +159,15 @@ class VarianceExploding(ProcessTables):
         mse = mean_flat((self._target(x_start, noise, at) - output.to(at.dtype)) ** 2)
         return {"loss": at["loss_weight"].flatten() * mse, "mse": mse}
 
-    def respace(self, sections: str | int | Sequence[int]) -> "VarianceExploding":
-        """The strided process with the steps of :func:`fastdiff.space_timesteps`."""
-        steps = space_timesteps(self.num_timesteps, sections)
+    def respace(
+        self,
+        sections: str | int | Sequence[int] | None = None,
+        *,
+        spacing: str = "uniform",
+        timesteps: Sequence[int] | npt.NDArray[np.int64] | None = None,
+    ) -> "VarianceExploding":
+        """The strided process; arguments and errors: :meth:`GaussianDiffusion.respace`."""
+        steps = chosen_timesteps(self, sections, spacing, timesteps)
         return VarianceExploding.from_config(
             self.to_config()
             | {

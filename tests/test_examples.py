@@ -29,6 +29,11 @@ TABLES = {
         ("Trained with T = 1000: bound", 7, 2),
         ("two halves of the real ones", 4, 2),
     ],
+    "solver_convergence": [
+        ("end of the probability-flow ODE", 10, 4),
+        ("minus the slope", 2, 4),
+        ("sliced Wasserstein-1", 7, 5),
+    ],
 }
 
 

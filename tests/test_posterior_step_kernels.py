@@ -28,6 +28,7 @@ TABLES = {
     "ddim": table(6, method="ddim", eta=0.7),
     "quiet": table(6, method="ddim"),
     "dpmsolver++": table(6, method="dpmsolver++"),
+    "sde-dpmsolver++": table(6, method="sde-dpmsolver++"),  # noise and the x_0 before, both
     "previous_x": table(6, mean_type="previous_x"),
     "v": table(6, mean_type="v"),
 }

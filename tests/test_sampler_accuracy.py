@@ -1,4 +1,4 @@
-"""The sampler against another implementation, and on a problem whose answer is known."""
+"""The sampler on a problem whose answer is known."""
 
 import math
 
@@ -11,50 +11,6 @@ from fastdiff.sampler import Sampler
 from fastdiff.schedules import get_named_beta_schedule
 from fastdiff.step_table import StepTable, noise_levels
 from fastdiff.variance_exploding import VarianceExploding, geometric_sigmas
-
-SHAPE = (3, 2, 4, 4)
-
-
-# DPM-Solver++
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "x_start", "v"])
-@pytest.mark.parametrize("steps", [2, 3, 9, 20])
-@pytest.mark.parametrize("clip", [True, False])
-def test_dpmsolver_matches_diffusers(prediction, steps, clip):
-    import diffusers  # takes seconds to import
-
-    betas = get_named_beta_schedule("linear", 1000)
-    original = GaussianDiffusion(betas, mean_type=prediction)
-    scheduler = diffusers.DPMSolverMultistepScheduler(
-        trained_betas=betas,
-        algorithm_type="dpmsolver++",
-        solver_order=2,
-        solver_type="midpoint",
-        prediction_type={"epsilon": "epsilon", "x_start": "sample", "v": "v_prediction"}[
-            prediction
-        ],
-        thresholding=clip,  # with a ratio of 0 the threshold is 1: plain clipping to [−1, 1]
-        dynamic_thresholding_ratio=0.0,
-        sample_max_value=1.0,
-    )
-    strided = original.respace(steps)
-    timesteps = strided.timestep_map[::-1].tolist()
-    scheduler.set_timesteps(timesteps=timesteps)
-
-    def model(x, t):
-        t = t.view(-1, 1, 1, 1)
-        return torch.tanh(x) * (0.6 + 0.4 * torch.cos(t / 7)) + 0.1 * torch.sin(5 * x)
-
-    x = noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
-    for t in timesteps:
-        output = model(x, torch.full((len(x),), float(t)))
-        x = scheduler.step(output, t, x).prev_sample
-    sampler = Sampler(model, original, steps=steps, method="dpmsolver++", clip_denoised=clip)
-    actual = sampler.sample(SHAPE, noise=noise)
-    # diffusers takes differences of float32 logarithms.
-    torch.testing.assert_close(actual, x, rtol=2e-4, atol=2e-4 * max(1, x.abs().max()))
-
 
 # A problem with a known answer: Gaussian data and the exact network
 

@@ -165,7 +165,7 @@ def test_a_true_prediction_returns_x_start_and_arrives_at_it(mean_type, method):
             assert pred == pytest.approx(x_0, abs=1e-6 * scale)
             x_prev = row["c"] * x_0 + row["d"] * x_t + row["o"] * output + row["e"] * x_0
             signal_prev, noise_prev = (signal[t - 1], noise[t - 1]) if t else (1.0, 0.0)
-            if method == "ddpm":  # the posterior's mean, and x_0 itself at the end
+            if method in ("ddpm", "sde-dpmsolver++"):  # the posterior's mean; at the end, x_0
                 assert x_prev == pytest.approx(previous_mean, abs=1e-5)
             else:  # deterministic: the same ε at the next level
                 line = signal_prev * x_0 + noise_prev * eps
@@ -184,7 +184,7 @@ def test_zero_terminal_snr_gives_finite_rows(mean_type, var_type, method):
     assert torch.isfinite(table.packed[:, : COLUMNS.index("clip")]).all()
     if mean_type == "v":  # at no signal, v is −x_0
         assert (table.a[0], table.b[0]) == (0, -1)
-    if method == "dpmsolver++":  # λ = −∞ before row 1 makes it first order; the next is second
+    if "dpmsolver++" in method:  # λ = −∞ before row 1 makes it first order; the next is second
         assert table.multistep_rows[:3] == (False, False, True)
 
 
@@ -206,6 +206,70 @@ def test_dpmsolver_orders_and_its_agreement_with_ddim_at_first_order():
     torch.testing.assert_close(solver.d, ddim.d, rtol=1e-6, atol=1e-7)
 
 
+def test_the_sde_solver_is_the_posterior_at_first_order():
+    for process in (cosine(12, var_type="learned_range"), VarianceExploding(geometric_sigmas(12))):
+        sde = StepTable.from_process(process, method="sde-dpmsolver++")
+        solver = StepTable.from_process(process, method="dpmsolver++")
+        ddpm = StepTable.from_process(process, method="ddim", eta=1.0)
+        assert sde.multistep_rows == (False,) + (True,) * 10 + (False,)
+        assert sde.noisy_rows == (True,) * 11 + (False,)  # the last arrives at noise 0
+        assert not sde.learned_variance
+        torch.testing.assert_close(sde.c + sde.e, ddpm.c, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(sde.d, ddpm.d, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(sde.sigma, ddpm.sigma, rtol=1e-6, atol=1e-7)
+        # Both solvers extrapolate x_0 alike.
+        torch.testing.assert_close(sde.e * solver.c, solver.e * sde.c, rtol=1e-5, atol=1e-7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    method=st.sampled_from(METHODS),
+    steps=st.integers(1, 30),
+    var_type=st.sampled_from(VAR_TYPES),
+    data=st.data(),
+)
+def test_a_later_start_changes_the_first_row_alone(method, steps, var_type, data):
+    table = StepTable.from_process(cosine(steps, var_type=var_type), method=method)
+    whole = table.packed.clone()
+    row = data.draw(st.integers(0, steps - 1))
+    later = table.starting_at(row)
+    assert torch.equal(table.packed, whole) and len(later) == steps - row
+    assert later.packed.is_contiguous() and torch.equal(later.packed[1:], whole[row + 1 :])
+    assert later.noisy_rows == table.noisy_rows[row:]
+    assert later.multistep_rows == (False, *table.multistep_rows[row + 1 :])
+    assert later.multistep_rows == tuple((later.e != 0).tolist())
+    assert (later.c[0], later.e[0]) == (table.c[row] + table.e[row], 0)
+    kept = [i for i, name in enumerate(COLUMNS) if name not in ("c", "e")]
+    assert torch.equal(later.packed[0, kept], whole[row, kept])
+    assert (later.method, later.doubled_output) == (method, table.doubled_output)
+    assert later.starting_at(0).packed.equal(later.packed)
+
+
+def test_a_later_start_is_the_table_of_a_process_that_ends_there():
+    """What a start in the middle means: the rows of the same steps without the noisier ones."""
+    process = cosine(20)
+    for method in METHODS:
+        later = StepTable.from_process(process, method=method).starting_at(8)
+        shorter = GaussianDiffusion(process.betas[:12])
+        expected = StepTable.from_process(shorter, method=method)
+        torch.testing.assert_close(later.packed, expected.packed, rtol=1e-6, atol=1e-6)
+        assert later.is_multistep == expected.is_multistep == ("dpmsolver" in method)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (40, "row is 40; the table has rows 0 … 39"),
+        (-1, "row is -1; the table has rows 0 … 39"),
+        (1.0, "row must be an integer, got 1.0"),
+        (None, "row must be an integer, got None"),
+    ],
+)
+def test_a_start_that_is_no_row(row, message):
+    with pytest.raises(InputError, match=message):
+        StepTable.from_process(cosine()).starting_at(row)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("var_type", VAR_TYPES)
 def test_one_step_process(method, var_type):
@@ -217,7 +281,7 @@ def test_one_step_process(method, var_type):
 
 def test_learned_variance_is_read_by_ddpm_only():
     process = cosine(var_type="learned_range")
-    for method in ("ddim", "dpmsolver++"):
+    for method in ("ddim", "dpmsolver++", "sde-dpmsolver++"):
         table = StepTable.from_process(process, method=method)
         assert table.doubled_output and not table.learned_variance
         assert not table.log_max.any() and not table.log_min.any()
@@ -261,11 +325,13 @@ def test_every_gaussian_process_keeps_its_marginals(log_snr_drops, start, radii,
     for table in (
         StepTable.from_process(process),
         StepTable.from_process(process, method="ddim", eta=eta),
+        StepTable.from_process(process, method="sde-dpmsolver++"),
     ):
         signal_prev = np.append(1.0, signal[:-1])
         noise_prev = np.append(0.0, noise[:-1])
-        c, d, sigma = (ascending(getattr(table, name)) for name in ("c", "d", "sigma"))
-        scale = np.abs(c) + np.abs(d * signal) + signal_prev
+        c, d, e, sigma = (ascending(getattr(table, name)) for name in ("c", "d", "e", "sigma"))
+        scale = np.abs(c) + np.abs(e) + np.abs(d * signal) + signal_prev
+        c = c + e  # the row before has the same x_0
         np.testing.assert_array_less(np.abs(c + d * signal - signal_prev), 1e-6 * scale + 1e-12)
         np.testing.assert_allclose(
             (d * noise) ** 2 + sigma**2, noise_prev**2, rtol=1e-5, atol=1e-12
