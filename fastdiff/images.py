@@ -134,10 +134,15 @@ def save_samples_npz(
         arrays.append(numbers.astype(np.int64))
     file = Path(path)
     if file.suffix != ".npz":
-        file = file / f"samples_{'x'.join(map(str, array.shape))}.npz"
-    with _replacing(file) as stream:
+        file = file / samples_file_name(array.shape)
+    with replacing(file) as stream:
         np.savez(stream, *arrays)
     return file
+
+
+def samples_file_name(shape: Sequence[int]) -> str:
+    """The published name of a file of samples (N, H, W, C): ``samples_<N>x<H>x<W>x<C>.npz``."""
+    return f"samples_{'x'.join(map(str, shape))}.npz"
 
 
 def load_samples_npz(path: Pathlike) -> tuple[np.ndarray, np.ndarray | None]:
@@ -186,7 +191,7 @@ def plot_loss(metrics: Pathlike, out: Pathlike) -> Path:
     axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize="small")
     file = Path(out)
-    with _replacing(file) as stream:
+    with replacing(file) as stream:
         figure.savefig(stream, format="png", dpi=110)
     return file
 
@@ -256,13 +261,13 @@ def _save_png(array: np.ndarray, path: Path) -> Path:
     """Write a uint8 (H, W, C) picture."""
     pixels = array[:, :, 0] if array.shape[2] == 1 else array
     image = require("PIL.Image", "train").fromarray(np.ascontiguousarray(pixels))
-    with _replacing(path) as stream:
+    with replacing(path) as stream:
         image.save(stream, format="PNG")
     return path
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """A stream whose bytes become ``path`` when the block ends without an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -271,4 +276,13 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             yield stream
         os.replace(temporary, path)
     finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Delete what killed processes left of ``path``, whose name may hold wildcards.
+
+    For a caller who knows that no process writes it now.
+    """
+    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
         temporary.unlink(missing_ok=True)

@@ -1,8 +1,12 @@
 """What ``sample`` and ``nll`` share: the checkpoint a user means, ready to run."""
 
 import argparse
+import hashlib
+import json
 import tempfile
 from pathlib import Path
+
+import torch
 
 from fastdiff.errors import InputError
 from fastdiff.models.checkpoint import Checkpoint, load
@@ -30,13 +34,15 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_checkpoint(args: argparse.Namespace) -> Checkpoint:
-    """The image network and its process. InputError for what cannot be sampled or scored."""
+def load_checkpoint(args: argparse.Namespace, device: str | None = None) -> Checkpoint:
+    """The image network and its process, on ``device`` or that of --device.
+
+    InputError for what cannot be sampled or scored.
+    """
     path = Path(args.checkpoint)
     path = next(reversed(list_checkpoints(path)), path)
-    checkpoint = load(
-        path, weights=args.weights, device=choose_device(getattr(args, "device", None))
-    )
+    device = device or getattr(args, "device", None)
+    checkpoint = load(path, weights=args.weights, device=choose_device(device))
     if checkpoint.diffusion is None:
         raise InputError(f"{path} holds a network without its diffusion process")
     if checkpoint.model.dims != 2 or checkpoint.model.super_res:
@@ -59,10 +65,24 @@ def image_size(checkpoint: Checkpoint) -> tuple[int, int]:
 
 def describe(checkpoint: Checkpoint) -> str:
     """One line: which weights of which step, on what device."""
-    weights = "weights" if checkpoint.weights == "model" else f"EMA {checkpoint.weights}"
-    step = "" if checkpoint.step is None else f" of step {checkpoint.step}"
     device = next(checkpoint.model.parameters()).device
-    return f"{checkpoint.path}: {weights}{step}, on {device}"
+    return f"{checkpoint.path}: {_weights(checkpoint)}, on {device}"
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """What tells this network and process from every other, wherever they lie: a line."""
+    digest = hashlib.sha256()
+    parts = {name: checkpoint.config[name] for name in ("model", "diffusion")}
+    digest.update(json.dumps(parts, sort_keys=True).encode())
+    for name, tensor in checkpoint.model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return f"{_weights(checkpoint)}, sha256 {digest.hexdigest()[:16]}"
+
+
+def _weights(checkpoint: Checkpoint) -> str:
+    weights = "weights" if checkpoint.weights == "model" else f"EMA {checkpoint.weights}"
+    return weights if checkpoint.step is None else f"{weights} of step {checkpoint.step}"
 
 
 def writable_folder(path: str | Path) -> Path:

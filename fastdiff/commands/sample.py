@@ -1,7 +1,13 @@
-"""``fastdiff sample``: images from a checkpoint, as a grid, PNGs and .npz."""
+"""``fastdiff sample``: images from a checkpoint, as a grid, PNGs and .npz.
+
+The unit of work is a batch of images with fixed numbers. Each is a file as soon as it is drawn, so
+processes share the batches and a restart draws those that are missing; then all become one .npz.
+"""
 
 import argparse
 import time
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +19,20 @@ from fastdiff._optional import require
 from fastdiff.commands._checkpoint import (
     add_checkpoint_arguments,
     describe,
+    fingerprint,
     image_size,
     load_checkpoint,
     writable_folder,
 )
+from fastdiff.commands._parts import Batch, Merged, Parts, split
+from fastdiff.commands._processes import join
 from fastdiff.errors import InputError
 from fastdiff.images import (
     MAX_TRAJECTORY_COLUMNS,
     MODES,
+    remove_unfinished,
     save_grid,
     save_pngs,
-    save_samples_npz,
     save_trajectory,
     to_uint8,
 )
@@ -36,8 +45,14 @@ HELP = "draw images from a checkpoint"
 DEFAULT_STEPS = 50
 GRID_IMAGES = 100  # more than these no longer make a picture one can look at
 
+SPACINGS = ("uniform", "quadratic", "trailing", "logsnr")
+
 # Options without a default of their own; their help says what happens without them.
 OPTIONAL = ("steps", "classes", "guidance_scale", "columns", "scale")
+
+# Options that decide, as they stand, what the images are and which of them make a batch.
+DECISIVE: tuple[str, ...] = ("method", "eta", "spacing", "guidance_scale", "dtype", "truncate")
+DECISIVE += ("seed", "first_sample", "num", "batch_size")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="sampling steps: a number, one per section (10,15,20) or ddimN "
         f"(default: {DEFAULT_STEPS}, or all of a shorter process)",
+    )
+    parser.add_argument(
+        "--spacing", choices=SPACINGS, default=SPACINGS[0], help="which timesteps the steps take"
     )
     parser.add_argument("--method", choices=METHODS, default="ddpm", help="sampler")
     parser.add_argument(
@@ -104,101 +122,183 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     for name in OPTIONAL:
         vars(args).setdefault(name, None)
-    _check_numbers(args)
-    checkpoint = load_checkpoint(args)
-    classes = _classes(args.classes, checkpoint)
-    sampler = _sampler(args, checkpoint)
-    out = writable_folder(args.out)
-    print(describe(checkpoint))
-
-    started = time.perf_counter()
-    images, labels, frames = _draw(args, sampler, checkpoint, classes, out)
-    seconds = time.perf_counter() - started
-    rate = f"{len(images) / seconds:.1f} images/s"
-    print(f"{len(images)} images, {len(sampler.table)} steps each, in {seconds:.1f} s ({rate})")
-    for path in _save(args, out, images, labels, frames):
-        print(path)
+    processes = join(getattr(args, "device", None))
+    task = processes.together(lambda: _prepare(args, processes.device))
+    with closing(task.parts):
+        missing = processes.on_first(lambda: _open(args, task))
+        started = time.perf_counter()
+        _draw(args, task, processes.share(missing), shown=processes.rank == 0)
+        processes.leave()  # every part is on the disk now
+        if processes.rank == 0:
+            if missing:
+                _report(task, missing, time.perf_counter() - started)
+            _finish(args, task, missing)
     return 0
 
 
-def _draw(
-    args: argparse.Namespace,
-    sampler: Sampler,
-    checkpoint: Checkpoint,
-    classes: list[int],
-    out: Path,
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """uint8 (N, C, H, W), labels (N,), and the trajectory's frames, each (n, C, H, W)."""
-    device = next(checkpoint.model.parameters()).device
-    numbers = torch.arange(args.first_sample, args.first_sample + args.num)
-    labels = torch.tensor(classes)[numbers % len(classes)] if classes else None
-    trajectory = _Trajectory(min(args.trajectory, args.num), len(sampler.table))
-    batches = []
-    starts = range(0, args.num, args.batch_size)
-    with require("tqdm", "train").tqdm(
-        total=len(starts) * len(sampler.table), desc="sampling", unit="step"
-    ) as bar:
-        for start in starts:
-            count = min(args.batch_size, args.num - start)
+@dataclass(frozen=True)
+class _Task:
+    checkpoint: Checkpoint
+    sampler: Sampler
+    classes: list[int]  # to go through in turn; empty for a network without classes
+    parts: Parts
 
-            def callback(step: dict[str, Any], start: int = start) -> None:
-                trajectory.add(step, start)
+
+def _prepare(args: argparse.Namespace, device: str | None) -> _Task:
+    """What the options mean. InputError before anything is made, but for a new --out."""
+    _check_numbers(args)
+    checkpoint = load_checkpoint(args, device)
+    classes = _classes(args.classes, checkpoint)
+    sampler = _sampler(args, checkpoint)
+    channels = checkpoint.model.in_channels
+    followed = args.trajectory if channels in MODES else 0
+    batches = split(args.first_sample, args.num, args.batch_size, followed)
+    shape = (*image_size(checkpoint), channels)
+    return _Task(checkpoint, sampler, classes, Parts(writable_folder(args.out), batches, shape))
+
+
+def _open(args: argparse.Namespace, task: _Task) -> list[Batch]:
+    """Say what is there already; the batches still to draw."""
+    print(describe(task.checkpoint))
+    parts = task.parts
+    missing = parts.open(_settings(args, task))
+    for name in ("grid.png", "trajectory.png", "png/*"):
+        remove_unfinished(parts.file.parent / name)
+    if not missing and parts.is_merged():
+        print(f"{parts.file} holds these images already; delete it to draw them again")
+    elif len(missing) < len(parts.batches):
+        there = len(parts.batches) - len(missing)
+        print(f"{there} of {len(parts.batches)} batches were already there")
+    return missing
+
+
+def _settings(args: argparse.Namespace, task: _Task) -> dict[str, Any]:
+    """What must be the same for parts to belong to this run."""
+    settings = {
+        "checkpoint": fingerprint(task.checkpoint),
+        "steps": str(_steps(args, task.checkpoint)),
+        "classes": task.classes,
+        "shape": task.parts.shape,
+    }
+    return settings | {name: getattr(args, name) for name in DECISIVE}
+
+
+def _draw(args: argparse.Namespace, task: _Task, batches: list[Batch], shown: bool) -> None:
+    """Draw these batches, each written at once: an interrupted run keeps what it has."""
+    parameter = next(task.checkpoint.model.parameters())
+    steps = len(task.sampler.table)
+    height, width, channels = task.parts.shape
+    with require("tqdm", "train").tqdm(
+        total=len(batches) * steps, desc="sampling", unit="step", disable=not (shown and batches)
+    ) as bar:
+        for batch in batches:
+            labels = _labels(task.classes, batch)
+            trajectory = _Trajectory(batch.followed, steps)
+
+            def callback(step: dict[str, Any], trajectory: _Trajectory = trajectory) -> None:
+                trajectory.add(step)
                 bar.update()
 
-            x = sampler.sample(
-                (count, checkpoint.model.in_channels, *image_size(checkpoint)),
+            x = task.sampler.sample(
+                (batch.size, channels, height, width),
                 seed=args.seed,
-                first_sample=args.first_sample + start,
-                model_kwargs=None
-                if labels is None
-                else {"y": labels[start : start + count].to(device)},
+                first_sample=batch.number,
+                model_kwargs=None if labels is None else {"y": labels.to(parameter.device)},
                 callback=callback,
             )
-            batches.append(to_uint8(x, "truncate" if args.truncate else "nearest").cpu())
-            # Written at once: an interrupted run keeps what it has.
-            if not args.no_pngs and x.shape[1] in MODES:
-                save_pngs(batches[-1], out / "png", start=args.first_sample + start)
-    return torch.cat(batches), labels, trajectory.frames()
+            images = _to_bytes(x, "truncate" if args.truncate else "nearest")
+            task.parts.write(batch, images, labels, trajectory.frames())
+            _save_pngs(args, task.parts, images, batch)
+
+
+def _labels(classes: list[int], batch: Batch) -> Tensor | None:
+    """int64 (n,): the image's number chooses its class, in whatever batch it is drawn."""
+    if not classes:
+        return None
+    numbers = torch.arange(batch.number, batch.number + batch.size)
+    return torch.tensor(classes)[numbers % len(classes)]
 
 
 class _Trajectory:
-    """Collects what the first images looked like at evenly spaced steps."""
+    """Collects what a batch's first images looked like at evenly spaced steps."""
 
     def __init__(self, count: int, steps: int):
         self.count = count
         columns = min(steps, MAX_TRAJECTORY_COLUMNS)
-        chosen = np.linspace(0, steps - 1, columns).round().astype(int)
-        self.parts: dict[int, list[Tensor]] = {int(step): [] for step in chosen}
+        self.chosen = set(np.linspace(0, steps - 1, columns).round().astype(int).tolist())
+        self.moments: list[np.ndarray] = []
 
-    def add(self, step: dict[str, Any], start: int) -> None:
-        """``start`` is the number of the batch's first image, from 0."""
-        wanted = step["sample"][: max(0, self.count - start)]
-        if len(wanted) and step["step"] in self.parts:
-            self.parts[step["step"]].append(to_uint8(wanted).cpu())
+    def add(self, step: dict[str, Any]) -> None:
+        if self.count and step["step"] in self.chosen:
+            self.moments.append(_to_bytes(step["sample"][: self.count]))
 
-    def frames(self) -> list[Tensor]:
-        return [torch.cat(parts) for parts in self.parts.values() if parts]
+    def frames(self) -> np.ndarray | None:
+        """uint8 (K, n, H, W, C), noisiest first; None when no image is followed."""
+        return np.stack(self.moments) if self.moments else None
 
 
-def _save(
-    args: argparse.Namespace,
-    out: Path,
-    images: Tensor,
-    labels: Tensor | None,
-    frames: list[Tensor],
+def _to_bytes(x: Tensor, rounding: str = "nearest") -> np.ndarray:
+    """Floats (N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C)."""
+    return to_uint8(x, rounding).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _to_picture(images: np.ndarray) -> np.ndarray:
+    """(..., H, W, C) -> (..., C, H, W), which pictures are made of."""
+    return np.moveaxis(images, -1, -3)
+
+
+def _report(task: _Task, drawn: list[Batch], seconds: float) -> None:
+    count = sum(batch.size for batch in drawn)
+    rate = f"{count / seconds:.1f} images/s"
+    print(f"{count} images, {len(task.sampler.table)} steps each, in {seconds:.1f} s ({rate})")
+
+
+def _finish(args: argparse.Namespace, task: _Task, drawn: list[Batch]) -> None:
+    """Merge the parts, make the pictures, print where all is, and clear the parts away."""
+    parts = task.parts
+    merged = parts.merge()
+    paths = [merged.file]
+    if parts.shape[-1] in MODES:
+        paths += _save_pictures(args, parts, merged, set(drawn))
+    else:
+        print(f"no pictures: a PNG cannot hold {parts.shape[-1]} channels")
+    parts.remove()
+    for path in paths:
+        print(path)
+
+
+def _save_pictures(
+    args: argparse.Namespace, parts: Parts, merged: Merged, drawn: set[Batch]
 ) -> list[Path]:
-    """Write the .npz and the pictures; the paths of what there is now."""
-    paths = [save_samples_npz(out, images.permute(0, 2, 3, 1), labels)]
-    if images.shape[1] not in MODES:
-        print(f"no pictures: a PNG cannot hold {images.shape[1]} channels")
-        return paths
+    """The PNGs this run has not written yet, the grid and the trajectory."""
+    out = merged.file.parent
+    paths = []
     if not args.no_pngs:
         paths.append(out / "png")
-    shown = images[:GRID_IMAGES]
-    paths.append(save_grid(shown, out / "grid.png", columns=args.columns, scale=args.scale))
-    if frames:
-        paths.append(save_trajectory(frames, out / "trajectory.png", scale=args.scale))
+        start = 0
+        for batch in parts.batches:
+            if batch not in drawn:
+                _save_pngs(args, parts, merged.images[start : start + batch.size], batch)
+            start += batch.size
+    with parts.keeping():
+        shown = _to_picture(merged.images[:GRID_IMAGES])
+        paths.append(save_grid(shown, out / "grid.png", columns=args.columns, scale=args.scale))
+        if merged.frames is not None:
+            frames = _to_picture(merged.frames)
+            paths.append(save_trajectory(frames, out / "trajectory.png", scale=args.scale))
+        elif args.trajectory:
+            print("no new trajectory: it is recorded while images are drawn, and none were")
     return paths
+
+
+def _save_pngs(args: argparse.Namespace, parts: Parts, images: np.ndarray, batch: Batch) -> None:
+    if not args.no_pngs and images.shape[-1] in MODES:
+        with parts.keeping():
+            save_pngs(_to_picture(images), parts.file.parent / "png", start=batch.number)
+
+
+def _steps(args: argparse.Namespace, checkpoint: Checkpoint) -> str | int:
+    return args.steps or min(DEFAULT_STEPS, checkpoint.diffusion.num_timesteps)
 
 
 def _sampler(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampler:
@@ -207,15 +307,17 @@ def _sampler(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampler:
             "--guidance-scale needs a network that was trained with label dropout "
             "(it has a class of its own for 'no label'); this one was not"
         )
-    steps = args.steps or min(DEFAULT_STEPS, checkpoint.diffusion.num_timesteps)
+    # The other spacings come with an argument that not every Sampler has.
+    spacing = {} if args.spacing == SPACINGS[0] else {"spacing": args.spacing}
     return Sampler(
         checkpoint.model,
         checkpoint.diffusion,
-        steps=steps,
+        steps=_steps(args, checkpoint),
         method=args.method,
         eta=args.eta,
         guidance_scale=args.guidance_scale,
         dtype=torch.bfloat16 if args.dtype == "bfloat16" else None,
+        **spacing,
     )
 
 
