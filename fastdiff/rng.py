@@ -27,11 +27,11 @@ from fastdiff import backends, native
 from fastdiff._checks import check_device
 from fastdiff.errors import InputError
 
-# The counter's steps, never shared: x_T, then the sampling steps, those of the noise on what an
-# inpainted image knows, and the training steps.
+# The counter's steps, never shared: x_T, then the sampling steps, then q_sample's: the training
+# steps, and the rows of a sampler after which it noises what an inpainted image knows.
 X_T_STEP = 0
-KNOWN_STEP_BASE = 2**30
 TRAINING_STEP_BASE = 2**31
+FIRST_KNOWN_STEP = 2**30  # of q_sample's
 
 MAX_SAMPLE_ELEMENTS = 2**34  # a 32-bit counter word of four elements each
 BACKENDS = ("native", "cuda", "triton", "reference")
@@ -39,18 +39,18 @@ BACKENDS = ("native", "cuda", "triton", "reference")
 
 def sampling_step(index: int) -> int:
     """The counter's step for sampling step ``index`` = 0, 1, … (0 is the noisiest)."""
-    return 1 + check_integer("sampling step", index, KNOWN_STEP_BASE - 1)
-
-
-def known_step(index: int) -> int:
-    """The counter's step for noise on an inpainted image's known region at step ``index``."""
-    limit = TRAINING_STEP_BASE - KNOWN_STEP_BASE
-    return KNOWN_STEP_BASE + check_integer("known step", index, limit)
+    return 1 + check_integer("sampling step", index, TRAINING_STEP_BASE - 1)
 
 
 def training_step(index: int) -> int:
     """The counter's step for training step ``index`` = 0, 1, …"""
-    return TRAINING_STEP_BASE + check_integer("training step", index, 2**32 - TRAINING_STEP_BASE)
+    return TRAINING_STEP_BASE + check_integer("training step", index, FIRST_KNOWN_STEP)
+
+
+def known_step(index: int) -> int:
+    """The counter's step for the noise of an inpainted image's known region after row ``index``."""
+    limit = 2**32 - TRAINING_STEP_BASE - FIRST_KNOWN_STEP
+    return TRAINING_STEP_BASE + FIRST_KNOWN_STEP + check_integer("known step", index, limit)
 
 
 def normal(

@@ -179,9 +179,9 @@ def test_seeds_steps_and_samples_give_different_streams():
 def test_steps_of_different_uses_never_meet():
     next_step = rng.X_T_STEP + 1
     for name, step_of, count in (
-        ("sampling", rng.sampling_step, 2**30 - 1),
+        ("sampling", rng.sampling_step, 2**31 - 1),
+        ("training", rng.training_step, 2**30),
         ("known", rng.known_step, 2**30),
-        ("training", rng.training_step, 2**31),
     ):
         assert step_of(0) == next_step
         next_step = step_of(count - 1) + 1
