@@ -24,6 +24,7 @@ VAR_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 Model = Callable[..., Tensor]
 DenoisedFn = Callable[[Tensor], Tensor]
+CondFn = Callable[..., Tensor]
 
 
 class ReverseProcess(ForwardProcess):
@@ -36,6 +37,9 @@ class ReverseProcess(ForwardProcess):
     ``x``, ``t``: (N, C, ...) float and (N,) integer, the index into this process's K steps.
     ``denoised_fn``: applied to the predicted x_0, before clipping; ``clip_denoised`` clips it to
     [-1, 1].
+    ``cond_fn``: guidance by a classifier, cond_fn(x, timesteps, **model_kwargs) = ∇ log p(y | x_t)
+    like x (Dhariwal & Nichol 2021, arXiv:2105.05233): ``p_sample`` moves the mean by variance times
+    that (algorithm 1), ``ddim_sample`` ε by −√(1 − ᾱ_t) times that (algorithm 2).
     ``noise``: the N(0, 1) draw of x's shape; ``generator``: where it is drawn from when None. The
     draw is made even where it is not used (t = 0, DDIM with eta = 0), as published, so that equal
     seeds give equal samples.
@@ -97,6 +101,7 @@ class ReverseProcess(ForwardProcess):
         model_kwargs: dict[str, Any] | None = None,
         *,
         noise: Tensor | None = None,
+        cond_fn: CondFn | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
         """Draw x_{t-1} ~ p(x_{t-1} | x_t), DDPM algorithm 2: {"sample", "pred_xstart"}, like x.
@@ -104,6 +109,9 @@ class ReverseProcess(ForwardProcess):
         No noise enters where t = 0. Arguments and errors: :class:`ReverseProcess`.
         """
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        if cond_fn is not None:
+            gradient = self._classifier_gradient(cond_fn, x, t, model_kwargs)
+            out["mean"] = out["mean"] + out["variance"] * gradient
         noise = _step_noise(x, noise, generator)
         noisy = (t != 0).view((-1,) + (1,) * (x.dim() - 1))
         sample = out["mean"] + noisy * torch.exp(0.5 * out["log_variance"]) * noise
@@ -120,6 +128,7 @@ class ReverseProcess(ForwardProcess):
         eta: float = 0.0,
         *,
         noise: Tensor | None = None,
+        cond_fn: CondFn | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
         """Draw x_{t-1} with DDIM (eq. 12): {"sample", "pred_xstart"}, like x.
@@ -133,6 +142,10 @@ class ReverseProcess(ForwardProcess):
         noise = _step_noise(x, noise, generator)
         at = TablesAt(self._tables(x) | ddim_tables, t, x)
         eps = eps_from_xstart(at, x.to(at.dtype), out["pred_xstart"])
+        if cond_fn is not None:
+            gradient = self._classifier_gradient(cond_fn, x, t, model_kwargs)
+            eps = eps - at["sqrt_one_minus_alphas_cumprod"] * gradient
+            out["pred_xstart"] = xstart_from_eps(at, x.to(at.dtype), eps)
         mean = at["sqrt_alphas_cumprod_prev"] * out["pred_xstart"] + at["ddim_direction"] * eps
         sample = mean + at["ddim_sigma"] * noise  # sigma is 0 where t = 0
         return {"sample": sample.to(x.dtype), "pred_xstart": out["pred_xstart"].to(x.dtype)}
@@ -161,6 +174,14 @@ class ReverseProcess(ForwardProcess):
             + at["sqrt_one_minus_alphas_cumprod_next"] * eps
         )
         return {"sample": sample.to(x.dtype), "pred_xstart": out["pred_xstart"].to(x.dtype)}
+
+    def _classifier_gradient(
+        self, cond_fn: CondFn, x: Tensor, t: Tensor, model_kwargs: dict[str, Any] | None
+    ) -> Tensor:
+        timesteps = self._tables(x)["model_timesteps"][t.long()].float()
+        gradient = cond_fn(x, timesteps, **(model_kwargs or {}))
+        check_like(gradient, "what cond_fn returned", x, "x")
+        return gradient.to(arithmetic_dtype(x))
 
     def _call_model(
         self, model: Model, x: Tensor, at: TablesAt, model_kwargs: dict[str, Any] | None
@@ -222,9 +243,7 @@ class ReverseProcess(ForwardProcess):
     def _predict_xstart(self, output: Tensor, x_t: Tensor, at: TablesAt) -> Tensor:
         """x_0 from the network's output. No form but ε's divides by √ᾱ, which may be 0."""
         if self.mean_type == "epsilon":
-            return (
-                at["sqrt_recip_alphas_cumprod"] * x_t - at["sqrt_recipm1_alphas_cumprod"] * output
-            )
+            return xstart_from_eps(at, x_t, output)
         if self.mean_type == "v":
             return at["sqrt_alphas_cumprod"] * x_t - at["sqrt_one_minus_alphas_cumprod"] * output
         if self.mean_type == "previous_x":
@@ -290,6 +309,11 @@ def eps_from_xstart(at: TablesAt, x_t: Tensor, x_start: Tensor) -> Tensor:
     """The ε that takes x_start to x_t: (x_t − √ᾱ x_0) / √(1−ᾱ), scaled as the tables say."""
     scaled = at["eps_coef_x_t"] * x_t - at["eps_coef_x_start"] * x_start
     return scaled / at["eps_divisor"]
+
+
+def xstart_from_eps(at: TablesAt, x_t: Tensor, eps: Tensor) -> Tensor:
+    """The x_0 that ε takes to x_t."""
+    return at["sqrt_recip_alphas_cumprod"] * x_t - at["sqrt_recipm1_alphas_cumprod"] * eps
 
 
 def network_output(

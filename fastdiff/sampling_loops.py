@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdiff._checks import check_device, check_float, check_shape
 from fastdiff._optional import require
 from fastdiff.errors import InputError
-from fastdiff.reverse_process import DenoisedFn, Model, ReverseProcess
+from fastdiff.reverse_process import CondFn, DenoisedFn, Model, ReverseProcess
 from fastdiff.rng import draw_like
 
 StepNoise = Tensor | Callable[[int], Tensor]
@@ -18,8 +18,9 @@ Step = Callable[..., dict[str, Tensor]]
 
 
 class SamplingLoops(ReverseProcess):
-    """Loops over all K steps. ``clip_denoised``, ``denoised_fn``: see :class:`ReverseProcess`.
+    """Loops over all K steps.
 
+    ``clip_denoised``, ``denoised_fn``, ``cond_fn``: see :class:`ReverseProcess`.
     ``shape``: (N, C, ...) of the samples. ``noise``: x_T, drawn when None.
     ``device``: where to sample; by default the device of ``noise``, else of the model's parameters,
     else the CPU.
@@ -44,12 +45,13 @@ class SamplingLoops(ReverseProcess):
         progress: bool = False,
         *,
         step_noise: StepNoise | None = None,
+        cond_fn: CondFn | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """DDPM sampling (Ho et al. 2020 algorithm 2): x_0. Arguments: :class:`SamplingLoops`."""
         options = (noise, clip_denoised, denoised_fn, model_kwargs, device, progress)
         steps = self.p_sample_loop_progressive(
-            model, shape, *options, step_noise=step_noise, generator=generator
+            model, shape, *options, step_noise=step_noise, cond_fn=cond_fn, generator=generator
         )
         return _last(steps)
 
@@ -65,6 +67,7 @@ class SamplingLoops(ReverseProcess):
         progress: bool = False,
         *,
         step_noise: StepNoise | None = None,
+        cond_fn: CondFn | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[dict[str, Tensor]]:
         """As :meth:`p_sample_loop`, yielding what ``p_sample`` answers after every step."""
@@ -74,6 +77,7 @@ class SamplingLoops(ReverseProcess):
             clip_denoised=clip_denoised,
             denoised_fn=denoised_fn,
             model_kwargs=model_kwargs,
+            cond_fn=cond_fn,
             generator=generator,
         )
         x = _start(model, shape, noise, device, generator)
@@ -92,12 +96,13 @@ class SamplingLoops(ReverseProcess):
         eta: float = 0.0,
         *,
         step_noise: StepNoise | None = None,
+        cond_fn: CondFn | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """DDIM sampling (Song et al. 2020 eq. 12): x_0. Arguments: :class:`SamplingLoops`."""
         options = (noise, clip_denoised, denoised_fn, model_kwargs, device, progress, eta)
         steps = self.ddim_sample_loop_progressive(
-            model, shape, *options, step_noise=step_noise, generator=generator
+            model, shape, *options, step_noise=step_noise, cond_fn=cond_fn, generator=generator
         )
         return _last(steps)
 
@@ -114,6 +119,7 @@ class SamplingLoops(ReverseProcess):
         eta: float = 0.0,
         *,
         step_noise: StepNoise | None = None,
+        cond_fn: CondFn | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[dict[str, Tensor]]:
         """As :meth:`ddim_sample_loop`, yielding what ``ddim_sample`` answers after every step."""
@@ -124,6 +130,7 @@ class SamplingLoops(ReverseProcess):
             denoised_fn=denoised_fn,
             model_kwargs=model_kwargs,
             eta=eta,
+            cond_fn=cond_fn,
             generator=generator,
         )
         x = _start(model, shape, noise, device, generator)
