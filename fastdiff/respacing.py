@@ -68,6 +68,8 @@ def spaced_timesteps(
     else:
         log_snr = _log_snr(num_timesteps_or_process)
         num_timesteps = len(log_snr)
+    if spacing != "uniform" and isinstance(steps, str) and steps.strip().isdecimal():
+        steps = int(steps)
     if spacing == "uniform":
         return space_timesteps(num_timesteps, steps)
     try:

@@ -1,0 +1,144 @@
+"""One call of a sampler: its arguments checked, x_T, and what each of its rows is run with."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff._checks import check_float, check_shape, is_finite
+from fastdiff.errors import InputError
+from fastdiff.sampling.conditions import (
+    ClassifierGuidance,
+    CondFn,
+    Conditions,
+    DenoisedFn,
+    Known,
+    XStart,
+)
+from fastdiff.sampling.network import Network, doubled_kwargs
+from fastdiff.sampling.noise import noise_source
+from fastdiff.sampling.run import Run, failure_flag
+from fastdiff.sampling.settings import Settings
+from fastdiff.sampling.stats import Stats
+from fastdiff.sampling_loops import StepNoise
+from fastdiff.step_table import StepTable, noise_levels
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What ``Sampler.iterate`` was given, beside the device; its docstring describes them."""
+
+    shape: Sequence[int]
+    seed: int
+    first_sample: int
+    noise: Tensor | None
+    image: Tensor | None
+    strength: float
+    known: Tensor | None
+    known_mask: Tensor | None
+    model_kwargs: Mapping[str, Any] | None
+    uncond_kwargs: Mapping[str, Any] | None
+    step_noise: StepNoise | None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", check_shape(self.shape))
+        for name, tensor in (("noise", self.noise), ("image", self.image)):
+            if tensor is not None:
+                check_float(tensor, name)
+                if tensor.shape != self.shape:
+                    raise InputError(
+                        f"{name} has shape {tuple(tensor.shape)}, but shape is {self.shape}"
+                    )
+        if (self.known is None) != (self.known_mask is None):
+            raise InputError("known and known_mask belong together; give both or neither")
+
+
+class Call:
+    """``x``, (N, C, ...) to start from; ``timesteps``, (K,) numbers, one for each row."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        settings: Settings,
+        process: Any,
+        table: StepTable,
+        network: Network,
+        *,
+        denoised_fn: DenoisedFn | None,
+        cond_fn: CondFn | None,
+        rng: str,
+        device: torch.device,
+        stats: Stats,
+    ):
+        shape = tuple(inputs.shape)
+        skipped = 0 if inputs.image is None else _skipped(inputs.strength, len(table))
+        self.table = table = table.starting_at(skipped) if skipped else table
+        self.timesteps: list[float] = table.timesteps.tolist()
+        conditions = Conditions(x_start=XStart(denoised_fn, settings.dynamic_threshold))
+        if cond_fn is not None:
+            conditions.classifier = ClassifierGuidance(cond_fn, process, table)
+        if inputs.known is not None and inputs.known_mask is not None:
+            known = Known.of(inputs.known, inputs.known_mask, shape, device)
+            conditions.known = known.with_levels(process, len(table))
+        self.plain = Run(
+            network=network,
+            table=table.to(device),
+            timesteps=self.timesteps,
+            kwargs=dict(inputs.model_kwargs or {}),
+            guidance_scale=None,
+            noise=noise_source(
+                rng,
+                shape,
+                device,
+                inputs.seed,
+                inputs.first_sample,
+                inputs.step_noise,
+                len(table),
+            ),
+            conditions=conditions,
+            stats=stats,
+            failed=failure_flag(device),
+            mean_is_output=table.method == "ddpm" and process.mean_type == "previous_x",
+        )
+        self.guided = [settings.is_guided(timestep) for timestep in self.timesteps]
+        self.with_guidance = self.plain
+        if settings.guidance_scale is not None:
+            kwargs = doubled_kwargs(
+                network.model, shape[0], self.plain.kwargs, inputs.uncond_kwargs
+            )
+            scale = settings.guidance_scale
+            self.with_guidance = replace(self.plain, kwargs=kwargs, guidance_scale=scale)
+        elif inputs.uncond_kwargs is not None:
+            raise InputError("uncond_kwargs belong to guidance; give guidance_scale too")
+        self.x = self._first_x(inputs, process, device, network.channels_last)
+
+    def run_of(self, i: int) -> Run:
+        return self.with_guidance if self.guided[i] else self.plain
+
+    def changes_at(self, i: int) -> bool:
+        """Whether row i is run with something else than the row before."""
+        return i > 0 and self.guided[i] != self.guided[i - 1]
+
+    def _first_x(
+        self, inputs: Inputs, process: Any, device: torch.device, channels_last: bool
+    ) -> Tensor:
+        """x_T, or the image at the level of the first row."""
+        given = inputs.noise
+        x = self.plain.noise.x_T() if given is None else given.to(device, torch.float32)
+        if inputs.image is not None:
+            signal, noise = (float(level[len(self.table) - 1]) for level in noise_levels(process))
+            x = signal * inputs.image.to(device, torch.float32) + noise * x
+        elif given is None:
+            x = x * getattr(process, "prior_std", 1.0)
+        if x.dim() == 4 and channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x
+
+
+def _skipped(strength: float, rows: int) -> int:
+    """How many rows stand before the last ``strength`` of them, of which there is at least one."""
+    if not is_finite(strength) or not 0 < strength <= 1:
+        raise InputError(f"strength is {strength!r}; expected a number above 0, at most 1")
+    return rows - max(1, round(strength * rows))

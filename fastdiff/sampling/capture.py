@@ -1,0 +1,298 @@
+"""Sampling steps captured as CUDA graphs, and replayed.
+
+A graph is one step on tensors that stay where they are: x, the x_0 of the row before, the row's
+number, the table, seed and guidance scale. So one graph serves every row, number of steps, η, seed
+and scale; what it does depend on is its key (``key_of``).
+"""
+
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import backends
+from fastdiff.errors import InputError, TrainingError
+from fastdiff.sampling.noise import CounterNoise, HeldNoise, signed
+from fastdiff.sampling.run import Run
+from fastdiff.sampling.stats import Stats
+from fastdiff.step_table import COLUMNS
+
+MOST_GRAPHS = 8
+LEAST_ROWS = 4096  # of a captured table; longer ones get a graph of their own
+WARM_UPS = 2
+MEASURED = 5  # steps, each way
+
+
+class NotCapturable(Exception):
+    """A step cannot be captured; says why."""
+
+
+class CudaGraph:
+    """One call recorded as a CUDA graph; ``replay`` runs it again on the same memory."""
+
+    def __init__(self, call: Callable[[], None], device: torch.device, pool: Any):
+        self.graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):  # libraries and Triton set themselves up here
+            for _ in range(WARM_UPS):
+                call()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        # "thread_local": other threads may go on using CUDA meanwhile.
+        with torch.cuda.graph(
+            self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+        ):
+            call()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+    @staticmethod
+    def serves(device: torch.device) -> bool:
+        return device.type == "cuda"
+
+    @staticmethod
+    def new_pool() -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    @staticmethod
+    def on(device: torch.device) -> Any:
+        return torch.cuda.device(device)
+
+
+class CapturedStep:
+    """A graph of one step with the tensors it works on."""
+
+    def __init__(self, run: Run, x: Tensor, graph: type[CudaGraph], pool: Any):
+        device = x.device
+        self.rows = max(LEAST_ROWS, _power_of_two(len(run.table)))
+        self.x, self.x_start = x.clone(), torch.zeros_like(x)
+        self.row, self.seed, self.first_sample = torch.zeros(3, 1, dtype=torch.int64, device=device)
+        self.failed = torch.full((1,), -1, dtype=torch.int64, device=device)
+        self.scale = torch.zeros(1, device=device)
+        self.kwargs = [tensor.clone() for tensor in _tensors(run.kwargs)]
+        known = run.conditions.known
+        self.known = None if known is None else known.held(self.rows)
+        self.noise: Any = HeldNoise(x, known is not None)
+        if run.noise.kind == "counter":
+            self.noise = CounterNoise(tuple(x.shape), device, self.seed, self.first_sample)
+        self.run = replace(
+            run,
+            table=replace(
+                run.table,
+                packed=torch.zeros(self.rows, len(COLUMNS), device=device),
+                # Whether a row is noisy is the table's to say when it is read.
+                noisy_rows=(True,) * self.rows,
+                multistep_rows=(run.table.is_multistep,) * self.rows,
+            ),
+            kwargs=_filled(run.kwargs, iter(self.kwargs)),
+            guidance_scale=None if run.guidance_scale is None else self.scale,
+            noise=self.noise,
+            conditions=replace(run.conditions, known=self.known),
+            failed=self.failed,
+            stats=Stats(splits=False),
+        )
+        self.weights = run.network.weights.signature()
+        self.figures = ""  # what it takes, and what the eager step takes
+        self.begin(run, x, None, 0, owner=None)
+        with torch.no_grad():
+            self.graph = graph(self._step, device, pool)
+
+    def _step(self) -> None:
+        x, x_start = self.run.advance(self.x, self.x_start, self.row)
+        self.x.copy_(x)
+        self.x_start.copy_(x_start)
+        self.row.add_(1)
+
+    def is_at(self, owner: Any, i: int) -> bool:
+        """Whether the tensors are those of the call ``owner`` before row i."""
+        return self.owner is owner and self.next_row == i
+
+    def begin(self, run: Run, x: Tensor, x_start: Tensor | None, i: int, owner: Any) -> None:
+        """Be at row i of ``run``, which has this step's key, in the call ``owner``."""
+        self.owner, self.next_row, self.given = owner, i, run
+        rows = len(run.table)
+        self.x.copy_(x)
+        if x_start is not None:
+            self.x_start.copy_(x_start)
+        self.row.fill_(i)
+        self.run.table.packed[:rows].copy_(run.table.packed)
+        if self.run.of_x_start is not None and run.of_x_start is not None:
+            self.run.of_x_start.packed[:rows].copy_(run.of_x_start.packed)
+        if isinstance(self.noise, CounterNoise):
+            self.seed.fill_(signed(run.noise.seed))
+            self.first_sample.fill_(signed(run.noise.first_sample))
+        if run.guidance_scale is not None:
+            self.scale.fill_(run.guidance_scale)
+        for held, given in zip(self.kwargs, _tensors(run.kwargs), strict=True):
+            held.copy_(given)
+        if self.known is not None and run.conditions.known is not None:
+            self.known.fill(run.conditions.known)
+        if run.failed is not None:
+            self.failed.copy_(run.failed)
+
+    def step(self, i: int) -> tuple[Tensor, Tensor]:
+        """(x, x_0) after row i; the next step writes over them."""
+        if isinstance(self.noise, HeldNoise):
+            self.noise.fill(self.given.noise, i, self.given.table.noisy_rows[i])
+        self.graph.replay()
+        self.next_row = i + 1
+        if self.given.failed is not None:
+            self.given.failed.copy_(self.failed)
+        return self.x, self.x_start
+
+
+class Graphs:
+    """A sampler's captured steps: one per key, the least recently used dropped beyond ``most``."""
+
+    def __init__(self, capture: bool | str, most: int = MOST_GRAPHS):
+        self.capture, self.most = capture, most
+        self.steps: OrderedDict[tuple, CapturedStep | str] = OrderedDict()
+        self.pools: dict[torch.device, Any] = {}
+        self.graph: type[CudaGraph] = GRAPH
+        self.warned = False
+
+    def find(self, run: Run, x: Tensor) -> CapturedStep | str:
+        """The captured step for this run, or why it runs eagerly."""
+        if self.capture is False:
+            return "capture=False"
+        if not self.graph.serves(x.device):
+            reason = f"CUDA graphs need a CUDA device, and the samples are on {x.device}"
+            if self.capture is True:
+                raise InputError(f"capture=True: {reason}; use capture='auto' or False")
+            return reason
+        if run.conditions.classifier is not None:
+            return "cond_fn needs autograd"
+        try:
+            key = key_of(run, x)
+        except NotCapturable as reason:
+            return self._refused(str(reason))
+        found = self.steps.pop(key, None)
+        if isinstance(found, CapturedStep) and (
+            found.weights != run.network.weights.signature() or len(run.table) > found.rows
+        ):
+            found = None  # its memory is given back before the new one asks for some
+        if found is None:
+            while len(self.steps) >= self.most:
+                self.steps.popitem(last=False)
+            found = self._make(run, x)
+        self.steps[key] = found
+        return found
+
+    def _make(self, run: Run, x: Tensor) -> CapturedStep | str:
+        device = x.device
+        with self.graph.on(device), run.stats.phase("capture"):
+            if device not in self.pools:
+                self.pools[device] = self.graph.new_pool()
+            try:
+                step = CapturedStep(run, x, self.graph, self.pools[device])
+            except (torch.OutOfMemoryError, TrainingError):
+                raise
+            except RuntimeError as error:  # what CUDA and PyTorch say of what a graph cannot hold
+                del self.pools[device]
+                return self._refused(str(error).strip().splitlines()[0])
+            replayed, eager = (_seconds(call, device) for call in (step.graph.replay, step._step))
+        figures = f"{1e3 * replayed:.3g} ms a step, {1e3 * eager:.3g} ms eagerly"
+        if self.capture == "auto" and eager < replayed:
+            return f"measured faster than a CUDA graph ({figures})"
+        step.figures = figures
+        return step
+
+    def _refused(self, reason: str) -> str:
+        if self.capture is True:
+            raise InputError(
+                f"the step cannot be captured as a CUDA graph: {reason}; use capture='auto' or "
+                "False, or mend the model"
+            )
+        if not self.warned:
+            message = f"the step runs eagerly: it cannot be captured as a CUDA graph: {reason}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        self.warned = True
+        return f"it cannot be captured as a CUDA graph: {reason}"
+
+    def close(self) -> None:
+        """Forget all graphs and give their memory back."""
+        self.steps.clear()
+        self.pools.clear()
+
+
+GRAPH: type[CudaGraph] = CudaGraph
+
+
+def key_of(run: Run, x: Tensor) -> tuple:
+    """All that a captured step depends on beside the weights. NotCapturable for what cannot be
+    compared."""
+    table, conditions = run.table, run.conditions
+    autocast = (torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type))
+    return (
+        (x.shape, x.stride(), x.device),
+        (run.network.dtype, autocast if run.network.dtype is None else None),
+        _structure(run.kwargs, "model_kwargs"),
+        run.guidance_scale is not None,
+        run.noise.kind,
+        (table.doubled_output, table.learned_variance, table.scales_input, table.is_multistep),
+        (conditions.x_start, run.mean_is_output, conditions.known is not None),
+        (backends.named(), torch.get_float32_matmul_precision()),
+    )
+
+
+def _structure(value: Any, name: str) -> Any:
+    """What of keyword arguments is baked into a graph: all but the tensors' values."""
+    if isinstance(value, Tensor):
+        return (Tensor, value.shape, value.dtype, value.stride(), value.device)
+    if isinstance(value, Mapping):
+        return tuple((key, _structure(value[key], f"{name}[{key!r}]")) for key in value)
+    if isinstance(value, list | tuple):
+        parts = tuple(_structure(part, f"{name}[{i}]") for i, part in enumerate(value))
+        return (type(value).__name__, parts)
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
+        return (type(value).__name__, value)
+    raise NotCapturable(
+        f"{name} is a {type(value).__name__}, whose changes a CUDA graph would not see"
+    )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in keyword arguments, in the order of ``_structure``."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [tensor for part in value.values() for tensor in _tensors(part)]
+    if isinstance(value, list | tuple):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return []
+
+
+def _filled(value: Any, tensors: Any) -> Any:
+    """``value`` with its tensors replaced, in order."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, Mapping):
+        return {key: _filled(part, tensors) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_filled(part, tensors) for part in value)
+    return value
+
+
+def _seconds(call: Callable[[], None], device: torch.device) -> float:
+    """The median time of one call, the device's work included."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else nullcontext
+    times = []
+    with torch.no_grad():
+        for _ in range(MEASURED):
+            wait(device)
+            started = time.perf_counter()
+            call()
+            wait(device)
+            times.append(time.perf_counter() - started)
+    return sorted(times)[len(times) // 2]
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()

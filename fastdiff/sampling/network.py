@@ -1,0 +1,149 @@
+"""How a sampler runs its model: eval mode, dtype, layout, timesteps, the two halves of guidance."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.errors import InputError
+from fastdiff.sampling.packing import Packing
+from fastdiff.sampling.weights import Weights
+
+Model = Callable[..., Tensor]
+
+
+class Network:
+    """``model`` run under autocast of ``dtype`` (None: the caller's) with weights cast beforehand.
+
+    ``channels_last``: x and 4-D weights in that layout; None: as the weights are.
+    ``compile``: False, True or torch.compile's keyword arguments.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        dtype: torch.dtype | None,
+        channels_last: bool | None,
+        compile: bool | dict[str, Any],
+    ):
+        self.model, self.dtype = model, dtype
+        self.module = module_of(model)
+        self.call = model
+        if compile is not False:
+            self.call = torch.compile(model, **({} if compile is True else compile))
+        self.compiles = compile is not False
+        self.asked_channels_last = channels_last
+        self.weights = Weights(self.module, dtype, bool(channels_last))
+        self.packing = Packing(None if self.compiles else self.module, dtype)
+
+    def __call__(self, x: Tensor, timesteps: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """The output, (N, C or 2C, ...), for x (N, C, ...) and float32 (N,) timesteps."""
+        parameter = first_parameter(self.module)
+        if self.dtype is None and parameter is not None and parameter.dtype != x.dtype:
+            x = x.to(parameter.dtype)
+        with self.in_use(), self.autocast(x.device):
+            return self.call(x, timesteps, **kwargs)
+
+    @property
+    def device(self) -> torch.device | None:
+        parameter = first_parameter(self.module)
+        return None if parameter is None else parameter.device
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether x is to be channels_last."""
+        if self.asked_channels_last is not None:
+            return self.asked_channels_last
+        return self.module is not None and any(
+            p.dim() == 4
+            and p.is_contiguous(memory_format=torch.channels_last)
+            and not p.is_contiguous()
+            for p in self.module.parameters()
+        )
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """The sampler's copies of weights are the module's inside; may be nested."""
+        with self.weights.in_use(), self.packing.in_use():
+            yield
+
+    def autocast(self, device: torch.device) -> AbstractContextManager:
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(
+            device.type,
+            dtype=None if self.dtype == torch.float32 else self.dtype,
+            enabled=self.dtype != torch.float32,
+            cache_enabled=False,  # the weights are cast; a capture must not meet a cached cast
+        )
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Eval mode inside, with weights as they are now; whatever happens, each submodule is back
+        in its own mode afterwards."""
+        training = [] if self.module is None else [p for p in self.module.modules() if p.training]
+        if self.module is not None and training:
+            self.module.eval()
+        try:
+            with torch.no_grad():
+                self.packing.refresh()
+                self.weights.refresh(kept=self.packing.weights())
+            yield
+        finally:
+            self.packing.forget()
+            for part in training:
+                part.training = True
+
+
+def module_of(model: Any) -> nn.Module | None:
+    """The model as a module: itself, or the one it is a method of."""
+    for candidate in (model, getattr(model, "__self__", None)):
+        if isinstance(candidate, nn.Module):
+            return candidate
+    return None
+
+
+def first_parameter(module: nn.Module | None) -> Tensor | None:
+    parameters = iter(()) if module is None else module.parameters()
+    return next((p for p in parameters if p.is_floating_point()), None)
+
+
+def doubled_kwargs(
+    model: Model, count: int, given: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What the network is passed under guidance: for a batch of 2N, unconditional half second."""
+    uncond = dict(uncond_kwargs or {})
+    null_label = getattr(model, "null_label", None)
+    if "y" in given and "y" not in uncond and null_label is not None:
+        uncond["y"] = torch.full_like(given["y"], null_label)
+    if not uncond:
+        raise InputError(
+            "guidance needs to know what unconditional means: a model with a null class and "
+            "labels y in model_kwargs, or uncond_kwargs"
+        )
+    unknown = sorted(set(uncond) - set(given))
+    if unknown:
+        raise InputError(f"uncond_kwargs has {unknown[0]!r}, which model_kwargs has not")
+    return {name: _double(name, value, uncond.get(name), count) for name, value in given.items()}
+
+
+def _double(name: str, value: Any, uncond: Any, count: int) -> Any:
+    """The conditional and the unconditional value of one keyword argument."""
+    batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count
+    if not batched:
+        if uncond is None:
+            return value
+        raise InputError(
+            f"model_kwargs[{name!r}] has an unconditional counterpart, so it must be a tensor "
+            f"whose first dimension is the batch, {count}"
+        )
+    other = value if uncond is None else uncond
+    if not isinstance(other, Tensor) or other.shape != value.shape:
+        came = tuple(other.shape) if isinstance(other, Tensor) else type(other).__name__
+        raise InputError(
+            f"uncond_kwargs[{name!r}] is {came}; expected the shape of model_kwargs[{name!r}], "
+            f"{tuple(value.shape)}"
+        )
+    return torch.cat([value, other.to(value)])

@@ -1,0 +1,147 @@
+"""Where x_T and the noise of every sampling step come from."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import rng
+from fastdiff.errors import InputError
+from fastdiff.sampling_loops import StepNoise, noise_of_step
+
+Index = int | Tensor  # of a row; a tensor of one element where it is known on the device alone
+
+
+class CounterNoise:
+    """Counter-based noise: sample i of a seed draws the same in any batch.
+
+    ``seed`` and ``first_sample`` are numbers, or int64 tensors of one element on ``device``.
+    """
+
+    kind = "counter"
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        device: torch.device,
+        seed: int | Tensor,
+        first_sample: int | Tensor,
+    ):
+        self.shape, self.device = shape, device
+        self.seed, self.first_sample = seed, first_sample
+
+    def x_T(self) -> Tensor:
+        return rng.normal(
+            self.shape, seed=self.seed, first_sample=self.first_sample, device=self.device
+        )
+
+    def of_step(self, i: Index, noisy: bool) -> dict[str, Any]:
+        """posterior_step's arguments for row i; ``noisy``: whether the row draws noise."""
+        return {"seed": self.seed, "first_sample": self.first_sample}
+
+    def of_known(self, i: Index) -> dict[str, Any]:
+        """q_sample's arguments for the known region after row i."""
+        return self.of_step(i, True) | {"step": rng.FIRST_KNOWN_STEP + i}
+
+
+class TorchNoise:
+    """torch.randn from a generator of a seed: x_T first and then step by step, as published."""
+
+    kind = "drawn"
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device, seed: int):
+        self.shape, self.device = shape, device
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def x_T(self) -> Tensor:
+        return torch.randn(self.shape, generator=self.generator, device=self.device)
+
+    def of_step(self, i: Index, noisy: bool) -> dict[str, Any]:
+        # The published loops draw at quiet rows too (the last; every one of DDIM with eta = 0).
+        # Nothing is drawn after those, so leaving them out changes no sample.
+        return {"noise": self.x_T()} if noisy else {}
+
+    def of_known(self, i: Index) -> dict[str, Any]:
+        return {"noise": self.x_T()}
+
+
+class GivenNoise:
+    """The caller's noise of every step; all else from ``source``."""
+
+    kind = "drawn"
+
+    def __init__(self, source: CounterNoise | TorchNoise, step_noise: StepNoise, rows: int):
+        self.source, self.step_noise, self.rows = source, step_noise, rows
+
+    def x_T(self) -> Tensor:
+        return self.source.x_T()
+
+    def of_step(self, i: int, noisy: bool) -> dict[str, Any]:
+        return {"noise": noise_of_step(self.step_noise, self.rows - 1 - i)}
+
+    def of_known(self, i: int) -> dict[str, Any]:
+        return self.source.of_known(i)
+
+
+Noise = CounterNoise | TorchNoise | GivenNoise
+
+
+class HeldNoise:
+    """Noise in tensors that a captured step reads; ``fill`` draws it anew before each replay."""
+
+    kind = "drawn"
+
+    def __init__(self, x: Tensor, known: bool):
+        self.step = torch.zeros_like(x)
+        self.known = torch.zeros_like(x) if known else None
+
+    def fill(self, source: Any, i: int, noisy: bool) -> None:
+        drawn = source.of_step(i, noisy).get("noise")
+        if drawn is not None:
+            check_step_noise(drawn, self.step)
+            self.step.copy_(drawn)
+        if self.known is not None:
+            self.known.copy_(source.of_known(i)["noise"])
+
+    def of_step(self, i: Index, noisy: bool) -> dict[str, Any]:
+        return {"noise": self.step}
+
+    def of_known(self, i: Index) -> dict[str, Any]:
+        return {"noise": self.known}
+
+
+def noise_source(
+    kind: str,
+    shape: tuple[int, ...],
+    device: torch.device,
+    seed: int,
+    first_sample: int,
+    step_noise: StepNoise | None,
+    rows: int,
+) -> Noise:
+    """The source of rng ``kind``, its numbers checked; ``step_noise`` replaces the steps' own."""
+    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise InputError(f"seed is {seed!r}; expected an integer, 0 ≤ seed < 2⁶⁴")
+    if kind == "torch" and first_sample != 0:
+        raise InputError(
+            "first_sample numbers the samples of rng='counter'; rng='torch' has no numbering"
+        )
+    source: CounterNoise | TorchNoise
+    if kind == "torch":
+        source = TorchNoise(shape, device, seed)
+    else:
+        rng.check_integer("first_sample", first_sample, 2**64 - (shape[0] - 1))
+        source = CounterNoise(shape, device, seed, first_sample)
+    return source if step_noise is None else GivenNoise(source, step_noise, rows)
+
+
+def check_step_noise(noise: Tensor, x: Tensor) -> None:
+    if noise.shape != x.shape:
+        raise InputError(
+            f"noise has shape {tuple(noise.shape)}; expected {tuple(x.shape)}, like x_t"
+        )
+
+
+def signed(number: int) -> int:
+    """The int64 with the bits of a number below 2⁶⁴."""
+    return number - 2**64 if number >= 2**63 else number

@@ -1,0 +1,87 @@
+"""What a sampler can be told anew between calls, and the strided process and table it makes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from fastdiff._checks import is_finite
+from fastdiff.errors import InputError
+from fastdiff.step_table import StepTable
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sampler's arguments of the same names. InputError for what is no value of theirs."""
+
+    steps: int | str | None = None
+    spacing: str = "uniform"
+    timesteps: Sequence[int] | None = None
+    method: str = "ddpm"
+    eta: float = 0.0
+    guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    clip_denoised: bool = True
+    dynamic_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.timesteps is not None:
+            raise InputError("steps and timesteps are both given; expected one of them")
+        if self.spacing != "uniform" and self.steps is None:
+            raise InputError(f"spacing {self.spacing!r} spaces steps; give steps=, a count")
+        if self.guidance_scale is not None and not is_finite(self.guidance_scale):
+            raise InputError(f"guidance_scale is {self.guidance_scale!r}; expected a finite number")
+        if self.guidance_interval is not None:
+            _check_interval(self.guidance_interval, self.guidance_scale)
+        quantile = self.dynamic_threshold
+        if quantile is not None and not (is_finite(quantile) and 0 < quantile <= 1):
+            raise InputError(
+                f"dynamic_threshold is {quantile!r}; expected a quantile above 0, at most 1"
+            )
+
+    def changed(self, changes: dict[str, Any]) -> "Settings":
+        """With some of them replaced; of steps and timesteps the one that is named holds."""
+        known = [field.name for field in fields(self)]
+        for name in changes:
+            if name not in known:
+                raise InputError(
+                    f"{name!r} cannot be configured; expected one of {', '.join(known)}"
+                )
+        if changes.get("steps") is not None:
+            changes = {"timesteps": None} | changes
+        if changes.get("timesteps") is not None:
+            changes = {"steps": None, "spacing": "uniform"} | changes
+        return replace(self, **changes)
+
+    def strided(self, process: Any) -> Any:
+        """The process over the steps that are taken."""
+        if self.timesteps is not None:
+            return process.respace(timesteps=self.timesteps)
+        if self.steps is None:
+            return process
+        return process.respace(self.steps, spacing=self.spacing)
+
+    def table(self, strided: Any) -> StepTable:
+        return StepTable.from_process(
+            strided, method=self.method, eta=self.eta, clip_denoised=self.clip_denoised
+        )
+
+    def is_guided(self, timestep: float) -> bool:
+        """Whether guidance is used at a timestep of the network's."""
+        if self.guidance_scale is None:
+            return False
+        low, high = self.guidance_interval or (float("-inf"), float("inf"))
+        return low <= timestep <= high
+
+
+def _check_interval(interval: Any, scale: float | None) -> None:
+    if scale is None:
+        raise InputError("guidance_interval belongs to guidance; give guidance_scale too")
+    try:
+        low, high = interval
+        ordered = low <= high
+    except (TypeError, ValueError):
+        ordered = False
+    if not ordered:
+        raise InputError(
+            f"guidance_interval is {interval!r}; expected (low, high), two timesteps, low ≤ high"
+        )

@@ -1,0 +1,80 @@
+"""Where the time of a sampler's last call went."""
+
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass
+class Stats:
+    """Of the last call of ``sample`` or ``iterate``.
+
+    ``seconds``: wall time by phase. "prepare" (weights, x_T, tables), "capture" (warm-up, CUDA
+    graph and the comparison with eager) and "sampling" (all steps) add up to the call. Of
+    "sampling", "network" and "update" are parts on a CPU; a GPU works them off without telling.
+    ``steps``, ``images``: how many; ``steps_per_second``, ``images_per_second`` of "sampling".
+    ``compile_seconds``: the first run of a compiled network for each form of x, in all calls of
+    this sampler.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    images: int = 0
+    compile_seconds: float = 0.0
+    compiled: set[tuple] = field(default_factory=set)
+    splits: bool = True  # whether "network" and "update" can be told apart
+
+    @property
+    def steps_per_second(self) -> float:
+        return self._rate(self.steps)
+
+    @property
+    def images_per_second(self) -> float:
+        return self._rate(self.images)
+
+    def __str__(self) -> str:
+        phases = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in self.seconds.items())
+        rates = f"{self.steps_per_second:.3g} steps/s, {self.images_per_second:.3g} images/s"
+        return f"{self.images} images, {self.steps} steps: {rates} ({phases})"
+
+    def begin(self, images: int, splits: bool) -> None:
+        self.seconds, self.steps, self.images, self.splits = {}, 0, images, splits
+
+    def timed(self, phase: str, call: Callable[..., T], *arguments: Any) -> T:
+        """call(*arguments), its time added to ``phase``."""
+        if not self.splits:
+            return call(*arguments)
+        started = time.perf_counter()
+        result = call(*arguments)
+        self.add(phase, time.perf_counter() - started)
+        return result
+
+    def compiling(self, network: Any, x: Any, *arguments: Any) -> Any:
+        """network(x, …); what torch.compile makes anew for x's form counts as compiling."""
+        form = (x.shape, x.dtype, x.stride())
+        if not network.compiles or form in self.compiled:
+            return network(x, *arguments)
+        started = time.perf_counter()
+        result = network(x, *arguments)
+        self.compiled.add(form)
+        self.compile_seconds += time.perf_counter() - started
+        return result
+
+    @contextmanager
+    def phase(self, name: str):
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - started)
+
+    def add(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def _rate(self, count: int) -> float:
+        seconds = self.seconds.get("sampling", 0.0)
+        return count / seconds if seconds else 0.0
