@@ -307,16 +307,18 @@ def test_without_torchrun_there_is_no_group(checkpoint, tmp_path, monkeypatch):
 
 
 def test_spacing_reaches_the_sampler(checkpoint, tmp_path, monkeypatch):
-    given = []
+    taken = []
 
-    def spaced(*args, spacing=None, **options):
-        given.append(spacing)
-        return Sampler(*args, **options)
+    def kept(*args, **options):
+        sampler = Sampler(*args, **options)
+        taken.append(tuple(sampler.diffusion.timestep_map))
+        return sampler
 
-    monkeypatch.setattr(command, "Sampler", spaced)
+    monkeypatch.setattr(command, "Sampler", kept)
     for name in ("uniform", "quadratic", "trailing", "logsnr"):
-        assert sample(checkpoint, tmp_path / name, "--num", "1", "--spacing", name) == 0
-    assert given == [None, "quadratic", "trailing", "logsnr"]
+        options = ("--num", "1", "--steps", "5", "--spacing", name, "--no-pngs")
+        assert sample(checkpoint, tmp_path / name, *options) == 0
+    assert len(set(taken)) == 4 and all(len(steps) == 5 for steps in taken)
 
 
 # Disks that fill

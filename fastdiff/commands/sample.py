@@ -37,6 +37,7 @@ from fastdiff.images import (
     to_uint8,
 )
 from fastdiff.models.checkpoint import Checkpoint
+from fastdiff.respacing import SPACINGS
 from fastdiff.sampler import Sampler
 from fastdiff.step_table import METHODS
 
@@ -44,8 +45,6 @@ HELP = "draw images from a checkpoint"
 
 DEFAULT_STEPS = 50
 GRID_IMAGES = 100  # more than these no longer make a picture one can look at
-
-SPACINGS = ("uniform", "quadratic", "trailing", "logsnr")
 
 # Options without a default of their own; their help says what happens without them.
 OPTIONAL = ("steps", "classes", "guidance_scale", "columns", "scale")
@@ -307,8 +306,6 @@ def _sampler(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampler:
             "--guidance-scale needs a network that was trained with label dropout "
             "(it has a class of its own for 'no label'); this one was not"
         )
-    # The other spacings come with an argument that not every Sampler has.
-    spacing = {} if args.spacing == SPACINGS[0] else {"spacing": args.spacing}
     return Sampler(
         checkpoint.model,
         checkpoint.diffusion,
@@ -317,7 +314,7 @@ def _sampler(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampler:
         eta=args.eta,
         guidance_scale=args.guidance_scale,
         dtype=torch.bfloat16 if args.dtype == "bfloat16" else None,
-        **spacing,
+        spacing=args.spacing,
     )
 
 
