@@ -25,9 +25,11 @@ def run(example: str) -> dict:
 
 
 def test_the_examples_run_as_printed():
-    sampled, fused = (run(example) for example in blocks("python"))
-    assert sampled["images"].shape == sampled["x"].shape
-    assert torch.isfinite(sampled["images"]).all()
+    ten_lines, sampler, fused = (run(example) for example in blocks("python"))
+    assert ten_lines["images"].shape == ten_lines["x"].shape
+    assert torch.isfinite(ten_lines["images"]).all()
+    filled, known = sampler["filled"], sampler["photo"][..., :4]
+    assert torch.equal(filled[..., :4], known) and sampler["step"]["step"] == 7
     torch.testing.assert_close(fused["y"], fused["plain"])
 
 
