@@ -1,20 +1,82 @@
-"""One sampling step (network, DDPM update) against diffusers' UNet2DModel + DDPMScheduler."""
+"""50 DDIM steps: the Sampler against diffusers' UNet2DModel + DDIMScheduler of the same size.
+
+Diffusers runs in its default setting and in its best ones.
+
+The CPU takes them all. On a GPU fewer steps are taken, which all cost the same.
+"""
 
 import pytest
+import torch
 
 from conftest import Case
 from timing import Contender
 
-peers = pytest.importorskip("peers", reason="diffusers is not installed here")
+sampling = pytest.importorskip("peers_sampling", reason="diffusers is not installed here")
+
+TARGETS = {  # times faster than (eager float32, the best setting) by dtype and batch
+    ("float32", 1): (1.35, 1.0),
+    ("float32", 8): (1.15, 1.0),
+    ("bfloat16", 1): (2.5, 1.25),
+    ("bfloat16", 8): (2.3, 1.25),
+}
 
 
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("name", peers.NETWORKS)
-def test_sampling_step(race, name, batch, dtype):
+def test_ddim_on_a_cpu(race, compiles, dtype, batch):
+    name, dtype_name = "ddpm-cifar10", str(dtype).removeprefix("torch.")
+    made = sampling.contenders(name, batch, torch.device("cpu"), compiles=batch == 1)
+    wanted = [
+        sampling.EAGER,
+        *(peer for peer in made if peer.startswith(f"diffusers {dtype_name}")),
+    ]
+    eager, best = TARGETS[dtype_name, batch]
+    ours = made[f"fastdiff {dtype_name}"]()
     race(
-        Case("sampling_step", name, dtype, batch, targets={"diffusers": 1.0}),
-        Contender("fastdiff", peers.fastdiff_sampling_step(name, batch, dtype)),
-        [Contender("diffusers", peers.diffusers_sampling_step(name, batch, dtype))],
-        rounds=9 if batch > 1 else 21,
+        Case(
+            "ddim_50_steps",
+            name,
+            dtype,
+            batch,
+            targets={peer: eager if peer == sampling.EAGER else best for peer in wanted},
+        ),
+        Contender("fastdiff", ours),
+        [
+            Contender(peer, made[peer](), optional="compiled" in peer)
+            for peer in dict.fromkeys(wanted)
+        ],
+        rounds=5 if batch == 1 else 3,
+        extra={
+            "matrix_product_share": sampling.matrix_product_share(ours),
+            "peak_mb": {
+                peer: sampling.peak_memory_mb(name, batch, peer)
+                for peer in (f"fastdiff {dtype_name}", *wanted)
+                if "compiled" not in peer
+            },
+        },
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 16, 64, 256])
+@pytest.mark.parametrize("name", ["ddpm-cifar10", "iddpm-imagenet64"])
+def test_ddim_on_a_gpu(race, device, compiles, name, batch):
+    if device.type != "cuda":
+        pytest.skip("needs an NVIDIA GPU")
+    steps = 10
+    made = sampling.contenders(name, batch, device, steps, compiles=compiles(None, batch))
+    peers = {peer: make for peer, make in made.items() if peer.startswith("diffusers")}
+    targets = {sampling.EAGER: 5.0} if batch == 1 else {}
+    if batch == 64:
+        targets["diffusers bfloat16 compiled"] = 1.3
+    race(
+        Case(f"ddim_{steps}_steps", name, torch.bfloat16, batch, targets=targets),
+        Contender("fastdiff", made["fastdiff bfloat16"](), capturable=False),
+        [
+            Contender("fastdiff float32", made["fastdiff float32"](), capturable=False),
+            *(
+                Contender(peer, make(), capturable=False, optional=True)
+                for peer, make in peers.items()
+            ),
+        ],
+        rounds=3,
     )

@@ -124,7 +124,7 @@ def compiles(request, device) -> Callable[[Any, int], bool]:
     largest = (BATCHES[device.type][-1], IMAGE_BATCHES[device.type][-1])
 
     def answer(shape: Any, batch: int) -> bool:
-        some = shapes.meets_compile(shape) and batch in largest
+        some = shape is not None and shapes.meets_compile(shape) and batch in largest
         return asked == "all" or (asked == "some" and some)
 
     return answer
@@ -163,6 +163,7 @@ def race(benchmark, request, recorded):
         *,
         rounds: int | None = None,
         reason: str = "",
+        extra: dict[str, Any] | None = None,
     ) -> dict[str, float]:
         made = input_sets(inputs, more, device)
         turns = {ours.name: turn_type(ours, made)}
@@ -192,7 +193,7 @@ def race(benchmark, request, recorded):
         benchmark.group = " ".join(filter(None, (case.op, case.variant, case.shape)))
         benchmark.pedantic(turn, args=(ours.name,), setup=peers_turn, rounds=rounds)
         row = _row(case, ours.name, times, turns, made, recorded.header)
-        row |= {"reason": reason, "missing": missing}
+        row |= {"reason": reason, "missing": missing, **(extra or {})}
         benchmark.extra_info |= row
         recorded.add(row)
         return row["times_faster"]

@@ -1,0 +1,132 @@
+"""50 DDIM steps by fastdiff's Sampler, and by diffusers in the settings that its users reach for.
+
+    python benchmarks/peers_sampling.py NAME BATCH CONTENDER
+
+runs one of them in a process of its own and prints the process's peak memory in MB.
+"""
+
+import resource
+import sys
+from collections.abc import Callable
+
+import torch
+from diffusers import DDIMScheduler
+
+import fastdiff
+import peers
+
+STEPS = 50
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+EAGER = "diffusers float32"  # its default
+
+
+def fastdiff_sampling(
+    name: str, batch: int, dtype: torch.dtype, device: torch.device, steps: int = STEPS
+) -> peers.Step:
+    model = peers.fastdiff_network(name).to(device)
+    sampler = fastdiff.Sampler(
+        model,
+        process(name),
+        steps=steps,
+        method="ddim",
+        dtype=None if dtype == torch.float32 else dtype,
+    )
+    shape = (batch, 3, size(name), size(name))
+    return lambda: sampler.sample(shape)
+
+
+def diffusers_sampling(
+    name: str,
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    steps: int = STEPS,
+    *,
+    channels_last: bool = False,
+    compiled: dict | None = None,
+) -> peers.Step:
+    model = peers.diffusers_network(name).eval().to(device)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    network = model if compiled is None else torch.compile(model, **compiled)
+    scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=True)
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator(device).manual_seed(0)
+
+    @torch.no_grad()
+    def sample() -> torch.Tensor:
+        x = torch.randn(batch, 3, size(name), size(name), generator=generator, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            for t in scheduler.timesteps:
+                output = network(x, t).sample[:, :3]  # a learned variance is not DDIM's
+                x = scheduler.step(output.float(), t, x).prev_sample
+        return x
+
+    return sample
+
+
+def contenders(
+    name: str, batch: int, device: torch.device, steps: int = STEPS, compiles: bool = True
+) -> dict[str, Callable[[], peers.Step]]:
+    """By name, each made when it is called."""
+    how = {"options": {"freezing": True}} if device.type == "cpu" else {"mode": "max-autotune"}
+    settings: dict[str, tuple[torch.dtype, dict]] = {
+        EAGER: (torch.float32, {}),
+        "diffusers float32 channels_last": (torch.float32, {"channels_last": True}),
+        "diffusers bfloat16": (torch.bfloat16, {}),
+        "diffusers bfloat16 channels_last": (torch.bfloat16, {"channels_last": True}),
+    }
+    if compiles:
+        last = {"channels_last": True, "compiled": how}
+        settings["diffusers float32 compiled"] = (torch.float32, last)
+        settings["diffusers bfloat16 compiled"] = (torch.bfloat16, last)
+    made: dict[str, Callable[[], peers.Step]] = {
+        peer: lambda dtype=dtype, options=options: diffusers_sampling(
+            name, batch, dtype, device, steps, **options
+        )
+        for peer, (dtype, options) in settings.items()
+    }
+    for dtype_name, dtype in DTYPES.items():
+        made[f"fastdiff {dtype_name}"] = lambda dtype=dtype: fastdiff_sampling(
+            name, batch, dtype, device, steps
+        )
+    return made
+
+
+def process(name: str) -> fastdiff.GaussianDiffusion:
+    learned = name.startswith("iddpm")
+    return fastdiff.create_diffusion(steps=1000, learn_sigma=learned)
+
+
+def size(name: str) -> int:
+    return 64 if name.endswith("64") else 32
+
+
+def matrix_product_share(call: peers.Step) -> float:
+    """The part of a call's time that is convolutions and matrix products, by the profiler."""
+    with torch.profiler.profile() as profile:
+        call()
+    products = ("conv", "addmm", "aten::mm", "bmm", "linear", "attention", "scaled_dot")
+    events = profile.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    spent = sum(
+        event.self_cpu_time_total
+        for event in events
+        if any(product in event.key for product in products)
+    )
+    return spent / total
+
+
+def peak_memory_mb(name: str, batch: int, contender: str) -> float:
+    """Of a process of its own that takes two steps."""
+    import subprocess
+
+    command = [sys.executable, __file__, name, str(batch), contender]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    made = contenders(sys.argv[1], int(sys.argv[2]), torch.device("cpu"), steps=2)
+    made[sys.argv[3]]()()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
