@@ -81,6 +81,7 @@ def phases(results: Path) -> list[Phase]:
         Phase("group_norm_silu", (*quick, "benchmarks/bench_group_norm_silu.py"), 90),
         Phase("attention", (*quick, "benchmarks/bench_attention.py"), 70),
         Phase("U-Net", (*measure, "benchmarks/bench_unet.py"), 40),
+        Phase("sampler", (*measure, "--compiled", "none", "benchmarks/bench_sampler.py"), 90),
         Phase("group_norm_silu, all shapes", (*full, "benchmarks/bench_group_norm_silu.py"), 120),
         Phase("attention, all shapes", (*full, "benchmarks/bench_attention.py"), 60),
     ]

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdiff.errors import InputError, TrainingError
 from fastdiff.models.unet import UNet
 from fastdiff.sampler import Sampler
-from fastdiff.step_table import MEAN_TYPES, VAR_TYPES
+from fastdiff.step_table import MEAN_TYPES, METHODS, VAR_TYPES
 from fastdiff.variance_exploding import VarianceExploding, geometric_sigmas
 
 # Against the process's own loops
@@ -19,11 +19,25 @@ from fastdiff.variance_exploding import VarianceExploding, geometric_sigmas
 
 @pytest.mark.parametrize("mean_type", MEAN_TYPES)
 @pytest.mark.parametrize("var_type", VAR_TYPES)
-@pytest.mark.parametrize("respacing", [None, 7, "3,4", "ddim5"])
+@pytest.mark.parametrize(
+    "spaced",
+    [
+        {},
+        {"steps": 7},
+        {"steps": "3,4"},
+        {"steps": "ddim5"},
+        {"steps": 6, "spacing": "quadratic"},
+        {"steps": 6, "spacing": "trailing"},
+        {"steps": 6, "spacing": "logsnr"},
+        {"timesteps": [0, 2, 3, 11, 18]},
+    ],
+    ids=lambda spaced: "-".join(map(str, spaced.values())) or "all",
+)
 @pytest.mark.parametrize("clip", [True, False])
-def test_it_samples_as_the_processs_loops_do(mean_type, var_type, respacing, clip):
+def test_it_samples_as_the_processs_loops_do(mean_type, var_type, spaced, clip):
     original = diffusion(mean_type=mean_type, var_type=var_type, rescale_timesteps=True)
-    strided = original if respacing is None else original.respace(respacing)
+    asked = {"sections" if name == "steps" else name: value for name, value in spaced.items()}
+    strided = original.respace(**asked) if spaced else original
     model = closed_form(doubled=original.learns_variance)
     noise, z = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
 
@@ -31,9 +45,7 @@ def test_it_samples_as_the_processs_loops_do(mean_type, var_type, respacing, cli
         return z.roll(t)
 
     for method, eta in (("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.7)):
-        sampler = Sampler(
-            model, original, steps=respacing, method=method, eta=eta, clip_denoised=clip
-        )
+        sampler = Sampler(model, original, method=method, eta=eta, clip_denoised=clip, **spaced)
         actual = list(sampler.iterate(SHAPE, noise=noise, step_noise=step_noise))
         options = {"noise": noise, "step_noise": step_noise, "clip_denoised": clip}
         if method == "ddpm":
@@ -97,6 +109,31 @@ def test_a_sample_is_the_same_in_any_batch(method, eta):
     assert torch.equal(sampler.sample((5, 2, 4, 4), seed=9, first_sample=100), whole)
     assert not torch.equal(sampler.sample((5, 2, 4, 4), seed=10, first_sample=100), whole)
     assert len({tuple(x.flatten().tolist()) for x in whole}) == 5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sixty_four_samples_are_the_same_however_they_are_cut(method):
+    noise = []
+
+    def model(x, t):
+        noise.append(x)
+        return torch.tanh(x) * (0.6 + 0.4 * torch.cos(t / 7)).view(-1, 1, 1, 1)
+
+    def drawn(count):
+        """All 64 in batches of ``count``: the samples, and what the network was given."""
+        noise.clear()
+        sampler = Sampler(model, diffusion(), steps=4, method=method)
+        parts = [
+            sampler.sample((count, 2, 4, 4), seed=7, first_sample=first)
+            for first in range(0, 64, count)
+        ]
+        inputs = [torch.cat(noise[row::4]) for row in range(4)]
+        return torch.cat(parts), inputs
+
+    (whole, inputs), *others = (drawn(count) for count in (64, 8, 1))
+    for samples, seen in others:
+        assert torch.equal(samples, whole)
+        assert all(torch.equal(a, b) for a, b in zip(seen, inputs, strict=True))
 
 
 def test_a_unets_samples_are_the_same_in_any_batch():
