@@ -4,8 +4,8 @@ One step is: run the network at row i's timestep, apply row i, i ← i + 1. On a
 once as a CUDA graph and replayed for every row.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
@@ -35,8 +35,9 @@ class Sampler:
     Args:
         model: called ``model(x, timesteps, **model_kwargs)`` with x (N, C, ...) and float32 (N,)
             timesteps; answers (N, C, ...), or (N, 2C, ...) where the process learns its variance.
-            A module is run in eval mode, each of its parts being put back as it was. Its weights
-            are read anew at every call.
+            A module is run in eval mode, each of its parts being put back as it was; so are the
+            modules that a function calls, as far as its closure, its globals or its object name
+            them. Weights are read anew at every call.
         diffusion: the GaussianDiffusion or VarianceExploding process the model was trained with.
         steps: an int or a respacing string ("50", "10,15,20", "ddim25"), counted in the process's
             own steps; None takes all of them.
@@ -64,7 +65,9 @@ class Sampler:
             generator of that seed, x_T first and then step by step: the samples of the published
             improved-diffusion loops.
         capture: "auto": on CUDA the step is captured as a graph, measured beside the eager one, and
-            the faster is kept. True insists on the graph, False never takes one.
+            the faster is kept. True insists on the graph, False never takes one. A graph sees new
+            values of weights, moved weights, and hooks; of other Python state that decides what
+            the model does (an attribute, an adapter switched off) it is told by ``close()``.
         compile: run the network through torch.compile: True, or its keyword arguments.
         device: where to sample; by default that of the model's parameters, else of ``noise``, else
             the CPU.
@@ -174,13 +177,15 @@ class Sampler:
         """
         sources = (seed, first_sample, noise, image, strength, known, known_mask)
         call = self._call(Inputs(shape, *sources, model_kwargs, uncond_kwargs, step_noise))
-        steps: Any = self._iterate(call, watched=callback is not None)
-        if progress:
-            bar = require("tqdm.auto", "train").tqdm
-            steps = bar(steps, total=len(call.timesteps), leave=False)
-        for step in steps:
-            if callback is not None:
-                callback(step)
+        # Closed whatever happens: what a callback raises finds the model as it was.
+        with closing(self._iterate(call, watched=callback is not None)) as steps:
+            shown: Any = steps
+            if progress:
+                bar = require("tqdm.auto", "train").tqdm
+                shown = bar(steps, total=len(call.timesteps), leave=False)
+            for step in shown:
+                if callback is not None:
+                    callback(step)
         return step["sample"]
 
     def iterate(
@@ -201,7 +206,7 @@ class Sampler:
         """Yield every step: {"step", "timestep", "sample", "pred_xstart"}.
 
         ``step`` counts from 0, ``timestep`` is what the network was given (a number), the tensors
-        are (N, C, ...) float32: x after the step, and the x_0 it predicted.
+        are (N, C, ...) float32 copies: x after the step, and the x_0 it predicted.
 
         Args:
             shape: (N, C, ...).
@@ -254,13 +259,16 @@ class Sampler:
                 stats=self.stats,
             )
 
-    def _iterate(self, call: Call, watched: bool) -> Iterator[Step]:
+    def _iterate(self, call: Call, watched: bool) -> Generator[Step, None, None]:
         """The steps; unwatched, only the last one has its tensors."""
         x, x_start, engine = call.x, None, None
         last = len(call.timesteps) - 1
-        # Whoever looks between the steps finds the model with its own weights.
-        held = nullcontext() if watched else self._network.in_use()
-        with self._network.sampling(), held:
+        with ExitStack() as stack:
+            with self.stats.phase("prepare"):
+                stack.enter_context(self._network.sampling())
+                # Whoever looks between the steps, or inside one, finds the model's own weights.
+                if not watched and self.denoised_fn is None and self.cond_fn is None:
+                    stack.enter_context(self._network.in_use())
             for i, timestep in enumerate(call.timesteps):
                 run = call.run_of(i)
                 # The caller's own gradient mode is back while the generator waits at the yield.
@@ -269,14 +277,14 @@ class Sampler:
                         engine = self._engine(call, run, x, x_start, i)
                     with self.stats.phase("sampling"):
                         x, x_start = engine.step(i)
-                    self.stats.steps += 1
-                    run.check_finite(x, i)
+                        self.stats.steps += 1
+                        run.check_finite(x, i)
                 step: Step = {"step": i, "timestep": timestep}
                 if watched or i == last:
-                    # The next replay writes over what a graph has made.
-                    copied = isinstance(engine, CapturedStep)
-                    x, x_start = (t.clone() if copied else t for t in (x, x_start))
-                    step |= {"sample": x, "pred_xstart": x_start}
+                    # Copies: the next replay writes over what a graph has made.
+                    step |= {"sample": x.clone(), "pred_xstart": x_start.clone()}
+                    if isinstance(engine, CapturedStep):
+                        x, x_start = step["sample"].clone(), step["pred_xstart"].clone()
                 yield step
 
     def _engine(

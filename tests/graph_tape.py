@@ -31,8 +31,8 @@ class Tape:
 
     made = 0
 
-    def __init__(self, call, device, pool):
-        assert pool in ("a pool",)
+    def __init__(self, call, device, place):
+        assert place == "a pool and a stream"
         for _ in range(WARM_UPS):
             call()
         with _Recorder() as recorder:
@@ -57,8 +57,8 @@ class Tape:
         return True
 
     @staticmethod
-    def new_pool():
-        return "a pool"
+    def new_place(device):
+        return "a pool and a stream"
 
     @staticmethod
     def on(device):

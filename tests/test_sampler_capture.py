@@ -29,6 +29,11 @@ def tape():
         yield
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def made():
     """How many graphs were captured since the test began."""
@@ -93,7 +98,7 @@ def test_a_captured_run_is_the_eager_one(
 
 
 def test_steps_eta_seed_scale_and_clip_recapture_nothing(made):
-    captured, eager = pair(steps=4, method="ddim", guidance_scale=2.0)
+    captured, eager = pair(steps=4, method="ddim", guidance_scale=1.2)
     arguments = {"model_kwargs": {"y": LABELS}}
     samples = [assert_equal(captured, eager, seed=1, **arguments)]
     for changes, seed in [
@@ -102,7 +107,7 @@ def test_steps_eta_seed_scale_and_clip_recapture_nothing(made):
         ({"steps": "3,4"}, 1),
         ({"timesteps": [0, 3, 21]}, 1),
         ({"eta": 0.7}, 1),
-        ({"eta": 0.0, "guidance_scale": -1.5}, 1),
+        ({"eta": 0.0, "guidance_scale": 0.4}, 1),
         ({"clip_denoised": False}, 1),
         ({"method": "ddpm"}, 2**64 - 1),
     ]:
@@ -192,6 +197,32 @@ def test_weights_are_read_live(made, dtype):
     changed(1)
 
 
+@pytest.mark.parametrize("how", ["closure", "autocast"])
+def test_weights_are_read_live_wherever_they_are(how):
+    model = Tiny().eval()
+    called = (lambda x, t: model(x, t)) if how == "closure" else model
+    captured, eager = pair(called, steps=3)
+    samples = []
+    for factor in (1.0, 3.0, 0.5):
+        model.conv.weight.data.mul_(factor)
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            samples.append(assert_equal(captured, eager))
+    model.load_state_dict({k: 2 * v for k, v in model.state_dict().items()}, assign=True)
+    samples.append(assert_equal(captured, eager))
+    assert len({tuple(x.flatten().tolist()) for x in samples}) == 4
+
+
+def test_a_hook_is_seen(made):
+    model = Tiny().eval()
+    captured, eager = pair(model, steps=3)
+    before = assert_equal(captured, eager)
+    hook = model.conv.register_forward_hook(lambda layer, args, out: 2 * out)
+    assert not torch.equal(assert_equal(captured, eager), before)
+    hook.remove()
+    assert torch.equal(assert_equal(captured, eager), before)
+    assert made() == 3
+
+
 def test_weights_that_move_in_mid_run_are_seen():
     model = Tiny().eval()
     for sampler in pair(model, steps=4):
@@ -247,7 +278,7 @@ def test_graphs_are_bounded_and_given_back(made):
     graph = weakref.ref(next(iter(held.values())).graph)
     captured.close()
     gc.collect()
-    assert graph() is None and not captured._graphs.pools
+    assert graph() is None and not captured._graphs.places
     assert_equal(captured, eager)  # it can be used again
 
 
@@ -303,6 +334,22 @@ def test_auto_keeps_what_it_measured_to_be_faster(monkeypatch):
     assert sampler.explain().startswith("eager: measured faster than a CUDA graph")
     sampler.sample((1, 2, 4, 4))  # measured once
     assert sampler.stats.seconds.get("capture", 0.0) == 0.0
+
+
+def test_memory_that_is_too_small_for_a_graph_alone(monkeypatch):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(capture.CapturedStep, "__init__", no_memory)
+    sampler = Sampler(closed_form(), PROCESS, steps=2)
+    with pytest.warns(RuntimeWarning, match="cannot be captured as a CUDA graph: CUDA out of mem"):
+        sampler.sample(SHAPE)
+
+
+def test_graphs_that_torch_compile_captures_are_left_to_it():
+    options = {"mode": "reduce-overhead"}
+    network = Sampler(closed_form(), PROCESS, steps=2, compile=options)._network
+    assert network.captures and not Sampler(closed_form(), PROCESS, compile=True)._network.captures
 
 
 def test_a_classifier_runs_eagerly_without_a_warning():

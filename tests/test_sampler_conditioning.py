@@ -77,11 +77,22 @@ def test_a_classifier_sees_the_networks_timesteps_and_arguments():
     sampler = Sampler(model, process, steps=3, cond_fn=cond_fn)
     sample = sampler.sample(SHAPE, model_kwargs={"y": labels})
     assert seen == [([t] * 3, [0, 1, 2]) for t in (950.0, 500.0, 0.0)]
-    assert "cond_fn" in sampler.explain() or "CUDA" in sampler.explain()
     plain = Sampler(model, process, steps=3).sample(SHAPE, model_kwargs={"y": labels})
     assert torch.equal(sample, plain)
     with pytest.raises(InputError, match="what cond_fn returned must"):
         Sampler(model, process, steps=3, cond_fn=lambda x, t: x[:1]).sample(SHAPE)
+
+
+def test_a_classifier_beside_guidance_sees_the_batch_itself():
+    labels, seen = torch.tensor([0, 1, 2]), []
+
+    def cond_fn(x, t, y):
+        seen.append((len(x), len(t), y.tolist()))
+        return torch.zeros_like(x)
+
+    sampler = Sampler(Tiny(), diffusion(), steps=2, cond_fn=cond_fn, guidance_scale=2.0)
+    sampler.sample(SHAPE, model_kwargs={"y": labels})
+    assert seen == [(3, 3, [0, 1, 2])] * 2
 
 
 @pytest.mark.parametrize("p", [0.5, 0.9, 0.995, 1.0])
@@ -252,6 +263,7 @@ def test_bad_options(options, message):
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        ({"model_kwargs": [1]}, "model_kwargs is a list; expected a dict"),
         ({"known": torch.zeros(SHAPE)}, "belong together"),
         ({"known_mask": torch.ones(SHAPE)}, "belong together"),
         (

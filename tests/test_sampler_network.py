@@ -1,10 +1,12 @@
 """How a sampler treats its model: weights, layouts, memory, interruptions; and what it tells."""
 
+import functools
 import gc
 import json
 import os
 import subprocess
 import sys
+import time
 import tracemalloc
 
 import pytest
@@ -19,6 +21,11 @@ from fastdiff.sampling import packing
 from fastdiff.sampling.weights import Weights
 
 PROCESS = diffusion(20)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 class Tied(nn.Module):
@@ -47,8 +54,10 @@ def test_what_is_cast_is_what_autocast_would_cast():
     live = {name: p.data_ptr() for name, p in model.named_parameters()}
     Sampler(model, PROCESS, steps=2, dtype=torch.bfloat16).sample(SHAPE)
     cast = {name for name, (dtype, _) in model.seen.items() if dtype == torch.bfloat16}
-    assert cast == {"conv.weight", "conv.bias", "out.weight", "out.bias"}
+    # The linear layer's copy of the weight, and not the embedding's.
+    assert cast == {"conv.weight", "conv.bias", "out.weight", "out.bias", "tied.weight"}
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == live
+    assert model.tied.weight is model.embedding.weight
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
@@ -67,8 +76,8 @@ def test_cast_weights_change_no_result(grad):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_channels_last_on_request(dtype):
     model = Tied().eval()
-    expected = Sampler(model, PROCESS, steps=3, dtype=dtype).sample((2, 2, 5, 4))
-    sampler = Sampler(model, PROCESS, steps=3, dtype=dtype, channels_last=True)
+    expected = Sampler(model, PROCESS, timesteps=[9], dtype=dtype).sample((2, 2, 5, 4))
+    sampler = Sampler(model, PROCESS, timesteps=[9], dtype=dtype, channels_last=True)
     actual = sampler.sample((2, 2, 5, 4))
     tolerance = 1e-5 if dtype is None else 0.05
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
@@ -112,6 +121,144 @@ def test_the_loop_allocates_nothing_that_stays():
     finally:
         tracemalloc.stop()
     assert sizes[1] - sizes[0] < 4096  # 800 steps
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, weight + 5, self.bias, padding=1)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: Standardised(2, 2, 3),
+        lambda: nn.utils.spectral_norm(nn.Conv2d(2, 2, 3, padding=1)),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 3, padding=1)),
+    ],
+    ids=["standardised", "spectral_norm", "weight_norm"],
+)
+def test_layers_that_compute_their_weight_are_as_under_autocast(layer):
+    torch.manual_seed(0)
+    model = nn.Sequential(layer(), nn.Tanh()).eval()
+    x = torch.randn(SHAPE)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+    weights = Weights(model, torch.bfloat16, channels_last=False)
+    weights.refresh()
+    with weights.in_use(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(x), expected)
+
+
+def test_autograd_keeps_what_hangs_on_the_parameters():
+    """DDP's hooks, for one, hang on the node that accumulates a parameter's gradient."""
+    model = Tied()
+
+    def nodes():
+        return [p.view_as(p).grad_fn.next_functions[0][0] for p in model.parameters()]
+
+    before = nodes()
+    Sampler(model, PROCESS, steps=2, dtype=torch.bfloat16, channels_last=True).sample(SHAPE)
+    assert all(a is b for a, b in zip(nodes(), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_call_in_inference_mode_leaves_nothing_behind(dtype):
+    model = Tied().eval()
+    sampler = Sampler(model, PROCESS, steps=2, dtype=dtype, channels_last=True)
+    with torch.inference_mode():
+        inside = sampler.sample(SHAPE)
+    assert torch.equal(sampler.sample(SHAPE), inside)
+
+
+def test_what_a_condition_sees_of_the_model():
+    model = Tied().eval()
+
+    def denoised_fn(x):
+        return x + 0 * model(x, None)  # in float32, outside of the network's autocast
+
+    sampler = Sampler(model, PROCESS, steps=2, dtype=torch.bfloat16, denoised_fn=denoised_fn)
+    expected = sampler.sample(SHAPE, callback=lambda step: None)
+    assert torch.equal(sampler.sample(SHAPE), expected)
+
+
+def test_the_callers_autocast_reaches_every_layer():
+    model, seen = Tied().eval(), []
+    hook = model.conv.register_forward_hook(lambda layer, args, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        Sampler(model, PROCESS, steps=1).sample(SHAPE)
+    Sampler(model, PROCESS, steps=1).sample(SHAPE)
+    hook.remove()
+    assert seen == [torch.bfloat16, torch.float32]
+
+
+# --- Functions as models ----------------------------------------------------------------------
+
+GLOBAL = Tiny()
+
+
+def of_global(x, t):
+    return GLOBAL(x, t)
+
+
+class Holder:
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, x, t):
+        return self.model(x, t)
+
+    def method(self, x, t):
+        return self.model(x, t)
+
+
+@pytest.mark.parametrize("kind", ["global", "closure", "partial", "object", "method"])
+def test_the_modules_that_a_function_calls_are_sampled_in_eval_mode(kind):
+    inner = GLOBAL if kind == "global" else Tiny()
+    model = {
+        "global": of_global,
+        "closure": lambda x, t: inner(x, t),
+        "partial": functools.partial(inner, y=None),
+        "object": Holder(inner),
+        "method": Holder(inner).method,
+    }[kind]
+    inner.train()
+    sampler = Sampler(model, PROCESS, steps=2)
+    assert torch.equal(sampler.sample(SHAPE), Sampler(inner, PROCESS, steps=2).sample(SHAPE))
+    assert inner.training and not any(training for *_, training, _ in inner.seen)
+
+
+def test_two_iterations_of_a_model_in_training():
+    model = Tiny().train()
+    sampler = Sampler(model, PROCESS, steps=3)
+    one, two = sampler.iterate(SHAPE), sampler.iterate(SHAPE)
+    next(one), next(two)
+    list(one)
+    assert not model.training
+    list(two)
+    assert model.training and not any(training for *_, training, _ in model.seen)
+
+
+def test_the_mode_is_back_while_an_exception_is_handled():
+    model = Tiny().train()
+
+    def fail(step):
+        raise RuntimeError("of the callback")
+
+    try:
+        Sampler(model, PROCESS, steps=2).sample(SHAPE, callback=fail)
+    except RuntimeError:
+        assert model.training
+
+
+def test_what_is_yielded_is_a_copy():
+    sampler = Sampler(Tiny().eval(), PROCESS, steps=4)
+    expected = sampler.sample(SHAPE)
+    for step in sampler.iterate(SHAPE):
+        last = step["sample"].clone()
+        step["sample"].zero_()
+        step["pred_xstart"].zero_()
+    assert torch.equal(last, expected)
 
 
 # --- Memory, interruptions --------------------------------------------------------------------
@@ -207,10 +354,13 @@ def test_a_compiled_network_gives_the_same_samples_and_its_compile_time():
 def test_stats_say_where_the_time_went():
     sampler = Sampler(Tiny(), PROCESS, steps=4)
     assert sampler.explain() == "nothing was sampled yet" and sampler.stats.steps == 0
+    started = time.perf_counter()
     sampler.sample(SHAPE)
+    wall = time.perf_counter() - started
     stats = sampler.stats
     assert (stats.steps, stats.images) == (4, 3)
     assert set(stats.seconds) == {"prepare", "sampling", "network", "update"}
+    assert stats.seconds["prepare"] + stats.seconds["sampling"] > 0.5 * wall
     assert stats.seconds["network"] + stats.seconds["update"] <= stats.seconds["sampling"]
     assert stats.steps_per_second == pytest.approx(4 / stats.seconds["sampling"])
     assert stats.images_per_second == pytest.approx(3 / stats.seconds["sampling"])

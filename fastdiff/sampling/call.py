@@ -51,6 +51,9 @@ class Inputs:
                     raise InputError(
                         f"{name} has shape {tuple(tensor.shape)}, but shape is {self.shape}"
                     )
+        for name, given in (("model", self.model_kwargs), ("uncond", self.uncond_kwargs)):
+            if given is not None and not isinstance(given, Mapping):
+                raise InputError(f"{name}_kwargs is a {type(given).__name__}; expected a dict")
         if (self.known is None) != (self.known_mask is None):
             raise InputError("known and known_mask belong together; give both or neither")
 
@@ -82,11 +85,13 @@ class Call:
         if inputs.known is not None and inputs.known_mask is not None:
             known = Known.of(inputs.known, inputs.known_mask, shape, device)
             conditions.known = known.with_levels(process, len(table))
+        kwargs = dict(inputs.model_kwargs or {})
         self.plain = Run(
             network=network,
             table=table.to(device),
             timesteps=self.timesteps,
-            kwargs=dict(inputs.model_kwargs or {}),
+            kwargs=kwargs,
+            given_kwargs=kwargs,
             guidance_scale=None,
             noise=noise_source(
                 rng,
@@ -105,11 +110,9 @@ class Call:
         self.guided = [settings.is_guided(timestep) for timestep in self.timesteps]
         self.with_guidance = self.plain
         if settings.guidance_scale is not None:
-            kwargs = doubled_kwargs(
-                network.model, shape[0], self.plain.kwargs, inputs.uncond_kwargs
-            )
+            doubled = doubled_kwargs(network.model, shape[0], kwargs, inputs.uncond_kwargs)
             scale = settings.guidance_scale
-            self.with_guidance = replace(self.plain, kwargs=kwargs, guidance_scale=scale)
+            self.with_guidance = replace(self.plain, kwargs=doubled, guidance_scale=scale)
         elif inputs.uncond_kwargs is not None:
             raise InputError("uncond_kwargs belong to guidance; give guidance_scale too")
         self.x = self._first_x(inputs, process, device, network.channels_last)

@@ -26,7 +26,7 @@ from fastdiff.step_table import COLUMNS
 MOST_GRAPHS = 8
 LEAST_ROWS = 4096  # of a captured table; longer ones get a graph of their own
 WARM_UPS = 2
-MEASURED = 5  # steps, each way
+MEASURED = 4  # steps at a time
 
 
 class NotCapturable(Exception):
@@ -34,21 +34,27 @@ class NotCapturable(Exception):
 
 
 class CudaGraph:
-    """One call recorded as a CUDA graph; ``replay`` runs it again on the same memory."""
+    """One call recorded as a CUDA graph; ``replay`` runs it again on the same memory.
 
-    def __init__(self, call: Callable[[], None], device: torch.device, pool: Any):
+    ``place``: the memory pool and the stream of a device's captures, which then share memory.
+    """
+
+    def __init__(self, call: Callable[[], None], device: torch.device, place: Any):
         self.graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(device)
+        pool, stream = place
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # libraries and Triton set themselves up here
             for _ in range(WARM_UPS):
                 call()
         torch.cuda.current_stream(device).wait_stream(stream)
-        # "thread_local": other threads may go on using CUDA meanwhile.
-        with torch.cuda.graph(
-            self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-        ):
-            call()
+        # Out of a capture that failed torch.cuda.graph does not always find back to its stream.
+        with torch.cuda.stream(stream):
+            # "thread_local": other threads may go on using CUDA meanwhile.
+            with torch.cuda.graph(
+                self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
+                call()
+        torch.cuda.current_stream(device).wait_stream(stream)
 
     def replay(self) -> None:
         self.graph.replay()
@@ -58,8 +64,8 @@ class CudaGraph:
         return device.type == "cuda"
 
     @staticmethod
-    def new_pool() -> Any:
-        return torch.cuda.graph_pool_handle()
+    def new_place(device: torch.device) -> Any:
+        return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     @staticmethod
     def on(device: torch.device) -> Any:
@@ -69,7 +75,7 @@ class CudaGraph:
 class CapturedStep:
     """A graph of one step with the tensors it works on."""
 
-    def __init__(self, run: Run, x: Tensor, graph: type[CudaGraph], pool: Any):
+    def __init__(self, run: Run, x: Tensor, graph: type[CudaGraph], place: Any):
         device = x.device
         self.rows = max(LEAST_ROWS, _power_of_two(len(run.table)))
         self.x, self.x_start = x.clone(), torch.zeros_like(x)
@@ -92,20 +98,24 @@ class CapturedStep:
                 multistep_rows=(run.table.is_multistep,) * self.rows,
             ),
             kwargs=_filled(run.kwargs, iter(self.kwargs)),
+            given_kwargs={},  # a classifier's, which is never captured
             guidance_scale=None if run.guidance_scale is None else self.scale,
             noise=self.noise,
             conditions=replace(run.conditions, known=self.known),
             failed=self.failed,
-            stats=Stats(splits=False),
+            stats=Stats(splits=False, compiled=set(run.stats.compiled)),
         )
         self.weights = run.network.weights.signature()
         self.figures = ""  # what it takes, and what the eager step takes
         self.begin(run, x, None, 0, owner=None)
         with torch.no_grad():
-            self.graph = graph(self._step, device, pool)
+            self.graph = graph(self._step, device, place)
+        run.stats.compile_seconds += self.run.stats.compile_seconds
+        run.stats.compiled |= self.run.stats.compiled
 
     def _step(self) -> None:
-        x, x_start = self.run.advance(self.x, self.x_start, self.row)
+        with _without_cast_cache(self.x.device):
+            x, x_start = self.run.advance(self.x, self.x_start, self.row)
         self.x.copy_(x)
         self.x_start.copy_(x_start)
         self.row.add_(1)
@@ -154,7 +164,7 @@ class Graphs:
     def __init__(self, capture: bool | str, most: int = MOST_GRAPHS):
         self.capture, self.most = capture, most
         self.steps: OrderedDict[tuple, CapturedStep | str] = OrderedDict()
-        self.pools: dict[torch.device, Any] = {}
+        self.places: dict[torch.device, Any] = {}
         self.graph: type[CudaGraph] = GRAPH
         self.warned = False
 
@@ -169,6 +179,8 @@ class Graphs:
             return reason
         if run.conditions.classifier is not None:
             return "cond_fn needs autograd"
+        if run.network.captures:
+            return "torch.compile in this mode captures CUDA graphs of its own"
         try:
             key = key_of(run, x)
         except NotCapturable as reason:
@@ -187,17 +199,24 @@ class Graphs:
 
     def _make(self, run: Run, x: Tensor) -> CapturedStep | str:
         device = x.device
-        with self.graph.on(device), run.stats.phase("capture"):
-            if device not in self.pools:
-                self.pools[device] = self.graph.new_pool()
+        live = [step for step in self.steps.values() if isinstance(step, CapturedStep)]
+        if not any(step.x.device == device for step in live):
+            self.places.pop(device, None)  # a pool without graphs may not take another
+        with self.graph.on(device), run.stats.phase("capture"), torch.inference_mode(False):
+            if device not in self.places:
+                self.places[device] = self.graph.new_place(device)
             try:
-                step = CapturedStep(run, x, self.graph, self.pools[device])
-            except (torch.OutOfMemoryError, TrainingError):
+                step = CapturedStep(run, x, self.graph, self.places[device])
+            except TrainingError:
                 raise
             except RuntimeError as error:  # what CUDA and PyTorch say of what a graph cannot hold
-                del self.pools[device]
-                return self._refused(str(error).strip().splitlines()[0])
-            replayed, eager = (_seconds(call, device) for call in (step.graph.replay, step._step))
+                # The end of a capture that failed says only that it did.
+                cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+                return self._refused(str(cause).strip().splitlines()[0])
+            with torch.no_grad():
+                replayed, eager = (
+                    _seconds(call, device) for call in (step.graph.replay, step._step)
+                )
         figures = f"{1e3 * replayed:.3g} ms a step, {1e3 * eager:.3g} ms eagerly"
         if self.capture == "auto" and eager < replayed:
             return f"measured faster than a CUDA graph ({figures})"
@@ -219,7 +238,7 @@ class Graphs:
     def close(self) -> None:
         """Forget all graphs and give their memory back."""
         self.steps.clear()
-        self.pools.clear()
+        self.places.clear()
 
 
 GRAPH: type[CudaGraph] = CudaGraph
@@ -276,22 +295,31 @@ def _filled(value: Any, tensors: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _filled(part, tensors) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_filled(part, tensors) for part in value)
+        parts = [_filled(part, tensors) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 
 
 def _seconds(call: Callable[[], None], device: torch.device) -> float:
-    """The median time of one call, the device's work included."""
+    """The time of one call among several that the device works off one after the other."""
     wait = torch.cuda.synchronize if device.type == "cuda" else nullcontext
     times = []
-    with torch.no_grad():
+    for _ in range(3):
+        wait(device)
+        started = time.perf_counter()
         for _ in range(MEASURED):
-            wait(device)
-            started = time.perf_counter()
             call()
-            wait(device)
-            times.append(time.perf_counter() - started)
-    return sorted(times)[len(times) // 2]
+        wait(device)
+        times.append((time.perf_counter() - started) / MEASURED)
+    return sorted(times)[1]
+
+
+def _without_cast_cache(device: torch.device) -> Any:
+    """The caller's autocast, if any, without its cache of casts: a graph must make its own."""
+    kind = device.type
+    if not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
 
 
 def _power_of_two(count: int) -> int:

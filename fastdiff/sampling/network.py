@@ -1,5 +1,8 @@
 """How a sampler runs its model: eval mode, dtype, layout, timesteps, the two halves of guidance."""
 
+import functools
+import inspect
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -34,14 +37,20 @@ class Network:
         if compile is not False:
             self.call = torch.compile(model, **({} if compile is True else compile))
         self.compiles = compile is not False
+        # Inductor then captures graphs of its own, which ours cannot hold.
+        modes = ("reduce-overhead", "max-autotune")
+        self.captures = isinstance(compile, dict) and compile.get("mode") in modes
         self.asked_channels_last = channels_last
         self.weights = Weights(self.module, dtype, bool(channels_last))
         self.packing = Packing(None if self.compiles else self.module, dtype)
+        self.sampling_calls = 0
+        self.training: list[nn.Module] = []
 
     def __call__(self, x: Tensor, timesteps: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """The output, (N, C or 2C, ...), for x (N, C, ...) and float32 (N,) timesteps."""
         parameter = first_parameter(self.module)
-        if self.dtype is None and parameter is not None and parameter.dtype != x.dtype:
+        plain = self.dtype in (None, torch.float32)
+        if plain and parameter is not None and parameter.dtype != x.dtype:
             x = x.to(parameter.dtype)
         with self.in_use(), self.autocast(x.device):
             return self.call(x, timesteps, **kwargs)
@@ -81,28 +90,50 @@ class Network:
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """Eval mode inside, with weights as they are now; whatever happens, each submodule is back
-        in its own mode afterwards."""
-        training = [] if self.module is None else [p for p in self.module.modules() if p.training]
-        if self.module is not None and training:
-            self.module.eval()
+        """Eval mode inside, with weights as they are now. When the last of nested calls is over,
+        each submodule is back in its own mode, whatever happened."""
+        if not self.sampling_calls and self.module is not None:
+            self.training = [part for part in self.module.modules() if part.training]
+            if self.training:
+                self.module.eval()
+        self.sampling_calls += 1
         try:
-            with torch.no_grad():
-                self.packing.refresh()
-                self.weights.refresh(kept=self.packing.weights())
+            self.packing.refresh()
+            self.weights.refresh(kept=self.packing.weights())
             yield
         finally:
-            self.packing.forget()
-            for part in training:
-                part.training = True
+            self.sampling_calls -= 1
+            if not self.sampling_calls:
+                self.packing.forget()
+                for part in self.training:
+                    part.training = True
 
 
 def module_of(model: Any) -> nn.Module | None:
-    """The model as a module: itself, or the one it is a method of."""
-    for candidate in (model, getattr(model, "__self__", None)):
-        if isinstance(candidate, nn.Module):
-            return candidate
-    return None
+    """The model as a module: itself, or what it calls. Of a function the modules are looked for in
+    the object it is a method of, its closure, the globals it names, and what a partial binds."""
+    found = list(dict.fromkeys(_modules(model, depth=3)))
+    if len(found) > 1:
+        return nn.ModuleList(found)
+    return found[0] if found else None
+
+
+def _modules(value: Any, depth: int) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    elif depth and isinstance(value, functools.partial):
+        for part in (value.func, *value.args, *value.keywords.values()):
+            yield from _modules(part, depth - 1)
+    elif depth and isinstance(value, types.MethodType):
+        yield from _modules(value.__self__, depth - 1)
+        yield from _modules(value.__func__, depth - 1)
+    elif depth and isinstance(value, types.FunctionType):
+        bound = inspect.getclosurevars(value)
+        for part in (*bound.nonlocals.values(), *bound.globals.values()):
+            yield from _modules(part, depth - 1)
+    elif depth and callable(value) and not isinstance(value, type):
+        for part in getattr(value, "__dict__", {}).values():
+            yield from _modules(part, 0)
 
 
 def first_parameter(module: nn.Module | None) -> Tensor | None:
@@ -117,33 +148,41 @@ def doubled_kwargs(
     uncond = dict(uncond_kwargs or {})
     null_label = getattr(model, "null_label", None)
     if "y" in given and "y" not in uncond and null_label is not None:
+        if not isinstance(given["y"], Tensor):
+            raise InputError(f"labels y are a {type(given['y']).__name__}; expected a tensor (N,)")
         uncond["y"] = torch.full_like(given["y"], null_label)
     if not uncond:
         raise InputError(
             "guidance needs to know what unconditional means: a model with a null class and "
             "labels y in model_kwargs, or uncond_kwargs"
         )
-    unknown = sorted(set(uncond) - set(given))
-    if unknown:
-        raise InputError(f"uncond_kwargs has {unknown[0]!r}, which model_kwargs has not")
-    return {name: _double(name, value, uncond.get(name), count) for name, value in given.items()}
+    return _double("", given, uncond, count)
 
 
 def _double(name: str, value: Any, uncond: Any, count: int) -> Any:
-    """The conditional and the unconditional value of one keyword argument."""
+    """The conditional and the unconditional value of one keyword argument, or of a dict of them."""
+    if isinstance(value, Mapping) and (uncond is None or isinstance(uncond, Mapping)):
+        others = uncond or {}
+        unknown = sorted(set(others) - set(value))
+        if unknown:
+            raise InputError(f"uncond_kwargs{name} has {unknown[0]!r}, which model_kwargs has not")
+        return {
+            key: _double(f"{name}[{key!r}]", part, others.get(key), count)
+            for key, part in value.items()
+        }
     batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count
     if not batched:
         if uncond is None:
             return value
         raise InputError(
-            f"model_kwargs[{name!r}] has an unconditional counterpart, so it must be a tensor "
+            f"model_kwargs{name} has an unconditional counterpart, so it must be a tensor "
             f"whose first dimension is the batch, {count}"
         )
     other = value if uncond is None else uncond
     if not isinstance(other, Tensor) or other.shape != value.shape:
         came = tuple(other.shape) if isinstance(other, Tensor) else type(other).__name__
         raise InputError(
-            f"uncond_kwargs[{name!r}] is {came}; expected the shape of model_kwargs[{name!r}], "
+            f"uncond_kwargs{name} is {came}; expected the shape of model_kwargs{name}, "
             f"{tuple(value.shape)}"
         )
     return torch.cat([value, other.to(value)])

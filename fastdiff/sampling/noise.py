@@ -64,6 +64,9 @@ class TorchNoise:
     def of_known(self, i: Index) -> dict[str, Any]:
         return {"noise": self.x_T()}
 
+    def draw_into(self, out: Tensor) -> None:
+        torch.randn(self.shape, generator=self.generator, out=out)
+
 
 class GivenNoise:
     """The caller's noise of every step; all else from ``source``."""
@@ -92,16 +95,32 @@ class HeldNoise:
     kind = "drawn"
 
     def __init__(self, x: Tensor, known: bool):
-        self.step = torch.zeros_like(x)
-        self.known = torch.zeros_like(x) if known else None
+        # In logical order, whatever x's layout: so torch.randn draws.
+        self.step = torch.zeros(x.shape, device=x.device)
+        self.known = torch.zeros(x.shape, device=x.device) if known else None
 
-    def fill(self, source: Any, i: int, noisy: bool) -> None:
-        drawn = source.of_step(i, noisy).get("noise")
-        if drawn is not None:
-            check_step_noise(drawn, self.step)
-            self.step.copy_(drawn)
+    def fill(self, source: TorchNoise | GivenNoise, i: int, noisy: bool) -> None:
+        if isinstance(source, TorchNoise):
+            if noisy:
+                source.draw_into(self.step)
+            if self.known is not None:
+                source.draw_into(self.known)
+            return
+        drawn = source.of_step(i, noisy)["noise"]
+        if drawn.shape != self.step.shape:
+            raise InputError(
+                f"noise has shape {tuple(drawn.shape)}; expected {tuple(self.step.shape)}, like x_t"
+            )
+        self.step.copy_(drawn)
         if self.known is not None:
-            self.known.copy_(source.of_known(i)["noise"])
+            self._fill_known(source.source, i, self.known)
+
+    def _fill_known(self, source: CounterNoise | TorchNoise, i: int, out: Tensor) -> None:
+        if isinstance(source, TorchNoise):
+            source.draw_into(out)
+        else:
+            step, first = rng.known_step(i), source.first_sample
+            rng.normal(source.shape, seed=source.seed, step=step, first_sample=first, out=out)
 
     def of_step(self, i: Index, noisy: bool) -> dict[str, Any]:
         return {"noise": self.step}
@@ -120,8 +139,7 @@ def noise_source(
     rows: int,
 ) -> Noise:
     """The source of rng ``kind``, its numbers checked; ``step_noise`` replaces the steps' own."""
-    if not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise InputError(f"seed is {seed!r}; expected an integer, 0 ≤ seed < 2⁶⁴")
+    seed = rng.check_integer("seed", seed, 2**64)
     if kind == "torch" and first_sample != 0:
         raise InputError(
             "first_sample numbers the samples of rng='counter'; rng='torch' has no numbering"
@@ -130,16 +148,9 @@ def noise_source(
     if kind == "torch":
         source = TorchNoise(shape, device, seed)
     else:
-        rng.check_integer("first_sample", first_sample, 2**64 - (shape[0] - 1))
+        first_sample = rng.check_integer("first_sample", first_sample, 2**64 - (shape[0] - 1))
         source = CounterNoise(shape, device, seed, first_sample)
     return source if step_noise is None else GivenNoise(source, step_noise, rows)
-
-
-def check_step_noise(noise: Tensor, x: Tensor) -> None:
-    if noise.shape != x.shape:
-        raise InputError(
-            f"noise has shape {tuple(noise.shape)}; expected {tuple(x.shape)}, like x_t"
-        )
 
 
 def signed(number: int) -> int:

@@ -52,7 +52,10 @@ class PackedConvolution:
 
     def __call__(self, x: Tensor) -> Tensor:
         layer = self.convolution
-        if x.dim() != 4 or x.shape[1] != layer.in_channels or torch.is_grad_enabled():
+        others = torch.is_grad_enabled() or (
+            self.dtype is None and torch.is_autocast_enabled("cpu")  # the caller's
+        )
+        if others or x.dim() != 4 or x.shape[1] != layer.in_channels:
             return nn.Conv2d.forward(layer, x)  # which says what does not fit
         live, dtype = layer.weight, self.dtype or layer.weight.dtype
         made_of = (live.data_ptr(), live._version, x.shape)
