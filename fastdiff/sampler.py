@@ -167,25 +167,27 @@ class Sampler:
         model_kwargs: Mapping[str, Any] | None = None,
         uncond_kwargs: Mapping[str, Any] | None = None,
         step_noise: StepNoise | None = None,
-        progress: bool = False,
+        progress: bool | Callable[[], object] = False,
         callback: Callable[[Step], None] | None = None,
     ) -> Tensor:
         """Samples of ``shape`` (N, C, ...), float32 on the sampling device.
 
-        ``progress`` shows a bar over the steps (needs tqdm); ``callback`` gets what :meth:`iterate`
-        yields. The other arguments and the errors are :meth:`iterate`'s.
+        ``progress`` True shows a bar over the steps (needs tqdm); a function is called after each.
+        ``callback`` gets what :meth:`iterate` yields. The rest, and the errors, as :meth:`iterate`.
         """
         sources = (seed, first_sample, noise, image, strength, known, known_mask)
         call = self._call(Inputs(shape, *sources, model_kwargs, uncond_kwargs, step_noise))
         # Closed whatever happens: what a callback raises finds the model as it was.
         with closing(self._iterate(call, watched=callback is not None)) as steps:
             shown: Any = steps
-            if progress:
+            if progress is True:
                 bar = require("tqdm.auto", "train").tqdm
                 shown = bar(steps, total=len(call.timesteps), leave=False)
             for step in shown:
                 if callback is not None:
                     callback(step)
+                if callable(progress):
+                    progress()
         return step["sample"]
 
     def iterate(

@@ -244,6 +244,10 @@ def test_what_iterate_yields():
 def test_progress_draws_a_bar(capsys):
     Sampler(closed_form(), diffusion(), steps=3).sample(SHAPE, progress=True)
     assert "0/3" in capsys.readouterr().err
+    calls = []
+    sampler = Sampler(closed_form(), diffusion(), steps=3)
+    sampler.sample(SHAPE, progress=lambda: calls.append(1))
+    assert len(calls) == 3
 
 
 # Variance-exploding processes

@@ -193,17 +193,13 @@ def _draw(args: argparse.Namespace, task: _Task, batches: list[Batch], shown: bo
         for batch in batches:
             labels = _labels(task.classes, batch)
             trajectory = _Trajectory(batch.followed, steps)
-
-            def callback(step: dict[str, Any], trajectory: _Trajectory = trajectory) -> None:
-                trajectory.add(step)
-                bar.update()
-
             x = task.sampler.sample(
                 (batch.size, channels, height, width),
                 seed=args.seed,
                 first_sample=batch.number,
                 model_kwargs=None if labels is None else {"y": labels.to(parameter.device)},
-                callback=callback,
+                progress=bar.update,
+                callback=trajectory.add if batch.followed else None,
             )
             images = _to_bytes(x, "truncate" if args.truncate else "nearest")
             task.parts.write(batch, images, labels, trajectory.frames())
