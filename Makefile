@@ -29,8 +29,10 @@ demo: $(VENV)/demo.installed
 	$(BIN)/fastdiff evaluate --samples $(DEMO)/samples_1000x8x8x1.npz --data digits --out $(DEMO)/evaluation.json
 	@echo "Look at $(DEMO)/grid.png (the samples) and $(DEMO)/loss_curve.png."
 
+# A process to each core; what they share is in tests/conftest.py.
+test: export OMP_NUM_THREADS ?= 1
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .

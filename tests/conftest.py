@@ -24,6 +24,10 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    # Under pytest-xdist a file's tests stay in one process, with what they share.
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if not config.getoption("--exhaustive"):
         skip = pytest.mark.skip(reason="takes minutes; run with --exhaustive")
         for item in items:
