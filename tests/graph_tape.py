@@ -40,6 +40,9 @@ class Tape:
         self.calls = recorder.calls
         type(self).made += 1
 
+    def join(self):
+        pass  # there is one stream
+
     def replay(self):
         new = {}  # by the identity of the tensor that the capture made
 

@@ -91,7 +91,7 @@ def test_the_loop_neither_waits_nor_allocates(unet):
             finally:
                 torch.cuda.set_sync_debug_mode("default")
             made = torch.cuda.memory_stats()["allocation.all.allocated"] - allocations
-            if sampler is captured and rng == "counter":
+            if sampler is captured:
                 assert made == 0
             steps.close()
 
@@ -158,12 +158,15 @@ def test_other_threads_may_use_the_gpu_during_a_capture(unet):
 def test_another_stream_is_honoured(unet):
     captured, eager = pair(unet, steps=4)
     expected = eager.sample((1, 3, 16, 16), seed=2)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        actual = captured.sample((1, 3, 16, 16), seed=2)
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    for _ in range(3):  # a graph that another stream replayed last
+        captured.sample((1, 3, 16, 16), seed=1)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            actual = captured.sample((1, 3, 16, 16), seed=2)
+        captured.sample((1, 3, 16, 16), seed=3)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert len(captured._graphs.steps) == 1
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -181,7 +184,7 @@ def test_close_gives_the_memory_back(unet):
     assert torch.cuda.memory_reserved() > before
     captured.close()
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= before + (8 << 20)  # cuBLAS keeps a workspace
+    assert torch.cuda.memory_reserved() <= before + (64 << 20)  # cuBLAS keeps workspaces
     captured.sample((1, 3, 16, 16))
 
 

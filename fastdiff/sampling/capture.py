@@ -54,9 +54,18 @@ class CudaGraph:
                 self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"
             ):
                 call()
-        torch.cuda.current_stream(device).wait_stream(stream)
+        self.device, self.last = device, stream
+        self.join()
+
+    def join(self) -> None:
+        """What the current stream does next comes after the last replay, on whatever stream."""
+        current = torch.cuda.current_stream(self.device)
+        if current != self.last:
+            current.wait_stream(self.last)
+            self.last = current
 
     def replay(self) -> None:
+        self.join()
         self.graph.replay()
 
     @staticmethod
@@ -107,6 +116,7 @@ class CapturedStep:
         )
         self.weights = run.network.weights.signature()
         self.figures = ""  # what it takes, and what the eager step takes
+        self.graph: Any = None
         self.begin(run, x, None, 0, owner=None)
         with torch.no_grad():
             self.graph = graph(self._step, device, place)
@@ -126,6 +136,8 @@ class CapturedStep:
 
     def begin(self, run: Run, x: Tensor, x_start: Tensor | None, i: int, owner: Any) -> None:
         """Be at row i of ``run``, which has this step's key, in the call ``owner``."""
+        if self.graph is not None:
+            self.graph.join()
         self.owner, self.next_row, self.given = owner, i, run
         rows = len(run.table)
         self.x.copy_(x)
