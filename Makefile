@@ -29,10 +29,10 @@ demo: $(VENV)/demo.installed
 	$(BIN)/fastdiff evaluate --samples $(DEMO)/samples_1000x8x8x1.npz --data digits --out $(DEMO)/evaluation.json
 	@echo "Look at $(DEMO)/grid.png (the samples) and $(DEMO)/loss_curve.png."
 
-# A process to each core; what they share is in tests/conftest.py.
+# A process to each core, a file's tests in one of them.
 test: export OMP_NUM_THREADS ?= 1
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .

@@ -5,7 +5,9 @@ error there would stop the whole run.
 """
 
 import ast
+import fcntl
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -24,10 +26,6 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    # Under pytest-xdist a file's tests stay in one process, with what they share.
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if not config.getoption("--exhaustive"):
         skip = pytest.mark.skip(reason="takes minutes; run with --exhaustive")
         for item in items:
@@ -40,7 +38,12 @@ def sanitized(tmp_path_factory):
     """The native library with AddressSanitizer and UBSan, and CUDA on emulated threads."""
     import sanitized
 
-    return sanitized.make(tmp_path_factory.mktemp("sanitized"))
+    # Of pytest-xdist's processes the first builds, in the folder that they share.
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with open(shared / "sanitized.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return sanitized.make(shared / "sanitized")
 
 
 @pytest.fixture(params=ISAS)

@@ -26,15 +26,20 @@ class Build:
     """The repository's sources, built in ``folder``: the library, and objects to link anew."""
 
     def __init__(self, folder: Path):
+        lib = folder / "lib"
+        if not lib.exists():  # another process of this run may have built it
+            self._build(folder, lib)
+        (self.library,) = lib.rglob("_native*.so")
+        self.objects = sorted((folder / "build").rglob("*.o"))
+
+    def _build(self, folder: Path, lib: Path) -> None:
         environment = {"FASTDIFF_SANITIZE": "address,undefined", "FASTDIFF_CUDA": "emulate"}
         done = subprocess.run(
-            [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder / "lib"),
+            [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(lib),
              "--build-temp", str(folder / "build")],
             cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-        (self.library,) = (folder / "lib").rglob("_native*.so")
-        self.objects = sorted((folder / "build").rglob("*.o"))
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         """Python with the sanitizers' runtime, and FASTDIFF_TEST_LIBRARY naming this build."""

@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("sanitized")  # one build serves all
 SUITES = {  # the longest first
     "group_norm_silu": ["tests/test_group_norm_silu.py", "tests/test_group_norm_silu_backward.py"],
     "group_norm_silu, cut": ["tests/test_group_norm_silu_cuda.py"],

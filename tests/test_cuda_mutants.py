@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 import sanitized as tools
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sanitized")]
+pytestmark = pytest.mark.slow
 NORM = ("tests/test_group_norm_silu_cuda.py", "-k", "cutting or order_of_threads")
 NOISE = ("tests/test_rng_cuda.py",)
 ELEMENTWISE = ("tests/test_elementwise_cuda.py",)

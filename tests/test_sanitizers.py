@@ -6,7 +6,6 @@ import pytest
 
 from fastdiff import native
 
-pytestmark = pytest.mark.xdist_group("sanitized")  # one build serves all
 CHECK = str(Path(__file__).parent / "sanitizer_check.py")
 
 
