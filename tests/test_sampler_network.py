@@ -120,7 +120,8 @@ def test_the_loop_allocates_nothing_that_stays():
                 sizes.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
-    assert sizes[1] - sizes[0] < 4096  # 800 steps
+    # 800 steps; one object that each left behind would be more, even an empty one.
+    assert sizes[1] - sizes[0] < 800 * 40
 
 
 class Standardised(nn.Conv2d):
