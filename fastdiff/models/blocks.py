@@ -223,26 +223,32 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, emb: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """x (N, C, *spatial), emb (N, E) -> (N, C', *spatial'); ``size`` is where "up" goes."""
+        """x (N, C, *spatial), SiLU of the embedding (N, E) -> (N, C', *spatial').
+
+        ``size`` is where "up" goes.
+        """
         return run_checkpointed(
             lambda x, emb: self._forward(x, emb, size), self.use_checkpoint, x, emb
         )
 
     def _forward(self, x: Tensor, emb: Tensor, size: Sequence[int] | None) -> Tensor:
-        h = apply_norm(self.in_layers[0], x)
+        in_norm, _, in_conv = self.in_layers
+        out_norm, _, dropout, out_conv = self.out_layers
+        h = apply_norm(in_norm, x)
         if self.resample == "up":
             assert size is not None
             h, x = upsample_nearest(h, size), upsample_nearest(x, size)
         elif self.pool is not None:
             h, x = self.pool(h), self.pool(x)
-        h = self.in_layers[2](h)
-        emb = self.emb_layers(emb)  # (N, C') or (N, 2C')
+        h = in_conv(h)
+        _, emb_linear = self.emb_layers  # whose SiLU all blocks share
+        emb = emb_linear(emb)  # (N, C') or (N, 2C')
         if self.use_scale_shift_norm:
             scale, shift = emb.chunk(2, dim=1)
-            h = apply_norm(self.out_layers[0], h, scale=scale, shift=shift)
+            h = apply_norm(out_norm, h, scale=scale, shift=shift)
         else:
-            h = apply_norm(self.out_layers[0], h, add=emb)
-        h = self.out_layers[3](self.out_layers[2](h))
+            h = apply_norm(out_norm, h, add=emb)
+        h = out_conv(dropout(h))
         h += self.skip_connection(x)  # in place: nothing needs the convolution's output again
         return h
 

@@ -255,6 +255,7 @@ class UNet(nn.Module):
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
         if y is not None:
             emb = emb + self.label_emb(y.long())
+        emb = F.silu(emb)  # with which each block's emb_layers begin
 
         h = x.to(dtype)
         if low_res is not None:
