@@ -1,7 +1,8 @@
 """Convolutions on the CPU with their weights in the order in which oneDNN reads them.
 
-A convolution of PyTorch's reorders its weight at every call, which at batch 1 is a quarter of a
-U-Net's time. While a sampler runs, each nn.Conv2d keeps the reordered weight of its first step.
+A convolution of PyTorch's reorders its weight at every call, which takes as long as 25 positions
+of the image: at batch 1 a tenth of a U-Net's time. While a sampler runs, each nn.Conv2d keeps the
+reordered weight of its first step.
 """
 
 import functools
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 Geometry = tuple[Any, ...]
+# Up to here a second copy of a float32 weight is worth its memory. Another dtype needs one anyway.
+MOST_SAMPLES, MOST_POSITIONS = 2, 1024
 
 
 def _reorder(weight: Tensor, geometry: Geometry, shape: torch.Size) -> Tensor:
@@ -44,32 +47,37 @@ def serves(dtype: torch.dtype) -> bool:
 class PackedConvolution:
     """The forward of one nn.Conv2d in ``dtype``; None: in its weight's."""
 
-    def __init__(self, convolution: nn.Conv2d, dtype: torch.dtype | None):
-        self.convolution, self.dtype = convolution, dtype
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
+    def __init__(self, layer: nn.Conv2d, dtype: torch.dtype | None):
+        self.layer, self.dtype = layer, dtype
+        self.parameters = layer._parameters  # what layer.weight would look up at every call
+        self.arguments: tuple[Any, ...] = ()
         self.made_of: tuple[Any, ...] = ()
 
     def __call__(self, x: Tensor) -> Tensor:
-        layer = self.convolution
+        live, dtype = self.parameters["weight"], self.dtype
         others = torch.is_grad_enabled() or (
-            self.dtype is None and torch.is_autocast_enabled("cpu")  # the caller's
+            dtype is None and torch.is_autocast_enabled("cpu")  # the caller's
         )
-        if others or x.dim() != 4 or x.shape[1] != layer.in_channels:
-            return nn.Conv2d.forward(layer, x)  # which says what does not fit
-        live, dtype = layer.weight, self.dtype or layer.weight.dtype
-        made_of = (live.data_ptr(), live._version, x.shape)
-        with torch.autocast("cpu", enabled=False):
-            if self.weight is None or made_of != self.made_of:
-                self.weight = _reorder(live.detach().to(dtype), self.geometry, x.shape)
-                self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-                self.made_of = made_of
-            return _convolve(x.to(dtype), self.weight, self.bias, self.geometry)
+        if live is None or others or not (self.dtype or self._pays(x)):
+            return nn.Conv2d.forward(self.layer, x)
+        made_of = (live.data_ptr(), live._version, x.shape, x.dtype)
+        if made_of != self.made_of:
+            fits = x.dim() == 4 and x.shape[1] == self.layer.in_channels
+            if not fits or (dtype is None and x.dtype != live.dtype):
+                return nn.Conv2d.forward(self.layer, x)  # which says what does not fit
+            self.arguments = self._pack(live.detach(), dtype or live.dtype, x.shape)
+            self.made_of = made_of
+        return _convolve(x if dtype is None else x.to(dtype), *self.arguments)
 
-    @property
-    def geometry(self) -> Geometry:
-        layer = self.convolution
-        return layer.padding, layer.stride, layer.dilation, layer.groups
+    def _pays(self, x: Tensor) -> bool:
+        return len(x) <= MOST_SAMPLES and x.numel() <= MOST_POSITIONS * self.layer.in_channels
+
+    def _pack(self, weight: Tensor, dtype: torch.dtype, shape: torch.Size) -> tuple[Any, ...]:
+        """The arguments of ``_convolve`` beside x."""
+        layer = self.layer
+        geometry = (layer.padding, layer.stride, layer.dilation, layer.groups)
+        bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+        return _reorder(weight.to(dtype), geometry, shape), bias, geometry
 
 
 class Packing:
@@ -79,7 +87,6 @@ class Packing:
         self.module = module
         self.dtype = dtype if dtype in (torch.bfloat16, torch.float16) else None
         self.packed: dict[nn.Conv2d, PackedConvolution] = {}
-        self.depth = 0
 
     def refresh(self) -> None:
         """Forget what was packed of weights that may have changed since."""
@@ -96,18 +103,14 @@ class Packing:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        if self.depth or not self.packed:
-            yield
-            return
-        self.depth += 1
+        replaced = self.packed
         try:
-            for layer, packed in self.packed.items():
+            for layer, packed in replaced.items():
                 layer.forward = packed  # type: ignore[method-assign,assignment]
             yield
         finally:
-            for layer in self.packed:
+            for layer in replaced:
                 layer.__dict__.pop("forward", None)
-            self.depth -= 1
 
 
 def _packable(module: nn.Module, dtype: torch.dtype | None) -> Iterator[nn.Conv2d]:
