@@ -17,6 +17,7 @@ from fastdiff._checks import check_like, is_finite
 from fastdiff.errors import InputError
 from fastdiff.forward_process import ForwardProcess, posterior_mean
 from fastdiff.process_tables import FloatArray, TablesAt, arithmetic_dtype, to_device
+from fastdiff.reference.posterior_step import log_variance
 from fastdiff.rng import draw_like
 
 MEAN_TYPES = ("epsilon", "x_start", "v", "previous_x")
@@ -235,10 +236,8 @@ class ReverseProcess(ForwardProcess):
     def _learned_log_variance(self, values: Tensor, at: TablesAt) -> Tensor:
         if self.var_type == "learned":
             return values
-        # [-1, 1] spans log β̃ … log β of this (respaced) process; not clamped, as published.
-        fraction = (values + 1) / 2
-        smallest, largest = at["posterior_log_variance_clipped"], at["log_betas"]
-        return fraction * largest + (1 - fraction) * smallest
+        # log β̃ … log β of this (respaced) process.
+        return log_variance(values, at["posterior_log_variance_clipped"], at["log_betas"])
 
     def _predict_xstart(self, output: Tensor, x_t: Tensor, at: TablesAt) -> Tensor:
         """x_0 from the network's output. No form but ε's divides by √ᾱ, which may be 0."""

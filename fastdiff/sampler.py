@@ -68,7 +68,8 @@ class Sampler:
             the faster is kept. True insists on the graph, False never takes one. A graph sees new
             values of weights, moved weights, and hooks; of other Python state that decides what
             the model does (an attribute, an adapter switched off) it is told by ``close()``.
-        compile: run the network through torch.compile: True, or its keyword arguments.
+        compile: run the network through torch.compile: True, or its keyword arguments. Inductor's
+            freezing makes the weights constants: after a change of them make a new sampler.
         device: where to sample; by default that of the model's parameters, else of ``noise``, else
             the CPU.
 

@@ -38,6 +38,8 @@ from fastdiff.step_columns import (
     x_start_coefficients,
 )
 
+Index = int | torch.Tensor  # of a row; a tensor of one element is read on its device
+
 METHODS = ("ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++")
 
 # The order of the packed tensor's columns: kernels read a row by these positions (48 bytes a row).
@@ -182,6 +184,11 @@ class StepTable:
     @property
     def device(self) -> torch.device:
         return self.packed.device
+
+    def at(self, column: str, i: Index) -> torch.Tensor:
+        """A column's value at row ``i``, where the table is: () for a number, else (1,)."""
+        values = getattr(self, column)
+        return values[i] if isinstance(i, int) else values.index_select(0, i)
 
     @cached_property
     def is_noisy(self) -> bool:

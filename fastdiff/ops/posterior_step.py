@@ -74,7 +74,7 @@ def posterior_step(
                 guidance_scale,
                 return_x_start,
             )
-    _check_tensors(x_t, model_output, table, guidance_scale)
+    check_tensors(x_t, model_output, table, guidance_scale)
     _check_step(step, table, x_t.device)
     noisy, multistep = reads(table, step)
     _check_extras(x_t, noisy, multistep, noise, seed, prev_x_start)
@@ -230,12 +230,13 @@ def _counter_step(step: int | torch.Tensor) -> int | torch.Tensor:
 # --- Checks -----------------------------------------------------------------------------------
 
 
-def _check_tensors(
+def check_tensors(
     x_t: torch.Tensor,
     model_output: torch.Tensor,
     table: StepTable,
     guidance_scale: float | torch.Tensor | None,
 ) -> None:
+    """InputError for tensors that do not fit each other."""
     for name, tensor in (("x_t", x_t), ("model_output", model_output)):
         if not isinstance(tensor, torch.Tensor):
             raise InputError(f"{name} is a {type(tensor).__name__}; expected a tensor")

@@ -19,15 +19,22 @@ def posterior_step(
     """
     x_start = (row["a"] * x_t + row["b"] * output).clamp(-row["clip"], row["clip"])
     std = row["sigma"]
-    if variance_output is not None:  # v: Nichol & Dhariwal 2021, eq. 15
-        f = (variance_output + 1) / 2
-        std = std * torch.exp(0.5 * (f * row["log_max"] + (1 - f) * row["log_min"]))
+    if variance_output is not None:
+        std = std * torch.exp(0.5 * log_variance(variance_output, row["log_min"], row["log_max"]))
     x_prev = _times(row["c"], x_start) + _times(row["d"], x_t) + _times(row["o"], output)
     if x_start_before is not None:
         x_prev = x_prev + _times(row["e"], x_start_before)
     if z is not None:
         x_prev = x_prev + torch.where(row["sigma"] != 0, std * z, 0.0)
     return x_prev, x_start
+
+
+def log_variance(
+    v: torch.Tensor, log_min: torch.Tensor | float, log_max: torch.Tensor | float
+) -> torch.Tensor:
+    """v in [−1, 1] spans log_min … log_max; not clamped (Nichol & Dhariwal 2021, eq. 15)."""
+    fraction = (v + 1) / 2
+    return fraction * log_max + (1 - fraction) * log_min
 
 
 def _times(coefficient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

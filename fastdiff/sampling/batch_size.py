@@ -3,12 +3,12 @@
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError
+from fastdiff.sampling.kwargs import narrowed
 from fastdiff.sampling.run import Run
 
 
@@ -46,8 +46,8 @@ def largest_batch(run: Run, x: Tensor, i: int, message: str) -> InputError:
 
 
 def _fits(run: Run, x: Tensor, i: int) -> bool:
-    network_batch = len(x) * (1 if run.guidance_scale is None else 2)
-    given = {name: _narrowed(value, run, network_batch) for name, value in run.kwargs.items()}
+    halves = 1 if run.guidance_scale is None else 2
+    given = narrowed(run.kwargs, halves * run.stats.images, halves * len(x))
     if run.guidance_scale is not None:
         x = torch.cat([x, x])
     try:
@@ -57,11 +57,3 @@ def _fits(run: Run, x: Tensor, i: int) -> bool:
             raise
         return False
     return True
-
-
-def _narrowed(value: Any, run: Run, count: int) -> Any:
-    """A keyword argument for fewer samples: tensors whose first dimension is the batch."""
-    whole = run.stats.images * (1 if run.guidance_scale is None else 2)
-    if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == whole:
-        return value[:count]
-    return value

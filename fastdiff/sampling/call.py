@@ -17,7 +17,8 @@ from fastdiff.sampling.conditions import (
     Known,
     XStart,
 )
-from fastdiff.sampling.network import Network, doubled_kwargs
+from fastdiff.sampling.kwargs import doubled_kwargs
+from fastdiff.sampling.network import Network
 from fastdiff.sampling.noise import noise_source
 from fastdiff.sampling.run import Run, failure_flag
 from fastdiff.sampling.settings import Settings
@@ -83,8 +84,8 @@ class Call:
         if cond_fn is not None:
             conditions.classifier = ClassifierGuidance(cond_fn, process, table)
         if inputs.known is not None and inputs.known_mask is not None:
-            known = Known.of(inputs.known, inputs.known_mask, shape, device)
-            conditions.known = known.with_levels(process, len(table))
+            given = (inputs.known, inputs.known_mask)
+            conditions.known = Known.of(*given, shape, device, process, len(table))
         kwargs = dict(inputs.model_kwargs or {})
         self.plain = Run(
             network=network,
@@ -129,9 +130,15 @@ class Call:
     ) -> Tensor:
         """x_T, or the image at the level of the first row."""
         given = inputs.noise
+        signal, noise = (float(level[len(self.table) - 1]) for level in noise_levels(process))
+        if inputs.image is None and given is None and signal > noise:
+            raise InputError(
+                f"sampling would start at timestep {self.timesteps[0]:g}, where x_t is mostly data "
+                f"({signal:.3g}·x_0 + {noise:.3g}·noise) and cannot be drawn; take noisier steps "
+                "(more of them, or spacing 'trailing'), or start from an image or given noise"
+            )
         x = self.plain.noise.x_T() if given is None else given.to(device, torch.float32)
         if inputs.image is not None:
-            signal, noise = (float(level[len(self.table) - 1]) for level in noise_levels(process))
             x = signal * inputs.image.to(device, torch.float32) + noise * x
         elif given is None:
             x = x * getattr(process, "prior_std", 1.0)

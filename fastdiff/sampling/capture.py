@@ -8,7 +8,7 @@ and scale; what it does depend on is its key (``key_of``).
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,9 @@ from torch import Tensor
 
 from fastdiff import backends
 from fastdiff.errors import InputError, TrainingError
-from fastdiff.sampling.noise import CounterNoise, HeldNoise, signed
+from fastdiff.ops._elementwise import signed
+from fastdiff.sampling.kwargs import Unknown, map_tensors, structure, tensors_of
+from fastdiff.sampling.noise import CounterNoise, HeldNoise
 from fastdiff.sampling.run import Run
 from fastdiff.sampling.stats import Stats
 from fastdiff.step_table import COLUMNS
@@ -27,10 +29,6 @@ MOST_GRAPHS = 8
 LEAST_ROWS = 4096  # of a captured table; longer ones get a graph of their own
 WARM_UPS = 2
 MEASURED = 4  # steps at a time
-
-
-class NotCapturable(Exception):
-    """A step cannot be captured; says why."""
 
 
 class CudaGraph:
@@ -91,7 +89,8 @@ class CapturedStep:
         self.row, self.seed, self.first_sample = torch.zeros(3, 1, dtype=torch.int64, device=device)
         self.failed = torch.full((1,), -1, dtype=torch.int64, device=device)
         self.scale = torch.zeros(1, device=device)
-        self.kwargs = [tensor.clone() for tensor in _tensors(run.kwargs)]
+        kwargs = map_tensors(torch.clone, run.kwargs)
+        self.kwargs = list(tensors_of(kwargs))
         known = run.conditions.known
         self.known = None if known is None else known.held(self.rows)
         self.noise: Any = HeldNoise(x, known is not None)
@@ -106,7 +105,7 @@ class CapturedStep:
                 noisy_rows=(True,) * self.rows,
                 multistep_rows=(run.table.is_multistep,) * self.rows,
             ),
-            kwargs=_filled(run.kwargs, iter(self.kwargs)),
+            kwargs=kwargs,
             given_kwargs={},  # a classifier's, which is never captured
             guidance_scale=None if run.guidance_scale is None else self.scale,
             noise=self.noise,
@@ -152,7 +151,7 @@ class CapturedStep:
             self.first_sample.fill_(signed(run.noise.first_sample))
         if run.guidance_scale is not None:
             self.scale.fill_(run.guidance_scale)
-        for held, given in zip(self.kwargs, _tensors(run.kwargs), strict=True):
+        for held, given in zip(self.kwargs, tensors_of(run.kwargs), strict=True):
             held.copy_(given)
         if self.known is not None and run.conditions.known is not None:
             self.known.fill(run.conditions.known)
@@ -195,7 +194,7 @@ class Graphs:
             return "torch.compile in this mode captures CUDA graphs of its own"
         try:
             key = key_of(run, x)
-        except NotCapturable as reason:
+        except Unknown as reason:
             return self._refused(str(reason))
         found = self.steps.pop(key, None)
         if isinstance(found, CapturedStep) and (
@@ -257,59 +256,20 @@ GRAPH: type[CudaGraph] = CudaGraph
 
 
 def key_of(run: Run, x: Tensor) -> tuple:
-    """All that a captured step depends on beside the weights. NotCapturable for what cannot be
+    """All that a captured step depends on beside the weights. Unknown for what cannot be
     compared."""
     table, conditions = run.table, run.conditions
     autocast = (torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type))
     return (
         (x.shape, x.stride(), x.device),
         (run.network.dtype, autocast if run.network.dtype is None else None),
-        _structure(run.kwargs, "model_kwargs"),
+        structure(run.kwargs, "model_kwargs"),
         run.guidance_scale is not None,
         run.noise.kind,
         (table.doubled_output, table.learned_variance, table.scales_input, table.is_multistep),
         (conditions.x_start, run.mean_is_output, conditions.known is not None),
         (backends.named(), torch.get_float32_matmul_precision()),
     )
-
-
-def _structure(value: Any, name: str) -> Any:
-    """What of keyword arguments is baked into a graph: all but the tensors' values."""
-    if isinstance(value, Tensor):
-        return (Tensor, value.shape, value.dtype, value.stride(), value.device)
-    if isinstance(value, Mapping):
-        return tuple((key, _structure(value[key], f"{name}[{key!r}]")) for key in value)
-    if isinstance(value, list | tuple):
-        parts = tuple(_structure(part, f"{name}[{i}]") for i, part in enumerate(value))
-        return (type(value).__name__, parts)
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
-        return (type(value).__name__, value)
-    raise NotCapturable(
-        f"{name} is a {type(value).__name__}, whose changes a CUDA graph would not see"
-    )
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in keyword arguments, in the order of ``_structure``."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [tensor for part in value.values() for tensor in _tensors(part)]
-    if isinstance(value, list | tuple):
-        return [tensor for part in value for tensor in _tensors(part)]
-    return []
-
-
-def _filled(value: Any, tensors: Any) -> Any:
-    """``value`` with its tensors replaced, in order."""
-    if isinstance(value, Tensor):
-        return next(tensors)
-    if isinstance(value, Mapping):
-        return {key: _filled(part, tensors) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        parts = [_filled(part, tensors) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
 
 
 def _seconds(call: Callable[[], None], device: torch.device) -> float:

@@ -12,17 +12,9 @@ from torch import Tensor
 from fastdiff._checks import check_float, check_like
 from fastdiff.errors import InputError
 from fastdiff.ops.q_sample import q_sample
-from fastdiff.reference.posterior_step import guide
+from fastdiff.reference.posterior_step import guide, log_variance
 from fastdiff.reverse_process import CondFn, DenoisedFn
-from fastdiff.step_table import COLUMNS, StepTable, noise_levels
-
-Index = int | Tensor
-
-
-def at_row(column: Tensor, i: Index) -> Tensor:
-    """A column's value at row i, read where it is."""
-    return column[i] if isinstance(i, int) else column.index_select(0, i)
-
+from fastdiff.step_table import COLUMNS, Index, StepTable, noise_levels
 
 # --- The predicted x_0 ------------------------------------------------------------------------
 
@@ -59,8 +51,8 @@ class XStart:
         mean, rest = output[:, : x.shape[1]].float(), output[: len(x), x.shape[1] :]
         if scale is not None:
             mean = guide(mean, scale)
-        x_start = at_row(table.a, i) * x + at_row(table.b, i) * mean
-        x_start = self(x_start, at_row(table.clip, i))
+        x_start = table.at("a", i) * x + table.at("b", i) * mean
+        x_start = self(x_start, table.at("clip", i))
         return torch.cat([x_start, rest.float()], dim=1) if table.doubled_output else x_start
 
 
@@ -108,7 +100,10 @@ class ClassifierGuidance:
                     "(zero terminal SNR); use method 'ddpm'"
                 )
             self.gain = (noise**2 / signal).tolist()
-        self.c = table.c.double().tolist()
+        # Numbers, which no step has to wait for.
+        self.c, self.log_min, self.log_max = (
+            column.double().tolist() for column in (table.c, table.log_min, table.log_max)
+        )
 
     def apply(
         self,
@@ -130,9 +125,8 @@ class ClassifierGuidance:
         if not self.table.learned_variance:
             return x_prev + self.gain[i] * gradient, x_start
         v = output[: len(x), x.shape[1] :].float()
-        fraction = (v + 1) / 2
-        low, high = self.table.log_min[i].to(v.device), self.table.log_max[i].to(v.device)
-        return x_prev + torch.exp(fraction * high + (1 - fraction) * low) * gradient, x_start
+        variance = torch.exp(log_variance(v, self.log_min[i], self.log_max[i]))
+        return x_prev + variance * gradient, x_start
 
 
 # --- A known region ---------------------------------------------------------------------------
@@ -154,9 +148,15 @@ class Known:
 
     @classmethod
     def of(
-        cls, x_start: Tensor, mask: Tensor, shape: tuple[int, ...], device: torch.device
+        cls,
+        x_start: Tensor,
+        mask: Tensor,
+        shape: tuple[int, ...],
+        device: torch.device,
+        process: Any,
+        rows: int,
     ) -> "Known":
-        """Without levels; see ``with_levels``. InputError for what does not fit ``shape``."""
+        """For the last ``rows`` rows of ``process``. InputError for what does not fit ``shape``."""
         check_float(x_start, "known")
         if not isinstance(mask, Tensor):
             raise InputError(f"known_mask is a {type(mask).__name__}; expected a tensor")
@@ -168,21 +168,14 @@ class Known:
                     f"{name} has shape {tuple(tensor.shape)}, which does not broadcast to the "
                     f"samples' {shape}"
                 ) from None
-        empty = torch.empty(0)
+        signal, noise = noise_levels(process)
+        arrived = np.stack([np.append(1.0, signal[:-1]), np.append(0.0, noise[:-1])])
+        levels = np.ascontiguousarray(arrived[:, :rows][:, ::-1], dtype=np.float32)
         return cls(
             torch.broadcast_to(x_start.to(device, torch.float32), shape),
             torch.broadcast_to(mask.to(device) != 0, shape),
-            empty,
-            empty,
+            *torch.from_numpy(levels).to(device),
         )
-
-    def with_levels(self, process: Any, rows: int) -> "Known":
-        """At the last ``rows`` rows of ``process``."""
-        signal, noise = noise_levels(process)
-        arrived = np.stack([np.append(1.0, signal[:-1]), np.append(0.0, noise[:-1])])
-        levels = torch.from_numpy(arrived[:, :rows][:, ::-1].astype(np.float32))
-        signal_of, noise_of = levels.to(self.x_start.device)
-        return replace(self, signal=signal_of.contiguous(), noise=noise_of.contiguous())
 
     def held(self, rows: int) -> "Known":
         """A copy with room for the levels of ``rows`` rows, for a captured step."""

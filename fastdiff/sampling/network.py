@@ -1,4 +1,4 @@
-"""How a sampler runs its model: eval mode, dtype, layout, timesteps, the two halves of guidance."""
+"""How a sampler runs its model: eval mode, dtype, layout, weights."""
 
 import functools
 import inspect
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.errors import InputError
 from fastdiff.sampling.packing import Packing
 from fastdiff.sampling.weights import Weights
 
@@ -43,7 +42,7 @@ class Network:
         self.asked_channels_last = channels_last
         self.weights = Weights(self.module, dtype, bool(channels_last))
         self.packing = Packing(None if self.compiles else self.module, dtype)
-        self.sampling_calls = 0
+        self.sampling_calls = self.uses = 0
         self.training: list[nn.Module] = []
 
     def __call__(self, x: Tensor, timesteps: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
@@ -75,8 +74,15 @@ class Network:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """The sampler's copies of weights are the module's inside; may be nested."""
-        with self.weights.in_use(), self.packing.in_use():
+        if self.uses:
             yield
+            return
+        with self.weights.in_use(), self.packing.in_use():
+            self.uses += 1
+            try:
+                yield
+            finally:
+                self.uses -= 1
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
         if self.dtype is None:
@@ -98,8 +104,9 @@ class Network:
                 self.module.eval()
         self.sampling_calls += 1
         try:
-            self.packing.refresh()
-            self.weights.refresh(kept=self.packing.weights())
+            if not self.uses:  # a call inside another one's steps runs on what that one does
+                self.packing.refresh()
+                self.weights.refresh(kept=self.packing.weights())
             yield
         finally:
             self.sampling_calls -= 1
@@ -139,50 +146,3 @@ def _modules(value: Any, depth: int) -> Iterator[nn.Module]:
 def first_parameter(module: nn.Module | None) -> Tensor | None:
     parameters = iter(()) if module is None else module.parameters()
     return next((p for p in parameters if p.is_floating_point()), None)
-
-
-def doubled_kwargs(
-    model: Model, count: int, given: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """What the network is passed under guidance: for a batch of 2N, unconditional half second."""
-    uncond = dict(uncond_kwargs or {})
-    null_label = getattr(model, "null_label", None)
-    if "y" in given and "y" not in uncond and null_label is not None:
-        if not isinstance(given["y"], Tensor):
-            raise InputError(f"labels y are a {type(given['y']).__name__}; expected a tensor (N,)")
-        uncond["y"] = torch.full_like(given["y"], null_label)
-    if not uncond:
-        raise InputError(
-            "guidance needs to know what unconditional means: a model with a null class and "
-            "labels y in model_kwargs, or uncond_kwargs"
-        )
-    return _double("", given, uncond, count)
-
-
-def _double(name: str, value: Any, uncond: Any, count: int) -> Any:
-    """The conditional and the unconditional value of one keyword argument, or of a dict of them."""
-    if isinstance(value, Mapping) and (uncond is None or isinstance(uncond, Mapping)):
-        others = uncond or {}
-        unknown = sorted(set(others) - set(value))
-        if unknown:
-            raise InputError(f"uncond_kwargs{name} has {unknown[0]!r}, which model_kwargs has not")
-        return {
-            key: _double(f"{name}[{key!r}]", part, others.get(key), count)
-            for key, part in value.items()
-        }
-    batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count
-    if not batched:
-        if uncond is None:
-            return value
-        raise InputError(
-            f"model_kwargs{name} has an unconditional counterpart, so it must be a tensor "
-            f"whose first dimension is the batch, {count}"
-        )
-    other = value if uncond is None else uncond
-    if not isinstance(other, Tensor) or other.shape != value.shape:
-        came = tuple(other.shape) if isinstance(other, Tensor) else type(other).__name__
-        raise InputError(
-            f"uncond_kwargs{name} is {came}; expected the shape of model_kwargs{name}, "
-            f"{tuple(value.shape)}"
-        )
-    return torch.cat([value, other.to(value)])

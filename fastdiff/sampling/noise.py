@@ -8,8 +8,7 @@ from torch import Tensor
 from fastdiff import rng
 from fastdiff.errors import InputError
 from fastdiff.sampling_loops import StepNoise, noise_of_step
-
-Index = int | Tensor  # of a row; a tensor of one element where it is known on the device alone
+from fastdiff.step_table import Index
 
 
 class CounterNoise:
@@ -43,6 +42,11 @@ class CounterNoise:
         """q_sample's arguments for the known region after row i."""
         return self.of_step(i, True) | {"step": rng.FIRST_KNOWN_STEP + i}
 
+    def draw_known(self, i: int, out: Tensor) -> None:
+        """``of_known``'s noise, into a tensor."""
+        step, first = rng.known_step(i), self.first_sample
+        rng.normal(self.shape, seed=self.seed, step=step, first_sample=first, out=out)
+
 
 class TorchNoise:
     """torch.randn from a generator of a seed: x_T first and then step by step, as published."""
@@ -64,7 +68,14 @@ class TorchNoise:
     def of_known(self, i: Index) -> dict[str, Any]:
         return {"noise": self.x_T()}
 
-    def draw_into(self, out: Tensor) -> None:
+    def draw_step(self, i: int, noisy: bool, out: Tensor) -> None:
+        if noisy:
+            self._draw(out)
+
+    def draw_known(self, i: int, out: Tensor) -> None:
+        self._draw(out)
+
+    def _draw(self, out: Tensor) -> None:
         torch.randn(self.shape, generator=self.generator, out=out)
 
 
@@ -85,6 +96,17 @@ class GivenNoise:
     def of_known(self, i: int) -> dict[str, Any]:
         return self.source.of_known(i)
 
+    def draw_step(self, i: int, noisy: bool, out: Tensor) -> None:
+        given = self.of_step(i, noisy)["noise"]
+        if given.shape != out.shape:
+            raise InputError(
+                f"noise has shape {tuple(given.shape)}; expected {tuple(out.shape)}, like x_t"
+            )
+        out.copy_(given)
+
+    def draw_known(self, i: int, out: Tensor) -> None:
+        self.source.draw_known(i, out)
+
 
 Noise = CounterNoise | TorchNoise | GivenNoise
 
@@ -100,27 +122,9 @@ class HeldNoise:
         self.known = torch.zeros(x.shape, device=x.device) if known else None
 
     def fill(self, source: TorchNoise | GivenNoise, i: int, noisy: bool) -> None:
-        if isinstance(source, TorchNoise):
-            if noisy:
-                source.draw_into(self.step)
-            if self.known is not None:
-                source.draw_into(self.known)
-            return
-        drawn = source.of_step(i, noisy)["noise"]
-        if drawn.shape != self.step.shape:
-            raise InputError(
-                f"noise has shape {tuple(drawn.shape)}; expected {tuple(self.step.shape)}, like x_t"
-            )
-        self.step.copy_(drawn)
+        source.draw_step(i, noisy, self.step)
         if self.known is not None:
-            self._fill_known(source.source, i, self.known)
-
-    def _fill_known(self, source: CounterNoise | TorchNoise, i: int, out: Tensor) -> None:
-        if isinstance(source, TorchNoise):
-            source.draw_into(out)
-        else:
-            step, first = rng.known_step(i), source.first_sample
-            rng.normal(source.shape, seed=source.seed, step=step, first_sample=first, out=out)
+            source.draw_known(i, self.known)
 
     def of_step(self, i: Index, noisy: bool) -> dict[str, Any]:
         return {"noise": self.step}
@@ -151,8 +155,3 @@ def noise_source(
         first_sample = rng.check_integer("first_sample", first_sample, 2**64 - (shape[0] - 1))
         source = CounterNoise(shape, device, seed, first_sample)
     return source if step_noise is None else GivenNoise(source, step_noise, rows)
-
-
-def signed(number: int) -> int:
-    """The int64 with the bits of a number below 2⁶⁴."""
-    return number - 2**64 if number >= 2**63 else number

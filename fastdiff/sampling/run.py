@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError, TrainingError
-from fastdiff.ops.posterior_step import posterior_step
-from fastdiff.sampling.conditions import Conditions, Index, at_row, x_start_table
+from fastdiff.ops.posterior_step import check_tensors, posterior_step
+from fastdiff.sampling.conditions import Conditions, x_start_table
 from fastdiff.sampling.network import Network
 from fastdiff.sampling.stats import Stats
-from fastdiff.step_table import StepTable
+from fastdiff.step_table import Index, StepTable
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Run:
         ``i`` is a number, or a tensor that is read where it is: nothing then depends on the row but
         through tensors.
         """
-        timesteps = at_row(self.table.timesteps, i)
+        timesteps = self.table.at("timesteps", i)
         output = self.stats.timed("network", self._run_network, x, timesteps, i)
         x_prev, x_start = self.stats.timed("update", self._update, x, x_start, output, timesteps, i)
         if self.failed is not None:
@@ -58,7 +58,7 @@ class Run:
 
     def _run_network(self, x: Tensor, timesteps: Tensor, i: Index) -> Tensor:
         if self.table.scales_input:
-            x = x * at_row(self.table.input_scale, i)
+            x = x * self.table.at("input_scale", i)
         if self.guidance_scale is not None:
             x = torch.cat([x, x])
         timesteps = timesteps.expand(len(x))
@@ -75,7 +75,7 @@ class Run:
         table, scale, conditions = self.table, self.guidance_scale, self.conditions
         step_output, step_table, step_scale = output, table, scale
         if self.of_x_start is not None:
-            check_output(output, x, table, scale is not None)
+            check_tensors(x, output, table, scale)  # whoever reads the output first
             step_output = conditions.x_start.output(x, output, table, i, scale)
             step_table, step_scale = self.of_x_start, None
         noisy = table.noisy_rows[i] if isinstance(i, int) else table.is_noisy
@@ -121,13 +121,3 @@ def failure_flag(device: torch.device) -> Tensor | None:
     if device.type == "cpu":
         return None
     return torch.full((1,), -1, dtype=torch.int64, device=device)
-
-
-def check_output(output: Tensor, x: Tensor, table: StepTable, guided: bool) -> None:
-    """InputError for a network output that posterior_step would refuse."""
-    if not isinstance(output, Tensor):
-        raise InputError(f"model_output is a {type(output).__name__}; expected a tensor")
-    batch, channels, *size = x.shape
-    wanted = (batch * (1 + guided), channels * (1 + table.doubled_output), *size)
-    if tuple(output.shape) != wanted:
-        raise InputError(f"model_output has shape {tuple(output.shape)}; expected {wanted}")

@@ -48,10 +48,8 @@ class Stats:
         """call(*arguments), its time added to ``phase``."""
         if not self.splits:
             return call(*arguments)
-        started = time.perf_counter()
-        result = call(*arguments)
-        self.add(phase, time.perf_counter() - started)
-        return result
+        with self.phase(phase):
+            return call(*arguments)
 
     def compiling(self, network: Any, x: Any, *arguments: Any) -> Any:
         """network(x, …); what torch.compile makes anew for x's form counts as compiling."""
@@ -70,10 +68,7 @@ class Stats:
         try:
             yield
         finally:
-            self.add(name, time.perf_counter() - started)
-
-    def add(self, phase: str, seconds: float) -> None:
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def _rate(self, count: int) -> float:
         seconds = self.seconds.get("sampling", 0.0)

@@ -31,7 +31,6 @@ class Weights:
         self.low = dtype if dtype in (torch.bfloat16, torch.float16) else None
         self.by_name: dict[str, nn.Parameter] = {}  # a graph outlives a parameter's replacement
         self.copies: dict[Place, nn.Parameter] = {}
-        self.depth = 0
 
     def refresh(self, kept: Collection[nn.Parameter] = ()) -> None:
         """Copy what is to be copied. Parameters in ``kept`` keep their dtype."""
@@ -52,11 +51,7 @@ class Weights:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """The copies are the module's parameters inside; may be nested."""
-        if self.depth or not self.copies:
-            yield
-            return
-        self.depth += 1
+        """The copies are the module's parameters inside."""
         live = {(part, name): part._parameters[name] for part, name in self.copies}
         try:
             for (part, name), copy in self.copies.items():
@@ -65,7 +60,6 @@ class Weights:
         finally:
             for (part, name), parameter in live.items():
                 part._parameters[name] = parameter
-            self.depth -= 1
 
     def signature(self) -> tuple[Any, ...]:
         """What a captured step rests on: the modules with their hooks, where every tensor that it
