@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from fastdiff.diffusion import GaussianDiffusion
+from fastdiff.models.unet import UNet
 from fastdiff.schedules import get_named_beta_schedule
 
 SHAPE = (3, 2, 4, 4)
@@ -22,6 +23,17 @@ def closed_form(doubled=False):
         return torch.cat([eps, torch.sin(3 * x + t / 5)], dim=1) if doubled else eps
 
     return model
+
+
+def small_unet(channels, *, model_channels=32, channel_mult=(1,), attention_resolutions=()):
+    return UNet(
+        in_channels=channels,
+        model_channels=model_channels,
+        out_channels=channels,
+        num_res_blocks=1,
+        attention_resolutions=attention_resolutions,
+        channel_mult=channel_mult,
+    )
 
 
 class Tiny(nn.Module):

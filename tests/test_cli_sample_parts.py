@@ -1,54 +1,36 @@
-"""``fastdiff sample`` in several processes, killed, restarted, and on disks that fill."""
+"""``fastdiff sample`` killed, restarted, and on disks that fill."""
 
-import errno
 import fcntl
-import itertools
-import multiprocessing
 import os
-import re
 import resource
 import shutil
 import signal
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import nn
-from torch.distributed import TCPStore
+from parts_tools import (
+    SMALL,
+    STARTS,
+    WAIT,
+    arguments,
+    count_drawn,
+    error_line,
+    files,
+    forkserver,
+    interrupt,
+    part,
+    process,
+    sample,
+    save_network,
+)
 
-from fastdiff.cli import COMMANDS, main
-from fastdiff.commands import _processes
 from fastdiff.commands import sample as command
 from fastdiff.commands._parts import Parts, split
-from fastdiff.create import create_diffusion
 from fastdiff.errors import InputError
 from fastdiff.images import load_samples_npz
-from fastdiff.models.checkpoint import save
-from fastdiff.models.ema import EMA
-from fastdiff.models.unet import UNet
 from fastdiff.sampler import Sampler
-
-ROOT = Path(__file__).parent.parent
-WAIT = 300  # seconds for what takes a few, on machines that are busy
-# Six batches: numbers 5 … 8, 9 … 12, and so on; the last has two images.
-SMALL = ["--num", "22", "--batch-size", "4", "--first-sample", "5", "--steps", "3"]
-STARTS = [5, 9, 13, 17, 21, 25]
-
-
-def save_network(folder: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    model = UNet(1, 32, 1, 1, (), channel_mult=(1, 1), num_classes=3, null_class=True, image_size=8)
-    for parameter in model.parameters():  # the last layer starts at zero
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
-    diffusion = create_diffusion(steps=100, noise_schedule="cosine")
-    info = {"image_size": [8, 8], "class_names": ["ant", "bee", "cat"]}
-    return save(folder, model, diffusion=diffusion, ema=EMA(model, (0.9,)), info=info)
 
 
 @pytest.fixture(scope="module")
@@ -64,57 +46,9 @@ def whole(checkpoint, tmp_path_factory):
     return out
 
 
-def arguments(checkpoint: Path, out: Path, *options: str) -> list[str]:
-    places = ["--checkpoint", str(checkpoint), "--out", str(out)]
-    return ["sample", *places, "--device", "cpu", *options]
-
-
-def sample(checkpoint: Path, out: Path, *options: str) -> int:
-    return main(arguments(checkpoint, out, *options))
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def part(out: Path, number: int, kind: str = "part") -> Path:
-    return out / "parts" / f"{kind}_{number:08d}.npz"
-
-
-def error_line(printed: str) -> str:
-    (line,) = [line for line in printed.splitlines() if line.startswith("fastdiff sample: error: ")]
-    return line
-
-
 @pytest.fixture
 def drawn(monkeypatch):
-    """The numbers of the first images of the batches that were drawn, in turn."""
-    numbers = []
-    draw = Sampler.sample
-
-    def counted(self, shape, **options):
-        numbers.append(options["first_sample"])
-        return draw(self, shape, **options)
-
-    monkeypatch.setattr(Sampler, "sample", counted)
-    return numbers
-
-
-def interrupt(checkpoint, out, number, *options):
-    """Run until the batch that starts with this number, and end there as Ctrl-C does."""
-    draw = Sampler.sample
-
-    def interrupted(self, shape, **arguments):
-        if arguments["first_sample"] == number:
-            raise KeyboardInterrupt
-        return draw(self, shape, **arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sampler, "sample", interrupted)
-        assert sample(checkpoint, out, *SMALL, *options) == 130
-
-
-# One process
+    return count_drawn(monkeypatch)
 
 
 def test_nothing_of_the_parts_is_left(whole):
@@ -331,7 +265,7 @@ def test_a_full_disk_keeps_the_finished_batches(checkpoint, tmp_path, drawn, cap
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
-        options = ["--num", "30", "--batch-size", "1", "--steps", "1", "--no-pngs"]
+        options = ["--num", "30", "--batch-size", "1", "--steps", "2", "--no-pngs"]
         assert sample(checkpoint, disk, *options) == 2
         line = error_line(capsys.readouterr().err)
         assert "No space left on device; the finished batches are kept in" in line
@@ -361,90 +295,7 @@ def test_no_room_for_the_final_file(checkpoint, whole, tmp_path, drawn, capsys):
     assert drawn == STARTS and files(tmp_path) == files(whole)
 
 
-# Several processes
-
-
-@pytest.fixture(scope="module")
-def forks():
-    """Processes that need not import everything again."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"fastdiff.commands.{name}" for name in COMMANDS])
-    return context
-
-
-def process(argv, log, environment, disk_full=False, dies_at=None):
-    """What a process of its own runs: the command line."""
-    torch.set_num_threads(1)
-    os.environ.update(environment)
-    if disk_full:
-
-        def no_room(*args):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        np.savez = no_room
-    if dies_at is not None:
-        replace, calls = os.replace, itertools.count(1)
-
-        def counted(*args):
-            if next(calls) == dies_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            replace(*args)
-
-        os.replace = counted
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    code = main(argv)
-    sys.stdout.flush()
-    os._exit(code)
-
-
-class Group:
-    """Processes with the environment torchrun makes, and its store, but started in no time."""
-
-    def __init__(self, context, folder, count, argv, disk_full=None):
-        self.log = folder / "log"
-        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.processes = []
-        for rank in range(count):
-            environment = {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(count),
-                "LOCAL_WORLD_SIZE": str(count),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(self.store.port),
-                "TORCHELASTIC_USE_AGENT_STORE": "True",
-                "TORCHELASTIC_RESTART_COUNT": "0",
-            }
-            target = (argv, str(self.log), environment, rank == disk_full)
-            self.processes.append(context.Process(target=process, args=target))
-            self.processes[-1].start()
-
-    def finish(self):
-        """(exit codes, what all printed)"""
-        for one in self.processes:
-            one.join(WAIT)
-            assert one.exitcode is not None, "a process hangs"
-        return [one.exitcode for one in self.processes], self.log.read_text()
-
-    def kill(self):
-        for one in self.processes:
-            one.kill()
-            one.join()
-
-
-@pytest.fixture
-def start(forks, tmp_path):
-    groups = []
-
-    def start_group(*args, **options):
-        groups.append(Group(forks, tmp_path, *args, **options))
-        return groups[-1]
-
-    yield start_group
-    for group in groups:
-        group.kill()
+# Killed
 
 
 # Every file is renamed into place: run.json is the first; the first batch's frames, part and PNGs
@@ -453,12 +304,10 @@ def start(forks, tmp_path):
 @pytest.mark.parametrize(
     "dies_at, there", [(1, 0), (3, 0), (5, 1), (14, 2), (31, 6), (32, 6), (33, 6), (34, 6), (35, 6)]
 )
-def test_killed_anywhere_it_goes_on(
-    checkpoint, whole, forks, tmp_path, drawn, capsys, dies_at, there
-):
+def test_killed_anywhere_it_goes_on(checkpoint, whole, tmp_path, drawn, capsys, dies_at, there):
     out = tmp_path / "out"
     argv = arguments(checkpoint, out, *SMALL, "--trajectory", "6")
-    killed = forks.Process(target=process, args=(argv, tmp_path / "log", {}, False, dies_at))
+    killed = forkserver().Process(target=process, args=(argv, tmp_path / "log", {}, False, dies_at))
     killed.start()
     killed.join(WAIT)
     assert killed.exitcode == -signal.SIGKILL
@@ -468,160 +317,3 @@ def test_killed_anywhere_it_goes_on(
     said = f"{there} of 6 batches were already there" in capsys.readouterr().out
     assert said == (there > 0 and dies_at < 34)
     assert files(out) == files(whole)
-
-
-@pytest.mark.parametrize("count", [2, 3])
-def test_processes_leave_what_one_leaves(checkpoint, whole, start, tmp_path, count):
-    out = tmp_path / "out"
-    codes, log = start(count, arguments(checkpoint, out, *SMALL, "--trajectory", "6")).finish()
-    assert codes == [0] * count, log
-    assert files(out) == files(whole)
-    assert log.count("22 images, 3 steps each") == 1
-    assert log.count(str(out / "grid.png")) == 1
-    share = len(STARTS) // count * 3  # steps of the first process, the only one with a bar
-    assert f"{share}/{share}" in log and len(re.findall("sampling: +0%", log)) == 1
-
-
-def test_fewer_batches_than_processes(checkpoint, start, tmp_path):
-    alone, out = tmp_path / "alone", tmp_path / "out"
-    options = ["--num", "1", "--steps", "3"]
-    assert sample(checkpoint, alone, *options) == 0
-    codes, log = start(3, arguments(checkpoint, out, *options)).finish()
-    assert codes == [0] * 3, log
-    assert files(out) == files(alone)
-
-
-def test_bad_options_are_said_once(checkpoint, start, tmp_path):
-    out = tmp_path / "out"
-    codes, log = start(3, arguments(checkpoint, out, "--classes", "dog")).finish()
-    assert codes == [2] * 3
-    assert log.count("\n") == 1 and "'dog' is no class" in error_line(log)
-    assert not out.exists()
-
-
-def test_several_processes_on_one_gpu_are_refused(checkpoint, start, tmp_path):
-    options = ["--device", "cuda:0"]
-    codes, log = start(2, arguments(checkpoint, tmp_path / "out", *options)).finish()
-    assert codes == [2, 2] and log.count("\n") == 1
-    assert "--device cuda:0 is one GPU for 2 processes" in error_line(log)
-
-
-@pytest.mark.parametrize(
-    "device, gpus, backend, refusal",
-    [
-        (None, 4, "nccl", None),
-        ("cuda", 4, "nccl", None),
-        (None, 0, "gloo", None),
-        ("cpu", 4, "gloo", None),
-        (None, 2, None, "4 processes on this machine and 2 GPUs"),
-        ("cuda:1", 4, None, "--device cuda:1 is one GPU for 4 processes"),
-    ],
-)
-@pytest.mark.parametrize("local_rank", [0, 2])
-def test_each_process_takes_its_gpu(monkeypatch, device, gpus, backend, refusal, local_rank):
-    # No machine with four GPUs needed: what would be asked of torch is written down.
-    asked = {}
-    numbers = {"RANK": 6, "WORLD_SIZE": 8, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": 4}
-    for name, value in {**numbers, "MASTER_ADDR": "::1", "MASTER_PORT": 1}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    monkeypatch.setattr("torch.cuda.set_device", lambda device: asked.update(device=device))
-    monkeypatch.setattr(_processes, "choose_device", lambda device: device)
-    monkeypatch.setattr(
-        "torch.distributed.init_process_group", lambda name, timeout: asked.update(backend=name)
-    )
-    monkeypatch.setattr("torch.distributed.new_group", lambda timeout: "group")
-    if refusal is not None:
-        # One line a machine: from its first process.
-        with pytest.raises((SystemExit, InputError)) as ended:
-            _processes.join(device)
-        if local_rank == 0:
-            assert refusal in str(ended.value)
-        else:
-            assert ended.type is SystemExit and ended.value.code == 2
-        return
-    processes = _processes.join(device)
-    assert asked["backend"] == backend and (processes.rank, processes.count) == (6, 8)
-    if backend == "nccl":
-        assert processes.device == asked["device"] == f"cuda:{local_rank}"
-    else:
-        assert processes.device == device
-
-
-def test_other_settings_are_refused_once(checkpoint, start, tmp_path):
-    out = tmp_path / "out"
-    interrupt(checkpoint, out, 9)
-    codes, log = start(2, arguments(checkpoint, out, *SMALL, "--seed", "3")).finish()
-    assert codes == [2, 2]
-    assert "seed is 0 there and 3 here" in error_line(log)
-
-
-def test_an_error_of_one_process_ends_all(checkpoint, whole, start, tmp_path, drawn):
-    # Nobody ends the first process when the second fails, as torchrun would; it finds out when its
-    # own work is done.
-    out = tmp_path / "out"
-    options = [*SMALL, "--trajectory", "6", "--no-pngs"]
-    codes, log = start(2, arguments(checkpoint, out, *options), disk_full=1).finish()
-    assert codes == [2, 2], log
-    own, lost = sorted(
-        (line for line in log.splitlines() if "fastdiff sample: error: " in line),
-        key=lambda line: "lost the others" in line,
-    )
-    assert "No space left on device; the finished batches are kept in" in own
-    assert "process 0 of 2 lost the others" in lost
-    assert [number for number in STARTS if part(out, number).exists()] == [5, 13, 21]
-    assert sample(checkpoint, out, *SMALL, "--trajectory", "6") == 0
-    assert drawn == [9, 17, 25] and files(out) == files(whole)
-
-
-# torchrun itself
-
-
-def wait_for_parts(out: Path, count: int) -> list[Path]:
-    end = time.monotonic() + WAIT
-    while len(found := list((out / "parts").glob("part_*.npz"))) < count:
-        assert time.monotonic() < end, "no parts"
-        time.sleep(0.005)
-    return found
-
-
-def children(pid: int) -> list[int]:
-    lists = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for text in lists for child in text.read_text().split()]
-
-
-def torchrun(argv: list[str]) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc-per-node", "2", "-m", "--", "fastdiff", *argv]
-
-
-def test_a_process_killed_under_torchrun_and_the_restart(checkpoint, tmp_path):
-    out, alone = tmp_path / "out", tmp_path / "alone"
-    options = ["--num", "79", "--batch-size", "2", "--steps", "3", "--no-pngs"]
-    command = torchrun(arguments(checkpoint, out, *options))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with (
-        (tmp_path / "log").open("w") as log,
-        subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment) as killed,
-    ):
-        wait_for_parts(out, 4)
-        workers = children(killed.pid)
-        assert len(workers) == 2
-        os.kill(workers[1], signal.SIGKILL)  # as the kernel does when memory runs out
-        assert killed.wait(WAIT) != 0
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
-    assert "fastdiff sample: error" not in (tmp_path / "log").read_text()
-    there = len(list((out / "parts").glob("part_*.npz")))
-    assert 4 <= there < 40
-
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=WAIT, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"{there} of 40 batches were already there\n" in done.stdout
-    drawn = re.search(r"^(\d+) images, 3 steps each", done.stdout, re.MULTILINE)
-    assert 79 - 2 * there <= int(drawn[1]) <= 80 - 2 * there  # the last batch has one image
-    assert sample(checkpoint, alone, *options) == 0
-    assert files(out) == files(alone)
-    assert Image.open(out / "grid.png").size[0] > 600

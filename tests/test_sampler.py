@@ -1,14 +1,11 @@
 import math
 
-import numpy as np
 import pytest
 import torch
 from golden_cases import META, array, network, process, relative_error
-from sampler_tools import SHAPE, Tiny, closed_form, diffusion
+from sampler_tools import SHAPE, Tiny, closed_form, diffusion, small_unet
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdiff.errors import InputError, TrainingError
 from fastdiff.models.unet import UNet
 from fastdiff.sampler import Sampler
 from fastdiff.step_table import MEAN_TYPES, METHODS, VAR_TYPES
@@ -265,14 +262,7 @@ def test_variance_exploding_starts_from_its_prior_and_scales_the_networks_input(
 @pytest.mark.parametrize("conditioning", ["timestep", "log_sigma"])
 def test_a_unet_samples_a_variance_exploding_process(conditioning):
     torch.manual_seed(0)
-    unet = UNet(
-        in_channels=1,
-        model_channels=32,
-        out_channels=1,
-        num_res_blocks=1,
-        attention_resolutions=(),
-        channel_mult=(1,),
-    )
+    unet = small_unet(1)
     ve = VarianceExploding(geometric_sigmas(20), conditioning=conditioning, mean_type="v")
     losses = ve.training_losses(unet, torch.randn(4, 1, 8, 8), torch.tensor([0, 5, 12, 19]))
     assert torch.isfinite(losses["loss"]).all()
@@ -318,13 +308,13 @@ def test_guidance_doubles_what_belongs_to_the_batch_at_any_depth():
 
     image = torch.randn(3, 1, 4, 4)
     kwargs = {"text": torch.ones(3, 5), "low_res": image, "table": torch.ones(7), "flag": True}
-    Sampler(model, diffusion(), steps=1, guidance_scale=2.0).sample(
+    Sampler(model, diffusion(), steps=2, guidance_scale=2.0).sample(
         SHAPE, model_kwargs=kwargs, uncond_kwargs={"text": torch.zeros(3, 5)}
     )
     assert torch.equal(got["text"], torch.cat([torch.ones(3, 5), torch.zeros(3, 5)]))
     assert torch.equal(got["low_res"], torch.cat([image, image]))
     assert got["table"].shape == (7,) and got["flag"] is True
-    Sampler(model, diffusion(), steps=1, guidance_scale=2.0).sample(
+    Sampler(model, diffusion(), steps=2, guidance_scale=2.0).sample(
         SHAPE,
         model_kwargs={"added": {"text": torch.ones(3, 2), "size": 8}},
         uncond_kwargs={"added": {"text": torch.zeros(3, 2)}},
@@ -333,136 +323,6 @@ def test_guidance_doubles_what_belongs_to_the_batch_at_any_depth():
     assert got["added"]["size"] == 8
 
 
-# Errors
-
-
-def nan_from(timestep):
-    def model(x, t):
-        return torch.full_like(x, float("nan")) if t[0] <= timestep else x
-
-    return model
-
-
-def test_a_network_that_answers_nan_is_named_with_its_step():
-    sampler = Sampler(nan_from(10), diffusion(20), steps=3)
-    with pytest.raises(TrainingError, match=r"not finite after step 1 \(timestep 10\)"):
-        sampler.sample(SHAPE)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"method": "heun"}, "method is 'heun'"),
-        ({"eta": 0.5}, "eta=0.5 belongs to method 'ddim'"),
-        ({"rng": "numpy"}, "rng is 'numpy'"),
-        ({"capture": True, "cond_fn": closed_form()}, "cond_fn needs autograd"),
-        ({"capture": "always"}, "capture is 'always'"),
-        ({"dtype": torch.float64}, "dtype is torch.float64"),
-        ({"dtype": "bf16"}, "dtype is 'bf16'"),
-        ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
-        ({"guidance_scale": "2"}, "guidance_scale is '2'"),
-        ({"device": "gpu"}, "device is 'gpu'; expected 'cpu'"),
-        ({"method": "ddim", "eta": "1"}, "eta is '1'"),
-        ({"steps": 21}, "21"),
-        ({"steps": "ddim19"}, "ddim19"),
-        ({"steps": "fifty"}, "fifty"),
-    ],
-)
-def test_bad_options(options, message):
-    with pytest.raises(InputError, match=message):
-        Sampler(closed_form(), diffusion(20), **options)
-
-
-def test_bad_model_or_process():
-    with pytest.raises(InputError, match="model is a int"):
-        Sampler(3, diffusion())
-    with pytest.raises(InputError, match="a Linear has no noise levels"):
-        Sampler(closed_form(), nn.Linear(2, 2), steps=3)
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"shape": (3,)}, "expected \\(N, C, ...\\)"),
-        ({"shape": (0, 2, 4, 4)}, "positive integers"),
-        ({"shape": 16}, "positive integers"),
-        ({"shape": (3, 2.0)}, "positive integers"),
-        ({"noise": torch.zeros(1, 2, 4, 4)}, "noise has shape"),
-        ({"noise": np.zeros(SHAPE)}, "noise must be a floating-point tensor .* got ndarray"),
-        ({"step_noise": lambda i: None}, "the noise of step 1 must be a tensor, got NoneType"),
-        ({"step_noise": np.zeros(SHAPE)}, "the noise of step 1 must be a tensor, got ndarray"),
-        ({"step_noise": torch.zeros(1, 2, 4, 4)}, "noise has shape"),
-        ({"seed": 1.5}, "seed"),
-        ({"seed": -1}, "seed"),
-        ({"first_sample": -1}, "first_sample"),
-        ({"uncond_kwargs": {}}, "belong to guidance"),
-    ],
-)
-@pytest.mark.parametrize("kind", ["counter", "torch"])
-def test_bad_calls(arguments, message, kind):
-    sampler = Sampler(closed_form(), diffusion(), steps=2, rng=kind)
-    with pytest.raises(InputError, match=message):
-        sampler.sample(**{"shape": SHAPE} | arguments)
-
-
-def test_torch_noise_has_no_numbering():
-    sampler = Sampler(closed_form(), diffusion(), steps=2, rng="torch")
-    with pytest.raises(InputError, match="first_sample numbers the samples of rng='counter'"):
-        sampler.sample(SHAPE, first_sample=4)
-
-
-@pytest.mark.parametrize(
-    "model, message",
-    [
-        (lambda x, t: x[:, :1], r"model_output has shape \(3, 1, 4, 4\); expected"),
-        (lambda x, t: x.long(), "model_output is torch.int64"),
-        (lambda x, t: (x,), "model_output is a tuple; expected a tensor"),
-    ],
-)
-def test_bad_network_outputs(model, message):
-    with pytest.raises(InputError, match=message):
-        Sampler(model, diffusion(), steps=2).sample(SHAPE)
-
-
-@pytest.mark.parametrize(
-    "kwargs, uncond, message",
-    [
-        ({}, None, "needs to know what unconditional means"),
-        ({"y": torch.zeros(3).long()}, {"z": 1}, "uncond_kwargs has 'z'"),
-        ({"y": torch.zeros(3).long()}, {"y": torch.zeros(2).long()}, r"is \(2,\); expected"),
-        ({"y": 3}, {"y": torch.zeros(3)}, "must be a tensor whose first dimension is the batch"),
-        ({"a": {"b": torch.zeros(3)}}, {"a": {"c": 1}}, r"uncond_kwargs\['a'\] has 'c'"),
-    ],
-)
-def test_bad_guidance(kwargs, uncond, message):
-    sampler = Sampler(closed_form(), diffusion(), steps=2, guidance_scale=2.0)
-    with pytest.raises(InputError, match=message):
-        sampler.sample(SHAPE, model_kwargs=kwargs, uncond_kwargs=uncond)
-
-
 def test_the_samplers_device_is_the_callers_choice():
     sampler = Sampler(closed_form(), diffusion(), steps=2, device="cpu")
     assert sampler.sample(SHAPE).device.type == "cpu"
-
-
-def test_weights_are_cast_once_for_the_whole_loop_and_callbacks_see_no_autocast():
-    class Casts(TorchDispatchMode):
-        of_weights = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            copies = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-            self.of_weights += copies and result.shape == model.conv.weight.shape
-            return result
-
-    model = Tiny()
-    sampler = Sampler(model, diffusion(), steps=5, dtype=torch.bfloat16)
-    autocast = []
-    with Casts() as casts:
-        whole = sampler.sample(
-            SHAPE, callback=lambda step: autocast.append(torch.is_autocast_enabled("cpu"))
-        )
-    assert casts.of_weights == 1
-    assert autocast == [False] * 5
-    *_, last = sampler.iterate(SHAPE)
-    assert torch.equal(whole, last["sample"])

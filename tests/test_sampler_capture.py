@@ -84,7 +84,8 @@ def test_a_captured_run_is_the_eager_one(
     def model(x, t, w):
         return inner(x, t) * (1 + w.view(-1, 1, 1, 1))
 
-    options = {"steps": steps, "method": method[0], "eta": method[1], "rng": rng}
+    options = {"steps": steps, "spacing": "trailing" if steps == 1 else "uniform", "rng": rng}
+    options |= {"method": method[0], "eta": method[1]}
     options |= {"dynamic_threshold": threshold}
     arguments = {"seed": seed, "model_kwargs": {"w": torch.linspace(0, 0.3, 3)}}
     if guided:

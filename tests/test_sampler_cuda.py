@@ -4,10 +4,9 @@ import threading
 
 import pytest
 import torch
-from sampler_tools import SHAPE, Tiny, closed_form, diffusion
+from sampler_tools import SHAPE, Tiny, closed_form, diffusion, small_unet
 
 from fastdiff.errors import TrainingError
-from fastdiff.models.unet import UNet
 from fastdiff.sampler import Sampler
 
 pytestmark = [
@@ -21,14 +20,7 @@ LABELS = torch.tensor([0, 2, 1])
 @pytest.fixture(scope="module")
 def unet():
     torch.manual_seed(0)
-    model = UNet(
-        in_channels=3,
-        model_channels=64,
-        out_channels=3,
-        num_res_blocks=1,
-        attention_resolutions=(2,),
-        channel_mult=(1, 2),
-    )
+    model = small_unet(3, model_channels=64, channel_mult=(1, 2), attention_resolutions=(2,))
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
