@@ -1,6 +1,6 @@
 """DDIM sampling: the Sampler against diffusers' UNet2DModel + DDIMScheduler of the same size.
 
-Diffusers runs in its default setting and in its best ones. All 50 steps at batch 1 on a CPU;
+Diffusers runs in its default setting and in its best ones. 50 steps where they take seconds;
 elsewhere ten, which cost what the others do.
 """
 
@@ -25,10 +25,8 @@ TARGETS = {  # times faster than (eager float32, the best setting) by dtype and 
 def test_ddim_on_a_cpu(race, dtype, batch, steps):
     name, dtype_name = "ddpm-cifar10", str(dtype).removeprefix("torch.")
     made = sampling.contenders(name, batch, torch.device("cpu"), steps)
-    wanted = [
-        sampling.EAGER,
-        *(peer for peer in made if peer.startswith(f"diffusers {dtype_name}")),
-    ]
+    rivals = (peer for peer in made if peer.startswith(f"diffusers {dtype_name}"))
+    wanted = list(dict.fromkeys((sampling.EAGER, *rivals)))
     eager, best = TARGETS[dtype_name, batch]
     ours = made[f"fastdiff {dtype_name}"]()
     race(
@@ -37,15 +35,17 @@ def test_ddim_on_a_cpu(race, dtype, batch, steps):
             name,
             dtype,
             batch,
+            flops=steps * sampling.network_flops(name, batch),
             targets={peer: eager if peer == sampling.EAGER else best for peer in wanted},
         ),
         Contender("fastdiff", ours),
         [
             Contender(peer, made[peer](), optional="compiled" in peer)
-            for peer in dict.fromkeys(wanted)
+            for peer in (*wanted, f"fastdiff {dtype_name} compiled")
         ],
         rounds=3,
         extra={
+            "steps": steps,
             "matrix_product_share": sampling.matrix_product_share(ours),
             "peak_mb": {
                 peer: sampling.peak_memory_mb(name, batch, peer)
@@ -61,14 +61,21 @@ def test_ddim_on_a_cpu(race, dtype, batch, steps):
 def test_ddim_on_a_gpu(race, device, compiles, name, batch):
     if device.type != "cuda":
         pytest.skip("needs an NVIDIA GPU")
-    steps = 10
+    steps = 50 if batch <= 16 else 10
     made = sampling.contenders(name, batch, device, steps, compiles=compiles(None, batch))
     peers = {peer: make for peer, make in made.items() if peer.startswith("diffusers")}
     targets = {sampling.EAGER: 5.0} if batch == 1 else {}
     if batch == 64:
         targets["diffusers bfloat16 compiled"] = 1.3
     race(
-        Case(f"ddim_{steps}_steps", name, torch.bfloat16, batch, targets=targets),
+        Case(
+            f"ddim_{steps}_steps",
+            name,
+            torch.bfloat16,
+            batch,
+            flops=steps * sampling.network_flops(name, batch),
+            targets=targets,
+        ),
         Contender("fastdiff", made["fastdiff bfloat16"](), capturable=False),
         [
             Contender("fastdiff float32", made["fastdiff float32"](), capturable=False),
@@ -78,4 +85,5 @@ def test_ddim_on_a_gpu(race, device, compiles, name, batch):
             ),
         ],
         rounds=3,
+        extra={"steps": steps},
     )

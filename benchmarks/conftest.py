@@ -239,6 +239,9 @@ def _row(
     if sdpa:
         row["best_sdpa"] = best = min(sdpa, key=lambda name: sdpa[name])
         row["times_faster"][summary.BEST_SDPA] = row["times_faster"][best]
+    if case.flops and "matmul_tflops" in header:
+        rate = header["matmul_tflops"][row["dtype"]] * 1e12
+        row["percent_of_matmul"] = 100 * case.flops / rate / medians[ours]
     if COPY in medians and case.size_bytes:
         copied = made[0][0]
         bandwidth = 2 * copied.numel() * copied.element_size() / medians[COPY]

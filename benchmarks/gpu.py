@@ -2,9 +2,11 @@
 
     python benchmarks/gpu.py
 
-It uses the Python that runs it and the packages that one has, and no network. Each phase has a
-time limit; what a phase measured before it was cut is kept, in benchmarks/results/<gpu name>.json.
-Exits with 0 when every phase ended well, 1 when one failed or was cut, 3 without a GPU.
+It uses the Python that runs it and the packages that one has, and no network; diffusers, the
+sampler's peer, it installs from a folder wheels/ if there is one (pip download -d wheels). Each
+phase has a time limit; what a phase measured before it was cut is kept, in
+benchmarks/results/<gpu name>.json. Exits with 0 when every phase ended well, 1 when one failed or
+was cut, 3 without a GPU.
 """
 
 import importlib.util
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+WHEELS = ROOT / "wheels"
 TOTAL_S = 530.0
 NORM_TESTS = "tests/test_group_norm_silu_cuda.py"
 OPERATIONS = ("group_norm_silu", "q_sample", "posterior_step", "attention")
@@ -57,8 +60,10 @@ def phases(results: Path) -> list[Phase]:
     accuracy = (*pytest, *spread, "-p", "on_gpu", "-m", "any_backend", *suites)
     cutting = (*pytest, "-p", "on_gpu", "-k", "cutting or order_of_threads or many_channels")
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    wheels = (python, "-m", "pip", "install", "-q", "--no-index", "--find-links", "wheels")
     return [
         Phase("build", (python, *install), 120, needed=True),
+        *([Phase("peers", (*wheels, "diffusers"), 30)] if WHEELS.is_dir() else []),
         Phase("accuracy of CUDA C++", accuracy, 60, environment=_served_by("cuda")),
         *(
             Phase(

@@ -1,17 +1,20 @@
-"""50 DDIM steps by fastdiff's Sampler, and by diffusers in the settings that its users reach for.
+"""DDIM by fastdiff's Sampler, and by diffusers in the settings that its users reach for.
 
     python benchmarks/peers_sampling.py NAME BATCH CONTENDER
 
 runs one of them in a process of its own and prints the process's peak memory in MB.
 """
 
-import resource
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch._inductor.config
 from diffusers import DDIMScheduler
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastdiff
 import peers
@@ -19,10 +22,19 @@ import peers
 STEPS = 50
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EAGER = "diffusers float32"  # its default
+TF32_PEERS = {
+    "diffusers float32 without tf32": (torch.float32, {"tf32": False}),
+    "diffusers float32 all tf32": (torch.float32, {"tf32": True}),
+}
 
 
 def fastdiff_sampling(
-    name: str, batch: int, dtype: torch.dtype, device: torch.device, steps: int = STEPS
+    name: str,
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    steps: int = STEPS,
+    compile: bool | dict = False,
 ) -> peers.Step:
     model = peers.fastdiff_network(name).to(device)
     sampler = fastdiff.Sampler(
@@ -31,6 +43,7 @@ def fastdiff_sampling(
         steps=steps,
         method="ddim",
         dtype=None if dtype == torch.float32 else dtype,
+        compile=compile,
     )
     shape = (batch, 3, size(name), size(name))
     return lambda: sampler.sample(shape)
@@ -45,7 +58,9 @@ def diffusers_sampling(
     *,
     channels_last: bool = False,
     compiled: dict | None = None,
+    tf32: bool | None = None,
 ) -> peers.Step:
+    """``tf32``: whether float32 products run in it; None: as PyTorch does, convolutions alone."""
     model = peers.diffusers_network(name).eval().to(device)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -61,13 +76,30 @@ def diffusers_sampling(
     @torch.no_grad()
     def sample() -> torch.Tensor:
         x = torch.randn(batch, 3, size(name), size(name), generator=generator, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        low = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+        with low, products_in_tf32(tf32):
             for t in scheduler.timesteps:
                 output = network(x, t).sample[:, :3]  # a learned variance is not DDIM's
                 x = scheduler.step(output.float(), t, x).prev_sample
         return x
 
     return sample
+
+
+@contextmanager
+def products_in_tf32(wanted: bool | None) -> Iterator[None]:
+    if wanted is None:
+        yield
+        return
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = wanted
+    try:
+        yield
+    finally:
+        for backend, was in zip(backends, before, strict=True):
+            backend.allow_tf32 = was
 
 
 def contenders(
@@ -77,6 +109,7 @@ def contenders(
     how = {} if device.type == "cpu" else {"mode": "max-autotune"}
     settings: dict[str, tuple[torch.dtype, dict]] = {
         EAGER: (torch.float32, {}),
+        **({} if device.type == "cpu" else TF32_PEERS),
         "diffusers float32 channels_last": (torch.float32, {"channels_last": True}),
         "diffusers bfloat16": (torch.bfloat16, {}),
         "diffusers bfloat16 channels_last": (torch.bfloat16, {"channels_last": True}),
@@ -95,6 +128,10 @@ def contenders(
         made[f"fastdiff {dtype_name}"] = lambda dtype=dtype: fastdiff_sampling(
             name, batch, dtype, device, steps
         )
+        if compiles and device.type == "cpu":
+            made[f"fastdiff {dtype_name} compiled"] = lambda dtype=dtype: fastdiff_sampling(
+                name, batch, dtype, device, steps, compile={"options": {"freezing": True}}
+            )
     return made
 
 
@@ -105,6 +142,14 @@ def process(name: str) -> fastdiff.GaussianDiffusion:
 
 def size(name: str) -> int:
     return 64 if name.endswith("64") else 32
+
+
+def network_flops(name: str, batch: int) -> int:
+    """Of the convolutions and matrix products of one call, two for each multiplication."""
+    side = size(name)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), fastdiff.backend("reference"):
+        peers.fastdiff_network(name)(torch.zeros(1, 3, side, side), torch.zeros(1))
+    return batch * counter.get_total_flops()
 
 
 def matrix_product_share(call: peers.Step) -> float:
@@ -123,7 +168,7 @@ def matrix_product_share(call: peers.Step) -> float:
 
 
 def peak_memory_mb(name: str, batch: int, contender: str) -> float:
-    """Of a process of its own that takes two steps."""
+    """Of two sampling steps in a process of its own."""
     import subprocess
 
     command = [sys.executable, __file__, name, str(batch), contender]
@@ -133,5 +178,9 @@ def peak_memory_mb(name: str, batch: int, contender: str) -> float:
 
 if __name__ == "__main__":
     made = contenders(sys.argv[1], int(sys.argv[2]), torch.device("cpu"), steps=2)
-    made[sys.argv[3]]()()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    sample = made[sys.argv[3]]()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of what made the network is forgotten
+    sample()
+    # Not ru_maxrss, which begins with what the parent had when it started this process.
+    status = Path("/proc/self/status").read_text()
+    print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)

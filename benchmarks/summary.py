@@ -236,7 +236,24 @@ def others_as_text(rows: list[Row]) -> str:
                 f"{row['op']:14} {row['shape']:14} {row['dtype']:9} batch {row['batch']:<4} "
                 f"{ours:9.2f} ms {theirs:9.2f} ms  {peer:28} {ratio:5.2f}x{mark}"
             )
+        if "steps" in row:
+            lines.append(_sampling(row))
     return "\n".join(lines)
+
+
+def _sampling(row: Row) -> str:
+    seconds = row["times_s"][row["ours"]]
+    said = [
+        f"{1e3 * seconds / row['steps']:.2f} ms a step",
+        f"{row['batch'] / seconds:.3g} images/s",
+    ]
+    if "percent_of_matmul" in row:
+        said.append(f"{row['percent_of_matmul']:.0f} % of the matrix product's rate")
+    if "matrix_product_share" in row:
+        share = 100 * row["matrix_product_share"]
+        said.append(f"{share:.0f} % of the time in convolutions and matrix products")
+    said += [f"{peer} {size:.0f} MB" for peer, size in row.get("peak_mb", {}).items()]
+    return "  fastdiff: " + ", ".join(said)
 
 
 def _number(value: float | None, digits: int = 2) -> str:
