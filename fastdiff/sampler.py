@@ -23,7 +23,7 @@ from fastdiff.sampling.run import Run
 from fastdiff.sampling.settings import Settings
 from fastdiff.sampling.stats import Stats
 from fastdiff.sampling_loops import StepNoise
-from fastdiff.step_table import noise_levels
+from fastdiff.step_table import StepTable, noise_levels
 
 Step = dict[str, Any]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,11 +34,14 @@ class Sampler:
 
     Args:
         model: called ``model(x, timesteps, **model_kwargs)`` with x (N, C, ...) and float32 (N,)
-            timesteps; answers (N, C, ...), or (N, 2C, ...) where the process learns its variance.
+            timesteps; answers (N, C, ...), or (N, 2C, ...) where the process learns its variance,
+            or an object whose ``sample`` is that (diffusers).
             A module is run in eval mode, each of its parts being put back as it was; so are the
             modules that a function calls, as far as its closure, its globals or its object name
             them. Weights are read anew at every call.
-        diffusion: the GaussianDiffusion or VarianceExploding process the model was trained with.
+        diffusion: the GaussianDiffusion or VarianceExploding process the model was trained with; or
+            a StepTable, whose rows are then taken as they are (``image``, ``known`` and ``cond_fn``
+            need a process).
         steps: an int or a respacing string ("50", "10,15,20", "ddim25"), counted in the process's
             own steps; None takes all of them.
         spacing: of ``steps``: "uniform", "quadratic", "trailing" or "logsnr"
@@ -68,6 +71,8 @@ class Sampler:
             the faster is kept. True insists on the graph, False never takes one. A graph sees new
             values of weights, moved weights, and hooks; of other Python state that decides what
             the model does (an attribute, an adapter switched off) it is told by ``close()``.
+        self_condition: the name of a keyword argument by which the network is given the x_0 that it
+            predicted a step before, zeros first (Chen et al. 2022, arXiv:2208.04202).
         compile: run the network through torch.compile: True, or its keyword arguments. Inductor's
             freezing makes the weights constants: after a change of them make a new sampler.
         device: where to sample; by default that of the model's parameters, else of ``noise``, else
@@ -101,6 +106,7 @@ class Sampler:
         rng: str = "counter",
         capture: bool | str = "auto",
         compile: bool | dict[str, Any] = False,
+        self_condition: str | None = None,
         device: torch.device | str | None = None,
     ):
         if not callable(model):
@@ -115,9 +121,11 @@ class Sampler:
             raise InputError(f"dtype is {dtype!r}; expected torch.float32, bfloat16 or float16")
         if capture is True and cond_fn is not None:
             raise InputError("cond_fn needs autograd, so capture must be 'auto' or False")
-        noise_levels(diffusion)  # raises for what is no process
+        if not isinstance(diffusion, StepTable):
+            noise_levels(diffusion)  # raises for what is no process
         self.model, self.process = model, diffusion
         self.denoised_fn, self.cond_fn, self.rng = denoised_fn, cond_fn, rng
+        self.self_condition = self_condition
         self.device = None if device is None else check_device(device)
         self.stats = Stats()
         self._network = Network(model, dtype, channels_last, compile)
@@ -258,6 +266,7 @@ class Sampler:
                 denoised_fn=self.denoised_fn,
                 cond_fn=self.cond_fn,
                 rng=self.rng,
+                self_condition=self.self_condition,
                 device=device,
                 stats=self.stats,
             )

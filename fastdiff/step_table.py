@@ -15,7 +15,9 @@ and its SDE form (Lu et al. 2022, arXiv:2211.01095), v-prediction (Salimans & Ho
 The methods' columns are in fastdiff/step_columns.py.
 """
 
+import math
 import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, overload
@@ -167,12 +169,55 @@ class StepTable:
             columns |= dpmsolver_columns(levels)
         else:
             columns |= sde_dpmsolver_columns(levels)
-        packed = _pack(columns)
+        for name, values in columns.items():
+            if np.shape(values) != (len(a),):
+                raise InputError(
+                    f"{name} has shape {np.shape(values)}; expected ({len(a)},), one value a step"
+                )
+        return cls._of(np.stack([columns[name] for name in COLUMNS], axis=1)[::-1], method, learned)
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Sequence[Mapping[str, float]],
+        *,
+        method: str = "ddpm",
+        doubled_output: bool = False,
+    ) -> "StepTable":
+        """Steps whose coefficients are known: another codebase's sampler, in its own arithmetic.
+
+        Args:
+            rows: K mappings in sampling order, from names in ``COLUMNS`` to numbers. What a row
+                leaves out is 0, but ``clip`` inf and ``input_scale`` 1; ``timesteps`` has to be
+                given.
+            method: a name in ``METHODS``; "ddpm" with ``doubled_output`` means that ``log_min`` and
+                ``log_max`` are used.
+            doubled_output: the network returns 2C channels.
+
+        Raises InputError for no rows, unknown names, and numbers that are NaN.
+        """
+        if method not in METHODS:
+            raise InputError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+        defaults = dict.fromkeys(COLUMNS, 0.0) | {"clip": math.inf, "input_scale": 1.0}
+        for i, row in enumerate(rows):
+            unknown = sorted(set(row) - set(COLUMNS))
+            if unknown or "timesteps" not in row:
+                what = f"{unknown[0]!r} is no column" if unknown else "timesteps is missing"
+                raise InputError(f"row {i}: {what}; expected {', '.join(COLUMNS)}")
+        values = np.array([[float((defaults | dict(row))[n]) for n in COLUMNS] for row in rows])
+        if not len(values) or np.isnan(values).any():
+            raise InputError(f"{len(values)} rows, NaN in some; expected one or more of numbers")
+        return cls._of(values, method, doubled_output)
+
+    @classmethod
+    def _of(cls, values: Float64Array, method: str, doubled_output: bool) -> "StepTable":
+        """From (K, 12) values in sampling order."""
+        packed = torch.from_numpy(values.astype(np.float32, order="C"))
         return cls(
             packed=packed,
             method=method,
-            doubled_output=learned,
-            learned_variance=learned and method == "ddpm",
+            doubled_output=doubled_output,
+            learned_variance=doubled_output and method == "ddpm",
             scales_input=bool((packed[:, COLUMNS.index("input_scale")] != 1).any()),
             noisy_rows=tuple((packed[:, COLUMNS.index("sigma")] != 0).tolist()),
             multistep_rows=tuple((packed[:, COLUMNS.index("e")] != 0).tolist()),
@@ -227,15 +272,3 @@ class StepTable:
             noisy_rows=self.noisy_rows[first:],
             multistep_rows=(False, *self.multistep_rows[first + 1 :]),
         )
-
-
-def _pack(columns: dict[str, np.ndarray]) -> torch.Tensor:
-    """Columns over ascending t → float32 (K, 12) in sampling order, on the CPU."""
-    length = len(columns["a"])
-    for name, values in columns.items():
-        if np.shape(values) != (length,):
-            raise InputError(
-                f"{name} has shape {np.shape(values)}; expected ({length},), one value a step"
-            )
-    packed = np.stack([columns[name] for name in COLUMNS], axis=1)[::-1]
-    return torch.from_numpy(packed.astype(np.float32, order="C"))

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,9 +7,10 @@ from golden_cases import META, array, network, process, relative_error
 from sampler_tools import SHAPE, Tiny, closed_form, diffusion, small_unet
 from torch import nn
 
+from fastdiff.errors import InputError
 from fastdiff.models.unet import UNet
 from fastdiff.sampler import Sampler
-from fastdiff.step_table import MEAN_TYPES, METHODS, VAR_TYPES
+from fastdiff.step_table import COLUMNS, MEAN_TYPES, METHODS, VAR_TYPES, StepTable
 from fastdiff.variance_exploding import VarianceExploding, geometric_sigmas
 
 # Against the process's own loops
@@ -326,3 +328,55 @@ def test_guidance_doubles_what_belongs_to_the_batch_at_any_depth():
 def test_the_samplers_device_is_the_callers_choice():
     sampler = Sampler(closed_form(), diffusion(), steps=2, device="cpu")
     assert sampler.sample(SHAPE).device.type == "cpu"
+
+
+# A table in place of a process
+
+
+def test_a_table_is_sampled_as_it_is():
+    process = diffusion(var_type="learned_range")
+    table = StepTable.from_process(process.respace(6))
+    sampler = Sampler(closed_form(doubled=True), table)
+    expected = Sampler(closed_form(doubled=True), process, steps=6).sample(SHAPE, seed=3)
+    assert torch.equal(sampler.sample(SHAPE, seed=3), expected)
+    assert sampler.table is table
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in table.packed.tolist()]
+    again = StepTable.from_rows(rows, doubled_output=True)
+    assert torch.equal(again.packed, table.packed) and again.noisy_rows == table.noisy_rows
+    for options in ({"steps": 3}, {"method": "ddim"}, {"clip_denoised": False}, {"eta": 0.5}):
+        with pytest.raises(InputError, match="belong to a process"):
+            Sampler(closed_form(), table, **options)
+    with pytest.raises(InputError, match="a StepTable has no noise levels"):
+        sampler.sample(SHAPE, image=torch.zeros(SHAPE))
+
+
+def test_rows_that_are_no_table():
+    for rows, message in (
+        ([], "0 rows"),
+        ([{"a": 1.0}], "timesteps is missing"),
+        ([{"timesteps": 1.0, "f": 1.0}], "row 0: 'f' is no column"),
+        ([{"timesteps": float("nan")}], "NaN"),
+    ):
+        with pytest.raises(InputError, match=message):
+            StepTable.from_rows(rows)
+
+
+def test_self_conditioning_feeds_the_last_x_start_back():
+    given = []
+
+    def model(x, t, x_self_cond):
+        given.append(x_self_cond.clone())
+        return closed_form()(x, t) + 0.1 * x_self_cond
+
+    sampler = Sampler(model, diffusion(), steps=4, self_condition="x_self_cond")
+    predicted = [step["pred_xstart"] for step in sampler.iterate(SHAPE)]
+    assert not given[0].any()
+    assert all(torch.equal(a, b) for a, b in zip(given[1:], predicted[:-1], strict=True))
+
+
+def test_an_output_may_be_an_object_with_a_sample():
+    def model(x, t):
+        return SimpleNamespace(sample=closed_form()(x, t))
+
+    expected = Sampler(closed_form(), diffusion(), steps=3).sample(SHAPE)
+    assert torch.equal(Sampler(model, diffusion(), steps=3).sample(SHAPE), expected)

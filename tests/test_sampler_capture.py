@@ -377,6 +377,15 @@ def test_an_interrupted_run_leaves_nothing_behind():
     assert torch.equal(captured.sample(SHAPE, seed=3), expected)
 
 
+def test_self_conditioning_begins_with_zeros_at_every_call():
+    def model(x, t, x_self_cond):
+        return closed_form()(x, t) + 0.1 * x_self_cond
+
+    captured, eager = pair(model, self_condition="x_self_cond")
+    for seed in (1, 2):
+        assert_equal(captured, eager, seed=seed)
+
+
 def test_two_iterations_of_one_sampler_do_not_mix():
     captured, eager = pair(steps=4)
     expected = [eager.sample(SHAPE, seed=seed) for seed in (1, 2)]

@@ -3,6 +3,7 @@
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from fastdiff.errors import InputError
 from fastdiff.sampling.kwargs import narrowed
 from fastdiff.sampling.run import Run
+from fastdiff.sampling.stats import Stats
 
 
 @contextmanager
@@ -47,11 +49,11 @@ def largest_batch(run: Run, x: Tensor, i: int, message: str) -> InputError:
 
 def _fits(run: Run, x: Tensor, i: int) -> bool:
     halves = 1 if run.guidance_scale is None else 2
-    given = narrowed(run.kwargs, halves * run.stats.images, halves * len(x))
-    if run.guidance_scale is not None:
-        x = torch.cat([x, x])
+    fewer = replace(
+        run, kwargs=narrowed(run.kwargs, halves * run.stats.images, halves * len(x)), stats=Stats()
+    )
     try:
-        run.network(x, run.table.timesteps[i].expand(len(x)), given)
+        fewer.run_network(x, None, fewer.table.at("timesteps", i), i)
     except RuntimeError as error:
         if not too_large(error):
             raise

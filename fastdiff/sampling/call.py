@@ -73,6 +73,7 @@ class Call:
         denoised_fn: DenoisedFn | None,
         cond_fn: CondFn | None,
         rng: str,
+        self_condition: str | None,
         device: torch.device,
         stats: Stats,
     ):
@@ -106,7 +107,9 @@ class Call:
             conditions=conditions,
             stats=stats,
             failed=failure_flag(device),
-            mean_is_output=table.method == "ddpm" and process.mean_type == "previous_x",
+            mean_is_output=table.method == "ddpm"
+            and getattr(process, "mean_type", None) == "previous_x",
+            self_condition=self_condition,
         )
         self.guided = [settings.is_guided(timestep) for timestep in self.timesteps]
         self.with_guidance = self.plain
@@ -130,7 +133,9 @@ class Call:
     ) -> Tensor:
         """x_T, or the image at the level of the first row."""
         given = inputs.noise
-        signal, noise = (float(level[len(self.table) - 1]) for level in noise_levels(process))
+        signal, noise = 0.0, 1.0
+        if inputs.image is not None or not isinstance(process, StepTable):
+            signal, noise = (float(level[len(self.table) - 1]) for level in noise_levels(process))
         if inputs.image is None and given is None and signal > noise:
             raise InputError(
                 f"sampling would start at timestep {self.timesteps[0]:g}, where x_t is mostly data "

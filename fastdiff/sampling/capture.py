@@ -140,7 +140,9 @@ class CapturedStep:
         self.owner, self.next_row, self.given = owner, i, run
         rows = len(run.table)
         self.x.copy_(x)
-        if x_start is not None:
+        if x_start is None:
+            self.x_start.zero_()
+        else:
             self.x_start.copy_(x_start)
         self.row.fill_(i)
         self.run.table.packed[:rows].copy_(run.table.packed)
@@ -267,7 +269,7 @@ def key_of(run: Run, x: Tensor) -> tuple:
         run.guidance_scale is not None,
         run.noise.kind,
         (table.doubled_output, table.learned_variance, table.scales_input, table.is_multistep),
-        (conditions.x_start, run.mean_is_output, conditions.known is not None),
+        (conditions.x_start, run.mean_is_output, conditions.known is not None, run.self_condition),
         (backends.named(), torch.get_float32_matmul_precision()),
     )
 

@@ -52,7 +52,8 @@ class Network:
         if plain and parameter is not None and parameter.dtype != x.dtype:
             x = x.to(parameter.dtype)
         with self.in_use(), self.autocast(x.device):
-            return self.call(x, timesteps, **kwargs)
+            output = self.call(x, timesteps, **kwargs)
+        return output if isinstance(output, Tensor) else getattr(output, "sample", output)
 
     @property
     def device(self) -> torch.device | None:

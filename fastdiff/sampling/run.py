@@ -23,7 +23,8 @@ class Run:
     ``given_kwargs``: for the batch of N always.
     ``timesteps``: (K,) numbers. ``failed``: an int64 element, −1 or the first row whose x is not
     finite; None on the CPU, where x is looked at itself. ``mean_is_output``: the update reads the
-    network's output in place of x_0 (DDPM by previous-x prediction).
+    network's output in place of x_0 (DDPM by previous-x prediction). ``self_condition``: the
+    keyword argument that is the x_0 of the row before.
     """
 
     network: Network
@@ -37,6 +38,7 @@ class Run:
     stats: Stats
     failed: Tensor | None = None
     mean_is_output: bool = False
+    self_condition: str | None = None
 
     def __post_init__(self) -> None:
         transforms = self.conditions.x_start and not self.mean_is_output
@@ -49,21 +51,28 @@ class Run:
         through tensors.
         """
         timesteps = self.table.at("timesteps", i)
-        output = self.stats.timed("network", self._run_network, x, timesteps, i)
+        output = self.stats.timed("network", self.run_network, x, x_start, timesteps, i)
         x_prev, x_start = self.stats.timed("update", self._update, x, x_start, output, timesteps, i)
         if self.failed is not None:
             bad = ~torch.isfinite(x_prev).all() & (self.failed < 0)
             self.failed.copy_(torch.where(bad, i, self.failed))
         return x_prev, x_start
 
-    def _run_network(self, x: Tensor, timesteps: Tensor, i: Index) -> Tensor:
+    def run_network(self, x: Tensor, before: Tensor | None, timesteps: Tensor, i: Index) -> Tensor:
+        """The network's output for row i; ``before``: the x_0 of the row before."""
+        kwargs = self.kwargs
+        if self.self_condition is not None:
+            before = torch.zeros_like(x) if before is None else before
+            if self.guidance_scale is not None:
+                before = torch.cat([before, before])
+            kwargs = {**kwargs, self.self_condition: before}
         if self.table.scales_input:
             x = x * self.table.at("input_scale", i)
         if self.guidance_scale is not None:
             x = torch.cat([x, x])
         timesteps = timesteps.expand(len(x))
         try:
-            return self.stats.compiling(self.network, x, timesteps, self.kwargs)
+            return self.stats.compiling(self.network, x, timesteps, kwargs)
         except Exception as error:
             if not isinstance(error, InputError):
                 error.add_note(f"(while fastdiff sampled: step {i}, x of shape {tuple(x.shape)})")

@@ -53,7 +53,15 @@ class Settings:
         return replace(self, **changes)
 
     def strided(self, process: Any) -> Any:
-        """The process over the steps that are taken."""
+        """The process over the steps that are taken; a StepTable is its own."""
+        if isinstance(process, StepTable):
+            chosen = (self.steps, self.timesteps, self.eta, self.clip_denoised)
+            if chosen != (None, None, 0.0, True) or self.method not in ("ddpm", process.method):
+                raise InputError(
+                    "a StepTable says which steps are taken and how; steps, timesteps, method, eta "
+                    "and clip_denoised belong to a process"
+                )
+            return process
         if self.timesteps is not None:
             return process.respace(timesteps=self.timesteps)
         if self.steps is None:
@@ -61,6 +69,8 @@ class Settings:
         return process.respace(self.steps, spacing=self.spacing)
 
     def table(self, strided: Any) -> StepTable:
+        if isinstance(strided, StepTable):
+            return strided
         return StepTable.from_process(
             strided, method=self.method, eta=self.eta, clip_denoised=self.clip_denoised
         )
