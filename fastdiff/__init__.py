@@ -4,6 +4,7 @@ The names below are the public ones; each module's docstring says where it comes
 """
 
 from fastdiff import ops
+from fastdiff.acceleration import accelerate, report, restore
 from fastdiff.backends import backend, set_backend
 from fastdiff.best_timesteps import best_timesteps
 from fastdiff.create import create_diffusion
@@ -36,6 +37,7 @@ __all__ = [
     "TrainingError",
     "UNet",
     "VarianceExploding",
+    "accelerate",
     "backend",
     "best_timesteps",
     "cosine_betas",
@@ -45,7 +47,9 @@ __all__ = [
     "linear_betas",
     "load",
     "ops",
+    "report",
     "rescale_zero_terminal_snr",
+    "restore",
     "save",
     "set_backend",
     "space_timesteps",

@@ -24,6 +24,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
 
     ``op`` is one of ``fastdiff.ops`` or its name: ``explain("attention", qkv, 4)``. Nothing is
     computed. Raises InputError for an unknown operation and for a named backend that cannot serve.
+    For what ``accelerate`` did to a model see ``fastdiff.report``.
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in CHOOSERS:

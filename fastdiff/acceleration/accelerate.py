@@ -1,0 +1,230 @@
+"""accelerate: a model's norms and attention blocks on fused operations, in place and reversibly."""
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff._checks import check_float
+from fastdiff.acceleration import diffusers_blocks, generic, lucidrains, openai, traced
+from fastdiff.acceleration.autocast import under_autocast
+from fastdiff.acceleration.example_inputs import example_inputs
+from fastdiff.acceleration.fused_class import Fused, Fusion, agrees, exchange, put_back
+from fastdiff.acceleration.outcome import Part, Report
+from fastdiff.acceleration.pieces import is_group_norm
+from fastdiff.errors import InputError
+
+M = TypeVar("M", bound=nn.Module)
+KNOWN = (openai, diffusers_blocks, lucidrains, generic)
+DTYPES = (torch.bfloat16, torch.float16)
+# Of outputs over the largest output, after float32 and after a lower dtype.
+MOST_ERROR, MOST_LOW_ERROR = 1e-3, 5e-2
+
+
+@dataclass
+class _Record:
+    """What ``restore`` undoes beside the classes."""
+
+    report: Report
+    layouts: dict[str, torch.memory_format] = field(default_factory=dict)
+
+
+_records: "weakref.WeakKeyDictionary[nn.Module, _Record]" = weakref.WeakKeyDictionary()
+
+
+def accelerate(
+    model: M,
+    *,
+    dtype: torch.dtype | None = None,
+    channels_last: bool = True,
+    verify: bool | Sequence[Any] = False,
+) -> M:
+    """Let a model run on fused operations; returns the model itself, changed in place.
+
+    Known are the blocks of improved-diffusion, guided-diffusion, diffusers and
+    denoising-diffusion-pytorch (by their parts, so copies of them too: each is tried with random
+    weights and left alone where it computes something else), GroupNorm before SiLU in any
+    ``nn.Sequential``, and modules in whose forward torch.fx finds GroupNorm, perhaps FiLM, and
+    SiLU. What is not understood is left alone. Parameters keep their names and, but for
+    ``channels_last``, their storage; ``state_dict()`` is the original's; pickles and ``torch.save``
+    of the model are the original's too. Hooks on, and exchanges of, the modules inside a fused one
+    are seen: that one then runs as it did before. ``fastdiff.report(model)`` tells what was fused,
+    what was left and why; :func:`restore` undoes it all.
+
+    Args:
+        model: any module; training works too.
+        dtype: torch.bfloat16 or float16: the model runs under autocast of it and answers in the
+            dtype of its first tensor. Its weights stay as they are.
+        channels_last: 4-D weights in that layout, which the convolutions then run in.
+            ``state_dict()`` still has contiguous copies of these.
+        verify: run the model on the same inputs before and after, and keep the changes only where
+            the outputs agree: to 1e-3 of the largest output, 5e-2 with ``dtype``. True where the
+            model's own configuration tells its inputs, else a tuple of positional arguments.
+
+    Raises:
+        InputError: no module; a dtype that is none of these; inputs that are not known; outputs
+            that differ by more. The model is then as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; expected torch.bfloat16, float16 or None")
+    if model in _records or isinstance(model, Fused):
+        raise InputError(f"this {type(model).__name__} is accelerated; restore it first")
+    inputs = None
+    if verify is not False:
+        inputs = example_inputs(model) if verify is True else tuple(verify)
+        expected = _run(model, inputs)
+    record = _records[model] = _Record(Report(type(model).__name__))
+    try:
+        _fuse(model, record.report)
+        if channels_last:
+            _to_channels_last(model, record)
+        if dtype is not None:
+            exchange(model, under_autocast(model, dtype))
+            record.report.settings.append(f"runs under autocast of {dtype}")
+        if inputs is not None:
+            error = record.report.error = _difference(_run(model, inputs), expected)
+            most = MOST_ERROR if dtype is None else MOST_LOW_ERROR
+            if not error <= most:
+                raise InputError(
+                    f"accelerated, the model's output differs by {error:.1e} of the largest, more "
+                    f"than {most:g}; the model was put back"
+                )
+    except BaseException:
+        restore(model)
+        raise
+    return model
+
+
+def restore(model: M) -> M:
+    """Undo :func:`accelerate` (also on a deep copy of an accelerated model); returns the model.
+
+    InputError for a model that is not accelerated.
+    """
+    record = _records.pop(model, None)
+    fused = [part for part in model.modules() if isinstance(part, Fused)]
+    if record is None and not fused:
+        raise InputError(f"this {type(model).__name__} is not accelerated; nothing to restore")
+    for part in fused:
+        while isinstance(part, Fused):
+            put_back(part)
+    if record is not None:
+        parameters = dict(model.named_parameters())
+        for name, layout in record.layouts.items():
+            if name in parameters:
+                parameters[name].data = parameters[name].data.contiguous(memory_format=layout)
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What :func:`accelerate` did to this model: ``print(fastdiff.report(model))``.
+
+    InputError for a model that is not accelerated.
+    """
+    if model not in _records:
+        raise InputError(f"this {type(model).__name__} is not accelerated; nothing to report")
+    return _records[model].report
+
+
+def _fuse(model: nn.Module, told: Report) -> None:
+    """Exchange the classes of what is understood, outer modules first."""
+    inside: set[nn.Module] = set()  # what a fused module computes itself
+    for name, module in list(model.named_modules()):
+        if module in inside:
+            continue
+        if type(module).__module__.startswith("fastdiff.") and not isinstance(module, Fused):
+            inside.update(module.modules())
+            how = "runs on fused operations by itself"
+            told.left.append(Part(name or "the model", type(module).__name__, how))
+            continue
+        fusion, reason = _fusion_of(module)
+        part = Part(name or "the model", type(module).__name__, fusion.how if fusion else reason)
+        if fusion is not None:
+            inside.update(module.get_submodule(path) for path in fusion.bypassed)
+            exchange(module, fusion)
+            told.replaced.append(part)
+        elif reason:
+            told.left.append(part)
+
+
+def _fusion_of(module: nn.Module) -> tuple[Fusion | None, str]:
+    """How to fuse it, or why not ("" for what has nothing to fuse)."""
+    reason = ""
+    for family in KNOWN:
+        for fusion, inputs in family.fusions(module):
+            device = next((p.device for p in module.parameters()), torch.device("cpu"))
+            inputs = tuple(a.to(device) if isinstance(a, Tensor) else a for a in inputs)
+            disagreement = agrees(module, fusion, inputs) if inputs else None
+            if disagreement is None:
+                return fusion, ""
+            reason = disagreement
+    holds_norm = any(is_group_norm(child) for child in module.children())
+    if holds_norm and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        try:
+            return traced.fusion(module), ""
+        except traced.Untraceable as error:
+            reason = reason or f"{error}; its norms are fused one by one"
+    return None, reason
+
+
+def _to_channels_last(model: nn.Module, record: _Record) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() != 4 or parameter.is_contiguous(memory_format=torch.channels_last):
+            continue
+        record.layouts[name] = torch.contiguous_format
+        parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    if record.layouts:
+        count = len(record.layouts)
+        record.report.settings.append(f"{count} weights in channels_last")
+        options = (("inner", type(model)),)
+        exchange(model, Fusion("", _contiguous_state_dict, method="state_dict", options=options))
+
+
+def _contiguous_state_dict(
+    self: nn.Module, *args: Any, inner: type[nn.Module], **kwargs: Any
+) -> dict[str, Any]:
+    """safetensors takes no other tensors, and a stock checkpoint has none."""
+    state = inner.state_dict(self, *args, **kwargs)
+    for name, value in state.items():
+        if isinstance(value, Tensor) and name.startswith(kwargs.get("prefix", "")):
+            state[name] = value.contiguous()
+    return state
+
+
+# --- verify -----------------------------------------------------------------------------------
+
+
+def _run(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors of the model's output in eval mode."""
+    with _evaluating(model), torch.no_grad():
+        output = model(*inputs)
+    output = getattr(output, "sample", output)
+    tensors = list(output) if isinstance(output, tuple | list) else [output]
+    for tensor in tensors:
+        check_float(tensor, "the model's output")
+    return [tensor.float() for tensor in tensors]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [part for part in model.modules() if part.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _difference(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest difference over the largest value; infinite for NaN where none was."""
+    errors = []
+    for a, b in zip(actual, expected, strict=True):
+        error = (a - b).abs().max() / b.abs().max().clamp(min=1e-12)
+        errors.append(float(torch.nan_to_num(error, nan=float("inf"))))
+    return max(errors)

@@ -1,0 +1,354 @@
+"""accelerate and restore: the same outputs, nobody's parameters touched, everything seen."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from published_blocks import AttentionBlock, GroupNorm32, Network, ResBlock
+from torch import nn
+
+import fastdiff
+from fastdiff.acceleration.fused_class import Fused
+from fastdiff.errors import InputError
+from fastdiff.models.unet import UNet
+
+X, T = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 700])
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def network(**options):
+    model = Network(**options).eval()
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def replaced(model):
+    return {part.name: part.how for part in fastdiff.report(model).replaced}
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+# --- What is fused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("film", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_published_blocks_compute_the_same(film, channels_last):
+    model = network(film=film)
+    expected = model(X, T)
+    assert fastdiff.accelerate(model, channels_last=channels_last, verify=(X, T)) is model
+    assert_close(model(X, T), expected)
+    how = replaced(model)
+    assert set(how) == {"block1", "block2", "attention1", "attention2", "out"}
+    assert how["attention1"] == "norm and attention (heads_first)"
+    assert how["attention2"] == "norm and attention (qkv_first)"
+    assert fastdiff.report(model).error < 1e-5
+    assert "5 modules fused, 0 left" in str(fastdiff.report(model))
+    fastdiff.restore(model)
+    assert torch.equal(model(X, T), expected)
+    assert not any(isinstance(part, Fused) for part in model.modules())
+
+
+@given(
+    groups=st.sampled_from([1, 2, 4]),
+    width=st.sampled_from([4, 8, 12]),
+    size=st.integers(1, 9),
+    dims=st.integers(1, 3),
+    before=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+@settings(max_examples=30, deadline=None)
+def test_any_sequential(groups, width, size, dims, before, dtype):
+    layers = [nn.GroupNorm(groups, width), nn.SiLU()]
+    if before:
+        layers = [nn.Identity(), nn.GroupNorm(1, width), *layers, nn.GroupNorm(groups, width)]
+    model = nn.Sequential(*layers).to(dtype)
+    x = torch.randn(2, width, *[size] * dims, dtype=dtype)
+    expected = model(x)
+    fastdiff.accelerate(model)
+    assert_close(model(x), expected)
+
+
+class Film(nn.Module):
+    """Of no known class: norm·(1 + scale) + shift, then SiLU, in one forward."""
+
+    def __init__(self, spatial=False):
+        super().__init__()
+        self.norm, self.act = nn.GroupNorm(2, 8), nn.SiLU()
+        self.film, self.spatial = nn.Linear(4, 16), spatial
+        self.norm2, self.out = nn.GroupNorm(4, 8), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x, emb):
+        scale, shift = self.film(emb)[..., None, None].chunk(2, dim=1)
+        if self.spatial:
+            scale = scale + x.mean(dim=1, keepdim=True)
+        h = self.act(self.norm(x) * (1 + scale) + shift)
+        return self.out(F.silu(self.norm2(h)))
+
+
+@pytest.mark.parametrize("spatial", [False, True])
+def test_a_forward_that_can_be_traced(spatial):
+    model = nn.ModuleDict({"film": Film(spatial)})
+    x, emb = torch.randn(2, 8, 5, 4), torch.randn(2, 4)
+    expected = model["film"](x, emb)
+    fastdiff.accelerate(model)
+    assert replaced(model) == {"film": "norm and activation in one (traced)"}
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "group_norm", lambda *args: calls.append(args))
+        actual = model["film"](x, emb)
+    assert not calls
+    assert_close(actual, expected)
+    # A value that the trace took for constant.
+    model["film"].spatial = not spatial
+    other = model["film"](x, emb)
+    fastdiff.restore(model)
+    assert torch.equal(other, model["film"](x, emb)) and not torch.equal(other, actual)
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.GroupNorm(2, 4)
+
+    def forward(self, x):
+        return F.silu(self.norm(x)) if x.sum() > 0 else self.norm(x)
+
+
+class ByMode(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.GroupNorm(2, 4)
+
+    def forward(self, x):
+        return F.dropout(F.silu(self.norm(x)), 0.5, self.training)
+
+
+class OwnTensor(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.GroupNorm(2, 4)
+
+    def forward(self, x):
+        return F.silu(self.norm(x)) + torch.rand(1)
+
+
+@pytest.mark.parametrize(
+    "kind, why",
+    [
+        (Branches, "torch.fx cannot trace it"),
+        (ByMode, "depends on the training mode"),
+        (OwnTensor, "takes for constant"),
+    ],
+)
+def test_what_is_not_understood_keeps_its_forward(kind, why):
+    model = kind()
+    x = torch.randn(2, 4, 5, 5)
+    torch.manual_seed(1)
+    expected = model(x)
+    fastdiff.accelerate(model)
+    torch.manual_seed(1)
+    assert_close(model(x), expected)
+    (left,) = fastdiff.report(model).left
+    assert why in left.how and "one by one" in left.how
+    assert replaced(model) == {"norm": "norm in the layout of its input"}
+
+
+class Disguised(ResBlock):
+    """All the parts of a published block, and another forward."""
+
+    def _forward(self, x, emb):
+        return 2 * super()._forward(x, emb)
+
+
+def test_a_block_that_computes_something_else_is_left():
+    model = Disguised(16, 8, 16)
+    x, emb = torch.randn(2, 16, 4, 4), torch.randn(2, 8)
+    expected = model(x, emb)
+    fastdiff.accelerate(model)
+    assert_close(model(x, emb), expected)
+    reasons = [part.how for part in fastdiff.report(model).left]
+    assert any("computes something else" in reason for reason in reasons)
+
+
+def test_fastdiffs_own_network_needs_nothing():
+    model = UNet(3, 32, 3, 1, (), channel_mult=(1,))
+    fastdiff.accelerate(model)
+    assert not replaced(model)
+    assert "by itself" in str(fastdiff.report(model))
+
+
+# --- Nothing is lost --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_parameters_names_and_state_dict_stay(channels_last):
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    places = {name: p.data_ptr() for name, p in model.named_parameters()}
+    objects = dict(model.named_parameters())
+    fastdiff.accelerate(model, channels_last=channels_last)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(value.is_contiguous() for value in after.values())
+    assert all(p is objects[name] for name, p in model.named_parameters())
+    if not channels_last:
+        assert {name: p.data_ptr() for name, p in model.named_parameters()} == places
+    fastdiff.restore(model)
+    assert all(p.is_contiguous() for p in model.parameters())
+    model.load_state_dict(after)
+
+
+def test_a_pickle_is_the_stock_model_and_a_deep_copy_is_accelerated(tmp_path):
+    model = network()
+    expected = model(X, T)
+    fastdiff.accelerate(model)
+    twin = copy.deepcopy(model)
+    assert type(twin.block1) is type(model.block1) and twin.block1.in_layers is not None
+    assert_close(twin(X, T), expected)
+    with torch.no_grad():
+        twin.first.weight.zero_()
+    assert_close(model(X, T), expected)
+    fastdiff.restore(twin)
+    assert not any(isinstance(part, Fused) for part in twin.modules())
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again.block1) is ResBlock and type(again) is Network
+    assert_close(again(X, T), expected)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    (tmp_path / "model.pt").write_bytes(buffer.getvalue())
+    script = """
+import sys, torch
+sys.modules["fastdiff"] = None  # importing it fails
+sys.path.insert(0, sys.argv[1])
+model = torch.load(sys.argv[2], weights_only=False)
+assert "fastdiff" not in str([type(part) for part in model.modules()])
+"""
+    folder = __file__.rpartition("/")[0]
+    command = [sys.executable, "-c", script, folder, str(tmp_path / "model.pt")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_gradients_are_the_models():
+    model = network()
+    loss = model(X, T).square().mean()
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    fastdiff.accelerate(model)
+    actual = torch.autograd.grad(model(X, T).square().mean(), list(model.parameters()))
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert_close(ours, theirs, 1e-4)
+
+
+def test_dropout_works_in_training():
+    model = network(dropout=0.5).train()
+    fastdiff.accelerate(model)
+    assert not torch.equal(model(X, T), model(X, T))
+    model.eval()
+    assert torch.equal(model(X, T), model(X, T))
+
+
+# --- Changes afterwards are seen --------------------------------------------------------------
+
+
+def test_hooks_inside_a_fused_block_are_called():
+    model = network()
+    fastdiff.accelerate(model)
+    expected, seen = model(X, T), []
+    hooks = [
+        layer.register_forward_hook(lambda layer, args, out: seen.append(type(layer)))
+        for layer in (model.block1.out_layers[0], model.attention1.norm, model.out[1])
+    ]
+    assert_close(model(X, T), expected)
+    assert len(seen) == 3
+    for hook in hooks:
+        hook.remove()
+    model(X, T)
+    assert len(seen) == 3
+
+
+def test_exchanged_modules_are_used():
+    model, plain = network(), network()
+    plain.load_state_dict(model.state_dict())
+    fastdiff.accelerate(model)
+    for each in (model, plain):
+        torch.manual_seed(1)
+        each.block1.out_layers[1] = nn.Tanh()
+        each.attention2.proj_out = nn.Sequential(each.attention2.proj_out, nn.Tanh())
+        each.out[2] = nn.Conv2d(32, 3, 1)
+        each.block2.emb_layers[1] = nn.Sequential(each.block2.emb_layers[1], nn.Tanh())
+    assert_close(model(X, T), plain(X, T))
+
+
+# --- dtype, verify, bad input -----------------------------------------------------------------
+
+
+def test_a_lower_dtype_is_autocast_and_the_weights_stay():
+    model = network()
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = model(X, T).float()
+    expected = model(X, T)
+    fastdiff.accelerate(model, dtype=torch.bfloat16, verify=(X, T))
+    actual = model(X, T)
+    assert actual.dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert 0 < (actual - expected).abs().max() < 3 * (autocast - expected).abs().max()
+    assert "autocast of torch.bfloat16" in str(fastdiff.report(model))
+    fastdiff.restore(model)
+    assert torch.equal(model(X, T), expected)
+
+
+def test_verify_refuses_and_puts_back(monkeypatch):
+    model = network()
+    expected = model(X, T)
+    real = fastdiff.acceleration.openai.apply_norm
+    monkeypatch.setattr(
+        fastdiff.acceleration.openai,
+        "apply_norm",
+        # Right for the small images that blocks are tried on.
+        lambda norm, x, **options: real(norm, x, **options) * (1.1 if x.shape[-1] > 4 else 1),
+    )
+    with pytest.raises(InputError, match="differs by .* more than 0.001; the model was put back"):
+        fastdiff.accelerate(model, verify=(X, T))
+    assert torch.equal(model(X, T), expected)
+    assert not any(isinstance(part, Fused) for part in model.modules())
+    with pytest.raises(InputError, match="the inputs of a Network are not known; give verify="):
+        fastdiff.accelerate(model, verify=True)
+
+
+def test_bad_input():
+    with pytest.raises(InputError, match="model is a function; expected a torch.nn.Module"):
+        fastdiff.accelerate(lambda x: x)
+    model = network()
+    with pytest.raises(InputError, match="dtype is torch.float64; expected torch.bfloat16"):
+        fastdiff.accelerate(model, dtype=torch.float64)
+    for undo in (fastdiff.restore, fastdiff.report):
+        with pytest.raises(InputError, match="this Network is not accelerated"):
+            undo(model)
+    fastdiff.accelerate(model)
+    with pytest.raises(InputError, match="this Network is accelerated; restore it first"):
+        fastdiff.accelerate(model)
+
+
+def test_one_class_for_all_modules_of_a_kind():
+    model = nn.Sequential(*(AttentionBlock(32, 2) for _ in range(3)), GroupNorm32(8, 32))
+    fastdiff.accelerate(model)
+    assert len({type(part) for part in list(model)[:3]}) == 1
+    assert replaced(model)["3"] == "norm in the layout of its input"
