@@ -121,9 +121,7 @@ class Sampler:
             raise InputError(f"dtype is {dtype!r}; expected torch.float32, bfloat16 or float16")
         if capture is True and cond_fn is not None:
             raise InputError("cond_fn needs autograd, so capture must be 'auto' or False")
-        if not isinstance(diffusion, StepTable):
-            noise_levels(diffusion)  # raises for what is no process
-        self.model, self.process = model, diffusion
+        self.model = model
         self.denoised_fn, self.cond_fn, self.rng = denoised_fn, cond_fn, rng
         self.self_condition = self_condition
         self.device = None if device is None else check_device(device)
@@ -132,6 +130,7 @@ class Sampler:
         self._graphs = Graphs(capture)
         self._ran = "nothing was sampled yet"
         self._set(
+            diffusion,
             Settings(
                 steps=steps,
                 spacing=spacing,
@@ -142,25 +141,30 @@ class Sampler:
                 guidance_interval=guidance_interval,
                 clip_denoised=clip_denoised,
                 dynamic_threshold=dynamic_threshold,
-            )
+            ),
         )
 
-    def configure(self, **changes: Any) -> "Sampler":
+    def configure(self, *, diffusion: Any = None, **changes: Any) -> "Sampler":
         """Change steps, spacing, timesteps, method, eta, guidance_scale, guidance_interval,
-        clip_denoised or dynamic_threshold, as in the constructor; the rest stays. Returns itself.
+        clip_denoised, dynamic_threshold or the process (or table) itself, as in the constructor;
+        the rest stays. Returns itself.
 
         What was captured stays too: a graph reads all of these from device memory, but for the
         order of the method, whether there is guidance, and dynamic_threshold.
         """
-        self._set(self.settings.changed(changes))
+        process = self.process if diffusion is None else diffusion
+        self._set(process, self.settings.changed(changes))
         return self
 
-    def _set(self, settings: Settings) -> None:
-        strided = settings.strided(self.process)
+    def _set(self, process: Any, settings: Settings) -> None:
+        if not isinstance(process, StepTable):
+            noise_levels(process)  # raises for what is no process
+        strided = settings.strided(process)
         table = settings.table(strided)
         if self.cond_fn is not None:
             ClassifierGuidance(self.cond_fn, strided, table)  # raises where there can be none
-        self.settings, self.diffusion, self.table = settings, strided, table
+        self.process, self.settings = process, settings
+        self.diffusion, self.table = strided, table
 
     def sample(
         self,

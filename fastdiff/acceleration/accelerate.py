@@ -131,6 +131,10 @@ def report(model: nn.Module) -> Report:
     return _records[model].report
 
 
+def is_accelerated(model: nn.Module) -> bool:
+    return model in _records
+
+
 def _fuse(model: nn.Module, told: Report) -> None:
     """Exchange the classes of what is understood, outer modules first."""
     inside: set[nn.Module] = set()  # what a fused module computes itself

@@ -8,12 +8,11 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-M = TypeVar("M", bound=nn.Module)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -32,7 +31,7 @@ class Fused:
         make, arguments, *rest = reduced
         return (make, tuple(original if a is type(self) else a for a in arguments), *rest)
 
-    def __deepcopy__(self: M, memo: dict[int, Any]) -> M:  # type: ignore[misc]
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))

@@ -1,0 +1,294 @@
+"""DDPMPipeline and DDIMPipeline on the captured Sampler."""
+
+import functools
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from fastdiff.acceleration import accelerate, is_accelerated, restore
+from fastdiff.errors import InputError
+from fastdiff.integrations.diffusers._ddim import DDIMScheduler
+from fastdiff.integrations.diffusers._ddpm import DDPMScheduler
+from fastdiff.sampler import Sampler
+
+PIPELINES = (diffusers.DDPMPipeline, diffusers.DDIMPipeline)
+SCHEDULERS = {
+    diffusers.DDPMScheduler: DDPMScheduler,
+    diffusers.DDIMScheduler: DDIMScheduler,
+}
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+def accelerate_pipeline(
+    pipe: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    channels_last: bool = True,
+    capture: bool | str = "auto",
+    compile: bool | dict[str, Any] = False,
+) -> Any:
+    """Let a DDPMPipeline or DDIMPipeline run through fastdiff; returns the pipeline itself.
+
+    Its call keeps its signature, its result and, for the same generator, its images; class labels
+    of a conditional U-Net are a further argument, ``class_labels`` (N,). The U-Net is accelerated
+    (:func:`fastdiff.accelerate`), the scheduler becomes the fused one of the same class, and the
+    loop a :class:`fastdiff.Sampler`, whose options the others are. x_t stays float32 in the loop,
+    where diffusers rounds it to the U-Net's dtype.
+
+    What is set afterwards counts: another U-Net is accelerated and another scheduler exchanged at
+    the next call; a moved or cast U-Net, other weights, LoRA layers and attention processors are
+    seen. What fastdiff cannot express (schedulers of other classes, dynamic thresholding, offloaded
+    models) runs through diffusers' own loop with a warning; ``pipe.explain()`` says how the last
+    call ran. A saved pipeline is a stock one. :func:`restore_pipeline` undoes it.
+
+    InputError for other pipelines.
+    """
+    if type(pipe) not in PIPELINES:
+        known = ", ".join(kind.__name__ for kind in PIPELINES)
+        raise InputError(f"pipe is a {type(pipe).__name__}; expected a {known}")
+    kind: Any = type(pipe)
+    pipe.__class__ = _accelerated_class(kind)
+    pipe._fastdiff = _State(
+        {"dtype": dtype, "capture": capture, "compile": compile}, channels_last=channels_last
+    )
+    pipe._fastdiff.prepare(pipe)
+    return pipe
+
+
+def restore_pipeline(pipe: Any) -> Any:
+    """Undo :func:`accelerate_pipeline`; returns the pipeline. InputError for one that is not
+    accelerated."""
+    if not isinstance(pipe, _Accelerated):
+        raise InputError(f"this {type(pipe).__name__} is not accelerated; nothing to restore")
+    for stock, ours in SCHEDULERS.items():
+        if type(pipe.scheduler) is ours:
+            pipe.scheduler = stock.from_config(pipe.scheduler.config)
+    if is_accelerated(pipe.unet):
+        restore(pipe.unet)
+    pipe._fastdiff.close()
+    del pipe._fastdiff
+    stock_kind: Any = next(kind for kind in PIPELINES if isinstance(pipe, kind))
+    pipe.__class__ = stock_kind
+    return pipe
+
+
+class _State:
+    """What an accelerated pipeline holds: the sampler of its U-Net, and what it was made for."""
+
+    def __init__(self, options: dict[str, Any], channels_last: bool):
+        self.options, self.channels_last = options, channels_last
+        self.sampler: Sampler | None = None
+        self.unet: weakref.ref[nn.Module] | None = None
+        self.adapters: Any = None
+        self.ran = "nothing was sampled yet"
+        self.told: set[str] = set()
+
+    def prepare(self, pipe: Any) -> str | None:
+        """Accelerate what is new in the pipeline; why diffusers' own loop has to run, if it has."""
+        ours = SCHEDULERS.get(type(pipe.scheduler))
+        if ours is not None:
+            pipe.scheduler = ours.from_config(pipe.scheduler.config)
+        if type(pipe.scheduler) not in SCHEDULERS.values():
+            return f"its scheduler is a {type(pipe.scheduler).__name__}"
+        if hasattr(pipe.unet, "_hf_hook"):
+            return "its U-Net is offloaded"
+        if not is_accelerated(pipe.unet):
+            accelerate(pipe.unet, channels_last=self.channels_last)
+        return None
+
+    def sampler_for(self, unet: nn.Module, table: Any, device: torch.device) -> Sampler:
+        if self.sampler is None or self.unet is None or self.unet() is not unet:
+            self.close()
+            self.sampler, self.unet = Sampler(unet, table, **self.options), weakref.ref(unet)
+        adapters = _adapters(unet)
+        if adapters != self.adapters:
+            self.sampler.close()  # of Python state a captured graph sees nothing
+        self.adapters = adapters
+        self.sampler.device = device
+        return self.sampler.configure(diffusion=table)
+
+    def close(self) -> None:
+        if self.sampler is not None:
+            self.sampler.close()
+        self.sampler = None
+
+    def falls_back(self, reason: str) -> None:
+        self.ran = f"diffusers' own loop: {reason}"
+        if reason not in self.told:
+            warnings.warn(f"the pipeline runs through {self.ran}", RuntimeWarning, stacklevel=4)
+        self.told.add(reason)
+
+
+class _Accelerated:
+    """Mixed into the pipeline's class."""
+
+    _fastdiff: _State
+    unet: Any
+    scheduler: Any
+
+    def explain(self) -> str:
+        """How the last call ran."""
+        return self._fastdiff.ran
+
+    def _run(
+        self,
+        batch_size: int,
+        generator: Generators,
+        num_inference_steps: int,
+        class_labels: Any,
+        output_type: str | None,
+        return_dict: bool,
+        **step_options: Any,
+    ) -> Any:
+        """The images, or None where diffusers' own loop has to draw them."""
+        pipe: Any = self
+        labels = _labels(class_labels, batch_size, pipe)
+        reason = pipe._fastdiff.prepare(pipe)
+        if reason is None:
+            pipe.scheduler.set_timesteps(num_inference_steps)
+            reason, rows = _rows(pipe, step_options)
+        if reason is not None:
+            if labels is not None:
+                raise InputError(f"class_labels need fastdiff's loop, which cannot run: {reason}")
+            pipe._fastdiff.falls_back(reason)
+            return None
+        device, config = pipe._execution_device, pipe.unet.config
+        size = config.sample_size
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        shape = (batch_size, config.in_channels, *sides)
+
+        def draw() -> Tensor:
+            dtype = pipe.unet.dtype
+            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+
+        def noise_of(t: int) -> Tensor:  # counts down to 0
+            drawn = rows.draws[len(rows.table) - 1 - t]
+            return draw() if drawn else torch.zeros((), device=device).expand(shape)
+
+        sampler = pipe._fastdiff.sampler_for(pipe.unet, rows.table, device)
+        with pipe.progress_bar(total=len(rows.table)) as bar:
+            x = sampler.sample(
+                shape,
+                noise=draw().float(),
+                step_noise=noise_of if any(rows.draws) else None,
+                model_kwargs={} if labels is None else {"class_labels": labels},
+                progress=bar.update,
+            )
+        pipe._fastdiff.ran = sampler.explain()
+        return _output(pipe, x, output_type, return_dict)
+
+
+class _DDPM(_Accelerated):
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generators = None,
+        num_inference_steps: int = 1000,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        *,
+        class_labels: Sequence[int] | Tensor | None = None,
+    ) -> Any:
+        call = (batch_size, generator, num_inference_steps)
+        output = self._run(*call, class_labels, output_type, return_dict)
+        if output is None:
+            pipe: Any = super()
+            output = pipe.__call__(*call, output_type, return_dict)
+        return output
+
+
+class _DDIM(_Accelerated):
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generators = None,
+        eta: float = 0.0,
+        num_inference_steps: int = 50,
+        use_clipped_model_output: bool | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        *,
+        class_labels: Sequence[int] | Tensor | None = None,
+    ) -> Any:
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise InputError(
+                f"{len(generator)} generators for a batch of {batch_size}; give one each"
+            )
+        output = self._run(
+            batch_size,
+            generator,
+            num_inference_steps,
+            class_labels,
+            output_type,
+            return_dict,
+            eta=eta,
+            use_clipped_model_output=bool(use_clipped_model_output),
+        )
+        if output is None:
+            pipe: Any = super()
+            given = (eta, num_inference_steps, use_clipped_model_output, output_type, return_dict)
+            output = pipe.__call__(batch_size, generator, *given)
+        return output
+
+
+@functools.cache
+def _accelerated_class(kind: Any) -> type:
+    mixin: Any = _DDIM if kind is diffusers.DDIMPipeline else _DDPM
+    members = {"__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (mixin, kind), members)
+
+
+def _rows(pipe: Any, step_options: dict[str, Any]) -> tuple[str | None, Any]:
+    """(why the scheduler's steps are no table, or None; its rows)."""
+    doubled = pipe.unet.config.out_channels == 2 * pipe.unet.config.in_channels
+    rows = pipe.scheduler.rows(pipe._execution_device, doubled_output=doubled, **step_options)
+    if isinstance(rows, str):
+        return rows, None
+    refusal = next((reason for reason in rows.refusals if reason), None)
+    return refusal, rows
+
+
+def _labels(given: Any, batch_size: int, pipe: Any) -> Tensor | None:
+    if given is None:
+        return None
+    labels = torch.as_tensor(given, device=pipe._execution_device)
+    if pipe.unet.class_embedding is None:
+        raise InputError("class_labels were given, but the U-Net is not class-conditional")
+    if labels.shape != (batch_size,):
+        raise InputError(
+            f"class_labels have shape {tuple(labels.shape)}; expected ({batch_size},), one an image"
+        )
+    return labels
+
+
+def _adapters(unet: nn.Module) -> tuple[Any, ...]:
+    """What decides, beside tensors, what a diffusers model computes: attention processors, and of
+    LoRA layers (peft) which are active and how strong."""
+    found: list[Any] = []
+    for part in unet.modules():
+        held = part.__dict__
+        if "processor" in held:
+            found.append(type(held["processor"]))
+        if "_disable_adapters" in held:
+            names = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
+            found.append(str([held.get(name) for name in names]))
+    return tuple(found)
+
+
+def _output(pipe: Any, x: Tensor, output_type: str | None, return_dict: bool) -> Any:
+    """As the pipelines give their images: [0, 1], "pt" (N, C, H, W), "np" (N, H, W, C), or PIL."""
+    images: Any = (x / 2 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        images = images.to(pipe.unet.dtype)
+    else:
+        images = images.cpu().permute(0, 2, 3, 1).numpy()
+        if output_type == "pil":
+            images = pipe.numpy_to_pil(images)
+    pipe.maybe_free_model_hooks()
+    return diffusers.ImagePipelineOutput(images=images) if return_dict else (images,)
