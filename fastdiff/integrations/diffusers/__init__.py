@@ -1,0 +1,27 @@
+"""diffusers' schedulers with a fused step.
+
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+
+Each is a subclass of the scheduler of its name and gives its results: the configuration, the
+timesteps, the attributes and the order of the random draws are diffusers' own. A step is one
+kernel (``fastdiff.ops.posterior_step``) where a row of a ``fastdiff.StepTable`` can say it, and the
+stock step elsewhere; ``why_stock`` tells which, and why. Differences, all of them of precision:
+
+- bfloat16 and float16 samples are stepped in float32 and rounded once;
+- ``add_noise`` and ``get_velocity`` are computed in float32: diffusers rounds ᾱ to the sample's
+  dtype first, and in bfloat16 early timesteps get no noise.
+
+A pipeline or a scheduler that is saved loads in diffusers without fastdiff.
+"""
+
+from fastdiff._optional import require
+
+require("diffusers", "diffusers")
+
+from fastdiff.integrations.diffusers._ddim import DDIMScheduler  # noqa: E402
+from fastdiff.integrations.diffusers._ddpm import DDPMScheduler  # noqa: E402
+from fastdiff.integrations.diffusers._dpmsolver_multistep import (  # noqa: E402
+    DPMSolverMultistepScheduler,
+)
+
+__all__ = ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"]
