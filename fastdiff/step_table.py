@@ -249,6 +249,17 @@ class StepTable:
         """The same table on ``device``."""
         return replace(self, packed=self.packed.to(device))
 
+    def rows(self, chosen: Sequence[int], *, timesteps: torch.Tensor) -> "StepTable":
+        """These rows in this order, with other ``timesteps`` (K,) for the network."""
+        packed = self.packed[list(chosen)].clone()
+        packed[:, COLUMNS.index("timesteps")] = timesteps.to(packed)
+        return replace(
+            self,
+            packed=packed,
+            noisy_rows=tuple(self.noisy_rows[i] for i in chosen),
+            multistep_rows=tuple(self.multistep_rows[i] for i in chosen),
+        )
+
     def starting_at(self, row: int) -> "StepTable":
         """The rows from ``row`` on, for a start from an x_t that is noised data (image-to-image).
 

@@ -23,5 +23,15 @@ from fastdiff.integrations.diffusers._ddpm import DDPMScheduler  # noqa: E402
 from fastdiff.integrations.diffusers._dpmsolver_multistep import (  # noqa: E402
     DPMSolverMultistepScheduler,
 )
+from fastdiff.integrations.diffusers._pipelines import (  # noqa: E402
+    accelerate_pipeline,
+    restore_pipeline,
+)
 
-__all__ = ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"]
+__all__ = [
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "accelerate_pipeline",
+    "restore_pipeline",
+]

@@ -65,6 +65,19 @@ class DDIMScheduler(TimestepScheduler, stock.DDIMScheduler):
             return x_prev, x_start
         return stock.DDIMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_start)
 
+    def sampling_rows(
+        self,
+        device: torch.device,
+        *,
+        doubled_output: bool = False,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+    ) -> TimestepRows | str:
+        """All of ``timesteps``, for a Sampler on ``device``, or why it cannot have them."""
+        if doubled_output:
+            return "its U-Net predicts a variance, which DDIM has no use for"
+        return self._make_rows(eta, use_clipped_model_output, device)
+
     def _plan(
         self,
         model_output: Tensor,

@@ -53,6 +53,14 @@ class DDPMScheduler(TimestepScheduler, stock.DDPMScheduler):
             return x_prev, x_start
         return stock.DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_start)
 
+    def sampling_rows(
+        self, device: torch.device, *, doubled_output: bool = False
+    ) -> TimestepRows | str:
+        """All of ``timesteps``, for a Sampler on ``device``, or why it cannot have them."""
+        if doubled_output and self.variance_type != "learned_range":
+            return f"its U-Net predicts a variance, and variance_type is {self.variance_type!r}"
+        return self._make_rows(doubled_output, device)
+
     def _plan(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, **_: Any) -> Plan:
         n, c, *size = sample.shape if sample.ndim > 1 else (0, 0)
         learned = self.variance_type == "learned_range"

@@ -1,6 +1,7 @@
 """DPM-Solver and DPM-Solver++ (Lu et al. 2022, arXiv:2206.00927 and 2211.01095), of the first and
 second order, as diffusers' DPMSolverMultistepScheduler computes them."""
 
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -84,6 +85,25 @@ class DPMSolverMultistepScheduler(FusedScheduler, stock.DPMSolverMultistepSchedu
             index = torch.full(timesteps.shape, at, device=device)
         return combine(original_samples, noise, index, *scales)
 
+    def sampling_rows(self, device: torch.device, *, doubled_output: bool = False) -> Rows | str:
+        """All of ``timesteps``, for a Sampler on ``device``, or why it cannot have them."""
+        if doubled_output:
+            return "its U-Net predicts a variance, which DPM-Solver has no use for"
+        made, steps = self._make_rows(device), len(self.timesteps)
+        if isinstance(made, str):
+            return made
+        orders = [self._order(index, index) for index in range(steps)]
+        if max(orders) == 3:
+            return "some of its steps are of the third order"
+        chosen = [index + (order - 1) * steps for index, order in enumerate(orders)]
+        table = made.table.rows(chosen, timesteps=self.timesteps)
+        return replace(
+            made,
+            table=table,
+            refusals=[made.refusals[i] for i in chosen],
+            draws=[made.draws[i] for i in chosen],
+        )
+
     def _plan(
         self,
         model_output: Tensor,
@@ -107,7 +127,7 @@ class DPMSolverMultistepScheduler(FusedScheduler, stock.DPMSolverMultistepSchedu
         index, steps = self._index(timestep), len(self.timesteps)
         if not (0 <= index < steps and 2 * steps == len(rows.refusals)):
             return f"step {index} of {steps} has no noise level"
-        order = self._order(index)
+        order = self._order(index, self.lower_order_nums)
         if order == 3:
             return "this step is of the third order"
         if order == 2 and getattr(self.model_outputs[-1], "shape", None) != sample.shape:
@@ -131,14 +151,14 @@ class DPMSolverMultistepScheduler(FusedScheduler, stock.DPMSolverMultistepSchedu
             timestep = timestep.to(self.timesteps.device)
         return self.index_for_timestep(timestep)
 
-    def _order(self, index: int) -> int:
-        """The order that diffusers takes this step with."""
+    def _order(self, index: int, taken: int) -> int:
+        """The order that diffusers takes this step with; ``taken``: how many steps before it."""
         config, left = self.config, len(self.timesteps) - index
         lowers = config.lower_order_final and len(self.timesteps) < 15
         ends_first = config.euler_at_final or lowers or config.final_sigmas_type == "zero"
-        if config.solver_order == 1 or self.lower_order_nums < 1 or (left == 1 and ends_first):
+        if config.solver_order == 1 or taken < 1 or (left == 1 and ends_first):
             return 1
-        if config.solver_order == 2 or self.lower_order_nums < 2 or (left == 2 and lowers):
+        if config.solver_order == 2 or taken < 2 or (left == 2 and lowers):
             return 2
         return 3
 

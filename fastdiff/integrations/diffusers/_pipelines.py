@@ -15,12 +15,14 @@ from fastdiff.acceleration import accelerate, is_accelerated, restore
 from fastdiff.errors import InputError
 from fastdiff.integrations.diffusers._ddim import DDIMScheduler
 from fastdiff.integrations.diffusers._ddpm import DDPMScheduler
+from fastdiff.integrations.diffusers._dpmsolver_multistep import DPMSolverMultistepScheduler
 from fastdiff.sampler import Sampler
 
 PIPELINES = (diffusers.DDPMPipeline, diffusers.DDIMPipeline)
-SCHEDULERS = {
+SCHEDULERS: dict[Any, Any] = {
     diffusers.DDPMScheduler: DDPMScheduler,
     diffusers.DDIMScheduler: DDIMScheduler,
+    diffusers.DPMSolverMultistepScheduler: DPMSolverMultistepScheduler,
 }
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -163,13 +165,15 @@ class _Accelerated:
         sides = (size, size) if isinstance(size, int) else tuple(size)
         shape = (batch_size, config.in_channels, *sides)
 
-        def draw() -> Tensor:
-            dtype = pipe.unet.dtype
+        def draw(dtype: torch.dtype = pipe.unet.dtype) -> Tensor:
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+
+        solver = isinstance(pipe.scheduler, DPMSolverMultistepScheduler)
+        noise_dtype = torch.float32 if solver else pipe.unet.dtype
 
         def noise_of(t: int) -> Tensor:  # counts down to 0
             drawn = rows.draws[len(rows.table) - 1 - t]
-            return draw() if drawn else torch.zeros((), device=device).expand(shape)
+            return draw(noise_dtype) if drawn else torch.zeros((), device=device).expand(shape)
 
         sampler = pipe._fastdiff.sampler_for(pipe.unet, rows.table, device)
         with pipe.progress_bar(total=len(rows.table)) as bar:
@@ -247,7 +251,10 @@ def _accelerated_class(kind: Any) -> type:
 def _rows(pipe: Any, step_options: dict[str, Any]) -> tuple[str | None, Any]:
     """(why the scheduler's steps are no table, or None; its rows)."""
     doubled = pipe.unet.config.out_channels == 2 * pipe.unet.config.in_channels
-    rows = pipe.scheduler.rows(pipe._execution_device, doubled_output=doubled, **step_options)
+    if not isinstance(pipe.scheduler, DDIMScheduler):
+        step_options = {}
+    device = pipe._execution_device
+    rows = pipe.scheduler.sampling_rows(device, doubled_output=doubled, **step_options)
     if isinstance(rows, str):
         return rows, None
     refusal = next((reason for reason in rows.refusals if reason), None)
