@@ -27,7 +27,7 @@ namespace {
 
 // Raised with every change of a binding's arguments or meaning; fastdiff/native.py compares it, so
 // that sources and a library built from older ones do not meet unnoticed.
-constexpr int kInterface = 5;
+constexpr int kInterface = 6;
 
 py::dict build_info() {
   py::dict info;
@@ -161,6 +161,36 @@ void bind_group_norm(py::module_& module) {
         const auto kernel = cpu::current_kernels().group_norm_silu_backward;
         kernel(shape, call, workspace_of(kernel(shape, call, nullptr, threads)).get(), threads);
       });
+}
+
+void bind_rms_norm(py::module_& module) {
+  py::class_<RmsNormShape>(module, "RmsNormShape")
+      .def(py::init([](int64_t samples, int64_t channels, int64_t positions, bool channels_last,
+                       bool silu, float eps, int dtype, int weight_dtype, int film_dtype,
+                       int64_t scale_stride, int64_t shift_stride) {
+             return RmsNormShape{samples,
+                                 channels,
+                                 positions,
+                                 channels_last,
+                                 silu,
+                                 eps,
+                                 static_cast<DType>(dtype),
+                                 static_cast<DType>(weight_dtype),
+                                 static_cast<DType>(film_dtype),
+                                 scale_stride,
+                                 shift_stride};
+           }),
+           py::kw_only(), py::arg("samples"), py::arg("channels"), py::arg("positions"),
+           py::arg("channels_last"), py::arg("silu"), py::arg("eps"), py::arg("dtype"),
+           py::arg("weight_dtype"), py::arg("film_dtype"), py::arg("scale_stride"),
+           py::arg("shift_stride"));
+  module.def("rms_norm_silu_cpu", [](const RmsNormShape& shape, uintptr_t x, uintptr_t weight,
+                                     uintptr_t scale, uintptr_t shift, uintptr_t y, int threads) {
+    py::gil_scoped_release unlocked;
+    const RmsNormCall call = {at(x), at(weight), at(scale), at(shift), at(y)};
+    const auto kernel = cpu::current_kernels().rms_norm_silu;
+    kernel(shape, call, workspace_of(kernel(shape, call, nullptr, threads)).get(), threads);
+  });
 }
 
 // dtype, and the strides of sample, channel and position
@@ -307,6 +337,7 @@ PYBIND11_MODULE(_native, module) {
            py::arg("first_sample"));
   bind_cpu(module);
   bind_group_norm(module);
+  bind_rms_norm(module);
   bind_elementwise(module);
   bind_attention(module);
 #ifdef FASTDIFF_CUDA_ARCHS

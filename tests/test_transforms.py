@@ -16,6 +16,7 @@ NOISE = torch.linspace(-1, 1, 48).view(2, 6, 4)
 OPERATIONS = {
     "q_sample": lambda x: ops.q_sample(x, T, SIGNAL, SIGMA, noise=NOISE)[0],
     "posterior_step": lambda x: ops.posterior_step(x, x.sin(), TABLE, 3, noise=NOISE)[0],
+    "rms_norm_silu": lambda x: ops.rms_norm_silu(x, torch.linspace(0.5, 2, 6)),
     "group_norm_silu": lambda x: ops.group_norm_silu(x, 2, None, None),
     "attention": lambda x: ops.attention(x, 1),
 }

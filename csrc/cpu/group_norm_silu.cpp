@@ -22,11 +22,6 @@ constexpr int64_t kChunk = 65536;          // elements of a group that threads s
 constexpr int64_t kBlockElements = 8192;   // channels_last: a block of positions, all channels,
 constexpr int64_t kBlockPositions = 512;   // but no more of them: each is one more rounding
 
-template <typename T, bool kSilu>
-FASTDIFF_VEC Vec activate(Vec v) {
-  return kSilu ? v * sigmoid<T>(v) : v;
-}
-
 // --- Planar -----------------------------------------------------------------------------------
 
 template <typename T, bool kResidual, bool kSilu>

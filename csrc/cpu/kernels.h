@@ -8,14 +8,17 @@
 #include "../common/elementwise.h"
 #include "../common/group_norm.h"
 #include "../common/normal_fill.h"
+#include "../common/rms_norm.h"
 
 namespace fastdiff::cpu {
 
-// Both return the floats of workspace that the call needs, and only count with a null workspace.
+// These return the floats of workspace that the call needs, and only count with a null workspace.
 using GroupNormForwardKernel = int64_t(const GroupNormShape& shape, const GroupNormForward& call,
                                        float* workspace, int threads);
 using GroupNormBackwardKernel = int64_t(const GroupNormShape& shape, const GroupNormBackward& call,
                                         float* workspace, int threads);
+using RmsNormKernel = int64_t(const RmsNormShape& shape, const RmsNormCall& call, float* workspace,
+                              int threads);
 
 struct Kernels {
   void (*normal)(const NormalFill& fill, int threads);
@@ -23,6 +26,7 @@ struct Kernels {
                  uint32_t first_quad);
   GroupNormForwardKernel* group_norm_silu;
   GroupNormBackwardKernel* group_norm_silu_backward;
+  RmsNormKernel* rms_norm_silu;
   // -1, or before anything is written the first sample whose t is out of range
   int64_t (*q_sample)(const QSample& plan, const QSampleCall& call, int threads);
   // false, before anything is written, for a step out of range
@@ -39,6 +43,7 @@ void philox(uint32_t* out, int64_t quads, uint64_t seed, uint32_t step, uint64_t
             uint32_t first_quad);
 GroupNormForwardKernel group_norm_silu;
 GroupNormBackwardKernel group_norm_silu_backward;
+RmsNormKernel rms_norm_silu;
 int64_t q_sample(const QSample& plan, const QSampleCall& call, int threads);
 bool posterior_step(const PosteriorStep& plan, const PosteriorStepCall& call, int threads);
 int64_t attention_workspace(const Attention& attention, bool for_backward, int threads);  // floats

@@ -8,6 +8,7 @@ const Kernels kernels = {
     philox,
     group_norm_silu,
     group_norm_silu_backward,
+    rms_norm_silu,
     q_sample,
     posterior_step,
     attention_workspace,

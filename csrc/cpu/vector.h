@@ -257,4 +257,10 @@ FASTDIFF_VEC Vec sigmoid(Vec x) {
   return splat(1.0f) / d;
 }
 
+// SiLU of v, or v itself, to be stored as T.
+template <typename T, bool kSilu>
+FASTDIFF_VEC Vec activate(Vec v) {
+  return kSilu ? v * sigmoid<T>(v) : v;
+}
+
 }  // namespace fastdiff::cpu::FASTDIFF_ISA

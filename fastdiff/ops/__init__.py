@@ -4,5 +4,6 @@ from fastdiff.ops.attention import attention
 from fastdiff.ops.group_norm_silu import group_norm_silu
 from fastdiff.ops.posterior_step import posterior_step
 from fastdiff.ops.q_sample import q_sample
+from fastdiff.ops.rms_norm_silu import rms_norm_silu
 
-__all__ = ["attention", "group_norm_silu", "posterior_step", "q_sample"]
+__all__ = ["attention", "group_norm_silu", "posterior_step", "q_sample", "rms_norm_silu"]

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import backends, native
-
-Maybe = Tensor | None
+from fastdiff.ops._layouts import Maybe, address
 
 
 def forward(
@@ -20,9 +19,9 @@ def forward(
     workspace = _workspace(tile, x)
     with backends.device_of(x):
         native.library().group_norm_silu_cuda(
-            shape, tile, x.data_ptr(), _address(weight), _address(bias), _address(scale),
-            _address(shift), _address(add), y.data_ptr(), _address(statistics),
-            _address(workspace), native.cuda_stream(x.device),
+            shape, tile, x.data_ptr(), address(weight), address(bias), address(scale),
+            address(shift), address(add), y.data_ptr(), address(statistics),
+            address(workspace), native.cuda_stream(x.device),
         )  # fmt: skip
 
 
@@ -35,9 +34,9 @@ def backward(
     workspace = _workspace(tile, x)
     with backends.device_of(x):
         native.library().group_norm_silu_backward_cuda(
-            shape, tile, dy.data_ptr(), x.data_ptr(), _address(weight), _address(bias),
-            _address(scale), _address(shift), _address(add), statistics.data_ptr(), dx.data_ptr(),
-            *map(_address, small), _address(workspace), native.cuda_stream(x.device),
+            shape, tile, dy.data_ptr(), x.data_ptr(), address(weight), address(bias),
+            address(scale), address(shift), address(add), statistics.data_ptr(), dx.data_ptr(),
+            *map(address, small), address(workspace), native.cuda_stream(x.device),
         )  # fmt: skip
 
 
@@ -56,7 +55,3 @@ def _workspace(tile: Any, x: Tensor) -> Maybe:
     """From torch's allocator, which a graph capture knows: it lives as long as it is needed."""
     size = tile.workspace_floats
     return torch.empty(size, dtype=torch.float32, device=x.device) if size else None
-
-
-def _address(tensor: Maybe) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from fastdiff import backends, native
-from fastdiff.backends import KERNEL_DTYPES
 from fastdiff.ops import _group_norm_cuda
 from fastdiff.ops._cache import remember
-
-Maybe = Tensor | None
+from fastdiff.ops._layouts import Maybe, address, in_layout_of, is_channels_last, rows
 
 
 def forward(
@@ -49,8 +47,8 @@ def _run(
         )
     if backend == "native":
         native.library().group_norm_silu_cpu(
-            shape, x.data_ptr(), _address(weight), _address(bias), _address(scale),
-            _address(shift), _address(add), out.data_ptr(), _address(statistics),
+            shape, x.data_ptr(), address(weight), address(bias), address(scale),
+            address(shift), address(add), out.data_ptr(), address(statistics),
             torch.get_num_threads(),
         )  # fmt: skip
     elif backend == "cuda":
@@ -104,9 +102,9 @@ def backward(
         dy = torch.empty_like(out).copy_(dy)
     if backend == "native":
         native.library().group_norm_silu_backward_cpu(
-            shape, dy.data_ptr(), x.data_ptr(), _address(weight), _address(bias), _address(scale),
-            _address(shift), _address(add), statistics.data_ptr(), out.data_ptr(),
-            *map(_address, written), torch.get_num_threads(),
+            shape, dy.data_ptr(), x.data_ptr(), address(weight), address(bias), address(scale),
+            address(shift), address(add), statistics.data_ptr(), out.data_ptr(),
+            *map(address, written), torch.get_num_threads(),
         )  # fmt: skip
     elif backend == "cuda":
         _group_norm_cuda.backward(
@@ -218,36 +216,13 @@ def _convert(
     if not (out.is_contiguous() or is_channels_last(out)):
         out = torch.empty_like(out, memory_format=torch.contiguous_format)
     residual = add is not None and add.shape == x.shape
-    x = _as(x, out)
-    weight, bias = _rows(weight, bias)
-    scale, shift = _rows(scale, shift)
+    x = in_layout_of(out, x)
+    weight, bias = rows(weight, bias)
+    scale, shift = rows(scale, shift)
     if add is not None:
-        add = _as(add, out) if residual else _rows(add, add)[0]
+        add = in_layout_of(out, add) if residual else rows(add, add)[0]
     after = (out, x, weight, bias, scale, shift, add)
     return after, all(a is b for a, b in zip(before, after, strict=True))
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether x (N, C, *spatial) is dense in the order N, *spatial, C."""
-    return x.dim() > 2 and x.movedim(1, -1).is_contiguous()
-
-
-def _as(tensor: Tensor, like: Tensor) -> Tensor:
-    """``tensor`` in the memory layout of ``like``."""
-    return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
-
-
-def _rows(first: Maybe, second: Maybe) -> tuple[Maybe, Maybe]:
-    """Both in one dtype that the kernels read, neighbours in the last dimension adjacent."""
-    if first is None or second is None:
-        return None, None
-    if first.dtype != second.dtype or first.dtype not in KERNEL_DTYPES:
-        first, second = first.float(), second.float()
-    return _adjacent(first), _adjacent(second)
-
-
-def _adjacent(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def _native_shape(
@@ -284,7 +259,3 @@ def _backend(x: Tensor) -> str:
     if name in ("cuda", "triton"):
         return name
     return backends.default(x.device, x.dtype, "group_norm_silu")
-
-
-def _address(tensor: Maybe) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -9,6 +9,7 @@ from fastdiff.ops.attention import choose as choose_attention
 from fastdiff.ops.group_norm_silu import choose as choose_group_norm_silu
 from fastdiff.ops.posterior_step import choose as choose_posterior_step
 from fastdiff.ops.q_sample import choose as choose_q_sample
+from fastdiff.ops.rms_norm_silu import choose as choose_rms_norm_silu
 
 # Each takes its operation's own arguments.
 CHOOSERS: dict[str, Callable[..., Choice]] = {
@@ -16,6 +17,7 @@ CHOOSERS: dict[str, Callable[..., Choice]] = {
     "group_norm_silu": choose_group_norm_silu,
     "posterior_step": choose_posterior_step,
     "q_sample": choose_q_sample,
+    "rms_norm_silu": choose_rms_norm_silu,
 }
 
 
