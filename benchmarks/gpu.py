@@ -87,6 +87,7 @@ def phases(results: Path) -> list[Phase]:
         Phase("attention", (*quick, "benchmarks/bench_attention.py"), 70),
         Phase("U-Net", (*measure, "benchmarks/bench_unet.py"), 40),
         Phase("sampler", (*measure, "--compiled", "none", "benchmarks/bench_sampler.py"), 90),
+        Phase("pipeline", (*measure, "benchmarks/bench_pipeline.py"), 40),
         Phase("group_norm_silu, all shapes", (*full, "benchmarks/bench_group_norm_silu.py"), 120),
         Phase("attention, all shapes", (*full, "benchmarks/bench_attention.py"), 60),
     ]

@@ -252,6 +252,8 @@ def _sampling(row: Row) -> str:
     if "matrix_product_share" in row:
         share = 100 * row["matrix_product_share"]
         said.append(f"{share:.0f} % of the time in convolutions and matrix products")
+    if "psnr_db" in row:
+        said.append(f"PSNR to the peer's images {row['psnr_db']:.0f} dB")
     said += [f"{peer} {size:.0f} MB" for peer, size in row.get("peak_mb", {}).items()]
     return "  fastdiff: " + ", ".join(said)
 

@@ -25,11 +25,12 @@ def run(example: str) -> dict:
 
 
 def test_the_examples_run_as_printed():
-    ten_lines, sampler, fused = (run(example) for example in blocks("python"))
+    ten_lines, sampler, function, fused = (run(example) for example in blocks("python"))
     assert ten_lines["images"].shape == ten_lines["x"].shape
     assert torch.isfinite(ten_lines["images"]).all()
     filled, known = sampler["filled"], sampler["photo"][..., :4]
     assert torch.equal(filled[..., :4], known) and sampler["step"]["step"] == 7
+    assert function["images"].shape == (4, 3, 32, 32)
     torch.testing.assert_close(fused["y"], fused["plain"])
 
 
