@@ -87,7 +87,12 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     config = metafunc.config
     choice = config.getoption("shapes")
-    tables = {"norm": shapes.norms, "heads": shapes.attention, "image": shapes.images}
+    tables = {
+        "norm": shapes.norms,
+        "rms_norm": shapes.rms_norms,
+        "heads": shapes.attention,
+        "image": shapes.images,
+    }
     for name, table in tables.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, table(choice), ids=str)

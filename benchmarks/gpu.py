@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 WHEELS = ROOT / "wheels"
 TOTAL_S = 530.0
 NORM_TESTS = "tests/test_group_norm_silu_cuda.py"
-OPERATIONS = ("group_norm_silu", "q_sample", "posterior_step", "attention")
+OPERATIONS = ("group_norm_silu", "q_sample", "posterior_step", "attention", "rms_norm_silu")
 STOP_S = 5.0  # from the request to stop to the end of the patience
 
 
@@ -85,6 +85,7 @@ def phases(results: Path) -> list[Phase]:
         Phase("posterior_step", (*quick, "benchmarks/bench_posterior_step.py"), 50),
         Phase("group_norm_silu", (*quick, "benchmarks/bench_group_norm_silu.py"), 90),
         Phase("attention", (*quick, "benchmarks/bench_attention.py"), 70),
+        Phase("rms_norm_silu", (*quick, "benchmarks/bench_rms_norm_silu.py"), 30),
         Phase("U-Net", (*measure, "benchmarks/bench_unet.py"), 40),
         Phase("sampler", (*measure, "--compiled", "none", "benchmarks/bench_sampler.py"), 90),
         Phase("pipeline", (*measure, "benchmarks/bench_pipeline.py"), 40),

@@ -28,6 +28,20 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.group_norm(x, GROUPS, weight, bias)
 
 
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """denoising-diffusion-pytorch's RMSNorm, in our words; weight (1, C, 1, 1)."""
+    return F.normalize(x, dim=1) * weight * x.shape[1] ** 0.5
+
+
+def rms_norm_silu(x: Tensor, weight: Tensor) -> Tensor:
+    return F.silu(rms_norm(x, weight))
+
+
+def rms_norm_film_silu(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """scale and shift are (N, C, 1, 1), as its Block gets them."""
+    return F.silu(rms_norm(x, weight) * (scale + 1) + shift)
+
+
 def attention(qkv: Tensor, num_heads: int, order: str) -> Tensor:
     """F.scaled_dot_product_attention on views of the qkv projection: (N, 3C, T) -> (N, C, T)."""
     n, width, tokens = qkv.shape

@@ -24,6 +24,7 @@ STYLE = {
     "q_sample": ("#E69F00", "s"),
     "posterior_step": ("#009E73", "^"),
     "attention": ("#CC79A7", "D"),
+    "rms_norm_silu": ("#D55E00", "v"),
 }
 
 

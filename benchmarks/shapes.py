@@ -24,7 +24,7 @@ GROUPS = 32
 
 @dataclass(frozen=True)
 class Norm:
-    """One GroupNorm: "silu" (norm, SiLU), "film" (norm, FiLM, SiLU) or "norm" (norm alone)."""
+    """One GroupNorm or RMS norm: "silu" (and SiLU), "film" (FiLM and SiLU) or "norm" (alone)."""
 
     channels: int
     size: int  # of the square image
@@ -152,6 +152,10 @@ _ATTENTION = (
     (12, 64, 64, (0, 0, 0, 0, 0, 8)),
 )
 
+# channels and size of denoising-diffusion-pytorch's Unet(dim=64, dim_mults=(1, 2, 4, 8)) on 64²
+# images; each occurs in every form.
+_RMS_NORMS = ((64, 64), (64, 32), (128, 32), (128, 16), (256, 16), (256, 8), (512, 8))
+
 IMAGES = tuple(Image(3, size) for size in (32, 64, 256))
 
 
@@ -160,6 +164,7 @@ def _count(counts: tuple[int, ...]) -> dict[str, int]:
 
 
 NORMS = tuple(Norm(*row[:3], _count(row[3])) for row in _NORMS)
+RMS_NORMS = tuple(Norm(*at, form, {}) for at in _RMS_NORMS for form in ("silu", "film", "norm"))
 ATTENTION = tuple(Attention(*row[:3], _count(row[3])) for row in _ATTENTION)
 
 # --shapes quick, and the shapes that meet torch.compile by default (each compilation takes ten
@@ -167,6 +172,7 @@ ATTENTION = tuple(Attention(*row[:3], _count(row[3])) for row in _ATTENTION)
 QUICK_NORMS = {(256, 8, "norm"), (512, 4, "silu"), (128, 32, "film"), (384, 64, "silu")}
 QUICK_NORMS |= {(896, 16, "silu"), (128, 128, "silu")}
 COMPILED_NORMS = {(128, 32, "film"), (896, 16, "silu")}
+QUICK_RMS_NORMS = {(64, 64, "norm"), (64, 32, "film"), (256, 16, "silu")}
 QUICK_ATTENTION = {(1, 256, 256), (1, 256, 512), (4, 64, 64), (4, 256, 96), (6, 1024, 64)}
 COMPILED_ATTENTION = {(1, 256, 512)}
 QUICK_IMAGES = {32, 256}
@@ -178,6 +184,10 @@ def norms(choice: str) -> list[Norm]:
     models = set(MODELS_OF_CHOICE[choice])
     chosen = [norm for norm in NORMS if models & norm.count.keys()]
     return [n for n in chosen if choice != "quick" or key(n) in QUICK_NORMS]
+
+
+def rms_norms(choice: str) -> list[Norm]:
+    return [n for n in RMS_NORMS if choice != "quick" or key(n) in QUICK_RMS_NORMS]
 
 
 def attention(choice: str) -> list[Attention]:

@@ -7,7 +7,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-OPERATIONS = ("group_norm_silu", "q_sample", "posterior_step", "attention")
+OPERATIONS = ("group_norm_silu", "q_sample", "posterior_step", "attention", "rms_norm_silu")
 LARGE = 64e6  # bytes; from here on a GPU's share of the copy bandwidth is judged
 
 # CPU: how many times faster than eager on the geometric mean, and at least on every shape.
@@ -18,6 +18,7 @@ TARGETS: dict[tuple[str, str], tuple[float, float]] = {
     ("posterior_step", "forward"): (6.0, 6.0),
     ("attention", "forward"): (1.0, 1.0),
     ("attention", "forward+backward"): (1.0, 1.0),
+    ("rms_norm_silu", "forward"): (2.0, 0.95),
 }
 COMPILED_TARGET = 1.0  # on every shape
 
@@ -28,6 +29,7 @@ GPU_SHARES = {
     ("posterior_step", "forward"): 90,
     ("group_norm_silu", "forward"): 85,
     ("group_norm_silu", "backward"): 80,
+    ("rms_norm_silu", "forward"): 85,
 }
 GPU_COMPILED_TARGET = {"group_norm_silu": 1.5}
 BEST_SDPA, GPU_SDPA_TARGET = "best sdpa", 1.0

@@ -78,6 +78,20 @@ def group_norm_silu():
                     ops.group_norm_silu(x, groups, None, None, **options)
 
 
+def rms_norm_silu():
+    for shape, dtype, film in itertools.product(SHAPES, DTYPES, (False, True)):
+        n, c = shape[:2]
+        for x in layouts(random(*shape, dtype=dtype, offset=1)):
+            small = DTYPES[(len(shape) + n) % 3]
+            options = {}
+            if film:
+                both = random(n, 2 * c, dtype=small, offset=1)
+                options["scale"], options["shift"] = both.chunk(2, dim=1)
+            for activation in ("silu", None):
+                weight = random(c, dtype=small, offset=3)
+                ops.rms_norm_silu(x, weight, activation=activation, **options)
+
+
 def q_sample():
     tables = random(2, 11).abs()
     for shape, dtype in itertools.product(SHAPES, DTYPES):
@@ -129,7 +143,7 @@ def attention():
                 ops.attention(qkv, heads, order=order)
 
 
-OPERATIONS = [normal, group_norm_silu, q_sample, posterior_step, attention]
+OPERATIONS = [normal, group_norm_silu, rms_norm_silu, q_sample, posterior_step, attention]
 
 
 def backend_of(operation):
@@ -141,6 +155,7 @@ def backend_of(operation):
         "q_sample": (x, torch.zeros(1).long(), torch.ones(3), torch.ones(3)),
         "posterior_step": (x, x, table, 0),
         "attention": (x, 1),
+        "rms_norm_silu": (x, torch.ones(6)),
     }
     return fastdiff.explain(operation, *arguments[operation]).backend
 

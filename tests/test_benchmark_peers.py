@@ -31,6 +31,21 @@ def test_the_norms_are_the_same_function(form):
     torch.testing.assert_close(eager(x, weight, bias, *film.values()), ours, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["silu", "film", "norm"])
+def test_the_rms_norms_are_the_same_function(form):
+    x, weight = torch.randn(2, 24, 6, 6), torch.randn(1, 24, 1, 1)
+    film = torch.randn(2, 48, 1, 1).chunk(2, dim=1) if form == "film" else ()
+    eager = {
+        "silu": peers_eager.rms_norm_silu,
+        "film": peers_eager.rms_norm_film_silu,
+        "norm": peers_eager.rms_norm,
+    }[form]
+    named = dict(zip(("scale", "shift"), film, strict=False))
+    activation = None if form == "norm" else "silu"
+    ours = fastdiff.ops.rms_norm_silu(x, weight, activation=activation, **named)
+    torch.testing.assert_close(eager(x, weight, *film), ours, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("order", ["heads_first", "qkv_first"])
 def test_attention_is_the_same_function(order):
     qkv = torch.randn(2, 3 * 4 * 8, 10)

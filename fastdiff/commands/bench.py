@@ -98,6 +98,8 @@ def cases(batch: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case
         h = normal(batch, channels, size, size).contiguous(memory_format=torch.channels_last)
         norm = (h, 32, normal(channels), normal(channels))
         yield _case("group_norm_silu", f"{channels}@{size}", _eager_norm, norm, {}, 2)
+        rms = (h, normal(1, channels, 1, 1))
+        yield _case("rms_norm_silu", f"{channels}@{size}", _eager_rms_norm, rms, {}, 2)
     diffusion = create_diffusion(steps=1000)
     signal, noise = (
         torch.from_numpy(table).float().to(device)
@@ -130,6 +132,10 @@ def _case(op: str, shape: str, eager: Callable, args: tuple, kwargs: dict, passe
 
 def _eager_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(F.group_norm(x, groups, weight, bias))
+
+
+def _eager_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.silu(F.normalize(x, dim=1) * weight * x.shape[1] ** 0.5)
 
 
 def _eager_q_sample(x: Tensor, t: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
