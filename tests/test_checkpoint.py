@@ -278,7 +278,7 @@ def killed_at_the_sync(number: int) -> str:
 KILLED_IN = {
     "the weights": """
         import safetensors.torch
-        def half(tensors, path):
+        def half(tensors, path, **options):
             open(path, "wb").write(bytes(100))
             os.kill(os.getpid(), signal.SIGKILL)
         safetensors.torch.save_file = half

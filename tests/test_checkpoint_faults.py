@@ -69,8 +69,8 @@ KILL_EVERYWHERE = """
 
         save_file = safetensors.torch.save_file
 
-        def half_written(tensors, path):
-            save_file(tensors, path)
+        def half_written(tensors, path, **options):
+            save_file(tensors, path, **options)
             if next(calls) == point:
                 os.truncate(path, os.path.getsize(path) // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -195,9 +195,9 @@ def test_values_without_a_json_form_are_refused_before_anything_is_written(tmp_p
 
 
 def test_threads_that_save_side_by_side_do_not_clear_each_other_away(tmp_path, monkeypatch):
-    from fastdiff.models import checkpoint
+    from fastdiff.models import files
 
-    write, first_writes, go_on = checkpoint._write_tensors, threading.Event(), threading.Event()
+    write, first_writes, go_on = files._write_tensors, threading.Event(), threading.Event()
 
     def slow(path, tensors):
         write(path, tensors)
@@ -205,7 +205,7 @@ def test_threads_that_save_side_by_side_do_not_clear_each_other_away(tmp_path, m
             first_writes.set()
             assert go_on.wait(30)
 
-    monkeypatch.setattr(checkpoint, "_write_tensors", slow)
+    monkeypatch.setattr(files, "_write_tensors", slow)
     first = threading.Thread(target=save, args=(tmp_path / "first", network()), kwargs={"step": 1})
     first.start()
     assert first_writes.wait(30)

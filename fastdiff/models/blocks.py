@@ -25,26 +25,37 @@ CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
     2: nn.Conv2d,
     3: nn.Conv3d,
 }
+Norm = Callable[[int], nn.GroupNorm]
 
 
-def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal embedding [cos, sin] of (possibly fractional) timesteps.
+def timestep_embedding(
+    timesteps: Tensor,
+    dim: int,
+    max_period: float = 10000.0,
+    *,
+    flip_sin_to_cos: bool = True,
+    freq_shift: float = 0,
+) -> Tensor:
+    """Sinusoidal embedding of (possibly fractional) timesteps.
 
     Args:
         timesteps: (N,), any real dtype.
         dim: width of the embedding; an odd one ends in a zero.
+        flip_sin_to_cos: [cos, sin] instead of [sin, cos].
+        freq_shift: what the divisor of the exponents is less than dim // 2.
 
     Returns:
         (N, dim) float32, on the device of ``timesteps`` and computed there.
 
-    Source: Vaswani et al. 2017, section 3.5, with the order and the divisor (dim // 2) of
-    improved-diffusion; Ho et al. use [sin, cos] and dim // 2 − 1.
+    Source: Vaswani et al. 2017, section 3.5, by default with the order and the divisor (dim // 2)
+    of improved-diffusion; Ho et al. use [sin, cos] and dim // 2 − 1.
     """
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-    frequencies = torch.exp(-math.log(max_period) * exponent / max(half, 1))
+    frequencies = torch.exp(-math.log(max_period) * exponent / (half - freq_shift or 1))
     angles = timesteps.float()[:, None] * frequencies  # (N, half)
-    embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
+    waves = [angles.cos(), angles.sin()]
+    embedding = torch.cat(waves if flip_sin_to_cos else waves[::-1], dim=1)
     return F.pad(embedding, (0, dim % 2)) if dim % 2 else embedding
 
 
@@ -54,14 +65,16 @@ def convolution(
     out_channels: int,
     kernel: int,
     stride: Any = 1,
+    padding: Any = None,
 ) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
-    """A 1-D, 2-D or 3-D convolution that keeps the size (up to its stride)."""
-    return CONVOLUTIONS[dims](in_channels, out_channels, kernel, stride, padding=kernel // 2)
+    """A 1-D, 2-D or 3-D convolution; without a padding one that keeps the size up to its stride."""
+    padding = kernel // 2 if padding is None else padding
+    return CONVOLUTIONS[dims](in_channels, out_channels, kernel, stride, padding)
 
 
-def normalization(channels: int) -> nn.GroupNorm:
+def normalization(channels: int, groups: int = NORM_GROUPS, eps: float = 1e-5) -> nn.GroupNorm:
     """The published norm: 32 groups, or as many of 32 as divide the channels."""
-    return nn.GroupNorm(math.gcd(NORM_GROUPS, channels), channels)
+    return nn.GroupNorm(math.gcd(groups, channels), channels, eps)
 
 
 def zero_module(module: nn.Module) -> nn.Module:
@@ -155,14 +168,20 @@ class Upsample(nn.Module):
 class Downsample(nn.Module):
     """Halving by a strided convolution or by average pooling; n becomes ceil(n / 2).
 
-    A 3-D input keeps its first spatial dimension, as published (video depth).
+    With ``padding=0`` the convolution's zeros are one row and one column after the image instead of
+    one on each side, and n becomes floor(n / 2). A 3-D input keeps its first spatial dimension, as
+    published (video depth).
+
+    Source: Ho et al.'s code for ``padding=0`` (TensorFlow's "SAME"); improved-diffusion.
     """
 
-    def __init__(self, channels: int, use_conv: bool, dims: int):
+    def __init__(self, channels: int, use_conv: bool, dims: int, padding: int = 1):
         super().__init__()
         stride = (1, 2, 2) if dims == 3 else 2
+        self.pad_after = (0, 1) * min(dims, 2) if use_conv and padding == 0 else None
         if use_conv:
-            self.op = convolution(dims, channels, channels, 3, stride)
+            sides = (1, padding, padding) if dims == 3 else padding
+            self.op = convolution(dims, channels, channels, 3, stride, sides)
         else:
             pool = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}[dims]
             # ceil_mode averages the last, smaller window of an odd size over what is there.
@@ -173,7 +192,7 @@ class Downsample(nn.Module):
             # Unlike its kin it refuses an image smaller than the window.
             window = [min(k, n) for k, n in zip((1, 2, 2), x.shape[2:], strict=True)]
             return F.avg_pool3d(x, window, self.op.stride, ceil_mode=True)
-        return self.op(x)
+        return self.op(x if self.pad_after is None else F.pad(x, self.pad_after))
 
 
 class ResBlock(nn.Module):
@@ -186,6 +205,7 @@ class ResBlock(nn.Module):
         use_scale_shift_norm: FiLM (scale and shift after the second norm) instead of adding the
             projected embedding before it.
         resample: ``"up"``, ``"down"`` or None.
+        norm: makes the norm of so many channels.
     """
 
     def __init__(
@@ -199,19 +219,20 @@ class ResBlock(nn.Module):
         use_scale_shift_norm: bool,
         use_checkpoint: bool,
         resample: str | None = None,
+        norm: Norm = normalization,
     ):
         super().__init__()
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
         self.resample = resample
         self.in_layers = nn.Sequential(
-            normalization(channels), nn.SiLU(), convolution(dims, channels, out_channels, 3)
+            norm(channels), nn.SiLU(), convolution(dims, channels, out_channels, 3)
         )
         self.pool = Downsample(channels, False, dims) if resample == "down" else None
         emb_width = 2 * out_channels if use_scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_width))
         self.out_layers = nn.Sequential(
-            normalization(out_channels),
+            norm(out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
             zero_module(convolution(dims, out_channels, out_channels, 3)),
@@ -256,7 +277,15 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over all positions, added to its input."""
 
-    def __init__(self, channels: int, num_heads: int, *, order: str, use_checkpoint: bool):
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        *,
+        order: str,
+        use_checkpoint: bool,
+        norm: Norm = normalization,
+    ):
         super().__init__()
         if channels % num_heads:
             raise InputError(
@@ -266,7 +295,7 @@ class AttentionBlock(nn.Module):
         self.num_heads = num_heads
         self.order = order
         self.use_checkpoint = use_checkpoint
-        self.norm = normalization(channels)
+        self.norm = norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 

@@ -6,34 +6,36 @@
 - whatever the caller adds
 """
 
-import errno
-import json
 import os
-import re
-import shutil
-import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from fastdiff.create import process_from_config
 from fastdiff.errors import InputError
+from fastdiff.models.diffusers_format import load_unet, unet_folder
 from fastdiff.models.ema import EMA, rate_name
+from fastdiff.models.files import (
+    CONFIG_FILE,
+    build,
+    check_target,
+    load_json,
+    load_tensors,
+    load_weights,
+    previous_directory,
+    replace_directory,
+)
 from fastdiff.models.unet import UNet
 
 FORMAT = 1
-CONFIG_FILE = "config.json"
 MODEL_FILE = "model.safetensors"
 # What config.json holds beside the format.
 KINDS = {"model": dict, "diffusion": dict | None, "step": int | None, "info": dict, "ema": list}
-_in_progress: set[Path] = set()  # temporary directories that threads of this process write
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Checkpoint:
         diffusion: the process it was trained with, or None if none was saved.
         step: optimizer steps taken, or None.
         info: facts about the data: image_size, channels, num_classes, class_names, ...
-        config: the whole of config.json.
+        config: the whole of config.json; of a diffusers network, as ``save`` would write it.
         path: the directory.
         weights: ``"model"`` or the rate of the average that was loaded.
     """
@@ -73,9 +75,8 @@ def save(
 ) -> Path:
     """Write a checkpoint directory, all of it or nothing.
 
-    The files go to a hidden directory beside ``directory``, are flushed to the disk, and only then
-    renamed into place; an older checkpoint of that name stays until the new one is complete. What a
-    killed save left behind is removed by the next one.
+    An older checkpoint of that name stays until the new one is complete. What a killed save left
+    behind is removed by the next one.
 
     Args:
         directory: its parent is made if missing.
@@ -95,7 +96,8 @@ def save(
             a value has no JSON form; nothing has changed.
     """
     target = Path(os.path.abspath(directory))
-    _check_target(target)
+    # A run keeps more in a checkpoint than these two.
+    check_target(target, lambda names: names >= {CONFIG_FILE, MODEL_FILE})
     if not isinstance(getattr(model, "config", None), dict):
         raise InputError(
             f"cannot save a {type(model).__name__}: it has no config, which a checkpoint needs to "
@@ -121,16 +123,7 @@ def save(
         assert ema is not None
         tensors[f"ema_{rate}"] = ema.state_dict(rate)
 
-    texts = {stem: _to_json(f"{stem}.json", document) for stem, document in documents.items()}
-
-    def write(folder: Path) -> None:
-        for stem, group in tensors.items():
-            _write_tensors(folder / f"{stem}.safetensors", group)
-        for stem, text in texts.items():
-            _write_json(folder / f"{stem}.json", text)
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _replace_directory(target, write)
+    replace_directory(target, tensors, documents)
     return target
 
 
@@ -143,7 +136,8 @@ def load(
     """Read a checkpoint directory and build what it describes.
 
     Args:
-        directory: what ``save`` wrote.
+        directory: what ``save`` wrote; or a diffusers ``UNet2DModel`` or the pipeline around one,
+            whose weights are ``"model"``.
         weights: ``"model"`` for the trained weights, a rate such as ``"0.9999"`` for that average,
             ``"ema"`` for the average with the highest rate (the trained weights if there is none).
         device: where the network goes.
@@ -153,18 +147,25 @@ def load(
             network; the message names the file.
     """
     path = Path(os.path.abspath(directory))
-    if not path.exists() and _previous(path).is_dir():
-        path = _previous(path)  # a save was killed between its two renames; the next one recovers
+    if not path.exists() and previous_directory(path).is_dir():
+        # A save was killed between its two renames; the next one recovers.
+        path = previous_directory(path)
+    diffusers_folder = unet_folder(path)
+    if diffusers_folder is not None:
+        name, _ = _choose_weights(path, [], weights)
+        model = load_unet(diffusers_folder).to(device)
+        config = {"format": FORMAT, **_nothing_saved(), "model": model.config}
+        return Checkpoint(model, None, None, {}, config, path, name)
     config = _read_config(path)
-    rates = _build(path, "ema", lambda: [rate_name(rate) for rate in config["ema"]])
+    rates = build(path, "ema", lambda: [rate_name(rate) for rate in config["ema"]])
     name, stem = _choose_weights(path, rates, weights)
     state = load_tensors(path, stem)
 
-    model = _build(path, "model", lambda: UNet(**config["model"]))
+    model = build(path, "model", lambda: UNet(**config["model"]))
     load_weights(model, state, path / f"{stem}.safetensors")
     diffusion = None
     if config["diffusion"] is not None:
-        diffusion = _build(path, "diffusion", lambda: process_from_config(config["diffusion"]))
+        diffusion = build(path, "diffusion", lambda: process_from_config(config["diffusion"]))
     return Checkpoint(
         model=model.to(device).eval(),
         diffusion=diffusion,
@@ -177,65 +178,8 @@ def load(
     )
 
 
-def load_tensors(directory: str | os.PathLike[str], stem: str) -> dict[str, Tensor]:
-    """The tensors of ``<directory>/<stem>.safetensors``, on the CPU.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
-    path = Path(directory) / f"{stem}.safetensors"
-    try:
-        return safetensors.torch.load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing from the checkpoint") from None
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path} is damaged or not a safetensors file ({error})") from error
-
-
-def load_json(directory: str | os.PathLike[str], stem: str) -> Any:
-    """The value in ``<directory>/<stem>.json``.
-
-    Raises:
-        InputError: the file is missing or not JSON.
-    """
-    path = Path(directory) / f"{stem}.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing from the checkpoint") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error})") from error
-
-
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
-    """``load_state_dict(strict=True)`` whose error is one line that names ``source``.
-
-    Raises:
-        InputError: names or shapes are not the model's.
-    """
-    expected = model.state_dict()
-    missing = [name for name in expected if name not in state]
-    strangers = [name for name in state if name not in expected]
-    if missing or strangers:
-        details = [
-            f"{len(names)} {what}, such as {names[0]}"
-            for what, names in (("missing", missing), ("unexpected", strangers))
-            if names
-        ]
-        raise InputError(
-            f"{source} holds the weights of another network: {'; '.join(details)} "
-            "(check the network's arguments)"
-        )
-    for name, tensor in expected.items():
-        if state[name].shape != tensor.shape:
-            raise InputError(
-                f"{source} holds the weights of another network: {name} is "
-                f"{tuple(state[name].shape)}, this network has {tuple(tensor.shape)}"
-            )
-    model.load_state_dict(state, strict=True)
-
-
-# Reading
+def _nothing_saved() -> dict[str, Any]:
+    return {"model": None, "diffusion": None, "step": None, "info": {}, "ema": []}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -250,7 +194,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path / CONFIG_FILE} has format {config['format']!r}; this version reads {FORMAT}"
         )
-    config = {"model": None, "diffusion": None, "step": None, "info": {}, "ema": [], **config}
+    config = {**_nothing_saved(), **config}
     for part, kinds in KINDS.items():
         if not isinstance(config[part], kinds):
             raise InputError(f"{path / CONFIG_FILE}: its {part} cannot be {config[part]!r:.80}")
@@ -269,132 +213,3 @@ def _choose_weights(path: Path, rates: list[str], weights: str | float) -> tuple
         there = ", ".join(["model", *rates])
         raise InputError(f"{path} has no weights {name!r}; there are {there}")
     return name, f"ema_{name}"
-
-
-def _build(path: Path, part: str, make: Callable[[], Any]) -> Any:
-    try:
-        return make()
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{path / CONFIG_FILE}: its {part} cannot be built: {reason}") from error
-
-
-# Writing
-
-
-def _check_target(target: Path) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise InputError(f"cannot save a checkpoint to {target}: it is a file, not a directory")
-    # Saving replaces the whole directory, which must not cost anybody other files.
-    names = {entry.name for entry in target.iterdir()}
-    if names and not names >= {CONFIG_FILE, MODEL_FILE}:
-        raise InputError(
-            f"cannot save a checkpoint to {target}: it holds other files, such as {min(names)}; "
-            "give a new or empty directory, or one that holds a checkpoint to replace"
-        )
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # Channels_last weights are written as their logical values; safetensors has no strides.
-    flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        safetensors.torch.save_file(flat, path)
-        path.chmod(mode)  # the library's files are the owner's alone, whatever the umask says
-    except safetensors.SafetensorError as error:
-        # The library gives the system's error number as text only.
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number.group(1)) if number else errno.EIO
-        raise OSError(code, os.strerror(code), str(path)) from error
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _to_json(name: str, document: Any) -> str:
-    try:
-        return json.dumps(document, indent=2) + "\n"
-    except (TypeError, ValueError) as error:
-        raise InputError(f"cannot save {name}: {error}") from error
-
-
-def _write_json(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _replace_directory(target: Path, write: Callable[[Path], None]) -> None:
-    """Make ``target`` what ``write`` writes, through a temporary directory beside it."""
-    _recover(target)
-    _remove_stale(target.parent)
-    temporary = target.parent / f".{target.name}.saving-{socket.gethostname()}-{os.getpid()}"
-    _in_progress.add(temporary)
-    try:
-        _write_directory(temporary, write)
-        previous = _previous(target)
-        if target.exists():
-            # Between the two renames nothing has this name; ``_recover`` undoes the first.
-            target.rename(previous)
-        temporary.rename(target)
-    finally:
-        _in_progress.discard(temporary)
-    _sync_directory(target.parent)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def _write_directory(path: Path, write: Callable[[Path], None]) -> None:
-    path.mkdir()
-    try:
-        write(path)
-        _sync_directory(path)
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
-
-
-def _previous(target: Path) -> Path:
-    return target.parent / f".{target.name}.previous"
-
-
-def _recover(target: Path) -> None:
-    """Undo or finish the renames of a save that was killed between them."""
-    previous = _previous(target)
-    if not previous.is_dir():
-        return
-    if target.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-    else:
-        previous.rename(target)
-
-
-def _remove_stale(parent: Path) -> None:
-    """Remove temporary directories of processes of this machine that are gone."""
-    pattern = re.compile(rf"\..+\.saving-{re.escape(socket.gethostname())}-(\d+)")
-    for entry in parent.iterdir():
-        match = pattern.fullmatch(entry.name)
-        if match and entry not in _in_progress and not _is_running(int(match.group(1))):
-            shutil.rmtree(entry, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    if pid == os.getpid():
-        return False  # a dead process had this number; ours are in _in_progress
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,8 @@ run flags ("iddpm-*"); Dhariwal & Nichol 2021, appendix I and the released run f
 The DDPM rows are computed by the same class as the others: the structure and the parameter count
 are Ho et al.'s, but two constants are improved-diffusion's: epsilon 1e-5 instead of 1e-6 in the
 norms, and the timestep embedding [cos, sin] with divisor half instead of [sin, cos] with half − 1.
-Their weights therefore cannot be carried over.
+Released weights of Ho et al. need theirs, and their padding: ``fastdiff.load`` of a diffusers
+directory sets the arguments of ``UNet`` that a preset does not.
 """
 
 from collections.abc import Mapping

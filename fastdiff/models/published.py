@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdiff.errors import InputError
 from fastdiff.models import presets
-from fastdiff.models.checkpoint import load_weights
+from fastdiff.models.files import load_weights
 from fastdiff.models.unet import UNet
 
 

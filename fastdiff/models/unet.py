@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastdiff.errors import InputError
 from fastdiff.models.blocks import (
-    CONVOLUTIONS,
+    NORM_GROUPS,
     AttentionBlock,
     Downsample,
     EmbedSequential,
@@ -21,6 +21,7 @@ from fastdiff.models.blocks import (
     timestep_embedding,
     zero_module,
 )
+from fastdiff.models.unet_config import check_config
 
 LOW_RES_MODE = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -55,6 +56,14 @@ class UNet(nn.Module):
         super_res: the network takes ``low_res`` too, resized to ``x`` and concatenated to it.
         null_class: one more label, ``null_label == num_classes``, that means "no class", for
             classifier-free guidance.
+        norm_num_groups: groups of every norm, or as many of them as divide its channels.
+        norm_eps: epsilon of every norm.
+        flip_sin_to_cos: timestep embedding [cos, sin] instead of [sin, cos].
+        freq_shift: what the divisor in its exponents is less than half its width.
+        downsample_padding: 1 to pad the strided convolutions on every side, 0 only after the image.
+
+    The last five are diffusers' names. Ho et al.'s own networks have ``norm_eps=1e-6``,
+    ``flip_sin_to_cos=False``, ``freq_shift=1`` and ``downsample_padding=0``.
 
     2-D networks keep their weights in channels_last, which the CPU's and the GPU's convolutions
     prefer, and compute in it whatever the layout of ``x``.
@@ -88,6 +97,11 @@ class UNet(nn.Module):
         image_size: int | Sequence[int] | None = None,
         super_res: bool = False,
         null_class: bool = False,
+        norm_num_groups: int = NORM_GROUPS,
+        norm_eps: float = 1e-5,
+        flip_sin_to_cos: bool = True,
+        freq_shift: float = 0,
+        downsample_padding: int = 1,
     ):
         super().__init__()
         self.config: dict[str, Any] = {
@@ -113,8 +127,13 @@ class UNet(nn.Module):
             else list(image_size),
             "super_res": super_res,
             "null_class": null_class,
+            "norm_num_groups": norm_num_groups,
+            "norm_eps": norm_eps,
+            "flip_sin_to_cos": flip_sin_to_cos,
+            "freq_shift": freq_shift,
+            "downsample_padding": downsample_padding,
         }
-        _check_config(self.config)
+        check_config(self.config)
         self.in_channels = in_channels
         self.model_channels = model_channels
         self.out_channels = out_channels
@@ -166,6 +185,9 @@ class UNet(nn.Module):
                 self.input_blocks.append(EmbedSequential(self._downsample(ch)))
                 skip_channels.append(ch)
 
+        halvings = [m for m in self.input_blocks.modules() if getattr(m, "pad_after", None)]
+        self._least_size = 2 ** len(halvings) if halvings else 0
+
         self.middle_block = EmbedSequential(
             self._res_block(ch, ch), self._attention(ch), self._res_block(ch, ch)
         )
@@ -182,10 +204,13 @@ class UNet(nn.Module):
                 self.output_blocks.append(EmbedSequential(*layers))
 
         self.out = nn.Sequential(
-            normalization(ch),
+            self._norm(ch),
             nn.SiLU(),
             zero_module(convolution(self.dims, ch, self.out_channels, 3)),
         )
+
+    def _norm(self, channels: int) -> nn.GroupNorm:
+        return normalization(channels, self.config["norm_num_groups"], self.config["norm_eps"])
 
     def _res_block(self, channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
         return ResBlock(
@@ -197,12 +222,14 @@ class UNet(nn.Module):
             use_scale_shift_norm=self.config["use_scale_shift_norm"],
             use_checkpoint=self.config["use_checkpoint"],
             resample=resample,
+            norm=self._norm,
         )
 
     def _downsample(self, channels: int) -> nn.Module:
         if self.config["resblock_updown"]:
             return self._res_block(channels, channels, "down")
-        return Downsample(channels, self.config["conv_resample"], self.dims)
+        padding = self.config["downsample_padding"]
+        return Downsample(channels, self.config["conv_resample"], self.dims, padding)
 
     def _upsample(self, channels: int) -> nn.Module:
         if self.config["resblock_updown"]:
@@ -226,6 +253,7 @@ class UNet(nn.Module):
             heads,
             order="qkv_first" if config["use_new_attention_order"] else "heads_first",
             use_checkpoint=config["use_checkpoint"],
+            norm=self._norm,
         )
 
     def forward(
@@ -252,7 +280,13 @@ class UNet(nn.Module):
         """
         self._check_inputs(x, timesteps, y, low_res)
         dtype = self._first_weight().dtype
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
+        waves = timestep_embedding(
+            timesteps,
+            self.model_channels,
+            flip_sin_to_cos=self.config["flip_sin_to_cos"],
+            freq_shift=self.config["freq_shift"],
+        )
+        emb = self.time_embed(waves.to(dtype))
         if y is not None:
             emb = emb + self.label_emb(y.long())
         emb = F.silu(emb)  # with which each block's emb_layers begin
@@ -271,7 +305,7 @@ class UNet(nn.Module):
         h = self.middle_block(h, emb)
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)
-            # Upsampling goes to the next skip's size: twice this one, or one less if that was odd.
+            # Upsampling goes to the next skip's size: twice this one, or one off if that was odd.
             h = block(h, emb, skips[-1].shape[2:] if skips else None)
         return self.out[2](apply_norm(self.out[0], h)).to(x.dtype)
 
@@ -305,6 +339,12 @@ class UNet(nn.Module):
             raise InputError(
                 f"UNet: timesteps have shape {tuple(timesteps.shape)}; "
                 f"expected ({n},), one per sample"
+            )
+        if any(side < self._least_size for side in x.shape[-min(self.dims, 2) :]):
+            raise InputError(
+                f"UNet: x has shape {tuple(x.shape)}; with downsample_padding=0 and "
+                f"{len(self.config['channel_mult'])} levels it must be at least "
+                f"{self._least_size} wide"
             )
         self._check_labels(n, y)
         if (low_res is not None) != self.super_res:
@@ -340,33 +380,3 @@ class UNet(nn.Module):
                 raise InputError(
                     f"UNet: y holds label {low if low < 0 else high}; expected 0 to {highest}"
                 )
-
-
-def _check_config(config: dict[str, Any]) -> None:
-    if config["dims"] not in CONVOLUTIONS:
-        raise InputError(f"UNet: dims={config['dims']!r}; expected 1, 2 or 3")
-    for name in ("in_channels", "model_channels", "out_channels", "num_res_blocks", "num_heads"):
-        if not isinstance(config[name], int) or config[name] < 1:
-            raise InputError(f"UNet: {name}={config[name]!r}; expected an integer of at least 1")
-    for name in ("num_head_channels", "num_heads_upsample"):
-        if config[name] != -1 and config[name] < 1:
-            raise InputError(f"UNet: {name}={config[name]!r}; expected −1 or at least 1")
-    multipliers = config["channel_mult"]
-    if not multipliers or min(int(m * config["model_channels"]) for m in multipliers) < 1:
-        raise InputError(
-            f"UNet: channel_mult={multipliers!r}; "
-            "expected at least one level, each of at least 1 channel"
-        )
-    if not 0 <= config["dropout"] < 1:
-        raise InputError(f"UNet: dropout={config['dropout']!r}; expected 0 ≤ dropout < 1")
-    factors = {2**level for level in range(len(multipliers))}
-    strangers = set(config["attention_resolutions"]) - factors
-    if strangers:
-        raise InputError(
-            f"UNet: attention_resolutions={config['attention_resolutions']} are downsampling "
-            f"factors; {len(multipliers)} levels have {sorted(factors)}, not {sorted(strangers)}"
-        )
-    if config["num_classes"] is not None and config["num_classes"] < 1:
-        raise InputError(f"UNet: num_classes={config['num_classes']}; expected None or at least 1")
-    if config["null_class"] and config["num_classes"] is None:
-        raise InputError("UNet: null_class=True needs num_classes")

@@ -1,0 +1,261 @@
+"""Directories of .safetensors and .json files: one-line errors, and written whole or not at all."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor, nn
+
+from fastdiff.errors import InputError
+
+CONFIG_FILE = "config.json"
+_in_progress: set[Path] = set()  # temporary directories that threads of this process write
+
+
+# Reading
+
+
+def load_tensors(directory: str | os.PathLike[str], stem: str) -> dict[str, Tensor]:
+    """The tensors of ``<directory>/<stem>.safetensors``, on the CPU.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    path = Path(directory) / f"{stem}.safetensors"
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing from the checkpoint") from None
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{path} is damaged or not a safetensors file ({error})") from error
+
+
+def load_json(directory: str | os.PathLike[str], stem: str) -> Any:
+    """The value in ``<directory>/<stem>.json``.
+
+    Raises:
+        InputError: the file is missing or not JSON.
+    """
+    path = Path(directory) / f"{stem}.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing from the checkpoint") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON ({error})") from error
+
+
+def build(directory: Path, part: str, make: Callable[[], Any]) -> Any:
+    """What ``make`` builds from a part of the directory's config.json.
+
+    Raises:
+        InputError: it cannot.
+    """
+    try:
+        return make()
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"{directory / CONFIG_FILE}: its {part} cannot be built: {reason}"
+        ) from error
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """``load_state_dict(strict=True)`` whose error is one line that names ``source``.
+
+    Raises:
+        InputError: names or shapes are not the model's.
+    """
+    check_state(model.state_dict(), state, source)
+    model.load_state_dict(state, strict=True)
+
+
+def check_state(
+    expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str | Path
+) -> None:
+    """That ``state`` has the names and shapes of ``expected``.
+
+    Raises:
+        InputError: it has not; one line that names ``source``.
+    """
+    missing = [name for name in expected if name not in state]
+    strangers = [name for name in state if name not in expected]
+    if missing or strangers:
+        details = [
+            f"{len(names)} {what}, such as {names[0]}"
+            for what, names in (("missing", missing), ("unexpected", strangers))
+            if names
+        ]
+        raise InputError(
+            f"{source} holds the weights of another network: {'; '.join(details)} "
+            "(check the network's arguments)"
+        )
+    for name, tensor in expected.items():
+        if state[name].shape != tensor.shape:
+            raise InputError(
+                f"{source} holds the weights of another network: {name} is "
+                f"{tuple(state[name].shape)}, this network has {tuple(tensor.shape)}"
+            )
+
+
+# Writing
+
+
+def check_target(target: Path, is_ours: Callable[[set[str]], bool]) -> None:
+    """That nothing but an older save is lost when ``target`` is replaced.
+
+    Args:
+        is_ours: whether a directory of these entries is such a save.
+
+    Raises:
+        InputError: ``target`` is a file or holds other things.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(f"cannot save a checkpoint to {target}: it is a file, not a directory")
+    names = {entry.name for entry in target.iterdir()}
+    if names and not is_ours(names):
+        raise InputError(
+            f"cannot save a checkpoint to {target}: it holds other files, such as {min(names)}; "
+            "give a new or empty directory, or one that holds a checkpoint to replace"
+        )
+
+
+def replace_directory(
+    target: Path, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]
+) -> None:
+    """Make ``target`` a directory of these files, all of it or nothing.
+
+    The files go to a hidden directory beside it, are flushed to the disk, and only then renamed
+    into place; an older directory of that name stays until the new one is complete. What a killed
+    save left behind is removed by the next one.
+
+    Args:
+        target: its parent is made if missing.
+        tensors: file name without ``.safetensors`` -> tensors by name.
+        documents: file name without ``.json`` -> a JSON value.
+
+    Raises:
+        OSError: the disk is full or not writable; nothing has changed.
+        InputError: a value has no JSON form; nothing has changed.
+    """
+    texts = {stem: _to_json(f"{stem}.json", document) for stem, document in documents.items()}
+
+    def write(folder: Path) -> None:
+        for stem, group in tensors.items():
+            _write_tensors(folder / f"{stem}.safetensors", group)
+        for stem, text in texts.items():
+            _write_json(folder / f"{stem}.json", text)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _recover(target)
+    _remove_stale(target.parent)
+    temporary = target.parent / f".{target.name}.saving-{socket.gethostname()}-{os.getpid()}"
+    _in_progress.add(temporary)
+    try:
+        _write_directory(temporary, write)
+        previous = previous_directory(target)
+        if target.exists():
+            # Between the two renames nothing has this name; ``_recover`` undoes the first.
+            target.rename(previous)
+        temporary.rename(target)
+    finally:
+        _in_progress.discard(temporary)
+    _sync_directory(target.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def previous_directory(target: Path) -> Path:
+    """Where ``target`` is while its successor takes its place."""
+    return target.parent / f".{target.name}.previous"
+
+
+def _to_json(name: str, document: Any) -> str:
+    try:
+        return json.dumps(document, indent=2) + "\n"
+    except (TypeError, ValueError) as error:
+        raise InputError(f"cannot save {name}: {error}") from error
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    # Channels_last weights are written as their logical values; safetensors has no strides.
+    flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        # Some readers, Hugging Face's among them, ask the file which library's tensors it holds.
+        safetensors.torch.save_file(flat, path, metadata={"format": "pt"})
+        path.chmod(mode)  # the library's files are the owner's alone, whatever the umask says
+    except safetensors.SafetensorError as error:
+        # The library gives the system's error number as text only.
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number.group(1)) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _write_json(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_directory(path: Path, write: Callable[[Path], None]) -> None:
+    path.mkdir()
+    try:
+        write(path)
+        _sync_directory(path)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _recover(target: Path) -> None:
+    """Undo or finish the renames of a save that was killed between them."""
+    previous = previous_directory(target)
+    if not previous.is_dir():
+        return
+    if target.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+    else:
+        previous.rename(target)
+
+
+def _remove_stale(parent: Path) -> None:
+    """Remove temporary directories of processes of this machine that are gone."""
+    pattern = re.compile(rf"\..+\.saving-{re.escape(socket.gethostname())}-(\d+)")
+    for entry in parent.iterdir():
+        match = pattern.fullmatch(entry.name)
+        if match and entry not in _in_progress and not _is_running(int(match.group(1))):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # a dead process had this number; ours are in _in_progress
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

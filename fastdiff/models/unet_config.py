@@ -1,0 +1,62 @@
+"""Which arguments of the U-Net fit together."""
+
+from typing import Any
+
+from fastdiff.errors import InputError
+from fastdiff.models.blocks import CONVOLUTIONS
+
+COUNTS = (
+    "in_channels",
+    "model_channels",
+    "out_channels",
+    "num_res_blocks",
+    "num_heads",
+    "norm_num_groups",
+)
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Check the arguments, by name.
+
+    Raises:
+        InputError: one that is out of range or does not fit another.
+    """
+    if config["dims"] not in CONVOLUTIONS:
+        raise InputError(f"UNet: dims={config['dims']!r}; expected 1, 2 or 3")
+    for name in COUNTS:
+        if not isinstance(config[name], int) or config[name] < 1:
+            raise InputError(f"UNet: {name}={config[name]!r}; expected an integer of at least 1")
+    for name in ("num_head_channels", "num_heads_upsample"):
+        if config[name] != -1 and config[name] < 1:
+            raise InputError(f"UNet: {name}={config[name]!r}; expected −1 or at least 1")
+    multipliers = config["channel_mult"]
+    if not multipliers or min(int(m * config["model_channels"]) for m in multipliers) < 1:
+        raise InputError(
+            f"UNet: channel_mult={multipliers!r}; "
+            "expected at least one level, each of at least 1 channel"
+        )
+    eps, shift = config["norm_eps"], config["freq_shift"]
+    if not eps > 0:
+        raise InputError(f"UNet: norm_eps={eps!r}; expected more than 0")
+    if shift and shift >= config["model_channels"] // 2:
+        raise InputError(
+            f"UNet: freq_shift={shift!r}; expected less than half of "
+            f"model_channels={config['model_channels']}"
+        )
+    if config["downsample_padding"] not in (0, 1):
+        raise InputError(
+            f"UNet: downsample_padding={config['downsample_padding']!r}; expected 0 or 1"
+        )
+    if not 0 <= config["dropout"] < 1:
+        raise InputError(f"UNet: dropout={config['dropout']!r}; expected 0 ≤ dropout < 1")
+    factors = {2**level for level in range(len(multipliers))}
+    strangers = set(config["attention_resolutions"]) - factors
+    if strangers:
+        raise InputError(
+            f"UNet: attention_resolutions={config['attention_resolutions']} are downsampling "
+            f"factors; {len(multipliers)} levels have {sorted(factors)}, not {sorted(strangers)}"
+        )
+    if config["num_classes"] is not None and config["num_classes"] < 1:
+        raise InputError(f"UNet: num_classes={config['num_classes']}; expected None or at least 1")
+    if config["null_class"] and config["num_classes"] is None:
+        raise InputError("UNet: null_class=True needs num_classes")
