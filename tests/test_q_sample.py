@@ -64,6 +64,17 @@ def test_bfloat16_images_get_noise_at_every_timestep():
 
 
 @pytest.mark.any_backend
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_timesteps_of_any_integer_type_in_every_call(dtype):
+    # A first call plans, the next ones go by the plan.
+    x_start, t, noise = inputs((5, 3, 4))
+    t = t % 200
+    expected = q_sample(x_start, t, SIGNAL, SIGMA, noise=noise)[0]
+    for _ in range(3):
+        assert torch.equal(q_sample(x_start, t.to(dtype), SIGNAL, SIGMA, noise=noise)[0], expected)
+
+
+@pytest.mark.any_backend
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_channels_last_and_strided_input_give_the_same_numbers(dtype):
     x_start, t, noise = inputs(dtype=dtype)

@@ -71,6 +71,7 @@ def q_sample(
     rows = _table_length(signal, sigma, x_start)
     backend, _ = _choose(x_start, signal, sigma)
     # The native kernel looks at t by itself; the CUDA kernel answers NaN, emulated or not.
+    given_t = t  # which the key tells of, and a known call passes on as it is
     t = check_timesteps(t, x_start, rows, "x_start", look=backend not in ("native", "cuda"))
     if noise is not None:
         if seed is not None:
@@ -89,7 +90,7 @@ def q_sample(
     results = launch(x_start, t, signal, sigma, noise, *counters, returns_drawn, backend)
     if key is not None:
         written = results[1] if returns_drawn else noise
-        know(key, x_start, t, signal, sigma, written, results[0], seed is not None, backend)
+        know(key, x_start, given_t, signal, sigma, written, results[0], seed is not None, backend)
     if returns_drawn:
         return results[0], results[1]
     return results[0], noise if return_noise else None

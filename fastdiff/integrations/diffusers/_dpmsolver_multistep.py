@@ -1,5 +1,5 @@
-"""DPM-Solver and DPM-Solver++ (Lu et al. 2022, arXiv:2206.00927 and 2211.01095), of the first and
-second order, as diffusers' DPMSolverMultistepScheduler computes them."""
+"""DPM-Solver++ and its SDE form (Lu et al. 2022, arXiv:2211.01095), of the first and second order,
+as diffusers' DPMSolverMultistepScheduler computes them."""
 
 from dataclasses import replace
 from operator import attrgetter
@@ -23,8 +23,7 @@ from fastdiff.integrations.diffusers._fused import (
     version,
 )
 
-_DATA_SOLVERS = ("dpmsolver++", "sde-dpmsolver++")  # the others integrate the predicted noise
-_SOLVERS = (*_DATA_SOLVERS, "dpmsolver", "sde-dpmsolver")
+_ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++")
 _PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 _settings = attrgetter(
     *("prediction_type", "algorithm_type", "solver_type", "thresholding", "use_flow_sigmas")
@@ -167,15 +166,13 @@ class DPMSolverMultistepScheduler(FusedScheduler, stock.DPMSolverMultistepSchedu
         prediction, algorithm, solver, thresholding, _ = _settings(self.config)
         if thresholding:
             return "dynamic thresholding"
-        on_data = algorithm in _DATA_SOLVERS
-        if prediction not in (_PREDICTIONS if on_data else _PREDICTIONS[:3]):
-            return f"prediction_type {prediction!r} with algorithm_type {algorithm!r}"
-        if algorithm not in _SOLVERS or solver not in ("midpoint", "heun"):
+        if prediction not in _PREDICTIONS:
+            return f"prediction_type {prediction!r}"
+        if algorithm not in _ALGORITHMS or solver not in ("midpoint", "heun"):
             return f"algorithm_type {algorithm!r} with solver_type {solver!r}"
         sigmas = self.sigmas.cpu()
         alpha, sigma = self._sigma_to_alpha_sigma_t(sigmas)
-        predict = _predicted_data if on_data else _predicted_noise
-        predicted = predict(prediction, alpha[:-1], sigma[:-1], sigmas[:-1])
+        predicted = _x_start_columns(prediction, alpha[:-1], sigma[:-1], sigmas[:-1])
         first, second = _updates(alpha, sigma, algorithm, solver)
         both = {
             name: torch.cat([torch.as_tensor(v).expand(len(sigmas) - 1) for v in (one, two)])
@@ -189,13 +186,13 @@ class DPMSolverMultistepScheduler(FusedScheduler, stock.DPMSolverMultistepSchedu
         return Rows(
             table=table,
             refusals=refusals,
-            draws=[algorithm.startswith("sde-")] * len(refusals),
-            x_start_is_output=on_data and prediction == "sample",
+            draws=[algorithm == "sde-dpmsolver++"] * len(refusals),
+            x_start_is_output=prediction == "sample",
             kept=(self.sigmas,),
         )
 
 
-def _predicted_data(
+def _x_start_columns(
     prediction_type: str, alpha: Tensor, sigma: Tensor, raw_sigma: Tensor
 ) -> dict[str, Any]:
     """x_0 = a·x_t + b·output."""
@@ -208,17 +205,6 @@ def _predicted_data(
     return {"a": 0.0, "b": 1.0}  # sample
 
 
-def _predicted_noise(
-    prediction_type: str, alpha: Tensor, sigma: Tensor, _: Tensor
-) -> dict[str, Any]:
-    """ε = a·x_t + b·output, in the place of x_0."""
-    if prediction_type == "sample":
-        return {"a": 1 / sigma, "b": -alpha / sigma}
-    if prediction_type == "v_prediction":
-        return {"a": sigma, "b": alpha}
-    return {"a": 0.0, "b": 1.0}  # epsilon
-
-
 def _updates(
     alphas: Tensor, sigmas: Tensor, algorithm: str, solver: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -229,7 +215,7 @@ def _updates(
     logarithms are part of its results.
     """
     lambdas = torch.log(alphas) - torch.log(sigmas)
-    alpha_s, sigma_s, lambda_s = alphas[:-1], sigmas[:-1], lambdas[:-1]
+    sigma_s, lambda_s = sigmas[:-1], lambdas[:-1]
     alpha, sigma = alphas[1:], sigmas[1:]
     h = lambdas[1:] - lambda_s
     r0 = (lambda_s - lambdas.roll(1)[:-1]) / h  # as in diffusers, the last level precedes the first
@@ -237,17 +223,11 @@ def _updates(
     if algorithm == "dpmsolver++":
         d, k0 = sigma / sigma_s, -(alpha * (torch.exp(-h) - 1.0))
         heun = alpha * ((torch.exp(-h) - 1.0) / h + 1.0)
-    elif algorithm == "sde-dpmsolver++":
+    else:  # sde-dpmsolver++
         gained = 1.0 - torch.exp(-2.0 * h)
         d, k0 = sigma / sigma_s * torch.exp(-h), alpha * gained
         heun = alpha * (gained / (-2.0 * h) + 1.0)
         std = sigma * torch.sqrt(gained)
-    else:  # dpmsolver, sde-dpmsolver: twice the drift, with noise
-        drift = 2.0 if algorithm == "sde-dpmsolver" else 1.0
-        d, k0 = alpha / alpha_s, -drift * (sigma * (torch.exp(h) - 1.0))
-        heun = -drift * (sigma * ((torch.exp(h) - 1.0) / h - 1.0))
-        if algorithm == "sde-dpmsolver":
-            std = sigma * torch.sqrt(torch.exp(2 * h) - 1.0)
     e = -((0.5 * k0 if solver == "midpoint" else heun) / r0).double()
     first = {"c": k0, "d": d, "sigma": std}
     return first, first | {"c": k0.double() - e, "e": e}

@@ -64,10 +64,11 @@ class FusedScheduler:
     ) -> str | None:
         """Why ``step``, called like this, would take diffusers' own step; None: it is fused.
 
-        Those are dynamic thresholding, coefficients that are not finite (ε from a sample without
-        signal), DDPM's variance types "learned" and "fixed_large_log", steps of the third order,
-        dtypes other than float32, bfloat16 and float16, shapes that broadcast, timesteps that are
-        not in ``timesteps``, torch.compile, and whatever diffusers refuses.
+        Stock are dynamic thresholding, coefficients that are not finite (ε from a sample without
+        signal), DDPM's variance types "learned" and "fixed_large_log", DPM-Solver's third-order
+        steps and its algorithms "dpmsolver" and "sde-dpmsolver", dtypes other than float32,
+        bfloat16 and float16, shapes that broadcast, timesteps that are not in ``timesteps``,
+        torch.compile, and whatever diffusers refuses.
         """
         plan = self._plan(model_output, timestep, sample, **options)
         return plan if isinstance(plan, str) else None
