@@ -265,6 +265,17 @@ def test_under_torch_compile(stock):
     expected = theirs.step(draw(2), t, draw(1), **options).prev_sample
     torch.manual_seed(0)
     check_equal([compiled(draw(2), t, draw(1))], [expected], draw(1))
+    why = torch.compile(lambda output, t, x: mine.why_stock(output, t, x), backend="eager")
+    assert why(draw(2), t, draw(1)) == "torch.compile is tracing"
+
+
+def test_a_first_order_step_may_follow_one_of_another_shape():
+    results = []
+    for scheduler in at_start(CLASSES[2], solver_order=1):
+        scheduler.step(draw(2), scheduler.timesteps[0], draw(1))
+        output, sample = draw(4)[:1], draw(3)[:1]
+        results.append(outcome(scheduler, output, scheduler.timesteps[1], sample))
+    check_equal(results[1], results[0], draw(1))
 
 
 def test_the_documented_names():

@@ -92,7 +92,9 @@ def test_ddpm(config, steps, form, way, doubles):
 
 
 @many
-@given(DDIM, st.integers(1, 12), forms, st.sampled_from([0.0, 0.0, 0.3, 1, 2.0]), flags, flags)
+@given(
+    DDIM, st.integers(1, 12), forms, st.sampled_from([0.0, 0.0, 0.3, 1, 2.0, -0.3]), flags, flags
+)
 def test_ddim(config, steps, form, eta, use_clipped, noise):
     theirs, mine = pair(diffusers.DDIMScheduler, **config)
     for scheduler in (theirs, mine):
