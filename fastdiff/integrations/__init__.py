@@ -1,0 +1,1 @@
+"""fastdiff in the codebases people already have."""
