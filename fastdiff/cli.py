@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from fastdiff.errors import InputError, TrainingError
 
-COMMANDS = ("train", "sample", "nll", "evaluate", "bench", "info")
+COMMANDS = ("train", "sample", "nll", "evaluate", "convert", "bench", "info")
 
 
 def build_parser() -> argparse.ArgumentParser:

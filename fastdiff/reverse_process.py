@@ -40,7 +40,7 @@ class ReverseProcess(ForwardProcess):
     [-1, 1].
     ``cond_fn``: guidance by a classifier, cond_fn(x, timesteps, **model_kwargs) = ∇ log p(y | x_t)
     like x (Dhariwal & Nichol 2021, arXiv:2105.05233): ``p_sample`` moves the mean by variance times
-    that (algorithm 1), ``ddim_sample`` ε by −√(1 − ᾱ_t) times that (algorithm 2).
+    that (algorithm 1), the DDIM methods ε by −√(1 − ᾱ_t) times that (algorithm 2).
     ``noise``: the N(0, 1) draw of x's shape; ``generator``: where it is drawn from when None. The
     draw is made even where it is not used (t = 0, DDIM with eta = 0), as published, so that equal
     seeds give equal samples.
@@ -140,16 +140,12 @@ class ReverseProcess(ForwardProcess):
         """
         ddim_tables = self._ddim_tables_for(eta, x)
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        noise = _step_noise(x, noise, generator)
         at = TablesAt(self._tables(x) | ddim_tables, t, x)
-        eps = eps_from_xstart(at, x.to(at.dtype), out["pred_xstart"])
-        if cond_fn is not None:
-            gradient = self._classifier_gradient(cond_fn, x, t, model_kwargs)
-            eps = eps - at["sqrt_one_minus_alphas_cumprod"] * gradient
-            out["pred_xstart"] = xstart_from_eps(at, x.to(at.dtype), eps)
-        mean = at["sqrt_alphas_cumprod_prev"] * out["pred_xstart"] + at["ddim_direction"] * eps
+        eps, pred_xstart = self._guided_eps(out["pred_xstart"], x, t, at, cond_fn, model_kwargs)
+        noise = _step_noise(x, noise, generator)
+        mean = at["sqrt_alphas_cumprod_prev"] * pred_xstart + at["ddim_direction"] * eps
         sample = mean + at["ddim_sigma"] * noise  # sigma is 0 where t = 0
-        return {"sample": sample.to(x.dtype), "pred_xstart": out["pred_xstart"].to(x.dtype)}
+        return {"sample": sample.to(x.dtype), "pred_xstart": pred_xstart.to(x.dtype)}
 
     def ddim_reverse_sample(
         self,
@@ -160,6 +156,8 @@ class ReverseProcess(ForwardProcess):
         denoised_fn: DenoisedFn | None = None,
         model_kwargs: dict[str, Any] | None = None,
         eta: float = 0.0,
+        *,
+        cond_fn: CondFn | None = None,
     ) -> dict[str, Tensor]:
         """x_{t+1} along the deterministic DDIM path, to encode x_0: {"sample", "pred_xstart"}.
 
@@ -169,12 +167,30 @@ class ReverseProcess(ForwardProcess):
             raise InputError(f"reverse DDIM is deterministic: eta must be 0, got {eta}")
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         at = TablesAt(self._tables(x), t, x)
-        eps = eps_from_xstart(at, x.to(at.dtype), out["pred_xstart"])
+        eps, pred_xstart = self._guided_eps(out["pred_xstart"], x, t, at, cond_fn, model_kwargs)
         sample = (
-            at["sqrt_alphas_cumprod_next"] * out["pred_xstart"]
+            at["sqrt_alphas_cumprod_next"] * pred_xstart
             + at["sqrt_one_minus_alphas_cumprod_next"] * eps
         )
-        return {"sample": sample.to(x.dtype), "pred_xstart": out["pred_xstart"].to(x.dtype)}
+        return {"sample": sample.to(x.dtype), "pred_xstart": pred_xstart.to(x.dtype)}
+
+    def _guided_eps(
+        self,
+        pred_xstart: Tensor,
+        x: Tensor,
+        t: Tensor,
+        at: TablesAt,
+        cond_fn: CondFn | None,
+        model_kwargs: dict[str, Any] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The ε that a predicted x_0 stands for, moved by a classifier, and the x_0 it takes to."""
+        x_t = x.to(at.dtype)
+        eps = eps_from_xstart(at, x_t, pred_xstart)
+        if cond_fn is None:
+            return eps, pred_xstart
+        gradient = self._classifier_gradient(cond_fn, x, t, model_kwargs)
+        eps = eps - at["sqrt_one_minus_alphas_cumprod"] * gradient
+        return eps, xstart_from_eps(at, x_t, eps)
 
     def _classifier_gradient(
         self, cond_fn: CondFn, x: Tensor, t: Tensor, model_kwargs: dict[str, Any] | None

@@ -80,7 +80,7 @@ class SamplingLoops(ReverseProcess):
             cond_fn=cond_fn,
             generator=generator,
         )
-        x = _start(model, shape, noise, device, generator)
+        x = initial_x(model, shape, noise, device, generator)
         return self._loop(step, x, step_noise, progress)
 
     def ddim_sample_loop(
@@ -133,7 +133,7 @@ class SamplingLoops(ReverseProcess):
             cond_fn=cond_fn,
             generator=generator,
         )
-        x = _start(model, shape, noise, device, generator)
+        x = initial_x(model, shape, noise, device, generator)
         return self._loop(step, x, step_noise, progress)
 
     def _loop(
@@ -164,8 +164,8 @@ def noise_of_step(noise: StepNoise | None, i: int) -> Tensor | None:
     return drawn
 
 
-def _start(
-    model: Model,
+def initial_x(
+    model: Model | None,
     shape: Sequence[int],
     noise: Tensor | None,
     device: torch.device | str | None,

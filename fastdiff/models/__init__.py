@@ -2,7 +2,7 @@
 
 from fastdiff.models.checkpoint import Checkpoint, load, save
 from fastdiff.models.ema import EMA
-from fastdiff.models.published import load_published
+from fastdiff.models.published import load_published, unet_config_from_state
 from fastdiff.models.unet import UNet
 
-__all__ = ["EMA", "Checkpoint", "UNet", "load", "load_published", "save"]
+__all__ = ["EMA", "Checkpoint", "UNet", "load", "load_published", "save", "unet_config_from_state"]

@@ -1,0 +1,266 @@
+"""``fastdiff convert``: a published .pt checkpoint in; a directory that describes itself out."""
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdiff.create import create_diffusion
+from fastdiff.errors import InputError
+from fastdiff.models import EMA, UNet, presets, save
+from fastdiff.models.checkpoint import load_weights
+from fastdiff.models.ema import rate_name
+from fastdiff.models.published import read_published, unet_config_from_state
+
+HELP = "turn a published .pt checkpoint into one that describes itself"
+
+ORDERS = {"heads_first": False, "qkv_first": True}
+# The files' names in the published training loop: model500000.pt, ema_0.9999_500000.pt.
+MODEL_NAME = re.compile(r"model(\d+)\.pt")
+EMA_NAME = re.compile(r"ema_(\d*\.\d+)_(\d+)\.pt")
+
+# Of create_diffusion, under the names of the published scripts. No weight shows any of them.
+DIFFUSION_FLAGS: dict[str, tuple[Any, str]] = {
+    "steps": (int, "number of noise levels T it was trained with (--diffusion_steps)"),
+    "noise_schedule": (str, "linear, cosine, ..."),
+    "learn_sigma": (bool, "the second half of the output channels is the variance"),
+    "sigma_small": (bool, "the fixed variance is the posterior's, not beta"),
+    "rescale_timesteps": (bool, "the network was given timesteps scaled to 0 ... 1000"),
+    "predict_xstart": (bool, "the network predicts x_0 (by default the noise)"),
+    "rescale_learned_sigmas": (bool, "train on with the hybrid loss"),
+    "use_kl": (bool, "train on with the variational bound"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.argument_default = argparse.SUPPRESS
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="FILE.pt",
+        help="state dict of improved-diffusion or guided-diffusion, raw or averaged",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
+    parser.add_argument(
+        "--ema",
+        action="append",
+        metavar="FILE.pt",
+        help="an average of the same network, which is saved beside it; may be repeated",
+    )
+    parser.add_argument(
+        "--ema-rate",
+        action="append",
+        metavar="RATE",
+        help="its rate, unless the file is called ema_RATE_STEP.pt; one for each --ema, in order",
+    )
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="take what the shapes do not show from: " + ", ".join(presets.names()),
+    )
+    network = parser.add_argument_group("network: what the shapes do not show")
+    network.add_argument("--image-size", type=int, metavar="N", help="side of the images")
+    heads = network.add_mutually_exclusive_group()
+    heads.add_argument("--num-heads", type=int, metavar="N", help="attention heads")
+    heads.add_argument("--num-head-channels", type=int, metavar="N", help="width of a head")
+    network.add_argument(
+        "--num-heads-upsample", type=int, metavar="N", help="heads on the way up, if others"
+    )
+    network.add_argument(
+        "--attention-order",
+        choices=ORDERS,
+        help="heads_first: improved-diffusion, and guided-diffusion by default; qkv_first: "
+        "guided-diffusion's use_new_attention_order",
+    )
+    network.add_argument("--dropout", type=float, metavar="X", help="to train on with (default: 0)")
+    network.add_argument(
+        "--super-res",
+        action=argparse.BooleanOptionalAction,
+        help="half of the input channels are a low-resolution image's; needed where the shapes fit "
+        "both",
+    )
+    diffusion = parser.add_argument_group("diffusion: the flags of the published scripts")
+    for name, (kind, note) in DIFFUSION_FLAGS.items():
+        options: dict[str, Any] = {"help": note, "metavar": {int: "N", str: "NAME"}.get(kind)}
+        if kind is bool:
+            options = {"help": note, "action": argparse.BooleanOptionalAction}
+        else:
+            options["type"] = kind
+        diffusion.add_argument("--" + name.replace("_", "-"), **options)
+
+
+def run(args: argparse.Namespace) -> int:
+    given = vars(args)
+    out = Path(args.out)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise InputError(f"--out {out} is not empty: choose another directory")
+    averages = rates_of(given.get("ema", []), given.get("ema_rate", []))
+    step = step_of([args.model, *averages.values()])
+
+    state = read_published(args.model)
+    try:
+        shown = unet_config_from_state(state, super_res=given.get("super_res"))
+    except InputError as error:
+        raise InputError(f"{args.model}: {error}") from error
+    config = network_config(args.model, shown, given)
+    recipe = diffusion_recipe(given, config)
+    missing = missing_flags(config, recipe)
+    if missing:
+        raise InputError(
+            f"{args.model}: the weights do not show everything; give {', '.join(missing)}; or "
+            f"--preset, which knows all of it"
+        )
+
+    diffusion = create_diffusion(**recipe)
+    model = UNet(**config)
+    ema = EMA(model, [float(rate) for rate in averages]) if averages else None
+    for rate, file in averages.items():
+        average = read_published(file)
+        load_weights(model, average, file)
+        assert ema is not None
+        ema.load_state_dict(rate, average)
+    load_weights(model, state, args.model)
+    info = {
+        "image_size": config["image_size"],
+        "channels": config["in_channels"],
+        "num_classes": config["num_classes"],
+        "converted_from": Path(args.model).name,
+    }
+    save(out, model, diffusion=diffusion, ema=ema, step=step, info=info)
+    print(summary(out, model, recipe, list(averages), step))
+    return 0
+
+
+def network_config(file: str, shown: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """UNet's arguments from the shapes, a preset and the flags; None for what none of them says."""
+    config: dict[str, Any] = {"image_size": None, "use_new_attention_order": None}
+    config |= {"num_heads": None, "num_head_channels": -1}
+    if "preset" in given:
+        config = preset_config(given["preset"])
+        for name, value in shown.items():
+            if config[name] != value:
+                raise InputError(
+                    f"{file} is not a network of preset {given['preset']}: its {name} is {value}, "
+                    f"the preset's {config[name]}"
+                )
+    config |= shown
+    if "num_heads" in given:
+        config["num_head_channels"] = -1
+    if "num_head_channels" in given:
+        config["num_heads"] = 1  # it is overridden
+    if "attention_order" in given:
+        config["use_new_attention_order"] = ORDERS[given["attention_order"]]
+    names = ("num_heads", "num_head_channels", "num_heads_upsample", "image_size", "dropout")
+    config |= {name: given[name] for name in names if name in given}
+    if config["use_new_attention_order"] is None and config["num_heads"] and one_head(config):
+        config["use_new_attention_order"] = False  # with one head the two orders are the same
+    return config
+
+
+def preset_config(name: str) -> dict[str, Any]:
+    """All of UNet's arguments for a preset."""
+    with torch.device("meta"):
+        return UNet(**presets.get(name).model).config
+
+
+def one_head(config: Mapping[str, Any]) -> bool:
+    """Whether every attention block has a single head."""
+    if config["num_head_channels"] == -1:
+        return config["num_heads"] == 1 and config.get("num_heads_upsample", -1) in (-1, 1)
+    attended = {config["channel_mult"][-1]}  # the middle block's
+    for level, multiplier in enumerate(config["channel_mult"]):
+        if 2**level in config["attention_resolutions"]:
+            attended.add(multiplier)
+    widths = {int(multiplier * config["model_channels"]) for multiplier in attended}
+    return widths == {config["num_head_channels"]}
+
+
+def diffusion_recipe(given: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """create_diffusion's arguments, checked against the network's channels."""
+    recipe: dict[str, Any] = {}
+    if "preset" in given:  # what it leaves out is off
+        recipe = {name: False for name, (kind, _) in DIFFUSION_FLAGS.items() if kind is bool}
+        recipe |= presets.get(given["preset"]).diffusion
+    recipe |= {name: given[name] for name in DIFFUSION_FLAGS if name in given}
+    ratio = config["out_channels"] / config["in_channels"]
+    if "learn_sigma" in recipe and recipe["learn_sigma"] != (ratio == 2):
+        flag = "--learn-sigma" if recipe["learn_sigma"] else "--no-learn-sigma"
+        raise InputError(
+            f"{flag} does not fit a network with {config['in_channels']} channels in and "
+            f"{config['out_channels']} out"
+        )
+    return recipe
+
+
+def missing_flags(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
+    """The flags without which the network or its process would be a guess."""
+    missing = []
+    if config["image_size"] is None:
+        missing.append("--image-size")
+    if config["num_heads"] is None:
+        missing.append("--num-heads or --num-head-channels")
+    if config["use_new_attention_order"] is None:
+        missing.append(f"--attention-order {'|'.join(ORDERS)}")
+    if "steps" not in recipe:
+        missing.append("--steps")
+    if "noise_schedule" not in recipe:
+        missing.append("--noise-schedule")
+    if config["out_channels"] == 2 * config["in_channels"]:
+        if "learn_sigma" not in recipe:
+            missing.append("--learn-sigma")
+    elif "sigma_small" not in recipe:
+        missing.append("--sigma-small or --no-sigma-small")
+    if recipe.get("steps") != 1000 and "rescale_timesteps" not in recipe:
+        missing.append("--rescale-timesteps or --no-rescale-timesteps")
+    return missing
+
+
+def rates_of(files: Sequence[str], rates: Sequence[str]) -> dict[str, str]:
+    """The averages' files by rate, from the flags or the files' names."""
+    if rates and len(rates) != len(files):
+        raise InputError(f"{len(rates)} --ema-rate for {len(files)} --ema; give one for each")
+    if not rates:
+        matches = [EMA_NAME.fullmatch(Path(file).name) for file in files]
+        for file, match in zip(files, matches, strict=True):
+            if match is None:
+                raise InputError(f"{file} is not called ema_RATE_STEP.pt; give its --ema-rate")
+        rates = [match.group(1) for match in matches if match is not None]
+    averages = {rate_name(rate): file for rate, file in zip(rates, files, strict=True)}
+    if len(averages) < len(files):
+        raise InputError(f"two averages have one rate: {', '.join(rates)}")
+    return averages
+
+
+def step_of(files: Sequence[str]) -> int | None:
+    """The training step that the files' names say."""
+    steps: dict[int, str] = {}
+    for file in files:
+        name = Path(file).name
+        match = MODEL_NAME.fullmatch(name) or EMA_NAME.fullmatch(name)
+        if match is not None:
+            steps[int(match.groups()[-1])] = name
+    if len(steps) > 1:
+        raise InputError(f"{' and '.join(steps.values())} are of different steps")
+    return next(iter(steps), None)
+
+
+def summary(
+    out: Path, model: UNet, recipe: Mapping[str, Any], averages: Sequence[str], step: int | None
+) -> str:
+    """What was written, with everything that was chosen."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    weights = ", ".join(["model", *(f"EMA {rate}" for rate in averages)])
+    config = {name: value for name, value in model.config.items() if value not in (None, False)}
+    parts = {
+        "network": f"{count / 1e6:.1f}M parameters, " + _listed(config),
+        "diffusion": _listed(recipe),
+        "weights": weights if step is None else f"{weights}, of step {step}",
+    }
+    return "\n".join([str(out), *(f"  {name:<11}{text}" for name, text in parts.items())])
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())

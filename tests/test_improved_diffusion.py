@@ -1,0 +1,523 @@
+"""improved-diffusion's, guided-diffusion's and DiT's diffusion objects, accelerated.
+
+Every test runs against the stand-ins; and against the real codebases where a checkout is on
+PYTHONPATH (improved_diffusion, guided_diffusion; DiT's package is called diffusion).
+"""
+
+import copy
+import gc
+import importlib
+import inspect
+import pickle
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import improved_diffusion_standin as standin
+import pytest
+import torch
+from graph_tape import Tape
+from sampler_tools import small_unet
+from torch import nn
+
+from fastdiff.errors import InputError
+from fastdiff.integrations.improved_diffusion import METHODS, accelerate
+from fastdiff.sampling import capture, packing
+from fastdiff.schedules import cosine_betas, linear_betas
+
+SHAPE = (2, 3, 8, 8)
+T, EVERY = 1000, 20  # 50 steps where spaced
+
+
+@dataclass(frozen=True)
+class Codebase:
+    """Where a diffusion object comes from, and what it knows of."""
+
+    gaussian: Any
+    spaced: Any
+    enums: Any
+    guides: bool  # cond_fn
+    rescales: bool = True
+    means: tuple[str, ...] = ("PREVIOUS_X", "START_X", "EPSILON")
+    variances: tuple[str, ...] = ("LEARNED", "FIXED_SMALL", "FIXED_LARGE", "LEARNED_RANGE")
+
+    def diffusion(
+        self,
+        mean="EPSILON",
+        variance="FIXED_LARGE",
+        loss="MSE",
+        *,
+        spaced=True,
+        rescaled=False,
+        betas=None,
+        base=None,
+    ):
+        steps = T if spaced else T // EVERY
+        kwargs = {
+            "betas": linear_betas(steps) if betas is None else betas,
+            "model_mean_type": self.enums.ModelMeanType[mean],
+            "model_var_type": self.enums.ModelVarType[variance],
+            "loss_type": self.enums.LossType[loss],
+        }
+        if self.rescales:
+            kwargs["rescale_timesteps"] = rescaled
+        if spaced:
+            kwargs["use_timesteps"] = set(range(0, len(kwargs["betas"]), EVERY))
+        return (base or (self.spaced if spaced else self.gaussian))(**kwargs)
+
+
+def _real(package, **knows):
+    try:
+        gaussian = importlib.import_module(f"{package}.gaussian_diffusion")
+        spaced = importlib.import_module(f"{package}.respace").SpacedDiffusion
+    except ImportError:
+        return None
+    return Codebase(gaussian.GaussianDiffusion, spaced, gaussian, **knows)
+
+
+DIT = {"rescales": False, "means": ("START_X", "EPSILON")}
+DIT |= {"variances": ("FIXED_SMALL", "FIXED_LARGE", "LEARNED_RANGE")}
+CODEBASES = {
+    "improved": Codebase(standin.Improved, standin.spaced(standin.Improved), standin, guides=False),
+    "guided": Codebase(standin.Guided, standin.spaced(standin.Guided), standin, guides=True),
+    "improved_diffusion": _real("improved_diffusion", guides=False),
+    "guided_diffusion": _real("guided_diffusion", guides=True),
+    "DiT": _real("diffusion", guides=True, **DIT),
+}
+TYPES = [
+    *(("EPSILON", variance) for variance in ("FIXED_SMALL", "FIXED_LARGE", "LEARNED_RANGE")),
+    *(("START_X", "LEARNED_RANGE"), ("START_X", "LEARNED"), ("EPSILON", "LEARNED")),
+    *(("PREVIOUS_X", "FIXED_SMALL"), ("PREVIOUS_X", "LEARNED"), ("PREVIOUS_X", "LEARNED_RANGE")),
+]
+LOOPS = ["p_sample_loop", "ddim_sample_loop"]
+
+
+CODEBASES = {name: found for name, found in CODEBASES.items() if found is not None}
+
+
+@pytest.fixture(params=CODEBASES)
+def codebase(request):
+    return CODEBASES[request.param]
+
+
+@pytest.fixture
+def guided(codebase):
+    return codebase if codebase.guides else pytest.skip("it has no cond_fn")
+
+
+class Network(nn.Module):
+    """Smooth, and sensitive to t; keeps what it was given."""
+
+    def __init__(self, variance="FIXED_LARGE"):
+        super().__init__()
+        self.variance, self.given = variance, []
+        self.scale = nn.Parameter(torch.ones(3).view(1, 3, 1, 1))
+
+    def forward(self, x, t, y=None):
+        self.given.append(t)
+        phase = t.view(-1, 1, 1, 1).to(x.dtype)
+        out = self.scale * torch.tanh(x) * (0.6 + 0.4 * torch.cos(phase / 7)) + 0.1 * torch.sin(
+            3 * x
+        )
+        if y is not None:
+            out = out + 0.1 * y.view(-1, 1, 1, 1)
+        if not self.variance.startswith("LEARNED"):
+            return out
+        level = -7.0 if self.variance == "LEARNED" else 0.0
+        return torch.cat([out, level + 0.5 * torch.sin(3 * x + phase / 5)], dim=1)
+
+
+def gradient(x, t, y=None):
+    """∇ log p(y | x) of a classifier that looks at t, and at y where there is one."""
+    pull = 0.0 if y is None else y.view(-1, 1, 1, 1)
+    return 0.5 * (pull - x) * (1 + t.view(-1, 1, 1, 1) / 1000)
+
+
+def drawn(function, *args, **kwargs):
+    """Its result from seed 0, and the generator's state after it."""
+    torch.manual_seed(0)
+    result = function(*args, **kwargs)
+    return result, torch.get_rng_state()
+
+
+def assert_same(stock, name, *args, atol=1e-3, **kwargs):
+    """The accelerated method's result, which is the stock one's, as is what it drew."""
+    fast, fast_state = drawn(getattr(accelerate(stock), name), *args, **kwargs)
+    expected, state = drawn(getattr(stock, name), *args, **kwargs)
+    torch.testing.assert_close(fast, expected, atol=atol, rtol=atol)
+    assert torch.equal(fast_state, state)
+    return fast
+
+
+# --- Loops ---
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("spaced,rescaled", [(True, False), (True, True), (False, True)])
+@pytest.mark.parametrize("mean,variance", TYPES)
+def test_samples_are_those_of_the_stock_loop(codebase, mean, variance, spaced, rescaled, loop):
+    if mean not in codebase.means or variance not in codebase.variances:
+        pytest.skip("this codebase has it in name only")
+    stock = codebase.diffusion(mean, variance, spaced=spaced, rescaled=rescaled)
+    assert_same(stock, loop, Network(variance), SHAPE)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_samples_of_a_unet(codebase, loop):
+    torch.manual_seed(0)
+    network = small_unet(3, channel_mult=(1, 2), attention_resolutions=(2,)).eval()
+    nn.init.normal_(network.out[2].weight, std=0.02)
+    assert_same(codebase.diffusion(variance="FIXED_SMALL"), loop, network, SHAPE)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("schedule", [linear_betas, cosine_betas])
+def test_options_of_the_loops(codebase, schedule, loop):
+    stock = codebase.diffusion(variance="LEARNED_RANGE", betas=schedule(T))
+    network, y = Network("LEARNED_RANGE"), torch.tensor([1, 3])
+    assert_same(stock, loop, network, SHAPE, model_kwargs={"y": y})
+    assert_same(stock, loop, network, SHAPE, denoised_fn=lambda x: torch.sin(2 * x))
+    assert_same(stock, loop, network, list(SHAPE), clip_denoised=False, device="cpu")
+    assert_same(stock, loop, network, SHAPE, noise=torch.ones(SHAPE), progress=True)
+    if loop == "ddim_sample_loop":
+        assert_same(stock, loop, network, SHAPE, eta=1.0)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("spaced,rescaled", [(True, False), (True, True), (False, True)])
+@pytest.mark.parametrize("variance", ["FIXED_SMALL", "FIXED_LARGE", "LEARNED_RANGE"])
+def test_classifier_guidance(guided, variance, spaced, rescaled, loop):
+    stock = guided.diffusion(variance=variance, spaced=spaced, rescaled=rescaled)
+    kwargs = {"y": torch.tensor([1, -1])}
+    # As classifier_sample.py does: the classifier's gradient is taken inside of it.
+    assert_same(stock, loop, Network(variance), SHAPE, cond_fn=gradient, model_kwargs=kwargs)
+
+
+def test_arguments_stand_in_the_order_of_the_given_object(codebase):
+    stock, network = codebase.diffusion(), Network()
+    noise, y = torch.ones(SHAPE), {"y": torch.tensor([1, 3])}
+    guidance = (gradient,) if codebase.guides else ()
+    positional = (noise, False, torch.sin, *guidance, y, "cpu", False)
+    assert_same(stock, "p_sample_loop", network, SHAPE, *positional)
+    assert_same(stock, "ddim_sample_loop", network, SHAPE, *positional, 0.5)
+    fast = accelerate(stock)
+    for name in (*METHODS, *LOOPS):
+        if name not in ("p_mean_variance", "training_losses"):  # SpacedDiffusion's take *args
+            assert inspect.signature(getattr(fast, name)) == inspect.signature(getattr(stock, name))
+    with pytest.raises(TypeError, match="missing a required argument: 'shape'"):
+        fast.p_sample_loop(network)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_progressive_loops_yield_every_step(codebase, loop):
+    stock, network = codebase.diffusion(), Network()
+    steps = getattr(accelerate(stock), f"{loop}_progressive")(network, SHAPE)
+    torch.manual_seed(1)  # nothing was drawn yet, as from a generator function
+    torch.manual_seed(0)
+    fast = list(steps)
+    torch.manual_seed(0)
+    expected = list(getattr(stock, f"{loop}_progressive")(network, SHAPE))
+    assert len(fast) == T // EVERY
+    torch.testing.assert_close(fast, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("spaced", [True, False])
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_networks_get_the_timesteps_of_the_stock_loop(codebase, spaced, rescaled):
+    stock = codebase.diffusion(spaced=spaced, rescaled=rescaled)
+    fast, networks = accelerate(stock), (Network(), Network())
+    x, t = torch.zeros(SHAPE), torch.tensor([3, 49])
+    for diffusion, network in zip((stock, fast), networks, strict=True):
+        diffusion.p_sample_loop(network, SHAPE)
+        diffusion.p_mean_variance(network, x, t)
+        diffusion.training_losses(network, x, t)
+    expected, given = ([call for call in network.given] for network in networks)
+    assert [t.dtype for t in given] == [t.dtype for t in expected]
+    assert torch.equal(torch.cat(given), torch.cat(expected))
+
+
+def test_a_function_or_a_method_may_be_the_model(codebase):
+    class Guide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = Network()
+
+        def with_scale(self, x, t, y, scale):
+            return scale * self.network(x, t, y)
+
+    stock, guide = codebase.diffusion(), Guide()
+    kwargs = {"model_kwargs": {"y": torch.tensor([1, 3]), "scale": 0.7}, "device": "cpu"}
+    assert_same(stock, "p_sample_loop", guide.with_scale, SHAPE, **kwargs)
+
+    def function(x, t):
+        return 0.5 * torch.tanh(x)
+
+    fast, _ = drawn(accelerate(stock).p_sample_loop, function, SHAPE)  # a CPU, if nothing says
+    expected, _ = drawn(stock.p_sample_loop, function, SHAPE, device="cpu")
+    torch.testing.assert_close(fast, expected, atol=1e-3, rtol=1e-3)
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.drop = nn.Conv2d(3, 3, 3, padding=1), nn.Dropout(0.5)
+
+    def forward(self, x, t):
+        return self.drop(torch.tanh(self.conv(x)))
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_model_is_run_in_the_mode_it_is_in(codebase, loop):
+    stock, network = codebase.diffusion(), Dropping()
+    in_train = assert_same(stock, loop, network, SHAPE)
+    assert network.training and network.drop.training
+    in_eval = assert_same(stock, loop, network.eval(), SHAPE)
+    assert not torch.equal(in_train, in_eval)
+
+
+# --- Everything else ---
+
+
+@pytest.mark.parametrize("variance", ["FIXED_SMALL", "LEARNED_RANGE"])
+def test_single_steps(codebase, variance):
+    stock = codebase.diffusion(variance=variance)
+    t = torch.arange(len(stock.betas))
+    x, network = torch.randn(len(t), 3, 4, 4).tanh(), Network(variance).eval()
+    assert_same(stock, "q_mean_variance", x, t)
+    assert_same(stock, "q_sample", x, t)
+    assert_same(stock, "q_posterior_mean_variance", x, -x, t)
+    for name in ("p_sample", "ddim_sample", "ddim_reverse_sample"):
+        assert_same(stock, name, network, x, t, denoised_fn=torch.sin)
+    assert_same(stock, "ddim_sample", network, x, t, eta=1.0)
+    theirs = stock.p_mean_variance(network, x, t)
+    ours = accelerate(stock).p_mean_variance(network, x, t)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], atol=1e-4, rtol=1e-4)
+
+
+def test_reverse_ddim_may_be_guided(codebase):
+    stock = codebase.diffusion()
+    if "cond_fn" not in inspect.signature(stock.ddim_reverse_sample).parameters:
+        pytest.skip("only DiT's is")
+    x, t = torch.randn(SHAPE), torch.tensor([5, 30])
+    kwargs = {"cond_fn": gradient, "model_kwargs": {}}
+    assert_same(stock, "ddim_reverse_sample", Network(), x, t, **kwargs)
+
+
+@pytest.mark.parametrize("loss", ["MSE", "RESCALED_MSE", "KL", "RESCALED_KL"])
+@pytest.mark.parametrize("mean,variance", TYPES)
+def test_training_losses(codebase, mean, variance, loss):
+    if mean not in codebase.means or variance not in codebase.variances:
+        pytest.skip("this codebase has it in name only")
+    stock = codebase.diffusion(mean, variance, loss)
+    t = torch.randint(1, 50, (8,), generator=torch.Generator().manual_seed(0))
+    x_start = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    results, network = [], Network(variance)
+    for diffusion in (stock, accelerate(stock)):
+        torch.manual_seed(0)
+        terms = diffusion.training_losses(network, x_start, t)
+        network.zero_grad()
+        terms["loss"].mean().backward()
+        results.append((terms, network.scale.grad.clone(), torch.get_rng_state()))
+    (expected, grad, state), (terms, fast_grad, fast_state) = results
+    for name in expected:
+        torch.testing.assert_close(terms[name], expected[name], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(fast_grad, grad, atol=1e-3, rtol=1e-3)
+    assert torch.equal(fast_state, state)
+
+
+@pytest.mark.parametrize("variance", ["FIXED_SMALL", "LEARNED_RANGE"])
+def test_bits_per_dimension(codebase, variance):
+    x_start = torch.randint(0, 256, (2, 3, 4, 4)) / 127.5 - 1
+    stock = codebase.diffusion(variance=variance)
+    assert_same(stock, "calc_bpd_loop", Network(variance), x_start)
+
+
+def test_the_rest_is_the_given_object_s(codebase):
+    stock = codebase.diffusion()
+    fast = accelerate(stock)
+    assert fast.betas is stock.betas and fast.model_mean_type is stock.model_mean_type
+    assert fast.num_timesteps == 50 and fast.timestep_map == stock.timestep_map
+    assert not hasattr(fast, "nothing_of_the_kind")
+
+
+# --- What is refused ---
+
+
+def test_a_subclass_that_computes_something_else_is_refused(codebase):
+    class Thresholded(codebase.spaced):
+        def p_mean_variance(self, model, *args, **kwargs):
+            out = super().p_mean_variance(model, *args, **kwargs)
+            return out | {"pred_xstart": 0.99 * out["pred_xstart"]}
+
+    class Shifted(codebase.spaced):
+        def p_mean_variance(self, model, *args, **kwargs):
+            return super().p_mean_variance(lambda x, t: model(x, t + 1), *args, **kwargs)
+
+    class Quiet(codebase.gaussian):
+        def p_sample(self, *args, **kwargs):
+            out = super().p_sample(*args, **kwargs)
+            torch.randn(1)
+            return out
+
+    class Failing(codebase.spaced):
+        def training_losses(self, model, *args, **kwargs):
+            raise KeyError("mask")
+
+    class Extended(codebase.spaced):
+        def ddim_sample_loop(self, model, shape, noise=None, strength=1.0):
+            return super().ddim_sample_loop(model, shape, noise)
+
+    for base, message in (
+        (Thresholded, "p_mean_variance of a Thresholded differs .* in pred_xstart"),
+        (Shifted, "p_mean_variance of a Shifted differs .* in the timesteps"),
+        (Quiet, "p_sample of a Quiet differs .* in what it draws"),
+        (Failing, "training_losses of a Failing differs .* KeyError"),
+        (Extended, "ddim_sample_loop of a Extended has an argument 'strength'"),
+    ):
+        stock = codebase.diffusion(base=base, spaced=base is not Quiet)
+        with pytest.raises(InputError, match=message) as error:
+            accelerate(stock)
+        assert "\n" not in str(error.value)
+
+
+def test_what_is_no_diffusion_object_is_refused():
+    with pytest.raises(InputError, match="a Linear cannot be accelerated .*model_mean_type"):
+        accelerate(nn.Linear(1, 1))
+    stock = CODEBASES["improved"].diffusion()
+    stock.loss_type = type("Loss", (), {"name": "HUBER"})
+    with pytest.raises(InputError, match="loss_type must be one of .* got 'huber'"):
+        accelerate(stock)
+
+
+def test_a_codebase_that_has_a_type_in_name_only_is_refused():
+    if "DiT" not in CODEBASES:
+        pytest.skip("no checkout of DiT on PYTHONPATH")
+    for types in (("EPSILON", "LEARNED"), ("PREVIOUS_X", "FIXED_SMALL")):
+        with pytest.raises(InputError, match="p_mean_variance of a SpacedDiffusion differs"):
+            accelerate(CODEBASES["DiT"].diffusion(*types))
+
+
+def test_what_cannot_be_captured_is_refused_where_a_graph_was_asked_for():
+    fast = accelerate(CODEBASES["guided"].diffusion(), capture=True)
+    with pytest.raises(InputError, match="a model in train mode cannot be captured"):
+        fast.p_sample_loop(Network(), SHAPE)
+    with pytest.raises(InputError, match="cond_fn cannot be captured"):
+        fast.p_sample_loop(Network().eval(), SHAPE, cond_fn=gradient)
+    with pytest.raises(InputError, match="capture=True: CUDA graphs need a CUDA device"):
+        fast.p_sample_loop(Network().eval(), SHAPE)
+
+
+# --- Samplers and their graphs ---
+
+
+@pytest.fixture
+def tape(monkeypatch):
+    """Graphs are captured on the CPU; how many were, since the test began."""
+    monkeypatch.setattr(capture, "GRAPH", Tape)
+    monkeypatch.setattr(packing, "serves", lambda dtype: False)  # a GPU has nothing packed
+    before = Tape.made
+    return lambda: Tape.made - before
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_one_graph_serves_every_call(tape, loop):
+    stock, network = CODEBASES["guided"].diffusion(), Network().eval()
+    fast = accelerate(stock, capture=True)
+    for kwargs in ({}, {"clip_denoised": False}, {"noise": torch.ones(SHAPE)}):
+        expected, state = drawn(getattr(stock, loop), network, SHAPE, **kwargs)
+        for _ in range(2):
+            sample, fast_state = drawn(getattr(fast, loop), network, SHAPE, **kwargs)
+            torch.testing.assert_close(sample, expected, atol=1e-3, rtol=1e-3)
+            assert torch.equal(fast_state, state)
+    assert tape() == 1
+    with torch.no_grad():
+        network.scale.mul_(0.5)  # an optimizer's step between two calls
+    expected, _ = drawn(getattr(stock, loop), network, SHAPE)
+    sample, _ = drawn(getattr(fast, loop), network, SHAPE)
+    torch.testing.assert_close(sample, expected, atol=1e-3, rtol=1e-3)
+    assert tape() == 1
+
+
+def test_a_method_s_graph_is_kept_too(tape):
+    stock, network = CODEBASES["guided"].diffusion(), Network().eval()
+    fast = accelerate(stock, capture=True)
+    for _ in range(2):
+        fast.p_sample_loop(network.forward, SHAPE)
+    assert tape() == 1
+
+
+def test_samplers_live_as_long_as_their_model():
+    fast, network = accelerate(CODEBASES["improved"].diffusion()), Network()
+    fast.p_sample_loop(network, SHAPE)
+    gone = weakref.ref(network)
+    del network
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_model_keeps_a_few_samplers_only():
+    network = Network().eval()
+    made = [accelerate(CODEBASES["improved"].diffusion()) for _ in range(6)]
+    for fast in made:
+        fast.p_sample_loop(network, (1, 3, 2, 2))
+    processes = [weakref.ref(fast.process) for fast in made]
+    del made, fast
+    gc.collect()
+    assert sum(process() is not None for process in processes) == 4
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_copies_of_a_model_have_samplers_of_their_own(copied):
+    stock, network = CODEBASES["improved"].diffusion(), Network().eval()
+    fast = accelerate(stock)
+    fast.p_sample_loop(network, SHAPE)
+    other = copied(network)
+    other._parameters = {"scale": nn.Parameter(torch.zeros(1, 3, 1, 1))}
+    sample, _ = drawn(fast.p_sample_loop, other, SHAPE)
+    torch.testing.assert_close(sample, drawn(stock.p_sample_loop, other, SHAPE)[0])
+
+
+def test_a_model_that_sampled_is_saved_without_its_samplers():
+    network = Network().eval()
+    before = len(pickle.dumps(network))
+    accelerate(CODEBASES["improved"].diffusion()).p_sample_loop(network, SHAPE)
+    network.given.clear()
+    data = pickle.dumps(network)
+    assert b"fastdiff.sampl" not in data and len(data) < before + 100
+    assert list(network.state_dict()) == ["scale"]
+
+
+def test_copies_of_the_accelerated_object():
+    fast = accelerate(CODEBASES["improved"].diffusion(), dtype=torch.bfloat16)
+    for other in (copy.copy(fast), copy.deepcopy(fast)):
+        assert other.options == fast.options
+        expected, _ = drawn(fast.p_sample_loop, Network(), SHAPE)
+        torch.testing.assert_close(drawn(other.p_sample_loop, Network(), SHAPE)[0], expected)
+
+
+def test_dtype_and_layout_reach_the_network():
+    seen = []
+
+    class Watched(nn.Conv2d):
+        def forward(self, x):
+            out = super().forward(x)
+            seen.append((out.dtype, x.is_contiguous(memory_format=torch.channels_last)))
+            return out
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = Watched(3, 3, 3, padding=1)
+
+        def forward(self, x, t):
+            return self.conv(x)
+
+    network = Net().eval()
+    fast = accelerate(CODEBASES["improved"].diffusion(), dtype=torch.bfloat16, channels_last=True)
+    sample = fast.p_sample_loop(network, SHAPE)
+    assert set(seen) == {(torch.bfloat16, True)} and sample.dtype == torch.float32
+    expected, _ = drawn(CODEBASES["improved"].diffusion().p_sample_loop, network, SHAPE)
+    torch.testing.assert_close(
+        drawn(fast.p_sample_loop, network, SHAPE)[0], expected, atol=0.1, rtol=0
+    )
