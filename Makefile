@@ -15,6 +15,9 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*/*)
 # Without an NVIDIA driver: one pinned torch. With one: the newest. Override with TORCH=...
 TORCH ?= $(if $(wildcard /proc/driver/nvidia/version),torch,torch==2.13.0)
 
+# The tests' real packages whose own needs (torchvision) would replace that torch by CUDA's.
+WITHOUT_DEPENDENCIES := denoising-diffusion-pytorch einops
+
 # OpenMP's threads spin while they wait for each other. Beside other busy processes each then waits
 # for a core that another one spins on, and small networks train 20 times slower; asleep, they don't.
 # For 8x8 images one thread is faster than two that sleep, and takes the same time on a busy machine.
@@ -48,6 +51,7 @@ gpu:
 
 $(VENV)/%.installed: pyproject.toml setup.py CMakeLists.txt $(NATIVE) | $(VENV)/torch.installed
 	$(BIN)/pip install --quiet --editable '.[$*]'
+	$(if $(filter test,$*),$(BIN)/pip install --quiet --no-deps $(WITHOUT_DEPENDENCIES))
 	@touch $@
 
 $(VENV)/torch.installed:
