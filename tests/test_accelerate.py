@@ -49,7 +49,7 @@ def assert_close(actual, expected, tolerance=1e-5):
 
 @pytest.mark.parametrize("film", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_published_blocks_compute_the_same(film, channels_last):
+def test_published_blocks_compute_the_same(film, channels_last, capsys):
     model = network(film=film)
     expected = model(X, T)
     assert fastdiff.accelerate(model, channels_last=channels_last, verify=(X, T)) is model
@@ -59,6 +59,7 @@ def test_published_blocks_compute_the_same(film, channels_last):
     assert how["attention1"] == "norm and attention (heads_first)"
     assert how["attention2"] == "norm and attention (qkv_first)"
     assert fastdiff.report(model).error < 1e-5
+    assert capsys.readouterr().out == f"{fastdiff.report(model)}\n"
     assert "5 modules fused, 0 left" in str(fastdiff.report(model))
     fastdiff.restore(model)
     assert torch.equal(model(X, T), expected)

@@ -61,9 +61,10 @@ def accelerate(
             dtype of its first tensor. Its weights stay as they are.
         channels_last: 4-D weights in that layout, which the convolutions then run in.
             ``state_dict()`` still has contiguous copies of these.
-        verify: run the model on the same inputs before and after, and keep the changes only where
-            the outputs agree: to 1e-3 of the largest output, 5e-2 with ``dtype``. True where the
-            model's own configuration tells its inputs, else a tuple of positional arguments.
+        verify: run the model on the same inputs before and after, print the report with the error,
+            and keep the changes only where the outputs agree: to 1e-3 of the largest output, 5e-2
+            with ``dtype``. True where the model's own configuration tells its inputs, else a tuple
+            of positional arguments.
 
     Raises:
         InputError: no module; a dtype that is none of these; inputs that are not known; outputs
@@ -95,6 +96,7 @@ def accelerate(
                     f"accelerated, the model's output differs by {error:.1e} of the largest, more "
                     f"than {most:g}; the model was put back"
                 )
+            print(record.report)
     except BaseException:
         restore(model)
         raise
