@@ -348,6 +348,36 @@ def test_bad_input():
         fastdiff.accelerate(model)
 
 
+def test_torch_compile_passes_over_it():
+    model = network(film=True)
+    expected = model(X, T)
+    fastdiff.accelerate(model)
+    with torch.no_grad():
+        assert_close(torch.compile(model, fullgraph=True, backend="eager")(X, T), expected)
+
+
+def test_parts_that_are_accelerated_already_stay_so():
+    model = network()
+    expected = model(X, T)
+    fastdiff.accelerate(model.block1)
+    kind = type(model.block1)
+    fastdiff.accelerate(model)
+    assert type(model.block1) is kind and "block1" not in replaced(model)
+    assert "block1.in_layers.0" not in replaced(model)
+    assert_close(model(X, T), expected)
+
+
+def test_torchs_generator_and_a_model_without_memory_are_left_alone():
+    before = torch.get_rng_state()
+    fastdiff.accelerate(network_on_meta())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def network_on_meta():
+    with torch.device("meta"):
+        return Network()
+
+
 def test_one_class_for_all_modules_of_a_kind():
     model = nn.Sequential(*(AttentionBlock(32, 2) for _ in range(3)), GroupNorm32(8, 32))
     fastdiff.accelerate(model)

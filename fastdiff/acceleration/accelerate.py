@@ -13,7 +13,7 @@ from fastdiff._checks import check_float
 from fastdiff.acceleration import diffusers_blocks, generic, lucidrains, openai, traced
 from fastdiff.acceleration.autocast import under_autocast
 from fastdiff.acceleration.example_inputs import example_inputs
-from fastdiff.acceleration.fused_class import Fused, Fusion, agrees, exchange, put_back
+from fastdiff.acceleration.fused_class import Fused, Fusion, agrees, bypassed, exchange, put_back
 from fastdiff.acceleration.outcome import Part, Report
 from fastdiff.acceleration.pieces import is_group_norm
 from fastdiff.errors import InputError
@@ -140,10 +140,19 @@ def is_accelerated(model: nn.Module) -> bool:
 def _fuse(model: nn.Module, told: Report) -> None:
     """Exchange the classes of what is understood, outer modules first."""
     inside: set[nn.Module] = set()  # what a fused module computes itself
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # of the inputs that blocks are tried on
+        _fuse_parts(model, told, inside)
+
+
+def _fuse_parts(model: nn.Module, told: Report, inside: set[nn.Module]) -> None:
     for name, module in list(model.named_modules()):
         if module in inside:
             continue
-        if type(module).__module__.startswith("fastdiff.") and not isinstance(module, Fused):
+        if isinstance(module, Fused):  # by an accelerate of its own
+            inside.update(bypassed(module))
+            continue
+        if type(module).__module__.startswith("fastdiff."):
             inside.update(module.modules())
             how = "runs on fused operations by itself"
             told.left.append(Part(name or "the model", type(module).__name__, how))

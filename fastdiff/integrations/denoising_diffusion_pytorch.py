@@ -70,7 +70,6 @@ def restore(diffusion: Any) -> Any:
 class _Accelerated(Fused):
     """Mixed into GaussianDiffusion."""
 
-    fastdiff_how = "sampled by fastdiff.Sampler"
     _fastdiff: dict[str, Any]
     model: nn.Module
 

@@ -59,7 +59,11 @@ def accelerate_pipeline(
     pipe._fastdiff = _State(
         {"dtype": dtype, "capture": capture, "compile": compile}, channels_last=channels_last
     )
-    pipe._fastdiff.prepare(pipe)
+    try:
+        pipe._fastdiff.prepare(pipe)
+    except BaseException:
+        restore_pipeline(pipe)
+        raise
     return pipe
 
 
@@ -71,7 +75,7 @@ def restore_pipeline(pipe: Any) -> Any:
     for stock, ours in SCHEDULERS.items():
         if type(pipe.scheduler) is ours:
             pipe.scheduler = stock.from_config(pipe.scheduler.config)
-    if is_accelerated(pipe.unet):
+    if pipe.unet in pipe._fastdiff.accelerated and is_accelerated(pipe.unet):
         restore(pipe.unet)
     pipe._fastdiff.close()
     del pipe._fastdiff
@@ -87,6 +91,7 @@ class _State:
         self.options, self.channels_last = options, channels_last
         self.sampler: Sampler | None = None
         self.unet: weakref.ref[nn.Module] | None = None
+        self.accelerated: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.adapters: Any = None
         self.ran = "nothing was sampled yet"
         self.told: set[str] = set()
@@ -102,6 +107,7 @@ class _State:
             return "its U-Net is offloaded"
         if not is_accelerated(pipe.unet):
             accelerate(pipe.unet, channels_last=self.channels_last)
+            self.accelerated.add(pipe.unet)
         return None
 
     def sampler_for(self, unet: nn.Module, table: Any, device: torch.device) -> Sampler:
