@@ -30,6 +30,7 @@ class _Record:
     """What ``restore`` undoes beside the classes."""
 
     report: Report
+    exchanged: list[weakref.ref[nn.Module]] = field(default_factory=list)
     layouts: dict[str, torch.memory_format] = field(default_factory=dict)
 
 
@@ -40,7 +41,7 @@ def accelerate(
     model: M,
     *,
     dtype: torch.dtype | None = None,
-    channels_last: bool = True,
+    channels_last: bool = False,
     verify: bool | Sequence[Any] = False,
 ) -> M:
     """Let a model run on fused operations; returns the model itself, changed in place.
@@ -59,8 +60,9 @@ def accelerate(
         model: any module; training works too.
         dtype: torch.bfloat16 or float16: the model runs under autocast of it and answers in the
             dtype of its first tensor. Its weights stay as they are.
-        channels_last: 4-D weights in that layout, which the convolutions then run in.
-            ``state_dict()`` still has contiguous copies of these.
+        channels_last: 4-D weights in that layout, which the convolutions then run in: faster on
+            most machines. ``state_dict()`` has contiguous copies of these weights then, since no
+            stock checkpoint has others; what writes into it does not reach the model.
         verify: run the model on the same inputs before and after, print the report with the error,
             and keep the changes only where the outputs agree: to 1e-3 of the largest output, 5e-2
             with ``dtype``. True where the model's own configuration tells its inputs, else a tuple
@@ -78,15 +80,19 @@ def accelerate(
         raise InputError(f"this {type(model).__name__} is accelerated; restore it first")
     inputs = None
     if verify is not False:
-        inputs = example_inputs(model) if verify is True else tuple(verify)
+        inputs = example_inputs(model) if verify is True else _given(verify)
         expected = _run(model, inputs)
+        if not any(tensor.any() for tensor in expected):
+            raise InputError(
+                "the model answers zeros, which verify nothing; load its weights first"
+            )
     record = _records[model] = _Record(Report(type(model).__name__))
     try:
-        _fuse(model, record.report)
+        _fuse(model, record)
         if channels_last:
             _to_channels_last(model, record)
         if dtype is not None:
-            exchange(model, under_autocast(model, dtype))
+            _exchange(model, under_autocast(model, dtype), record)
             record.report.settings.append(f"runs under autocast of {dtype}")
         if inputs is not None:
             error = record.report.error = _difference(_run(model, inputs), expected)
@@ -109,13 +115,16 @@ def restore(model: M) -> M:
     InputError for a model that is not accelerated.
     """
     record = _records.pop(model, None)
-    fused = [part for part in model.modules() if isinstance(part, Fused)]
-    if record is None and not fused:
-        raise InputError(f"this {type(model).__name__} is not accelerated; nothing to restore")
-    for part in fused:
-        while isinstance(part, Fused):
-            put_back(part)
-    if record is not None:
+    if record is None:
+        fused: list[Any] = [part for part in model.modules() if isinstance(part, Fused)]
+        if not fused:
+            raise InputError(f"this {type(model).__name__} is not accelerated; nothing to restore")
+        for part in fused:
+            while isinstance(part, Fused):
+                put_back(part)
+    else:
+        for reference in reversed(record.exchanged):
+            put_back(reference())
         parameters = dict(model.named_parameters())
         for name, layout in record.layouts.items():
             if name in parameters:
@@ -134,18 +143,25 @@ def report(model: nn.Module) -> Report:
 
 
 def is_accelerated(model: nn.Module) -> bool:
-    return model in _records
+    """By an ``accelerate`` of its own, or as the copy of a model that is."""
+    return model in _records or any(isinstance(part, Fused) for part in model.modules())
 
 
-def _fuse(model: nn.Module, told: Report) -> None:
+def _exchange(module: nn.Module, fusion: Fusion, record: _Record) -> None:
+    exchange(module, fusion)
+    record.exchanged.append(weakref.ref(module))
+
+
+def _fuse(model: nn.Module, record: _Record) -> None:
     """Exchange the classes of what is understood, outer modules first."""
     inside: set[nn.Module] = set()  # what a fused module computes itself
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # of the inputs that blocks are tried on
-        _fuse_parts(model, told, inside)
+        _fuse_parts(model, record, inside)
 
 
-def _fuse_parts(model: nn.Module, told: Report, inside: set[nn.Module]) -> None:
+def _fuse_parts(model: nn.Module, record: _Record, inside: set[nn.Module]) -> None:
+    told = record.report
     for name, module in list(model.named_modules()):
         if module in inside:
             continue
@@ -161,7 +177,7 @@ def _fuse_parts(model: nn.Module, told: Report, inside: set[nn.Module]) -> None:
         part = Part(name or "the model", type(module).__name__, fusion.how if fusion else reason)
         if fusion is not None:
             inside.update(module.get_submodule(path) for path in fusion.bypassed)
-            exchange(module, fusion)
+            _exchange(module, fusion, record)
             told.replaced.append(part)
         elif reason:
             told.left.append(part)
@@ -197,7 +213,8 @@ def _to_channels_last(model: nn.Module, record: _Record) -> None:
         count = len(record.layouts)
         record.report.settings.append(f"{count} weights in channels_last")
         options = (("inner", type(model)),)
-        exchange(model, Fusion("", _contiguous_state_dict, method="state_dict", options=options))
+        fusion = Fusion("", _contiguous_state_dict, method="state_dict", options=options)
+        _exchange(model, fusion, record)
 
 
 def _contiguous_state_dict(
@@ -212,6 +229,15 @@ def _contiguous_state_dict(
 
 
 # --- verify -----------------------------------------------------------------------------------
+
+
+def _given(verify: Any) -> tuple[Any, ...]:
+    if not isinstance(verify, tuple | list) or not verify:
+        raise InputError(
+            f"verify is a {type(verify).__name__}; expected True, False or a tuple of the model's "
+            "arguments"
+        )
+    return tuple(verify)
 
 
 def _run(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:

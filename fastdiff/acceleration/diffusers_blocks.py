@@ -43,9 +43,11 @@ def fusions(module: Any) -> Iterator[tuple[Fusion, tuple[Any, ...]]]:
 
 
 def _is_resnet_block(module: Any) -> bool:
+    names = ("norm1", "norm2", "nonlinearity", "time_emb_proj", "time_embedding_norm")
+    if type(module).__name__ != "ResnetBlock2D" or not all(hasattr(module, n) for n in names):
+        return False
     return (
-        type(module).__name__ == "ResnetBlock2D"
-        and is_group_norm(module.norm1)
+        is_group_norm(module.norm1)
         and is_group_norm(module.norm2)
         and is_silu(module.nonlinearity)
         and (module.time_emb_proj is None or isinstance(module.time_emb_proj, nn.Linear))

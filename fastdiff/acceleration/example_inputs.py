@@ -30,7 +30,7 @@ def example_inputs(model: nn.Module) -> tuple[Any, ...]:
 def _image(model: Any) -> tuple[int, ...] | None:
     """(C, H, W)."""
     config: Any = getattr(model, "config", None)
-    if hasattr(config, "sample_size") and hasattr(config, "in_channels"):  # diffusers
+    if type(model).__name__ == "UNet2DModel" and hasattr(config, "sample_size"):  # diffusers
         side = config.sample_size or 32
         sides = side if isinstance(side, tuple | list) else (side, side)
         return (config.in_channels, *sides)

@@ -65,6 +65,10 @@ def exchange(module: nn.Module, fusion: Fusion) -> None:
     module.__class__ = _class_of(kind, fusion, kinds, values)
 
 
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def bypassed(module: Any) -> list[nn.Module]:
     """The submodules that a fused module computes itself."""
     kinds = (kind for kind in type(module).__mro__ if issubclass(kind, Fused))
@@ -112,10 +116,10 @@ def _class_of(
     }
     if fusion.method == "_forward":
         # The published forward wraps the method in a checkpoint, which only a gradient needs.
-        def outer(self: nn.Module, *args: Any) -> Any:
+        def outer(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if torch.is_grad_enabled():
-                return original.forward(self, *args)
-            return forward(self, *args)
+                return original.forward(self, *args, **kwargs)
+            return forward(self, *args, **kwargs)
 
         members["forward"] = outer
     bases = (original,) if issubclass(original, Fused) else (Fused, original)
@@ -150,7 +154,7 @@ def agrees(module: nn.Module, fusion: Fusion, inputs: tuple[Any, ...]) -> str | 
             return "its result is of another kind"
         difference = ((actual - expected).abs().max() / expected.abs().max()).item()
     except Exception as error:
-        return f"it does not run as such a module does ({str(error).splitlines()[0]})"
+        return f"it does not run as such a module does ({first_line(error)})"
     finally:
         put_back(module)
         for part in training:

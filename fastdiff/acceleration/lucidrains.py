@@ -23,7 +23,7 @@ def fusions(module: Any) -> Iterator[tuple[Fusion, tuple[Any, ...]]]:
     elif _is_rms_norm(module):
         fusion = Fusion("norm in one", _rms_norm, unchanged=("scale",))
         yield fusion, (torch.randn(2, module.g.numel(), 4, 4),)
-    elif name == "Attend" and hasattr(module, "attn_dropout") and not module.flash:
+    elif name == "Attend" and _is_attend(module):
         fusion = Fusion("PyTorch's scaled_dot_product_attention", _attend, unchanged=("flash",))
         yield fusion, tuple(torch.randn(2, 3, 5, 8) for _ in range(3))
 
@@ -48,6 +48,11 @@ def _is_block(module: Any) -> bool:
         and is_silu(act)
         and isinstance(dropout, nn.Module)
     )
+
+
+def _is_attend(module: Any) -> bool:
+    names = ("attn_dropout", "scale", "flash")
+    return all(hasattr(module, name) for name in names) and not module.flash
 
 
 def _block(self: Any, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:

@@ -11,7 +11,7 @@ def is_group_norm(module: Any) -> bool:
     """nn.GroupNorm with weights, or a subclass of the published name, which computes in float32 as
     the fused one does."""
     named = type(module) is nn.GroupNorm or type(module).__name__ == "GroupNorm32"
-    return named and isinstance(module, nn.GroupNorm) and module.affine
+    return named and isinstance(module, nn.GroupNorm) and module.bias is not None
 
 
 def is_silu(module: Any) -> bool:

@@ -1,20 +1,33 @@
-"""Modules of unknown classes, by torch.fx: a GroupNorm, perhaps FiLM, and SiLU in their forward."""
+"""Modules of unknown classes, by torch.fx: a GroupNorm, perhaps FiLM, and SiLU in their forward.
 
+A trace keeps what a forward did once, so only forwards that can do nothing else are taken: straight
+code without branches that names submodules, parameters and a few tensor operations.
+"""
+
+import copy
+import dis
+import inspect
 import operator
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fastdiff.acceleration.fused_class import Fusion
+from fastdiff.acceleration.fused_class import Fusion, first_line
 from fastdiff.acceleration.pieces import is_group_norm, is_silu
-from fastdiff.ops.group_norm_silu import group_norm_silu
+from fastdiff.models.blocks import apply_norm
 
 MULTIPLY = (operator.mul, torch.mul)
 ADD = (operator.add, torch.add)
-SIMPLE = (bool, int, float, str, type(None), torch.dtype, tuple)
+# What a forward may name beside its module's own parts.
+OPERATIONS = frozenset(
+    "torch F nn functional silu relu gelu tanh sigmoid softmax exp cat chunk split add mul sub div "
+    "mean sum view reshape flatten unflatten permute transpose unsqueeze squeeze expand repeat "
+    "contiguous size shape interpolate pad matmul bmm".split()
+)
 
 
 class Untraceable(Exception):
@@ -23,24 +36,34 @@ class Untraceable(Exception):
 
 def fusion(module: nn.Module) -> Fusion:
     """The fused forward of a module that owns a GroupNorm. Untraceable where there is none."""
-    graphs = [_trace(module, training) for training in (False, True)]
-    if str(graphs[0].python_code("self").src) != str(graphs[1].python_code("self").src):
-        raise Untraceable("its forward depends on the training mode")
-    graph = graphs[0]
+    _check_straight(module)
+    graph = _trace(module)
     bypassed = tuple(name for node in list(graph.nodes) for name in _fuse(module, graph, node))
     if not bypassed:
         raise Untraceable("no SiLU follows its norm")
-    rewritten = fx.GraphModule(module, graph)
-    rewritten.graph.eliminate_dead_code()
-    rewritten.recompile()
-    forward: Callable[..., Any] = type(rewritten).forward
-    # What the trace took for constant.
-    unchanged = tuple(
-        name
-        for name, value in module.__dict__.items()
-        if isinstance(value, SIMPLE) and name != "training" and not name.startswith("_")
-    )
-    return Fusion("norm and activation in one (traced)", forward, bypassed, unchanged)
+    forward: Callable[..., Any] = type(fx.GraphModule(module, graph)).forward
+    return Fusion("norm and activation in one (traced)", forward, bypassed)
+
+
+def _check_straight(module: nn.Module) -> None:
+    forward: Any = type(module).forward
+    code: Any = getattr(forward, "__code__", None)
+    if "forward" in module.__dict__ or not isinstance(code, CodeType):
+        raise Untraceable("its forward is no plain method")
+    parameters = inspect.signature(forward).parameters.values()
+    plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    if any(p.kind is not plain or p.default is not p.empty for p in parameters):
+        raise Untraceable("its forward has optional arguments")
+    own = {*module._modules, *module._parameters, *module._buffers}
+    strange = sorted(set(code.co_names) - own - OPERATIONS)
+    if strange:
+        raise Untraceable(f"its forward uses {strange[0]!r}")
+    nested = any(isinstance(constant, CodeType) for constant in code.co_consts)
+    steps = [f"{step.opname} {step.argrepr}" for step in dis.Bytecode(code)]
+    branches = any("JUMP" in step or "FOR_ITER" in step for step in steps)
+    in_place = any(step.startswith("BINARY_OP") and step.endswith("=") for step in steps)
+    if nested or branches or in_place or code.co_freevars:
+        raise Untraceable("its forward is not straight code")
 
 
 class _Tracer(fx.Tracer):
@@ -50,49 +73,42 @@ class _Tracer(fx.Tracer):
         return True
 
 
-def _trace(module: nn.Module, training: bool) -> fx.Graph:
-    was = module.training
-    module.training = training
+def _trace(module: nn.Module) -> fx.Graph:
     try:
-        graph = _Tracer().trace(module)
+        return _Tracer().trace(copy.copy(module))
     except Exception as error:  # whatever a forward does with what is no tensor
-        raise Untraceable(f"torch.fx cannot trace it ({str(error).splitlines()[0]})") from None
-    finally:
-        module.training = was
-    if any("_tensor_constant" in str(node.target) for node in graph.nodes):
-        raise Untraceable("its forward makes tensors of its own, which a trace takes for constant")
-    return graph
+        raise Untraceable(f"torch.fx cannot trace it ({first_line(error)})") from None
 
 
 def _fuse(module: nn.Module, graph: fx.Graph, norm: fx.Node) -> tuple[str, ...]:
     """Fuse what begins with this node, if anything: the names of the modules it then bypasses."""
     if norm.op != "call_module" or not is_group_norm(module.get_submodule(str(norm.target))):
         return ()
-    layer: Any = module.get_submodule(str(norm.target))
-    last, scale, shift = _film(norm)
-    activation = _only_user(last)
+    chain, scale, shift = _film(norm)
+    activation = _only_user(chain[-1])
     if activation is None or not _applies_silu(module, activation):
         return ()
     with graph.inserting_before(activation):
-        weight, bias = (graph.get_attr(f"{norm.target}.{name}") for name in ("weight", "bias"))
-        arguments = (norm.args[0], layer.num_groups, weight, bias, layer.eps, scale, shift)
-        fused = graph.call_function(norm_film_silu, arguments)
+        layer = graph.get_attr(str(norm.target))
+        fused = graph.call_function(norm_film_silu, (norm.args[0], layer, scale, shift))
     activation.replace_all_uses_with(fused)
+    for node in (activation, *reversed(chain)):
+        graph.erase_node(node)
     called = (norm, activation) if activation.op == "call_module" else (norm,)
     return tuple(str(node.target) for node in called)
 
 
-def _film(norm: fx.Node) -> tuple[fx.Node, Any, Any]:
-    """(the last node, scale, shift) of norm·(1 + scale) + shift; (norm, None, None) without."""
+def _film(norm: fx.Node) -> tuple[list[fx.Node], Any, Any]:
+    """(its nodes, scale, shift) of norm·(1 + scale) + shift; ([norm], None, None) without."""
     product = _only_user(norm)
     total = None if product is None else _only_user(product)
     if product is None or total is None:
-        return norm, None, None
+        return [norm], None, None
     factor, shift = _other(product, MULTIPLY, norm), _other(total, ADD, product)
     scale = None if factor is None else _other(factor, ADD, 1)
     if not isinstance(scale, fx.Node) or not isinstance(shift, fx.Node):
-        return norm, None, None
-    return total, scale, shift
+        return [norm], None, None
+    return [norm, product, total], scale, shift
 
 
 def _other(node: Any, functions: tuple[Any, ...], one: Any) -> Any:
@@ -115,27 +131,19 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 def _applies_silu(module: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         return is_silu(module.get_submodule(str(node.target)))
-    return node.op == "call_function" and node.target is F.silu
+    copies = not node.kwargs.get("inplace")
+    return node.op == "call_function" and node.target is F.silu and copies
 
 
 def norm_film_silu(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    x: Tensor, norm: nn.Module, scale: Tensor | None, shift: Tensor | None
 ) -> Tensor:
-    """group_norm_silu whose FiLM may be of any shape that broadcasts; one for each sample and
-    channel is fused."""
-    film: list[Tensor] = []
-    for tensor in (scale, shift):
-        if tensor is not None and tensor.shape == (*x.shape[:2], *[1] * (x.dim() - 2)):
-            film.append(tensor.flatten(1).to(x.dtype))
+    """A norm with what follows it. FiLM of one value for each sample and channel is fused, FiLM of
+    other shapes computed beside it."""
     if scale is None or shift is None:
-        return group_norm_silu(x, num_groups, weight, bias, eps)
-    if len(film) == 2:
-        return group_norm_silu(x, num_groups, weight, bias, eps, scale=film[0], shift=film[1])
-    h = group_norm_silu(x, num_groups, weight, bias, eps, activation=None)
-    return F.silu(h * (1 + scale) + shift)
+        return apply_norm(norm, x)
+    rows = (*x.shape[:2], *[1] * (x.dim() - 2))
+    if scale.shape == shift.shape == rows:
+        scale, shift = (film.flatten(1).to(x.dtype) for film in (scale, shift))
+        return apply_norm(norm, x, scale=scale, shift=shift)
+    return F.silu(apply_norm(norm, x, activation=None) * (1 + scale) + shift)
