@@ -354,3 +354,10 @@ def test_a_directory_in_use(folder, capsys):
     Path("out/notes.txt").write_text("mine")
     assert "--out out is not empty" in refused(capsys, *FLAGS)
     assert [path.name for path in Path("out").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("flag", ["--image-size", "--num-heads", "--steps"])
+def test_numbers_that_are_none(folder, capsys, flag):
+    saved(small())
+    flags = without(FLAGS, flag)
+    assert f"{flag} is 0; expected at least 1" in refused(capsys, *flags, flag, "0")

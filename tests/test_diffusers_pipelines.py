@@ -1,6 +1,7 @@
 """accelerate_pipeline: the pipeline's own call, the same images for the same generator."""
 
 import copy
+import pickle
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import fastdiff
+from fastdiff.acceleration import is_accelerated
 from fastdiff.errors import InputError
 from fastdiff.integrations.diffusers import accelerate_pipeline, restore_pipeline
 
@@ -268,3 +270,55 @@ def test_restore():
     assert np.array_equal(drawn(pipe)[0], expected)
     with pytest.raises(InputError, match="pipe is a Linear; expected a DDPMPipeline, DDIMPipeline"):
         accelerate_pipeline(nn.Linear(2, 2))
+
+
+def test_a_schedulers_own_changes_stay(tmp_path):
+    pipe, plain = pipeline("ddim"), pipeline("ddim")
+    for each in (pipe, plain):
+        each.scheduler.alphas_cumprod = each.scheduler.alphas_cumprod**0.8
+    given = pipe.scheduler
+    accelerate_pipeline(pipe)
+    call = {"num_inference_steps": 10}
+    assert np.abs(drawn(pipe, **call)[0] - drawn(plain, **call)[0]).max() <= 1e-3
+    restore_pipeline(pipe)
+    assert pipe.scheduler is given
+
+
+def test_copies_of_an_accelerated_pipeline():
+    pipe = accelerate_pipeline(pipeline("ddim"))
+    call = {"num_inference_steps": 5}
+    expected, _ = drawn(pipe, **call)
+    twin = copy.deepcopy(pipe)
+    assert np.abs(drawn(twin, **call)[0] - expected).max() < 1e-5
+    pipe.unet = copy.deepcopy(pipe.unet)
+    assert np.abs(drawn(pipe, **call)[0] - expected).max() < 1e-5
+    again = pickle.loads(pickle.dumps(pipe))
+    assert type(again) is diffusers.DDIMPipeline
+    assert np.abs(drawn(again, **call)[0] - expected).max() < 1e-3
+
+
+def test_all_unets_are_restored():
+    pipe = pipeline("ddim")
+    first = pipe.unet
+    accelerate_pipeline(pipe)
+    pipe.unet = unet(block_out_channels=(8, 16))
+    drawn(pipe, num_inference_steps=3)
+    restore_pipeline(pipe)
+    assert not is_accelerated(first) and not is_accelerated(pipe.unet)
+
+
+@pytest.mark.parametrize(
+    "options", [{"dtype": "bf16"}, {"capture": "always"}, {"compile": 3}, {"dtype": torch.float64}]
+)
+def test_bad_options_change_nothing(options):
+    pipe = pipeline("ddim")
+    with pytest.raises(InputError, match="dtype is|capture is|compile is"):
+        accelerate_pipeline(pipe, **options)
+    assert type(pipe) is diffusers.DDIMPipeline and not is_accelerated(pipe.unet)
+
+
+@pytest.mark.parametrize("labels", [[1, 4], [-1, 0], [0.5, 1.0], "ab", [True, False]])
+def test_bad_labels(labels):
+    pipe = accelerate_pipeline(pipeline("ddim", num_class_embeds=4))
+    with pytest.raises(InputError, match="class_labels are"):
+        drawn(pipe, class_labels=labels, num_inference_steps=3)

@@ -368,12 +368,22 @@ def test_a_subclass_that_computes_something_else_is_refused(codebase):
         def ddim_sample_loop(self, model, shape, noise=None, strength=1.0):
             return super().ddim_sample_loop(model, shape, noise)
 
+    class OwnLoop(codebase.spaced):
+        def p_sample_loop(self, *args, **kwargs):
+            return 2 * super().p_sample_loop(*args, **kwargs)
+
+    class OwnBound(codebase.spaced):
+        def calc_bpd_loop(self, *args, **kwargs):
+            return {}
+
     for base, message in (
+        (OwnLoop, "p_sample_loop of a OwnLoop is its own, not the published one"),
+        (OwnBound, "calc_bpd_loop of a OwnBound is its own"),
         (Thresholded, "p_mean_variance of a Thresholded differs .* in pred_xstart"),
         (Shifted, "p_mean_variance of a Shifted differs .* in the timesteps"),
         (Quiet, "p_sample of a Quiet differs .* in what it draws"),
         (Failing, "training_losses of a Failing differs .* KeyError"),
-        (Extended, "ddim_sample_loop of a Extended has an argument 'strength'"),
+        (Extended, "ddim_sample_loop of a Extended is its own"),
     ):
         stock = codebase.diffusion(base=base, spaced=base is not Quiet)
         with pytest.raises(InputError, match=message) as error:

@@ -163,6 +163,7 @@ from sampler_tools import SHAPE, Tiny, diffusion
 from fastdiff import Sampler
 model = Tiny().train()
 sampler = Sampler(model, diffusion(1000), dtype=torch.bfloat16)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what shells start with & ignores it
 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
 interrupted = False
 try:
@@ -177,7 +178,10 @@ same = torch.equal(sampler.sample(SHAPE, seed=2), sampler.sample(SHAPE, seed=2))
 print(json.dumps([interrupted, whole, same]))
 """
     done = subprocess.run(
-        [sys.executable, "-c", script, os.path.dirname(__file__)], capture_output=True, text=True
+        [sys.executable, "-c", script, os.path.dirname(__file__)],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [True, True, True]

@@ -97,6 +97,9 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise InputError(f"--out {out} is not empty: choose another directory")
+    for name in ("image_size", "num_heads", "num_head_channels", "steps"):
+        if given.get(name, 1) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {given[name]}; expected at least 1")
     averages = rates_of(given.get("ema", []), given.get("ema_rate", []))
     step = step_of([args.model, *averages.values()])
 

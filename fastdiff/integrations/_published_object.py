@@ -54,6 +54,26 @@ def signature_of(diffusion: Any, name: str) -> inspect.Signature:
     raise InputError(f"{name} of a {type(diffusion).__name__} does not name its arguments")
 
 
+def check_loops(diffusion: Any) -> None:
+    """InputError for an object that has a whole loop from elsewhere than the loop's parts: what a
+    loop does cannot be compared in a moment."""
+
+    def home(name: str) -> Any:
+        owners = (diffusion, *type(diffusion).__mro__)
+        return next((owner for owner in owners if name in vars(owner)), None)
+
+    for name, part in (
+        ("p_sample_loop", "p_sample_loop_progressive"),
+        ("ddim_sample_loop", "ddim_sample_loop_progressive"),
+        ("calc_bpd_loop", "q_posterior_mean_variance"),
+    ):
+        if home(name) not in (None, home(part)):
+            raise InputError(
+                f"{name} of a {type(diffusion).__name__} is its own, not the published one; "
+                f"expected {EXPECTED}"
+            )
+
+
 @torch.no_grad()
 def gives_integers(diffusion: Any, process: GaussianDiffusion) -> bool:
     """Whether the object's networks are given integer timesteps.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastdiff import acceleration
 from fastdiff.acceleration.fused_class import Fused
 from fastdiff.errors import InputError
+from fastdiff.integrations._options import check_sampler_options
 from fastdiff.sampler import Sampler
 from fastdiff.step_table import StepTable
 
@@ -50,8 +51,11 @@ def accelerate(
         )
     if isinstance(diffusion, Fused):
         raise InputError("this GaussianDiffusion is accelerated; restore it first")
-    acceleration.accelerate(diffusion.model, channels_last=channels_last)
-    diffusion._fastdiff = {"dtype": dtype, "capture": capture, "compile": compile}
+    options = {"dtype": dtype, "capture": capture, "compile": compile}
+    check_sampler_options(**options)
+    if not acceleration.is_accelerated(diffusion.model):
+        acceleration.accelerate(diffusion.model, channels_last=channels_last)
+    diffusion._fastdiff = options
     diffusion.__class__ = _accelerated_class(kind)
     return diffusion
 
@@ -60,7 +64,8 @@ def restore(diffusion: Any) -> Any:
     """Undo :func:`accelerate`; returns the object. InputError for one that is not accelerated."""
     if not isinstance(diffusion, _Accelerated):
         raise InputError(f"this {type(diffusion).__name__} is not accelerated; nothing to restore")
-    acceleration.restore(diffusion.model)
+    if acceleration.is_accelerated(diffusion.model):
+        acceleration.restore(diffusion.model)
     diffusion.__class__ = diffusion.fastdiff_original  # type: ignore[assignment]
     for name in ("_fastdiff", "_fastdiff_sampler"):
         diffusion.__dict__.pop(name, None)
@@ -141,8 +146,9 @@ def _sample(self: Any, shape: Any, every: bool, table: StepTable) -> Tensor:
 def _sampler(self: Any, table: StepTable) -> Sampler:
     """The object's sampler, kept for what it has captured, at these steps."""
     sampler = self.__dict__.get("_fastdiff_sampler")
-    if sampler is None or sampler.model is not self.model:
-        name = _third_argument(self.model) if self.self_condition else None
+    name = _third_argument(self.model) if self.self_condition else None
+    made_for = None if sampler is None else (sampler.model, sampler.self_condition)
+    if sampler is None or made_for != (self.model, name):
         sampler = Sampler(self.model, table, self_condition=name, **self._fastdiff)
         self.__dict__["_fastdiff_sampler"] = sampler
     return sampler.configure(diffusion=table)

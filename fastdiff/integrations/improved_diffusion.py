@@ -19,8 +19,10 @@ from torch import Tensor
 from fastdiff._optional import require
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import InputError
+from fastdiff.integrations._options import check_sampler_options
 from fastdiff.integrations._published_object import (
     EXPECTED,
+    check_loops,
     gives_integers,
     process_of,
     signature_of,
@@ -56,8 +58,9 @@ def accelerate(
     Raises InputError for an object that computes, asks for or draws something else than these
     codebases do, naming the method: a subclass with a p_mean_variance of its own, for one.
     """
-    options = {"dtype": dtype, "channels_last": channels_last}
-    return AcceleratedDiffusion(diffusion, **options, capture=capture, compile=compile)
+    options = {"dtype": dtype, "channels_last": channels_last, "capture": capture}
+    check_sampler_options(**options, compile=compile)
+    return AcceleratedDiffusion(diffusion, **options, compile=compile)
 
 
 class AcceleratedDiffusion:
@@ -79,6 +82,7 @@ class AcceleratedDiffusion:
     def __init__(self, diffusion: Any, **options: Any):
         self.given, self.options = diffusion, options
         self.process = process_of(diffusion)
+        check_loops(diffusion)
         self.gives_integers = gives_integers(diffusion, self.process)
         for name in METHODS:
             self._replace(name, self._on_process(name))

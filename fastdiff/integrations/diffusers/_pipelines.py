@@ -12,7 +12,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from fastdiff.acceleration import accelerate, is_accelerated, restore
+from fastdiff.acceleration.fused_class import Fused
 from fastdiff.errors import InputError
+from fastdiff.integrations._options import check_sampler_options
 from fastdiff.integrations.diffusers._ddim import DDIMScheduler
 from fastdiff.integrations.diffusers._ddpm import DDPMScheduler
 from fastdiff.integrations.diffusers._dpmsolver_multistep import DPMSolverMultistepScheduler
@@ -54,11 +56,11 @@ def accelerate_pipeline(
     if type(pipe) not in PIPELINES:
         known = ", ".join(kind.__name__ for kind in PIPELINES)
         raise InputError(f"pipe is a {type(pipe).__name__}; expected a {known}")
+    options = {"dtype": dtype, "capture": capture, "compile": compile}
+    check_sampler_options(**options)
     kind: Any = type(pipe)
     pipe.__class__ = _accelerated_class(kind)
-    pipe._fastdiff = _State(
-        {"dtype": dtype, "capture": capture, "compile": compile}, channels_last=channels_last
-    )
+    pipe._fastdiff = _State(options, channels_last=channels_last)
     try:
         pipe._fastdiff.prepare(pipe)
     except BaseException:
@@ -72,12 +74,13 @@ def restore_pipeline(pipe: Any) -> Any:
     accelerated."""
     if not isinstance(pipe, _Accelerated):
         raise InputError(f"this {type(pipe).__name__} is not accelerated; nothing to restore")
-    for stock, ours in SCHEDULERS.items():
-        if type(pipe.scheduler) is ours:
-            pipe.scheduler = stock.from_config(pipe.scheduler.config)
-    if pipe.unet in pipe._fastdiff.accelerated and is_accelerated(pipe.unet):
-        restore(pipe.unet)
-    pipe._fastdiff.close()
+    state = pipe._fastdiff
+    if pipe.scheduler is state.scheduler:
+        pipe.scheduler = state.stock_scheduler
+    for unet in state.accelerated:
+        if is_accelerated(unet):
+            restore(unet)
+    state.close()
     del pipe._fastdiff
     stock_kind: Any = next(kind for kind in PIPELINES if isinstance(pipe, kind))
     pipe.__class__ = stock_kind
@@ -92,6 +95,8 @@ class _State:
         self.sampler: Sampler | None = None
         self.unet: weakref.ref[nn.Module] | None = None
         self.accelerated: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.scheduler: Any = None  # ours, and the one in whose place it is
+        self.stock_scheduler: Any = None
         self.adapters: Any = None
         self.ran = "nothing was sampled yet"
         self.told: set[str] = set()
@@ -100,11 +105,15 @@ class _State:
         """Accelerate what is new in the pipeline; why diffusers' own loop has to run, if it has."""
         ours = SCHEDULERS.get(type(pipe.scheduler))
         if ours is not None:
-            pipe.scheduler = ours.from_config(pipe.scheduler.config)
+            self.stock_scheduler, self.scheduler = pipe.scheduler, _same_scheduler(pipe, ours)
+            pipe.scheduler = self.scheduler
         if type(pipe.scheduler) not in SCHEDULERS.values():
             return f"its scheduler is a {type(pipe.scheduler).__name__}"
         if hasattr(pipe.unet, "_hf_hook"):
             return "its U-Net is offloaded"
+        dtypes = {parameter.dtype for parameter in pipe.unet.parameters()}
+        if not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
+            return f"its U-Net has weights in {', '.join(sorted(map(str, dtypes)))}"
         if not is_accelerated(pipe.unet):
             accelerate(pipe.unet, channels_last=self.channels_last)
             self.accelerated.add(pipe.unet)
@@ -133,7 +142,14 @@ class _State:
         self.told.add(reason)
 
 
-class _Accelerated:
+def _same_scheduler(pipe: Any, ours: Any) -> Any:
+    """The pipeline's scheduler as one of ours, with whatever was changed in it."""
+    made = ours.from_config(pipe.scheduler.config)
+    made.__dict__.update({k: v for k, v in vars(pipe.scheduler).items() if k != "__module__"})
+    return made
+
+
+class _Accelerated(Fused):
     """Mixed into the pipeline's class."""
 
     _fastdiff: _State
@@ -143,6 +159,16 @@ class _Accelerated:
     def explain(self) -> str:
         """How the last call ran."""
         return self._fastdiff.ran
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        make, arguments, state, *rest = super().__reduce_ex__(protocol)
+        return make, arguments, {k: v for k, v in state.items() if k != "_fastdiff"}, *rest
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        state = self._fastdiff
+        fresh = _State(state.options, state.channels_last)  # a sampler belongs to one U-Net
+        memo[id(state)] = fresh
+        return super().__deepcopy__(memo)
 
     def _run(
         self,
@@ -250,7 +276,8 @@ class _DDIM(_Accelerated):
 @functools.cache
 def _accelerated_class(kind: Any) -> type:
     mixin: Any = _DDIM if kind is diffusers.DDIMPipeline else _DDPM
-    members = {"__module__": kind.__module__, "__doc__": kind.__doc__}
+    members = {name: getattr(kind, name) for name in ("__module__", "__doc__", "__qualname__")}
+    members["fastdiff_original"] = kind
     return type(kind.__name__, (mixin, kind), members)
 
 
@@ -270,13 +297,21 @@ def _rows(pipe: Any, step_options: dict[str, Any]) -> tuple[str | None, Any]:
 def _labels(given: Any, batch_size: int, pipe: Any) -> Tensor | None:
     if given is None:
         return None
-    labels = torch.as_tensor(given, device=pipe._execution_device)
     if pipe.unet.class_embedding is None:
         raise InputError("class_labels were given, but the U-Net is not class-conditional")
+    try:
+        labels = torch.as_tensor(given, device=pipe._execution_device)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"class_labels are {given!r}; expected integers, one an image") from None
+    classes = pipe.unet.config.num_class_embeds
+    if classes is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
+        raise InputError(f"class_labels are {labels.dtype}; expected integers, one an image")
     if labels.shape != (batch_size,):
         raise InputError(
             f"class_labels have shape {tuple(labels.shape)}; expected ({batch_size},), one an image"
         )
+    if classes is not None and not ((labels >= 0) & (labels < classes)).all():
+        raise InputError(f"class_labels are {labels.tolist()}; expected 0 … {classes - 1}")
     return labels
 
 
