@@ -7,3 +7,8 @@ class InputError(ValueError):
 
 class TrainingError(RuntimeError):
     """A run that cannot go on (a loss that is not finite, for one); older checkpoints are kept."""
+
+
+def first_line(error: BaseException) -> str:
+    """What to quote of another library's error inside one of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

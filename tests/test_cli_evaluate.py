@@ -57,7 +57,7 @@ def test_bad_input(tmp_path):
         (("--samples", small, "--data", tmp_path / "none"), "no data at"),
         (("--samples", small, "--data", "digits"), "samples are 4x4"),
         (("--samples", small, "--data", "digits", "--seed", -1), "--seed"),
-        (("--samples", small, "--data", "digits", "--device", "abacus"), "--device abacus"),
+        (("--samples", small, "--data", "digits", "--device", "abacus"), "no device 'abacus'"),
         (("--samples", small, "--data", "digits", "--classifier-steps", 0), "--classifier-steps"),
     ]
     for arguments, message in cases:

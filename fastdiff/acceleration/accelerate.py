@@ -1,8 +1,7 @@
 """accelerate: a model's norms and attention blocks on fused operations, in place and reversibly."""
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,6 +16,7 @@ from fastdiff.acceleration.fused_class import Fused, Fusion, agrees, bypassed, e
 from fastdiff.acceleration.outcome import Part, Report
 from fastdiff.acceleration.pieces import is_group_norm
 from fastdiff.errors import InputError
+from fastdiff.models.eval_mode import eval_mode
 
 M = TypeVar("M", bound=nn.Module)
 KNOWN = (openai, diffusers_blocks, lucidrains, generic)
@@ -88,7 +88,9 @@ def accelerate(
             )
     record = _records[model] = _Record(Report(type(model).__name__))
     try:
-        _fuse(model, record)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # of the inputs that blocks are tried on
+            _fuse(model, record)
         if channels_last:
             _to_channels_last(model, record)
         if dtype is not None:
@@ -154,14 +156,8 @@ def _exchange(module: nn.Module, fusion: Fusion, record: _Record) -> None:
 
 def _fuse(model: nn.Module, record: _Record) -> None:
     """Exchange the classes of what is understood, outer modules first."""
-    inside: set[nn.Module] = set()  # what a fused module computes itself
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # of the inputs that blocks are tried on
-        _fuse_parts(model, record, inside)
-
-
-def _fuse_parts(model: nn.Module, record: _Record, inside: set[nn.Module]) -> None:
     told = record.report
+    inside: set[nn.Module] = set()  # what a fused module computes itself
     for name, module in list(model.named_modules()):
         if module in inside:
             continue
@@ -242,24 +238,13 @@ def _given(verify: Any) -> tuple[Any, ...]:
 
 def _run(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
     """The tensors of the model's output in eval mode."""
-    with _evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         output = model(*inputs)
     output = getattr(output, "sample", output)
     tensors = list(output) if isinstance(output, tuple | list) else [output]
     for tensor in tensors:
         check_float(tensor, "the model's output")
     return [tensor.float() for tensor in tensors]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [part for part in model.modules() if part.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def _difference(actual: list[Tensor], expected: list[Tensor]) -> float:

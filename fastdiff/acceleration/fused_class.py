@@ -13,13 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.errors import first_line
+from fastdiff.models.eval_mode import eval_mode
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Fused:
-    """Mixed into every exchanged class."""
+    """Mixed into every exchanged class.
 
-    fastdiff_original: type[nn.Module]
+    What fastdiff itself keeps with an object is its attribute ``_fastdiff``, which pickles lack.
+    """
+
+    fastdiff_original: type
     fastdiff_bypassed: tuple[str, ...] = ()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -29,7 +35,11 @@ class Fused:
         # Of protocol 1, because later ones insist on the object's own class.
         reduced: Any = super().__reduce_ex__(1)
         make, arguments, *rest = reduced
-        return (make, tuple(original if a is type(self) else a for a in arguments), *rest)
+        arguments = tuple(original if a is type(self) else a for a in arguments)
+        for state in rest:
+            if isinstance(state, dict) and "_fastdiff" in state:
+                rest = [{name: state[name] for name in state if name != "_fastdiff"}]
+        return make, arguments, *rest
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = type(self).__new__(type(self))
@@ -65,10 +75,6 @@ def exchange(module: nn.Module, fusion: Fusion) -> None:
     module.__class__ = _class_of(kind, fusion, kinds, values)
 
 
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 def bypassed(module: Any) -> list[nn.Module]:
     """The submodules that a fused module computes itself."""
     kinds = (kind for kind in type(module).__mro__ if issubclass(kind, Fused))
@@ -86,7 +92,7 @@ def _class_of(
     fusion: Fusion,
     kinds: tuple[Any, ...],
     values: tuple[Any, ...],
-) -> type[nn.Module]:
+) -> type:
     own = getattr(original, fusion.method)
     paths = tuple(tuple(path.split(".")) for path in fusion.bypassed)
     options = dict(fusion.options)
@@ -106,14 +112,7 @@ def _class_of(
                 return own(self, *args, **kwargs)
         return fusion.forward(self, *args, **kwargs, **options)
 
-    members: dict[str, Any] = {
-        fusion.method: forward,
-        "fastdiff_original": original,
-        "fastdiff_bypassed": fusion.bypassed,
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-    }
+    members = {fusion.method: forward, "fastdiff_bypassed": fusion.bypassed}
     if fusion.method == "_forward":
         # The published forward wraps the method in a checkpoint, which only a gradient needs.
         def outer(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -123,7 +122,13 @@ def _class_of(
 
         members["forward"] = outer
     bases = (original,) if issubclass(original, Fused) else (Fused, original)
-    return type(original.__name__, bases, members)
+    return derived(original, bases, members)
+
+
+def derived(original: Any, bases: tuple[type, ...], members: dict[str, Any]) -> type:
+    """A class in whose place ``original`` seems to be; ``bases`` hold Fused and the original."""
+    looks = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(original.__name__, bases, {"fastdiff_original": original} | looks | members)
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -143,10 +148,8 @@ def agrees(module: nn.Module, fusion: Fusion, inputs: tuple[Any, ...]) -> str | 
         return (torch.randn(tensor.shape, generator=generator) / fan_in**0.5).to(tensor.device)
 
     parameters = {name: random(p) for name, p in module.named_parameters()}
-    training = [part for part in module.modules() if part.training]
-    module.eval()
     try:
-        with torch.no_grad():
+        with eval_mode(module), torch.no_grad():
             expected = torch.func.functional_call(module, parameters, inputs)
             exchange(module, fusion)
             actual = torch.func.functional_call(module, parameters, inputs)
@@ -157,8 +160,6 @@ def agrees(module: nn.Module, fusion: Fusion, inputs: tuple[Any, ...]) -> str | 
         return f"it does not run as such a module does ({first_line(error)})"
     finally:
         put_back(module)
-        for part in training:
-            part.training = True
     return (
         None if difference < 1e-4 else f"it computes something else (differs by {difference:.1e})"
     )

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fastdiff.acceleration.fused_class import Fusion, first_line
+from fastdiff.acceleration.fused_class import Fusion
 from fastdiff.acceleration.pieces import is_group_norm, is_silu
+from fastdiff.errors import first_line
 from fastdiff.models.blocks import apply_norm
 
 MULTIPLY = (operator.mul, torch.mul)

@@ -4,12 +4,11 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-
 from fastdiff.data import load_dataset
 from fastdiff.errors import InputError
 from fastdiff.evaluation import evaluate, format_report
 from fastdiff.images import load_samples_npz
+from fastdiff.training.checks import choose_device
 
 HELP = "score samples against real images: recognition, class shares, Fréchet, memorising"
 
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         labels=labels,
         seed=args.seed,
         classifier_steps=args.classifier_steps,
-        device=_device(args.device),
+        device=choose_device(args.device),
     )
     report["samples"]["file"], report["real"]["data"] = str(args.samples), str(args.data)
     print(format_report(report))
@@ -53,14 +52,3 @@ def run(args: argparse.Namespace) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)  # a device can be named well and not be there
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device

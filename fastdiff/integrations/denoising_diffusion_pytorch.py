@@ -4,6 +4,7 @@ diffusion = fastdiff.integrations.denoising_diffusion_pytorch.accelerate(diffusi
 images = diffusion.sample(batch_size=16)
 """
 
+import functools
 import inspect
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import acceleration
-from fastdiff.acceleration.fused_class import Fused
+from fastdiff.acceleration.fused_class import Fused, derived, put_back
 from fastdiff.errors import InputError
 from fastdiff.integrations._options import check_sampler_options
 from fastdiff.sampler import Sampler
@@ -43,7 +44,7 @@ def accelerate(
 
     InputError for an object of another class: what a subclass does differently is not known.
     """
-    kind = type(diffusion)
+    kind: Any = type(diffusion)
     if kind.__name__ != "GaussianDiffusion" or kind.__module__ != HOME:
         raise InputError(
             f"diffusion is a {kind.__module__}.{kind.__name__}; expected a GaussianDiffusion of "
@@ -55,7 +56,7 @@ def accelerate(
     check_sampler_options(**options)
     if not acceleration.is_accelerated(diffusion.model):
         acceleration.accelerate(diffusion.model, channels_last=channels_last)
-    diffusion._fastdiff = options
+    diffusion._fastdiff = _State(options)
     diffusion.__class__ = _accelerated_class(kind)
     return diffusion
 
@@ -66,16 +67,33 @@ def restore(diffusion: Any) -> Any:
         raise InputError(f"this {type(diffusion).__name__} is not accelerated; nothing to restore")
     if acceleration.is_accelerated(diffusion.model):
         acceleration.restore(diffusion.model)
-    diffusion.__class__ = diffusion.fastdiff_original  # type: ignore[assignment]
-    for name in ("_fastdiff", "_fastdiff_sampler"):
-        diffusion.__dict__.pop(name, None)
+    del diffusion._fastdiff
+    put_back(diffusion)
     return diffusion
+
+
+class _State:
+    """What an accelerated object holds: its sampler, kept for what that has captured."""
+
+    def __init__(self, options: dict[str, Any]):
+        self.options = options
+        self.sampler: Sampler | None = None
+
+    def __deepcopy__(self, memo: Any) -> "_State":
+        return _State(self.options)  # a sampler belongs to one network
+
+    def sampler_for(self, diffusion: Any, table: StepTable) -> Sampler:
+        name = _third_argument(diffusion.model) if diffusion.self_condition else None
+        made_for = self.sampler and (self.sampler.model, self.sampler.self_condition)
+        if self.sampler is None or made_for != (diffusion.model, name):
+            self.sampler = Sampler(diffusion.model, table, self_condition=name, **self.options)
+        return self.sampler.configure(diffusion=table)
 
 
 class _Accelerated(Fused):
     """Mixed into GaussianDiffusion."""
 
-    _fastdiff: dict[str, Any]
+    _fastdiff: _State
     model: nn.Module
 
     def p_sample_loop(self, shape: Any, return_all_timesteps: bool = False) -> Tensor:
@@ -88,35 +106,13 @@ class _Accelerated(Fused):
 
     def explain(self) -> str:
         """How the last call ran."""
-        sampler = self.__dict__.get("_fastdiff_sampler")
+        sampler = self._fastdiff.sampler
         return "nothing was sampled yet" if sampler is None else sampler.explain()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        sampler = self.__dict__.pop("_fastdiff_sampler", None)  # it belongs to this one's network
-        try:
-            return super().__deepcopy__(memo)
-        finally:
-            if sampler is not None:
-                self.__dict__["_fastdiff_sampler"] = sampler
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        make, arguments, state, *rest = super().__reduce_ex__(protocol)
-        ours = ("_fastdiff", "_fastdiff_sampler")
-        return make, arguments, {k: v for k, v in state.items() if k not in ours}, *rest
-
-
-_classes: dict[Any, type] = {}
-
-
+@functools.cache
 def _accelerated_class(kind: Any) -> type:
-    if kind not in _classes:
-        members = {
-            "fastdiff_original": kind,
-            "__module__": kind.__module__,
-            "__doc__": kind.__doc__,
-        }
-        _classes[kind] = type(kind.__name__, (_Accelerated, kind), members)
-    return _classes[kind]
+    return derived(kind, (_Accelerated, kind), {})
 
 
 def _sample(self: Any, shape: Any, every: bool, table: StepTable) -> Tensor:
@@ -130,7 +126,7 @@ def _sample(self: Any, shape: Any, every: bool, table: StepTable) -> Tensor:
         return draw() if t > 0 else torch.zeros((), device=device).expand(shape)
 
     x_T = draw()
-    sampler = _sampler(self, table)
+    sampler = self._fastdiff.sampler_for(self, table)
     steps: list[Tensor] = [x_T]
     sampler.device = device
     x = sampler.sample(
@@ -141,17 +137,6 @@ def _sample(self: Any, shape: Any, every: bool, table: StepTable) -> Tensor:
         progress=True,
     )
     return self.unnormalize(torch.stack(steps, dim=1) if every else x)
-
-
-def _sampler(self: Any, table: StepTable) -> Sampler:
-    """The object's sampler, kept for what it has captured, at these steps."""
-    sampler = self.__dict__.get("_fastdiff_sampler")
-    name = _third_argument(self.model) if self.self_condition else None
-    made_for = None if sampler is None else (sampler.model, sampler.self_condition)
-    if sampler is None or made_for != (self.model, name):
-        sampler = Sampler(self.model, table, self_condition=name, **self._fastdiff)
-        self.__dict__["_fastdiff_sampler"] = sampler
-    return sampler.configure(diffusion=table)
 
 
 def _third_argument(model: nn.Module) -> str:

@@ -1,12 +1,12 @@
 """The fields of ``UNet2DModel``'s config.json as arguments of fastdiff's U-Net, and back."""
 
 from collections.abc import Mapping
-from math import nextafter
 from typing import Any
 
 from fastdiff.errors import InputError
 from fastdiff.models.blocks import AttentionBlock
 from fastdiff.models.unet import UNet
+from fastdiff.models.unet_config import multiplier
 
 CLASS = "UNet2DModel"
 # Every field of a config.json, with the value of one that is left out.
@@ -118,7 +118,7 @@ def unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{argument: config[field] for field, argument in ARGUMENTS.items()},
         "model_channels": widths[0],
-        "channel_mult": [_multiple(width, widths[0]) for width in widths],
+        "channel_mult": [multiplier(width, widths[0]) for width in widths],
         "attention_resolutions": [2**level for level, has in enumerate(attention) if has],
         "resblock_updown": resampling == "resnet",
         "use_scale_shift_norm": film,
@@ -189,11 +189,6 @@ def _levels(config: Mapping[str, Any], count: int) -> tuple[list[bool], str]:
             "fastdiff's U-Net needs all alike"
         )
     return attention, resampling.pop()
-
-
-def _multiple(width: int, base: int) -> float:
-    """m with int(m * base) == width."""
-    return width // base if width % base == 0 else nextafter(width / base, width)
 
 
 def _is_count(value: Any) -> bool:

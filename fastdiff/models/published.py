@@ -1,6 +1,5 @@
 """Weights released with improved-diffusion and guided-diffusion."""
 
-import math
 import os
 from collections.abc import Mapping
 from typing import Any, BinaryIO
@@ -8,10 +7,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from fastdiff.errors import InputError
+from fastdiff.errors import InputError, first_line
 from fastdiff.models import presets
 from fastdiff.models.files import load_weights
 from fastdiff.models.unet import UNet
+from fastdiff.models.unet_config import multiplier
 
 
 def load_published(
@@ -106,7 +106,7 @@ def unet_config_from_state(
         "out_channels": out_channels,
         "num_res_blocks": each - 1,
         "attention_resolutions": [2**level for level, has in enumerate(has_attention) if has],
-        "channel_mult": [_multiplier(width, model_channels) for width in widths],
+        "channel_mult": [multiplier(width, model_channels) for width in widths],
         "conv_resample": not pooled,
         "dims": len(kernel),
         "num_classes": shape("label_emb.weight")[0] if "label_emb.weight" in state else None,
@@ -134,16 +134,6 @@ def _is_super_res(channels: int, out_channels: int, given: bool | None) -> bool:
             "of them are a low-resolution image's (super_res)"
         )
     return possible[0] if given is None else given
-
-
-def _multiplier(width: int, model_channels: int) -> int | float:
-    """A channel multiplier m with int(m·model_channels) = width."""
-    if width % model_channels == 0:
-        return width // model_channels
-    multiplier = width / model_channels
-    if int(multiplier * model_channels) < width:  # rounded down to below a whole number
-        multiplier = math.nextafter(multiplier, math.inf)
-    return multiplier
 
 
 def _number(name: str) -> int:
@@ -175,5 +165,4 @@ def _unpickled(file: BinaryIO, name: str) -> Any:
         # weights_only: a pickle from the network must not run code.
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever its bytes happen to mean
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{name} is not a PyTorch state dict ({reason})") from error
+        raise InputError(f"{name} is not a PyTorch state dict ({first_line(error)})") from error

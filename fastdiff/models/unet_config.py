@@ -1,5 +1,6 @@
 """Which arguments of the U-Net fit together."""
 
+import math
 from typing import Any
 
 from fastdiff.errors import InputError
@@ -13,6 +14,14 @@ COUNTS = (
     "num_heads",
     "norm_num_groups",
 )
+
+
+def multiplier(width: int, model_channels: int) -> int | float:
+    """A member m of channel_mult: int(m·model_channels) = width."""
+    if width % model_channels == 0:
+        return width // model_channels
+    m = width / model_channels
+    return m if int(m * model_channels) == width else math.nextafter(m, math.inf)
 
 
 def check_config(config: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastdiff.errors import InputError
+from fastdiff.errors import InputError, first_line
 from fastdiff.sampling.kwargs import narrowed
 from fastdiff.sampling.run import Run
 from fastdiff.sampling.stats import Stats
@@ -23,7 +23,7 @@ def memory_told(run: Run, x: Tensor, i: int) -> Iterator[None]:
         if not too_large(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold what the step had allocated
-        raise largest_batch(run, x, i, str(error).splitlines()[0]) from None
+        raise largest_batch(run, x, i, first_line(error)) from None
 
 
 def too_large(error: RuntimeError) -> bool:

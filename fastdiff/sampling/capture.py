@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import backends
-from fastdiff.errors import InputError, TrainingError
+from fastdiff.errors import InputError, TrainingError, first_line
 from fastdiff.ops._elementwise import signed
 from fastdiff.sampling.kwargs import Unknown, map_tensors, structure, tensors_of
 from fastdiff.sampling.noise import CounterNoise, HeldNoise
@@ -225,7 +225,7 @@ class Graphs:
             except RuntimeError as error:  # what CUDA and PyTorch say of what a graph cannot hold
                 # The end of a capture that failed says only that it did.
                 cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
-                return self._refused(str(cause).strip().splitlines()[0])
+                return self._refused(first_line(cause))
             with torch.no_grad():
                 replayed, eager = (
                     _seconds(call, device) for call in (step.graph.replay, step._step)

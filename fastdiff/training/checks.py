@@ -6,7 +6,7 @@ import torch
 
 from fastdiff.data import ImageDataset
 from fastdiff.diffusion import GaussianDiffusion
-from fastdiff.errors import InputError
+from fastdiff.errors import InputError, first_line
 from fastdiff.models.unet import UNet
 from fastdiff.training.config import TrainConfig
 
@@ -78,5 +78,5 @@ def choose_device(device: torch.device | str | None) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"no device {str(device)!r} here ({str(error).splitlines()[0]})") from None
+        raise InputError(f"no device {str(device)!r} here ({first_line(error)})") from None
     return chosen

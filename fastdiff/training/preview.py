@@ -10,6 +10,7 @@ from fastdiff.data import ImageDataset, iterate_once
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.images import plot_loss, to_float, to_uint8
 from fastdiff.likelihood import summarize_bpd
+from fastdiff.models.eval_mode import eval_mode
 from fastdiff.models.unet import UNet
 from fastdiff.sampler import Sampler
 from fastdiff.training.config import TrainConfig
@@ -50,11 +51,9 @@ def measure_nll(
     batch_size = config.microbatch or config.batch_size
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(config.seed)
-    training = model.training
-    model.eval()
-    try:
-        terms: list[dict[str, Tensor]] = []
-        left = min(config.nll_images, len(dataset))
+    terms: list[dict[str, Tensor]] = []
+    left = min(config.nll_images, len(dataset))
+    with eval_mode(model):
         for batch, labels in iterate_once(dataset, min(batch_size, left)):
             x_start = to_float(batch[:left].to(device))
             kwargs = {} if model.num_classes is None else {"y": labels[:left].to(device)}
@@ -64,8 +63,6 @@ def measure_nll(
             left -= len(x_start)
             if left <= 0:
                 break
-    finally:
-        model.train(training)
     summary = summarize_bpd(terms)
     return {"bits_per_dim": summary.total, "bits_per_dim_stderr": summary.total_stderr}
 

@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from fastdiff.acceleration import accelerate, is_accelerated, restore
-from fastdiff.acceleration.fused_class import Fused
+from fastdiff.acceleration.fused_class import Fused, derived, put_back
 from fastdiff.errors import InputError
 from fastdiff.integrations._options import check_sampler_options
 from fastdiff.integrations.diffusers._ddim import DDIMScheduler
@@ -82,8 +82,7 @@ def restore_pipeline(pipe: Any) -> Any:
             restore(unet)
     state.close()
     del pipe._fastdiff
-    stock_kind: Any = next(kind for kind in PIPELINES if isinstance(pipe, kind))
-    pipe.__class__ = stock_kind
+    put_back(pipe)
     return pipe
 
 
@@ -100,6 +99,9 @@ class _State:
         self.adapters: Any = None
         self.ran = "nothing was sampled yet"
         self.told: set[str] = set()
+
+    def __deepcopy__(self, memo: Any) -> "_State":
+        return _State(self.options, self.channels_last)  # a sampler belongs to one U-Net
 
     def prepare(self, pipe: Any) -> str | None:
         """Accelerate what is new in the pipeline; why diffusers' own loop has to run, if it has."""
@@ -144,7 +146,7 @@ class _State:
 
 def _same_scheduler(pipe: Any, ours: Any) -> Any:
     """The pipeline's scheduler as one of ours, with whatever was changed in it."""
-    made = ours.from_config(pipe.scheduler.config)
+    made = ours.__new__(ours)
     made.__dict__.update({k: v for k, v in vars(pipe.scheduler).items() if k != "__module__"})
     return made
 
@@ -159,16 +161,6 @@ class _Accelerated(Fused):
     def explain(self) -> str:
         """How the last call ran."""
         return self._fastdiff.ran
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        make, arguments, state, *rest = super().__reduce_ex__(protocol)
-        return make, arguments, {k: v for k, v in state.items() if k != "_fastdiff"}, *rest
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        state = self._fastdiff
-        fresh = _State(state.options, state.channels_last)  # a sampler belongs to one U-Net
-        memo[id(state)] = fresh
-        return super().__deepcopy__(memo)
 
     def _run(
         self,
@@ -276,9 +268,7 @@ class _DDIM(_Accelerated):
 @functools.cache
 def _accelerated_class(kind: Any) -> type:
     mixin: Any = _DDIM if kind is diffusers.DDIMPipeline else _DDPM
-    members = {name: getattr(kind, name) for name in ("__module__", "__doc__", "__qualname__")}
-    members["fastdiff_original"] = kind
-    return type(kind.__name__, (mixin, kind), members)
+    return derived(kind, (mixin, kind), {})
 
 
 def _rows(pipe: Any, step_options: dict[str, Any]) -> tuple[str | None, Any]:
