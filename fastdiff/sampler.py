@@ -68,9 +68,10 @@ class Sampler:
             generator of that seed, x_T first and then step by step: the samples of the published
             improved-diffusion loops.
         capture: "auto": on CUDA the step is captured as a graph, measured beside the eager one, and
-            the faster is kept. True insists on the graph, False never takes one. A graph sees new
-            values of weights, moved weights, and hooks; of other Python state that decides what
-            the model does (an attribute, an adapter switched off) it is told by ``close()``.
+            the faster is kept. True insists on the graph, False never takes one. New values of
+            weights, moved weights, hooks, and attributes of the model's modules (an adapter
+            switched off, a processor's scale) are seen when a call begins; of Python state
+            elsewhere the graphs are told by ``close()``.
         self_condition: the name of a keyword argument by which the network is given the x_0 that it
             predicted a step before, zeros first (Chen et al. 2022, arXiv:2208.04202).
         compile: run the network through torch.compile: True, or its keyword arguments. Inductor's
@@ -282,6 +283,7 @@ class Sampler:
         with ExitStack() as stack:
             with self.stats.phase("prepare"):
                 stack.enter_context(self._network.sampling())
+                self._graphs.begin(self._network)
                 # Whoever looks between the steps, or inside one, finds the model's own weights.
                 if not watched and self.denoised_fn is None and self.cond_fn is None:
                     stack.enter_context(self._network.in_use())

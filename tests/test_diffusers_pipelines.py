@@ -225,17 +225,6 @@ def test_what_fastdiff_cannot_express_runs_as_before_and_says_so():
             drawn(pipe, **call)  # said once
 
 
-def test_lora_switches_are_seen():
-    from fastdiff.integrations.diffusers._pipelines import _adapters
-
-    layer = Adapted(nn.Linear(4, 4))
-    states = []
-    for disabled, scaling in ((False, 1.0), (True, 1.0), (False, 0.5)):
-        layer._disable_adapters, layer.scaling = disabled, {"default": scaling}
-        states.append(_adapters(layer))
-    assert len(set(states)) == 3
-
-
 # --- Saving, undoing --------------------------------------------------------------------------
 
 

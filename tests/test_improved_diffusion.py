@@ -110,11 +110,16 @@ class Network(nn.Module):
 
     def __init__(self, variance="FIXED_LARGE"):
         super().__init__()
-        self.variance, self.given = variance, []
+        self.variance = variance
+        self.note = [].append  # not the list: an attribute that changes is a reason to recapture
         self.scale = nn.Parameter(torch.ones(3).view(1, 3, 1, 1))
 
+    @property
+    def given(self):
+        return self.note.__self__
+
     def forward(self, x, t, y=None):
-        self.given.append(t)
+        self.note(t)
         phase = t.view(-1, 1, 1, 1).to(x.dtype)
         out = self.scale * torch.tanh(x) * (0.6 + 0.4 * torch.cos(phase / 7)) + 0.1 * torch.sin(
             3 * x

@@ -4,7 +4,9 @@ same on a GPU. What breaks captured samplers elsewhere is a test here."""
 import gc
 import warnings
 import weakref
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from graph_tape import Tape
@@ -222,6 +224,61 @@ def test_a_hook_is_seen(made):
     hook.remove()
     assert torch.equal(assert_equal(captured, eager), before)
     assert made() == 3
+
+
+class Attributed(Tiny):
+    """Computes by all sorts of attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.scaling = 1.0, {"lora": [1.0, 2.0]}
+        self.processor = SimpleNamespace(scale=1.0)
+        self.shift = np.zeros(2, dtype=np.float32)
+        self.held = torch.zeros(1)
+        self.itself, self.nan = [self], float("nan")
+
+    def forward(self, x, timesteps, y=None):
+        gain = self.gain * self.scaling["lora"][1] * self.processor.scale
+        return gain * super().forward(x, timesteps) + float(self.shift.sum()) + self.held
+
+
+def test_attributes_are_seen(made):
+    model = Attributed().eval()
+    captured, eager = pair(model, steps=3)
+
+    def other_processor():
+        model.processor = SimpleNamespace(scale=model.processor.scale / 4)
+
+    changes = (
+        lambda: setattr(model, "gain", 0.25),
+        lambda: model.scaling["lora"].__setitem__(1, 0.5),
+        lambda: setattr(model.processor, "scale", 3.0),
+        other_processor,
+        lambda: model.shift.fill(0.5),
+        lambda: setattr(model, "held", torch.ones(1)),
+    )
+    before = assert_equal(captured, eager)
+    for count, change in enumerate(changes, 1):
+        assert torch.equal(assert_equal(captured, eager), before) and made() == count
+        change()
+        after = assert_equal(captured, eager)
+        assert not torch.equal(after, before)
+        before = after
+
+
+class Counting(Tiny):
+    calls = 0
+
+    def forward(self, x, timesteps, y=None):
+        self.calls += 1
+        return super().forward(x, timesteps, y)
+
+
+def test_a_network_that_counts_its_calls_is_captured_once(made):
+    captured, _ = pair(Counting().eval(), steps=3, guidance_scale=2.0, guidance_interval=(10, 20))
+    for _ in range(3):
+        captured.sample(SHAPE, model_kwargs={"y": LABELS}, uncond_kwargs={})
+    assert made() == 2
 
 
 def test_weights_that_move_in_mid_run_are_seen():

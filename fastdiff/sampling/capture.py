@@ -20,6 +20,7 @@ from fastdiff import backends
 from fastdiff.errors import InputError, TrainingError, first_line
 from fastdiff.ops._elementwise import signed
 from fastdiff.sampling.kwargs import Unknown, map_tensors, structure, tensors_of
+from fastdiff.sampling.network import Network
 from fastdiff.sampling.noise import CounterNoise, HeldNoise
 from fastdiff.sampling.run import Run
 from fastdiff.sampling.stats import Stats
@@ -179,7 +180,14 @@ class Graphs:
         self.steps: OrderedDict[tuple, CapturedStep | str] = OrderedDict()
         self.places: dict[torch.device, Any] = {}
         self.graph: type[CudaGraph] = GRAPH
+        self.attributes: tuple[Any, ...] = ()  # of the network, since the last capture
         self.warned = False
+
+    def begin(self, network: Network) -> None:
+        """Forget the graphs of a network whose attributes have changed since: of Python's values a
+        graph sees nothing. Tensors and hooks it is compared with at every ``find``."""
+        if self.steps and network.attributes() != self.attributes:
+            self.steps.clear()
 
     def find(self, run: Run, x: Tensor) -> CapturedStep | str:
         """The captured step for this run, or why it runs eagerly."""
@@ -212,6 +220,7 @@ class Graphs:
 
     def _make(self, run: Run, x: Tensor) -> CapturedStep | str:
         device = x.device
+        self.begin(run.network)
         live = [step for step in self.steps.values() if isinstance(step, CapturedStep)]
         if not any(step.x.device == device for step in live):
             self.places.pop(device, None)  # a pool without graphs may not take another
@@ -230,6 +239,7 @@ class Graphs:
                 replayed, eager = (
                     _seconds(call, device) for call in (step.graph.replay, step._step)
                 )
+        self.attributes = run.network.attributes()  # a forward may count its calls in one
         figures = f"{1e3 * replayed:.3g} ms a step, {1e3 * eager:.3g} ms eagerly"
         if self.capture == "auto" and eager < replayed:
             return f"measured faster than a CUDA graph ({figures})"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.sampling.attributes import attributes_of
 from fastdiff.sampling.packing import Packing
 from fastdiff.sampling.weights import Weights
 
@@ -54,6 +55,10 @@ class Network:
         with self.in_use(), self.autocast(x.device):
             output = self.call(x, timesteps, **kwargs)
         return output if isinstance(output, Tensor) else getattr(output, "sample", output)
+
+    def attributes(self) -> tuple[Any, ...]:
+        """The values of the modules' Python attributes, to be compared with ``==``."""
+        return tuple(map(attributes_of, self.module.modules())) if self.module is not None else ()
 
     @property
     def device(self) -> torch.device | None:

@@ -96,7 +96,6 @@ class _State:
         self.accelerated: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.scheduler: Any = None  # ours, and the one in whose place it is
         self.stock_scheduler: Any = None
-        self.adapters: Any = None
         self.ran = "nothing was sampled yet"
         self.told: set[str] = set()
 
@@ -125,10 +124,6 @@ class _State:
         if self.sampler is None or self.unet is None or self.unet() is not unet:
             self.close()
             self.sampler, self.unet = Sampler(unet, table, **self.options), weakref.ref(unet)
-        adapters = _adapters(unet)
-        if adapters != self.adapters:
-            self.sampler.close()  # of Python state a captured graph sees nothing
-        self.adapters = adapters
         self.sampler.device = device
         return self.sampler.configure(diffusion=table)
 
@@ -303,20 +298,6 @@ def _labels(given: Any, batch_size: int, pipe: Any) -> Tensor | None:
     if classes is not None and not ((labels >= 0) & (labels < classes)).all():
         raise InputError(f"class_labels are {labels.tolist()}; expected 0 … {classes - 1}")
     return labels
-
-
-def _adapters(unet: nn.Module) -> tuple[Any, ...]:
-    """What decides, beside tensors, what a diffusers model computes: attention processors, and of
-    LoRA layers (peft) which are active and how strong."""
-    found: list[Any] = []
-    for part in unet.modules():
-        held = part.__dict__
-        if "processor" in held:
-            found.append(type(held["processor"]))
-        if "_disable_adapters" in held:
-            names = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
-            found.append(str([held.get(name) for name in names]))
-    return tuple(found)
 
 
 def _output(pipe: Any, x: Tensor, output_type: str | None, return_dict: bool) -> Any:
