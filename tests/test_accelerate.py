@@ -8,40 +8,22 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
+from accelerate_tools import T, X, assert_close, network, replaced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from published_blocks import AttentionBlock, GroupNorm32, Network, ResBlock
 from torch import nn
+from torch.nn.utils import parametrize
 
 import fastdiff
 from fastdiff.acceleration.fused_class import Fused
 from fastdiff.errors import InputError
 from fastdiff.models.unet import UNet
 
-X, T = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 700])
-
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-def network(**options):
-    model = Network(**options).eval()
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def replaced(model):
-    return {part.name: part.how for part in fastdiff.report(model).replaced}
-
-
-def assert_close(actual, expected, tolerance=1e-5):
-    scale = expected.abs().max().item()
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
 
 
 # --- What is fused ----------------------------------------------------------------------------
@@ -84,136 +66,6 @@ def test_any_sequential(groups, width, size, dims, before, dtype):
     expected = model(x)
     fastdiff.accelerate(model)
     assert_close(model(x), expected)
-
-
-class Film(nn.Module):
-    """Of no known class: norm·(1 + scale) + shift, then SiLU, in one forward."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.act = nn.GroupNorm(2, 8), nn.SiLU()
-        self.film = nn.Linear(4, 16)
-        self.norm2, self.out = nn.GroupNorm(4, 8), nn.Conv2d(8, 8, 1)
-
-    def forward(self, x, emb):
-        scale, shift = self.film(emb)[..., None, None].chunk(2, dim=1)
-        h = self.act(self.norm(x) * (1 + scale) + shift)
-        return self.out(F.silu(self.norm2(h)))
-
-
-class FilmOfPositions(Film):
-    def forward(self, x, emb):
-        scale, shift = self.film(emb)[..., None, None].chunk(2, dim=1)
-        h = self.act(self.norm(x) * (scale + x.mean(dim=1, keepdim=True) + 1) + shift)
-        return self.out(F.silu(self.norm2(h)))
-
-
-@pytest.mark.parametrize("kind", [Film, FilmOfPositions])
-def test_a_forward_that_can_be_traced(kind):
-    model = nn.ModuleDict({"film": kind()})
-    x, emb = torch.randn(2, 8, 5, 4), torch.randn(2, 4)
-    expected = model["film"](x, emb)
-    fastdiff.accelerate(model)
-    assert replaced(model) == {"film": "norm and activation in one (traced)"}
-    calls = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "group_norm", lambda *args: calls.append(args))
-        actual = model["film"](x, emb)
-    assert not calls
-    assert_close(actual, expected)
-    model["film"].norm.eps = 0.5  # is read at every call
-    other = model["film"](x, emb)
-    fastdiff.restore(model)
-    assert_close(other, model["film"](x, emb))
-    assert not torch.allclose(other, actual)
-
-
-class Normed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm, self.gain = nn.GroupNorm(2, 4), 2.0
-
-
-class Branches(Normed):
-    def forward(self, x):
-        return F.silu(self.norm(x)) if x.sum() > 0 else self.norm(x)
-
-
-class ByMode(Normed):
-    def forward(self, x):
-        return F.dropout(F.silu(self.norm(x)), 0.5, self.training)
-
-
-class OwnTensor(Normed):
-    def forward(self, x):
-        return F.silu(self.norm(x)) + torch.rand(1)
-
-
-class InPlace(Normed):
-    def forward(self, x):
-        h = F.silu(self.norm(x))
-        h.add_(x)
-        return h
-
-
-class Augmented(Normed):
-    def forward(self, x):
-        h = F.silu(self.norm(x))
-        y = h
-        y += x
-        return h
-
-
-class Optional(Normed):
-    def forward(self, x, emb=None):
-        h = F.silu(self.norm(x))
-        return h if emb is None else h + emb
-
-
-class Attribute(Normed):
-    def forward(self, x):
-        return self.gain * F.silu(self.norm(x))
-
-
-class Remembers(Normed):
-    def forward(self, x):
-        self.last = F.silu(self.norm(x))
-        return self.last
-
-
-class Asserts(Normed):
-    def forward(self, x):
-        assert isinstance(x, torch.Tensor)
-        return F.silu(self.norm(x))
-
-
-class Grad(Normed):
-    def forward(self, x):
-        return F.silu(self.norm(x)) if torch.is_grad_enabled() else x
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        *(Branches, ByMode, OwnTensor, InPlace, Augmented, Optional, Attribute, Remembers, Asserts),
-        Grad,
-    ],
-)
-def test_what_is_not_understood_keeps_its_forward(kind):
-    model = kind()
-    x = torch.randn(2, 4, 5, 5)
-    torch.manual_seed(1)
-    expected = model(x)
-    fastdiff.accelerate(model)
-    torch.manual_seed(1)
-    assert_close(model(x), expected)
-    model.gain = 3.0
-    model(x)
-    with torch.no_grad():
-        model(x)
-    (left,) = fastdiff.report(model).left
-    assert "its forward" in left.how and "one by one" in left.how
-    assert replaced(model) == {"norm": "norm in the layout of its input"}
 
 
 class Disguised(ResBlock):
@@ -469,3 +321,24 @@ def test_one_class_for_all_modules_of_a_kind():
     fastdiff.accelerate(model)
     assert len({type(part) for part in list(model)[:3]}) == 1
     assert replaced(model)["3"] == "norm in the layout of its input"
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_class_that_somebody_derived_is_not_lost_by_restore(copied):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.GroupNorm(4, 8))
+    fastdiff.accelerate(model)
+    model = copy.deepcopy(model) if copied else model
+    parametrize.register_parametrization(model[2], "weight", Doubled())
+    expected = model(X)
+    with pytest.raises(InputError, match="a GroupNorm became a ParametrizedGroupNorm after it was"):
+        fastdiff.restore(model)
+    assert torch.equal(model(X), expected) and isinstance(model[1], Fused)
+    parametrize.remove_parametrizations(model[2], "weight")
+    fastdiff.restore(model)
+    assert_close(model(X), expected)
+    assert not any(isinstance(part, Fused) for part in model.modules())

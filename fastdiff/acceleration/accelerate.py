@@ -12,7 +12,15 @@ from fastdiff._checks import check_float
 from fastdiff.acceleration import diffusers_blocks, generic, lucidrains, openai, traced
 from fastdiff.acceleration.autocast import under_autocast
 from fastdiff.acceleration.example_inputs import example_inputs
-from fastdiff.acceleration.fused_class import Fused, Fusion, agrees, bypassed, exchange, put_back
+from fastdiff.acceleration.fused_class import (
+    Fused,
+    Fusion,
+    agrees,
+    bypassed,
+    check_removable,
+    exchange,
+    put_back,
+)
 from fastdiff.acceleration.outcome import Part, Report
 from fastdiff.acceleration.pieces import is_group_norm
 from fastdiff.errors import InputError
@@ -114,19 +122,24 @@ def accelerate(
 def restore(model: M) -> M:
     """Undo :func:`accelerate` (also on a deep copy of an accelerated model); returns the model.
 
-    InputError for a model that is not accelerated.
+    InputError, and nothing is changed, for a model that is not accelerated, and for one of whose
+    accelerated modules somebody changed the class since (a parametrization, for one).
     """
-    record = _records.pop(model, None)
+    record = _records.get(model)
+    fused: list[Any] = [part for part in model.modules() if isinstance(part, Fused)]
+    exchanged = fused if record is None else [reference() for reference in record.exchanged]
+    for part in exchanged:
+        check_removable(part)
     if record is None:
-        fused: list[Any] = [part for part in model.modules() if isinstance(part, Fused)]
         if not fused:
             raise InputError(f"this {type(model).__name__} is not accelerated; nothing to restore")
         for part in fused:
             while isinstance(part, Fused):
                 put_back(part)
     else:
-        for reference in reversed(record.exchanged):
-            put_back(reference())
+        del _records[model]
+        for part in reversed(exchanged):
+            put_back(part)
         parameters = dict(model.named_parameters())
         for name, layout in record.layouts.items():
             if name in parameters:

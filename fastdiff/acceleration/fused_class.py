@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.errors import first_line
+from fastdiff.errors import InputError, first_line
 from fastdiff.models.eval_mode import eval_mode
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -81,7 +81,19 @@ def bypassed(module: Any) -> list[nn.Module]:
     return [module.get_submodule(path) for kind in kinds for path in kind.fastdiff_bypassed]
 
 
+def check_removable(module: Any) -> None:
+    """InputError where somebody derived another class from the fused one (a parametrization,
+    FSDP): what that class does would be lost with it."""
+    kind = type(module)
+    if isinstance(module, Fused) and "fastdiff_original" not in vars(kind):
+        raise InputError(
+            f"a {kind.fastdiff_original.__name__} became a {kind.__name__} after it was "
+            "accelerated; undo that first"
+        )
+
+
 def put_back(module: Any) -> None:
+    check_removable(module)
     if isinstance(module, Fused):
         module.__class__ = module.fastdiff_original  # type: ignore[assignment]
 

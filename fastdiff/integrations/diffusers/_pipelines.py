@@ -75,11 +75,11 @@ def restore_pipeline(pipe: Any) -> Any:
     if not isinstance(pipe, _Accelerated):
         raise InputError(f"this {type(pipe).__name__} is not accelerated; nothing to restore")
     state = pipe._fastdiff
-    if pipe.scheduler is state.scheduler:
-        pipe.scheduler = state.stock_scheduler
     for unet in state.accelerated:
         if is_accelerated(unet):
             restore(unet)
+    if pipe.scheduler is state.scheduler:
+        pipe.scheduler = state.stock_scheduler
     state.close()
     del pipe._fastdiff
     put_back(pipe)
