@@ -4,95 +4,27 @@ Every test runs against the stand-ins; and against the real codebases where a ch
 PYTHONPATH (improved_diffusion, guided_diffusion; DiT's package is called diffusion).
 """
 
-import copy
-import gc
-import importlib
 import inspect
-import pickle
-import weakref
-from dataclasses import dataclass
-from typing import Any
 
-import improved_diffusion_standin as standin
 import pytest
 import torch
-from graph_tape import Tape
+from improved_diffusion_tools import (
+    CODEBASES,
+    EVERY,
+    LOOPS,
+    SHAPE,
+    TYPES,
+    Network,
+    T,
+    drawn,
+    gradient,
+)
 from sampler_tools import small_unet
 from torch import nn
 
 from fastdiff.errors import InputError
 from fastdiff.integrations.improved_diffusion import METHODS, accelerate
-from fastdiff.sampling import capture, packing
 from fastdiff.schedules import cosine_betas, linear_betas
-
-SHAPE = (2, 3, 8, 8)
-T, EVERY = 1000, 20  # 50 steps where spaced
-
-
-@dataclass(frozen=True)
-class Codebase:
-    """Where a diffusion object comes from, and what it knows of."""
-
-    gaussian: Any
-    spaced: Any
-    enums: Any
-    guides: bool  # cond_fn
-    rescales: bool = True
-    means: tuple[str, ...] = ("PREVIOUS_X", "START_X", "EPSILON")
-    variances: tuple[str, ...] = ("LEARNED", "FIXED_SMALL", "FIXED_LARGE", "LEARNED_RANGE")
-
-    def diffusion(
-        self,
-        mean="EPSILON",
-        variance="FIXED_LARGE",
-        loss="MSE",
-        *,
-        spaced=True,
-        rescaled=False,
-        betas=None,
-        base=None,
-    ):
-        steps = T if spaced else T // EVERY
-        kwargs = {
-            "betas": linear_betas(steps) if betas is None else betas,
-            "model_mean_type": self.enums.ModelMeanType[mean],
-            "model_var_type": self.enums.ModelVarType[variance],
-            "loss_type": self.enums.LossType[loss],
-        }
-        if self.rescales:
-            kwargs["rescale_timesteps"] = rescaled
-        if spaced:
-            kwargs["use_timesteps"] = set(range(0, len(kwargs["betas"]), EVERY))
-        return (base or (self.spaced if spaced else self.gaussian))(**kwargs)
-
-
-def _real(package, **knows):
-    try:
-        gaussian = importlib.import_module(f"{package}.gaussian_diffusion")
-        spaced = importlib.import_module(f"{package}.respace").SpacedDiffusion
-    except ImportError:
-        return None
-    return Codebase(gaussian.GaussianDiffusion, spaced, gaussian, **knows)
-
-
-DIT = {"rescales": False, "means": ("START_X", "EPSILON")}
-DIT |= {"variances": ("FIXED_SMALL", "FIXED_LARGE", "LEARNED_RANGE")}
-CODEBASES = {
-    "improved": Codebase(standin.Improved, standin.spaced(standin.Improved), standin, guides=False),
-    "guided": Codebase(standin.Guided, standin.spaced(standin.Guided), standin, guides=True),
-    "improved_diffusion": _real("improved_diffusion", guides=False),
-    "guided_diffusion": _real("guided_diffusion", guides=True),
-    "DiT": _real("diffusion", guides=True, **DIT),
-}
-TYPES = [
-    *(("EPSILON", variance) for variance in ("FIXED_SMALL", "FIXED_LARGE", "LEARNED_RANGE")),
-    *(("START_X", "LEARNED_RANGE"), ("START_X", "LEARNED"), ("EPSILON", "LEARNED")),
-    *(("PREVIOUS_X", "FIXED_SMALL"), ("PREVIOUS_X", "LEARNED"), ("PREVIOUS_X", "LEARNED_RANGE")),
-]
-LOOPS = ["p_sample_loop", "ddim_sample_loop"]
-
-
-CODEBASES = {name: found for name, found in CODEBASES.items() if found is not None}
 
 
 @pytest.fixture(params=CODEBASES)
@@ -103,46 +35,6 @@ def codebase(request):
 @pytest.fixture
 def guided(codebase):
     return codebase if codebase.guides else pytest.skip("it has no cond_fn")
-
-
-class Network(nn.Module):
-    """Smooth, and sensitive to t; keeps what it was given."""
-
-    def __init__(self, variance="FIXED_LARGE"):
-        super().__init__()
-        self.variance = variance
-        self.note = [].append  # not the list: an attribute that changes is a reason to recapture
-        self.scale = nn.Parameter(torch.ones(3).view(1, 3, 1, 1))
-
-    @property
-    def given(self):
-        return self.note.__self__
-
-    def forward(self, x, t, y=None):
-        self.note(t)
-        phase = t.view(-1, 1, 1, 1).to(x.dtype)
-        out = self.scale * torch.tanh(x) * (0.6 + 0.4 * torch.cos(phase / 7)) + 0.1 * torch.sin(
-            3 * x
-        )
-        if y is not None:
-            out = out + 0.1 * y.view(-1, 1, 1, 1)
-        if not self.variance.startswith("LEARNED"):
-            return out
-        level = -7.0 if self.variance == "LEARNED" else 0.0
-        return torch.cat([out, level + 0.5 * torch.sin(3 * x + phase / 5)], dim=1)
-
-
-def gradient(x, t, y=None):
-    """∇ log p(y | x) of a classifier that looks at t, and at y where there is one."""
-    pull = 0.0 if y is None else y.view(-1, 1, 1, 1)
-    return 0.5 * (pull - x) * (1 + t.view(-1, 1, 1, 1) / 1000)
-
-
-def drawn(function, *args, **kwargs):
-    """Its result from seed 0, and the generator's state after it."""
-    torch.manual_seed(0)
-    result = function(*args, **kwargs)
-    return result, torch.get_rng_state()
 
 
 def assert_same(stock, name, *args, atol=1e-3, **kwargs):
@@ -421,118 +313,3 @@ def test_what_cannot_be_captured_is_refused_where_a_graph_was_asked_for():
         fast.p_sample_loop(Network().eval(), SHAPE, cond_fn=gradient)
     with pytest.raises(InputError, match="capture=True: CUDA graphs need a CUDA device"):
         fast.p_sample_loop(Network().eval(), SHAPE)
-
-
-# --- Samplers and their graphs ---
-
-
-@pytest.fixture
-def tape(monkeypatch):
-    """Graphs are captured on the CPU; how many were, since the test began."""
-    monkeypatch.setattr(capture, "GRAPH", Tape)
-    monkeypatch.setattr(packing, "serves", lambda dtype: False)  # a GPU has nothing packed
-    before = Tape.made
-    return lambda: Tape.made - before
-
-
-@pytest.mark.parametrize("loop", LOOPS)
-def test_one_graph_serves_every_call(tape, loop):
-    stock, network = CODEBASES["guided"].diffusion(), Network().eval()
-    fast = accelerate(stock, capture=True)
-    for kwargs in ({}, {"clip_denoised": False}, {"noise": torch.ones(SHAPE)}):
-        expected, state = drawn(getattr(stock, loop), network, SHAPE, **kwargs)
-        for _ in range(2):
-            sample, fast_state = drawn(getattr(fast, loop), network, SHAPE, **kwargs)
-            torch.testing.assert_close(sample, expected, atol=1e-3, rtol=1e-3)
-            assert torch.equal(fast_state, state)
-    assert tape() == 1
-    with torch.no_grad():
-        network.scale.mul_(0.5)  # an optimizer's step between two calls
-    expected, _ = drawn(getattr(stock, loop), network, SHAPE)
-    sample, _ = drawn(getattr(fast, loop), network, SHAPE)
-    torch.testing.assert_close(sample, expected, atol=1e-3, rtol=1e-3)
-    assert tape() == 1
-
-
-def test_a_method_s_graph_is_kept_too(tape):
-    stock, network = CODEBASES["guided"].diffusion(), Network().eval()
-    fast = accelerate(stock, capture=True)
-    for _ in range(2):
-        fast.p_sample_loop(network.forward, SHAPE)
-    assert tape() == 1
-
-
-def test_samplers_live_as_long_as_their_model():
-    fast, network = accelerate(CODEBASES["improved"].diffusion()), Network()
-    fast.p_sample_loop(network, SHAPE)
-    gone = weakref.ref(network)
-    del network
-    gc.collect()
-    assert gone() is None
-
-
-def test_a_model_keeps_a_few_samplers_only():
-    network = Network().eval()
-    made = [accelerate(CODEBASES["improved"].diffusion()) for _ in range(6)]
-    for fast in made:
-        fast.p_sample_loop(network, (1, 3, 2, 2))
-    processes = [weakref.ref(fast.process) for fast in made]
-    del made, fast
-    gc.collect()
-    assert sum(process() is not None for process in processes) == 4
-
-
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
-def test_copies_of_a_model_have_samplers_of_their_own(copied):
-    stock, network = CODEBASES["improved"].diffusion(), Network().eval()
-    fast = accelerate(stock)
-    fast.p_sample_loop(network, SHAPE)
-    other = copied(network)
-    other._parameters = {"scale": nn.Parameter(torch.zeros(1, 3, 1, 1))}
-    sample, _ = drawn(fast.p_sample_loop, other, SHAPE)
-    torch.testing.assert_close(sample, drawn(stock.p_sample_loop, other, SHAPE)[0])
-
-
-def test_a_model_that_sampled_is_saved_without_its_samplers():
-    network = Network().eval()
-    before = len(pickle.dumps(network))
-    accelerate(CODEBASES["improved"].diffusion()).p_sample_loop(network, SHAPE)
-    network.given.clear()
-    data = pickle.dumps(network)
-    assert b"fastdiff.sampl" not in data and len(data) < before + 100
-    assert list(network.state_dict()) == ["scale"]
-
-
-def test_copies_of_the_accelerated_object():
-    fast = accelerate(CODEBASES["improved"].diffusion(), dtype=torch.bfloat16)
-    for other in (copy.copy(fast), copy.deepcopy(fast)):
-        assert other.options == fast.options
-        expected, _ = drawn(fast.p_sample_loop, Network(), SHAPE)
-        torch.testing.assert_close(drawn(other.p_sample_loop, Network(), SHAPE)[0], expected)
-
-
-def test_dtype_and_layout_reach_the_network():
-    seen = []
-
-    class Watched(nn.Conv2d):
-        def forward(self, x):
-            out = super().forward(x)
-            seen.append((out.dtype, x.is_contiguous(memory_format=torch.channels_last)))
-            return out
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = Watched(3, 3, 3, padding=1)
-
-        def forward(self, x, t):
-            return self.conv(x)
-
-    network = Net().eval()
-    fast = accelerate(CODEBASES["improved"].diffusion(), dtype=torch.bfloat16, channels_last=True)
-    sample = fast.p_sample_loop(network, SHAPE)
-    assert set(seen) == {(torch.bfloat16, True)} and sample.dtype == torch.float32
-    expected, _ = drawn(CODEBASES["improved"].diffusion().p_sample_loop, network, SHAPE)
-    torch.testing.assert_close(
-        drawn(fast.p_sample_loop, network, SHAPE)[0], expected, atol=0.1, rtol=0
-    )

@@ -1,31 +1,18 @@
 """The README is true: its example runs, its files exist, its commands know their flags."""
 
 import re
-import shlex
 from pathlib import Path
 
 import torch
+from page_tools import ROOT, blocks, parse_commands, run
 
-from fastdiff.cli import build_parser
-
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    """The fenced blocks of one language ("" for those that name none)."""
-    fenced = README.split("```")[1::2]
-    return [text for first, _, text in (b.partition("\n") for b in fenced) if first == language]
-
-
-def run(example: str) -> dict:
-    names: dict = {}
-    exec(compile(example, "README.md", "exec"), names)
-    return names
-
-
 def test_the_examples_run_as_printed():
-    ten_lines, sampler, function, fused = (run(example) for example in blocks("python"))
+    ten_lines, sampler, function, fused = (
+        run("README.md", example) for example in blocks("README.md", "python")
+    )
     assert ten_lines["images"].shape == ten_lines["x"].shape
     assert torch.isfinite(ten_lines["images"]).all()
     filled, known = sampler["filled"], sampler["photo"][..., :4]
@@ -35,11 +22,7 @@ def test_the_examples_run_as_printed():
 
 
 def test_the_commands_parse():
-    words = [shlex.split(line) for block in blocks("") for line in block.splitlines()]
-    commands = [line for line in words if line[:1] in (["fastdiff"], ["torchrun"])]
-    assert len(commands) >= 4
-    for command in commands:
-        build_parser().parse_args(command[command.index("fastdiff") + 1 :])
+    assert parse_commands("README.md") >= 4
 
 
 def test_every_file_it_names_exists():

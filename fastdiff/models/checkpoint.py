@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastdiff.create import process_from_config
 from fastdiff.errors import InputError
 from fastdiff.models.diffusers_format import load_unet, unet_folder
+from fastdiff.models.diffusers_process import load_process
 from fastdiff.models.ema import EMA, rate_name
 from fastdiff.models.files import (
     CONFIG_FILE,
@@ -137,7 +138,8 @@ def load(
 
     Args:
         directory: what ``save`` wrote; or a diffusers ``UNet2DModel`` or the pipeline around one,
-            whose weights are ``"model"``.
+            whose weights are ``"model"`` and whose process is the pipeline's scheduler's: its
+            betas, prediction and variance.
         weights: ``"model"`` for the trained weights, a rate such as ``"0.9999"`` for that average,
             ``"ema"`` for the average with the highest rate (the trained weights if there is none).
         device: where the network goes.
@@ -154,8 +156,11 @@ def load(
     if diffusers_folder is not None:
         name, _ = _choose_weights(path, [], weights)
         model = load_unet(diffusers_folder).to(device)
+        diffusion = load_process(path)
         config = {"format": FORMAT, **_nothing_saved(), "model": model.config}
-        return Checkpoint(model, None, None, {}, config, path, name)
+        if diffusion is not None:
+            config["diffusion"] = diffusion.to_config()
+        return Checkpoint(model, diffusion, None, {}, config, path, name)
     config = _read_config(path)
     rates = build(path, "ema", lambda: [rate_name(rate) for rate in config["ema"]])
     name, stem = _choose_weights(path, rates, weights)

@@ -53,8 +53,8 @@ def load_json(directory: str | os.PathLike[str], stem: str) -> Any:
         raise InputError(f"{path} is not valid JSON ({error})") from error
 
 
-def build(directory: Path, part: str, make: Callable[[], Any]) -> Any:
-    """What ``make`` builds from a part of the directory's config.json.
+def build(directory: Path, part: str, make: Callable[[], Any], *, file: str = CONFIG_FILE) -> Any:
+    """What ``make`` builds from a part of one of the directory's JSON files.
 
     Raises:
         InputError: it cannot.
@@ -63,9 +63,7 @@ def build(directory: Path, part: str, make: Callable[[], Any]) -> Any:
         return make()
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"{directory / CONFIG_FILE}: its {part} cannot be built: {reason}"
-        ) from error
+        raise InputError(f"{directory / file}: its {part} cannot be built: {reason}") from error
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:

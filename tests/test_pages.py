@@ -1,0 +1,154 @@
+"""The pages of docs/ are true: what they show runs, and "after" computes what "before" does.
+
+Everything is run as printed but for sizes and the device.
+"""
+
+import re
+import sys
+import types
+
+import pytest
+import torch
+from accelerate_tools import T, X, network
+from ddpm_pytorch_package import package
+from improved_diffusion_tools import CODEBASES
+from page_tools import ROOT, blocks, parse_commands, run
+from sampler_tools import closed_form
+from torch import nn
+
+import fastdiff
+from fastdiff.schedules import linear_betas
+
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
+
+
+def smaller(example, **changes):
+    """The example with other values for these arguments, each of which it has."""
+    for name, value in changes.items():
+        example, count = re.subn(rf"\b{name}=[\w.]+", f"{name}={value}", example)
+        assert count, name
+    return example
+
+
+def assert_same(actual, expected):
+    assert actual.shape == expected.shape and torch.isfinite(actual).all()
+    assert (actual - expected).abs().max() <= 1e-3
+
+
+def test_there_is_a_page_for_every_codebase():
+    names = ("any_model", "denoising_diffusion_pytorch", "diffusers", "improved_diffusion")
+    assert PAGES == [f"docs/{name}.md" for name in names]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_files_and_commands(page):
+    text = (ROOT / page).read_text()
+    parse_commands(page)
+    for name in re.findall(r"\b(?:fastdiff|tests|docs)/[\w/]+\.(?:py|md)\b", text):
+        assert (ROOT / name).exists(), name
+    named = re.findall(r"`(?:[\w.]+ = )?(fastdiff(?:\.\w+)+)", text)
+    assert named
+    for name in named:
+        owner: object = fastdiff
+        for part in name.split(".")[1:]:
+            if isinstance(owner, types.ModuleType) and not hasattr(owner, part):
+                __import__(f"{owner.__name__}.{part}")
+            owner = getattr(owner, part)
+
+
+def test_diffusers(tmp_path, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=32,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None,
+    ).eval()
+    # The usual schedule makes chaos of a random network's ε (test_diffusers_pipelines.py).
+    scheduler = diffusers.DDIMScheduler(beta_end=0.004)
+    diffusers.DDIMPipeline(unet, scheduler).save_pretrained(tmp_path / "path/to/ddpm-cifar10")
+    monkeypatch.chdir(tmp_path)
+    before, after, exchanged, fused, loaded = (
+        example.replace('"cuda"', '"cpu"') for example in blocks("docs/diffusers.md", "python")
+    )
+
+    def generator():
+        return torch.Generator().manual_seed(5)
+
+    stock, ours = (
+        run(
+            "docs/diffusers.md",
+            smaller(example, batch_size="2, output_type='pt'"),
+            generator=generator(),
+        )
+        for example in (before, after)
+    )
+    assert_same(ours["images"], stock["images"])
+
+    pipe = run("docs/diffusers.md", exchanged, pipe=stock["pipe"])["pipe"]
+    assert type(pipe.scheduler).__module__.startswith("fastdiff.")
+    calls = {"batch_size": 2, "num_inference_steps": 50, "output_type": "pt"}
+    assert_same(pipe(generator=generator(), **calls).images, stock["images"])
+    run("docs/diffusers.md", fused, pipe=pipe)
+    assert_same(pipe(generator=generator(), **calls).images, stock["images"])
+
+    names = run("docs/diffusers.md", loaded.replace("(16, 3", "(2, 3"))
+    assert names["images"].shape == (2, 3, 32, 32)
+    assert names["checkpoint"].diffusion.betas[-1] == pytest.approx(0.004)
+    again = diffusers.UNet2DModel.from_pretrained(tmp_path / "path/to/unet")
+    x, t = torch.randn(2, 3, 32, 32), torch.tensor([3, 700])
+    with torch.no_grad():
+        torch.testing.assert_close(again(x, t).sample, unet(x, t).sample)
+
+
+def test_denoising_diffusion_pytorch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "denoising_diffusion_pytorch", package())
+    images = []
+    for example in blocks("docs/denoising_diffusion_pytorch.md", "python"):
+        example = smaller(example, dim=8, image_size=16, sampling_timesteps=20, batch_size=2)
+        torch.manual_seed(0)
+        images.append(run("docs/denoising_diffusion_pytorch.md", example)["images"])
+    before, after = images
+    assert_same(after, before)
+
+
+class Conditional(nn.Module):
+    """Smooth, so that it does not amplify rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.labels = nn.Embedding(10, 3)
+
+    def forward(self, x, timesteps, y=None):
+        shift = 0.1 * self.labels(y)[..., None, None]
+        return torch.tanh(x) * (0.6 + 0.4 * torch.cos(timesteps / 7).view(-1, 1, 1, 1)) + shift
+
+
+@pytest.mark.parametrize("codebase", CODEBASES)
+def test_improved_diffusion(codebase):
+    def create_model_and_diffusion():
+        torch.manual_seed(0)
+        return Conditional().eval(), CODEBASES[codebase].diffusion()
+
+    names = {"create_model_and_diffusion": create_model_and_diffusion, "options": {}}
+    samples = []
+    for example in blocks("docs/improved_diffusion.md", "python"):
+        example = example.replace("(16, 3, 64, 64)", "(2, 3, 8, 8)")
+        done = run("docs/improved_diffusion.md", example, **names, y=torch.tensor([3, 7]))
+        samples.append(done["sample"])
+    before, after = samples
+    assert_same(after, before)
+
+
+def test_any_model(capsys):
+    accelerating, sampling = blocks("docs/any_model.md", "python")
+    model = network()
+    run("docs/any_model.md", accelerating, model=model, x=X, t=T)
+    assert str(fastdiff.report(model)) in capsys.readouterr().out
+    fastdiff.restore(model)
+    done = run("docs/any_model.md", sampling, model=closed_form(), betas=linear_betas(1000))
+    assert done["images"].shape == (16, 3, 32, 32) and torch.isfinite(done["images"]).all()
