@@ -254,9 +254,13 @@ def test_what_looks_like_a_known_class_and_is_none():
     class Attend(ResnetBlock2D):
         attn_dropout = None
 
-    model = nn.Sequential(ResnetBlock2D(), Attend(), nn.GroupNorm(2, 4, bias=False), nn.SiLU())
+    attention = nn.MultiheadAttention(8, 2)
+    layers = ResnetBlock2D(), Attend(), nn.GroupNorm(2, 4, bias=False), nn.SiLU(), attention
+    model = nn.Sequential(*layers)
     fastdiff.accelerate(model)
     assert not replaced(model)
+    (left,) = fastdiff.report(model).left
+    assert left.name == "4" and left.how.startswith("no attention block that is known")
 
 
 def test_bad_input():

@@ -150,6 +150,7 @@ def test_averages_and_step(folder, capsys):
     names = [saved(models[1], "ema_0.9999_000100.pt"), saved(models[2], "ema_0.99_000100.pt")]
     assert convert(*FLAGS, *(part for name in names for part in ("--ema", name))) == 0
     shown = capsys.readouterr().out
+    assert "prediction epsilon" in shown
     assert "model, EMA 0.9999, EMA 0.99, of step 100" in shown
     assert "steps 1000" in shown and "num_heads 2" in shown
     for weights, model in zip(("model", 0.9999, 0.99), models, strict=True):

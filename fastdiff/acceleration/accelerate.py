@@ -209,6 +209,8 @@ def _fusion_of(module: nn.Module) -> tuple[Fusion | None, str]:
             return traced.fusion(module), ""
         except traced.Untraceable as error:
             reason = reason or f"{error}; its norms are fused one by one"
+    if not reason and "attention" in type(module).__name__.lower():
+        reason = "no attention block that is known (GroupNorm, then self-attention)"
     return None, reason
 
 

@@ -133,7 +133,8 @@ def run(args: argparse.Namespace) -> int:
         "converted_from": Path(args.model).name,
     }
     save(out, model, diffusion=diffusion, ema=ema, step=step, info=info)
-    print(summary(out, model, recipe, list(averages), step))
+    chosen = {"prediction": diffusion.mean_type, **recipe}
+    print(summary(out, model, chosen, list(averages), step))
     return 0
 
 
@@ -251,7 +252,7 @@ def step_of(files: Sequence[str]) -> int | None:
 
 
 def summary(
-    out: Path, model: UNet, recipe: Mapping[str, Any], averages: Sequence[str], step: int | None
+    out: Path, model: UNet, diffusion: Mapping[str, Any], averages: Sequence[str], step: int | None
 ) -> str:
     """What was written, with everything that was chosen."""
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -259,7 +260,7 @@ def summary(
     config = {name: value for name, value in model.config.items() if value not in (None, False)}
     parts = {
         "network": f"{count / 1e6:.1f}M parameters, " + _listed(config),
-        "diffusion": _listed(recipe),
+        "diffusion": _listed(diffusion),
         "weights": weights if step is None else f"{weights}, of step {step}",
     }
     return "\n".join([str(out), *(f"  {name:<11}{text}" for name, text in parts.items())])
