@@ -256,7 +256,11 @@ def test_what_looks_like_a_known_class_and_is_none():
 
     attention = nn.MultiheadAttention(8, 2)
     layers = ResnetBlock2D(), Attend(), nn.GroupNorm(2, 4, bias=False), nn.SiLU(), attention
-    model = nn.Sequential(*layers)
+
+    class AttentionNetwork(nn.Sequential):
+        pass
+
+    model = AttentionNetwork(*layers)
     fastdiff.accelerate(model)
     assert not replaced(model)
     (left,) = fastdiff.report(model).left

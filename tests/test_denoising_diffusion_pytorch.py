@@ -7,8 +7,10 @@ import pytest
 import torch
 from ddpm_pytorch_package import package
 from torch import nn
+from torch.nn.utils import parametrize
 
 import fastdiff
+from fastdiff.acceleration.fused_class import Fused
 from fastdiff.errors import InputError
 from fastdiff.integrations import denoising_diffusion_pytorch as integration
 from fastdiff.integrations.denoising_diffusion_pytorch import accelerate, restore
@@ -145,3 +147,9 @@ def test_bad_objects(ddpm):
     with pytest.raises(InputError, match="accelerated; restore it first"):
         accelerate(diffusion)
     assert isinstance(diffusion, integration._Accelerated)
+    parametrize.register_parametrization(diffusion, "betas", nn.Identity())
+    with pytest.raises(InputError, match="became a ParametrizedGaussianDiffusion after"):
+        restore(diffusion)
+    assert isinstance(diffusion, integration._Accelerated)
+    parametrize.remove_parametrizations(diffusion, "betas")
+    assert not isinstance(restore(diffusion), Fused)

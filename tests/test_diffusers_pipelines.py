@@ -279,6 +279,10 @@ def test_copies_of_an_accelerated_pipeline():
     expected, _ = drawn(pipe, **call)
     twin = copy.deepcopy(pipe)
     assert np.abs(drawn(twin, **call)[0] - expected).max() < 1e-5
+    restore_pipeline(copy.deepcopy(twin))
+    assert is_accelerated(twin.unet) and is_accelerated(pipe.unet)
+    restore_pipeline(twin)
+    assert not is_accelerated(twin.unet) and type(twin.scheduler) is diffusers.DDIMScheduler
     pipe.unet = copy.deepcopy(pipe.unet)
     assert np.abs(drawn(pipe, **call)[0] - expected).max() < 1e-5
     again = pickle.loads(pickle.dumps(pipe))

@@ -5,6 +5,7 @@ import json
 import diffusers
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,8 +79,19 @@ def test_fields_that_are_left_out_have_the_schedulers_defaults(kind):
 
 @pytest.mark.parametrize("given", [name for name in VAR_TYPES if name])
 def test_variances(given):
-    scheduler = diffusers.DDPMScheduler(variance_type=given)
-    assert process_of_scheduler(config_of(scheduler)).var_type == VAR_TYPES[given]
+    scheduler = diffusers.DDPMScheduler(variance_type=given, clip_sample=False)
+    process = process_of_scheduler(config_of(scheduler))
+    x, learned = torch.ones(1, 1, 2), torch.full((1, 1, 2), 0.3)
+
+    def model(x, t):
+        return torch.cat([x, learned], dim=1) if process.learns_variance else x
+
+    for t in (999, 500, 3):
+        expected = scheduler._get_variance(t, predicted_variance=learned)
+        if given in ("fixed_small_log", "learned_range"):  # its standard deviation, its logarithm
+            expected = expected**2 if given == "fixed_small_log" else expected.exp()
+        found = process.p_mean_variance(model, x, torch.tensor([t]))["variance"]
+        torch.testing.assert_close(found, expected.expand(found.shape), rtol=1e-3, atol=0)
 
 
 def test_zero_terminal_snr():
@@ -130,13 +142,18 @@ def test_a_network_alone_has_no_process(pipeline):
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("_class_name", "FlowMatchEulerDiscreteScheduler", "expected one of DDPMScheduler"),
+        ("_class_name", "FlowMatchEulerDiscreteScheduler", "whose process fastdiff has not"),
         ("_class_name", None, "_class_name is None"),
         ("beta_schedule", "laplace", "beta_schedule is 'laplace'; expected one of linear"),
         ("beta_schedule", ["linear"], "beta_schedule is"),
         ("prediction_type", "flow_prediction", "expected one of epsilon, sample, v_prediction"),
         ("variance_type", "fixed_large_log", "variance_type is 'fixed_large_log'"),
-        ("num_train_timesteps", 0, "num_train_timesteps is 0; expected a positive integer"),
+        ("variance_type", "learned", "variance_type is 'learned'"),
+        ("timestep_type", "continuous", "timestep_type is 'continuous'; expected 'discrete'"),
+        ("use_flow_sigmas", True, "use_flow_sigmas is True; expected False"),
+        ("num_train_timesteps", 0, "num_train_timesteps is 0; expected an integer of 1"),
+        ("num_train_timesteps", 10**13, "num_train_timesteps is 10000000000000"),
+        ("num_train_timesteps", True, "num_train_timesteps is True"),
         ("num_train_timesteps", "many", "num_train_timesteps is 'many'"),
         ("beta_end", "0.02", "beta_end is '0.02'; expected a number between 0 and 1"),
         ("beta_start", -1.0, "beta_start is -1.0"),

@@ -17,6 +17,7 @@ from sampler_tools import closed_form
 from torch import nn
 
 import fastdiff
+from fastdiff.acceleration.fused_class import Fused
 from fastdiff.schedules import linear_betas
 
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
@@ -43,7 +44,7 @@ def test_there_is_a_page_for_every_codebase():
 @pytest.mark.parametrize("page", PAGES)
 def test_links_files_and_commands(page):
     text = (ROOT / page).read_text()
-    parse_commands(page)
+    assert parse_commands(page) == len(re.findall(r"^(?:fastdiff|torchrun) ", text, re.MULTILINE))
     for name in re.findall(r"\b(?:fastdiff|tests|docs)/[\w/]+\.(?:py|md)\b", text):
         assert (ROOT / name).exists(), name
     named = re.findall(r"`(?:[\w.]+ = )?(fastdiff(?:\.\w+)+)", text)
@@ -107,11 +108,14 @@ def test_diffusers(tmp_path, monkeypatch):
 
 def test_denoising_diffusion_pytorch(monkeypatch):
     monkeypatch.setitem(sys.modules, "denoising_diffusion_pytorch", package())
-    images = []
+    images, kinds = [], []
     for example in blocks("docs/denoising_diffusion_pytorch.md", "python"):
         example = smaller(example, dim=8, image_size=16, sampling_timesteps=20, batch_size=2)
         torch.manual_seed(0)
-        images.append(run("docs/denoising_diffusion_pytorch.md", example)["images"])
+        done = run("docs/denoising_diffusion_pytorch.md", example)
+        images.append(done["images"])
+        kinds.append(done["diffusion"])
+    assert [isinstance(kind, Fused) for kind in kinds] == [False, True]
     before, after = images
     assert_same(after, before)
 

@@ -190,6 +190,21 @@ def _fuse(model: nn.Module, record: _Record) -> None:
             told.replaced.append(part)
         elif reason:
             told.left.append(part)
+    told.left.extend(_unknown_attention(model, inside, told))
+
+
+def _unknown_attention(model: nn.Module, inside: set[nn.Module], told: Report) -> list[Part]:
+    """Attention, by the class's name, in which the report names nothing yet."""
+    named = [part.name for part in (*told.replaced, *told.left)]
+    found: list[Part] = []
+    for name, module in reversed(list(model.named_modules())):  # inner ones first
+        kind = type(module).__name__
+        if module in inside or "attention" not in kind.lower():
+            continue
+        if not any(f"{other}.".startswith(f"{name}.") or not name for other in named):
+            named.append(name)
+            found.append(Part(name or "the model", kind, "no attention block that is known"))
+    return found[::-1]
 
 
 def _fusion_of(module: nn.Module) -> tuple[Fusion | None, str]:
@@ -209,8 +224,6 @@ def _fusion_of(module: nn.Module) -> tuple[Fusion | None, str]:
             return traced.fusion(module), ""
         except traced.Untraceable as error:
             reason = reason or f"{error}; its norms are fused one by one"
-    if not reason and "attention" in type(module).__name__.lower():
-        reason = "no attention block that is known (GroupNorm, then self-attention)"
     return None, reason
 
 

@@ -36,9 +36,8 @@ class Fused:
         reduced: Any = super().__reduce_ex__(1)
         make, arguments, *rest = reduced
         arguments = tuple(original if a is type(self) else a for a in arguments)
-        for state in rest:
-            if isinstance(state, dict) and "_fastdiff" in state:
-                rest = [{name: state[name] for name in state if name != "_fastdiff"}]
+        if rest and isinstance(rest[0], dict):  # its state
+            rest[0] = {name: held for name, held in rest[0].items() if name != "_fastdiff"}
         return make, arguments, *rest
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import acceleration
-from fastdiff.acceleration.fused_class import Fused, derived, put_back
+from fastdiff.acceleration.fused_class import Fused, check_removable, derived, put_back
 from fastdiff.errors import InputError
 from fastdiff.integrations._options import check_sampler_options
 from fastdiff.sampler import Sampler
@@ -65,6 +65,7 @@ def restore(diffusion: Any) -> Any:
     """Undo :func:`accelerate`; returns the object. InputError for one that is not accelerated."""
     if not isinstance(diffusion, _Accelerated):
         raise InputError(f"this {type(diffusion).__name__} is not accelerated; nothing to restore")
+    check_removable(diffusion)
     if acceleration.is_accelerated(diffusion.model):
         acceleration.restore(diffusion.model)
     del diffusion._fastdiff

@@ -139,14 +139,14 @@ def load(
     Args:
         directory: what ``save`` wrote; or a diffusers ``UNet2DModel`` or the pipeline around one,
             whose weights are ``"model"`` and whose process is the pipeline's scheduler's: its
-            betas, prediction and variance.
+            betas, prediction and variance. A directory of the network alone has no process.
         weights: ``"model"`` for the trained weights, a rate such as ``"0.9999"`` for that average,
             ``"ema"`` for the average with the highest rate (the trained weights if there is none).
         device: where the network goes.
 
     Raises:
-        InputError: not a checkpoint, an unknown average, a damaged file, or weights of another
-            network; the message names the file.
+        InputError: not a checkpoint, an unknown average, a damaged file, weights of another
+            network, a scheduler of another kind of process; the message names the file.
     """
     path = Path(os.path.abspath(directory))
     if not path.exists() and previous_directory(path).is_dir():

@@ -28,13 +28,16 @@ DEFAULTS: dict[str, Any] = {
     "prediction_type": "epsilon",
     "rescale_betas_zero_snr": False,
 }
+# Fields that make another process of it.
+USUAL: dict[str, Any] = {"timestep_type": "discrete", "use_flow_sigmas": False}
+MOST_TIMESTEPS = 1_000_000
 MEAN_TYPES = {"epsilon": "epsilon", "sample": "x_start", "v_prediction": "v"}
+# "learned" is missing: diffusers takes the output for σ², everybody else for its logarithm.
 VAR_TYPES = {
     None: "fixed_small",
     "fixed_small": "fixed_small",
     "fixed_small_log": "fixed_small",
     "fixed_large": "fixed_large",
-    "learned": "learned",
     "learned_range": "learned_range",
 }
 
@@ -57,7 +60,14 @@ def process_of_scheduler(config: Mapping[str, Any]) -> GaussianDiffusion:
     """β in float64, where diffusers has float32. InputError for what is no such process."""
     if not isinstance(config, Mapping) or config.get("_class_name") not in CLASSES:
         kind = config.get("_class_name") if isinstance(config, Mapping) else None
-        raise InputError(f"_class_name is {kind!r:.80}; expected one of {', '.join(CLASSES)}")
+        raise InputError(
+            f"_class_name is {kind!r:.80}, whose process fastdiff has not (it has that of "
+            f"DDPMScheduler and {len(CLASSES) - 1} others); without a scheduler's file the network "
+            "alone is loaded"
+        )
+    for field, usual in USUAL.items():
+        if config.get(field, usual) not in (usual, None):
+            raise InputError(f"{field} is {config[field]!r:.80}; expected {usual!r}")
     given = DEFAULTS | {name: config[name] for name in DEFAULTS if name in config}
     betas = given["trained_betas"] if given["trained_betas"] is not None else _betas(given)
     if given["rescale_betas_zero_snr"]:
@@ -72,8 +82,10 @@ def process_of_scheduler(config: Mapping[str, Any]) -> GaussianDiffusion:
 
 def _betas(given: Mapping[str, Any]) -> FloatArray:
     count, ends = given["num_train_timesteps"], (given["beta_start"], given["beta_end"])
-    if not isinstance(count, int) or count < 1:
-        raise InputError(f"num_train_timesteps is {count!r:.80}; expected a positive integer")
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 < count <= MOST_TIMESTEPS:
+        raise InputError(
+            f"num_train_timesteps is {count!r:.80}; expected an integer of 1 … {MOST_TIMESTEPS:,}"
+        )
     for name, end in zip(("beta_start", "beta_end"), ends, strict=True):
         if not isinstance(end, float | int) or not 0 < end < 1:
             raise InputError(f"{name} is {end!r:.80}; expected a number between 0 and 1")

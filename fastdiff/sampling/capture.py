@@ -185,9 +185,12 @@ class Graphs:
 
     def begin(self, network: Network) -> None:
         """Forget the graphs of a network whose attributes have changed since: of Python's values a
-        graph sees nothing. Tensors and hooks it is compared with at every ``find``."""
-        if self.steps and network.attributes() != self.attributes:
-            self.steps.clear()
+        graph sees nothing. Tensors and hooks it is compared with at every ``find``. What was found
+        to run eagerly goes on so."""
+        graphs = [key for key, step in self.steps.items() if isinstance(step, CapturedStep)]
+        if graphs and network.attributes() != self.attributes:
+            for key in graphs:
+                del self.steps[key]
 
     def find(self, run: Run, x: Tensor) -> CapturedStep | str:
         """The captured step for this run, or why it runs eagerly."""
@@ -262,6 +265,7 @@ class Graphs:
         """Forget all graphs and give their memory back."""
         self.steps.clear()
         self.places.clear()
+        self.attributes = ()
 
 
 GRAPH: type[CudaGraph] = CudaGraph

@@ -1,5 +1,6 @@
 """DDPMPipeline and DDIMPipeline on the captured Sampler."""
 
+import copy
 import functools
 import warnings
 import weakref
@@ -12,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from fastdiff.acceleration import accelerate, is_accelerated, restore
-from fastdiff.acceleration.fused_class import Fused, derived, put_back
+from fastdiff.acceleration.fused_class import Fused, check_removable, derived, put_back
 from fastdiff.errors import InputError
 from fastdiff.integrations._options import check_sampler_options
 from fastdiff.integrations.diffusers._ddim import DDIMScheduler
@@ -74,6 +75,7 @@ def restore_pipeline(pipe: Any) -> Any:
     accelerated."""
     if not isinstance(pipe, _Accelerated):
         raise InputError(f"this {type(pipe).__name__} is not accelerated; nothing to restore")
+    check_removable(pipe)
     state = pipe._fastdiff
     for unet in state.accelerated:
         if is_accelerated(unet):
@@ -100,7 +102,12 @@ class _State:
         self.told: set[str] = set()
 
     def __deepcopy__(self, memo: Any) -> "_State":
-        return _State(self.options, self.channels_last)  # a sampler belongs to one U-Net
+        """Of a copied pipeline, without the sampler, which belongs to one U-Net."""
+        twin = _State(self.options, self.channels_last)
+        twin.accelerated.update(copy.deepcopy(list(self.accelerated), memo))
+        held = (self.scheduler, self.stock_scheduler)
+        twin.scheduler, twin.stock_scheduler = copy.deepcopy(held, memo)
+        return twin
 
     def prepare(self, pipe: Any) -> str | None:
         """Accelerate what is new in the pipeline; why diffusers' own loop has to run, if it has."""
