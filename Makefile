@@ -35,7 +35,7 @@ demo: $(VENV)/demo.installed
 # A process to each core, a file's tests in one of them.
 test: export OMP_NUM_THREADS ?= 1
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .

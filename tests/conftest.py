@@ -26,6 +26,9 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    # Long files first: of two processes none then waits for the other's at the end.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if not config.getoption("--exhaustive"):
         skip = pytest.mark.skip(reason="takes minutes; run with --exhaustive")
         for item in items:

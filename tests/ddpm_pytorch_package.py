@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+MODULE = "denoising_diffusion_pytorch.denoising_diffusion_pytorch"
 FOR_TRAINING = {
     "torchvision": ("transforms", "utils"),
     "accelerate": ("Accelerator",),
@@ -17,6 +18,8 @@ FOR_TRAINING = {
 
 def package():
     """The module, or a skip where it is not installed."""
+    if MODULE in sys.modules:
+        return sys.modules[MODULE]
     if importlib.util.find_spec("denoising_diffusion_pytorch") is None:
         pytest.skip("denoising-diffusion-pytorch is not installed")
     stood_in = []
@@ -30,7 +33,7 @@ def package():
             stood_in.append(name)
     # Without what its package imports beside the one module that is wanted.
     try:
-        return _module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
+        return _module(MODULE)
     finally:
         for name in stood_in:
             del sys.modules[name]

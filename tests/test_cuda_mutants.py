@@ -28,6 +28,7 @@ class Mutant(NamedTuple):
     before: str  # occurs once
     after: str
     suite: tuple[str, ...]
+    always: bool = True  # not only with --exhaustive: one of a kind for every kernel
 
 
 FORWARD, BACKWARD = "group_norm_silu.cu", "group_norm_silu_backward.cu"
@@ -47,6 +48,7 @@ MUTANTS = [
         "      return;\n    }\n    sync_parts(tile);",
         "      return;\n    }\n    __syncthreads();",
         NORM,
+        always=False,
     ),
     Mutant(
         "a block ends while a neighbour reads its memory",
@@ -63,6 +65,7 @@ MUTANTS = [
         "return row * columns + column; }",
         "return row * columns + column + 1; }",
         NORM,
+        always=False,
     ),
     Mutant(
         "the coefficients are read before all are written",
@@ -71,6 +74,7 @@ MUTANTS = [
         "    }\n  }\n  __syncthreads();\n\n  if constexpr (kPass != Pass::kSecond) {",
         "    }\n  }\n\n  if constexpr (kPass != Pass::kSecond) {",
         NORM,
+        always=False,
     ),
     Mutant(
         "a neighbour's totals are read before they are there",
@@ -87,6 +91,7 @@ MUTANTS = [
         "  sums[index] = dv;",
         "  sums[index + 1] = dv;",
         NORM,
+        always=False,
     ),
     Mutant(
         "the last element is one too far",
@@ -111,6 +116,7 @@ MUTANTS = [
         "i < 0 || i >= rows",
         "i < 0 || i > rows",
         ELEMENTWISE,
+        always=False,
     ),
     Mutant(
         "a tile of noise is read before it is drawn",
@@ -119,6 +125,7 @@ MUTANTS = [
         "        __syncthreads();\n#pragma unroll",
         "#pragma unroll",
         ELEMENTWISE,
+        always=False,
     ),
     Mutant(
         "the row after the last is read",
@@ -162,19 +169,31 @@ def compiled(mutant: Mutant, sanitized: tools.Build, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outcomes(sanitized, tmp_path_factory):
+def outcomes(request, sanitized, tmp_path_factory):
     """Of every mutant its suite's process; as many run at a time as there are processors."""
-    folders = [tmp_path_factory.mktemp("mutant") for _ in MUTANTS]
+    exhaustive = request.config.getoption("--exhaustive")
+    chosen = [mutant for mutant in MUTANTS if mutant.always or exhaustive]
+    folders = [tmp_path_factory.mktemp("mutant") for _ in chosen]
 
     def run(mutant, folder):
         library = compiled(mutant, sanitized, folder)
         return sanitized.run_tests("-m", "any_backend", *mutant.suite, library=library)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(MUTANTS, pool.map(run, MUTANTS, folders), strict=True))
+        return dict(zip(chosen, pool.map(run, chosen, folders), strict=True))
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.kernel}: {mutant.what}")
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        pytest.param(
+            mutant,
+            marks=() if mutant.always else pytest.mark.exhaustive,
+            id=f"{mutant.kernel}: {mutant.what}",
+        )
+        for mutant in MUTANTS
+    ],
+)
 def test_a_broken_kernel_is_caught(outcomes, mutant):
     done = outcomes[mutant]
     output = done.stdout + done.stderr

@@ -61,6 +61,7 @@ def wheel_build(sdist, tmp_path_factory):
         [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", folder, sdist],
         cwd=folder,
         FASTDIFF_CUDA="0",
+        CMAKE_BUILD_TYPE="Debug",  # the tests before have the optimised one
     )
     return folder, output
 
