@@ -7,25 +7,22 @@ import weakref
 
 import pytest
 import torch
-from graph_tape import Tape
+from capture_tools import taped
 from improved_diffusion_tools import CODEBASES, LOOPS, SHAPE, Network, drawn
 from torch import nn
 
 from fastdiff.integrations.improved_diffusion import accelerate
-from fastdiff.sampling import capture, packing
 
 
 @pytest.fixture
-def tape(monkeypatch):
+def made():
     """Graphs are captured on the CPU; how many were, since the test began."""
-    monkeypatch.setattr(capture, "GRAPH", Tape)
-    monkeypatch.setattr(packing, "serves", lambda dtype: False)  # a GPU has nothing packed
-    before = Tape.made
-    return lambda: Tape.made - before
+    with taped() as count:
+        yield count
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_one_graph_serves_every_call(tape, loop):
+def test_one_graph_serves_every_call(made, loop):
     stock, network = CODEBASES["guided"].diffusion(), Network().eval()
     fast = accelerate(stock, capture=True)
     for kwargs in ({}, {"clip_denoised": False}, {"noise": torch.ones(SHAPE)}):
@@ -34,21 +31,21 @@ def test_one_graph_serves_every_call(tape, loop):
             sample, fast_state = drawn(getattr(fast, loop), network, SHAPE, **kwargs)
             torch.testing.assert_close(sample, expected, atol=1e-3, rtol=1e-3)
             assert torch.equal(fast_state, state)
-    assert tape() == 1
+    assert made() == 1
     with torch.no_grad():
         network.scale.mul_(0.5)  # an optimizer's step between two calls
     expected, _ = drawn(getattr(stock, loop), network, SHAPE)
     sample, _ = drawn(getattr(fast, loop), network, SHAPE)
     torch.testing.assert_close(sample, expected, atol=1e-3, rtol=1e-3)
-    assert tape() == 1
+    assert made() == 1
 
 
-def test_a_method_s_graph_is_kept_too(tape):
+def test_a_method_s_graph_is_kept_too(made):
     stock, network = CODEBASES["guided"].diffusion(), Network().eval()
     fast = accelerate(stock, capture=True)
     for _ in range(2):
         fast.p_sample_loop(network.forward, SHAPE)
-    assert tape() == 1
+    assert made() == 1
 
 
 def test_samplers_live_as_long_as_their_model():

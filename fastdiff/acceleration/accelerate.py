@@ -199,7 +199,7 @@ def _unknown_attention(model: nn.Module, inside: set[nn.Module], told: Report) -
     found: list[Part] = []
     for name, module in reversed(list(model.named_modules())):  # inner ones first
         kind = type(module).__name__
-        if module in inside or "attention" not in kind.lower():
+        if module in inside or isinstance(module, Fused) or "attention" not in kind.lower():
             continue
         if not any(f"{other}.".startswith(f"{name}.") or not name for other in named):
             named.append(name)
