@@ -57,6 +57,22 @@ def isa(request):
 
 
 @pytest.fixture
+def seeded():
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def made():
+    """Samplers capture on the CPU; calling it says how many graphs, since the test began."""
+    from capture_tools import taped
+
+    with taped() as count:
+        yield count
+
+
+@pytest.fixture
 def few_blocks(request):
     """Emulated grids cut to few blocks: a kernel that strides does all the work all the same."""
     from fastdiff import native

@@ -20,10 +20,7 @@ from fastdiff.acceleration.fused_class import Fused
 from fastdiff.errors import InputError
 from fastdiff.models.unet import UNet
 
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 # --- What is fused ----------------------------------------------------------------------------

@@ -8,10 +8,7 @@ from torch import nn
 
 import fastdiff
 
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 class Film(nn.Module):

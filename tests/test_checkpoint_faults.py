@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from json_values import json_values
 
 from fastdiff.errors import InputError
 from fastdiff.models import EMA, Checkpoint, UNet, load, save
@@ -247,22 +248,13 @@ def test_weights_cut_anywhere_name_the_file(intact, tmp_path_factory, size):
     assert str(folder / "model.safetensors") in one_line(caught.value)
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-    ),
-    max_leaves=5,
-)
-
-
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     part=st.sampled_from(["format", "model", "diffusion", "step", "info", "ema"]),
     inner=st.none() | st.sampled_from(sorted(network().config)),
-    value=JSON,
+    value=json_values(5),
 )
 @example(part="ema", inner=None, value=["fast"])
 @example(part="ema", inner=None, value=[None])

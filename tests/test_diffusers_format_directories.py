@@ -12,6 +12,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from diffusers_format_tools import TINY, assert_same_output, assert_same_weights, randomized, theirs
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from json_values import json_values
 
 import fastdiff
 from fastdiff.errors import InputError
@@ -268,19 +269,10 @@ def test_shards_that_are_not_there(tmp_path):
     refused(tmp_path, INDEX, "has no weight_map")
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 40) | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-    ),
-    max_leaves=5,
-)
-
-
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(field=st.sampled_from(["_class_name", *FIELDS]), value=JSON)
+@given(field=st.sampled_from(["_class_name", *FIELDS]), value=json_values(40))
 @example(field="in_channels", value=10**18)
 @example(field="block_out_channels", value=[8, 16.0])
 @example(field="block_out_channels", value=[True, 8])

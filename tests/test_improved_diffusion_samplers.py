@@ -7,18 +7,10 @@ import weakref
 
 import pytest
 import torch
-from capture_tools import taped
 from improved_diffusion_tools import CODEBASES, LOOPS, SHAPE, Network, drawn
 from torch import nn
 
 from fastdiff.integrations.improved_diffusion import accelerate
-
-
-@pytest.fixture
-def made():
-    """Graphs are captured on the CPU; how many were, since the test began."""
-    with taped() as count:
-        yield count
 
 
 @pytest.mark.parametrize("loop", LOOPS)

@@ -8,25 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from capture_tools import PROCESS, assert_equal, pair, taped
+from capture_tools import PROCESS, assert_equal, pair
 from sampler_tools import SHAPE, Tiny, diffusion
 
 from fastdiff.sampler import Sampler
 from fastdiff.sampling import capture
 
+pytestmark = pytest.mark.usefixtures("made", "seeded")
 LABELS = torch.tensor([0, 2, 1])
-
-
-@pytest.fixture(autouse=True)
-def made():
-    """How many graphs were captured since the test began."""
-    with taped() as count:
-        yield count
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 class Processor:

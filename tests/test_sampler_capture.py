@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from capture_tools import PROCESS, assert_equal, pair, taped
+from capture_tools import PROCESS, assert_equal, pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampler_tools import SHAPE, Tiny, closed_form, diffusion
@@ -17,19 +17,8 @@ from fastdiff.errors import InputError, TrainingError
 from fastdiff.sampler import Sampler
 from fastdiff.sampling import capture
 
+pytestmark = pytest.mark.usefixtures("made", "seeded")
 LABELS = torch.tensor([0, 2, 1])
-
-
-@pytest.fixture(autouse=True)
-def made():
-    """How many graphs were captured since the test began."""
-    with taped() as count:
-        yield count
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 # --- One graph for all rows -------------------------------------------------------------------

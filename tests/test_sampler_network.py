@@ -19,9 +19,7 @@ from fastdiff.sampler import Sampler
 PROCESS = diffusion(20)
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 # --- Functions as models ----------------------------------------------------------------------

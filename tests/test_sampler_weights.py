@@ -13,9 +13,7 @@ from fastdiff.sampling.weights import Weights
 PROCESS = diffusion(20)
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 class Tied(nn.Module):

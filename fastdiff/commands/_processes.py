@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastdiff.errors import InputError, TrainingError
+from fastdiff.errors import InputError, TrainingError, first_line
 from fastdiff.training.checks import choose_device
 
 T = TypeVar("T")
@@ -82,9 +82,8 @@ class Processes:
         except RuntimeError as error:
             # The failed process has said why, and torchrun is about to end this one too.
             time.sleep(FAREWELL)
-            reason = str(error).partition("\n")[0]
             raise TrainingError(
-                f"process {self.rank} of {self.count} lost the others ({reason}); "
+                f"process {self.rank} of {self.count} lost the others ({first_line(error)}); "
                 "the same command goes on from the finished batches"
             ) from error
         return values

@@ -157,9 +157,8 @@ def load(
         name, _ = _choose_weights(path, [], weights)
         model = load_unet(diffusers_folder).to(device)
         diffusion = load_process(path)
-        config = {"format": FORMAT, **_nothing_saved(), "model": model.config}
-        if diffusion is not None:
-            config["diffusion"] = diffusion.to_config()
+        config = {**_nothing_saved(), "format": FORMAT, "model": model.config}
+        config["diffusion"] = None if diffusion is None else diffusion.to_config()
         return Checkpoint(model, diffusion, None, {}, config, path, name)
     config = _read_config(path)
     rates = build(path, "ema", lambda: [rate_name(rate) for rate in config["ema"]])

@@ -72,11 +72,10 @@ def process_of_scheduler(config: Mapping[str, Any]) -> GaussianDiffusion:
     betas = given["trained_betas"] if given["trained_betas"] is not None else _betas(given)
     if given["rescale_betas_zero_snr"]:
         betas = rescale_zero_terminal_snr(betas)
-    default = "fixed_small" if config["_class_name"].startswith("DDPM") else None
     return GaussianDiffusion(
         betas,
         mean_type=_choice("prediction_type", given["prediction_type"], MEAN_TYPES),
-        var_type=_choice("variance_type", config.get("variance_type", default), VAR_TYPES),
+        var_type=_choice("variance_type", config.get("variance_type"), VAR_TYPES),
     )
 
 

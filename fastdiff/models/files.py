@@ -14,7 +14,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from fastdiff.errors import InputError
+from fastdiff.errors import InputError, first_line
 
 CONFIG_FILE = "config.json"
 _in_progress: set[Path] = set()  # temporary directories that threads of this process write
@@ -62,8 +62,9 @@ def build(directory: Path, part: str, make: Callable[[], Any], *, file: str = CO
     try:
         return make()
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{directory / file}: its {part} cannot be built: {reason}") from error
+        raise InputError(
+            f"{directory / file}: its {part} cannot be built: {first_line(error)}"
+        ) from error
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
