@@ -17,8 +17,8 @@ from fastdiff import cli
 from fastdiff.commands.train import build_diffusion
 from fastdiff.errors import InputError
 from fastdiff.models import checkpoint, presets
+from fastdiff.models.run_directory import list_checkpoints
 from fastdiff.training import TrainConfig
-from fastdiff.training.state import list_checkpoints
 
 SMALL = "--model-channels 32 --channel-mult 1 --attention-resolutions none --batch-size 8"
 QUICK = f"{SMALL} --diffusion-steps 8 --log-every 2 --warmup 0 --quiet --no-tensorboard"

@@ -9,7 +9,7 @@ from PIL import Image
 
 from fastdiff.cli import main
 from fastdiff.models import checkpoint
-from fastdiff.training.state import newest_checkpoint
+from fastdiff.models.run_directory import newest_checkpoint
 
 DEMO = Path(__file__).parent.parent / "runs" / "demo"
 

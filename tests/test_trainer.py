@@ -13,10 +13,10 @@ from training_tools import SETTINGS, make_dataset, make_diffusion, make_model, m
 from fastdiff.data import BatchStream
 from fastdiff.images import to_float
 from fastdiff.models import checkpoint
+from fastdiff.models.run_directory import list_checkpoints
 from fastdiff.training import TrainConfig, Trainer
 from fastdiff.training.config import learning_rate
 from fastdiff.training.metrics import IntervalMeter
-from fastdiff.training.state import list_checkpoints
 
 PLAIN = {"lr_schedule": "constant", "warmup": 0, "label_dropout": 0.0, "flip": False}
 

@@ -23,9 +23,9 @@ from training_tools import (
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import InputError, TrainingError
 from fastdiff.models import checkpoint
+from fastdiff.models.run_directory import list_checkpoints
 from fastdiff.training import TrainConfig, Trainer
 from fastdiff.training.guard import FiniteGuard
-from fastdiff.training.state import list_checkpoints
 
 
 def spoil_loss(trainer: Trainer, number: int, value: float) -> None:

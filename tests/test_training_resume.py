@@ -15,8 +15,8 @@ import training_tools
 from training_tools import at_step, make_trainer, read_lines, resume_trainer
 
 from fastdiff.errors import InputError
+from fastdiff.models.run_directory import list_checkpoints
 from fastdiff.training.metrics import truncate_metrics
-from fastdiff.training.state import list_checkpoints
 
 FILES = ["model", "ema_0.9", "ema_0.99", "trainer"]
 

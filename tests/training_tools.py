@@ -19,9 +19,9 @@ import torch
 
 from fastdiff.create import create_diffusion
 from fastdiff.data import ArrayDataset
+from fastdiff.models.run_directory import list_checkpoints
 from fastdiff.models.unet import UNet
 from fastdiff.training import TrainConfig, Trainer
-from fastdiff.training.state import list_checkpoints
 
 # Everything that has a state: dropout, flips, hidden labels, importance sampling, two averages.
 # Saves, log lines and epochs (3 steps) do not coincide.

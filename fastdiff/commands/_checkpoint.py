@@ -10,8 +10,8 @@ import torch
 
 from fastdiff.errors import InputError
 from fastdiff.models.checkpoint import Checkpoint, load
+from fastdiff.models.run_directory import list_checkpoints
 from fastdiff.training.checks import choose_device
-from fastdiff.training.state import list_checkpoints
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,11 +15,11 @@ from fastdiff.data import ImageDataset, load_dataset
 from fastdiff.diffusion import LOSS_TYPES, GaussianDiffusion
 from fastdiff.errors import InputError
 from fastdiff.models import presets
+from fastdiff.models.run_directory import list_checkpoints
 from fastdiff.models.unet import UNet
 from fastdiff.reverse_process import MEAN_TYPES, VAR_TYPES
 from fastdiff.training import TrainConfig, Trainer
 from fastdiff.training.saved import SavedRun, read_checkpoint
-from fastdiff.training.state import list_checkpoints
 
 HELP = "train a diffusion model on images"
 

@@ -17,6 +17,7 @@ from fastdiff.errors import InputError
 from fastdiff.images import save_grid, to_float
 from fastdiff.models import checkpoint
 from fastdiff.models.ema import EMA
+from fastdiff.models.run_directory import checkpoint_path, list_checkpoints, newest_checkpoint
 from fastdiff.models.unet import UNet
 from fastdiff.rng import draw_like
 from fastdiff.timestep_samplers import create_timestep_sampler
@@ -124,7 +125,7 @@ class Trainer:
         it), the data set is another one, or a change is not allowed.
         """
         return cls.from_saved(
-            read_checkpoint(state.newest_checkpoint(run_dir)),
+            read_checkpoint(newest_checkpoint(run_dir)),
             dataset,
             run_dir,
             changes=changes,
@@ -296,7 +297,7 @@ class Trainer:
 
         Raises TrainingError instead when the run has diverged, OSError when the disk is full.
         """
-        path = state.checkpoint_path(self.run_dir, self.step)
+        path = checkpoint_path(self.run_dir, self.step)
         if path == self.last_checkpoint:
             return path
         self.guard.check(self._advice())
@@ -358,7 +359,7 @@ class Trainer:
 
     def _open_run_dir(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        if self.last_checkpoint is None and state.list_checkpoints(self.run_dir):
+        if self.last_checkpoint is None and list_checkpoints(self.run_dir):
             raise InputError(
                 f"'{self.run_dir}' holds checkpoints of an earlier run: resume it, or choose "
                 "another directory"
