@@ -18,25 +18,29 @@ from torch import Tensor, nn
 
 from fastdiff.create import process_from_config
 from fastdiff.errors import InputError
+from fastdiff.models.checkpoint_config import (
+    FORMAT,
+    MODEL_STEM,
+    check_extra_names,
+    check_saved,
+    nothing_saved,
+    read_config,
+    strangers,
+)
 from fastdiff.models.diffusers_format import load_unet, unet_folder
 from fastdiff.models.diffusers_process import load_process
 from fastdiff.models.ema import EMA, rate_name
 from fastdiff.models.files import (
-    CONFIG_FILE,
     build,
     check_target,
-    load_json,
+    load_json,  # noqa: F401 (part of this module: see extra_json)
     load_tensors,
     load_weights,
     previous_directory,
     replace_directory,
 )
 from fastdiff.models.unet import UNet
-
-FORMAT = 1
-MODEL_FILE = "model.safetensors"
-# What config.json holds beside the format.
-KINDS = {"model": dict, "diffusion": dict | None, "step": int | None, "info": dict, "ema": list}
+from fastdiff.models.wrappers import plain_state, unwrapped
 
 
 @dataclass
@@ -79,9 +83,13 @@ def save(
     An older checkpoint of that name stays until the new one is complete. What a killed save left
     behind is removed by the next one.
 
+    What is written is first held against the network that its config describes, so ``load`` reads
+    it back.
+
     Args:
         directory: its parent is made if missing.
-        model: a ``UNet`` (anything with ``config`` and ``state_dict``).
+        model: a ``UNet``, on its own or in a wrapper: torch.compile's, DistributedDataParallel,
+            AveragedModel and their like, whose network is saved.
         diffusion: anything with ``to_config()``.
         ema: all of its rates are saved.
         step, info: recorded in config.json.
@@ -93,38 +101,36 @@ def save(
 
     Raises:
         OSError: the disk is full or not writable; nothing has changed.
-        InputError: ``directory`` is a file or a folder of other things, the model has no config, or
-            a value has no JSON form; nothing has changed.
+        InputError: ``directory`` is a file or a folder of other things, the model has no config or
+            other weights than its config describes, the averages are another model's, an extra
+            file has the name of one of the checkpoint's, or a value has no JSON form; nothing has
+            changed.
     """
     target = Path(os.path.abspath(directory))
-    # A run keeps more in a checkpoint than these two.
-    check_target(target, lambda names: names >= {CONFIG_FILE, MODEL_FILE})
-    if not isinstance(getattr(model, "config", None), dict):
+    check_target(target, strangers)
+    network = unwrapped(model)
+    if not isinstance(getattr(network, "config", None), dict):
         raise InputError(
-            f"cannot save a {type(model).__name__}: it has no config, which a checkpoint needs to "
-            "describe itself; pass the UNet itself, not a wrapper"
+            f"cannot save a {type(network).__name__}: it has no config, which a checkpoint needs "
+            "to describe itself; pass the UNet itself"
         )
     rates = ema.rates if ema is not None else []
-    documents = {
-        "config": {
-            "format": FORMAT,
-            "model": model.config,
-            "diffusion": None if diffusion is None else diffusion.to_config(),
-            "step": step,
-            "info": dict(info or {}),
-            "ema": rates,
-        },
-        **(extra_json or {}),
+    config = {
+        "format": FORMAT,
+        "model": network.config,
+        "diffusion": None if diffusion is None else diffusion.to_config(),
+        "step": step,
+        "info": dict(info or {}),
+        "ema": rates,
     }
-    tensors: dict[str, Mapping[str, Tensor]] = {
-        "model": model.state_dict(),
-        **(extra_tensors or {}),
-    }
-    for rate in rates:
-        assert ema is not None
-        tensors[f"ema_{rate}"] = ema.state_dict(rate)
-
-    replace_directory(target, tensors, documents)
+    averages = {rate: ema.state_dict(rate) for rate in rates} if ema is not None else {}
+    state = plain_state(network)
+    check_saved(config, network, state, averages)
+    tensors = {MODEL_STEM: state, **{f"ema_{rate}": average for rate, average in averages.items()}}
+    extras = dict(extra_tensors or {})
+    check_extra_names(extras, tensors, "extra_tensors")
+    check_extra_names(extra_json or {}, {"config"}, "extra_json")
+    replace_directory(target, {**tensors, **extras}, {"config": config, **(extra_json or {})})
     return target
 
 
@@ -157,10 +163,10 @@ def load(
         name, _ = _choose_weights(path, [], weights)
         model = load_unet(diffusers_folder).to(device)
         diffusion = load_process(path)
-        config = {**_nothing_saved(), "format": FORMAT, "model": model.config}
+        config = {**nothing_saved(), "format": FORMAT, "model": model.config}
         config["diffusion"] = None if diffusion is None else diffusion.to_config()
         return Checkpoint(model, diffusion, None, {}, config, path, name)
-    config = _read_config(path)
+    config = read_config(path)
     rates = build(path, "ema", lambda: [rate_name(rate) for rate in config["ema"]])
     name, stem = _choose_weights(path, rates, weights)
     state = load_tensors(path, stem)
@@ -180,29 +186,6 @@ def load(
         weights=name,
         ema_rates=rates,
     )
-
-
-def _nothing_saved() -> dict[str, Any]:
-    return {"model": None, "diffusion": None, "step": None, "info": {}, "ema": []}
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise InputError(f"{path} is not a checkpoint directory: there is no such directory")
-    if not (path / CONFIG_FILE).is_file():
-        raise InputError(f"{path} is not a checkpoint directory: it has no {CONFIG_FILE}")
-    config = load_json(path, "config")
-    if not isinstance(config, dict) or "format" not in config:
-        raise InputError(f"{path / CONFIG_FILE} is not a fastdiff checkpoint's: it has no format")
-    if config["format"] != FORMAT:
-        raise InputError(
-            f"{path / CONFIG_FILE} has format {config['format']!r}; this version reads {FORMAT}"
-        )
-    config = {**_nothing_saved(), **config}
-    for part, kinds in KINDS.items():
-        if not isinstance(config[part], kinds):
-            raise InputError(f"{path / CONFIG_FILE}: its {part} cannot be {config[part]!r:.80}")
-    return config
 
 
 def _choose_weights(path: Path, rates: list[str], weights: str | float) -> tuple[str, str]:

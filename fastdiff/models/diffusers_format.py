@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastdiff.errors import InputError
 from fastdiff.models.blocks import AttentionBlock, Downsample, ResBlock, Upsample
+from fastdiff.models.checkpoint_config import check_described
 from fastdiff.models.diffusers_config import CLASS, diffusers_config, unet_arguments
 from fastdiff.models.files import (
     CONFIG_FILE,
@@ -25,6 +26,7 @@ from fastdiff.models.files import (
     replace_directory,
 )
 from fastdiff.models.unet import UNet
+from fastdiff.models.wrappers import plain_state, unwrapped
 
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -108,14 +110,22 @@ def save_unet(directory: str | os.PathLike[str], model: UNet) -> Path:
             ``UNet2DModel`` can be; nothing has changed.
     """
     target = Path(os.path.abspath(directory))
-    files = {CONFIG_FILE, f"{WEIGHTS}.safetensors"}
-    check_target(target, lambda names: names == files)
-    if not isinstance(model, UNet):
-        raise InputError(f"save_unet: cannot save a {type(model).__name__}; pass the UNet itself")
-    config = {"_class_name": CLASS, **diffusers_config(model)}
-    state = diffusers_state(model, model.state_dict())
-    replace_directory(target, {WEIGHTS: state}, {"config": config})
+    check_target(target, _strangers)
+    network = unwrapped(model)
+    if not isinstance(network, UNet):
+        raise InputError(f"save_unet: cannot save a {type(network).__name__}; pass the UNet itself")
+    config = {"_class_name": CLASS, **diffusers_config(network)}
+    state = plain_state(network)
+    check_described(network, network.config, state)
+    replace_directory(target, {WEIGHTS: diffusers_state(network, state)}, {"config": config})
     return target
+
+
+def _strangers(path: Path) -> list[str]:
+    """The entries of a directory that ``save_unet`` did not write: all of them, or none."""
+    names = sorted(entry.name for entry in path.iterdir())
+    ours = names == [CONFIG_FILE, f"{WEIGHTS}.safetensors"] and unet_folder(path) == path
+    return [] if ours and load_json(path, "config")["_class_name"] == CLASS else names
 
 
 def unet_folder(path: Path) -> Path | None:
