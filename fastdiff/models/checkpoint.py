@@ -31,16 +31,20 @@ from fastdiff.models.diffusers_format import load_unet, unet_folder
 from fastdiff.models.diffusers_process import load_process
 from fastdiff.models.ema import EMA, rate_name
 from fastdiff.models.files import (
+    CONFIG_FILE,
     build,
     check_target,
-    load_json,  # noqa: F401 (part of this module: see extra_json)
+    load_json,
     load_tensors,
     load_weights,
     previous_directory,
     replace_directory,
 )
+from fastdiff.models.run_directory import list_checkpoints
 from fastdiff.models.unet import UNet
 from fastdiff.models.wrappers import plain_state, unwrapped
+
+CHECKPOINTS = "checkpoints"  # where a training run keeps its own
 
 
 @dataclass
@@ -53,7 +57,7 @@ class Checkpoint:
         step: optimizer steps taken, or None.
         info: facts about the data: image_size, channels, num_classes, class_names, ...
         config: the whole of config.json; of a diffusers network, as ``save`` would write it.
-        path: the directory.
+        path: the checkpoint's directory: of a run's, the one inside that was read.
         weights: ``"model"`` or the rate of the average that was loaded.
     """
 
@@ -143,9 +147,11 @@ def load(
     """Read a checkpoint directory and build what it describes.
 
     Args:
-        directory: what ``save`` wrote; or a diffusers ``UNet2DModel`` or the pipeline around one,
-            whose weights are ``"model"`` and whose process is the pipeline's scheduler's: its
-            betas, prediction and variance. A directory of the network alone has no process.
+        directory: what ``save`` wrote; a training run's, for its newest checkpoint; or that of a
+            diffusers ``UNet2DModel`` or the pipeline around one (its ``unet/``), whose weights are
+            ``"model"`` and whose process is the pipeline's scheduler's: its betas, prediction and
+            variance. A directory of the network alone, such as the ``unet_ema/`` that a training
+            script leaves beside ``unet/``, has no process.
         weights: ``"model"`` for the trained weights, a rate such as ``"0.9999"`` for that average,
             ``"ema"`` for the average with the highest rate (the trained weights if there is none).
         device: where the network goes.
@@ -158,6 +164,7 @@ def load(
     if not path.exists() and previous_directory(path).is_dir():
         # A save was killed between its two renames; the next one recovers.
         path = previous_directory(path)
+    path = _checkpoint_in(path)
     diffusers_folder = unet_folder(path)
     if diffusers_folder is not None:
         name, _ = _choose_weights(path, [], weights)
@@ -186,6 +193,28 @@ def load(
         weights=name,
         ema_rates=rates,
     )
+
+
+def _checkpoint_in(path: Path) -> Path:
+    """The newest checkpoint of a run's directory, or of the ``checkpoints`` in it; else ``path``.
+
+    InputError for a run that has none yet, and for a file.
+    """
+    if path.is_file():
+        remedy = f"fastdiff convert --model {path} makes one of a file of weights"
+        if (path.parent / CONFIG_FILE).is_file():
+            remedy = f"give the directory it lies in, {path.parent}"
+        raise InputError(f"{path} is a file, not a checkpoint directory; {remedy}")
+    config = load_json(path, "config") if (path / CONFIG_FILE).is_file() else None
+    if isinstance(config, dict) and ("format" in config or "_class_name" in config):
+        return path
+    run = path.parent if path.name == CHECKPOINTS else path
+    found = list_checkpoints(run)
+    if found:
+        return found[-1]
+    if (run / CHECKPOINTS).is_dir() or (isinstance(config, dict) and "train" in config):
+        raise InputError(f"{run} is a training run that has saved no checkpoint yet")
+    return path
 
 
 def _choose_weights(path: Path, rates: list[str], weights: str | float) -> tuple[str, str]:

@@ -24,6 +24,8 @@ FORMAT = 1
 MODEL_STEM = "model"
 # What config.json holds beside the format.
 KINDS = {"model": dict, "diffusion": dict | None, "step": int | None, "info": dict, "ema": list}
+# Names of files that may hold a network's weights and nothing else.
+WEIGHT_FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 # Part of a weight's name -> what put it there, and how it is taken off again.
 REWRITTEN = {
     ".parametrizations.": "parametrized layers: torch.nn.utils.parametrize.remove_parametrizations",
@@ -45,10 +47,16 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise InputError(f"{path} is not a checkpoint directory: there is no such directory")
     if not (path / CONFIG_FILE).is_file():
-        raise InputError(f"{path} is not a checkpoint directory: it has no {CONFIG_FILE}")
+        raise InputError(
+            f"{path} is not a checkpoint directory: it has no {CONFIG_FILE}{_what_it_has(path)}"
+        )
     config = load_json(path, "config")
     if not isinstance(config, dict) or "format" not in config:
-        raise InputError(f"{path / CONFIG_FILE} is not a fastdiff checkpoint's: it has no format")
+        other = config.get("model_type") if isinstance(config, dict) else None
+        of = "" if other is None else f" (its model_type is {other!r:.80})"
+        raise InputError(
+            f"{path / CONFIG_FILE} is not a fastdiff checkpoint's: it has no format{of}"
+        )
     if config["format"] != FORMAT:
         raise InputError(
             f"{path / CONFIG_FILE} has format {config['format']!r}; this version reads {FORMAT}"
@@ -147,6 +155,14 @@ def check_extra_names(names: Collection[str], taken: Collection[str], argument: 
             raise InputError(f"{argument}: {name!r} is the name of a file of the checkpoint itself")
         if not name or Path(name).name != name:
             raise InputError(f"{argument}: {name!r} is no file name")
+
+
+def _what_it_has(path: Path) -> str:
+    """The end of a message about a directory without a config.json."""
+    if (path / "model_index.json").is_file():
+        return ", nor a unet/ as the diffusers pipelines that fastdiff reads"
+    files = sorted(entry for entry in path.iterdir() if entry.suffix in WEIGHT_FILES)
+    return f"; fastdiff convert --model {files[0]} makes one of weights" if files else ""
 
 
 def _check_kinds(config: Mapping[str, Any], where: str) -> None:

@@ -71,7 +71,8 @@ def load_unet(directory: str | os.PathLike[str]) -> UNet:
     Its weights may be sharded, or of a variant (fp16, bf16) if there are no others.
 
     Args:
-        directory: the network's own, or that of a pipeline, which has it in ``unet/``.
+        directory: the network's own, or that of a pipeline, which has it in ``unet/``. An average
+            that a training script wrote beside that is a network's own directory: ``unet_ema/``.
 
     Raises:
         InputError: no such directory, a damaged file, or a network that fastdiff's U-Net cannot be;
@@ -219,8 +220,9 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
                 state.update(load_tensors(folder, shard))
             return _renamed(state), folder / f"{index}.json"
     reason = f"{folder} has no {WEIGHTS}.safetensors"
-    if (folder / f"{WEIGHTS}.bin").is_file():
-        reason += f" but a {WEIGHTS}.bin; let diffusers save it again (save_pretrained)"
+    others = sorted(path.name for path in folder.glob("diffusion_*_model*"))
+    if others:  # pickles, other variants, JAX
+        reason += f" but a {others[0]}; let diffusers save it again (save_pretrained)"
     raise InputError(reason)
 
 
