@@ -26,15 +26,16 @@ MODEL_STEM = "model"
 KINDS = {"model": dict, "diffusion": dict | None, "step": int | None, "info": dict, "ema": list}
 # Names of files that may hold a network's weights and nothing else.
 WEIGHT_FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
-# Part of a weight's name -> what put it there, and how it is taken off again.
+# Part of a weight's name, with $ at its end -> how to take off what put it there.
 REWRITTEN = {
-    ".parametrizations.": "parametrized layers: torch.nn.utils.parametrize.remove_parametrizations",
-    "lora_": "LoRA layers: merge them into the weights (merge_and_unload)",
-    ".base_layer.": "adapters: merge them into the weights (merge_and_unload)",
-    "_mask": "pruned layers: torch.nn.utils.prune.remove",
-    "_g": "weight norms: torch.nn.utils.remove_weight_norm",
-    "_u": "spectral norms: torch.nn.utils.remove_spectral_norm",
-    "_packed_params": "quantized layers: save the network from before quantization",
+    ".parametrizations.": "take off its parametrizations first "
+    "(torch.nn.utils.parametrize.remove_parametrizations)",
+    "lora_": "merge its LoRA layers into the weights first (merge_and_unload)",
+    ".base_layer.": "merge its adapters into the weights first (merge_and_unload)",
+    "_mask$": "make its pruning permanent first (torch.nn.utils.prune.remove)",
+    "_g$": "take off its weight norms first (torch.nn.utils.remove_weight_norm)",
+    "_u$": "take off its spectral norms first (torch.nn.utils.remove_spectral_norm)",
+    "_packed_params": "it has quantized layers; save the network from before",
 }
 
 
@@ -173,8 +174,6 @@ def _check_kinds(config: Mapping[str, Any], where: str) -> None:
 
 def _advice(unknown: list[str]) -> str:
     for part, remedy in REWRITTEN.items():
-        if any(
-            part in name if part.endswith((".", "_")) else name.endswith(part) for name in unknown
-        ):
-            return f"it has {remedy} first"
+        if any(part in f"{name}$" for name in unknown):
+            return remedy
     return "make the UNet of the arguments that its layers have now, and load the weights into it"

@@ -124,11 +124,16 @@ def _whereabouts(places: list[tuple[str, str]], content: Any, flags: tuple[str, 
     for place in places[:6]:
         # Of an average an empty value is said, too: without one the network's own is taken.
         values = zip(flags, place, strict=True)
-        given = [f"{flag}{shlex.quote(v)}" for flag, v in values if v or flag.startswith("--ema")]
+        given = [_given(flag, v) for flag, v in values if v or flag.startswith("--ema")]
         choices.append(
             " ".join(given) or f"no {flags[0].strip('= ')} and no {flags[1].strip('= ')}"
         )
     return f"the network is inside: give {', or '.join(choices)}"
+
+
+def _given(flag: str, value: str) -> str:
+    """A flag of the command line, or an argument in Python (key=)."""
+    return f"{flag}{value!r}" if flag.endswith("=") else f"{flag}{shlex.quote(value)}"
 
 
 def _summary(content: Any) -> str:
