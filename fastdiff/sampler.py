@@ -238,7 +238,8 @@ class Sampler:
             model_kwargs: passed to the network. For guidance, tensors whose first dimension is N
                 are doubled with their unconditional counterpart.
             uncond_kwargs: what replaces ``model_kwargs`` in the unconditional half; by default the
-                model's ``null_label`` replaces the labels ``y``.
+                model's ``null_label`` replaces the labels ``y`` (also that of a network inside
+                torch.compile, DataParallel and their like).
             step_noise: the N(0, I) draw of every step: one tensor for all, or a callable that gets
                 the index t (K − 1 first, 0 last).
 

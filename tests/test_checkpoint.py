@@ -358,6 +358,17 @@ def test_published_preset_with_overrides():
     assert same_weights(loaded, model.state_dict())
 
 
+def test_published_state_dict_in_a_wrappers_file(tmp_path):
+    model = tiny()
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"net": state}, tmp_path / "model.pt")
+    for source in (tmp_path / "model.pt", {"net": state}):
+        with pytest.raises(InputError, match=r"is inside: give key='net' strip='module\.'"):
+            load_published(source, **TINY)
+        loaded = load_published(source, key="net", strip="module.", **TINY)
+        assert same_weights(loaded, model.state_dict())
+
+
 class Trap:
     def __reduce__(self):
         return os.system, ("touch sprung",)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
 from diffusers_format_tools import TINY, assert_same_output, assert_same_weights, randomized, theirs
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from json_values import json_values
 import fastdiff
 from fastdiff.errors import InputError
 from fastdiff.models import UNet
-from fastdiff.models.diffusers_config import FIELDS, unet_arguments
+from fastdiff.models.diffusers_config import BOOKKEEPING, FIELDS, unet_arguments
 from fastdiff.models.diffusers_format import load_unet, save_unet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -119,6 +120,38 @@ def test_saving_again_replaces_and_other_files_are_kept(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["network"]
 
 
+def test_an_average_of_the_training_script(tmp_path):
+    """unet_ema/ holds EMAModel's own state among the network's fields."""
+    average, model = theirs(TINY, seed=1), theirs(TINY, seed=2)
+    ema = EMAModel(
+        average.parameters(),
+        decay=0.9999,
+        use_ema_warmup=True,
+        inv_gamma=1.0,
+        power=0.75,
+        model_cls=UNet2DModel,
+        model_config=average.config,
+    )
+    ema.step(average.parameters())
+    ema.save_pretrained(tmp_path / "unet_ema")
+    DDPMPipeline(model, DDPMScheduler()).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "unet_ema" / "config.json").read_text())
+    assert fields["optimization_step"] == 1 and "decay" in fields  # or nothing is tested here
+    loaded = fastdiff.load(tmp_path / "unet_ema")
+    assert_same_output(loaded.model, average)
+    assert loaded.weights == "model" and loaded.diffusion is None
+    assert_same_output(fastdiff.load(tmp_path).model, model)  # the pipeline's own
+
+
+@pytest.mark.parametrize("field", sorted(BOOKKEEPING) + ["_name_or_path", "_use_default_values"])
+def test_fields_that_change_nothing_are_passed_over(saved, field):
+    path, model = saved
+    expected = fastdiff.load(path).model
+    for value in (0.9999, True, 7, "float16", ["sample_size"]):
+        edit_config(path, **{field: value})
+        assert_same_weights(fastdiff.load(path).model, expected)
+
+
 # What cannot be
 
 
@@ -167,6 +200,9 @@ def refused(path: Path, *words: object) -> None:
         ("block_out_channels", 8),
         ("in_channels", 0),
         ("a_new_field", True),
+        ("quantization_config", {"quant_method": "bitsandbytes"}),
+        ("cross_attention_dim", 768),
+        ("Decay", 0.9),
     ],
 )
 def test_configs_that_fastdiff_cannot_follow(saved, field, value):
@@ -254,6 +290,21 @@ def test_no_weights(saved):
     refused(path, f"has no {WEIGHTS}")
     (path / "diffusion_pytorch_model.bin").touch()
     refused(path, "a diffusion_pytorch_model.bin; let diffusers save it again")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "diffusion_pytorch_model.fp16.bin",
+        "diffusion_pytorch_model.non_ema.safetensors",
+        "diffusion_pytorch_model.bin.index.json",
+        "diffusion_flax_model.msgpack",
+    ],
+)
+def test_weights_in_other_files(saved, name):
+    path, _ = saved
+    (path / WEIGHTS).rename(path / name)
+    refused(path, f"has no {WEIGHTS} but a {name}; let diffusers save it again")
 
 
 def test_shards_that_are_not_there(tmp_path):

@@ -104,6 +104,15 @@ def test_zero_terminal_snr():
         process_of_scheduler({"_class_name": "DDPMScheduler", "rescale_betas_zero_snr": True})
 
 
+def test_the_early_name_of_the_prediction():
+    early = {"_class_name": "DDPMScheduler", "predict_epsilon": False}
+    assert process_of_scheduler(early).mean_type == "x_start"
+    assert process_of_scheduler(early | {"predict_epsilon": True}).mean_type == "epsilon"
+    assert process_of_scheduler(early | {"prediction_type": "sample"}).mean_type == "x_start"
+    with pytest.raises(InputError, match="predict_epsilon is False and prediction_type 'epsilon'"):
+        process_of_scheduler(early | {"prediction_type": "epsilon"})
+
+
 @pytest.fixture
 def pipeline(tmp_path):
     """A saved pipeline whose schedule is not the usual one."""

@@ -10,7 +10,6 @@ import torch
 
 from fastdiff.errors import InputError
 from fastdiff.models.checkpoint import Checkpoint, load
-from fastdiff.models.run_directory import list_checkpoints
 from fastdiff.training.checks import choose_device
 
 
@@ -39,10 +38,9 @@ def load_checkpoint(args: argparse.Namespace, device: str | None = None) -> Chec
 
     InputError for what cannot be sampled or scored.
     """
-    path = Path(args.checkpoint)
-    path = next(reversed(list_checkpoints(path)), path)
     device = device or getattr(args, "device", None)
-    checkpoint = load(path, weights=args.weights, device=choose_device(device))
+    checkpoint = load(args.checkpoint, weights=args.weights, device=choose_device(device))
+    path = checkpoint.path
     if checkpoint.diffusion is None:
         raise InputError(f"{path} holds a network without its diffusion process")
     if checkpoint.model.dims != 2 or checkpoint.model.super_res:

@@ -13,7 +13,8 @@ from fastdiff.errors import InputError
 from fastdiff.models import EMA, UNet, presets, save
 from fastdiff.models.checkpoint import load_weights
 from fastdiff.models.ema import rate_name
-from fastdiff.models.published import read_published, unet_config_from_state
+from fastdiff.models.published import unet_config_from_state
+from fastdiff.models.published_file import read_published
 
 HELP = "turn a published .pt checkpoint into one that describes itself"
 
@@ -41,7 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         required=True,
         metavar="FILE.pt",
-        help="state dict of improved-diffusion or guided-diffusion, raw or averaged",
+        help="state dict of improved-diffusion or guided-diffusion, raw or averaged (.safetensors "
+        "is read too)",
+    )
+    parser.add_argument(
+        "--key",
+        metavar="KEY",
+        help="where in the file it lies, if not at the top: state_dict, model, ema.model, ...",
+    )
+    parser.add_argument(
+        "--strip",
+        metavar="PREFIX",
+        help="take the names that begin with this, without it: module., _orig_mod., model., ...",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
     parser.add_argument(
@@ -56,6 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RATE",
         help="its rate, unless the file is called ema_RATE_STEP.pt; one for each --ema, in order",
     )
+    for name in ("key", "strip"):
+        parser.add_argument(
+            f"--ema-{name}",
+            action="append",
+            metavar="KEY" if name == "key" else "PREFIX",
+            help=f"--{name} of the averages, if another than the network's ('' for none): one for "
+            "all, or one for each --ema, in order",
+        )
     parser.add_argument(
         "--preset",
         metavar="NAME",
@@ -101,9 +121,10 @@ def run(args: argparse.Namespace) -> int:
         if given.get(name, 1) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {given[name]}; expected at least 1")
     averages = rates_of(given.get("ema", []), given.get("ema_rate", []))
+    place, ema_places = places_of(given, list(averages.values()))
     step = step_of([args.model, *averages.values()])
 
-    state = read_published(args.model)
+    state = read_published(args.model, **place, flags=("--key ", "--strip "))
     try:
         shown = unet_config_from_state(state, super_res=given.get("super_res"))
     except InputError as error:
@@ -120,8 +141,8 @@ def run(args: argparse.Namespace) -> int:
     diffusion = create_diffusion(**recipe)
     model = UNet(**config)
     ema = EMA(model, [float(rate) for rate in averages]) if averages else None
-    for rate, file in averages.items():
-        average = read_published(file)
+    for (rate, file), ema_place in zip(averages.items(), ema_places, strict=True):
+        average = read_published(file, **ema_place, flags=("--ema-key ", "--ema-strip "))
         load_weights(model, average, file)
         assert ema is not None
         ema.load_state_dict(rate, average)
@@ -236,6 +257,30 @@ def rates_of(files: Sequence[str], rates: Sequence[str]) -> dict[str, str]:
     if len(averages) < len(files):
         raise InputError(f"two averages have one rate: {', '.join(rates)}")
     return averages
+
+
+def places_of(
+    given: Mapping[str, Any], averages: Sequence[str]
+) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Where in their files the network and each of its averages lie: --key and --strip."""
+    place = {name: given.get(name, "") for name in ("key", "strip")}
+    each = {}
+    for name, of_network in place.items():
+        values = given.get(f"ema_{name}", [of_network])
+        if len(values) not in (1, len(averages)) or (f"ema_{name}" in given and not averages):
+            raise InputError(
+                f"{len(values)} --ema-{name} for {len(averages)} --ema; give one for all or one "
+                "for each"
+            )
+        each[name] = values if len(values) == len(averages) else values * len(averages)
+    ema_places = [{"key": k, "strip": s} for k, s in zip(each["key"], each["strip"], strict=True)]
+    for file, ema_place in zip(averages, ema_places, strict=True):
+        if ema_place == place and Path(file).resolve() == Path(given["model"]).resolve():
+            raise InputError(
+                f"--ema {file} is the file of the network; say with --ema-key or --ema-strip where "
+                "in it the average is"
+            )
+    return place, ema_places
 
 
 def step_of(files: Sequence[str]) -> int | None:

@@ -18,6 +18,15 @@ from torch import Tensor, nn
 
 from fastdiff.create import process_from_config
 from fastdiff.errors import InputError
+from fastdiff.models.checkpoint_config import (
+    FORMAT,
+    MODEL_STEM,
+    check_extra_names,
+    check_saved,
+    nothing_saved,
+    read_config,
+    strangers,
+)
 from fastdiff.models.diffusers_format import load_unet, unet_folder
 from fastdiff.models.diffusers_process import load_process
 from fastdiff.models.ema import EMA, rate_name
@@ -31,12 +40,11 @@ from fastdiff.models.files import (
     previous_directory,
     replace_directory,
 )
+from fastdiff.models.run_directory import list_checkpoints
 from fastdiff.models.unet import UNet
+from fastdiff.models.wrappers import plain_state, unwrapped
 
-FORMAT = 1
-MODEL_FILE = "model.safetensors"
-# What config.json holds beside the format.
-KINDS = {"model": dict, "diffusion": dict | None, "step": int | None, "info": dict, "ema": list}
+CHECKPOINTS = "checkpoints"  # where a training run keeps its own
 
 
 @dataclass
@@ -49,7 +57,7 @@ class Checkpoint:
         step: optimizer steps taken, or None.
         info: facts about the data: image_size, channels, num_classes, class_names, ...
         config: the whole of config.json; of a diffusers network, as ``save`` would write it.
-        path: the directory.
+        path: the checkpoint's directory: of a run's, the one inside that was read.
         weights: ``"model"`` or the rate of the average that was loaded.
     """
 
@@ -79,9 +87,13 @@ def save(
     An older checkpoint of that name stays until the new one is complete. What a killed save left
     behind is removed by the next one.
 
+    What is written is first held against the network that its config describes, so ``load`` reads
+    it back.
+
     Args:
         directory: its parent is made if missing.
-        model: a ``UNet`` (anything with ``config`` and ``state_dict``).
+        model: a ``UNet``, on its own or in a wrapper: torch.compile's, DistributedDataParallel,
+            AveragedModel and their like, whose network is saved.
         diffusion: anything with ``to_config()``.
         ema: all of its rates are saved.
         step, info: recorded in config.json.
@@ -93,38 +105,36 @@ def save(
 
     Raises:
         OSError: the disk is full or not writable; nothing has changed.
-        InputError: ``directory`` is a file or a folder of other things, the model has no config, or
-            a value has no JSON form; nothing has changed.
+        InputError: ``directory`` is a file or a folder of other things, the model has no config or
+            other weights than its config describes, the averages are another model's, an extra
+            file has the name of one of the checkpoint's, or a value has no JSON form; nothing has
+            changed.
     """
     target = Path(os.path.abspath(directory))
-    # A run keeps more in a checkpoint than these two.
-    check_target(target, lambda names: names >= {CONFIG_FILE, MODEL_FILE})
-    if not isinstance(getattr(model, "config", None), dict):
+    check_target(target, strangers)
+    network = unwrapped(model)
+    if not isinstance(getattr(network, "config", None), dict):
         raise InputError(
-            f"cannot save a {type(model).__name__}: it has no config, which a checkpoint needs to "
-            "describe itself; pass the UNet itself, not a wrapper"
+            f"cannot save a {type(network).__name__}: it has no config, which a checkpoint needs "
+            "to describe itself; pass the UNet itself"
         )
     rates = ema.rates if ema is not None else []
-    documents = {
-        "config": {
-            "format": FORMAT,
-            "model": model.config,
-            "diffusion": None if diffusion is None else diffusion.to_config(),
-            "step": step,
-            "info": dict(info or {}),
-            "ema": rates,
-        },
-        **(extra_json or {}),
+    config = {
+        "format": FORMAT,
+        "model": network.config,
+        "diffusion": None if diffusion is None else diffusion.to_config(),
+        "step": step,
+        "info": dict(info or {}),
+        "ema": rates,
     }
-    tensors: dict[str, Mapping[str, Tensor]] = {
-        "model": model.state_dict(),
-        **(extra_tensors or {}),
-    }
-    for rate in rates:
-        assert ema is not None
-        tensors[f"ema_{rate}"] = ema.state_dict(rate)
-
-    replace_directory(target, tensors, documents)
+    averages = {rate: ema.state_dict(rate) for rate in rates} if ema is not None else {}
+    state = plain_state(network)
+    check_saved(config, network, state, averages)
+    tensors = {MODEL_STEM: state, **{f"ema_{rate}": average for rate, average in averages.items()}}
+    extras = dict(extra_tensors or {})
+    check_extra_names(extras, tensors, "extra_tensors")
+    check_extra_names(extra_json or {}, {"config"}, "extra_json")
+    replace_directory(target, {**tensors, **extras}, {"config": config, **(extra_json or {})})
     return target
 
 
@@ -137,9 +147,11 @@ def load(
     """Read a checkpoint directory and build what it describes.
 
     Args:
-        directory: what ``save`` wrote; or a diffusers ``UNet2DModel`` or the pipeline around one,
-            whose weights are ``"model"`` and whose process is the pipeline's scheduler's: its
-            betas, prediction and variance. A directory of the network alone has no process.
+        directory: what ``save`` wrote; a training run's, for its newest checkpoint; or that of a
+            diffusers ``UNet2DModel`` or the pipeline around one (its ``unet/``), whose weights are
+            ``"model"`` and whose process is the pipeline's scheduler's: its betas, prediction and
+            variance. A directory of the network alone, such as the ``unet_ema/`` that a training
+            script leaves beside ``unet/``, has no process.
         weights: ``"model"`` for the trained weights, a rate such as ``"0.9999"`` for that average,
             ``"ema"`` for the average with the highest rate (the trained weights if there is none).
         device: where the network goes.
@@ -152,15 +164,16 @@ def load(
     if not path.exists() and previous_directory(path).is_dir():
         # A save was killed between its two renames; the next one recovers.
         path = previous_directory(path)
+    path = _checkpoint_in(path)
     diffusers_folder = unet_folder(path)
     if diffusers_folder is not None:
         name, _ = _choose_weights(path, [], weights)
         model = load_unet(diffusers_folder).to(device)
         diffusion = load_process(path)
-        config = {**_nothing_saved(), "format": FORMAT, "model": model.config}
+        config = {**nothing_saved(), "format": FORMAT, "model": model.config}
         config["diffusion"] = None if diffusion is None else diffusion.to_config()
         return Checkpoint(model, diffusion, None, {}, config, path, name)
-    config = _read_config(path)
+    config = read_config(path)
     rates = build(path, "ema", lambda: [rate_name(rate) for rate in config["ema"]])
     name, stem = _choose_weights(path, rates, weights)
     state = load_tensors(path, stem)
@@ -182,27 +195,26 @@ def load(
     )
 
 
-def _nothing_saved() -> dict[str, Any]:
-    return {"model": None, "diffusion": None, "step": None, "info": {}, "ema": []}
+def _checkpoint_in(path: Path) -> Path:
+    """The newest checkpoint of a run's directory, or of the ``checkpoints`` in it; else ``path``.
 
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise InputError(f"{path} is not a checkpoint directory: there is no such directory")
-    if not (path / CONFIG_FILE).is_file():
-        raise InputError(f"{path} is not a checkpoint directory: it has no {CONFIG_FILE}")
-    config = load_json(path, "config")
-    if not isinstance(config, dict) or "format" not in config:
-        raise InputError(f"{path / CONFIG_FILE} is not a fastdiff checkpoint's: it has no format")
-    if config["format"] != FORMAT:
-        raise InputError(
-            f"{path / CONFIG_FILE} has format {config['format']!r}; this version reads {FORMAT}"
-        )
-    config = {**_nothing_saved(), **config}
-    for part, kinds in KINDS.items():
-        if not isinstance(config[part], kinds):
-            raise InputError(f"{path / CONFIG_FILE}: its {part} cannot be {config[part]!r:.80}")
-    return config
+    InputError for a run that has none yet, and for a file.
+    """
+    if path.is_file():
+        remedy = f"fastdiff convert --model {path} makes one of a file of weights"
+        if (path.parent / CONFIG_FILE).is_file():
+            remedy = f"give the directory it lies in, {path.parent}"
+        raise InputError(f"{path} is a file, not a checkpoint directory; {remedy}")
+    config = load_json(path, "config") if (path / CONFIG_FILE).is_file() else None
+    if isinstance(config, dict) and ("format" in config or "_class_name" in config):
+        return path
+    run = path.parent if path.name == CHECKPOINTS else path
+    found = list_checkpoints(run)
+    if found:
+        return found[-1]
+    if (run / CHECKPOINTS).is_dir() or (isinstance(config, dict) and "train" in config):
+        raise InputError(f"{run} is a training run that has saved no checkpoint yet")
+    return path
 
 
 def _choose_weights(path: Path, rates: list[str], weights: str | float) -> tuple[str, str]:

@@ -40,6 +40,14 @@ FIELDS: dict[str, Any] = {
     "num_class_embeds": None,
     "num_train_timesteps": None,
 }
+# Fields that are no part of the network, beside those that begin with "_", diffusers' own notes.
+BOOKKEEPING = {
+    # EMAModel.save_pretrained writes its own state beside the averaged network's fields.
+    *("decay", "min_decay", "inv_gamma", "power", "use_ema_warmup"),
+    *("optimization_step", "update_after_step", "collected_params"),
+    # How it is trained and what the weights' dtype was; the file of weights shows that itself.
+    *("gradient_checkpointing", "torch_dtype", "dtype"),
+}
 # Fields that are arguments of fastdiff's U-Net.
 ARGUMENTS = {
     "sample_size": "image_size",
@@ -89,7 +97,8 @@ def unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         InputError: a field that fastdiff's U-Net cannot follow.
     """
     for field, value in config.items():
-        if field not in FIELDS and not field.startswith("_") and value is not None:
+        known = field in FIELDS or field in BOOKKEEPING or field.startswith("_")
+        if not known and value is not None:
             raise InputError(
                 f"{field}={value!r:.80} is unknown here; remove it if it has no effect"
             )

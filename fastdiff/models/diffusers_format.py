@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastdiff.errors import InputError
 from fastdiff.models.blocks import AttentionBlock, Downsample, ResBlock, Upsample
+from fastdiff.models.checkpoint_config import check_described
 from fastdiff.models.diffusers_config import CLASS, diffusers_config, unet_arguments
 from fastdiff.models.files import (
     CONFIG_FILE,
@@ -25,6 +26,7 @@ from fastdiff.models.files import (
     replace_directory,
 )
 from fastdiff.models.unet import UNet
+from fastdiff.models.wrappers import plain_state, unwrapped
 
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -69,7 +71,8 @@ def load_unet(directory: str | os.PathLike[str]) -> UNet:
     Its weights may be sharded, or of a variant (fp16, bf16) if there are no others.
 
     Args:
-        directory: the network's own, or that of a pipeline, which has it in ``unet/``.
+        directory: the network's own, or that of a pipeline, which has it in ``unet/``. An average
+            that a training script wrote beside that is a network's own directory: ``unet_ema/``.
 
     Raises:
         InputError: no such directory, a damaged file, or a network that fastdiff's U-Net cannot be;
@@ -108,14 +111,22 @@ def save_unet(directory: str | os.PathLike[str], model: UNet) -> Path:
             ``UNet2DModel`` can be; nothing has changed.
     """
     target = Path(os.path.abspath(directory))
-    files = {CONFIG_FILE, f"{WEIGHTS}.safetensors"}
-    check_target(target, lambda names: names == files)
-    if not isinstance(model, UNet):
-        raise InputError(f"save_unet: cannot save a {type(model).__name__}; pass the UNet itself")
-    config = {"_class_name": CLASS, **diffusers_config(model)}
-    state = diffusers_state(model, model.state_dict())
-    replace_directory(target, {WEIGHTS: state}, {"config": config})
+    check_target(target, _strangers)
+    network = unwrapped(model)
+    if not isinstance(network, UNet):
+        raise InputError(f"save_unet: cannot save a {type(network).__name__}; pass the UNet itself")
+    config = {"_class_name": CLASS, **diffusers_config(network)}
+    state = plain_state(network)
+    check_described(network, network.config, state)
+    replace_directory(target, {WEIGHTS: diffusers_state(network, state)}, {"config": config})
     return target
+
+
+def _strangers(path: Path) -> list[str]:
+    """The entries of a directory that ``save_unet`` did not write: all of them, or none."""
+    names = sorted(entry.name for entry in path.iterdir())
+    ours = names == [CONFIG_FILE, f"{WEIGHTS}.safetensors"] and unet_folder(path) == path
+    return [] if ours and load_json(path, "config")["_class_name"] == CLASS else names
 
 
 def unet_folder(path: Path) -> Path | None:
@@ -209,8 +220,9 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
                 state.update(load_tensors(folder, shard))
             return _renamed(state), folder / f"{index}.json"
     reason = f"{folder} has no {WEIGHTS}.safetensors"
-    if (folder / f"{WEIGHTS}.bin").is_file():
-        reason += f" but a {WEIGHTS}.bin; let diffusers save it again (save_pretrained)"
+    others = sorted(path.name for path in folder.glob("diffusion_*_model*"))
+    if others:  # pickles, other variants, JAX
+        reason += f" but a {others[0]}; let diffusers save it again (save_pretrained)"
     raise InputError(reason)
 
 

@@ -69,6 +69,13 @@ def process_of_scheduler(config: Mapping[str, Any]) -> GaussianDiffusion:
         if config.get(field, usual) not in (usual, None):
             raise InputError(f"{field} is {config[field]!r:.80}; expected {usual!r}")
     given = DEFAULTS | {name: config[name] for name in DEFAULTS if name in config}
+    if config.get("predict_epsilon") is False:  # what prediction_type was called at first
+        if config.get("prediction_type", "sample") != "sample":
+            raise InputError(
+                f"predict_epsilon is False and prediction_type {config['prediction_type']!r:.80}; "
+                "remove the one that is wrong"
+            )
+        given["prediction_type"] = "sample"
     betas = given["trained_betas"] if given["trained_betas"] is not None else _betas(given)
     if given["rescale_betas_zero_snr"]:
         betas = rescale_zero_terminal_snr(betas)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.errors import InputError
+from fastdiff.models.wrappers import plain_name
 
 
 class EMA:
@@ -17,7 +18,8 @@ class EMA:
     An update is a few fused launches per rate and waits for nothing.
 
     Args:
-        model: the network whose parameters are followed. The averages start at its present values.
+        model: the network whose parameters are followed. The averages start at its present values
+            and have the names that the parameters have without wrappers (torch.compile's, DDP's).
         rates: each strictly between 0 and 1; no two alike.
 
     Raises:
@@ -27,9 +29,11 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, rates: Sequence[float] = (0.9999,)):
-        self.names = [name for name, _ in model.named_parameters()]
+        # A tied weight has an average under each of its names, as a state_dict has.
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        self.names = [plain_name(name) for name in names]
         # Where each parameter hangs: load_state_dict(assign=True) replaces the parameters.
-        self._owners = [_owner(model, name) for name in self.names]
+        self._owners = [_owner(model, name) for name in names]
         self.shadows: dict[str, list[Tensor]] = {}
         for rate in rates:
             name = rate_name(rate)
@@ -101,10 +105,11 @@ class EMA:
             InputError: ``model`` has a parameter of another name or shape; it is unchanged.
         """
         state = self.state_dict(rate)
-        for name, parameter in model.named_parameters():
+        parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+        for name, parameter in parameters.items():
             if name not in state or state[name].shape != parameter.shape:
                 raise InputError(f"EMA: the model has a parameter {name} that was not averaged")
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters.items():
             parameter.copy_(state[name])
 
     @contextmanager

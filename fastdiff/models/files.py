@@ -6,17 +6,21 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastdiff.errors import InputError, first_line
 
 CONFIG_FILE = "config.json"
+# What building from a file's values may raise.
+UNBUILDABLE = (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError)
 _in_progress: set[Path] = set()  # temporary directories that threads of this process write
 
 
@@ -61,7 +65,7 @@ def build(directory: Path, part: str, make: Callable[[], Any], *, file: str = CO
     """
     try:
         return make()
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
+    except UNBUILDABLE as error:
         raise InputError(
             f"{directory / file}: its {part} cannot be built: {first_line(error)}"
         ) from error
@@ -73,46 +77,89 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | Pa
     Raises:
         InputError: names or shapes are not the model's.
     """
-    check_state(model.state_dict(), state, source)
+    convert = f"fastdiff convert --model {source} --strip {{prefix}} reads it"
+    check_state(model.state_dict(), state, source, without_prefix=convert)
     model.load_state_dict(state, strict=True)
 
 
 def check_state(
-    expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str | Path
+    expected: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    source: str | Path,
+    *,
+    without_prefix: str = "save the network inside",
 ) -> None:
-    """That ``state`` has the names and shapes of ``expected``.
+    """That ``state`` has the names and shapes of ``expected``, and values.
+
+    Args:
+        without_prefix: what to do where a wrapper's {prefix} stands before the names.
 
     Raises:
         InputError: it has not; one line that names ``source``.
     """
+    difference = state_difference(expected, state)
+    if difference is not None:
+        prefix = common_prefix(expected, state)
+        advice = "check the network's arguments"
+        if prefix is not None:
+            advice = f"its names begin with {prefix}, which a wrapper adds: "
+            advice += without_prefix.format(prefix=prefix)
+        raise InputError(f"{source} holds the weights of another network: {difference} ({advice})")
+    for name, tensor in state.items():
+        unfit = no_weight(tensor)
+        if unfit is not None:
+            raise InputError(f"{source} holds no weights of a network: its {name} {unfit}")
+
+
+def state_difference(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
+    """What names or shapes ``state`` has others than ``expected``; None if they are the same."""
     missing = [name for name in expected if name not in state]
     strangers = [name for name in state if name not in expected]
     if missing or strangers:
-        details = [
+        return "; ".join(
             f"{len(names)} {what}, such as {names[0]}"
             for what, names in (("missing", missing), ("unexpected", strangers))
             if names
-        ]
-        raise InputError(
-            f"{source} holds the weights of another network: {'; '.join(details)} "
-            "(check the network's arguments)"
         )
     for name, tensor in expected.items():
-        if state[name].shape != tensor.shape:
-            raise InputError(
-                f"{source} holds the weights of another network: {name} is "
-                f"{tuple(state[name].shape)}, this network has {tuple(tensor.shape)}"
-            )
+        if not is_lazy(state[name]) and state[name].shape != tensor.shape:
+            came = tuple(state[name].shape)
+            return f"{name} is {came}, this network has {tuple(tensor.shape)}"
+    return None
+
+
+def no_weight(tensor: Tensor) -> str | None:
+    """Why a tensor cannot be a network's weight (a file's quantized one, for example), or None."""
+    if is_lazy(tensor):
+        return "has no shape yet; run the network once"
+    if tensor.is_meta:
+        return "has no values (it is on the meta device)"
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"is a {type(tensor).__name__}, not a plain tensor"
+    if tensor.layout != torch.strided or not tensor.is_floating_point():
+        layout = "" if tensor.layout == torch.strided else f" in layout {tensor.layout}"
+        return f"is {tensor.dtype}{layout}; expected floating-point numbers"
+    return None
+
+
+def common_prefix(expected: Iterable[str], names: Iterable[str]) -> str | None:
+    """What wrapper's prefix, such as "module.", stands before every one of the expected names."""
+    names, first = set(names), next(iter(expected), "")
+    for name in names:
+        prefix = name.removesuffix(first)
+        if prefix.endswith(".") and all(prefix + name in names for name in expected):
+            return prefix
+    return None
 
 
 # Writing
 
 
-def check_target(target: Path, is_ours: Callable[[set[str]], bool]) -> None:
+def check_target(target: Path, strangers: Callable[[Path], Iterable[str]]) -> None:
     """That nothing but an older save is lost when ``target`` is replaced.
 
     Args:
-        is_ours: whether a directory of these entries is such a save.
+        strangers: the entries of a directory that no such save wrote.
 
     Raises:
         InputError: ``target`` is a file or holds other things.
@@ -121,10 +168,10 @@ def check_target(target: Path, is_ours: Callable[[set[str]], bool]) -> None:
         return
     if not target.is_dir():
         raise InputError(f"cannot save a checkpoint to {target}: it is a file, not a directory")
-    names = {entry.name for entry in target.iterdir()}
-    if names and not is_ours(names):
+    foreign = sorted(strangers(target))
+    if foreign:
         raise InputError(
-            f"cannot save a checkpoint to {target}: it holds other files, such as {min(names)}; "
+            f"cannot save a checkpoint to {target}: it holds other files, such as {foreign[0]}; "
             "give a new or empty directory, or one that holds a checkpoint to replace"
         )
 
@@ -147,7 +194,7 @@ def replace_directory(
         OSError: the disk is full or not writable; nothing has changed.
         InputError: a value has no JSON form; nothing has changed.
     """
-    texts = {stem: _to_json(f"{stem}.json", document) for stem, document in documents.items()}
+    texts = {stem: to_json(f"{stem}.json", document) for stem, document in documents.items()}
 
     def write(folder: Path) -> None:
         for stem, group in tensors.items():
@@ -178,7 +225,8 @@ def previous_directory(target: Path) -> Path:
     return target.parent / f".{target.name}.previous"
 
 
-def _to_json(name: str, document: Any) -> str:
+def to_json(name: str, document: Any) -> str:
+    """``document`` as the text of the file ``name``. InputError: a value has no JSON form."""
     try:
         return json.dumps(document, indent=2) + "\n"
     except (TypeError, ValueError) as error:
@@ -186,8 +234,15 @@ def _to_json(name: str, document: Any) -> str:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # Channels_last weights are written as their logical values; safetensors has no strides.
-    flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    # Channels_last weights are written as their logical values; safetensors has no strides. Nor
+    # has it tied weights: each name gets the values.
+    flat: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        flat[name] = tensor.detach().cpu().contiguous()
+        if flat[name].untyped_storage().data_ptr() in storages:
+            flat[name] = flat[name].clone()
+        storages.add(flat[name].untyped_storage().data_ptr())
     path.touch()
     mode = path.stat().st_mode
     try:

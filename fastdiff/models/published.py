@@ -2,14 +2,14 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastdiff.errors import InputError, first_line
+from fastdiff.errors import InputError
 from fastdiff.models import presets
 from fastdiff.models.files import load_weights
+from fastdiff.models.published_file import read_published, state_in
 from fastdiff.models.unet import UNet
 from fastdiff.models.unet_config import multiplier
 
@@ -18,6 +18,8 @@ def load_published(
     source: str | os.PathLike[str] | Mapping[str, Tensor],
     *,
     preset: str | None = None,
+    key: str = "",
+    strip: str = "",
     **unet_kwargs: Any,
 ) -> UNet:
     """A U-Net with the weights of a published ``.pt`` state dict, in eval mode.
@@ -29,14 +31,18 @@ def load_published(
     Args:
         source: the file, or the state dict itself.
         preset: a name from ``presets``.
+        key: where in the file's dictionaries the state dict lies, such as "state_dict".
+        strip: what stands before its names, such as "module."; names without it are left out.
 
     Raises:
         InputError: not such a file, or weights that do not fit the network.
     """
     if isinstance(source, Mapping):
-        state, name = source, "the state dict"
+        name = "source"
+        state = state_in(source, name, key=key, strip=strip)
     else:
-        state, name = read_published(source), os.fspath(source)
+        name = os.fspath(source)
+        state = read_published(source, key=key, strip=strip)
     kwargs = {**(presets.get(preset).model if preset else {}), **unet_kwargs}
     model = UNet(**kwargs)
     load_weights(model, state, name)
@@ -140,29 +146,3 @@ def _number(name: str) -> int:
     """Of the block that a name such as output_blocks.11.0.norm.weight is in; -1 if it has none."""
     number = name.split(".")[1]
     return int(number) if number.isdecimal() and len(number) < 6 else -1
-
-
-def read_published(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
-    """The state dict in a published ``.pt`` file, on the CPU.
-
-    Raises:
-        InputError: the file is missing, damaged, or something else.
-    """
-    try:
-        with open(path, "rb") as file:
-            state = _unpickled(file, os.fspath(path))
-    except FileNotFoundError:
-        raise InputError(f"{os.fspath(path)}: there is no such file") from None
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"{os.fspath(path)} is not a state dict of tensors")
-    if not state or not all(isinstance(name, str) for name in state):
-        raise InputError(f"{os.fspath(path)} is not a state dict of named tensors")
-    return state
-
-
-def _unpickled(file: BinaryIO, name: str) -> Any:
-    try:
-        # weights_only: a pickle from the network must not run code.
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises whatever its bytes happen to mean
-        raise InputError(f"{name} is not a PyTorch state dict ({first_line(error)})") from error

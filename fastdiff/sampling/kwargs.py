@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError
+from fastdiff.models.wrappers import attribute_of
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
@@ -63,15 +64,15 @@ def doubled_kwargs(
 ) -> dict[str, Any]:
     """What the network is passed under guidance: for a batch of 2N, unconditional half second."""
     uncond = dict(uncond_kwargs or {})
-    null_label = getattr(model, "null_label", None)
+    null_label = attribute_of(model, "null_label")
     if "y" in given and "y" not in uncond and null_label is not None:
         if not isinstance(given["y"], Tensor):
             raise InputError(f"labels y are a {type(given['y']).__name__}; expected a tensor (N,)")
         uncond["y"] = torch.full_like(given["y"], null_label)
     if not uncond:
         raise InputError(
-            "guidance needs to know what unconditional means: a model with a null class and "
-            "labels y in model_kwargs, or uncond_kwargs"
+            "guidance needs to know what unconditional means: a model with a null class (a module "
+            "that holds one, not a function) and labels y in model_kwargs, or uncond_kwargs"
         )
     return _double("", given, uncond, count)
 

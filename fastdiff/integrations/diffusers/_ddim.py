@@ -23,6 +23,7 @@ from fastdiff.integrations.diffusers._fused import (
     misfit,
     noise_misfit,
 )
+from fastdiff.integrations.diffusers._generators import check_generators
 
 _PREDICTIONS = ("epsilon", "sample", "v_prediction")
 _settings = attrgetter(
@@ -50,6 +51,7 @@ class DDIMScheduler(TimestepScheduler, stock.DDIMScheduler):
         ``generator`` or is ``variance_noise``. ``use_clipped_model_output`` derives ε anew from
         the clipped x_0.
         """
+        check_generators(generator, sample.shape[:1].numel())
         call = (model_output, timestep, sample, eta, use_clipped_model_output)
         plan = self._plan(*call, generator=generator, variance_noise=variance_noise)
         if isinstance(plan, str):

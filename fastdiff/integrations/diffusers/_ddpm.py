@@ -16,6 +16,7 @@ from fastdiff.integrations.diffusers._by_timestep import (
     x_start_columns,
 )
 from fastdiff.integrations.diffusers._fused import Plan, apply, make_table, misfit
+from fastdiff.integrations.diffusers._generators import check_generators
 
 _PREDICTIONS = ("epsilon", "sample", "v_prediction")
 _VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")
@@ -39,6 +40,7 @@ class DDPMScheduler(TimestepScheduler, stock.DDPMScheduler):
 
         ``model_output`` is (N, C, ...), or (N, 2C, ...) where the variance is learned.
         """
+        check_generators(generator, sample.shape[:1].numel())
         plan = self._plan(model_output, timestep, sample)
         if isinstance(plan, str):
             return super().step(model_output, timestep, sample, generator, return_dict)

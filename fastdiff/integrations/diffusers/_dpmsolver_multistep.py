@@ -22,6 +22,7 @@ from fastdiff.integrations.diffusers._fused import (
     misfit,
     version,
 )
+from fastdiff.integrations.diffusers._generators import check_generators
 
 _ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++")
 _PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
@@ -48,6 +49,7 @@ class DPMSolverMultistepScheduler(FusedScheduler, stock.DPMSolverMultistepSchedu
 
         The noise of the ``sde-`` algorithms comes from ``generator`` or is ``variance_noise``.
         """
+        check_generators(generator, sample.shape[:1].numel())
         plan = self._plan(model_output, timestep, sample, variance_noise=variance_noise)
         if isinstance(plan, str):
             arguments = (model_output, timestep, sample, generator, variance_noise, return_dict)

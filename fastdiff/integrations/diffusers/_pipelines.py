@@ -19,6 +19,7 @@ from fastdiff.integrations._options import check_sampler_options
 from fastdiff.integrations.diffusers._ddim import DDIMScheduler
 from fastdiff.integrations.diffusers._ddpm import DDPMScheduler
 from fastdiff.integrations.diffusers._dpmsolver_multistep import DPMSolverMultistepScheduler
+from fastdiff.integrations.diffusers._generators import check_generators
 from fastdiff.sampler import Sampler
 
 PIPELINES = (diffusers.DDPMPipeline, diffusers.DDIMPipeline)
@@ -225,6 +226,7 @@ class _DDPM(_Accelerated):
         *,
         class_labels: Sequence[int] | Tensor | None = None,
     ) -> Any:
+        check_generators(generator, batch_size)
         call = (batch_size, generator, num_inference_steps)
         output = self._run(*call, class_labels, output_type, return_dict)
         if output is None:
@@ -246,10 +248,7 @@ class _DDIM(_Accelerated):
         *,
         class_labels: Sequence[int] | Tensor | None = None,
     ) -> Any:
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise InputError(
-                f"{len(generator)} generators for a batch of {batch_size}; give one each"
-            )
+        check_generators(generator, batch_size, one_for_all=False)
         output = self._run(
             batch_size,
             generator,
