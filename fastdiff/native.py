@@ -3,7 +3,8 @@
 import functools
 import importlib
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch  # before the library: its OpenMP runtime is the one the library calls
 
@@ -12,6 +13,18 @@ from fastdiff.errors import InputError
 INTERFACE = 6  # kInterface of csrc/bindings.cpp
 ISA_VARIABLE = "FASTDIFF_ISA"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/common
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant_when_compiled(function: F) -> F:
+    """``torch.compiler.assume_constant_result``, which imports all of torch._dynamo (2 s, as long
+    as torch itself) to set one attribute: set here, where the version is known to read it."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) > (2, 14):
+        return torch.compiler.assume_constant_result(function)
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class NativeLibraryError(OSError):
@@ -74,7 +87,7 @@ def cuda_serves(device: torch.device) -> bool:
     return not cuda_problem(device)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot look into the library
+@constant_when_compiled  # torch.compile cannot look into the library
 def cuda_problem(device: torch.device) -> str:
     """Why the compiled CUDA kernels do not run on ``device``, in words; "" where they do."""
     return _cuda_problem(device)

@@ -96,7 +96,7 @@ def _implementation(qkv: Tensor, num_heads: int) -> tuple[str, str]:
     return plan(call)
 
 
-@torch.compiler.assume_constant_result
+@native.constant_when_compiled
 def cpu() -> tuple[str, bool]:
     """The native library's instruction set, and whether PyTorch multiplies in AMX tiles."""
     return native.library().current_isa(), _AMX
