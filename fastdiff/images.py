@@ -143,7 +143,7 @@ def write_samples(
     """``save_samples_npz`` for a caller who knows that the channels are last."""
     _check_nhwc(images, "images")
     arrays = [np.ascontiguousarray(images)]
-    named = {}
+    named: dict[str, Any] = {}
     if labels is not None:
         numbers = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
         _check_labels(numbers, len(images), "labels")

@@ -49,8 +49,9 @@ def load_dataset(
 
     spec: ``"digits"`` (the 1,797 8x8 images inside scikit-learn); a folder of images, searched
         with its sub-folders; a ``.npz`` of uint8 (N, H, W, C) ``arr_0``, optional (N,) integer
-        ``arr_1`` and optional names ``class_names`` for its numbers; CIFAR-10 as it is distributed (``cifar-10-batches-py`` or
-        ``cifar-10-batches-bin``: the training batches, or one batch file by its path).
+        ``arr_1`` and optional names ``class_names`` for its numbers; CIFAR-10 as it is
+        distributed (``cifar-10-batches-py`` or ``cifar-10-batches-bin``: the training batches, or
+        one batch file by its path).
     image_size: side in pixels to resize and centre-crop to, as improved-diffusion's loader does;
         None keeps the images as they are, and then they must share one size.
     class_cond: True demands labels, False ignores them (``num_classes`` is then None and every

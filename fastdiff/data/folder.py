@@ -184,7 +184,9 @@ def _choose_channels(headers: list[Header]) -> int:
     counts = Counter(KINDS[header.mode] for header in headers)
     if len(counts) > 1:
         first = {KINDS[header.mode]: header.file for header in reversed(headers)}
-        found = ", ".join(f"{n} {kind} (such as '{plain(first[kind])}')" for kind, n in counts.items())
+        found = ", ".join(
+            f"{n} {kind} (such as '{plain(first[kind])}')" for kind, n in counts.items()
+        )
         raise InputError(f"images of mixed modes: {found}; choose with --channels 1, 3 or 4")
     return 1 if next(iter(counts)).startswith("greyscale") else 3
 
