@@ -122,7 +122,7 @@ def load_folder(
         modes=Counter(header.mode for header in headers),
         several=sum(header.several for header in headers),
         skipped=skipped,
-        broken=[line.removeprefix(f"'{plain(root)}/") for line in broken],
+        broken=[line.replace(f"'{plain(root)}/", "'", 1) for line in broken],
     )
     if channels is None:
         channels = _choose_channels(headers)
