@@ -331,7 +331,7 @@ def _remedy(array: np.ndarray) -> str:
         if 0 <= low and high <= 255:
             return f"{values}, convert them with images.round().astype(numpy.uint8)"
         return f"{values}, bring them to 0 ... 255 first"
-    if array.ndim == 3 and array.shape[2] in (3, 4):
+    if array.ndim == 3 and array.shape[2] in (3, 4) and array.shape[1] != array.shape[2]:
         return ": for a single image save images[None]"
     if array.ndim == 3:
         return ": for grey images save images[..., None]"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training_tools import make_dataset, make_trainer
 
 from fastdiff.cli import main
 from fastdiff.commands import evaluate
@@ -17,6 +18,7 @@ from fastdiff.errors import InputError
 from fastdiff.images import load_samples_npz, read_samples, save_samples_npz
 from fastdiff.models.checkpoint import save
 from fastdiff.models.unet import UNet
+from fastdiff.training import Trainer
 
 ANIMALS = ["ant", "bee", "cow"]
 
@@ -329,3 +331,28 @@ def test_images_for_evaluation_are_matched(tmp_path, monkeypatch, capsys):
     folder_of(some, "eel_2.png")
     assert train(tmp_path / "other", *words, "--eval-data", some) == 2
     assert "does not know: eel" in capsys.readouterr().err
+
+
+def test_a_trainer_matches_what_it_is_given(tmp_path):
+    make_trainer(tmp_path, steps=1).fit()
+    same = make_dataset()
+    turned = make_dataset()
+    turned.labels, turned.class_names = 2 - same.labels, ["c2", "c1", "c0"]
+    few = ArrayDataset(
+        same.images[:1].permute(0, 2, 3, 1).numpy(), labels=np.array([0]), class_names=["c2"]
+    )
+    trainer = Trainer.resume(tmp_path, turned, eval_dataset=few, device="cpu", progress=False)
+    assert trainer.dataset.labels.tolist() == same.labels.tolist()
+    assert trainer.dataset.class_names == ["c0", "c1", "c2"]
+    assert trainer.eval_dataset.labels.tolist() == [2]
+    turned.class_names = ["c3", "c1", "c0"]
+    with pytest.raises(InputError, match="does not know: c3"):
+        Trainer.resume(tmp_path, turned, device="cpu", progress=False)
+
+
+def test_a_summary_of_arrays():
+    lines = load_dataset("digits", class_cond=True).describe().splitlines()
+    assert lines[0] == "digits: 1,797 images"
+    assert lines[3].startswith("  classes  10 (174 to 183 images each): 0 178, 1 182, ")
+    assert lines[3].endswith(" and 2 more")
+    assert "none taken: not asked for" in load_dataset("digits").describe()

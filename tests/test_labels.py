@@ -55,6 +55,7 @@ def test_one_reading(paths, way, names):
         ("train/cat_0.png validation/dog_1.png", ["prefixes (cat 1, dog 1)"]),
         ("train/0.png val/1.png extra/2.png", ["train, val"]),
         ("train2017/0.png val2017/1.png", ["train2017, val2017"]),
+        ("trainA/0.png testB/1.png", ["testB, trainA"]),
         ("train_0.png val_1.png", ["like the parts", "--labels prefixes"]),
         ("cat/x_0.png dog/y_1.png stray_2.png", ["'cat/x_0.png'", "--labels prefixes"]),
         ("cat_0.png more/dog_1.png", ["'more/dog_1.png'", "some do not"]),

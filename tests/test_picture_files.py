@@ -156,6 +156,13 @@ def test_pillows_own_limit_counts_where_it_was_changed(tmp_path, monkeypatch):
         load_dataset(tmp_path, max_pixels=0)
 
 
+def test_a_strip_that_would_fill_the_memory(tmp_path):
+    Image.new("L", (60000, 1)).save(tmp_path / "strip.png")
+    with pytest.raises(InputError, match=r"strip\.png' is 60000x1, so long that 3,932,160,000"):
+        load_dataset(tmp_path, image_size=256)
+    assert load_dataset(tmp_path, image_size=8)[0][0].shape == (1, 8, 8)
+
+
 # --- broken files ---------------------------------------------------------------------------
 
 
@@ -228,7 +235,7 @@ def test_what_is_passed_over_is_said(tmp_path):
     assert lines[0] == f"{tmp_path}: 3 images"
     assert lines[1:4] == [
         "  sizes    8x8 3",
-        "  modes    RGB 3; read in 3 channel(s)",
+        "  modes    RGB 3; read in 3 channels",
         "  classes  2, from folders: cat 2, dog 1",
     ]
     for words in (

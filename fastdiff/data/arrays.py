@@ -11,7 +11,7 @@ import numpy as np
 from fastdiff._optional import require
 from fastdiff.data.classes import numbers
 from fastdiff.data.dataset import ArrayDataset
-from fastdiff.data.summary import Found
+from fastdiff.data.summary import NOT_ASKED, Found
 from fastdiff.data.transforms import convert_arrays
 from fastdiff.errors import InputError
 from fastdiff.images import check_channels_last, read_samples
@@ -99,6 +99,7 @@ def _array_dataset(
 ) -> ArrayDataset:
     if class_cond and labels is None:
         raise InputError(f"{name} has no labels (arr_1), which class_cond needs")
+    no_classes = NOT_ASKED if class_cond is False and labels is not None else ""
     if class_cond is False:
         labels = class_names = None
     if len(images) == 0:
@@ -115,6 +116,7 @@ def _array_dataset(
             name.strip("'"),
             sizes=Counter({f"{width}x{height}": count}),
             modes=Counter({f"{found}-channel": count}),
+            no_classes=no_classes,
         ),
     )
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from fastdiff.data.dataset import ImageDataset
 from fastdiff.data.labels import Reading, Refusal, read_labels
 from fastdiff.data.listing import SUFFIXES, list_folder
-from fastdiff.data.pictures import Header, check_pixels, decode, read_header
-from fastdiff.data.summary import Found
+from fastdiff.data.pictures import Header, check_pixels, decode, pixel_limit, read_header
+from fastdiff.data.summary import NOT_ASKED, Found
 from fastdiff.data.text import plain
 from fastdiff.errors import InputError, first_line
 
@@ -111,7 +111,7 @@ def load_folder(
         raise InputError(
             f"'{plain(root)}' holds no image files ({', '.join(sorted(SUFFIXES))}){passed_over}"
         )
-    headers, broken = _read_headers(listing.files, skip_broken, max_pixels)
+    headers, broken = _read_headers(listing.files, image_size, skip_broken, max_pixels)
     if not headers:
         raise InputError(
             f"'{plain(root)}' holds no image file that is whole; the first is {broken[0]}"
@@ -149,7 +149,7 @@ def load_folder(
 
 
 def _read_headers(
-    files: list[Path], skip_broken: bool, max_pixels: int | None
+    files: list[Path], image_size: int | None, skip_broken: bool, max_pixels: int | None
 ) -> tuple[list[Header], list[str]]:
     """Headers of the files that can be used; with ``skip_broken``, what the others suffer from."""
 
@@ -161,6 +161,8 @@ def _read_headers(
                     f"'{plain(file)}' has the pixel mode {header.mode}, expected 8 bits per "
                     "channel: convert it first"
                 )
+            if image_size is not None:
+                _check_resized(header, image_size, max_pixels)
             if skip_broken:
                 check_pixels(file, max_pixels)
             return header
@@ -178,6 +180,17 @@ def _read_headers(
             f"{len(files)} files)"
         )
     return [result for result in results if isinstance(result, Header)], list(map(str, broken))
+
+
+def _check_resized(header: Header, image_size: int, max_pixels: int | None) -> None:
+    """A picture is resized before it is cropped, and a long strip would fill the memory then."""
+    short, long = sorted(header.size)
+    pixels = image_size**2 * long // short
+    if pixels > pixel_limit(max_pixels):
+        raise InputError(
+            f"'{plain(header.file)}' is {_pixels(header.size)}, so long that {pixels:,} pixels "
+            f"would be left of it at image size {image_size}: crop it first"
+        )
 
 
 def _choose_channels(headers: list[Header]) -> int:
@@ -213,6 +226,7 @@ def _read_classes(
 ) -> Reading | None:
     """The class of every file. Where none is demanded, why there are none goes to ``found``."""
     if class_cond is False:
+        found.no_classes = NOT_ASKED
         return None
     parts = [file.relative_to(root).parts for file in files]
     reading = read_labels(parts, way, known_classes)

@@ -18,7 +18,7 @@ from fastdiff.data.text import listed, plain, shown
 WAYS = ("folders", "subfolders", "prefixes")
 SPLIT = re.compile(
     r"(train|training|val|valid|validation|dev|test|testing|eval|evaluation|holdout)"
-    r"([-_ ]?(set|data|images|\d+))?",
+    r"([-_ ]?(set|data|images|[ab]|\d+))?",  # trainA and testB, val2017
     re.IGNORECASE,
 )
 

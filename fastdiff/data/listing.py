@@ -17,7 +17,14 @@ OTHER_PICTURES |= {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".exr", ".hdr
 
 # What systems leave in folders: previews, bins, the other half of a Macintosh's files.
 SYSTEM_FOLDERS = {"@eadir", "__macosx", "$recycle.bin", "recycler", "system volume information"}
-SYSTEM_FOLDERS |= {"lost+found", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"}
+SYSTEM_FOLDERS |= {
+    "lost+found",
+    "#recycle",
+    "#snapshot",
+    "@recycle",
+    "@recently-snapshot",
+    "@__thumb",
+}
 SYSTEM_FOLDERS |= {"@tmp", "__pycache__"}
 SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 
@@ -81,7 +88,7 @@ def list_folder(root: Path) -> Listing:
             elif entry.name.lower() in SYSTEM_FILES:
                 found.system[entry.name] += 1
             else:
-                _sort_in(path, found)
+                _sort_in(entry, path, found)
 
     visit(root)
     return found
@@ -105,14 +112,21 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _sort_in(path: Path, found: Listing) -> None:
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
+def _sort_in(entry: os.DirEntry[str], path: Path, found: Listing) -> None:
     """Count one file under what it is."""
     suffix = path.suffix.lower()
     if suffix in OTHER_PICTURES:
         found.pictures[suffix] += 1
     elif suffix not in SUFFIXES:
         found.others[suffix or "without a suffix"] += 1
-    elif path.exists() and not path.is_file():
+    elif not _is_file(entry) and path.exists():
         found.special += 1  # opening a pipe would wait for its writer
     else:
         found.files.append(path)

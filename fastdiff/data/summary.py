@@ -9,6 +9,7 @@ import numpy as np
 from fastdiff.data.text import counted, listed, plain, shown
 
 MOST = 8  # sizes, modes or classes that are listed
+NOT_ASKED = "not asked for"  # why no classes were taken
 
 
 @dataclass
@@ -43,9 +44,9 @@ def describe(
     brought = "" if list(found.sizes) == [used] else f"; brought to {used}"
     first = "; of animations and pages the first" if found.several else ""
     lines = [
-        f"{plain(found.place)}: {found.sizes.total():,} images",
+        f"{plain(found.place)}: {_plural(found.sizes.total(), 'image')}",
         f"  sizes    {counted(found.sizes, MOST)}{brought}",
-        f"  modes    {counted(found.modes, MOST)}; read in {channels} channel(s){first}",
+        f"  modes    {counted(found.modes, MOST)}; read in {_plural(channels, 'channel')}{first}",
         f"  classes  {_classes(found, labels, class_names, reading)}",
     ]
     if found.skipped:
@@ -53,6 +54,10 @@ def describe(
     if found.broken:
         lines.append(f"  broken   {len(found.broken):,}, left out: {listed(found.broken, 3)}")
     return "\n".join(lines)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _classes(
