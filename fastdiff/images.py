@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -118,25 +118,43 @@ def save_pngs(
 
 
 def save_samples_npz(
-    path: Pathlike, images: Tensor | np.ndarray, labels: Tensor | np.ndarray | None = None
+    path: Pathlike,
+    images: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Path:
     """Write samples in the published format: ``arr_0`` uint8 (N, H, W, C), ``arr_1`` labels (N,).
 
     path: a file ending in .npz, or a folder, which gets the published name
         ``samples_<N>x<H>x<W>x<C>.npz``. Returns the file's path.
+    class_names: what the labels' numbers stand for: a third array, ``class_names``.
     """
     array = images.cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
-    _check_nhwc(array, "images")
-    arrays = [np.ascontiguousarray(array)]
+    check_channels_last(array, "images")
+    return write_samples(path, array, labels, class_names)
+
+
+def write_samples(
+    path: Pathlike,
+    images: np.ndarray,
+    labels: Tensor | np.ndarray | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Path:
+    """``save_samples_npz`` for a caller who knows that the channels are last."""
+    _check_nhwc(images, "images")
+    arrays = [np.ascontiguousarray(images)]
+    named: dict[str, Any] = {}
     if labels is not None:
         numbers = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
-        _check_labels(numbers, len(array), "labels")
+        _check_labels(numbers, len(images), "labels")
         arrays.append(numbers.astype(np.int64))
+        if class_names is not None:
+            named["class_names"] = np.array(class_names, dtype=np.str_)
     file = Path(path)
     if file.suffix != ".npz":
-        file = file / samples_file_name(array.shape)
+        file = file / samples_file_name(images.shape)
     with replacing(file) as stream:
-        np.savez(stream, *arrays)
+        np.savez(stream, *arrays, **named)
     return file
 
 
@@ -145,24 +163,48 @@ def samples_file_name(shape: Sequence[int]) -> str:
     return f"samples_{'x'.join(map(str, shape))}.npz"
 
 
+class Samples(NamedTuple):
+    """images: uint8 (N, H, W, C). labels: int64 (N,). class_names: of the labels' numbers."""
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    class_names: list[str] | None
+
+
 def load_samples_npz(path: Pathlike) -> tuple[np.ndarray, np.ndarray | None]:
     """Read ``arr_0`` uint8 (N, H, W, C) and, where there is one, ``arr_1`` as int64 (N,)."""
+    images, labels, _ = read_samples(path)
+    check_channels_last(images, f"'{path}': arr_0")
+    return images, labels
+
+
+def read_samples(path: Pathlike) -> Samples:
+    """All that ``save_samples_npz`` writes. The channels are taken to be last."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in ("arr_0", "arr_1") if name in archive}
             names = sorted(archive)
+            wanted = [name for name in ("arr_0", "arr_1", "class_names") if name in archive]
+            arrays = {name: archive[name] for name in wanted}
     except FileNotFoundError:
         raise InputError(f"no file '{path}'") from None
     except Exception as error:  # zipfile, zlib, struct and numpy each have their own
         raise InputError(f"'{path}' is not a readable .npz file: {error}") from error
     if "arr_0" not in arrays:
-        raise InputError(f"'{path}' holds {', '.join(names) or 'nothing'}, expected arr_0")
+        raise InputError(
+            f"'{path}' holds {', '.join(names) or 'nothing'}, expected arr_0: write it with "
+            "numpy.savez(file, images) or numpy.savez(file, images, labels)"
+        )
     _check_nhwc(arrays["arr_0"], f"'{path}': arr_0")
     labels = arrays.get("arr_1")
     if labels is not None:
         _check_labels(labels, len(arrays["arr_0"]), f"'{path}': arr_1")
         labels = labels.astype(np.int64)
-    return arrays["arr_0"], labels
+    class_names = arrays.get("class_names")
+    if class_names is not None:
+        _check_class_names(class_names, labels, f"'{path}': class_names")
+    return Samples(
+        arrays["arr_0"], labels, None if class_names is None else [str(n) for n in class_names]
+    )
 
 
 def plot_loss(metrics: Pathlike, out: Pathlike) -> Path:
@@ -235,9 +277,18 @@ def _nchw(images: Tensor | np.ndarray) -> np.ndarray:
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] not in MODES or not array.size:
         raise InputError(
             f"a picture needs uint8 images (N, C, H, W) with C = 1, 3 or 4, "
-            f"got {array.dtype} {array.shape}"
+            f"got {array.dtype} {array.shape}{_picture_remedy(array, isinstance(images, Tensor))}"
         )
     return array
+
+
+def _picture_remedy(array: np.ndarray, is_tensor: bool) -> str:
+    if array.dtype.kind == "f":
+        return "; fastdiff.images.to_uint8 makes it of floats in [-1, 1]"
+    if array.ndim == 4 and array.shape[3] in MODES:
+        turn = "permute" if is_tensor else "transpose"
+        return f": its channels seem to be last, give images.{turn}(0, 3, 1, 2)"
+    return ""
 
 
 def _picture_array(images: Tensor | np.ndarray) -> np.ndarray:
@@ -245,15 +296,61 @@ def _picture_array(images: Tensor | np.ndarray) -> np.ndarray:
     return _nchw(images).transpose(0, 2, 3, 1)
 
 
+def check_channels_last(array: np.ndarray, name: str) -> None:
+    """InputError unless uint8 (N, H, W, C), as far as a shape can tell.
+
+    A picture is not 1, 3 or 4 pixels high with 5 channels or more, unless it is square.
+    """
+    _check_nhwc(array, name)
+    _, height, width, channels = array.shape
+    if height in MODES and channels > max(MODES) and height != width:
+        raise InputError(
+            f"{name} has the shape {array.shape}, which looks like (N, C, H, W), channels first; "
+            "expected (N, H, W, C): save images.transpose(0, 2, 3, 1)"
+        )
+
+
 def _check_nhwc(array: np.ndarray, name: str) -> None:
     if array.dtype != np.uint8 or array.ndim != 4:
-        raise InputError(f"{name}: {array.dtype} {array.shape}, expected uint8 (N, H, W, C)")
+        raise InputError(
+            f"{name}: {array.dtype} {array.shape}, expected uint8 (N, H, W, C){_remedy(array)}"
+        )
+
+
+def _remedy(array: np.ndarray) -> str:
+    """How to make bytes of other numbers, and four axes of two or three."""
+    if array.dtype != np.uint8 and array.dtype.kind in "fiub" and array.size:
+        low, high = float(array.min()), float(array.max())
+        if not math.isfinite(low + high):
+            return ": it holds values that are not finite"
+        values = f": its values run from {low:g} to {high:g}"
+        if array.dtype.kind == "b" or (array.dtype.kind == "f" and 0 <= low and high <= 1):
+            return f"{values}, convert them with (images * 255.0).round().astype(numpy.uint8)"
+        if array.dtype.kind == "f" and -1 <= low and high <= 1:
+            return f"{values}, convert them with ((images + 1) * 127.5).round().astype(numpy.uint8)"
+        if 0 <= low and high <= 255:
+            return f"{values}, convert them with images.round().astype(numpy.uint8)"
+        return f"{values}, bring them to 0 ... 255 first"
+    if array.ndim == 3 and array.shape[2] in (3, 4) and array.shape[1] != array.shape[2]:
+        return ": for a single image save images[None]"
+    if array.ndim == 3:
+        return ": for grey images save images[..., None]"
+    return ""
 
 
 def _check_labels(array: np.ndarray, count: int, name: str) -> None:
     if array.dtype.kind not in "iu" or array.shape != (count,):
         raise InputError(
             f"{name}: {array.dtype} {array.shape}, expected integers ({count},), one per image"
+        )
+
+
+def _check_class_names(array: np.ndarray, labels: np.ndarray | None, name: str) -> None:
+    highest = -1 if labels is None or not len(labels) else int(labels.max())
+    if array.dtype.kind != "U" or array.ndim != 1 or len(array) <= highest:
+        raise InputError(
+            f"{name}: {array.dtype} {array.shape}, expected a string for every class number, "
+            f"0 to {highest}"
         )
 
 

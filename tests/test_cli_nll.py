@@ -114,8 +114,10 @@ def test_one_image_has_no_standard_error(checkpoint, images, tmp_path, capsys):
     assert nll(checkpoint, images, "--num", "1", "--out", str(out)) == 0
     report = json.loads(out.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     assert report["bits_per_dim"]["total_stderr"] is None
-    first = capsys.readouterr().out.splitlines()[1]
-    assert first.startswith("1 images: ") and "±" not in first
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{images}: 10 images"  # what was found comes first
+    (first,) = [line for line in lines if line.startswith("1 images: ")]
+    assert "±" not in first
 
 
 def test_respacing_scores_the_strided_process(checkpoint, images, tmp_path):

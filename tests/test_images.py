@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from fastdiff import images as out
+from fastdiff.data import load_dataset
 from fastdiff.errors import InputError
 
 
@@ -258,3 +259,83 @@ def test_bad_metrics(text, message, tmp_path):
     with pytest.raises(InputError, match="no metrics file"):
         out.plot_loss(tmp_path / "none.jsonl", tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
+
+
+# --- arrays the wrong way round ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 1, 28, 28), (5, 4, 6, 9), (2, 3, 32, 7)])
+def test_channels_first_are_refused_with_the_transpose(shape, tmp_path):
+    images = np.zeros(shape, np.uint8)
+    np.savez(tmp_path / "a.npz", images)
+    calls = [
+        lambda: out.load_samples_npz(tmp_path / "a.npz"),
+        lambda: load_dataset(tmp_path / "a.npz"),
+        lambda: out.save_samples_npz(tmp_path / "b.npz", images),
+        lambda: out.save_samples_npz(tmp_path / "b.npz", torch.from_numpy(images)),
+    ]
+    for call in calls:
+        with pytest.raises(InputError, match=r"channels first; .*images\.transpose\(0, 2, 3, 1\)"):
+            call()
+    assert not (tmp_path / "b.npz").exists()
+    np.savez(tmp_path / "a.npz", images.transpose(0, 2, 3, 1))
+    assert load_dataset(tmp_path / "a.npz").channels == shape[1]
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 9, 3), (2, 4, 4, 5), (2, 1, 9, 1), (2, 8, 8, 3), (2, 3, 9, 2), (2, 5, 5, 8)]
+)
+def test_low_pictures_are_no_channels(shape, tmp_path):
+    path = out.save_samples_npz(tmp_path / "a.npz", np.zeros(shape, np.uint8))
+    assert out.load_samples_npz(path)[0].shape == shape
+    data = load_dataset(path)
+    assert (*data.image_size, data.channels) == shape[1:]
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (np.array([0.0, 1.0], np.float32), r"from 0 to 1, .*\(images \* 255\.0\)\.round"),
+        (np.array([-1.0, 1.0]), r"from -1 to 1, .*\(\(images \+ 1\) \* 127\.5\)"),
+        (np.array([0.0, 254.6]), r"to 254\.6, .*images\.round\(\)\.astype\(numpy\.uint8\)"),
+        (np.array([0, 255]), "from 0 to 255, convert"),
+        (np.array([0, 65535], np.uint16), r"bring them to 0 \.\.\. 255 first"),
+        (np.array([False, True]), r"\(images \* 255\.0\)"),
+        (np.array([np.nan, 1.0]), "not finite"),
+    ],
+)
+def test_other_numbers_are_refused_with_the_conversion(images, words, tmp_path):
+    images = np.resize(images, (2, 4, 4, 3))
+    np.savez(tmp_path / "a.npz", images)
+    with pytest.raises(
+        InputError, match=rf"arr_0: {images.dtype} .*uint8 \(N, H, W, C\): .*{words}"
+    ):
+        load_dataset(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [((2, 4, 4), r"images\[\.\.\., None\]"), ((4, 4, 3), r"images\[None\]")],
+)
+def test_a_missing_axis_is_refused_with_the_index(shape, words, tmp_path):
+    np.savez(tmp_path / "a.npz", np.zeros(shape, np.uint8))
+    with pytest.raises(InputError, match=words):
+        load_dataset(tmp_path / "a.npz")
+
+
+def test_pictures_of_channels_last_are_refused_with_the_transpose(tmp_path):
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    for save in (out.save_grid, out.save_pngs):
+        with pytest.raises(InputError, match=r"images\.transpose\(0, 3, 1, 2\)"):
+            save(images, tmp_path / "x")
+        with pytest.raises(InputError, match=r"images\.permute\(0, 3, 1, 2\)"):
+            save(torch.from_numpy(images), tmp_path / "x")
+        with pytest.raises(InputError, match="to_uint8"):
+            save(np.zeros((2, 3, 8, 8)), tmp_path / "x")
+    with pytest.raises(InputError, match=r"transpose\(0, 3, 1, 2\)"):
+        out.save_trajectory([images], tmp_path / "x")
+
+
+def test_a_capital_suffix_is_one(tmp_path):
+    path = out.save_samples_npz(tmp_path / "a.npz", np.zeros((2, 8, 8, 3), np.uint8))
+    assert len(load_dataset(path.rename(tmp_path / "A.NPZ"))) == 2

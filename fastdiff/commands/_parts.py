@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +24,11 @@ from torch import Tensor
 
 from fastdiff.errors import InputError
 from fastdiff.images import (
-    load_samples_npz,
+    read_samples,
     remove_unfinished,
     replacing,
     samples_file_name,
-    save_samples_npz,
+    write_samples,
 )
 
 FOLDER = "parts"
@@ -68,12 +68,20 @@ class Parts:
         out: the folder of --out, which exists.
         batches: all of the run's.
         shape: (H, W, C) of an image.
+        class_names: of the labels' numbers, which the final file records.
     """
 
-    def __init__(self, out: Path, batches: list[Batch], shape: tuple[int, int, int]):
+    def __init__(
+        self,
+        out: Path,
+        batches: list[Batch],
+        shape: tuple[int, int, int],
+        class_names: Sequence[str] | None = None,
+    ):
         self.folder = out / FOLDER
         self.batches = batches
         self.shape = shape
+        self.class_names = class_names
         count = sum(batch.size for batch in batches)
         self.file = out / samples_file_name((count, *shape))
         self.settings: dict[str, Any] = {}
@@ -116,8 +124,8 @@ class Parts:
         with self.keeping():
             if frames is not None:
                 columns = frames.reshape(len(frames), -1, *self.shape[1:])
-                save_samples_npz(self._frames_path(batch), columns)
-            save_samples_npz(self._path(batch), images, labels)
+                write_samples(self._frames_path(batch), columns)
+            write_samples(self._path(batch), images, labels)
 
     def is_merged(self) -> bool:
         """Whether the final file holds this very run's samples already."""
@@ -138,7 +146,7 @@ class Parts:
             OSError: the disk is full; the parts stay.
         """
         if not self.folder.exists():
-            return Merged(self.file, load_samples_npz(self.file)[0], None)
+            return Merged(self.file, read_samples(self.file).images, None)
         images = np.empty((sum(batch.size for batch in self.batches), *self.shape), np.uint8)
         labels: list[np.ndarray] = []
         frames: list[np.ndarray] = []
@@ -157,7 +165,8 @@ class Parts:
             labels += [] if part_labels is None else [part_labels]
         merged = self.folder / "merged.npz"
         with self.keeping():
-            save_samples_npz(merged, images, np.concatenate(labels) if labels else None)
+            together = np.concatenate(labels) if labels else None
+            write_samples(merged, images, together, self.class_names)
             with zipfile.ZipFile(merged, "a") as archive:
                 archive.comment = self._mark()
             with merged.open("rb") as stream:
@@ -190,7 +199,7 @@ class Parts:
     def _read(self, batch: Batch) -> tuple[np.ndarray, np.ndarray | None]:
         """uint8 (n, H, W, C) and labels (n,). InputError when they are not there, or not whole."""
         path = self._path(batch)
-        images, labels = load_samples_npz(path)
+        images, labels, _ = read_samples(path)
         if images.shape != (batch.size, *self.shape):
             raise InputError(f"'{path}' holds {images.shape}, expected {batch.size} images")
         return images, labels
@@ -198,7 +207,7 @@ class Parts:
     def _read_frames(self, batch: Batch) -> np.ndarray:
         """uint8 (K, followed, H, W, C)."""
         path = self._frames_path(batch)
-        columns, _ = load_samples_npz(path)  # (K, n·H, W, C): a moment's images below each other
+        columns = read_samples(path).images  # (K, n·H, W, C): a moment's images below each other
         height, *rest = self.shape
         if list(columns.shape[2:]) != rest or columns.shape[1] % height:
             raise InputError(f"'{path}' holds {columns.shape}, expected images {self.shape}")

@@ -4,10 +4,14 @@ import argparse
 import json
 from pathlib import Path
 
-from fastdiff.data import load_dataset
+import numpy as np
+
+from fastdiff.commands._data import add_reading_arguments, reading_options
+from fastdiff.data import ImageDataset, load_dataset
+from fastdiff.data.classes import numbers, renumber
 from fastdiff.errors import InputError
 from fastdiff.evaluation import evaluate, format_report
-from fastdiff.images import load_samples_npz
+from fastdiff.images import Samples, check_channels_last, read_samples
 from fastdiff.training.checks import choose_device
 
 HELP = "score samples against real images: recognition, class shares, Fréchet, memorising"
@@ -24,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-size", type=int, help="resize and crop the real images to this side"
     )
     parser.add_argument("--channels", type=int, choices=(1, 3, 4), help="of the real images")
+    add_reading_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the classifier and random draws")
     parser.add_argument("--classifier-steps", type=int, help="training steps of the classifier")
     parser.add_argument("--device", help="cpu, cuda, …; by default cuda if there is one")
@@ -33,14 +38,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.seed < 0 or (args.classifier_steps is not None and args.classifier_steps < 1):
         raise InputError("--seed must not be negative and --classifier-steps must be positive")
-    samples, labels = load_samples_npz(args.samples)
+    samples = read_samples(args.samples)
+    check_channels_last(samples.images, f"'{args.samples}': arr_0")
     dataset = load_dataset(
-        args.data, image_size=args.image_size, class_cond=None, channels=args.channels
+        args.data,
+        image_size=args.image_size,
+        class_cond=None,
+        channels=args.channels,
+        known_classes=samples.class_names or (),
+        **reading_options(vars(args)),
     )
+    print(dataset.describe(), flush=True)
     report = evaluate(
-        samples,
+        samples.images,
         dataset,
-        labels=labels,
+        labels=_labels(samples, dataset),
         seed=args.seed,
         classifier_steps=args.classifier_steps,
         device=choose_device(args.device),
@@ -52,3 +64,23 @@ def run(args: argparse.Namespace) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _labels(samples: Samples, dataset: ImageDataset) -> np.ndarray | None:
+    """The classes the samples were asked to show, numbered as the real images' are.
+
+    By name where the file has names (`sample` writes them) and the real images too; otherwise the
+    numbers stand for themselves.
+    """
+    labels, names = samples.labels, samples.class_names
+    if labels is None or names is None or dataset.class_names is None:
+        return labels
+    mapping = renumber(
+        names,
+        dataset.class_names,
+        np.unique(labels),
+        by_number=dataset.numbered and names != numbers(len(names)),
+        ours="--samples",
+        theirs="--data",
+    )
+    return mapping[labels]

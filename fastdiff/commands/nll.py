@@ -19,7 +19,9 @@ from fastdiff.commands._checkpoint import (
     load_checkpoint,
     writable_folder,
 )
-from fastdiff.data import ImageDataset, load_dataset
+from fastdiff.commands._classes import class_names
+from fastdiff.commands._data import add_reading_arguments, reading_options
+from fastdiff.data import ImageDataset, load_dataset, match_classes
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import InputError, TrainingError
 from fastdiff.images import to_float
@@ -36,8 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         default=argparse.SUPPRESS,
         metavar="SPEC",
-        help="'digits', a folder, a .npz file, CIFAR-10",
+        help="'digits', a folder, a .npz file, CIFAR-10; its classes are matched to the network's "
+        "by name",
     )
+    add_reading_arguments(parser)
     parser.add_argument(
         "--num",
         type=int,
@@ -73,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.respacing is not None:
         diffusion = diffusion.respace(args.respacing)
-    dataset = _dataset(args.data, checkpoint)
+    dataset = _dataset(args, checkpoint)
     if args.out is not None:
         writable_folder(Path(args.out).parent)
         if Path(args.out).is_dir():
@@ -92,28 +96,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _dataset(spec: str, checkpoint: Checkpoint) -> ImageDataset:
-    """The images, in the format the network was trained with."""
+def _dataset(args: argparse.Namespace, checkpoint: Checkpoint) -> ImageDataset:
+    """The images in the format, and the classes in the numbers, the network was trained with."""
     height, width = image_size(checkpoint)
     model = checkpoint.model
+    names = class_names(checkpoint)
     dataset = load_dataset(
-        spec,
+        args.data,
         image_size=height if height == width else None,
         channels=model.in_channels if model.in_channels in (1, 3, 4) else None,
         class_cond=model.num_classes is not None,
+        known_classes=names or (),
+        **reading_options(vars(args)),
     )
+    print(dataset.describe(), flush=True)
     found = (dataset.channels, *dataset.image_size)
     if found != (model.in_channels, height, width):
         raise InputError(
-            f"--data {spec} has images of (C, H, W) {found}; the network was trained with "
+            f"--data {args.data} has images of (C, H, W) {found}; the network was trained with "
             f"{(model.in_channels, height, width)}"
         )
-    if model.num_classes is not None and dataset.num_classes != model.num_classes:
-        raise InputError(
-            f"--data {spec} has {dataset.num_classes} classes; the network was trained with "
-            f"{model.num_classes}"
-        )
-    return dataset
+    return match_classes(dataset, names, model.num_classes, f"--data {args.data}")
 
 
 def _score(

@@ -24,6 +24,7 @@ from fastdiff.commands._checkpoint import (
     load_checkpoint,
     writable_folder,
 )
+from fastdiff.commands._classes import choose_classes, class_names
 from fastdiff.commands._parts import Batch, Merged, Parts, split
 from fastdiff.commands._processes import join
 from fastdiff.errors import InputError
@@ -83,8 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--classes",
+        action="append",
         default=argparse.SUPPRESS,
-        help="classes in turn, numbers or names (3, or 0,1,2), or 'all' (default: all, if any)",
+        metavar="LIST",
+        help="classes in turn, numbers or names (3, or 0,1,2, or cat,dog), or 'all' (default: all, "
+        "if any); names with commas in double quotes, as in CSV, and number:3 or name:3 where one "
+        "word could be both; may be given several times",
     )
     parser.add_argument(
         "--guidance-scale",
@@ -147,13 +152,15 @@ def _prepare(args: argparse.Namespace, device: str | None) -> _Task:
     """What the options mean. InputError before anything is made, but for a new --out."""
     _check_numbers(args)
     checkpoint = load_checkpoint(args, device)
-    classes = _classes(args.classes, checkpoint)
+    names = class_names(checkpoint)
+    classes = choose_classes(args.classes, checkpoint.model.num_classes, names)
     sampler = _sampler(args, checkpoint)
     channels = checkpoint.model.in_channels
     followed = args.trajectory if channels in MODES else 0
     batches = split(args.first_sample, args.num, args.batch_size, followed)
     shape = (*image_size(checkpoint), channels)
-    return _Task(checkpoint, sampler, classes, Parts(writable_folder(args.out), batches, shape))
+    parts = Parts(writable_folder(args.out), batches, shape, names)
+    return _Task(checkpoint, sampler, classes, parts)
 
 
 def _open(args: argparse.Namespace, task: _Task) -> list[Batch]:
@@ -312,28 +319,6 @@ def _sampler(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampler:
         dtype=torch.bfloat16 if args.dtype == "bfloat16" else None,
         spacing=args.spacing,
     )
-
-
-def _classes(text: str | None, checkpoint: Checkpoint) -> list[int]:
-    """The class numbers to go through in turn; empty for a network without classes."""
-    count = checkpoint.model.num_classes
-    if count is None:
-        if text is not None:
-            raise InputError(f"--classes {text} for a network without classes")
-        return []
-    if text is None or text == "all":
-        return list(range(count))
-    names = checkpoint.info.get("class_names") or []
-    return [_class_number(part.strip(), count, names) for part in text.split(",")]
-
-
-def _class_number(text: str, count: int, names: list[str]) -> int:
-    if text in names:
-        return names.index(text)
-    if not text.isdecimal() or int(text) >= count:
-        known = f" ({', '.join(names[:10])}{', …' if len(names) > 10 else ''})" if names else ""
-        raise InputError(f"--classes: {text!r} is no class; there are 0 … {count - 1}{known}")
-    return int(text)
 
 
 def _check_numbers(args: argparse.Namespace) -> None:

@@ -3,13 +3,14 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from fastdiff.commands._data import add_reading_arguments, reading_options
 from fastdiff.create import create_diffusion
 from fastdiff.data import ImageDataset, load_dataset
 from fastdiff.diffusion import LOSS_TYPES, GaussianDiffusion
@@ -93,6 +94,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="condition the network on the images' classes",
     )
+    add_reading_arguments(parser)
     parser.add_argument(
         "--eval-data", metavar="SPEC", help="images for bits/dim (default: the training images)"
     )
@@ -186,6 +188,7 @@ def _start(run_dir: Path, given: Mapping[str, Any]) -> Trainer:
         "image_size": given.get("image_size"),
         "channels": given.get("channels"),
         "class_cond": class_cond,
+        **reading_options(given),
     }
     dataset = _load(source)
     diffusion = build_diffusion(preset.diffusion, _part(given, "diffusion"))
@@ -197,7 +200,7 @@ def _start(run_dir: Path, given: Mapping[str, Any]) -> Trainer:
         dataset,
         config,
         run_dir,
-        eval_dataset=_load_eval(given, source),
+        eval_dataset=_load_eval(given, source, dataset.class_names),
         device=given.get("device"),
         info={"preset": preset.name, "data": source},
         progress="quiet" not in given,
@@ -212,12 +215,13 @@ def _resume(run_dir: Path, path: Path, given: Mapping[str, Any]) -> Trainer:
         source["spec"] = given["data"]
     if "spec" not in source:
         raise InputError(f"--data is missing, and {path} does not say what it was trained on")
+    source |= reading_options(given)
     return Trainer.from_saved(
         saved,
-        _load(source),
+        _load(source, saved.info.get("class_names")),
         run_dir,
         changes=_part(given, "train"),
-        eval_dataset=_load_eval(given, source),
+        eval_dataset=_load_eval(given, source, saved.info.get("class_names")),
         device=given.get("device"),
         info={"data": source},
         progress="quiet" not in given,
@@ -230,17 +234,34 @@ def _part(given: Mapping[str, Any], part: str) -> dict[str, Any]:
     return {key.removeprefix(head): value for key, value in given.items() if key.startswith(head)}
 
 
-def _load(source: Mapping[str, Any]) -> ImageDataset:
-    return load_dataset(
+def _load(source: dict[str, Any], known_classes: Sequence[str] | None = None) -> ImageDataset:
+    """Open the images and say what was found; how a folder's classes were read is noted in
+    ``source``, so that a resumed run reads them so again."""
+    dataset = load_dataset(
         source["spec"],
         image_size=source.get("image_size"),
         channels=source.get("channels"),
         class_cond=bool(source.get("class_cond")),
+        labels=source.get("labels"),
+        known_classes=known_classes or (),
+        skip_broken=source.get("skip_broken", False),
+        max_pixels=source.get("max_pixels"),
     )
+    print(dataset.describe(), flush=True)
+    source["labels"] = dataset.reading
+    return dataset
 
 
-def _load_eval(given: Mapping[str, Any], source: Mapping[str, Any]) -> ImageDataset | None:
-    return _load({**source, "spec": given["eval_data"]}) if "eval_data" in given else None
+def _load_eval(
+    given: Mapping[str, Any], source: Mapping[str, Any], known_classes: Sequence[str] | None
+) -> ImageDataset | None:
+    """The images of --eval-data: in the format of the others, their classes read by the flag, or
+    else as their own names say."""
+    if "eval_data" not in given:
+        return None
+    return _load(
+        {**source, "spec": given["eval_data"], "labels": given.get("labels")}, known_classes
+    )
 
 
 def build_diffusion(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> GaussianDiffusion:
@@ -304,6 +325,8 @@ def check_same_run(saved: SavedRun, given: Mapping[str, Any]) -> None:
     for name in ("preset", "image_size", "channels", "class_cond"):
         if name in given:
             _check_unchanged(saved, name, before.get(name), given[name])
+    if "labels" in given and before.get("labels"):
+        _check_unchanged(saved, "labels", before["labels"], given["labels"])
     for name, value in _part(given, "model").items():
         _check_unchanged(saved, name, saved.model.config[name], value)
 

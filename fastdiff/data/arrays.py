@@ -2,16 +2,19 @@
 
 import pickle
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastdiff._optional import require
+from fastdiff.data.classes import numbers
 from fastdiff.data.dataset import ArrayDataset
+from fastdiff.data.summary import NOT_ASKED, Found
 from fastdiff.data.transforms import convert_arrays
 from fastdiff.errors import InputError
-from fastdiff.images import load_samples_npz
+from fastdiff.images import check_channels_last, read_samples
 
 CIFAR10_CLASSES = (
     "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -30,8 +33,10 @@ def load_digits(**options: Any) -> ArrayDataset:
 
 
 def load_npz(path: Path, **options: Any) -> ArrayDataset:
-    """A .npz of uint8 (N, H, W, C) ``arr_0`` and, optionally, (N,) integer ``arr_1``."""
-    images, labels = load_samples_npz(path)
+    """A .npz of uint8 (N, H, W, C) ``arr_0`` and, optionally, (N,) integer ``arr_1``, and the
+    names of the classes, ``class_names``, by their numbers."""
+    images, labels, names = read_samples(path)
+    check_channels_last(images, f"'{path}': arr_0")
     if labels is not None and len(labels):
         wrong = labels[(labels < 0) | (labels >= MAX_CLASSES)]
         if len(wrong):
@@ -41,8 +46,12 @@ def load_npz(path: Path, **options: Any) -> ArrayDataset:
             )
     if images.size == 0:
         raise InputError(f"'{path}' holds no images: arr_0 has shape {images.shape}")
-    names = None if labels is None else [str(i) for i in range(int(labels.max()) + 1)]
-    return _array_dataset(images, labels, names, f"'{path}'", **options)
+    numbered = names is None
+    if labels is None:
+        names = None
+    elif names is None:
+        names = numbers(int(labels.max()) + 1)
+    return _array_dataset(images, labels, names, f"'{path}'", numbered=numbered, **options)
 
 
 def cifar10_files(path: Path) -> list[Path]:
@@ -86,15 +95,30 @@ def _array_dataset(
     class_cond: bool | None,
     random_flip: bool,
     channels: int | None,
+    numbered: bool = False,
 ) -> ArrayDataset:
     if class_cond and labels is None:
         raise InputError(f"{name} has no labels (arr_1), which class_cond needs")
+    no_classes = NOT_ASKED if class_cond is False and labels is not None else ""
     if class_cond is False:
         labels = class_names = None
     if len(images) == 0:
         raise InputError(f"{name} holds no images")
+    count, height, width, found = images.shape
     images = convert_arrays(images, image_size, channels, name)
-    return ArrayDataset(images, labels=labels, class_names=class_names, random_flip=random_flip)
+    return ArrayDataset(
+        images,
+        labels=labels,
+        class_names=class_names,
+        random_flip=random_flip,
+        numbered=numbered and labels is not None,
+        found=Found(
+            name.strip("'"),
+            sizes=Counter({f"{width}x{height}": count}),
+            modes=Counter({f"{found}-channel": count}),
+            no_classes=no_classes,
+        ),
+    )
 
 
 def _read_binary(file: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -1,9 +1,13 @@
 """What every set of images offers, and the one that lies in memory."""
 
+from collections import Counter
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.data.summary import Found, describe
 from fastdiff.errors import InputError
 
 NO_LABEL = -1  # no valid class: an embedding table refuses it instead of using it
@@ -14,6 +18,8 @@ class ImageDataset:
 
     image_size: (H, W). channels: C. num_classes, class_names: None without labels.
     labels: int64 array (N,), or None. random_flip: the default of a BatchStream over the set.
+    numbered: the classes have numbers alone; class_names repeats them.
+    reading: how a folder's classes were read: "folders", "subfolders" or "prefixes".
     """
 
     def __init__(
@@ -25,6 +31,9 @@ class ImageDataset:
         labels: np.ndarray | None = None,
         class_names: list[str] | None = None,
         random_flip: bool = False,
+        numbered: bool = False,
+        reading: str | None = None,
+        found: Found | None = None,
     ) -> None:
         if count == 0:
             raise InputError("the data set holds no images")
@@ -35,6 +44,9 @@ class ImageDataset:
         self.class_names = class_names
         self.num_classes = None if class_names is None else len(class_names)
         self.random_flip = random_flip
+        self.numbered = numbered
+        self.reading = reading
+        self._found = found
 
     def __len__(self) -> int:
         return self._count
@@ -46,6 +58,17 @@ class ImageDataset:
         index %= self._count
         label = NO_LABEL if self.labels is None else int(self.labels[index])
         return self.gather(np.array([index]))[0], label
+
+    def describe(self) -> str:
+        """What was found when the set was opened: a few lines for a terminal."""
+        found = self._found
+        if found is None:
+            size = f"{self.image_size[1]}x{self.image_size[0]}"
+            modes = Counter({f"{self.channels}-channel": len(self)})
+            found = Found("images", Counter({size: len(self)}), modes)
+        return describe(
+            found, self.image_size, self.channels, self.labels, self.class_names, self.reading
+        )
 
     def gather(self, indices: np.ndarray) -> Tensor:
         """Images at int64 ``indices`` (n,) in [0, N) as one new uint8 tensor (n, C, H, W)."""
@@ -64,20 +87,11 @@ class ArrayDataset(ImageDataset):
     def __init__(
         self,
         images: np.ndarray,
-        *,
-        labels: np.ndarray | None = None,
-        class_names: list[str] | None = None,
-        random_flip: bool = False,
+        **options: Any,
     ) -> None:
+        """``options``: the keyword arguments of ImageDataset."""
         count, height, width, channels = images.shape
-        super().__init__(
-            count,
-            (height, width),
-            channels,
-            labels=labels,
-            class_names=class_names,
-            random_flip=random_flip,
-        )
+        super().__init__(count, (height, width), channels, **options)
         self.images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
     def gather(self, indices: np.ndarray) -> Tensor:

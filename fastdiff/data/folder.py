@@ -1,23 +1,25 @@
 """A folder of image files."""
 
-import os
 from collections import Counter
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff._optional import require
 from fastdiff.data.dataset import ImageDataset
-from fastdiff.data.transforms import to_array
-from fastdiff.errors import InputError
+from fastdiff.data.labels import Reading, Refusal, read_labels
+from fastdiff.data.listing import SUFFIXES, list_folder
+from fastdiff.data.pictures import Header, check_pixels, decode, pixel_limit, read_header
+from fastdiff.data.summary import NOT_ASKED, Found
+from fastdiff.data.text import plain
+from fastdiff.errors import InputError, first_line
 
 CACHE_BYTES = 1 << 30  # a decoded set of at most this size stays in memory
-HEADER_THREADS = 8
-SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+READ_THREADS = 8
 KINDS = {
     "1": "greyscale",
     "L": "greyscale",
@@ -29,12 +31,6 @@ KINDS = {
     "RGBA": "colour with alpha",
     "PA": "colour with alpha",
 }
-
-
-class Header(NamedTuple):
-    file: Path
-    mode: str
-    size: tuple[int, int]  # (width, height)
 
 
 class FolderDataset(ImageDataset):
@@ -52,11 +48,13 @@ class FolderDataset(ImageDataset):
         *,
         resize: int | None,
         cache_bytes: int = CACHE_BYTES,
+        max_pixels: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(len(files), image_size, channels, **options)
         self.files = files
         self._resize = resize
+        self._max_pixels = max_pixels
         shape = (len(files), channels, *image_size)
         self._cache = np.empty(shape, np.uint8) if np.prod(shape) <= cache_bytes else None
         self._cached = np.zeros(len(files), bool)
@@ -73,15 +71,17 @@ class FolderDataset(ImageDataset):
         """uint8 (C, H, W)."""
         file = self.files[index]
         try:
-            with require("PIL.Image", "train").open(file) as image:
-                array = to_array(image, self._resize, self.channels)
+            array = decode(file, self._resize, self.channels, self._max_pixels)
         except InputError:
             raise
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more
-            raise InputError(f"'{file}' cannot be decoded: {error}") from error
+            raise InputError(
+                f"'{plain(file)}' cannot be decoded: {first_line(error)}; mend or remove it, or "
+                "leave out every such file with --skip-broken"
+            ) from error
         if array.shape[:2] != self.image_size:
             raise InputError(
-                f"'{file}' is now {_pixels(array.shape[1::-1])}, was "
+                f"'{plain(file)}' is now {_pixels(array.shape[1::-1])}, was "
                 f"{_pixels(self.image_size[::-1])} when the folder was opened"
             )
         return array.transpose(2, 0, 1)
@@ -95,79 +95,111 @@ def load_folder(
     random_flip: bool,
     channels: int | None,
     cache_bytes: int = CACHE_BYTES,
+    labels: str | None = None,
+    known_classes: Collection[str] = (),
+    skip_broken: bool = False,
+    max_pixels: int | None = None,
 ) -> FolderDataset:
-    """Open a folder and its sub-folders; every file's header is read now, its pixels later."""
-    files = list_images(root)
-    if not files:
-        raise InputError(f"'{root}' holds no image files ({', '.join(sorted(SUFFIXES))})")
-    headers = _read_headers(files)
+    """Open a folder and its sub-folders; every file's header is read now, its pixels later.
+
+    With ``skip_broken`` the pixels are decoded now too, once, to know which files are whole.
+    """
+    listing = list_folder(root)
+    skipped = listing.skipped()
+    if not listing.files:
+        passed_over = f"; passed over: {skipped}" if skipped else ""
+        raise InputError(
+            f"'{plain(root)}' holds no image files ({', '.join(sorted(SUFFIXES))}){passed_over}"
+        )
+    headers, broken = _read_headers(listing.files, image_size, skip_broken, max_pixels)
+    if not headers:
+        raise InputError(
+            f"'{plain(root)}' holds no image file that is whole; the first is {broken[0]}"
+        )
+    found = Found(
+        str(root),
+        sizes=Counter(_pixels(header.size) for header in headers),
+        modes=Counter(header.mode for header in headers),
+        several=sum(header.several for header in headers),
+        skipped=skipped,
+        broken=[line.replace(f"'{plain(root)}/", "'", 1) for line in broken],
+    )
     if channels is None:
         channels = _choose_channels(headers)
     if image_size is None:
         width, height = _one_size(headers)
     else:
         width = height = image_size
-    labels, class_names = _classes(root, files, class_cond)
+    files = [header.file for header in headers]
+    reading = _read_classes(root, files, class_cond, labels, known_classes, found)
+    numbers, class_names = (None, None) if reading is None else _number(reading)
     return FolderDataset(
         files,
         (height, width),
         channels,
         resize=image_size,
         cache_bytes=cache_bytes,
-        labels=labels,
+        max_pixels=max_pixels,
+        labels=numbers,
         class_names=class_names,
         random_flip=random_flip,
+        reading=None if reading is None else reading.way,
+        found=found,
     )
 
 
-def list_images(root: Path) -> list[Path]:
-    """Image files below ``root`` in sorted order; hidden files and folders are passed over."""
-    found: list[Path] = []
-    visited: set[str] = set()
+def _read_headers(
+    files: list[Path], image_size: int | None, skip_broken: bool, max_pixels: int | None
+) -> tuple[list[Header], list[str]]:
+    """Headers of the files that can be used; with ``skip_broken``, what the others suffer from."""
 
-    def visit(folder: Path) -> None:
-        real = os.path.realpath(folder)
-        if real in visited:  # a symbolic link back to where we are
-            return
-        visited.add(real)
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            path = folder / entry.name
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                visit(path)
-            elif path.suffix.lower() in SUFFIXES:
-                found.append(path)
-
-    visit(root)
-    return found
-
-
-def _read_headers(files: list[Path]) -> list[Header]:
-    pillow = require("PIL.Image", "train")
-
-    def read(file: Path) -> Header:
+    def read(file: Path) -> Header | InputError:
         try:
-            with pillow.open(file) as image:
-                header = Header(file, image.mode, image.size)
+            header = read_header(file, max_pixels)
+            if header.mode not in KINDS:
+                raise InputError(
+                    f"'{plain(file)}' has the pixel mode {header.mode}, expected 8 bits per "
+                    "channel: convert it first"
+                )
+            if image_size is not None:
+                _check_resized(header, image_size, max_pixels)
+            if skip_broken:
+                check_pixels(file, max_pixels)
+            return header
+        except InputError as error:
+            return error
         except Exception as error:
-            raise InputError(f"'{file}' is not a readable image: {error}") from error
-        if header.mode not in KINDS:
-            raise InputError(
-                f"'{file}' has the pixel mode {header.mode}, expected 8 bits per channel: "
-                "convert it first"
-            )
-        return header
+            return InputError(f"'{plain(file)}' is not a readable image: {first_line(error)}")
 
-    with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        return list(pool.map(read, files))
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        results = list(pool.map(read, files))
+    broken = [result for result in results if isinstance(result, InputError)]
+    if broken and not skip_broken:
+        raise InputError(
+            f"{broken[0]}; --skip-broken leaves out what cannot be used ({len(broken)} of "
+            f"{len(files)} files)"
+        )
+    return [result for result in results if isinstance(result, Header)], list(map(str, broken))
+
+
+def _check_resized(header: Header, image_size: int, max_pixels: int | None) -> None:
+    """A picture is resized before it is cropped, and a long strip would fill the memory then."""
+    short, long = sorted(header.size)
+    pixels = image_size**2 * long // short
+    if pixels > pixel_limit(max_pixels):
+        raise InputError(
+            f"'{plain(header.file)}' is {_pixels(header.size)}, so long that {pixels:,} pixels "
+            f"would be left of it at image size {image_size}: crop it first"
+        )
 
 
 def _choose_channels(headers: list[Header]) -> int:
     counts = Counter(KINDS[header.mode] for header in headers)
     if len(counts) > 1:
         first = {KINDS[header.mode]: header.file for header in reversed(headers)}
-        found = ", ".join(f"{n} {kind} (such as '{first[kind]}')" for kind, n in counts.items())
+        found = ", ".join(
+            f"{n} {kind} (such as '{plain(first[kind])}')" for kind, n in counts.items()
+        )
         raise InputError(f"images of mixed modes: {found}; choose with --channels 1, 3 or 4")
     return 1 if next(iter(counts)).startswith("greyscale") else 3
 
@@ -178,36 +210,43 @@ def _one_size(headers: list[Header]) -> tuple[int, int]:
     for other in headers:
         if other.size != first.size:
             raise InputError(
-                f"images of mixed sizes: '{first.file}' is {_pixels(first.size)} and "
-                f"'{other.file}' is {_pixels(other.size)}; choose one with --image-size"
+                f"images of mixed sizes: '{plain(first.file)}' is {_pixels(first.size)} and "
+                f"'{plain(other.file)}' is {_pixels(other.size)}; choose one with --image-size"
             )
     return first.size
 
 
-def _classes(
-    root: Path, files: list[Path], class_cond: bool | None
-) -> tuple[np.ndarray | None, list[str] | None]:
-    """Labels (N,) and the classes' names in sorted order, which numbers them."""
+def _read_classes(
+    root: Path,
+    files: list[Path],
+    class_cond: bool | None,
+    way: str | None,
+    known_classes: Collection[str],
+    found: Found,
+) -> Reading | None:
+    """The class of every file. Where none is demanded, why there are none goes to ``found``."""
     if class_cond is False:
-        return None, None
+        found.no_classes = NOT_ASKED
+        return None
     parts = [file.relative_to(root).parts for file in files]
-    if all(len(part) > 1 for part in parts) and len({part[0] for part in parts}) > 1:
-        names = [part[0] for part in parts]
-    elif all("_" in file.name for file in files):
-        names = [file.name.split("_")[0] for file in files]
-    elif class_cond is None:
-        return None, None
-    else:
-        bare = next(file for file in files if "_" not in file.name)
-        raise InputError(
-            f"no labels for '{bare}', which class_cond needs: expected one sub-folder per class, "
-            "or file names that start with the class and '_'"
-        )
-    classes = sorted(set(names))
-    if class_cond is None and len(classes) == 1:
-        return None, None  # a common prefix, not a labelling
+    reading = read_labels(parts, way, known_classes)
+    demanded = class_cond or way is not None
+    if isinstance(reading, Refusal):
+        if demanded:
+            raise InputError(f"'{plain(root)}': {reading.reason}")
+        found.no_classes = reading.reason
+        return None
+    if not demanded and len(set(reading.names)) == 1:
+        found.no_classes = f"there is only one, {reading}"
+        return None
+    return reading
+
+
+def _number(reading: Reading) -> tuple[np.ndarray, list[str]]:
+    """Labels (N,) and the classes' names in sorted order, which numbers them."""
+    classes = sorted(set(reading.names))
     numbers = {name: number for number, name in enumerate(classes)}
-    return np.array([numbers[name] for name in names], dtype=np.int64), classes
+    return np.array([numbers[name] for name in reading.names], dtype=np.int64), classes
 
 
 def _pixels(size: tuple[int, ...]) -> str:

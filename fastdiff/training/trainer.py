@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.data import BatchStream, ImageDataset
+from fastdiff.data import BatchStream, ImageDataset, match_classes
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import InputError
 from fastdiff.images import save_grid, to_float
@@ -66,6 +66,10 @@ class Trainer:
         progress: bool = True,
     ) -> None:
         check_fit(model, diffusion, dataset, config)
+        if eval_dataset is not None:
+            eval_dataset = match_classes(
+                eval_dataset, dataset.class_names, model.num_classes, "the evaluation set"
+            )
         check_images(model, eval_dataset or dataset, "evaluation")
         self.run_dir = Path(run_dir)
         self.device = choose_device(device)
@@ -151,7 +155,7 @@ class Trainer:
         trainer = cls(
             saved.model,
             saved.diffusion,
-            dataset,
+            match_classes(dataset, saved.info.get("class_names"), saved.model.num_classes),
             saved.config.resumed_with(dict(changes or {})),
             run_dir,
             eval_dataset=eval_dataset,
