@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastdiff.errors import InputError
-from fastdiff.models.ema import EMA, rate_name
+from fastdiff.models.ema import EMA, initial_share, rate_name
 from fastdiff.models.unet import UNet
 
 RATES = (0.5, 0.99, 0.9999)
@@ -40,22 +40,66 @@ def assert_same(first, second) -> None:
     rates=st.lists(st.floats(0.01, 0.99999), min_size=1, max_size=4, unique=True),
     updates=st.integers(0, 12),
 )
-def test_averages_are_the_closed_form(rates, updates):
+def test_constant_averages_are_the_closed_form(rates, updates):
     # shadow_n = rate^n · p_0 + Σ_i (1 − rate) · rate^(n − i) · p_i
     model = network()
     history = [snapshot(model)]
-    ema = EMA(model, rates)
+    ema = EMA(model, rates, warmup=False)
     for step in range(updates):
         randomize(model, step)
         history.append(snapshot(model))
         ema.update()
     for rate in rates:
+        assert initial_share(rate, updates, warmup=False) == pytest.approx(rate**updates)
         for name, average in ema.state_dict(rate).items():
             values = torch.stack([weights[name].double() for weights in history])
             i = torch.arange(updates + 1, dtype=torch.float64)
             factors = rate ** (updates - i) * torch.where(i == 0, 1.0, 1 - rate)
             expected = torch.tensordot(factors, values, dims=1)
             torch.testing.assert_close(average.double(), expected, rtol=2e-5, atol=2e-6)
+
+
+def warm(rate: float, step: int) -> float:
+    return min(rate, (1 + step) / (10 + step))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rates=st.lists(st.floats(0.01, 0.99999), min_size=1, max_size=4, unique=True),
+    updates=st.integers(0, 30),
+)
+def test_the_memory_grows_up_to_the_rate(rates, updates):
+    model = network()
+    ema = EMA(model, rates)
+    expected = {rate: {name: w.double() for name, w in snapshot(model).items()} for rate in rates}
+    shares = dict.fromkeys(rates, 1.0)
+    for step in range(updates):
+        randomize(model, step)
+        ema.update()
+        for rate in rates:
+            r = warm(rate, step)
+            shares[rate] *= r
+            for name, weights in snapshot(model).items():
+                expected[rate][name] = r * expected[rate][name] + (1 - r) * weights.double()
+    assert ema.updates == updates
+    for rate in rates:
+        assert initial_share(rate, updates, warmup=True) == pytest.approx(shares[rate], rel=1e-9)
+        for name, average in ema.state_dict(rate).items():
+            torch.testing.assert_close(average.double(), expected[rate][name], rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(("warmup", "least", "most"), [(True, 0.0, 1e-12), (False, 0.96, 0.962)])
+def test_after_400_steps_an_average_has_forgotten_its_start(warmup, least, most):
+    """What a short run's default samples come from: with a constant rate, untrained weights."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    ema = EMA(model, (0.9999,), warmup=warmup)
+    nn.init.zeros_(model.weight)  # the whole run: the weights have left where they began
+    for _ in range(400):
+        ema.update()
+    share = float(ema.state_dict(0.9999)["weight"])
+    assert least <= share <= most
+    assert share == pytest.approx(initial_share(0.9999, 400, warmup=warmup), rel=1e-3, abs=1e-15)
 
 
 def test_rates_are_named_by_their_shortest_decimal_form():
@@ -93,7 +137,7 @@ def test_averages_of_bfloat16_parameters_are_float32():
     model = nn.Linear(4, 4, bias=False).bfloat16()
     with torch.no_grad():
         model.weight.fill_(1.0)
-    ema = EMA(model, (0.9999,))
+    ema = EMA(model, (0.9999,), warmup=False)
     with torch.no_grad():
         model.weight.fill_(2.0)
     for _ in range(100):
@@ -113,6 +157,7 @@ def test_state_dict_round_trip_goes_on_bit_for_bit():
     for rate in one.rates:
         saved = {name: average.clone() for name, average in one.state_dict(rate).items()}
         two.load_state_dict(rate, saved)
+    two.updates = one.updates
     for model, ema in ((first, one), (second, two)):
         randomize(model, 2)
         ema.update()
@@ -135,7 +180,7 @@ def test_a_state_of_another_model_is_refused_and_changes_nothing():
 
 def test_swapped_shows_the_average_and_then_what_was_there():
     model = network()
-    ema = EMA(model, RATES)
+    ema = EMA(model, RATES, warmup=False)
     start = snapshot(model)
     randomize(model, 1)
     ema.update()
@@ -200,7 +245,7 @@ def test_copy_to_a_model_that_differs_is_refused_and_changes_nothing():
 def test_weights_loaded_later_are_seen(assign):
     # load_state_dict writes into the parameters, or with assign=True puts others in their place.
     model = network()
-    ema = EMA(model, (0.5,))
+    ema = EMA(model, (0.5,), warmup=False)
     start = snapshot(model)
     loaded = network(seed=7).state_dict()
     model.load_state_dict(loaded, assign=assign)
@@ -215,7 +260,7 @@ def test_weights_loaded_later_are_seen(assign):
 
 def test_averages_do_not_share_memory_with_the_model_or_each_other():
     model = network()
-    ema = EMA(model, (0.5, 0.9))
+    ema = EMA(model, (0.5, 0.9), warmup=False)
     start = snapshot(model)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -119,12 +119,13 @@ def run(args: argparse.Namespace) -> int:
 
     diffusion = create_diffusion(**recipe)
     model = UNet(**config)
-    ema = EMA(model, [float(rate) for rate in averages]) if averages else None
+    ema = EMA(model, [float(rate) for rate in averages], warmup=False) if averages else None
     for rate, file in averages.items():
         average = read_published(file)
         load_weights(model, average, file)
         assert ema is not None
         ema.load_state_dict(rate, average)
+        ema.updates = step or 0
     load_weights(model, state, args.model)
     info = {
         "image_size": config["image_size"],

@@ -1,6 +1,6 @@
 """Checkpoints: directories that describe themselves, written so that no crash spoils an older one.
 
-- config.json: {"format", "model", "diffusion", "step", "info", "ema"}
+- config.json: {"format", "model", "diffusion", "step", "info", "ema", "averages"}
 - model.safetensors: the network's state_dict
 - ema_<rate>.safetensors: one file per average
 - whatever the caller adds
@@ -113,6 +113,7 @@ def save(
             "step": step,
             "info": dict(info or {}),
             "ema": rates,
+            "averages": None if ema is None else {"updates": ema.updates, "warmup": ema.warmup},
         },
         **(extra_json or {}),
     }
