@@ -8,7 +8,6 @@ Every file is renamed into place when it is whole. One that was cut or garbled a
 read (a .npz has a checksum) and is drawn again.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from fastdiff._locks import release, take
 from fastdiff.errors import InputError
 from fastdiff.images import (
     load_samples_npz,
@@ -101,7 +101,7 @@ class Parts:
     def close(self) -> None:
         """Let other processes have the folder."""
         if self.lock is not None:
-            os.close(self.lock)
+            release(self.lock)
             self.lock = None
 
     def write(
@@ -209,15 +209,10 @@ class Parts:
 
     def _lock(self) -> None:
         """Keep other processes that sample into this folder out until this one ends."""
-        self.lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another process draws into {self.folder} now; wait for it, or give another --out"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+        self.lock = take(
+            self.folder,
+            f"another process draws into {self.folder} now; wait for it, or give another --out",
+        )
 
     def _check_manifest(self) -> None:
         """Write it into a new folder; in one that has it, raise InputError if the run differs."""
