@@ -40,11 +40,11 @@ def assert_same(first, second) -> None:
     rates=st.lists(st.floats(0.01, 0.99999), min_size=1, max_size=4, unique=True),
     updates=st.integers(0, 12),
 )
-def test_constant_averages_are_the_closed_form(rates, updates):
+def test_averages_are_the_closed_form(rates, updates):
     # shadow_n = rate^n · p_0 + Σ_i (1 − rate) · rate^(n − i) · p_i
     model = network()
     history = [snapshot(model)]
-    ema = EMA(model, rates, warmup=False)
+    ema = EMA(model, rates)
     for step in range(updates):
         randomize(model, step)
         history.append(snapshot(model))
@@ -70,7 +70,7 @@ def warm(rate: float, step: int) -> float:
 )
 def test_the_memory_grows_up_to_the_rate(rates, updates):
     model = network()
-    ema = EMA(model, rates)
+    ema = EMA(model, rates, warmup=True)
     expected = {rate: {name: w.double() for name, w in snapshot(model).items()} for rate in rates}
     shares = dict.fromkeys(rates, 1.0)
     for step in range(updates):
@@ -137,7 +137,7 @@ def test_averages_of_bfloat16_parameters_are_float32():
     model = nn.Linear(4, 4, bias=False).bfloat16()
     with torch.no_grad():
         model.weight.fill_(1.0)
-    ema = EMA(model, (0.9999,), warmup=False)
+    ema = EMA(model, (0.9999,))
     with torch.no_grad():
         model.weight.fill_(2.0)
     for _ in range(100):
@@ -180,7 +180,7 @@ def test_a_state_of_another_model_is_refused_and_changes_nothing():
 
 def test_swapped_shows_the_average_and_then_what_was_there():
     model = network()
-    ema = EMA(model, RATES, warmup=False)
+    ema = EMA(model, RATES)
     start = snapshot(model)
     randomize(model, 1)
     ema.update()
@@ -245,7 +245,7 @@ def test_copy_to_a_model_that_differs_is_refused_and_changes_nothing():
 def test_weights_loaded_later_are_seen(assign):
     # load_state_dict writes into the parameters, or with assign=True puts others in their place.
     model = network()
-    ema = EMA(model, (0.5,), warmup=False)
+    ema = EMA(model, (0.5,))
     start = snapshot(model)
     loaded = network(seed=7).state_dict()
     model.load_state_dict(loaded, assign=assign)
@@ -260,7 +260,7 @@ def test_weights_loaded_later_are_seen(assign):
 
 def test_averages_do_not_share_memory_with_the_model_or_each_other():
     model = network()
-    ema = EMA(model, (0.5, 0.9), warmup=False)
+    ema = EMA(model, (0.5, 0.9))
     start = snapshot(model)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
 
     diffusion = create_diffusion(**recipe)
     model = UNet(**config)
-    ema = EMA(model, [float(rate) for rate in averages], warmup=False) if averages else None
+    ema = EMA(model, [float(rate) for rate in averages]) if averages else None
     for rate, file in averages.items():
         average = read_published(file)
         load_weights(model, average, file)

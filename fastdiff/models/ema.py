@@ -13,9 +13,9 @@ from fastdiff.errors import InputError
 class EMA:
     """``shadow ← r·shadow + (1 − r)·parameter`` after every optimizer step, for each rate.
 
-    r is min(rate, (1 + n) / (10 + n)) after n updates: a short memory at first, without which an
-    average keeps the untrained weights it began with for some 3 / (1 − rate) steps. With
-    ``warmup=False`` r is the rate from the first update on, as published.
+    r is the rate, as published; with ``warmup``, which is the default of training runs, it is
+    min(rate, (1 + n) / (10 + n)) after n updates. That short memory at first forgets the untrained
+    weights, of which a constant rate keeps much for some 3 / (1 − rate) steps.
 
     A rate is called by its shortest decimal form, ``"0.9999"``; that is its name in checkpoints.
     The averages are float32 whatever the dtype of the parameters: bfloat16 loses a step of 1e-4.
@@ -37,7 +37,7 @@ class EMA:
     """
 
     def __init__(
-        self, model: nn.Module, rates: Sequence[float] = (0.9999,), *, warmup: bool = True
+        self, model: nn.Module, rates: Sequence[float] = (0.9999,), *, warmup: bool = False
     ):
         self.warmup = warmup
         self.updates = 0
