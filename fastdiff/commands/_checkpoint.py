@@ -79,7 +79,7 @@ def describe(checkpoint: Checkpoint) -> str:
         return line
     return (
         f"{line}\nwarning: EMA {checkpoint.weights} is too young: after {_updates(checkpoint)} "
-        f"steps it still holds {share:.2g} of the weights that the run began with; take "
+        f"steps it still holds {100 * share:.3g} % of the weights that the run began with; take "
         "--weights model, a lower rate, or an average that warms up (train's default)"
     )
 
