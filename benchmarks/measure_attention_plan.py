@@ -98,7 +98,7 @@ def machine() -> dict:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         model = names[0] if names else model
     isa, amx = cpu()
@@ -121,7 +121,7 @@ def rows_of(path: Path) -> list[dict]:
     """What an earlier run on this machine and day found, or empty rows: the best median counts,
     since other processes only add, and for minutes on end."""
     if path.exists():
-        table = json.loads(path.read_text())
+        table = json.loads(path.read_text(encoding="utf-8"))
         if table["machine"] == machine():
             return table["rows"]
     return [{**case, "microseconds": {}} for case in cases()]
@@ -142,7 +142,7 @@ def main() -> None:
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
     text = json.dumps(machine(), indent=1)
     args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text(f'{{\n"machine": {text},\n"rows": [\n{lines}\n]\n}}\n')
+    args.out.write_text(f'{{\n"machine": {text},\n"rows": [\n{lines}\n]\n}}\n', encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -52,12 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def replace_between_markers(readme: Path, text: str) -> None:
     """Raises ValueError where the markers are not there, once each and in order."""
-    content = readme.read_text()
+    content = readme.read_text(encoding="utf-8")
     head, start, rest = content.partition(START)
     _, end, tail = rest.partition(END)
     if not (start and end) or START in rest or END in tail:
         raise ValueError(f"{readme} must have {START} and then {END}, once each")
-    readme.write_text(f"{head}{START}\n\n{text}\n\n{END}{tail}")
+    readme.write_text(f"{head}{START}\n\n{text}\n\n{END}{tail}", encoding="utf-8")
 
 
 def table(data: dict[str, Any]) -> str:

@@ -77,7 +77,7 @@ def _driver() -> str | None:
 def load(path: Path) -> dict[str, Any] | None:
     """A results file, or None for what is none (other tables may stand in the same folder)."""
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return data if isinstance(data, dict) and data.get("format") == FORMAT else None
@@ -112,7 +112,7 @@ class Results:
         lines = ",\n".join(json.dumps(row) for row in self.rows())
         header = json.dumps({**self.header, "date": today()}, indent=1).removesuffix("\n}")
         partial = self.path.with_suffix(".partial")
-        partial.write_text(f'{header},\n "rows": [\n{lines}\n ]\n}}\n')
+        partial.write_text(f'{header},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
         os.replace(partial, self.path)
         self.saved_at = time.monotonic()
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from fastdiff.errors import InputError, TrainingError
 
 COMMANDS = ("train", "sample", "nll", "evaluate", "convert", "bench", "info")
+# These may be started as one of several processes: they share their work, or have none to do.
+SHARING = ("sample", "info")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,18 +33,41 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Exit codes: 0 done, 2 bad input or a broken run, 130 Ctrl-C."""
+    from fastdiff.commands._output import safe_output
+
+    try:
+        with safe_output():
+            return _run(argv)
+    except OSError as error:  # of standard output: the command is done
+        print(f"fastdiff: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    from torch import OutOfMemoryError
+
+    from fastdiff.commands._processes import refuse_several
+
     args = build_parser().parse_args(argv)
     try:
+        if args.command not in SHARING:
+            refuse_several()
         return args.run(args)
-    except (InputError, TrainingError, OSError) as error:
+    except (InputError, TrainingError, OSError, MemoryError, OutOfMemoryError) as error:
         if os.environ.get("FASTDIFF_TRACEBACK") == "1":
             raise
-        message = " ".join(str(error).split())
-        print(f"fastdiff {args.command}: error: {message}", file=sys.stderr)
+        print(f"fastdiff {args.command}: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"fastdiff {args.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _one_line(error: BaseException) -> str:
+    """The message, with what was noted of it on its way."""
+    silent = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
+    text = str(error) or silent
+    return " ".join("; ".join([text, *getattr(error, "__notes__", [])]).split())
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ SEPARATOR = 2  # pixels between the images of a grid
 SEPARATOR_GREY = 96
 MAX_TRAJECTORY_COLUMNS = 12
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+SOFTWARE = ("Software", "fastdiff")  # what every PNG says of its origin
 
 Pathlike = str | os.PathLike[str]
 
@@ -358,9 +359,17 @@ def _save_png(array: np.ndarray, path: Path) -> Path:
     """Write a uint8 (H, W, C) picture."""
     pixels = array[:, :, 0] if array.shape[2] == 1 else array
     image = require("PIL.Image", "train").fromarray(np.ascontiguousarray(pixels))
+    origin = require("PIL.PngImagePlugin", "train").PngInfo()
+    origin.add_text(*SOFTWARE)
     with replacing(path) as stream:
-        image.save(stream, format="PNG")
+        image.save(stream, format="PNG", pnginfo=origin)
     return path
+
+
+def is_our_png(path: Path) -> bool:
+    """Whether ``save_grid`` or another of these functions wrote this file (in this version)."""
+    with path.open("rb") as stream:
+        return "\0".join(SOFTWARE).encode() in stream.read(200)  # it precedes the pixels
 
 
 @contextmanager

@@ -289,3 +289,104 @@ def test_min_snr_can_be_taken_back():
     assert build_diffusion(weighted, {"min_snr": 0.0}).loss_weighting is None
     with pytest.raises(InputError):
         build_diffusion({}, {"min_snr": -1.0})
+
+
+# Beginning with weights, and going on with other images
+
+
+def test_a_run_begins_with_a_checkpoint(small_run, tmp_path, capsys):
+    images, run = small_run.parent / "images.npz", tmp_path / "run"
+    begin = f"--init {small_run} --data {images} --batch-size 8 --device cpu --quiet --out {run}"
+    capsys.readouterr()
+    assert train(begin, "--no-tensorboard --steps 2 --dropout 0.2 --predict v") == 0
+    printed = capsys.readouterr().out
+    first = list_checkpoints(small_run)[-1]
+    assert f"init from {first}\n" in printed
+    assert re.search(r"carried over .*network .*parameters\), its average EMA 0.995 of", printed)
+    assert re.search("starts anew .*step 0, the optimizer, .*the diffusion process", printed)
+    config = last_config(run)
+    assert config["model"] == last_config(small_run)["model"] | {"dropout": 0.2}
+    assert config["diffusion"]["mean_type"] == "v" and config["info"]["preset"] == "digits"
+
+    # Given again, it is the run's own start; another one is none.
+    assert train(begin, "--resume --steps 3") == 0
+    assert "resuming at step 2: --init was the start" in capsys.readouterr().out
+    message = refused(capsys, f"--resume --init {run} --out {run}")
+    assert f"--init asks for the checkpoint {run}, but the run of" in message
+    message = refused(capsys, f"--resume --init {small_run} --init-weights model --out {run}")
+    assert "--init asks for the weights model, but" in message
+    message = refused(capsys, f"--resume --init {run} --out {small_run}")
+    assert "is of a run that began without it; leave --init out" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--model-channels 64", "--model-channels is 64, but .* trained with 32; leave the flag"),
+        ("--class-cond", "has no labels|have .* classes, the network of .* has none"),
+        ("--image-size 16", "images are 16x16, .* trained on 8x8: load them with --image-size 8"),
+        ("--channels 1", "have 1 channels, the network of .* takes 3: load them with --channels 3"),
+        ("--no-learn-sigma", "6 output channels; .* need 3"),
+        ("--init-weights 0.5", "has no weights '0.5'; there are model, 0.995"),
+        ("--label-dropout 0.1", "label_dropout is 0.1, which needs"),
+        ("--data-changed", "--data-changed is for a run with checkpoints to resume"),
+    ],
+)
+def test_what_does_not_fit_the_weights(small_run, tmp_path, capsys, flags, words):
+    images, run = small_run.parent / "images.npz", tmp_path / "run"
+    message = refused(capsys, f"--init {small_run} --data {images} --device cpu --out {run}", flags)
+    assert re.search(words, message), message
+    assert not run.exists()
+
+
+def test_init_needs_a_checkpoint(tmp_path, images, capsys):
+    (tmp_path / "empty").mkdir()
+    for source in ("nowhere", "empty", "images.npz"):
+        message = refused(
+            capsys, f"--init {tmp_path / source} --data {images} --out {tmp_path / 'run'}"
+        )
+        assert source in message
+    message = refused(capsys, f"--init-weights model --data {images} --out {tmp_path / 'run'}")
+    assert "--init-weights chooses among the weights of --init" in message
+
+
+def test_a_resumed_run_goes_on_with_other_images(tmp_path, images, capsys):
+    run, fewer = tmp_path / "run", tmp_path / "fewer.npz"
+    train(QUICK, "--steps 1 --device cpu --data", images, "--out", run)
+    np.savez(fewer, np.load(images)["arr_0"][:20])
+    message = refused(capsys, f"--resume --data {fewer} --device cpu --quiet --out {run}")
+    assert "has 20 images" in message and "trained on 24" in message and "--data-changed" in message
+    flags = f"--resume --data-changed --data {fewer} --steps 2 --device cpu --quiet --out {run}"
+    assert train(flags) == 0
+    assert last_config(run)["info"]["data_changes"] == [{"step": 1, "images": 20, "before": 24}]
+    assert train(f"--resume --steps 3 --device cpu --quiet --out {run}") == 0  # as it was left
+
+
+# Averages
+
+
+def test_a_young_average_is_said_to_be_one(tmp_path, images, capsys):
+    def told(run: Path, *options: str) -> str:
+        capsys.readouterr()
+        flags = ["--num", "2", "--steps", "2", "--device", "cpu", *options]
+        out = tmp_path / f"samples{len(list(tmp_path.iterdir()))}"
+        assert cli.main(["sample", "--checkpoint", str(run), "--out", str(out), *flags]) == 0
+        return capsys.readouterr().out
+
+    settings = f"{QUICK} --steps 4 --ema 0.5,0.9999 --device cpu --data {images} --out"
+    train(settings, tmp_path / "warm")
+    assert "EMA 0.9999 of step 4" in told(tmp_path / "warm")
+    assert "warning" not in told(tmp_path / "warm")
+    train(settings, tmp_path / "constant", "--no-ema-warmup")
+    warning = "warning: EMA 0.9999 is too young: after 4 steps it still holds 100 % of the weights"
+    assert warning in told(tmp_path / "constant")
+    assert "EMA 0.5 is too young: after 4 steps it still holds 6.25 %" in told(
+        tmp_path / "constant", "--weights", "0.5"
+    )
+    assert "warning" not in told(tmp_path / "constant", "--weights", "model")
+    # Older checkpoints do not say how they averaged: at constant rates.
+    path = list_checkpoints(tmp_path / "constant")[-1]
+    config = json.loads((path / "config.json").read_text())
+    del config["averages"]
+    (path / "config.json").write_text(json.dumps(config))
+    assert warning in told(tmp_path / "constant")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastdiff.errors import InputError
-from fastdiff.models.ema import EMA, rate_name
+from fastdiff.models.ema import EMA, initial_share, rate_name
 from fastdiff.models.unet import UNet
 
 RATES = (0.5, 0.99, 0.9999)
@@ -50,12 +50,56 @@ def test_averages_are_the_closed_form(rates, updates):
         history.append(snapshot(model))
         ema.update()
     for rate in rates:
+        assert initial_share(rate, updates, warmup=False) == pytest.approx(rate**updates)
         for name, average in ema.state_dict(rate).items():
             values = torch.stack([weights[name].double() for weights in history])
             i = torch.arange(updates + 1, dtype=torch.float64)
             factors = rate ** (updates - i) * torch.where(i == 0, 1.0, 1 - rate)
             expected = torch.tensordot(factors, values, dims=1)
             torch.testing.assert_close(average.double(), expected, rtol=2e-5, atol=2e-6)
+
+
+def warm(rate: float, step: int) -> float:
+    return min(rate, (1 + step) / (10 + step))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rates=st.lists(st.floats(0.01, 0.99999), min_size=1, max_size=4, unique=True),
+    updates=st.integers(0, 30),
+)
+def test_the_memory_grows_up_to_the_rate(rates, updates):
+    model = network()
+    ema = EMA(model, rates, warmup=True)
+    expected = {rate: {name: w.double() for name, w in snapshot(model).items()} for rate in rates}
+    shares = dict.fromkeys(rates, 1.0)
+    for step in range(updates):
+        randomize(model, step)
+        ema.update()
+        for rate in rates:
+            r = warm(rate, step)
+            shares[rate] *= r
+            for name, weights in snapshot(model).items():
+                expected[rate][name] = r * expected[rate][name] + (1 - r) * weights.double()
+    assert ema.updates == updates
+    for rate in rates:
+        assert initial_share(rate, updates, warmup=True) == pytest.approx(shares[rate], rel=1e-9)
+        for name, average in ema.state_dict(rate).items():
+            torch.testing.assert_close(average.double(), expected[rate][name], rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(("warmup", "least", "most"), [(True, 0.0, 1e-12), (False, 0.96, 0.962)])
+def test_after_400_steps_an_average_has_forgotten_its_start(warmup, least, most):
+    """What a short run's default samples come from: with a constant rate, untrained weights."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    ema = EMA(model, (0.9999,), warmup=warmup)
+    nn.init.zeros_(model.weight)  # the whole run: the weights have left where they began
+    for _ in range(400):
+        ema.update()
+    share = float(ema.state_dict(0.9999)["weight"])
+    assert least <= share <= most
+    assert share == pytest.approx(initial_share(0.9999, 400, warmup=warmup), rel=1e-3, abs=1e-15)
 
 
 def test_rates_are_named_by_their_shortest_decimal_form():
@@ -113,6 +157,7 @@ def test_state_dict_round_trip_goes_on_bit_for_bit():
     for rate in one.rates:
         saved = {name: average.clone() for name, average in one.state_dict(rate).items()}
         two.load_state_dict(rate, saved)
+    two.updates = one.updates
     for model, ema in ((first, one), (second, two)):
         randomize(model, 2)
         ema.update()

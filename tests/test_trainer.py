@@ -28,7 +28,8 @@ def weights(model) -> list[torch.Tensor]:
 # The step
 
 
-def test_three_steps_written_out(tmp_path):
+@pytest.mark.parametrize("ema_warmup", [True, False])
+def test_three_steps_written_out(tmp_path, ema_warmup):
     trainer = make_trainer(
         tmp_path,
         model={"dropout": 0.0},
@@ -36,17 +37,18 @@ def test_three_steps_written_out(tmp_path):
         steps=3,
         timestep_sampler="uniform",
         grad_clip=0.5,
-        ema=(0.5, 0.9),
+        ema=(0.15, 0.5),
+        ema_warmup=ema_warmup,
         seed=5,
     )
     trainer.fit()
 
     model, diffusion = make_model(dropout=0.0), make_diffusion()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
-    averages = {"0.5": weights(model), "0.9": weights(model)}
+    averages = {"0.15": weights(model), "0.5": weights(model)}
     stream = BatchStream(make_dataset(), 8, seed=5)
     torch.manual_seed(5)
-    for _ in range(3):
+    for step in range(3):
         images, labels = next(stream)
         x_start = to_float(images)
         t = torch.randint(8, (8,))
@@ -58,9 +60,10 @@ def test_three_steps_written_out(tmp_path):
         (losses["loss"].sum() / 8).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
-        for rate, average in averages.items():
+        for name, average in averages.items():
+            rate = min(float(name), (1 + step) / (10 + step)) if ema_warmup else float(name)
             for a, p in zip(average, model.parameters(), strict=True):
-                a.mul_(float(rate)).add_(p.detach(), alpha=1 - float(rate))
+                a.mul_(rate).add_(p.detach(), alpha=1 - rate)
 
     for mine, theirs in zip(trainer.parameters, model.parameters(), strict=True):
         assert torch.equal(mine, theirs)

@@ -10,7 +10,10 @@ import torch
 
 from fastdiff.errors import InputError
 from fastdiff.models.checkpoint import Checkpoint, load
+from fastdiff.models.ema import initial_share
 from fastdiff.training.checks import choose_device
+
+YOUNG = 0.01  # of an average: more than this of untrained weights shows
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,9 +65,43 @@ def image_size(checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def describe(checkpoint: Checkpoint) -> str:
-    """One line: which weights of which step, on what device."""
+    """One line: which weights of which step, on what device; another if they are a young average's.
+
+    An average with a constant rate is full of the untrained weights it began with for some
+    3 / (1 − rate) steps, and such samples are noise.
+    """
     device = next(checkpoint.model.parameters()).device
-    return f"{checkpoint.path}: {_weights(checkpoint)}, on {device}"
+    line = f"{checkpoint.path}: {_weights(checkpoint)}, on {device}"
+    share = start_share(checkpoint)
+    if share <= YOUNG:
+        return line
+    return (
+        f"{line}\nwarning: EMA {checkpoint.weights} is too young: after {_updates(checkpoint)} "
+        f"steps it still holds {100 * share:.3g} % of the weights that the run began with; take "
+        "--weights model, a lower rate, or an average that warms up (train's default)"
+    )
+
+
+def start_share(checkpoint: Checkpoint) -> float:
+    """How much of the weights that its run began with is in the average that was loaded.
+
+    0 for what is no average or does not tell. Older checkpoints say nothing of averages, and
+    theirs had constant rates.
+    """
+    updates = _updates(checkpoint)
+    if checkpoint.weights == "model" or not updates:
+        return 0.0
+    facts = checkpoint.config.get("averages") or {}
+    return initial_share(checkpoint.weights, updates, warmup=bool(facts.get("warmup", False)))
+
+
+def _updates(checkpoint: Checkpoint) -> int:
+    """How often the averages were updated; 0 if that is not known."""
+    facts = checkpoint.config.get("averages")
+    if not isinstance(facts, dict):
+        return checkpoint.step or 0
+    updates = facts.get("updates")
+    return updates if isinstance(updates, int) else 0
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

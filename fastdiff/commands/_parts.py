@@ -8,7 +8,6 @@ Every file is renamed into place when it is whole. One that was cut or garbled a
 read (a .npz has a checksum) and is drawn again.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,8 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from fastdiff._locks import release, take
 from fastdiff.errors import InputError
 from fastdiff.images import (
+    is_our_png,
     read_samples,
     remove_unfinished,
     replacing,
@@ -34,6 +35,7 @@ from fastdiff.images import (
 FOLDER = "parts"
 REMOVED = ".parts.removed"  # the folder's name while its files are deleted
 MANIFEST = "run.json"
+MARK = b"fastdiff sample "  # how the comment in the final file begins
 
 
 class Batch(NamedTuple):
@@ -87,6 +89,26 @@ class Parts:
         self.settings: dict[str, Any] = {}
         self.lock: int | None = None
 
+    def check_targets(self) -> None:
+        """InputError when --out holds a file that this run would replace and no run has written.
+
+        PNGs of older versions do not say where they come from; the samples beside them do.
+        """
+        out = self.file.parent
+        npz = [self.file] if self.file.exists() else []
+        pictures = [out / "grid.png", out / "trajectory.png", *(out / "png").glob("sample_*.png")]
+        pictures = [path for path in pictures if path.exists()]
+        sampled = (self.folder / MANIFEST).exists() or any(
+            map(_is_merged_file, out.glob("samples_*.npz"))
+        )
+        foreign = [path for path in npz if not _is_merged_file(path)]
+        foreign += [path for path in pictures if not (sampled or is_our_png(path))]
+        if foreign:
+            raise InputError(
+                f"--out {out} holds {foreign[0].relative_to(out)}, which fastdiff sample did not "
+                "write and would replace: give another --out, or move that file away"
+            )
+
     def open(self, settings: Mapping[str, Any]) -> list[Batch]:
         """Make the folder, or take up what an earlier run left there: the batches still to draw.
 
@@ -109,7 +131,7 @@ class Parts:
     def close(self) -> None:
         """Let other processes have the folder."""
         if self.lock is not None:
-            os.close(self.lock)
+            release(self.lock)
             self.lock = None
 
     def write(
@@ -129,11 +151,7 @@ class Parts:
 
     def is_merged(self) -> bool:
         """Whether the final file holds this very run's samples already."""
-        try:
-            with zipfile.ZipFile(self.file) as archive:
-                return archive.comment == self._mark()
-        except (OSError, zipfile.BadZipFile):
-            return False
+        return _comment(self.file) == self._mark()
 
     def merge(self) -> Merged:
         """Make the final .npz of all parts, and read the trajectory.
@@ -218,15 +236,10 @@ class Parts:
 
     def _lock(self) -> None:
         """Keep other processes that sample into this folder out until this one ends."""
-        self.lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another process draws into {self.folder} now; wait for it, or give another --out"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+        self.lock = take(
+            self.folder,
+            f"another process draws into {self.folder} now; wait for it, or give another --out",
+        )
 
     def _check_manifest(self) -> None:
         """Write it into a new folder; in one that has it, raise InputError if the run differs."""
@@ -273,4 +286,17 @@ class Parts:
     def _mark(self) -> bytes:
         """What says in the final file which run's it is."""
         text = json.dumps(self.settings, sort_keys=True)
-        return b"fastdiff sample " + hashlib.sha256(text.encode()).hexdigest().encode()
+        return MARK + hashlib.sha256(text.encode()).hexdigest().encode()
+
+
+def _comment(file: Path) -> bytes:
+    """Of a .npz; empty for what is none."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.comment
+    except (OSError, zipfile.BadZipFile):
+        return b""
+
+
+def _is_merged_file(file: Path) -> bool:
+    return _comment(file).startswith(MARK)

@@ -89,6 +89,32 @@ class Processes:
         return values
 
 
+def refuse_several() -> None:
+    """End where this is one of several processes that would all do the same work.
+
+    InputError in the first of them; the others leave without a word, with its exit code.
+    """
+    count = _number("WORLD_SIZE", 1)
+    if count <= 1:
+        return
+    if _number("RANK", _number("SLURM_PROCID", 0)) != 0:
+        raise SystemExit(2)
+    raise InputError(
+        f"started as {count} processes (WORLD_SIZE), which would each do all of the work and "
+        "overwrite each other's: start one process (unset WORLD_SIZE if it is one); "
+        "fastdiff sample shares its work"
+    )
+
+
+def _number(name: str, default: int) -> int:
+    """An integer of the environment. InputError when it is none."""
+    text = os.environ.get(name, "").strip()
+    try:
+        return int(text) if text else default
+    except ValueError:
+        raise InputError(f"the environment's {name} is {text!r}, expected a number") from None
+
+
 def join(device: str | None) -> Processes:
     """Meet the other processes; without torchrun's environment there are none.
 
@@ -96,11 +122,11 @@ def join(device: str | None) -> Processes:
         device: as --device names it. Each of several processes takes the GPU of its LOCAL_RANK.
 
     Raises:
-        InputError: no such device, or fewer GPUs than processes.
+        InputError: no such device, fewer GPUs than processes, or no number where one belongs.
     """
     if not all(name in os.environ for name in NUMBERS + PLACE):
         return Processes(device=device)
-    rank, count, local_rank, local_count = (int(os.environ[name]) for name in NUMBERS)
+    rank, count, local_rank, local_count = (_number(name, 0) for name in NUMBERS)
     if count == 1:
         return Processes(device=device)
     try:

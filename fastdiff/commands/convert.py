@@ -146,6 +146,7 @@ def run(args: argparse.Namespace) -> int:
         load_weights(model, average, file)
         assert ema is not None
         ema.load_state_dict(rate, average)
+        ema.updates = step or 0
     load_weights(model, state, args.model)
     info = {
         "image_size": config["image_size"],

@@ -1,12 +1,11 @@
 """``fastdiff evaluate``: how close samples come to the real images."""
 
 import argparse
-import json
-from pathlib import Path
 
 import numpy as np
 
 from fastdiff.commands._data import add_reading_arguments, reading_options
+from fastdiff.commands._reports import check_report, write_report
 from fastdiff.data import ImageDataset, load_dataset
 from fastdiff.data.classes import numbers, renumber
 from fastdiff.errors import InputError
@@ -38,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.seed < 0 or (args.classifier_steps is not None and args.classifier_steps < 1):
         raise InputError("--seed must not be negative and --classifier-steps must be positive")
+    if args.out:
+        check_report(args.out, ("samples", "real", "frechet"))
     samples = read_samples(args.samples)
     check_channels_last(samples.images, f"'{args.samples}': arr_0")
     dataset = load_dataset(
@@ -58,11 +59,9 @@ def run(args: argparse.Namespace) -> int:
         device=choose_device(args.device),
     )
     report["samples"]["file"], report["real"]["data"] = str(args.samples), str(args.data)
+    if args.out:  # before anything can go wrong with printing
+        write_report(args.out, report)
     print(format_report(report))
-    if args.out:
-        out = Path(args.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

@@ -2,9 +2,7 @@
 
 import argparse
 import dataclasses
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +15,10 @@ from fastdiff.commands._checkpoint import (
     describe,
     image_size,
     load_checkpoint,
-    writable_folder,
 )
 from fastdiff.commands._classes import class_names
 from fastdiff.commands._data import add_reading_arguments, reading_options
+from fastdiff.commands._reports import check_report, write_report
 from fastdiff.data import ImageDataset, load_dataset, match_classes
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import InputError, TrainingError
@@ -79,19 +77,17 @@ def run(args: argparse.Namespace) -> int:
         diffusion = diffusion.respace(args.respacing)
     dataset = _dataset(args, checkpoint)
     if args.out is not None:
-        writable_folder(Path(args.out).parent)
-        if Path(args.out).is_dir():
-            raise InputError(f"--out {args.out} is a directory; expected a file to write")
+        check_report(args.out, ("checkpoint", "bits_per_dim", "steps"))
     print(describe(checkpoint))
 
     terms = _score(args, checkpoint, diffusion, dataset)
     summary = summarize_bpd(terms)
     if not math.isfinite(summary.total):
         raise TrainingError(f"the bound is {summary.total}: the network's output is not finite")
+    if args.out is not None:  # before anything can go wrong with printing
+        write_report(args.out, _document(args, checkpoint, diffusion, summary, terms))
     print(_report(summary))
     if args.out is not None:
-        document = _document(args, checkpoint, diffusion, summary, terms)
-        Path(args.out).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         print(args.out)
     return 0
 

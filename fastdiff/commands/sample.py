@@ -167,6 +167,7 @@ def _open(args: argparse.Namespace, task: _Task) -> list[Batch]:
     """Say what is there already; the batches still to draw."""
     print(describe(task.checkpoint))
     parts = task.parts
+    parts.check_targets()
     missing = parts.open(_settings(args, task))
     for name in ("grid.png", "trajectory.png", "png/*"):
         remove_unfinished(parts.file.parent / name)

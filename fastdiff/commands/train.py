@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +17,12 @@ from fastdiff.data import ImageDataset, load_dataset
 from fastdiff.diffusion import LOSS_TYPES, GaussianDiffusion
 from fastdiff.errors import InputError
 from fastdiff.models import presets
-from fastdiff.models.run_directory import list_checkpoints
+from fastdiff.models.run_directory import identify, list_checkpoints, require_run
 from fastdiff.models.unet import UNet
 from fastdiff.reverse_process import MEAN_TYPES, VAR_TYPES
 from fastdiff.training import TrainConfig, Trainer
-from fastdiff.training.saved import SavedRun, read_checkpoint
+from fastdiff.training.init import Init, describe_init, fit_to_init, read_init
+from fastdiff.training.saved import SavedRun
 
 HELP = "train a diffusion model on images"
 
@@ -58,6 +60,10 @@ MODEL_FLAGS: dict[str, tuple[Any, str]] = {
     "use_new_attention_order": (bool, "qkv rows [Q | K | V] instead of interleaved per head"),
     "use_checkpoint": (bool, "recompute activations in backward, for memory"),
 }
+TRAINING_ONLY = {
+    "dropout",
+    "use_checkpoint",
+}  # of these: what a trained network computes the same with
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +92,23 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--resume",
         action="store_true",
         help="continue from the newest checkpoint in RUN_DIR, or start there if it has none",
+    )
+    parser.add_argument(
+        "--data-changed",
+        action="store_true",
+        help="resume on other images than before (fewer, more): their order starts anew",
+    )
+    parser.add_argument(
+        "--init",
+        metavar="CHECKPOINT",
+        help="begin a new run with the network, weights and process of a checkpoint: a fastdiff "
+        "checkpoint, a run (its newest), or a diffusers folder",
+    )
+    parser.add_argument(
+        "--init-weights",
+        metavar="NAME",
+        help="of --init: 'ema' (its slowest average, else its model; the default), 'model', "
+        "or a rate",
     )
     parser.add_argument("--image-size", type=int, help="resize and centre-crop images to this side")
     parser.add_argument("--channels", type=int, choices=(1, 3, 4), help="grey, RGB or RGBA")
@@ -153,8 +176,8 @@ def _add_flag(
 def run(args: argparse.Namespace) -> int:
     given = vars(args)
     run_dir = Path(args.out)
-    found = _existing_run(run_dir, given.get("resume", False))
-    trainer = _resume(run_dir, found[-1], given) if found else _start(run_dir, given)
+    _check_folder(run_dir, given.get("resume", False))
+    trainer = _resume(run_dir, given) if list_checkpoints(run_dir) else _start(run_dir, given)
     try:
         trainer.fit()
     except (KeyboardInterrupt, SystemExit):
@@ -165,24 +188,37 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _existing_run(run_dir: Path, resume: bool) -> list[Path]:
-    """The checkpoints to resume from; InputError when the directory is not ours to use."""
+def _check_folder(run_dir: Path, resume: bool) -> None:
+    """InputError when the directory is not ours to use."""
+    found = identify(run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"--out {run_dir} is a file, expected a directory")
-    if run_dir.is_dir() and not resume and any(run_dir.iterdir()):
+    if not resume and found.kind == "run":
         raise InputError(
             f"--out {run_dir} is not empty: add --resume to continue the run in it, "
             "or choose another directory"
         )
-    return list_checkpoints(run_dir)
+    if not resume and found.kind == "other":
+        raise InputError(
+            f"--out {run_dir} is not empty: add --resume to continue a run, but this is none (it "
+            f"{found.words}); choose a new or an empty directory"
+        )
+    require_run(run_dir, or_empty=True)
 
 
 def _start(run_dir: Path, given: Mapping[str, Any]) -> Trainer:
     if "data" not in given:
         raise InputError("--data is missing: 'digits', a folder of images, a .npz or CIFAR-10")
-    preset = presets.get(given.get("preset", DEFAULT_PRESET))
+    if "data_changed" in given:
+        raise InputError(
+            "--data-changed is for a run with checkpoints to resume, and there is none"
+        )
+    init = _read_init(given)
+    known = init.info.get("preset") if init is not None else None
+    preset = presets.get(given.get("preset", known or DEFAULT_PRESET))
     config = TrainConfig(**{**preset.train, **_part(given, "train")})
-    class_cond = given.get("class_cond", preset.model.get("num_classes") is not None)
+    wanted = preset.model.get("num_classes") if init is None else init.model.num_classes
+    class_cond = given.get("class_cond", wanted is not None)
     source = {
         "spec": given["data"],
         "image_size": given.get("image_size"),
@@ -190,11 +226,18 @@ def _start(run_dir: Path, given: Mapping[str, Any]) -> Trainer:
         "class_cond": class_cond,
         **reading_options(given),
     }
-    dataset = _load(source)
-    diffusion = build_diffusion(preset.diffusion, _part(given, "diffusion"))
+    dataset = _load(source, None if init is None else init.info.get("class_names"))
+    info = {"preset": preset.name, "data": source}
     torch.manual_seed(config.seed)
-    model = build_model({**preset.model, **_part(given, "model")}, diffusion, dataset, config)
-    return Trainer(
+    if init is None:
+        diffusion = build_diffusion(preset.diffusion, _part(given, "diffusion"))
+        model = build_model({**preset.model, **_part(given, "model")}, diffusion, dataset, config)
+    else:
+        diffusion = _init_diffusion(init, given)
+        dataset = fit_to_init(init, dataset)
+        model = _init_model(init, _part(given, "model"))
+        info["init"] = init.record
+    trainer = Trainer(
         model,
         diffusion,
         dataset,
@@ -202,19 +245,63 @@ def _start(run_dir: Path, given: Mapping[str, Any]) -> Trainer:
         run_dir,
         eval_dataset=_load_eval(given, source, dataset.class_names),
         device=given.get("device"),
-        info={"preset": preset.name, "data": source},
+        info=info,
         progress="quiet" not in given,
     )
+    if init is not None:
+        print(describe_init(init, diffusion))
+        print(f"  training      settings of the preset {preset.name} and the flags")
+    return trainer
 
 
-def _resume(run_dir: Path, path: Path, given: Mapping[str, Any]) -> Trainer:
-    saved = read_checkpoint(path)
+def _read_init(given: Mapping[str, Any]) -> Init | None:
+    if "init" in given:
+        return read_init(given["init"], given.get("init_weights", "ema"))
+    if "init_weights" in given:
+        raise InputError("--init-weights chooses among the weights of --init, which is not given")
+    return None
+
+
+def _init_diffusion(init: Init, given: Mapping[str, Any]) -> Any:
+    """The checkpoint's process, changed by flags; a preset's where the checkpoint has none."""
+    flags = _part(given, "diffusion")
+    if init.diffusion is None:
+        if "preset" not in given:
+            raise InputError(
+                f"{init.path} holds a network without its process: give --preset for the process "
+                "it was trained with, and flags for what differs"
+            )
+        return build_diffusion(presets.get(given["preset"]).diffusion, flags)
+    if not flags:
+        return init.diffusion
+    recipe = init.diffusion.to_config() if isinstance(init.diffusion, GaussianDiffusion) else {}
+    if not recipe or "betas" in recipe:
+        raise InputError(f"{init.path} keeps its process as it is; leave the diffusion flags out")
+    return build_diffusion(recipe, flags)
+
+
+def _init_model(init: Init, flags: Mapping[str, Any]) -> UNet:
+    """The checkpoint's network. Flags may change what only training knows, its dropout."""
+    for name, value in flags.items():
+        if name not in TRAINING_ONLY:
+            remedy = "leave the flag out, or start without --init"
+            _check_unchanged(init.path, name, init.model.config[name], value, remedy)
+    if not set(flags) & TRAINING_ONLY:
+        return init.model
+    model = UNet(**{**init.model.config, **flags})
+    model.load_state_dict(init.model.state_dict())
+    return model
+
+
+def _resume(run_dir: Path, given: Mapping[str, Any]) -> Trainer:
+    saved = Trainer.read_run(run_dir)
     check_same_run(saved, given)
+    _check_same_init(saved, given)
     source = dict(saved.info.get("data") or {})
     if "data" in given:
         source["spec"] = given["data"]
     if "spec" not in source:
-        raise InputError(f"--data is missing, and {path} does not say what it was trained on")
+        raise InputError(f"--data is missing, and {saved.path} does not say what it was trained on")
     source |= reading_options(given)
     return Trainer.from_saved(
         saved,
@@ -224,8 +311,32 @@ def _resume(run_dir: Path, path: Path, given: Mapping[str, Any]) -> Trainer:
         eval_dataset=_load_eval(given, source, saved.info.get("class_names")),
         device=given.get("device"),
         info={"data": source},
+        data_changed="data_changed" in given,
         progress="quiet" not in given,
     )
+
+
+def _check_same_init(saved: SavedRun, given: Mapping[str, Any]) -> None:
+    """InputError when --init names another start than the resumed run had."""
+    asked = _read_init(given)
+    began = saved.info.get("init")
+    if asked is None:
+        return
+    if began is None:
+        raise InputError(
+            f"--init {given['init']}: {saved.path} is of a run that began without it; leave --init "
+            "out to resume, or start a new run"
+        )
+    for name, value in (
+        ("checkpoint", os.path.abspath(given["init"])),
+        ("weights", asked.record["weights"]),
+    ):
+        if began.get(name) != value:
+            raise InputError(
+                f"--init asks for the {name} {value}, but the run of {saved.path} began with "
+                f"{began.get(name)}; leave --init out to resume, or start a new run"
+            )
+    print(f"resuming at step {saved.step}: --init was the start of this run, and is over")
 
 
 def _part(given: Mapping[str, Any], part: str) -> dict[str, Any]:
@@ -324,11 +435,11 @@ def check_same_run(saved: SavedRun, given: Mapping[str, Any]) -> None:
     before = {**data, "preset": saved.info.get("preset")}
     for name in ("preset", "image_size", "channels", "class_cond"):
         if name in given:
-            _check_unchanged(saved, name, before.get(name), given[name])
+            _check_unchanged(saved.path, name, before.get(name), given[name])
     if "labels" in given and before.get("labels"):
-        _check_unchanged(saved, "labels", before["labels"], given["labels"])
+        _check_unchanged(saved.path, "labels", before["labels"], given["labels"])
     for name, value in _part(given, "model").items():
-        _check_unchanged(saved, name, saved.model.config[name], value)
+        _check_unchanged(saved.path, name, saved.model.config[name], value)
 
     flags = _part(given, "diffusion")
     recipe = saved.diffusion.to_config()
@@ -345,17 +456,24 @@ def check_same_run(saved: SavedRun, given: Mapping[str, Any]) -> None:
             ("min_snr", "min_snr_gamma"),
             ("rescale_timesteps", "rescale_timesteps"),
         ):
-            _check_unchanged(saved, flag, getattr(saved.diffusion, name), getattr(asked, name))
+            before, now = (getattr(process, name) for process in (saved.diffusion, asked))
+            _check_unchanged(saved.path, flag, before, now)
         if not np.array_equal(asked.betas, saved.diffusion.betas):
             raise InputError(f"the noise schedule is not the one {saved.path} was trained with")
 
 
-def _check_unchanged(saved: SavedRun, name: str, before: Any, now: Any) -> None:
+def _check_unchanged(
+    path: str | Path,
+    name: str,
+    before: Any,
+    now: Any,
+    remedy: str = "leave the flag out to resume, or start a new run",
+) -> None:
     as_list = list(now) if isinstance(now, tuple) else now
     if name == "attention_resolutions":
         as_list = sorted(as_list)
     if before != as_list:
         raise InputError(
-            f"--{name.replace('_', '-')} is {as_list!r}, but {saved.path} was trained with "
-            f"{before!r}; leave the flag out to resume, or start a new run"
+            f"--{name.replace('_', '-')} is {as_list!r}, but {path} was trained with {before!r}; "
+            f"{remedy}"
         )

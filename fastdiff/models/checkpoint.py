@@ -1,6 +1,6 @@
 """Checkpoints: directories that describe themselves, written so that no crash spoils an older one.
 
-- config.json: {"format", "model", "diffusion", "step", "info", "ema"}
+- config.json: {"format", "model", "diffusion", "step", "info", "ema", "averages"}
 - model.safetensors: the network's state_dict
 - ema_<rate>.safetensors: one file per average
 - whatever the caller adds
@@ -126,6 +126,7 @@ def save(
         "step": step,
         "info": dict(info or {}),
         "ema": rates,
+        "averages": None if ema is None else {"updates": ema.updates, "warmup": ema.warmup},
     }
     averages = {rate: ema.state_dict(rate) for rate in rates} if ema is not None else {}
     state = plain_state(network)

@@ -1,5 +1,6 @@
 """Exponential moving averages of a model's parameters, several rates at once."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -11,7 +12,11 @@ from fastdiff.models.wrappers import plain_name
 
 
 class EMA:
-    """``shadow ← rate·shadow + (1 − rate)·parameter`` after every optimizer step, for each rate.
+    """``shadow ← r·shadow + (1 − r)·parameter`` after every optimizer step, for each rate.
+
+    r is the rate, as published; with ``warmup``, which is the default of training runs, it is
+    min(rate, (1 + n) / (10 + n)) after n updates. That short memory at first forgets the untrained
+    weights, of which a constant rate keeps much for some 3 / (1 − rate) steps.
 
     A rate is called by its shortest decimal form, ``"0.9999"``; that is its name in checkpoints.
     The averages are float32 whatever the dtype of the parameters: bfloat16 loses a step of 1e-4.
@@ -21,14 +26,23 @@ class EMA:
         model: the network whose parameters are followed. The averages start at its present values
             and have the names that the parameters have without wrappers (torch.compile's, DDP's).
         rates: each strictly between 0 and 1; no two alike.
+        warmup: whether r grows up to the rate.
+
+    Attributes:
+        updates: how often ``update`` was called; whoever restores averages restores it too.
 
     Raises:
         InputError: a rate out of range or given twice.
 
-    Source: Ho et al. 2020, appendix B (rate 0.9999).
+    Source: Ho et al. 2020, appendix B (rate 0.9999, constant); the warm-up is TensorFlow's
+    ExponentialMovingAverage with num_updates.
     """
 
-    def __init__(self, model: nn.Module, rates: Sequence[float] = (0.9999,)):
+    def __init__(
+        self, model: nn.Module, rates: Sequence[float] = (0.9999,), *, warmup: bool = False
+    ):
+        self.warmup = warmup
+        self.updates = 0
         # A tied weight has an average under each of its names, as a state_dict has.
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         self.names = [plain_name(name) for name in names]
@@ -67,7 +81,11 @@ class EMA:
         if any(source.dtype != torch.float32 for source in sources):
             sources = [source.float() for source in sources]
         for name, shadow in self.shadows.items():
-            _lerp(shadow, sources, 1.0 - float(name))
+            _lerp(shadow, sources, 1.0 - self._rate_now(name))
+        self.updates += 1
+
+    def _rate_now(self, name: str) -> float:
+        return min(float(name), _warm(self.updates)) if self.warmup else float(name)
 
     def state_dict(self, rate: float | str) -> dict[str, Tensor]:
         """The averages of one rate under the parameters' names (float32, not copied)."""
@@ -134,6 +152,22 @@ class EMA:
                 f"EMA: no average with rate {name}; there are {', '.join(self.shadows)}"
             )
         return self.shadows[name]
+
+
+def initial_share(rate: float | str, updates: int, *, warmup: bool) -> float:
+    """The share of the weights it began with that an average still holds: the product of its r."""
+    rate = float(rate)
+    if not warmup:
+        return rate**updates
+    # Below the rate, (1 + k) / (10 + k): their product up to n is n! 9! / (n + 9)!.
+    warm = min(updates, math.ceil(max(0.0, (10 * rate - 1) / (1 - rate))))
+    return math.exp(math.lgamma(warm + 1) + math.lgamma(10) - math.lgamma(warm + 10)) * rate ** (
+        updates - warm
+    )
+
+
+def _warm(updates: int) -> float:
+    return (1 + updates) / (10 + updates)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -24,7 +24,8 @@ class Preset:
         name: as in ``presets.get``.
         model: arguments of ``UNet``.
         diffusion: arguments of ``create_diffusion``.
-        train: published hyperparameters, under the names of ``TrainConfig``.
+        train: published hyperparameters, under the names of ``TrainConfig``; but the averages warm
+            up, as everywhere (``ema_warmup``).
         params: parameters of the network as published, in millions, to the precision printed there.
     """
 

@@ -41,6 +41,12 @@ class TrainConfig:
     ema: tuple[float, ...] = setting(
         (0.9999,), "decay rates of the weight averages, separated by commas", fixed=True
     )
+    ema_warmup: bool = setting(
+        True,
+        "let each rate grow as (1 + step) / (10 + step) up to its value, so that a short run's "
+        "averages forget the untrained weights; off: constant rates, as published",
+        fixed=True,
+    )
     label_dropout: float = setting(
         0.0, "probability that a label is hidden, for classifier-free guidance"
     )

@@ -27,6 +27,7 @@ class SavedRun:
     config: TrainConfig
     info: Mapping[str, Any]
     step: int
+    reported: int
     batches_drawn: int
     images: int
     averages: Mapping[str, Mapping[str, Tensor]]
@@ -46,9 +47,11 @@ def read_checkpoint(path: Path) -> SavedRun:
             path=path,
             model=loaded.model,
             diffusion=loaded.diffusion,
-            config=TrainConfig.from_dict(record["config"]),
+            # Before there was a choice, the averages' rates were constant.
+            config=TrainConfig.from_dict({"ema_warmup": False, **record["config"]}),
             info=loaded.info,
             step=record["step"],
+            reported=record.get("reported", record["step"]),
             batches_drawn=record["batches_drawn"],
             images=record["images"],
             averages={r: checkpoint.load_tensors(path, f"ema_{r}") for r in loaded.ema_rates},

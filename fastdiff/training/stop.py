@@ -17,6 +17,7 @@ class StopRequest:
     def __init__(self, max_minutes: float = 0.0) -> None:
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
         self.signal: int | None = None
+        self.impatient = False  # a second Ctrl-C came: leave at once, without saving
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -36,6 +37,7 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
+            self.impatient = True
             raise KeyboardInterrupt
         self.signal = number
 
