@@ -1,7 +1,8 @@
-# make demo   train a small DDPM on handwritten digits, sample it, score the samples (runs/demo/)
-# make test   lint, types and every test
-# make bench  compare with other libraries (pytest-benchmark)
-# make gpu    on a machine with an NVIDIA GPU: build, test and measure there in nine minutes
+# make demo          train a small DDPM on handwritten digits, sample it, score the samples (runs/demo/)
+# make test          lint, types and every test
+# make test-nightly  every test as other CPUs run it, and the exhaustive ones, for hours (.ci/nightly)
+# make bench         compare with other libraries (pytest-benchmark)
+# make gpu           on a machine with an NVIDIA GPU: build, test and measure there in nine minutes
 # Each but the last makes the virtual environment .venv and installs fastdiff there first, where that is still to do.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -18,13 +19,11 @@ TORCH ?= $(if $(wildcard /proc/driver/nvidia/version),torch,torch==2.13.0)
 # The tests' real packages whose own needs (torchvision) would replace that torch by CUDA's.
 WITHOUT_DEPENDENCIES := denoising-diffusion-pytorch einops
 
-# OpenMP's threads spin while they wait for each other. Beside other busy processes each then waits
-# for a core that another one spins on, and small networks train 20 times slower; asleep, they don't.
-# For 8x8 images one thread is faster than two that sleep, and takes the same time on a busy machine.
-demo test: export OMP_WAIT_POLICY ?= passive
-demo: export OMP_NUM_THREADS ?= 1
+# How OpenMP's threads wait is chosen by fastdiff itself (fastdiff/wait_policy.py), in the tests too.
+# For 8x8 images one thread is faster than two; the tests have a process to each core.
+demo test: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test test-nightly lint bench gpu clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/fastdiff train --preset digits --data digits --out $(DEMO) --resume
@@ -33,9 +32,11 @@ demo: $(VENV)/demo.installed
 	@echo "Look at $(DEMO)/grid.png (the samples) and $(DEMO)/loss_curve.png."
 
 # A process to each core, a file's tests in one of them.
-test: export OMP_NUM_THREADS ?= 1
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+test-nightly: lint
+	PYTHON=$(BIN)/python .ci/nightly
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .

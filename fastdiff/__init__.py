@@ -1,7 +1,15 @@
 """fastdiff: fast training and sampling of DDPM-family diffusion models.
 
 The names below are the public ones; each module's docstring says where it comes from.
+
+On a CPU that other programs keep busy, set ``GOMP_SPINCOUNT=1000`` in the environment before torch
+is imported (the ``fastdiff`` command does so by itself): OpenMP's threads, which otherwise spin
+while they wait, take many times as long there. fastdiff/wait_policy.py has the figures.
 """
+
+from fastdiff import wait_policy
+
+wait_policy.choose_for_command()  # before torch is imported
 
 from fastdiff import ops
 from fastdiff.acceleration import accelerate, report, restore

@@ -39,7 +39,7 @@ def check_timesteps(
         if low < 0 or high >= num_timesteps:
             raise InputError(
                 f"t must lie in 0 … {num_timesteps - 1} for a process of {num_timesteps} steps, "
-                f"got {low if low < 0 else high}"
+                f"got {int(t[(t < 0) | (t >= num_timesteps)][0])}"
             )
     return t
 

@@ -391,7 +391,7 @@ def _check_out(out: torch.Tensor, shape: tuple[int, ...]) -> None:
         raise InputError(f"out has shape {tuple(out.shape)}: expected {shape}")
     if out.requires_grad:
         raise InputError("out requires grad: expected a tensor that autograd does not track")
-    overlapping = any(
+    overlapping = out.numel() > 0 and any(
         size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)
     )
     if overlapping or out.layout != torch.strided:

@@ -53,7 +53,6 @@ class Build:
                 "FASTDIFF_TEST_LIBRARY": str(self.library),
                 "FASTDIFF_ISA": "",
                 "FASTDIFF_BACKEND": "",
-                "OMP_WAIT_POLICY": "passive",
                 "PYTHONMALLOC": "malloc",
                 # libstdc++ too: libasan looks for its __cxa_throw when it starts.
                 "LD_PRELOAD": f"{runtime('libasan.so')}:{runtime('libstdc++.so')}",

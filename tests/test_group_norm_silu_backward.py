@@ -320,6 +320,7 @@ def test_small_contiguous_tensors_train_on_pytorch(monkeypatch):
     assert backend(small) == "reference"
     assert backend(small.contiguous(memory_format=torch.channels_last)) == "native"
     assert backend(torch.randn(1, 64, 4, 5)) == "native"
+    assert backend(small.bfloat16()) == "native"  # the reference would copy it to float32
     assert backend(small[:0]) == "native"  # where PyTorch's gradients of weight and bias are NaN
     with torch.no_grad():
         assert backend(small) == "native"

@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import types
@@ -10,7 +11,7 @@ import types
 import pytest
 import torch
 
-from fastdiff import native
+from fastdiff import native, wait_policy
 from fastdiff.commands import info
 
 
@@ -34,6 +35,8 @@ def test_json_is_the_same_information(capsys):
     assert sections["versions"]["torch"] == torch.__version__
     assert sections["native"]["isas that run here"] == native.library().supported_isas()
     assert sections["cpu"]["torch threads"] == torch.get_num_threads()
+    assert sections["cpu"]["waiting threads"] == wait_policy.described()
+    assert sections["cpu"]["openmp"]
     assert sections["cpu"]["model"]
 
 
@@ -81,7 +84,13 @@ def test_devices_are_listed(monkeypatch):
 
 def test_the_command_line_prints_it():
     done = subprocess.run(
-        [sys.executable, "-m", "fastdiff", "info", "--json"], capture_output=True, text=True
+        [sys.executable, "-m", "fastdiff", "info", "--json"],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k not in wait_policy.VARIABLES},
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["versions"]["torch"] == torch.__version__
+    sections = json.loads(done.stdout)
+    assert sections["versions"]["torch"] == torch.__version__
+    chosen = " ".join(f"{name}={value}" for name, value in wait_policy.CHOICE.items())
+    assert sections["cpu"]["waiting threads"] == f"{chosen} (fastdiff's choice)"

@@ -11,6 +11,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from fastdiff import wait_policy
+
 HELP = "print versions, devices, instruction sets and what was compiled for what"
 
 
@@ -67,7 +69,19 @@ def _cpu() -> dict[str, Any]:
         "model": _cpu_model(),
         "cores": os.cpu_count(),
         "torch threads": torch.get_num_threads(),
+        "openmp": _openmp_runtimes(),
+        "waiting threads": wait_policy.described(),
     }
+
+
+def _openmp_runtimes() -> list[str]:
+    """The files of the OpenMP runtimes in this process: GNU's, Intel's or LLVM's."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return []
+    names = {Path(line.split(maxsplit=5)[5]).name for line in maps.splitlines() if "/" in line}
+    return sorted(name for name in names if name.startswith(("libgomp", "libiomp", "libomp")))
 
 
 def _cpu_model() -> str:

@@ -12,9 +12,10 @@ from fastdiff.ops import _group_norm_launch as launch
 from fastdiff.reference import group_norm_silu as reference
 
 OP = "group_norm_silu"
-# Contiguous tensors up to this size train on PyTorch's operations: a call of autograd's Python side
-# costs more than the kernels save (benchmarks/results, the smallest shapes of forward+backward).
-# Not channels_last ones, for which PyTorch's statistics cancel where the mean is far from zero.
+# Contiguous float32 tensors up to this size train on PyTorch's operations: a call of autograd's
+# Python side costs more than the kernels save (benchmarks/results, the smallest shapes of
+# forward+backward). Not channels_last ones and not those in half precision, which the reference
+# copies to float32 and back.
 SMALL = 32768
 
 
@@ -82,7 +83,7 @@ def choose(x: Tensor, *arguments: Any, **options: Any) -> Choice:
         return Choice(OP, backend, backends.NAMED_REASON)
     if backend == "reference" and x.device.type == "cpu" and x.dtype in backends.KERNEL_DTYPES:
         return Choice(
-            OP, backend, f"PyTorch's operations train up to {SMALL} contiguous elements faster"
+            OP, backend, f"PyTorch's operations train up to {SMALL} float32 elements faster"
         )
     return Choice(OP, backend, backends.default_reason(x.device, x.dtype, OP))
 
@@ -99,7 +100,8 @@ def _backend(x: Tensor, wants_gradient: bool) -> str:
     if name is not None:
         return backends.require(OP, name, x.device, x.dtype)
     name = backends.default(x.device, x.dtype, OP)
-    if name == "native" and wants_gradient and 0 < x.numel() <= SMALL and x.is_contiguous():
+    small = 0 < x.numel() <= SMALL and x.dtype == torch.float32 and x.is_contiguous()
+    if name == "native" and wants_gradient and small:
         return "reference"
     return name
 

@@ -81,6 +81,9 @@ def posterior_step(
     number, seed_tensor = split_counter("seed", seed if noisy else None, 2**64, x_t.device)
     first, first_tensor = split_first_sample(first_sample, len(x_t), x_t.device)
     backend, _ = _choose(x_t, model_output, noise, prev_x_start)
+    # The native kernel looks at a step tensor by itself, where it runs at all.
+    if x_t.numel() == 0 or backend not in ("native", "cuda"):
+        _look_at_step(step, table)
 
     if backend == "reference":
         return _reference(
@@ -214,8 +217,6 @@ def _row(table: StepTable, step: int | torch.Tensor) -> dict[str, torch.Tensor]:
     if isinstance(step, int):
         values = table.packed[step]
     else:  # a gather on the device: no synchronisation
-        if step.device.type == "cpu" and not 0 <= int(step) < len(table):
-            raise step_error(int(step), len(table))
         values = table.packed.index_select(0, step.reshape(1))[0]
     return dict(zip(COLUMNS, values.unbind(), strict=True))
 
@@ -286,6 +287,14 @@ def _check_step(step: int | torch.Tensor, table: StepTable, device: torch.device
         raise InputError(f"step is {step!r}; expected an int or an integer tensor of one element")
     if not 0 <= step < len(table):
         raise step_error(step, len(table))
+
+
+def _look_at_step(step: int | torch.Tensor, table: StepTable) -> None:
+    """InputError for a step tensor on the CPU that names no row; elsewhere looking would stall."""
+    if not isinstance(step, torch.Tensor) or step.device.type != "cpu":
+        return
+    if not torch.compiler.is_compiling() and not 0 <= int(step) < len(table):
+        raise step_error(int(step), len(table))
 
 
 def _check_extras(

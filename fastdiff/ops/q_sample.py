@@ -70,9 +70,11 @@ def q_sample(
     check_float(x_start, "x_start")
     rows = _table_length(signal, sigma, x_start)
     backend, _ = _choose(x_start, signal, sigma)
-    # The native kernel looks at t by itself; the CUDA kernel answers NaN, emulated or not.
+    # The native kernel looks at t by itself, where it runs at all; the CUDA kernel answers NaN,
+    # emulated or not.
+    looks = x_start.numel() == 0 or backend not in ("native", "cuda")
     given_t = t  # which the key tells of, and a known call passes on as it is
-    t = check_timesteps(t, x_start, rows, "x_start", look=backend not in ("native", "cuda"))
+    t = check_timesteps(t, x_start, rows, "x_start", look=looks)
     if noise is not None:
         if seed is not None:
             raise InputError("q_sample takes noise or seed, not both")

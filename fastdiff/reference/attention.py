@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fastdiff.reference._common import arithmetic
+
 
 def attention(qkv: Tensor, num_heads: int, *, order: str = "heads_first") -> Tensor:
     """softmax(q·kᵀ / sqrt(head_dim))·v per head; see ``fastdiff.ops.attention``.
@@ -10,7 +12,7 @@ def attention(qkv: Tensor, num_heads: int, *, order: str = "heads_first") -> Ten
     Computed in float32, or in float64 for float64. Source: Vaswani et al. 2017, equation 1.
     """
     with torch.autocast(qkv.device.type, enabled=False):
-        wide = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
+        wide = qkv.to(arithmetic(qkv.dtype))
         q, k, v = split_heads(wide, num_heads, order)  # (N, H, T, D) each
         weights = torch.softmax(q @ k.transpose(2, 3) * q.shape[3] ** -0.5, dim=3)  # (N, H, T, T)
         return join_heads(weights @ v).to(qkv.dtype)

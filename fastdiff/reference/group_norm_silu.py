@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HALF = (torch.bfloat16, torch.float16)
+from fastdiff.reference._common import arithmetic, laid_out_like
 
 
 def group_norm_silu(
@@ -24,16 +24,21 @@ def group_norm_silu(
     add: Tensor | None = None,
     activation: str | None = "silu",
 ) -> Tensor:
-    """See ``fastdiff.ops.group_norm_silu``. The statistics are float32 for any dtype of ``x``."""
-    h = x if add is None else x + _per_channel(add.to(x.dtype), x)
+    """See ``fastdiff.ops.group_norm_silu``. Float32 for any dtype of ``x`` but float64."""
+    dtype = arithmetic(x.dtype)
+    weight, bias, scale, shift, add = (
+        None if value is None else value.to(dtype) for value in (weight, bias, scale, shift, add)
+    )
+    h = x.to(dtype)
+    if add is not None:
+        h = h + _per_channel(add, x)
     h = _group_norm(h, num_groups, weight, bias, eps)
     if scale is not None and shift is not None:
-        scale, shift = _per_channel(scale.to(h.dtype), x), _per_channel(shift.to(h.dtype), x)
-        h = torch.addcmul(shift, h, 1 + scale)
+        h = torch.addcmul(_per_channel(shift, x), h, 1 + _per_channel(scale, x))
     if activation == "silu":
         # In place only where no gradient wants the value before the activation.
         h = F.silu(h, inplace=not h.requires_grad)
-    return h.to(x.dtype)
+    return laid_out_like(h.to(x.dtype), x)
 
 
 def _per_channel(value: Tensor, x: Tensor) -> Tensor:
@@ -42,22 +47,13 @@ def _per_channel(value: Tensor, x: Tensor) -> Tensor:
 
 
 def _group_norm(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    h: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """GroupNorm with float32 statistics (float64 for a float64 ``x``), in the dtype of ``x``."""
-    if _fits_as_is(x, weight, bias):
-        # Not F.group_norm, which refuses one sample with groups of one element.
-        return torch.group_norm(x, num_groups, weight, bias, eps)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    weight = None if weight is None else weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    return torch.group_norm(x.to(dtype), num_groups, weight, bias, eps).to(x.dtype)
-
-
-def _fits_as_is(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """One dtype throughout, or what only PyTorch's CPU kernel takes: half x, float32 parameters."""
-    if weight is None or bias is None or weight.dtype == bias.dtype == x.dtype:
-        return True
-    if weight.dtype != bias.dtype:
-        return False
-    return x.device.type == "cpu" and x.dtype in HALF and weight.dtype == torch.float32
+    """GroupNorm of (N, C, *spatial), everything in one dtype."""
+    if h.numel() == 0:  # no statistics, and PyTorch's gradients of weight and bias would be NaN
+        if weight is None or bias is None:
+            return h
+        return torch.addcmul(_per_channel(bias[None], h), h, _per_channel(weight[None], h))
+    # Contiguous: PyTorch's sums over channels_last cancel where the mean is far from zero.
+    # Not F.group_norm, which refuses one sample with groups of one element.
+    return torch.group_norm(h.contiguous(), num_groups, weight, bias, eps)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fastdiff.reference._common import arithmetic
+
 
 def q_sample(
     x_start: Tensor,  # (N, ...)
@@ -16,7 +18,7 @@ def q_sample(
     A sample whose t lies outside 0 … K-1 comes out as NaN: nothing is read out of bounds and no
     device has to be asked.
     """
-    dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
+    dtype = arithmetic(x_start.dtype)
     row = t.clamp(0, len(sqrt_alphas_cumprod) - 1)
     shape = (-1,) + (1,) * (x_start.dim() - 1)
     signal, sigma = (

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdiff.reference._common import arithmetic, laid_out_like
+
 
 def rms_norm_silu(
     x: Tensor,
@@ -21,7 +23,7 @@ def rms_norm_silu(
     activation: str | None = "silu",
 ) -> Tensor:
     """See ``fastdiff.ops.rms_norm_silu``. Float32 for any dtype of ``x`` but float64."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = arithmetic(x.dtype)
     n, channels = x.shape[:2]
     ones = (1,) * (x.dim() - 2)
     gain = weight.to(dtype).reshape(channels, *ones) * channels**0.5
@@ -32,4 +34,4 @@ def rms_norm_silu(
     if activation == "silu":
         # In place only where no gradient wants the value before the activation.
         h = F.silu(h, inplace=not h.requires_grad)
-    return h.to(x.dtype)
+    return laid_out_like(h.to(x.dtype), x)
