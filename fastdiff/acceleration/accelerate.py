@@ -199,20 +199,37 @@ def _fuse(model: nn.Module, record: _Record) -> None:
         elif reason:
             told.left.append(part)
     told.left.extend(_unknown_attention(model, inside, told))
+    told.norms.extend(_other_norms(model, inside, told))
 
 
 def _unknown_attention(model: nn.Module, inside: set[nn.Module], told: Report) -> list[Part]:
-    """Attention, by the class's name, in which the report names nothing yet."""
-    named = [part.name for part in (*told.replaced, *told.left)]
+    """Attention, by the class's name, in which the report names none yet."""
+    named = [part.name for part in (*told.replaced, *told.left) if "atten" in part.kind.lower()]
     found: list[Part] = []
     for name, module in reversed(list(model.named_modules())):  # inner ones first
         kind = type(module).__name__
-        if module in inside or isinstance(module, Fused) or "attention" not in kind.lower():
+        attends = "attention" in kind.lower() or kind.lower().endswith(("attn", "attnblock"))
+        if module in inside or isinstance(module, Fused) or not attends or not name:
             continue
-        if not any(f"{other}.".startswith(f"{name}.") or not name for other in named):
+        if not any(f"{other}.".startswith(f"{name}.") for other in named):
             named.append(name)
-            found.append(Part(name or "the model", kind, "no attention block that is known"))
-    return found[::-1]
+            found.append(Part(name, kind, "no attention block that is known"))
+    return [part for part in found[::-1] if part.name not in {left.name for left in told.left}]
+
+
+def _other_norms(model: nn.Module, inside: set[nn.Module], told: Report) -> list[Part]:
+    """Norms, by the class's name, that the report does not name and hold no other norm."""
+    named = {part.name for part in (*told.replaced, *told.left)}
+    found: list[Part] = []
+    for name, module in model.named_modules():
+        if "norm" not in type(module).__name__.lower() or isinstance(module, Fused):
+            continue
+        holds_norm = any("norm" in type(child).__name__.lower() for child in module.children())
+        if module not in inside and name not in named and not holds_norm:
+            plain = isinstance(module, nn.GroupNorm)
+            how = "it has no weight and bias" if plain else "fastdiff has no operation for it"
+            found.append(Part(name or "the model", type(module).__name__, how))
+    return found
 
 
 def _fusion_of(module: nn.Module) -> tuple[Fusion | None, Kinds | None, str]:
