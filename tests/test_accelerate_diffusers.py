@@ -161,16 +161,16 @@ def test_every_residual_block_and_attention_is_fused(name):
 def assert_report_is_complete(model):
     """Every norm and every attention is fused, inside of what is fused, or named with a reason."""
     report = fastdiff.report(model)
-    named = [part.name for part in (*report.replaced, *report.left, *report.norms)]
+    named = [part.name for part in (*report.replaced, *report.left, *report.others)]
     assert len(named) == len(set(named))
-    assert all(part.how for part in (*report.left, *report.norms))
+    assert all(part.how for part in (*report.left, *report.others))
     for name, module in model.named_modules():
         kind = type(module).__name__.lower()
         holds = any("norm" in type(child).__name__.lower() for child in module.children())
         if kind == "attention" or ("norm" in kind and not holds):
             owners = [other for other in named if f"{name}.".startswith(f"{other}.")]
             assert owners, f"{name} is not in the report"
-    assert all(part.kind in str(report) for part in (*report.left, *report.norms))
+    assert all(part.kind in str(report) for part in (*report.left, *report.others))
 
 
 def test_what_is_left_has_the_reason():
@@ -197,7 +197,7 @@ def test_what_is_left_has_the_reason():
     )
     fastdiff.accelerate(others)
     report = fastdiff.report(others)
-    left = {part.name: part.how for part in (*report.left, *report.norms)}
+    left = {part.name: part.how for part in (*report.left, *report.others)}
     assert "norm_q" in left["0"] and "spatial_norm" in left["1"] and "SlicedAttn" in left["2"]
     assert left["4"] == "it has no weight and bias"
     assert left["5"] == "fastdiff has no operation for it" and "LayerNorm" in str(report)

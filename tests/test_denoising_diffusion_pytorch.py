@@ -91,6 +91,7 @@ def test_its_blocks_are_fused(ddpm):
     told = fastdiff.report(diffusion.model)
     kinds = {part.kind for part in told.replaced}
     assert {"Block", "RMSNorm", "Attend"} <= kinds and not told.left
+    assert {part.kind for part in told.others} == {"LinearAttention"}
 
 
 def test_training_goes_on(ddpm):

@@ -33,6 +33,7 @@ from fastdiff.models.layouts import plain_convolutions
 M = TypeVar("M", bound=nn.Module)
 KNOWN = (openai, diffusers_blocks, compvis, lucidrains, generic)
 LAST = torch.channels_last
+LINEAR = "linearattention"
 DTYPES = (torch.bfloat16, torch.float16)
 # Of outputs over the largest output, after float32 and after a lower dtype.
 MOST_ERROR, MOST_LOW_ERROR = 1e-3, 5e-2
@@ -199,7 +200,7 @@ def _fuse(model: nn.Module, record: _Record) -> None:
         elif reason:
             told.left.append(part)
     told.left.extend(_unknown_attention(model, inside, told))
-    told.norms.extend(_other_norms(model, inside, told))
+    told.others.extend(_without_operation(model, inside, told))
 
 
 def _unknown_attention(model: nn.Module, inside: set[nn.Module], told: Report) -> list[Part]:
@@ -209,26 +210,31 @@ def _unknown_attention(model: nn.Module, inside: set[nn.Module], told: Report) -
     for name, module in reversed(list(model.named_modules())):  # inner ones first
         kind = type(module).__name__
         attends = "attention" in kind.lower() or kind.lower().endswith(("attn", "attnblock"))
-        if module in inside or isinstance(module, Fused) or not attends or not name:
+        attends = attends and LINEAR not in kind.lower()
+        if module in inside or isinstance(module, Fused) or not attends:
             continue
-        if not any(f"{other}.".startswith(f"{name}.") for other in named):
+        within = f"{name}." if name else ""
+        if not any(f"{other}.".startswith(within) for other in named):
             named.append(name)
-            found.append(Part(name, kind, "no attention block that is known"))
+            found.append(Part(name or "the model", kind, "no attention block that is known"))
     return [part for part in found[::-1] if part.name not in {left.name for left in told.left}]
 
 
-def _other_norms(model: nn.Module, inside: set[nn.Module], told: Report) -> list[Part]:
-    """Norms, by the class's name, that the report does not name and hold no other norm."""
+def _without_operation(model: nn.Module, inside: set[nn.Module], told: Report) -> list[Part]:
+    """Norms that hold no other norm, and linear attention, by the class's name, that the report
+    does not name."""
     named = {part.name for part in (*told.replaced, *told.left)}
     found: list[Part] = []
     for name, module in model.named_modules():
-        if "norm" not in type(module).__name__.lower() or isinstance(module, Fused):
-            continue
+        kind = type(module).__name__
         holds_norm = any("norm" in type(child).__name__.lower() for child in module.children())
-        if module not in inside and name not in named and not holds_norm:
+        is_norm = "norm" in kind.lower() and not holds_norm
+        if module in inside or isinstance(module, Fused) or name in named:
+            continue
+        if is_norm or LINEAR in kind.lower():
             plain = isinstance(module, nn.GroupNorm)
             how = "it has no weight and bias" if plain else "fastdiff has no operation for it"
-            found.append(Part(name or "the model", type(module).__name__, how))
+            found.append(Part(name or "the model", kind, how))
     return found
 
 

@@ -38,8 +38,6 @@ def fusions(module: Any) -> Iterator[tuple[Fusion, Trials]]:
     elif name == "Attention" and _is_attention(module):
         fusion = Fusion("attention without copies", _attention)
         yield fusion, [(torch.randn(2, module.to_qkv.in_channels, 4, 4),)]
-    elif name == "LinearAttention":
-        raise Refused("linear attention has no fused operation; norms in it are fused one by one")
 
 
 def _is_rms_norm(module: Any) -> bool:
