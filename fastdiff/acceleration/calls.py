@@ -75,6 +75,15 @@ class Arguments:
         return None if taken else tuple(values)
 
 
+def shared_arguments(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Arguments:
+    """The arguments of their method, of which ours understands those at its beginning that have
+    the same names."""
+    pairs = zip(*(list(inspect.signature(f).parameters)[1:] for f in (ours, theirs)), strict=False)
+    count = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    lengths = [len(inspect.signature(f).parameters) - 1 for f in (ours, theirs)]
+    return Arguments(theirs, min(lengths) if count is None else count)
+
+
 def kinds_of(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """What the values are: of a floating-point tensor its number of dimensions, and whether its
     batch is the first tensor's."""
