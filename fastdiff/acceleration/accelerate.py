@@ -60,11 +60,12 @@ def accelerate(
 ) -> M:
     """Let a model run on fused operations; returns the model itself, changed in place.
 
-    Known are the blocks of improved-diffusion, guided-diffusion, diffusers and
-    denoising-diffusion-pytorch (by their parts, so copies of them too: each is tried with random
-    weights and left alone where it computes something else), GroupNorm before SiLU in any
+    Known are the blocks of improved-diffusion, guided-diffusion, GLIDE, diffusers, latent diffusion
+    and denoising-diffusion-pytorch (by their parts, so copies of them too: each is tried with
+    random weights and left alone where it computes something else), GroupNorm before SiLU in any
     ``nn.Sequential``, and modules in whose forward torch.fx finds GroupNorm, perhaps FiLM, and
-    SiLU. What is not understood is left alone. Parameters keep their names and, but for
+    SiLU. What is not understood is left alone, and so is a call that gives a block arguments its
+    fused forward was not tried with: the block's own forward answers it. Parameters keep their names and, but for
     ``channels_last``, their storage; ``state_dict()`` is the original's; pickles and ``torch.save``
     of the model are the original's too. Hooks on, and exchanges of, the modules inside a fused one
     are seen: that one then runs as it did before. ``fastdiff.report(model)`` tells what was fused,

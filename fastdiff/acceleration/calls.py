@@ -50,14 +50,14 @@ class Arguments:
         if given == count and not kwargs:
             return args
         for i in range(count, given):
-            if i >= len(self.names) or not _same(args[i], self.defaults[i]):
+            if i >= len(self.names) or not is_same(args[i], self.defaults[i]):
                 return None
         taken = 0
         for name, value in kwargs.items():
             if name in self.names[:count]:
                 taken += 1
             elif name in self.others:
-                if name in self.names[:given] or not _same(value, self.others[name]):
+                if name in self.names[:given] or not is_same(value, self.others[name]):
                     return None
             elif name not in self.ignored:
                 return None
@@ -103,7 +103,7 @@ def kinds_of(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(kinds)
 
 
-def _same(value: Any, default: Any) -> bool:
+def is_same(value: Any, default: Any) -> bool:
     """Never asks a tensor whether it equals something."""
     return value is default or (
         type(value) is type(default) and type(value) in PLAIN and value == default
