@@ -18,21 +18,23 @@ class SiLU(nn.Module):
         return torch.sigmoid(x) * x
 
 
-def norm(channels):
-    return GroupNorm32(8, channels)
+def norm(channels, groups=8):
+    return GroupNorm32(groups, channels)
 
 
 class ResBlock(nn.Module):
     """film: scale and shift by the embedding; down: pooled by two on the way."""
 
-    def __init__(self, channels, width, out, film=False, down=False, dropout=0.0):
+    def __init__(self, channels, width, out, film=False, down=False, dropout=0.0, groups=8):
         super().__init__()
         self.use_scale_shift_norm, self.updown = film, down
-        self.in_layers = nn.Sequential(norm(channels), SiLU(), nn.Conv2d(channels, out, 3, 1, 1))
+        self.in_layers = nn.Sequential(
+            norm(channels, groups), SiLU(), nn.Conv2d(channels, out, 3, 1, 1)
+        )
         self.h_upd = self.x_upd = nn.AvgPool2d(2) if down else nn.Identity()
         self.emb_layers = nn.Sequential(SiLU(), nn.Linear(width, out * (1 + film)))
         last = nn.Conv2d(out, out, 3, 1, 1)
-        self.out_layers = nn.Sequential(norm(out), SiLU(), nn.Dropout(dropout), last)
+        self.out_layers = nn.Sequential(norm(out, groups), SiLU(), nn.Dropout(dropout), last)
         nn.init.zeros_(last.weight)
         self.skip_connection = nn.Conv2d(channels, out, 1)
 

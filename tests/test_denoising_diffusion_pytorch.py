@@ -91,6 +91,7 @@ def test_its_blocks_are_fused(ddpm):
     told = fastdiff.report(diffusion.model)
     kinds = {part.kind for part in told.replaced}
     assert {"Block", "RMSNorm", "Attend"} <= kinds and not told.left
+    assert {part.kind for part in told.others} == {"LinearAttention"}
 
 
 def test_training_goes_on(ddpm):
@@ -153,3 +154,27 @@ def test_bad_objects(ddpm):
     assert isinstance(diffusion, integration._Accelerated)
     parametrize.remove_parametrizations(diffusion, "betas")
     assert not isinstance(restore(diffusion), Fused)
+
+
+def test_arguments_of_another_version_go_to_its_own_loop(ddpm, monkeypatch):
+    seen = []
+    stock = ddpm.GaussianDiffusion.ddim_sample
+
+    def other(self, shape, clip_denoised=True):
+        seen.append(clip_denoised)
+        return stock(self, shape)
+
+    monkeypatch.setattr(ddpm.GaussianDiffusion, "ddim_sample", other)
+    integration._accelerated_class.cache_clear()
+    try:
+        diffusion = made(ddpm, sampling_timesteps=3)
+        expected, _ = sampled(diffusion, "ddim_sample", (2, 3, 8, 8))
+        seen.clear()
+        accelerate(diffusion)
+        for options in ({}, {"clip_denoised": True}):
+            actual, _ = sampled(diffusion, "ddim_sample", shape=(2, 3, 8, 8), **options)
+            assert (actual - expected).abs().max() <= 1e-3 and not seen
+        sampled(diffusion, "ddim_sample", (2, 3, 8, 8), False)
+        assert seen == [False]
+    finally:
+        integration._accelerated_class.cache_clear()

@@ -1,6 +1,7 @@
 """accelerate_pipeline: the pipeline's own call, the same images for the same generator."""
 
 import copy
+import inspect
 import pickle
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from torch import nn
 import fastdiff
 from fastdiff.acceleration import is_accelerated
 from fastdiff.errors import InputError
-from fastdiff.integrations.diffusers import accelerate_pipeline, restore_pipeline
+from fastdiff.integrations.diffusers import _pipelines, accelerate_pipeline, restore_pipeline
 
 BLOCKS = {
     "sample_size": 8,
@@ -308,6 +309,33 @@ def test_bad_options_change_nothing(options):
     with pytest.raises(InputError, match="dtype is|capture is|compile is"):
         accelerate_pipeline(pipe, **options)
     assert type(pipe) is diffusers.DDIMPipeline and not is_accelerated(pipe.unet)
+
+
+def test_arguments_of_another_diffusers_go_to_its_own_loop(monkeypatch):
+    stock = diffusers.DDIMPipeline.__call__
+    seen = []
+
+    def newer(self, batch_size=1, generator=None, eta=0.0, num_inference_steps=50, *rest, note=1):
+        seen.append(note)
+        return stock(self, batch_size, generator, eta, num_inference_steps, *rest)
+
+    signature = inspect.signature(stock)
+    note = inspect.Parameter("note", inspect.Parameter.KEYWORD_ONLY, default=1)
+    newer.__signature__ = signature.replace(parameters=[*signature.parameters.values(), note])
+    monkeypatch.setattr(diffusers.DDIMPipeline, "__call__", newer)
+    _pipelines._accelerated_class.cache_clear()
+    try:
+        pipe = accelerate_pipeline(pipeline("ddim"))
+        call = {"batch_size": 1, "num_inference_steps": 2}
+        for options in ({}, {"note": 1}, {"class_labels": None}):
+            pipe(**call, **options)
+            assert pipe.explain().startswith("eager") and not seen
+        pipe(**call, note=2)
+        assert seen == [2]
+    finally:
+        _pipelines._accelerated_class.cache_clear()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'unknown'"):
+        accelerate_pipeline(pipeline("ddim"))(unknown=1)
 
 
 @pytest.mark.parametrize("labels", [[1, 4], [-1, 0], [0.5, 1.0], "ab", [True, False]])

@@ -105,6 +105,29 @@ def test_arguments_stand_in_the_order_of_the_given_object(codebase):
         fast.p_sample_loop(network)
 
 
+def test_an_optional_argument_more_is_the_given_objects(codebase):
+    stock = codebase.diffusion()
+    kind = type(stock)
+
+    class Weighted(kind):
+        def q_sample(self, x_start, t, noise=None, weight=1.0):
+            return weight * super().q_sample(x_start, t, noise)
+
+    stock.__class__ = Weighted
+    fast, x, t = accelerate(stock), torch.randn(SHAPE), torch.tensor([1, 2])
+    for options in ({}, {"weight": 1.0}, {"weight": 2.0}, {"weight": torch.tensor(3.0)}):
+        actual = fast.q_sample(x, t, noise=x, **options)
+        torch.testing.assert_close(actual, stock.q_sample(x, t, noise=x, **options))
+
+    class Demanding(kind):
+        def q_sample(self, x_start, t, weight, noise=None):
+            return weight * super().q_sample(x_start, t, noise)
+
+    stock.__class__ = Demanding
+    with pytest.raises(InputError, match="q_sample of a Demanding .* 'weight'"):
+        accelerate(stock)
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 def test_progressive_loops_yield_every_step(codebase, loop):
     stock, network = codebase.diffusion(), Network()

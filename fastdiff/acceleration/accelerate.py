@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff._checks import check_float
-from fastdiff.acceleration import diffusers_blocks, generic, lucidrains, openai, traced
+from fastdiff.acceleration import compvis, diffusers_blocks, generic, lucidrains, openai, traced
 from fastdiff.acceleration.autocast import under_autocast
 from fastdiff.acceleration.example_inputs import example_inputs
 from fastdiff.acceleration.fused_class import (
     Fused,
     Fusion,
-    agrees,
+    Kinds,
+    Refused,
+    Trials,
+    agreement,
     bypassed,
     check_removable,
     exchange,
@@ -25,9 +28,12 @@ from fastdiff.acceleration.outcome import Part, Report
 from fastdiff.acceleration.pieces import is_group_norm
 from fastdiff.errors import InputError
 from fastdiff.models.eval_mode import eval_mode
+from fastdiff.models.layouts import plain_convolutions
 
 M = TypeVar("M", bound=nn.Module)
-KNOWN = (openai, diffusers_blocks, lucidrains, generic)
+KNOWN = (openai, diffusers_blocks, compvis, lucidrains, generic)
+LAST = torch.channels_last
+LINEAR = "linearattention"
 DTYPES = (torch.bfloat16, torch.float16)
 # Of outputs over the largest output, after float32 and after a lower dtype.
 MOST_ERROR, MOST_LOW_ERROR = 1e-3, 5e-2
@@ -39,7 +45,7 @@ class _Record:
 
     report: Report
     exchanged: list[weakref.ref[nn.Module]] = field(default_factory=list)
-    layouts: dict[str, torch.memory_format] = field(default_factory=dict)
+    laid_out: list[weakref.ref[nn.Module]] = field(default_factory=list)  # convolutions
 
 
 _records: "weakref.WeakKeyDictionary[nn.Module, _Record]" = weakref.WeakKeyDictionary()
@@ -54,11 +60,12 @@ def accelerate(
 ) -> M:
     """Let a model run on fused operations; returns the model itself, changed in place.
 
-    Known are the blocks of improved-diffusion, guided-diffusion, diffusers and
-    denoising-diffusion-pytorch (by their parts, so copies of them too: each is tried with random
-    weights and left alone where it computes something else), GroupNorm before SiLU in any
+    Known are the blocks of improved-diffusion, guided-diffusion, GLIDE, diffusers, latent diffusion
+    and denoising-diffusion-pytorch (by their parts, so copies of them too: each is tried with
+    random weights and left alone where it computes something else), GroupNorm before SiLU in any
     ``nn.Sequential``, and modules in whose forward torch.fx finds GroupNorm, perhaps FiLM, and
-    SiLU. What is not understood is left alone. Parameters keep their names and, but for
+    SiLU. What is not understood is left alone, and so is a call that gives a block arguments its
+    fused forward was not tried with: the block's own forward answers it. Parameters keep their names and, but for
     ``channels_last``, their storage; ``state_dict()`` is the original's; pickles and ``torch.save``
     of the model are the original's too. Hooks on, and exchanges of, the modules inside a fused one
     are seen: that one then runs as it did before. ``fastdiff.report(model)`` tells what was fused,
@@ -68,9 +75,10 @@ def accelerate(
         model: any module; training works too.
         dtype: torch.bfloat16 or float16: the model runs under autocast of it and answers in the
             dtype of its first tensor. Its weights stay as they are.
-        channels_last: 4-D weights in that layout, which the convolutions then run in: faster on
-            most machines. ``state_dict()`` has contiguous copies of these weights then, since no
-            stock checkpoint has others; what writes into it does not reach the model.
+        channels_last: weights of plain 2-D convolutions in that layout, which they then run in:
+            faster on most machines. Not those that an adapter, a parametrization or another layer
+            reads too. ``state_dict()`` has contiguous copies of these weights then, since no stock
+            checkpoint has others; what writes into it does not reach the model.
         verify: run the model on the same inputs before and after, print the report with the error,
             and keep the changes only where the outputs agree: to 1e-3 of the largest output, 5e-2
             with ``dtype``. True where the model's own configuration tells its inputs, else a tuple
@@ -140,10 +148,10 @@ def restore(model: M) -> M:
         del _records[model]
         for part in reversed(exchanged):
             put_back(part)
-        parameters = dict(model.named_parameters())
-        for name, layout in record.layouts.items():
-            if name in parameters:
-                parameters[name].data = parameters[name].data.contiguous(memory_format=layout)
+        for layer in filter(None, (reference() for reference in record.laid_out)):
+            weight = layer._parameters.get("weight")
+            if weight is not None:
+                weight.data = weight.data.contiguous()
     return model
 
 
@@ -162,8 +170,10 @@ def is_accelerated(model: nn.Module) -> bool:
     return model in _records or any(isinstance(part, Fused) for part in model.modules())
 
 
-def _exchange(module: nn.Module, fusion: Fusion, record: _Record) -> None:
-    exchange(module, fusion)
+def _exchange(
+    module: nn.Module, fusion: Fusion, record: _Record, known: Kinds | None = None
+) -> None:
+    exchange(module, fusion, known)
     record.exchanged.append(weakref.ref(module))
 
 
@@ -182,62 +192,100 @@ def _fuse(model: nn.Module, record: _Record) -> None:
             how = "runs on fused operations by itself"
             told.left.append(Part(name or "the model", type(module).__name__, how))
             continue
-        fusion, reason = _fusion_of(module)
+        fusion, known, reason = _fusion_of(module)
         part = Part(name or "the model", type(module).__name__, fusion.how if fusion else reason)
         if fusion is not None:
             inside.update(module.get_submodule(path) for path in fusion.bypassed)
-            _exchange(module, fusion, record)
+            _exchange(module, fusion, record, known)
             told.replaced.append(part)
         elif reason:
             told.left.append(part)
     told.left.extend(_unknown_attention(model, inside, told))
+    told.others.extend(_without_operation(model, inside, told))
 
 
 def _unknown_attention(model: nn.Module, inside: set[nn.Module], told: Report) -> list[Part]:
-    """Attention, by the class's name, in which the report names nothing yet."""
-    named = [part.name for part in (*told.replaced, *told.left)]
+    """Attention, by the class's name, in which the report names none yet."""
+    named = [part.name for part in (*told.replaced, *told.left) if "atten" in part.kind.lower()]
     found: list[Part] = []
     for name, module in reversed(list(model.named_modules())):  # inner ones first
         kind = type(module).__name__
-        if module in inside or isinstance(module, Fused) or "attention" not in kind.lower():
+        attends = "attention" in kind.lower() or kind.lower().endswith(("attn", "attnblock"))
+        attends = attends and LINEAR not in kind.lower()
+        if module in inside or isinstance(module, Fused) or not attends:
             continue
-        if not any(f"{other}.".startswith(f"{name}.") or not name for other in named):
+        within = f"{name}." if name else ""
+        if not any(f"{other}.".startswith(within) for other in named):
             named.append(name)
             found.append(Part(name or "the model", kind, "no attention block that is known"))
-    return found[::-1]
+    return [part for part in found[::-1] if part.name not in {left.name for left in told.left}]
 
 
-def _fusion_of(module: nn.Module) -> tuple[Fusion | None, str]:
-    """How to fuse it, or why not ("" for what has nothing to fuse)."""
+def _without_operation(model: nn.Module, inside: set[nn.Module], told: Report) -> list[Part]:
+    """Norms that hold no other norm, and linear attention, by the class's name, that the report
+    does not name."""
+    named = {part.name for part in (*told.replaced, *told.left)}
+    found: list[Part] = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        holds_norm = any("norm" in type(child).__name__.lower() for child in module.children())
+        is_norm = "norm" in kind.lower() and not holds_norm
+        if module in inside or isinstance(module, Fused) or name in named:
+            continue
+        if is_norm or LINEAR in kind.lower():
+            plain = isinstance(module, nn.GroupNorm)
+            how = "it has no weight and bias" if plain else "fastdiff has no operation for it"
+            found.append(Part(name or "the model", kind, how))
+    return found
+
+
+def _fusion_of(module: nn.Module) -> tuple[Fusion | None, Kinds | None, str]:
+    """How to fuse it and for what arguments, or why not ("" for what has nothing to fuse)."""
     reason = ""
     for family in KNOWN:
-        for fusion, inputs in family.fusions(module):
-            device = next((p.device for p in module.parameters()), torch.device("cpu"))
-            inputs = tuple(a.to(device) if isinstance(a, Tensor) else a for a in inputs)
-            disagreement = agrees(module, fusion, inputs) if inputs else None
-            if disagreement is None:
-                return fusion, ""
-            reason = disagreement
+        try:
+            for fusion, trials in family.fusions(module):
+                try:
+                    return fusion, _known(module, fusion, trials), ""
+                except Refused as refused:
+                    reason = str(refused)
+        except Refused as refused:
+            reason = str(refused)
     holds_norm = any(is_group_norm(child) for child in module.children())
     if holds_norm and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         try:
-            return traced.fusion(module), ""
-        except traced.Untraceable as error:
-            reason = reason or f"{error}; its norms are fused one by one"
-    return None, reason
+            return traced.fusion(module), None, ""
+        except Refused as refused:
+            reason = reason or f"{refused}; its norms are fused one by one"
+    return None, None, reason
+
+
+def _known(module: nn.Module, fusion: Fusion, trials: Trials) -> Kinds | None:
+    """Where there is nothing to try, arguments of any kind."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    return agreement(module, fusion, _to(trials, device)) if trials else None
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(_to(part, device) for part in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _to_channels_last(model: nn.Module, record: _Record) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.dim() != 4 or parameter.is_contiguous(memory_format=torch.channels_last):
+    for layer in plain_convolutions(model):
+        weight = layer.get_parameter("weight")
+        if weight.is_contiguous(memory_format=LAST) or not weight.is_contiguous():
             continue
-        record.layouts[name] = torch.contiguous_format
-        parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    if record.layouts:
-        count = len(record.layouts)
+        weight.data = weight.data.contiguous(memory_format=LAST)
+        record.laid_out.append(weakref.ref(layer))
+    if record.laid_out:
+        count = len(record.laid_out)
         record.report.settings.append(f"{count} weights in channels_last")
         options = (("inner", type(model)),)
-        fusion = Fusion("", _contiguous_state_dict, method="state_dict", options=options)
+        fusion = Fusion(
+            "", _contiguous_state_dict, method="state_dict", options=options, wraps=True
+        )
         _exchange(model, fusion, record)
 
 

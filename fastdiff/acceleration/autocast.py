@@ -11,9 +11,8 @@ from fastdiff.acceleration.fused_class import Fusion
 def under_autocast(model: nn.Module, dtype: torch.dtype) -> Fusion:
     """The model's forward, whatever it is now, under autocast; float outputs in the first tensor's
     dtype."""
-    return Fusion(
-        f"autocast of {dtype}", _forward, options=(("inner", type(model)), ("dtype", dtype))
-    )
+    options = (("inner", type(model)), ("dtype", dtype))
+    return Fusion(f"autocast of {dtype}", _forward, options=options, wraps=True)
 
 
 def _forward(

@@ -1,4 +1,5 @@
-"""The blocks of improved-diffusion and guided-diffusion, and of the many copies of their U-Net."""
+"""The blocks of improved-diffusion, guided-diffusion and GLIDE, and of the many copies of their
+U-Net."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,41 +7,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.acceleration.fused_class import Fusion
-from fastdiff.acceleration.pieces import is_group_norm, is_silu
+from fastdiff.acceleration.fused_class import Fusion, Trials
+from fastdiff.acceleration.pieces import holds_group_norm, is_group_norm
 from fastdiff.models.blocks import apply_norm, pointwise
 from fastdiff.ops.attention import attention
 
 
-def fusions(module: Any) -> Iterator[tuple[Fusion, tuple[Any, ...]]]:
+def fusions(module: Any) -> Iterator[tuple[Fusion, Trials]]:
     """What may fuse this module, with inputs to try it on; nothing for another kind of module."""
     if _is_res_block(module):
-        channels, width = module.in_layers[0].num_channels, module.emb_layers[-1].in_features
+        norm, *_, convolution = module.in_layers
+        linear = next(layer for layer in module.emb_layers if isinstance(layer, nn.Linear))
+        shape = (2, norm.num_channels, *[4] * (convolution.weight.dim() - 2))
         parts = ("in_layers", "out_layers")
         bypassed = (*parts, *(f"{part}.{i}" for part in parts for i in (0, 1)))
+        how = "both norms with what is around them"
         yield (
-            Fusion(
-                "both norms with what is around them",
-                _res_block,
-                bypassed,
-                ("use_scale_shift_norm", "updown"),
-                _method(module),
-            ),
-            (_image(module.in_layers[-1], channels), torch.randn(2, width)),
+            Fusion(how, _res_block, bypassed, _method(module)),
+            [(torch.randn(shape), torch.randn(2, linear.in_features))],
         )
     elif _is_attention_block(module):
         heads = getattr(module, "num_heads", None) or getattr(module.attention, "n_heads", None)
+        channels = module.norm.num_channels
         for order in ("heads_first", "qkv_first"):
             yield (
                 Fusion(
                     f"norm and attention ({order})",
                     _attention_block,
                     ("norm", "attention"),
-                    ("num_heads",),
                     _method(module),
                     (("order", order), ("num_heads", heads)),
                 ),
-                (torch.randn(2, module.norm.num_channels, 4, 4),),
+                [(torch.randn(2, channels, *[4] * dims),) for dims in (1, 2, 3)],
             )
 
 
@@ -48,41 +46,40 @@ def _method(module: nn.Module) -> str:
     return "_forward" if hasattr(module, "_forward") else "forward"
 
 
-def _image(convolution: Any, channels: int) -> Tensor:
-    return torch.randn(2, channels, *[4] * (convolution.weight.dim() - 2))
-
-
 def _is_res_block(module: Any) -> bool:
+    """Of a norm with an activation, whether its own or the next layer, perhaps more, and a
+    convolution."""
     names = ("in_layers", "emb_layers", "out_layers")
     parts: list[Any] = [getattr(module, name, None) for name in names]
     if not all(type(part) is nn.Sequential for part in parts):
         return False
     first, embedding, last = parts
-    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return (
-        [len(part) for part in parts] == [3, 2, 4]
-        and all(is_group_norm(part[0]) and is_silu(part[1]) for part in (first, last))
-        and type(first[2]) in convolutions
-        and isinstance(embedding[1], nn.Linear)
+        all(len(part) > 2 and holds_group_norm(part[0]) for part in (first, last))
+        and isinstance(getattr(first[-1], "weight", None), Tensor)
+        and any(isinstance(layer, nn.Linear) for layer in embedding)
         and isinstance(getattr(module, "skip_connection", None), nn.Module)
-        and isinstance(getattr(module, "use_scale_shift_norm", None), bool)
     )
 
 
 def _res_block(self: Any, x: Tensor, emb: Tensor) -> Tensor:
-    in_norm, _, in_conv = self.in_layers
-    out_norm, _, dropout, out_conv = self.out_layers
+    in_norm, _, *in_rest, in_conv = self.in_layers
+    out_norm, _, *out_rest = self.out_layers
     h = apply_norm(in_norm, x)
+    for layer in in_rest:
+        h = layer(h)
     if getattr(self, "updown", False):
         h, x = self.h_upd(h), self.x_upd(x)
     h = in_conv(h)
     emb = self.emb_layers(emb).to(h.dtype)
-    if self.use_scale_shift_norm:
+    if getattr(self, "use_scale_shift_norm", False):
         scale, shift = emb.chunk(2, dim=1)
         h = apply_norm(out_norm, h, scale=scale, shift=shift)
     else:
         h = apply_norm(out_norm, h, add=emb)
-    return self.skip_connection(x) + out_conv(dropout(h))
+    for layer in out_rest:
+        h = layer(h)
+    return self.skip_connection(x) + h
 
 
 def _is_attention_block(module: Any) -> bool:

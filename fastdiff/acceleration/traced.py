@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fastdiff.acceleration.fused_class import Fusion
-from fastdiff.acceleration.pieces import is_group_norm, is_silu
+from fastdiff.acceleration.calls import PLAIN
+from fastdiff.acceleration.fused_class import Fusion, Refused
+from fastdiff.acceleration.pieces import is_group_norm, is_normed, is_silu
 from fastdiff.errors import first_line
 from fastdiff.models.blocks import apply_norm
 
@@ -31,17 +32,13 @@ OPERATIONS = frozenset(
 )
 
 
-class Untraceable(Exception):
-    """Why a module's forward cannot be rewritten."""
-
-
 def fusion(module: nn.Module) -> Fusion:
-    """The fused forward of a module that owns a GroupNorm. Untraceable where there is none."""
+    """The fused forward of a module that owns a GroupNorm. Refused where there is none."""
     _check_straight(module)
     graph = _trace(module)
     bypassed = tuple(name for node in list(graph.nodes) for name in _fuse(module, graph, node))
     if not bypassed:
-        raise Untraceable("no SiLU follows its norm")
+        raise Refused("no SiLU follows its norm")
     forward: Callable[..., Any] = type(fx.GraphModule(module, graph)).forward
     return Fusion("norm and activation in one (traced)", forward, bypassed)
 
@@ -50,21 +47,24 @@ def _check_straight(module: nn.Module) -> None:
     forward: Any = type(module).forward
     code: Any = getattr(forward, "__code__", None)
     if "forward" in module.__dict__ or not isinstance(code, CodeType):
-        raise Untraceable("its forward is no plain method")
+        raise Refused("its forward is no plain method")
     parameters = inspect.signature(forward).parameters.values()
-    plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    if any(p.kind is not plain or p.default is not p.empty for p in parameters):
-        raise Untraceable("its forward has optional arguments")
-    own = {*module._modules, *module._parameters, *module._buffers}
-    strange = sorted(set(code.co_names) - own - OPERATIONS)
-    if strange:
-        raise Untraceable(f"its forward uses {strange[0]!r}")
+    if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
+        raise Refused("its forward takes any number of arguments, or some by keyword alone")
+    defaults = [p.default for p in parameters if p.default is not p.empty]
+    if not all(default is None or type(default) in PLAIN for default in defaults):
+        raise Refused("its forward has optional arguments")
     nested = any(isinstance(constant, CodeType) for constant in code.co_consts)
     steps = [f"{step.opname} {step.argrepr}" for step in dis.Bytecode(code)]
     branches = any("JUMP" in step or "FOR_ITER" in step for step in steps)
     in_place = any(step.startswith("BINARY_OP") and step.endswith("=") for step in steps)
-    if nested or branches or in_place or code.co_freevars:
-        raise Untraceable("its forward is not straight code")
+    compares = any(step.startswith("IS_OP") for step in steps)  # an argument with None
+    if nested or branches or in_place or compares or code.co_freevars:
+        raise Refused("its forward is not straight code")
+    own = {*module._modules, *module._parameters, *module._buffers}
+    strange = sorted(set(code.co_names) - own - OPERATIONS)
+    if strange:
+        raise Refused(f"its forward uses {strange[0]!r}")
 
 
 class _Tracer(fx.Tracer):
@@ -78,7 +78,7 @@ def _trace(module: nn.Module) -> fx.Graph:
     try:
         return _Tracer().trace(copy.copy(module))
     except Exception as error:  # whatever a forward does with what is no tensor
-        raise Untraceable(f"torch.fx cannot trace it ({first_line(error)})") from None
+        raise Refused(f"torch.fx cannot trace it ({first_line(error)})") from None
 
 
 def _fuse(module: nn.Module, graph: fx.Graph, norm: fx.Node) -> tuple[str, ...]:
@@ -142,7 +142,9 @@ def norm_film_silu(
     """A norm with what follows it. FiLM of one value for each sample and channel is fused, FiLM of
     other shapes computed beside it."""
     if scale is None or shift is None:
-        return apply_norm(norm, x)
+        return apply_norm(norm, x) if is_normed(x) else F.silu(norm(x))
+    if not is_normed(x) or not isinstance(scale, Tensor) or not isinstance(shift, Tensor):
+        return F.silu(norm(x) * (1 + scale) + shift)
     rows = (*x.shape[:2], *[1] * (x.dim() - 2))
     if scale.shape == shift.shape == rows:
         scale, shift = (film.flatten(1).to(x.dtype) for film in (scale, shift))

@@ -6,6 +6,7 @@ images = diffusion.sample(batch_size=16)
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import acceleration
+from fastdiff.acceleration.calls import shared_arguments
 from fastdiff.acceleration.fused_class import Fused, check_removable, derived, put_back
 from fastdiff.errors import InputError
 from fastdiff.integrations._options import check_sampler_options
@@ -113,7 +115,21 @@ class _Accelerated(Fused):
 
 @functools.cache
 def _accelerated_class(kind: Any) -> type:
-    return derived(kind, (_Accelerated, kind), {})
+    names = ("p_sample_loop", "ddim_sample")
+    members = {name: _served(getattr(_Accelerated, name), getattr(kind, name)) for name in names}
+    return derived(kind, (_Accelerated, kind), members)
+
+
+def _served(ours: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Our method; the stock one where a call gives arguments that only that one knows."""
+    arguments = shared_arguments(ours, stock)
+
+    @functools.wraps(stock)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        values = arguments.understood(args, kwargs)
+        return stock(self, *args, **kwargs) if values is None else ours(self, *values)
+
+    return method
 
 
 def _sample(self: Any, shape: Any, every: bool, table: StepTable) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdiff._optional import require
+from fastdiff.acceleration.calls import MISSING, is_same
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import InputError
 from fastdiff.integrations._options import check_sampler_options
@@ -99,21 +100,29 @@ class AcceleratedDiffusion:
         return functools.partial(accelerate, **self.options), (self.given,)
 
     def _replace(self, name: str, ours: Callable) -> None:
-        """Make ``ours`` the method ``name``, if the given object has it, called as there."""
+        """Make ``ours`` the method ``name``, if the given object has it, called as there. Where a
+        call gives an optional argument that the published one has not, the given one answers."""
         if not hasattr(self.given, name):
             return
         signature = signature_of(self.given, name)
         known = inspect.signature(getattr(GaussianDiffusion, name)).parameters
-        unknown = [argument for argument in signature.parameters if argument not in known]
-        if unknown:
+        unknown = {p.name: p.default for p in signature.parameters.values() if p.name not in known}
+        needed = [argument for argument, default in unknown.items() if default is MISSING]
+        if needed:
             raise InputError(
-                f"{name} of a {type(self.given).__name__} has an argument {unknown[0]!r} that the "
+                f"{name} of a {type(self.given).__name__} has an argument {needed[0]!r} that the "
                 f"published one has not; expected {EXPECTED}"
             )
 
-        @functools.wraps(getattr(self.given, name))
+        theirs = getattr(self.given, name)
+
+        @functools.wraps(theirs)
         def method(*args: Any, **kwargs: Any) -> Any:
-            return ours(**signature.bind(*args, **kwargs).arguments)
+            arguments = signature.bind(*args, **kwargs).arguments
+            for argument in unknown.keys() & arguments.keys():
+                if not is_same(arguments.pop(argument), unknown[argument]):
+                    return theirs(*args, **kwargs)
+            return ours(**arguments)
 
         method.__signature__ = signature  # type: ignore[attr-defined]
         setattr(self, name, method)

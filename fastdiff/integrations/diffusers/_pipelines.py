@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from fastdiff.acceleration import accelerate, is_accelerated, restore
+from fastdiff.acceleration.calls import shared_arguments
 from fastdiff.acceleration.fused_class import Fused, check_removable, derived, put_back
 from fastdiff.errors import InputError
 from fastdiff.integrations._options import check_sampler_options
@@ -269,7 +270,23 @@ class _DDIM(_Accelerated):
 @functools.cache
 def _accelerated_class(kind: Any) -> type:
     mixin: Any = _DDIM if kind is diffusers.DDIMPipeline else _DDPM
-    return derived(kind, (mixin, kind), {})
+    return derived(kind, (mixin, kind), {"__call__": _served(mixin.__call__, kind.__call__)})
+
+
+def _served(ours: Any, stock: Any) -> Any:
+    """Our call; the stock one where arguments are given that only another diffusers knows."""
+    arguments = shared_arguments(ours, stock)
+
+    @functools.wraps(ours)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(kwargs)
+        labels = given.pop("class_labels", None)
+        values = arguments.understood(args, given)
+        if values is None:
+            return stock(self, *args, **kwargs)
+        return ours(self, *values, class_labels=labels)
+
+    return call
 
 
 def _rows(pipe: Any, step_options: dict[str, Any]) -> tuple[str | None, Any]:
