@@ -65,10 +65,12 @@ def accelerate(
     random weights and left alone where it computes something else), GroupNorm before SiLU in any
     ``nn.Sequential``, and modules in whose forward torch.fx finds GroupNorm, perhaps FiLM, and
     SiLU. What is not understood is left alone, and so is a call that gives a block arguments its
-    fused forward was not tried with: the block's own forward answers it. Parameters keep their names and, but for
-    ``channels_last``, their storage; ``state_dict()`` is the original's; pickles and ``torch.save``
-    of the model are the original's too. Hooks on, and exchanges of, the modules inside a fused one
-    are seen: that one then runs as it did before. ``fastdiff.report(model)`` tells what was fused,
+    fused forward was not tried with: the block's own forward answers it.
+
+    Parameters keep their names and, but for ``channels_last``, their storage; ``state_dict()`` is
+    the original's; pickles and ``torch.save`` of the model are the original's too. Hooks on, and
+    exchanges of, the modules inside a fused one are seen, and so are attributes that change: that
+    one then runs as it did before. ``fastdiff.report(model)`` tells what was fused,
     what was left and why; :func:`restore` undoes it all.
 
     Args:
