@@ -183,7 +183,7 @@ def test_what_is_left_has_the_reason():
     how = replaced(model)
     assert sum("but for the activation" in reason for reason in how.values()) == 10
     left = {part.kind: part.how for part in fastdiff.report(model).left}
-    assert left["Attention"].endswith("its processor's, a AttnAddedKVProcessor2_0")
+    assert left["Attention"].endswith("its processor's (AttnAddedKVProcessor2_0)")
     assert_report_is_complete(model)
     others = nn.ModuleList(
         [

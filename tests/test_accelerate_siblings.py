@@ -194,6 +194,39 @@ def test_attention_of_lucidrains():
     assert how["flash"] == "its flash attention is PyTorch's scaled_dot_product_attention already"
 
 
+def test_foreign_modules_of_known_names():
+    def module(name, **parts):
+        made = type(name, (nn.Module,), {"forward": lambda self, x: x})()
+        for part, value in parts.items():
+            setattr(made, part, value)
+        return made
+
+    norm, conv, linear = nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1), nn.Identity()
+    foreign = {"processor": nn.Identity(), "group_norm": norm, "heads": 2, "to_out": linear}
+    default = type("AttnProcessor2_0", (), {})()
+    model = nn.ModuleList(
+        [
+            module("Attention", processor=default),
+            module("Attention", **foreign),
+            module("Attention", **foreign, to_q=conv, to_k=conv, residual_connection=True),
+            module(
+                "Attention",
+                **foreign | {"processor": default},
+                **{"to_q": conv, "to_k": None, "residual_connection": True},
+            ),
+            module("ResnetBlock2D", norm1=norm, norm2=norm, nonlinearity=nn.SiLU()),
+            module("Block", proj=conv, norm=norm, act=nn.SiLU()),
+            module("ResnetBlock", norm1=norm, norm2=norm, conv1=conv, conv2=conv),
+            module("AttnBlock", norm=norm, q=conv, k=conv, v=conv, proj_out=conv),
+            module("RMSNorm", g=nn.Parameter(torch.ones(3))),
+        ]
+    )
+    fastdiff.accelerate(model)
+    assert {part.kind for part in fastdiff.report(model).replaced} == {"GroupNorm"}
+    for block in model:
+        assert torch.equal(block(IMAGE), IMAGE)
+
+
 # --- Traced -----------------------------------------------------------------------------------
 
 

@@ -69,8 +69,8 @@ def accelerate(
 
     Parameters keep their names and, but for ``channels_last``, their storage; ``state_dict()`` is
     the original's; pickles and ``torch.save`` of the model are the original's too. Hooks on, and
-    exchanges of, the modules inside a fused one are seen: that one then runs as it did before.
-    ``fastdiff.report(model)`` tells what was fused,
+    exchanges of, the modules inside a fused one are seen, and so are attributes that change: that
+    one then runs as it did before. ``fastdiff.report(model)`` tells what was fused,
     what was left and why; :func:`restore` undoes it all.
 
     Args:

@@ -27,7 +27,7 @@ def fusions(module: Any) -> Iterator[tuple[Fusion, Trials]]:
             Fusion(how, _resnet_block, bypassed, options=options),
             [(torch.randn(2, module.norm1.num_channels, 4, 4), temb)],
         )
-    elif type(module).__name__ == "Attention" and hasattr(module, "processor"):
+    elif _is_attention(module):
         _check_attention(module)
         norm = module.group_norm is not None
         how = "attention without copies (PyTorch's scaled_dot_product_attention)"
@@ -80,11 +80,17 @@ def _resnet_block(self: Any, x: Tensor, temb: Tensor | None, *, activation: str 
     return h if self.output_scale_factor == 1 else h / self.output_scale_factor
 
 
+def _is_attention(module: Any) -> bool:
+    names = ("processor", "group_norm", "heads", "to_out", "residual_connection")
+    named = type(module).__name__ == "Attention" and all(hasattr(module, n) for n in names)
+    return named and isinstance(getattr(module, "to_q", None), nn.Module)
+
+
 def _check_attention(module: Any) -> None:
     """Refused where something else than softmax(QKᵀ)V over the arguments is asked for."""
     processor = type(module.processor).__name__
     if processor not in PROCESSORS:
-        raise Refused(f"its attention is its processor's, a {processor}")
+        raise Refused(f"its attention is its processor's ({processor})")
     for part in ("spatial_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim"):
         if getattr(module, part, None) is not None:
             raise Refused(f"its attention has a {part}, which the fused one has not")
@@ -94,6 +100,8 @@ def _check_attention(module: Any) -> None:
 
 def _attention_trials(module: Any) -> Trials:
     """On tokens and on an image, of itself and of a context."""
+    if not all(hasattr(layer, "in_features") for layer in (module.to_q, module.to_k)):
+        raise Refused("its projections are no linear layers")
     width, context_width = module.to_q.in_features, module.to_k.in_features
     context = torch.randn(2, 3, context_width)
     inputs = (torch.randn(2, 5, width), torch.randn(2, width, 4, 4))
