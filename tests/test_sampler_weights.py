@@ -37,16 +37,42 @@ class Tied(nn.Module):
 # --- Weights ----------------------------------------------------------------------------------
 
 
-def test_what_is_cast_is_what_autocast_would_cast():
+@pytest.fixture(params=[True, False], ids=["packs", "packs not"])
+def packs(request, monkeypatch):
+    """Whether bfloat16 convolutions are packed, whatever this CPU can: oneDNN's part is played by
+    PyTorch's own convolution."""
+
+    def convolve(x, weight, bias, geometry):
+        padding, stride, dilation, groups = geometry
+        return nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    monkeypatch.setattr(packing, "serves", lambda dtype: request.param)
+    monkeypatch.setattr(packing, "_reorder", lambda weight, geometry, shape: weight)
+    monkeypatch.setattr(packing, "_convolve", convolve)
+    return request.param
+
+
+def test_what_is_cast_is_what_autocast_would_cast(packs):
     model = Tied().eval()
     live = {name: p.data_ptr() for name, p in model.named_parameters()}
     Sampler(model, PROCESS, steps=2, dtype=torch.bfloat16).sample(SHAPE)
     cast = {name for name, (dtype, _) in model.seen.items() if dtype == torch.bfloat16}
-    # The linear layer's copy of the weight, and not the embedding's.
-    assert cast == {"conv.weight", "conv.bias", "out.weight", "out.bias", "tied.weight"}
+    # The linear layer's copy of the weight, and not the embedding's. A convolution that is packed
+    # casts its weight when it packs it, from the float32 one.
+    expected = {"conv.weight", "conv.bias", "out.weight", "out.bias", "tied.weight"}
+    assert cast == expected - ({"conv.weight"} if packs else set())
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == live
     assert model.tied.weight is model.embedding.weight
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_whether_convolutions_are_packed_changes_no_sample(packs):
+    """Both give what autocast gives without any copies of weights."""
+    model = Tied().eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = Sampler(model, PROCESS, timesteps=[9]).sample(SHAPE)
+    actual = Sampler(model, PROCESS, timesteps=[9], dtype=torch.bfloat16).sample(SHAPE)
+    torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("grad", [True, False])
