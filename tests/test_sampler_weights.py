@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.sampler import Sampler
 from fastdiff.sampling import packing
-from fastdiff.sampling.weights import Weights
+from fastdiff.sampling.network import Network
 
 PROCESS = diffusion(20)
 
@@ -76,15 +76,15 @@ def test_whether_convolutions_are_packed_changes_no_sample(packs):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_cast_weights_change_no_result(grad):
+def test_cast_weights_change_no_result(grad, monkeypatch):
     model = Tied().eval().requires_grad_(grad)
     x, t = torch.randn(SHAPE), torch.zeros(3)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(x, t)
-    weights = Weights(model, torch.bfloat16, channels_last=False)
-    weights.refresh()
-    with weights.in_use(), torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(model(x, t), expected)
+    monkeypatch.setattr(packing, "serves", lambda dtype: False)
+    network = Network(model, torch.bfloat16, channels_last=False, compile=False)
+    with network.sampling(), torch.no_grad():
+        assert torch.equal(network(x, t, {}), expected)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -122,6 +122,11 @@ def test_the_model_has_its_own_weights_whenever_somebody_looks():
     sampler.sample(SHAPE)
 
 
+class Timed(nn.Sequential):
+    def forward(self, x, t):
+        return super().forward(x)
+
+
 class Standardised(nn.Conv2d):
     def forward(self, x):
         weight = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)
@@ -137,16 +142,16 @@ class Standardised(nn.Conv2d):
     ],
     ids=["standardised", "spectral_norm", "weight_norm"],
 )
-def test_layers_that_compute_their_weight_are_as_under_autocast(layer):
+def test_layers_that_compute_their_weight_are_as_under_autocast(layer, monkeypatch):
     torch.manual_seed(0)
-    model = nn.Sequential(layer(), nn.Tanh()).eval()
-    x = torch.randn(SHAPE)
+    model = Timed(layer(), nn.Tanh()).eval()
+    x, t = torch.randn(SHAPE), torch.zeros(3)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected = model(x)
-    weights = Weights(model, torch.bfloat16, channels_last=False)
-    weights.refresh()
-    with weights.in_use(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model(x), expected)
+        expected = model(x, t)
+    monkeypatch.setattr(packing, "serves", lambda dtype: False)
+    network = Network(model, torch.bfloat16, channels_last=False, compile=False)
+    with network.sampling(), torch.no_grad():
+        assert torch.equal(network(x, t, {}), expected)
 
 
 def test_autograd_keeps_what_hangs_on_the_parameters():

@@ -24,7 +24,7 @@ from fastdiff.acceleration.fused_class import (
 from fastdiff.acceleration.outcome import Part, Report
 from fastdiff.acceleration.pieces import is_group_norm
 from fastdiff.errors import InputError
-from fastdiff.models.eval_mode import eval_mode
+from fastdiff.models.replica import replica_of
 
 M = TypeVar("M", bound=nn.Module)
 KNOWN = (openai, diffusers_blocks, lucidrains, generic)
@@ -266,8 +266,8 @@ def _given(verify: Any) -> tuple[Any, ...]:
 
 def _run(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
     """The tensors of the model's output in eval mode."""
-    with eval_mode(model), torch.no_grad():
-        output = model(*inputs)
+    with replica_of(model) as replica, torch.no_grad():
+        output = replica(*inputs)
     output = getattr(output, "sample", output)
     tensors = list(output) if isinstance(output, tuple | list) else [output]
     for tensor in tensors:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.errors import InputError, first_line
-from fastdiff.models.eval_mode import eval_mode
+from fastdiff.models.replica import replica_of
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -160,17 +160,16 @@ def agrees(module: nn.Module, fusion: Fusion, inputs: tuple[Any, ...]) -> str | 
 
     parameters = {name: random(p) for name, p in module.named_parameters()}
     try:
-        with eval_mode(module), torch.no_grad():
-            expected = torch.func.functional_call(module, parameters, inputs)
-            exchange(module, fusion)
-            actual = torch.func.functional_call(module, parameters, inputs)
+        # On a replica: somebody may be running the module.
+        with replica_of(module) as tried, torch.no_grad():
+            expected = torch.func.functional_call(tried, parameters, inputs)
+            exchange(tried, fusion)
+            actual = torch.func.functional_call(tried, parameters, inputs)
         if not isinstance(expected, Tensor) or expected.shape != actual.shape:
             return "its result is of another kind"
         difference = ((actual - expected).abs().max() / expected.abs().max()).item()
     except Exception as error:
         return f"it does not run as such a module does ({first_line(error)})"
-    finally:
-        put_back(module)
     return (
         None if difference < 1e-4 else f"it computes something else (differs by {difference:.1e})"
     )
