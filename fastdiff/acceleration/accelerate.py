@@ -1,9 +1,11 @@
 """accelerate: a model's norms and attention blocks on fused operations, in place and reversibly."""
 
+import functools
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from fastdiff.errors import InputError
 from fastdiff.models.replica import replica_of
 
 M = TypeVar("M", bound=nn.Module)
+F = TypeVar("F", bound=Callable[..., Any])
 KNOWN = (openai, diffusers_blocks, lucidrains, generic)
 DTYPES = (torch.bfloat16, torch.float16)
 # Of outputs over the largest output, after float32 and after a lower dtype.
@@ -45,6 +48,21 @@ class _Record:
 _records: "weakref.WeakKeyDictionary[nn.Module, _Record]" = weakref.WeakKeyDictionary()
 
 
+_changing = threading.RLock()
+
+
+def _one_at_a_time(function: F) -> F:
+    """Of several threads that change models, perhaps the same one."""
+
+    @functools.wraps(function)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with _changing:
+            return function(*args, **kwargs)
+
+    return cast(F, alone)
+
+
+@_one_at_a_time
 def accelerate(
     model: M,
     *,
@@ -119,6 +137,7 @@ def accelerate(
     return model
 
 
+@_one_at_a_time
 def restore(model: M) -> M:
     """Undo :func:`accelerate` (also on a deep copy of an accelerated model); returns the model.
 
