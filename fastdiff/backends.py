@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -51,24 +52,36 @@ def _checked(name: str | None, source: str) -> str | None:
 _named: str | None = _checked(os.environ.get(VARIABLE) or None, VARIABLE)
 
 
+# What is named outside of all blocks, then in the blocks that have not ended yet. Blocks of several
+# threads end in any order; the one that began last counts.
+_blocks: list[list[str | None]] = [[_named]]
+_lock = threading.Lock()
+
+
 def set_backend(name: str | None) -> None:
     """Name the backend of every fused operation in this process; None lets the plans choose.
 
     Raises InputError for a name that is not one of ``BACKENDS``.
     """
     global _named
-    _named = _checked(name, "backend")
+    with _lock:
+        _named = _blocks[-1][0] = _checked(name, "backend")
 
 
 @contextlib.contextmanager
 def backend(name: str | None) -> Iterator[None]:
     """``set_backend(name)`` for the length of a ``with`` block, in every thread of the process."""
-    before = _named
-    set_backend(name)
+    global _named
+    block = [_checked(name, "backend")]
+    with _lock:
+        _blocks.append(block)
+        _named = block[0]
     try:
         yield
     finally:
-        set_backend(before)
+        with _lock:
+            _blocks[:] = [other for other in _blocks if other is not block]
+            _named = _blocks[-1][0]
 
 
 def named() -> str | None:

@@ -36,9 +36,9 @@ class Sampler:
         model: called ``model(x, timesteps, **model_kwargs)`` with x (N, C, ...) and float32 (N,)
             timesteps; answers (N, C, ...), or (N, 2C, ...) where the process learns its variance,
             or an object whose ``sample`` is that (diffusers).
-            A module is run in eval mode, each of its parts being put back as it was; so are the
-            modules that a function calls, as far as its closure, its globals or its object name
-            them. Weights are read anew at every call.
+            A module is run in eval mode, whatever mode it is in; so are the modules that a function
+            calls, as far as its closure, its globals or its object name them. Weights are read anew
+            at every call.
         diffusion: the GaussianDiffusion or VarianceExploding process the model was trained with; or
             a StepTable, whose rows are then taken as they are (``image``, ``known`` and ``cond_fn``
             need a process).
@@ -63,7 +63,8 @@ class Sampler:
         dtype: the network runs under autocast of this dtype (torch.bfloat16, ...), with weights
             that are cast when a call begins; x_t stays float32. None runs it in the dtype of its
             parameters.
-        channels_last: the layout of x and of 4-D weights; None: as the weights are.
+        channels_last: the layout of x and of the weights of plain 2-D convolutions; None: as they
+            are.
         rng: "counter": sample i of a seed is the same in any batch. "torch": torch.randn from a
             generator of that seed, x_T first and then step by step: the samples of the published
             improved-diffusion loops.
@@ -82,8 +83,15 @@ class Sampler:
     Attributes: ``table``, the StepTable; ``diffusion``, the strided process; ``stats``, where the
     last call's time went (:class:`fastdiff.sampling.stats.Stats`).
 
-    Raises InputError for arguments that do not fit each other. A sampler serves one thread at a
-    time, and while it samples nobody else may use the model.
+    Raises InputError for arguments that do not fit each other.
+
+    What runs is a replica of the model (fastdiff/models/replica.py), which shares its parameters:
+    while a sampler samples others may call the model, train it, and sample from it, in any thread,
+    with other samplers or this one. Samples are those of the weights that a call begins with where
+    these are cast or laid out anew, else of the weights as each step finds them. What a forward
+    writes to its module's attributes the module has when the call is over. Modules that cannot be
+    replicated (scripted or compiled ones, FSDP, classes with ``__slots__``) run as they are, in
+    eval mode for as long as some sampler uses them.
     """
 
     def __init__(
@@ -164,8 +172,9 @@ class Sampler:
         table = settings.table(strided)
         if self.cond_fn is not None:
             ClassifierGuidance(self.cond_fn, strided, table)  # raises where there can be none
-        self.process, self.settings = process, settings
-        self.diffusion, self.table = strided, table
+        with self._network.lock:
+            self.process, self.settings = process, settings
+            self.diffusion, self.table = strided, table
 
     def sample(
         self,
@@ -261,63 +270,61 @@ class Sampler:
 
     def _call(self, inputs: Inputs) -> Call:
         device = self._device_of(inputs.image if inputs.noise is None else inputs.noise)
-        self.stats.begin(inputs.shape[0], splits=device.type == "cpu")
-        with self.stats.phase("prepare"):
+        stats = self.stats.begin(inputs.shape[0], splits=device.type == "cpu")
+        with self._network.lock:  # another thread may configure the sampler meanwhile
+            settings, process, table = self.settings, self.diffusion, self.table
+        with stats.phase("prepare"):
             return Call(
                 inputs,
-                self.settings,
-                self.diffusion,
-                self.table,
+                settings,
+                process,
+                table,
                 self._network,
                 denoised_fn=self.denoised_fn,
                 cond_fn=self.cond_fn,
                 rng=self.rng,
                 self_condition=self.self_condition,
                 device=device,
-                stats=self.stats,
+                stats=stats,
             )
 
     def _iterate(self, call: Call, watched: bool) -> Generator[Step, None, None]:
         """The steps; unwatched, only the last one has its tensors."""
-        x, x_start, engine = call.x, None, None
+        engine: _Replayed | _Eager = _Eager(call.plain, call.x, None)
         last = len(call.timesteps) - 1
+        looked_at = watched or self.denoised_fn is not None or self.cond_fn is not None
         with ExitStack() as stack:
-            with self.stats.phase("prepare"):
+            with call.stats.phase("prepare"):
                 stack.enter_context(self._network.sampling())
                 self._graphs.begin(self._network)
-                # Whoever looks between the steps, or inside one, finds the model's own weights.
-                if not watched and self.denoised_fn is None and self.cond_fn is None:
-                    stack.enter_context(self._network.in_use())
             for i, timestep in enumerate(call.timesteps):
                 run = call.run_of(i)
                 # The caller's own gradient mode is back while the generator waits at the yield.
-                with torch.no_grad(), memory_told(run, x, i):
-                    if engine is None or watched or call.changes_at(i):
-                        engine = self._engine(call, run, x, x_start, i)
-                    with self.stats.phase("sampling"):
-                        x, x_start = engine.step(i)
-                        self.stats.steps += 1
-                        run.check_finite(x, i)
+                with torch.no_grad(), memory_told(run, engine.x, i):
+                    if looked_at and i > 0:  # somebody had a chance to change the model
+                        self._network.follow()
+                    if i == 0 or watched or call.changes_at(i):
+                        engine = self._engine(run, engine)
+                    with call.stats.phase("sampling"):
+                        # Copies: the next replay writes over what a graph has made.
+                        made = engine.step(i, copied=watched or i == last)
+                        call.stats.steps += 1
+                        run.check_finite(made[0], i)
                 step: Step = {"step": i, "timestep": timestep}
                 if watched or i == last:
-                    # Copies: the next replay writes over what a graph has made.
-                    step |= {"sample": x.clone(), "pred_xstart": x_start.clone()}
-                    if isinstance(engine, CapturedStep):
-                        x, x_start = step["sample"].clone(), step["pred_xstart"].clone()
+                    step |= {"sample": made[0], "pred_xstart": made[1]}
                 yield step
 
-    def _engine(
-        self, call: Call, run: Run, x: Tensor, x_start: Tensor | None, i: int
-    ) -> "CapturedStep | _Eager":
+    def _engine(self, run: Run, before: "_Replayed | _Eager") -> "_Replayed | _Eager":
         """What does row i, and those after it until something changes."""
-        found = self._graphs.find(run, x)
-        if isinstance(found, CapturedStep):
-            self._ran = f"a captured CUDA graph: {found.figures}"
-            if not found.is_at(call, i):
-                found.begin(run, x, x_start, i, call)
-            return found
-        self._ran = f"eager: {found}"
-        return _Eager(run, x, x_start)
+        found = self._graphs.find(run, before.x)
+        if not isinstance(found, CapturedStep):
+            self._ran = f"eager: {found}"
+            return _Eager(run, *before.position())
+        self._ran = f"a captured CUDA graph: {found.figures}"
+        if isinstance(before, _Replayed) and before.graph is found and before.run is run:
+            return before
+        return _Replayed(run, *before.position(), found)
 
     def _device_of(self, tensor: Tensor | None) -> torch.device:
         if self.device is not None:
@@ -328,11 +335,36 @@ class Sampler:
 
 
 class _Eager:
-    """Steps that run one after the other."""
+    """A call's steps, run one after the other; ``x``, ``x_start``: where it is."""
 
     def __init__(self, run: Run, x: Tensor, x_start: Tensor | None):
         self.run, self.x, self.x_start = run, x, x_start
 
-    def step(self, i: int) -> tuple[Tensor, Tensor]:
-        self.x, self.x_start = self.run.advance(self.x, self.x_start, i)
+    def position(self) -> tuple[Tensor, Tensor | None]:
+        """x and x_0, which stay what they are."""
         return self.x, self.x_start
+
+    def step(self, i: int, copied: bool) -> tuple[Tensor, Tensor]:
+        self.x, x_start = self.run.advance(self.x, self.x_start, i)
+        self.x_start = x_start
+        return (self.x.clone(), x_start.clone()) if copied else (self.x, x_start)
+
+
+class _Replayed(_Eager):
+    """A call's steps, replayed. Its tensors are the graph's, as long as no other call wants the
+    graph: it then keeps copies of them, and goes on from these."""
+
+    def __init__(self, run: Run, x: Tensor, x_start: Tensor | None, graph: CapturedStep):
+        super().__init__(run, x, x_start)
+        self.graph = graph
+
+    def position(self) -> tuple[Tensor, Tensor | None]:
+        with self.graph.lock:
+            return self.x.clone(), None if self.x_start is None else self.x_start.clone()
+
+    def step(self, i: int, copied: bool) -> tuple[Tensor, Tensor]:
+        with self.graph.lock:
+            self.graph.serve(self, i)
+            self.x, x_start = self.graph.step(i)
+            self.x_start = x_start
+            return (self.x.clone(), x_start.clone()) if copied else (self.x, x_start)

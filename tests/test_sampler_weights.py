@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.sampler import Sampler
 from fastdiff.sampling import packing
-from fastdiff.sampling.weights import Weights
+from fastdiff.sampling.network import Network
 
 PROCESS = diffusion(20)
 
@@ -37,28 +37,54 @@ class Tied(nn.Module):
 # --- Weights ----------------------------------------------------------------------------------
 
 
-def test_what_is_cast_is_what_autocast_would_cast():
+@pytest.fixture(params=[True, False], ids=["packs", "packs not"])
+def packs(request, monkeypatch):
+    """Whether bfloat16 convolutions are packed, whatever this CPU can: oneDNN's part is played by
+    PyTorch's own convolution."""
+
+    def convolve(x, weight, bias, geometry):
+        padding, stride, dilation, groups = geometry
+        return nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    monkeypatch.setattr(packing, "serves", lambda dtype: request.param)
+    monkeypatch.setattr(packing, "_reorder", lambda weight, geometry, shape: weight)
+    monkeypatch.setattr(packing, "_convolve", convolve)
+    return request.param
+
+
+def test_what_is_cast_is_what_autocast_would_cast(packs):
     model = Tied().eval()
     live = {name: p.data_ptr() for name, p in model.named_parameters()}
     Sampler(model, PROCESS, steps=2, dtype=torch.bfloat16).sample(SHAPE)
     cast = {name for name, (dtype, _) in model.seen.items() if dtype == torch.bfloat16}
-    # The linear layer's copy of the weight, and not the embedding's.
-    assert cast == {"conv.weight", "conv.bias", "out.weight", "out.bias", "tied.weight"}
+    # The linear layer's copy of the weight, and not the embedding's. A convolution that is packed
+    # casts its weight when it packs it, from the float32 one.
+    expected = {"conv.weight", "conv.bias", "out.weight", "out.bias", "tied.weight"}
+    assert cast == expected - ({"conv.weight"} if packs else set())
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == live
     assert model.tied.weight is model.embedding.weight
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+def test_whether_convolutions_are_packed_changes_no_sample(packs):
+    """Both give what autocast gives without any copies of weights."""
+    model = Tied().eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = Sampler(model, PROCESS, timesteps=[9]).sample(SHAPE)
+    actual = Sampler(model, PROCESS, timesteps=[9], dtype=torch.bfloat16).sample(SHAPE)
+    torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("grad", [True, False])
-def test_cast_weights_change_no_result(grad):
+def test_cast_weights_change_no_result(grad, monkeypatch):
     model = Tied().eval().requires_grad_(grad)
     x, t = torch.randn(SHAPE), torch.zeros(3)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(x, t)
-    weights = Weights(model, torch.bfloat16, channels_last=False)
-    weights.refresh()
-    with weights.in_use(), torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(model(x, t), expected)
+    monkeypatch.setattr(packing, "serves", lambda dtype: False)
+    network = Network(model, torch.bfloat16, channels_last=False, compile=False)
+    with network.sampling(), torch.no_grad():
+        assert torch.equal(network(x, t, {}), expected)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -96,6 +122,11 @@ def test_the_model_has_its_own_weights_whenever_somebody_looks():
     sampler.sample(SHAPE)
 
 
+class Timed(nn.Sequential):
+    def forward(self, x, t):
+        return super().forward(x)
+
+
 class Standardised(nn.Conv2d):
     def forward(self, x):
         weight = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)
@@ -111,16 +142,16 @@ class Standardised(nn.Conv2d):
     ],
     ids=["standardised", "spectral_norm", "weight_norm"],
 )
-def test_layers_that_compute_their_weight_are_as_under_autocast(layer):
+def test_layers_that_compute_their_weight_are_as_under_autocast(layer, monkeypatch):
     torch.manual_seed(0)
-    model = nn.Sequential(layer(), nn.Tanh()).eval()
-    x = torch.randn(SHAPE)
+    model = Timed(layer(), nn.Tanh()).eval()
+    x, t = torch.randn(SHAPE), torch.zeros(3)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected = model(x)
-    weights = Weights(model, torch.bfloat16, channels_last=False)
-    weights.refresh()
-    with weights.in_use(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model(x), expected)
+        expected = model(x, t)
+    monkeypatch.setattr(packing, "serves", lambda dtype: False)
+    network = Network(model, torch.bfloat16, channels_last=False, compile=False)
+    with network.sampling(), torch.no_grad():
+        assert torch.equal(network(x, t, {}), expected)
 
 
 def test_autograd_keeps_what_hangs_on_the_parameters():

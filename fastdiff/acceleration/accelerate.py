@@ -1,9 +1,11 @@
 """accelerate: a model's norms and attention blocks on fused operations, in place and reversibly."""
 
+import functools
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +29,11 @@ from fastdiff.acceleration.fused_class import (
 from fastdiff.acceleration.outcome import Part, Report
 from fastdiff.acceleration.pieces import is_group_norm
 from fastdiff.errors import InputError
-from fastdiff.models.eval_mode import eval_mode
 from fastdiff.models.layouts import plain_convolutions
+from fastdiff.models.replica import replica_of
 
 M = TypeVar("M", bound=nn.Module)
+F = TypeVar("F", bound=Callable[..., Any])
 KNOWN = (openai, diffusers_blocks, compvis, lucidrains, generic)
 LAST = torch.channels_last
 LINEAR = "linearattention"
@@ -51,6 +54,21 @@ class _Record:
 _records: "weakref.WeakKeyDictionary[nn.Module, _Record]" = weakref.WeakKeyDictionary()
 
 
+_changing = threading.RLock()
+
+
+def _one_at_a_time(function: F) -> F:
+    """Of several threads that change models, perhaps the same one."""
+
+    @functools.wraps(function)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with _changing:
+            return function(*args, **kwargs)
+
+    return cast(F, alone)
+
+
+@_one_at_a_time
 def accelerate(
     model: M,
     *,
@@ -129,6 +147,7 @@ def accelerate(
     return model
 
 
+@_one_at_a_time
 def restore(model: M) -> M:
     """Undo :func:`accelerate` (also on a deep copy of an accelerated model); returns the model.
 
@@ -316,8 +335,8 @@ def _given(verify: Any) -> tuple[Any, ...]:
 
 def _run(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
     """The tensors of the model's output in eval mode."""
-    with eval_mode(model), torch.no_grad():
-        output = model(*inputs)
+    with replica_of(model) as replica, torch.no_grad():
+        output = replica(*inputs)
     output = getattr(output, "sample", output)
     tensors = list(output) if isinstance(output, tuple | list) else [output]
     for tensor in tensors:

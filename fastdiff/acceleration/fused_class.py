@@ -24,7 +24,7 @@ from fastdiff.acceleration.calls import (
     kinds_of,
 )
 from fastdiff.errors import InputError, first_line
-from fastdiff.models.eval_mode import eval_mode
+from fastdiff.models.replica import replica_of
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -255,23 +255,25 @@ def _disagreement(
     module: Any, fusion: Fusion, parameters: dict[str, Tensor], inputs: tuple[Any, ...]
 ) -> tuple[str | None, tuple[Any, ...]]:
     """(None or what the fused module does else, the kinds of the arguments)."""
-    original, kinds = type(module), ()
+    original: type = type(module)
+    kinds: tuple[Any, ...] = ()
     try:
-        with eval_mode(module), torch.no_grad():
-            expected = torch.func.functional_call(module, parameters, inputs)
-            exchange(module, fusion)
-            served = module.fastdiff_served(*inputs)
+        # On a replica: somebody may be running the module.
+        with replica_of(module) as tried, torch.no_grad():
+            expected = torch.func.functional_call(tried, parameters, inputs)
+            exchange(tried, fusion)
+            served = tried.fastdiff_served(*inputs)
             if served is None:
                 return "its forward takes other arguments", ()
             kinds = kinds_of(served)
-            actual = torch.func.functional_call(module, parameters, inputs)
+            actual = torch.func.functional_call(tried, parameters, inputs)
         if not isinstance(expected, Tensor) or expected.shape != actual.shape:
             return "its result is of another kind", ()
         difference = ((actual - expected).abs().max() / expected.abs().max()).item()
     except Exception as error:
         return f"it does not run as such a module does ({first_line(error)})", ()
     finally:
-        if type(module) is not original:
+        if type(module) is not original:  # it can have no replica
             put_back(module)
     if difference < 1e-4:
         return None, kinds

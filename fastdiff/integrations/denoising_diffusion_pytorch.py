@@ -4,8 +4,10 @@ diffusion = fastdiff.integrations.denoising_diffusion_pytorch.accelerate(diffusi
 images = diffusion.sample(batch_size=16)
 """
 
+import copy
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -81,16 +83,20 @@ class _State:
     def __init__(self, options: dict[str, Any]):
         self.options = options
         self.sampler: Sampler | None = None
+        self.lock = threading.Lock()
+        self.ran = "nothing was sampled yet"
 
     def __deepcopy__(self, memo: Any) -> "_State":
         return _State(self.options)  # a sampler belongs to one network
 
     def sampler_for(self, diffusion: Any, table: StepTable) -> Sampler:
+        """One for this call; what it captures is kept for the next ones."""
         name = _third_argument(diffusion.model) if diffusion.self_condition else None
-        made_for = self.sampler and (self.sampler.model, self.sampler.self_condition)
-        if self.sampler is None or made_for != (diffusion.model, name):
-            self.sampler = Sampler(diffusion.model, table, self_condition=name, **self.options)
-        return self.sampler.configure(diffusion=table)
+        with self.lock:
+            made_for = self.sampler and (self.sampler.model, self.sampler.self_condition)
+            if self.sampler is None or made_for != (diffusion.model, name):
+                self.sampler = Sampler(diffusion.model, table, self_condition=name, **self.options)
+            return copy.copy(self.sampler).configure(diffusion=table)
 
 
 class _Accelerated(Fused):
@@ -109,8 +115,7 @@ class _Accelerated(Fused):
 
     def explain(self) -> str:
         """How the last call ran."""
-        sampler = self._fastdiff.sampler
-        return "nothing was sampled yet" if sampler is None else sampler.explain()
+        return self._fastdiff.ran
 
 
 @functools.cache
@@ -153,6 +158,7 @@ def _sample(self: Any, shape: Any, every: bool, table: StepTable) -> Tensor:
         callback=(lambda step: steps.append(step["sample"])) if every else None,
         progress=True,
     )
+    self._fastdiff.ran = sampler.explain()
     return self.unnormalize(torch.stack(steps, dim=1) if every else x)
 
 

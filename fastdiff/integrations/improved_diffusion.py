@@ -6,8 +6,10 @@ Nothing of those packages is imported: fastdiff/integrations/_published_object.p
 attributes, and compares what it computes with what fastdiff computes in its place.
 """
 
+import copy
 import functools
 import inspect
+import threading
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -175,7 +177,7 @@ class AcceleratedDiffusion:
             reason = "a model in train mode" if trains else "cond_fn"
             raise InputError(f"{reason} cannot be captured: use capture='auto' or False")
         x = initial_x(module, shape, noise, device, None)
-        sampler = self._sampler(model, trains)
+        sampler = copy.copy(self._sampler(model, trains))  # this call's own, with what is kept
         sampler.device, sampler.denoised_fn = x.device, denoised_fn
         sampler.cond_fn = None if cond_fn is None else self._called(cond_fn)
         sampler.configure(method=method, eta=eta, clip_denoised=bool(clip_denoised))
@@ -224,26 +226,30 @@ class _Samplers:
 
     ATTRIBUTE = "_fastdiff_samplers"
     MOST = 4
+    finding = threading.Lock()
 
     def __init__(self, owner: Any):
         self.owner = owner
+        self.lock = threading.Lock()
         self.kept: OrderedDict[tuple, Sampler] = OrderedDict()
 
     @classmethod
     def of(cls, owner: Any) -> "_Samplers":
-        found = getattr(owner, "__dict__", {}).get(cls.ATTRIBUTE)
-        if not isinstance(found, cls) or found.owner is not owner:  # a copy's is the original's
-            found = cls(owner)
-            if isinstance(getattr(owner, "__dict__", None), dict):
-                owner.__dict__[cls.ATTRIBUTE] = found
-        return found
+        with cls.finding:
+            found = getattr(owner, "__dict__", {}).get(cls.ATTRIBUTE)
+            if not isinstance(found, cls) or found.owner is not owner:  # a copy's: the original's
+                found = cls(owner)
+                if isinstance(getattr(owner, "__dict__", None), dict):
+                    owner.__dict__[cls.ATTRIBUTE] = found
+            return found
 
     def get(self, key: tuple, make: Callable[[], Sampler]) -> Sampler:
-        sampler = self.kept.pop(key, None) or make()
-        self.kept[key] = sampler
-        if len(self.kept) > self.MOST:
-            self.kept.popitem(last=False)
-        return sampler
+        with self.lock:
+            sampler = self.kept.pop(key, None) or make()
+            self.kept[key] = sampler
+            if len(self.kept) > self.MOST:
+                self.kept.popitem(last=False)
+            return sampler
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, ()  # copies and files of the model hold none, and nothing of fastdiff

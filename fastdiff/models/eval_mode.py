@@ -1,18 +1,34 @@
-"""A module in eval mode for a while."""
+"""Modules in eval mode for a while, for what cannot be run as a replica (replica.py)."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
+_lock = threading.Lock()
+# Of the modules that somebody holds in eval mode and that were in training before: by how many.
+_holders: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()
+
 
 @contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each submodule is back in its own."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
+def eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """The modules and all their parts in eval mode inside, which may be entered from any number of
+    threads: the first turns the training mode off, the last restores it."""
+    held: list[nn.Module] = []
+    with _lock:
+        for part in dict.fromkeys(part for module in modules for part in module.modules()):
+            if part.training or part in _holders:
+                _holders[part] = _holders.get(part, 0) + 1
+                held.append(part)
+                part.training = False
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        with _lock:
+            for part in held:
+                _holders[part] -= 1
+                if not _holders[part]:
+                    del _holders[part]
+                    part.training = True

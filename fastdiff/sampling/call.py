@@ -88,6 +88,7 @@ class Call:
             given = (inputs.known, inputs.known_mask)
             conditions.known = Known.of(*given, shape, device, process, len(table))
         kwargs = dict(inputs.model_kwargs or {})
+        self.stats = stats
         self.plain = Run(
             network=network,
             table=table.to(device),

@@ -5,8 +5,10 @@ number, the table, seed and guidance scale. So one graph serves every row, numbe
 and scale; what it does depend on is its key (``key_of``).
 """
 
+import threading
 import time
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -114,10 +116,12 @@ class CapturedStep:
             failed=self.failed,
             stats=Stats(splits=False, compiled=set(run.stats.compiled)),
         )
-        self.weights = run.network.weights.signature()
+        self.weights = run.network.signature()
         self.figures = ""  # what it takes, and what the eager step takes
         self.graph: Any = None
-        self.begin(run, x, None, 0, owner=None)
+        self.lock = threading.RLock()  # of the tensors: one row of one call at a time
+        self.user: weakref.ref[Any] | None = None
+        self._begin(run, x, None, 0)
         with torch.no_grad():
             self.graph = graph(self._step, device, place)
         run.stats.compile_seconds += self.run.stats.compile_seconds
@@ -130,15 +134,22 @@ class CapturedStep:
         self.x_start.copy_(x_start)
         self.row.add_(1)
 
-    def is_at(self, owner: Any, i: int) -> bool:
-        """Whether the tensors are those of the call ``owner`` before row i."""
-        return self.owner is owner and self.next_row == i
+    def serve(self, user: Any, i: int) -> None:
+        """Be at row i of a call: ``user`` has its ``x``, its ``x_start`` and its ``run``, which has
+        this step's key. The user before keeps copies of its tensors."""
+        before = None if self.user is None else self.user()
+        if before is user and self.next_row == i:
+            return
+        self.user = weakref.ref(user)
+        if before is not None and before is not user and before.x is self.x:
+            self.graph.join()
+            before.x, before.x_start = self.x.clone(), self.x_start.clone()
+        self._begin(user.run, user.x, user.x_start, i)
 
-    def begin(self, run: Run, x: Tensor, x_start: Tensor | None, i: int, owner: Any) -> None:
-        """Be at row i of ``run``, which has this step's key, in the call ``owner``."""
+    def _begin(self, run: Run, x: Tensor, x_start: Tensor | None, i: int) -> None:
         if self.graph is not None:
             self.graph.join()
-        self.owner, self.next_row, self.given = owner, i, run
+        self.next_row, self.given = i, run
         rows = len(run.table)
         self.x.copy_(x)
         if x_start is None:
@@ -182,18 +193,27 @@ class Graphs:
         self.graph: type[CudaGraph] = GRAPH
         self.attributes: tuple[Any, ...] = ()  # of the network, since the last capture
         self.warned = False
+        self.lock = threading.RLock()  # of all of these
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Graphs, (self.capture, self.most)  # a copy captures for itself
 
     def begin(self, network: Network) -> None:
         """Forget the graphs of a network whose attributes have changed since: of Python's values a
         graph sees nothing. Tensors and hooks it is compared with at every ``find``. What was found
         to run eagerly goes on so."""
-        graphs = [key for key, step in self.steps.items() if isinstance(step, CapturedStep)]
-        if graphs and network.attributes() != self.attributes:
-            for key in graphs:
-                del self.steps[key]
+        with self.lock:
+            graphs = [key for key, step in self.steps.items() if isinstance(step, CapturedStep)]
+            if graphs and network.attributes() != self.attributes:
+                for key in graphs:
+                    del self.steps[key]
 
     def find(self, run: Run, x: Tensor) -> CapturedStep | str:
         """The captured step for this run, or why it runs eagerly."""
+        with self.lock:
+            return self._find(run, x)
+
+    def _find(self, run: Run, x: Tensor) -> CapturedStep | str:
         if self.capture is False:
             return "capture=False"
         if not self.graph.serves(x.device):
@@ -211,7 +231,7 @@ class Graphs:
             return self._refused(str(reason))
         found = self.steps.pop(key, None)
         if isinstance(found, CapturedStep) and (
-            found.weights != run.network.weights.signature() or len(run.table) > found.rows
+            found.weights != run.network.signature() or len(run.table) > found.rows
         ):
             found = None  # its memory is given back before the new one asks for some
         if found is None:
@@ -263,9 +283,10 @@ class Graphs:
 
     def close(self) -> None:
         """Forget all graphs and give their memory back."""
-        self.steps.clear()
-        self.places.clear()
-        self.attributes = ()
+        with self.lock:
+            self.steps.clear()
+            self.places.clear()
+            self.attributes = ()
 
 
 GRAPH: type[CudaGraph] = CudaGraph

@@ -1,8 +1,5 @@
 """How a sampler runs its model: eval mode, dtype, layout, weights."""
 
-import functools
-import inspect
-import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -10,17 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.models.layouts import plain_convolutions
+from fastdiff.models.opening import modules_in
+from fastdiff.models.replica import Replica
 from fastdiff.sampling.attributes import attributes_of
-from fastdiff.sampling.packing import Packing
-from fastdiff.sampling.weights import Weights
+from fastdiff.sampling.packing import PackedConvolution, packable
+from fastdiff.sampling.weights import Weights, signature
 
 Model = Callable[..., Tensor]
 
 
 class Network:
-    """``model`` run under autocast of ``dtype`` (None: the caller's) with weights cast beforehand.
+    """A replica of ``model`` under autocast of ``dtype`` (None: the caller's) with weights cast
+    beforehand. The model itself is left alone, whoever uses it meanwhile.
 
-    ``channels_last``: x and 4-D weights in that layout; None: as the weights are.
+    ``channels_last``: x and the weights of plain 2-D convolutions in that layout; None: as the
+    weights are.
     ``compile``: False, True or torch.compile's keyword arguments.
     """
 
@@ -33,18 +35,21 @@ class Network:
     ):
         self.model, self.dtype = model, dtype
         self.module = module_of(model)
-        self.call = model
-        if compile is not False:
-            self.call = torch.compile(model, **({} if compile is True else compile))
+        self.replica = Replica(model)
         self.compiles = compile is not False
+        self.compile_options = compile if isinstance(compile, dict) else {}
         # Inductor then captures graphs of its own, which ours cannot hold.
-        modes = ("reduce-overhead", "max-autotune")
-        self.captures = isinstance(compile, dict) and compile.get("mode") in modes
+        self.captures = self.compile_options.get("mode") in ("reduce-overhead", "max-autotune")
         self.asked_channels_last = channels_last
-        self.weights = Weights(self.module, dtype, bool(channels_last))
-        self.packing = Packing(None if self.compiles else self.module, dtype)
-        self.sampling_calls = self.uses = 0
-        self.training: list[nn.Module] = []
+        self.weights = Weights(dtype)
+        self.lock = self.replica.lock
+        self.running = 0
+        self._made_for: Any = None
+        self._make_callable()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        compile = self.compile_options if self.compiles else False
+        return Network, (self.model, self.dtype, self.asked_channels_last, compile)
 
     def __call__(self, x: Tensor, timesteps: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """The output, (N, C or 2C, ...), for x (N, C, ...) and float32 (N,) timesteps."""
@@ -52,13 +57,20 @@ class Network:
         plain = self.dtype in (None, torch.float32)
         if plain and parameter is not None and parameter.dtype != x.dtype:
             x = x.to(parameter.dtype)
-        with self.in_use(), self.autocast(x.device):
+        with self.autocast(x.device):
             output = self.call(x, timesteps, **kwargs)
         return output if isinstance(output, Tensor) else getattr(output, "sample", output)
 
     def attributes(self) -> tuple[Any, ...]:
         """The values of the modules' Python attributes, to be compared with ``==``."""
-        return tuple(map(attributes_of, self.module.modules())) if self.module is not None else ()
+        with self.lock:
+            self.replica.write_back()
+            return tuple(attributes_of(original) for original, _ in self.replica.parts())
+
+    def signature(self) -> tuple[Any, ...]:
+        """What a captured step rests on beside the attributes."""
+        with self.lock:
+            return signature(self.replica)
 
     @property
     def device(self) -> torch.device | None:
@@ -77,19 +89,6 @@ class Network:
             for p in self.module.parameters()
         )
 
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """The sampler's copies of weights are the module's inside; may be nested."""
-        if self.uses:
-            yield
-            return
-        with self.weights.in_use(), self.packing.in_use():
-            self.uses += 1
-            try:
-                yield
-            finally:
-                self.uses -= 1
-
     def autocast(self, device: torch.device) -> AbstractContextManager:
         if self.dtype is None:
             return nullcontext()
@@ -102,51 +101,69 @@ class Network:
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """Eval mode inside, with weights as they are now. When the last of nested calls is over,
-        each submodule is back in its own mode, whatever happened."""
-        if not self.sampling_calls and self.module is not None:
-            self.training = [part for part in self.module.modules() if part.training]
-            if self.training:
-                self.module.eval()
-        self.sampling_calls += 1
+        """To be called inside: the model as it is when the call begins, in eval mode."""
+        with self.lock:
+            self.follow()
+            self._refresh_weights()
+            self.running += 1
         try:
-            if not self.uses:  # a call inside another one's steps runs on what that one does
-                self.packing.refresh()
-                self.weights.refresh(kept=self.packing.weights())
-            yield
+            with self.replica.run():
+                yield
         finally:
-            self.sampling_calls -= 1
-            if not self.sampling_calls:
-                self.packing.forget()
-                for part in self.training:
-                    part.training = True
+            with self.lock:
+                self.running -= 1
+                if not self.running:
+                    self.replica.forget()
+                    self._forget_packed()
+
+    def follow(self) -> None:
+        """See what was done to the model since the call began, but for the values of weights of
+        which there are copies."""
+        with self.lock:
+            self.replica.write_back()
+            self.replica.refresh()
+            self._make_callable()
+
+    def _make_callable(self) -> None:
+        """``call``, compiled anew where the replica has become another one."""
+        made_for = self.replica.call
+        if self._made_for is made_for:
+            return
+        self._made_for = self.call = made_for
+        if self.compiles:
+            self.call = torch.compile(made_for, **self.compile_options)
+
+    def _refresh_weights(self) -> None:
+        twins = self.replica.modules()
+        low, kept = self.weights.low, set()
+        packed = {}
+        for twin in twins:
+            if not self.compiles and packable(twin.original, low):
+                packed[twin] = twin.forward or PackedConvolution(twin.twin, low)
+                packed[twin].forget()
+                kept.add(twin.original.weight)  # read when it is packed, and not at every call
+        laid_out: set[nn.Module] = set()
+        if self.asked_channels_last and self.module is not None:
+            laid_out.update(plain_convolutions(self.module))
+        # A call in inference mode must not leave tensors that others cannot update.
+        with torch.inference_mode(False), torch.no_grad():
+            for twin in twins:
+                copies = self.weights.copies(twin, kept, twin.original in laid_out)
+                twin.put(copies, packed.get(twin))
+
+    def _forget_packed(self) -> None:
+        for twin in self.replica.modules():
+            if twin.forward is not None:
+                twin.forward.forget()
 
 
 def module_of(model: Any) -> nn.Module | None:
     """The model as a module: itself, or what it calls. Of a function the modules are looked for in
     the object it is a method of, its closure, the globals it names, and what a partial binds."""
-    found = list(dict.fromkeys(_modules(model, depth=3)))
+    found = list(dict.fromkeys(modules_in(model)))
     if len(found) > 1:
         return nn.ModuleList(found)
     return found[0] if found else None
-
-
-def _modules(value: Any, depth: int) -> Iterator[nn.Module]:
-    if isinstance(value, nn.Module):
-        yield value
-    elif depth and isinstance(value, functools.partial):
-        for part in (value.func, *value.args, *value.keywords.values()):
-            yield from _modules(part, depth - 1)
-    elif depth and isinstance(value, types.MethodType):
-        yield from _modules(value.__self__, depth - 1)
-        yield from _modules(value.__func__, depth - 1)
-    elif depth and isinstance(value, types.FunctionType):
-        bound = inspect.getclosurevars(value)
-        for part in (*bound.nonlocals.values(), *bound.globals.values()):
-            yield from _modules(part, depth - 1)
-    elif depth and callable(value) and not isinstance(value, type):
-        for part in getattr(value, "__dict__", {}).values():
-            yield from _modules(part, 0)
 
 
 def first_parameter(module: nn.Module | None) -> Tensor | None:

@@ -6,8 +6,6 @@ reordered weight of its first step.
 """
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,12 +47,11 @@ class PackedConvolution:
 
     def __init__(self, layer: nn.Conv2d, dtype: torch.dtype | None):
         self.layer, self.dtype = layer, dtype
-        self.parameters = layer._parameters  # what layer.weight would look up at every call
-        self.arguments: tuple[Any, ...] = ()
-        self.made_of: tuple[Any, ...] = ()
+        # (what it was made of, the arguments): one value, because threads may share the layer.
+        self.packed: tuple[tuple[Any, ...], tuple[Any, ...]] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        live, dtype = self.parameters["weight"], self.dtype
+        live, dtype = self.layer._parameters["weight"], self.dtype
         others = torch.is_grad_enabled() or (
             dtype is None and torch.is_autocast_enabled("cpu")  # the caller's
         )
@@ -62,13 +59,17 @@ class PackedConvolution:
             return nn.Conv2d.forward(self.layer, x)
         version = 0 if live.is_inference() else live._version
         made_of = (live.data_ptr(), version, x.shape, x.dtype)
-        if made_of != self.made_of:
+        packed = self.packed
+        if packed is None or made_of != packed[0]:
             fits = x.dim() == 4 and x.shape[1] == self.layer.in_channels
             if not fits or (dtype is None and x.dtype != live.dtype):
                 return nn.Conv2d.forward(self.layer, x)  # which says what does not fit
-            self.arguments = self._pack(live.detach(), dtype or live.dtype, x.shape)
-            self.made_of = made_of
-        return _convolve(x if dtype is None else x.to(dtype), *self.arguments)
+            packed = self.packed = made_of, self._pack(live.detach(), dtype or live.dtype, x.shape)
+        return _convolve(x if dtype is None else x.to(dtype), *packed[1])
+
+    def forget(self) -> None:
+        """Give the memory back; also of weights that may have changed unseen."""
+        self.packed = None
 
     def _pays(self, x: Tensor) -> bool:
         return len(x) <= MOST_SAMPLES and x.numel() <= MOST_POSITIONS * self.layer.in_channels
@@ -81,50 +82,15 @@ class PackedConvolution:
         return _reorder(weight.to(dtype), geometry, shape), bias, geometry
 
 
-class Packing:
-    """A module's convolutions, packed while ``in_use``."""
-
-    def __init__(self, module: nn.Module | None, dtype: torch.dtype | None):
-        self.module = module
-        self.dtype = dtype if dtype in (torch.bfloat16, torch.float16) else None
-        self.packed: dict[nn.Conv2d, PackedConvolution] = {}
-
-    def refresh(self) -> None:
-        """Forget what was packed of weights that may have changed since."""
-        convolutions = () if self.module is None else _packable(self.module, self.dtype)
-        self.packed = {layer: PackedConvolution(layer, self.dtype) for layer in convolutions}
-
-    def forget(self) -> None:
-        """Give the memory back."""
-        self.packed = {}
-
-    def weights(self) -> set[nn.Parameter]:
-        """The parameters that are read when they are packed, and not at every call."""
-        return {layer.get_parameter("weight") for layer in self.packed}
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        replaced = self.packed
-        try:
-            for layer, packed in replaced.items():
-                layer.forward = packed  # type: ignore[method-assign,assignment]
-            yield
-        finally:
-            for layer in replaced:
-                layer.__dict__.pop("forward", None)
-
-
-def _packable(module: nn.Module, dtype: torch.dtype | None) -> Iterator[nn.Conv2d]:
-    """The plain convolutions on the CPU whose forward nobody has replaced."""
-    for layer in module.modules():
-        if (
-            type(layer) is nn.Conv2d
-            and layer.padding_mode == "zeros"
-            and not isinstance(layer.padding, str)
-            and "forward" not in layer.__dict__
-            and type(layer.weight) is nn.Parameter
-            and layer.weight.device.type == "cpu"
-            and layer.weight.dtype == torch.float32
-            and serves(dtype or torch.float32)
-        ):
-            yield layer
+def packable(layer: nn.Module, dtype: torch.dtype | None) -> bool:
+    """Whether it is a plain convolution on the CPU whose forward nobody has replaced."""
+    return (
+        type(layer) is nn.Conv2d
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+        and "forward" not in layer.__dict__
+        and type(layer.weight) is nn.Parameter
+        and layer.weight.device.type == "cpu"
+        and layer.weight.dtype == torch.float32
+        and serves(dtype or torch.float32)
+    )

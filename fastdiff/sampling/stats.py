@@ -41,8 +41,17 @@ class Stats:
         rates = f"{self.steps_per_second:.3g} steps/s, {self.images_per_second:.3g} images/s"
         return f"{self.images} images, {self.steps} steps: {rates} ({phases})"
 
-    def begin(self, images: int, splits: bool) -> None:
-        self.seconds, self.steps, self.images, self.splits = {}, 0, images, splits
+    def begin(self, images: int, splits: bool) -> "Stats":
+        """The figures of a call that begins, which this object shows until the next one does: a
+        call in another thread counts for itself."""
+        call = Stats(
+            images=images,
+            splits=splits,
+            compile_seconds=self.compile_seconds,
+            compiled=self.compiled,
+        )
+        self.__dict__ = call.__dict__
+        return call
 
     def timed(self, phase: str, call: Callable[..., T], *arguments: Any) -> T:
         """call(*arguments), its time added to ``phase``."""

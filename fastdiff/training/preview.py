@@ -10,7 +10,7 @@ from fastdiff.data import ImageDataset, iterate_once
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.images import plot_loss, to_float, to_uint8
 from fastdiff.likelihood import summarize_bpd
-from fastdiff.models.eval_mode import eval_mode
+from fastdiff.models.replica import replica_of
 from fastdiff.models.unet import UNet
 from fastdiff.sampler import Sampler
 from fastdiff.training.config import TrainConfig
@@ -53,7 +53,7 @@ def measure_nll(
     generator = torch.Generator(device).manual_seed(config.seed)
     terms: list[dict[str, Tensor]] = []
     left = min(config.nll_images, len(dataset))
-    with eval_mode(model):
+    with replica_of(model) as model:
         for batch, labels in iterate_once(dataset, min(batch_size, left)):
             x_start = to_float(batch[:left].to(device))
             kwargs = {} if model.num_classes is None else {"y": labels[:left].to(device)}

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import threading
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -30,6 +31,12 @@ SCHEDULERS: dict[Any, Any] = {
     diffusers.DPMSolverMultistepScheduler: DPMSolverMultistepScheduler,
 }
 Generators = torch.Generator | list[torch.Generator] | None
+# Pipelines may share a U-Net or a scheduler, in several threads: held while one makes ready what a
+# call needs of them. The call itself holds nothing.
+_preparing = threading.RLock()
+# The U-Nets that pipelines have accelerated, and the pipelines that run on them.
+_users: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[_State]]"
+_users = weakref.WeakKeyDictionary()
 
 
 def accelerate_pipeline(
@@ -54,6 +61,9 @@ def accelerate_pipeline(
     models) runs through diffusers' own loop with a warning; ``pipe.explain()`` says how the last
     call ran. A saved pipeline is a stock one. :func:`restore_pipeline` undoes it.
 
+    Pipelines may share a U-Net or a scheduler, also in several threads; a U-Net that pipelines have
+    accelerated is put back when the last of them is restored.
+
     InputError for other pipelines.
     """
     if type(pipe) not in PIPELINES:
@@ -65,7 +75,8 @@ def accelerate_pipeline(
     pipe.__class__ = _accelerated_class(kind)
     pipe._fastdiff = _State(options, channels_last=channels_last)
     try:
-        pipe._fastdiff.prepare(pipe)
+        with _preparing:
+            pipe._fastdiff.prepare(pipe)
     except BaseException:
         restore_pipeline(pipe)
         raise
@@ -79,14 +90,18 @@ def restore_pipeline(pipe: Any) -> Any:
         raise InputError(f"this {type(pipe).__name__} is not accelerated; nothing to restore")
     check_removable(pipe)
     state = pipe._fastdiff
-    for unet in state.accelerated:
-        if is_accelerated(unet):
-            restore(unet)
-    if pipe.scheduler is state.scheduler:
-        pipe.scheduler = state.stock_scheduler
-    state.close()
-    del pipe._fastdiff
-    put_back(pipe)
+    with _preparing:
+        for unet in state.unets():
+            if len(_users[unet]) == 1 and is_accelerated(unet):
+                restore(unet)
+            _users[unet].discard(state)
+            if not _users[unet]:
+                del _users[unet]
+        if pipe.scheduler is state.scheduler:
+            pipe.scheduler = state.stock_scheduler
+        state.close()
+        put_back(pipe)
+        del pipe._fastdiff
     return pipe
 
 
@@ -97,7 +112,6 @@ class _State:
         self.options, self.channels_last = options, channels_last
         self.sampler: Sampler | None = None
         self.unet: weakref.ref[nn.Module] | None = None
-        self.accelerated: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.scheduler: Any = None  # ours, and the one in whose place it is
         self.stock_scheduler: Any = None
         self.ran = "nothing was sampled yet"
@@ -106,10 +120,14 @@ class _State:
     def __deepcopy__(self, memo: Any) -> "_State":
         """Of a copied pipeline, without the sampler, which belongs to one U-Net."""
         twin = _State(self.options, self.channels_last)
-        twin.accelerated.update(copy.deepcopy(list(self.accelerated), memo))
+        for unet in copy.deepcopy(self.unets(), memo):
+            _users.setdefault(unet, weakref.WeakSet()).add(twin)
         held = (self.scheduler, self.stock_scheduler)
         twin.scheduler, twin.stock_scheduler = copy.deepcopy(held, memo)
         return twin
+
+    def unets(self) -> list[nn.Module]:
+        return [unet for unet, users in _users.items() if self in users]
 
     def prepare(self, pipe: Any) -> str | None:
         """Accelerate what is new in the pipeline; why diffusers' own loop has to run, if it has."""
@@ -126,15 +144,19 @@ class _State:
             return f"its U-Net has weights in {', '.join(sorted(map(str, dtypes)))}"
         if not is_accelerated(pipe.unet):
             accelerate(pipe.unet, channels_last=self.channels_last)
-            self.accelerated.add(pipe.unet)
+            _users.setdefault(pipe.unet, weakref.WeakSet())
+        if pipe.unet in _users:  # and not accelerated by somebody else
+            _users[pipe.unet].add(self)
         return None
 
     def sampler_for(self, unet: nn.Module, table: Any, device: torch.device) -> Sampler:
+        """One for this call; what it captures is kept for the next ones."""
         if self.sampler is None or self.unet is None or self.unet() is not unet:
             self.close()
             self.sampler, self.unet = Sampler(unet, table, **self.options), weakref.ref(unet)
-        self.sampler.device = device
-        return self.sampler.configure(diffusion=table)
+        sampler = copy.copy(self.sampler)
+        sampler.device = device
+        return sampler.configure(diffusion=table)
 
     def close(self) -> None:
         if self.sampler is not None:
@@ -142,10 +164,12 @@ class _State:
         self.sampler = None
 
     def falls_back(self, reason: str) -> None:
-        self.ran = f"diffusers' own loop: {reason}"
-        if reason not in self.told:
-            warnings.warn(f"the pipeline runs through {self.ran}", RuntimeWarning, stacklevel=4)
-        self.told.add(reason)
+        ran = self.ran = f"diffusers' own loop: {reason}"
+        with _preparing:
+            told = reason in self.told
+            self.told.add(reason)
+        if not told:
+            warnings.warn(f"the pipeline runs through {ran}", RuntimeWarning, stacklevel=4)
 
 
 def _same_scheduler(pipe: Any, ours: Any) -> Any:
@@ -179,16 +203,20 @@ class _Accelerated(Fused):
         """The images, or None where diffusers' own loop has to draw them."""
         pipe: Any = self
         labels = _labels(class_labels, batch_size, pipe)
-        reason = pipe._fastdiff.prepare(pipe)
-        if reason is None:
-            pipe.scheduler.set_timesteps(num_inference_steps)
-            reason, rows = _rows(pipe, step_options)
+        state = pipe._fastdiff
+        with _preparing:
+            reason = state.prepare(pipe)
+            device, config = pipe._execution_device, pipe.unet.config
+            if reason is None:
+                pipe.scheduler.set_timesteps(num_inference_steps)
+                reason, rows = _rows(pipe, step_options)
+            if reason is None:
+                sampler = state.sampler_for(pipe.unet, rows.table, device)
         if reason is not None:
             if labels is not None:
                 raise InputError(f"class_labels need fastdiff's loop, which cannot run: {reason}")
-            pipe._fastdiff.falls_back(reason)
+            state.falls_back(reason)
             return None
-        device, config = pipe._execution_device, pipe.unet.config
         size = config.sample_size
         sides = (size, size) if isinstance(size, int) else tuple(size)
         shape = (batch_size, config.in_channels, *sides)
@@ -203,7 +231,6 @@ class _Accelerated(Fused):
             drawn = rows.draws[len(rows.table) - 1 - t]
             return draw(noise_dtype) if drawn else torch.zeros((), device=device).expand(shape)
 
-        sampler = pipe._fastdiff.sampler_for(pipe.unet, rows.table, device)
         with pipe.progress_bar(total=len(rows.table)) as bar:
             x = sampler.sample(
                 shape,
@@ -212,7 +239,7 @@ class _Accelerated(Fused):
                 model_kwargs={} if labels is None else {"class_labels": labels},
                 progress=bar.update,
             )
-        pipe._fastdiff.ran = sampler.explain()
+        state.ran = sampler.explain()
         return _output(pipe, x, output_type, return_dict)
 
 

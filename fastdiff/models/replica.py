@@ -1,0 +1,342 @@
+"""A model that runs in eval mode, and on other weights, beside the one that it is made of.
+
+Of every module that the model leads to a replica has a twin: an object of the same class with the
+same attributes, buffers, hooks and parameters. The twin is in eval mode, its children are twins,
+and a copy may stand in a parameter's place. So nothing of the model itself is exchanged while the
+replica runs: others may train it, call it, and run replicas of their own meanwhile.
+"""
+
+import operator
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastdiff.models.eval_mode import eval_mode
+from fastdiff.models.opening import (
+    DEPTH,
+    PLAIN,
+    is_module,
+    modules_in,
+    opened,
+    parts_of_object,
+)
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_OURS = ("training", "_modules", "_parameters")
+_REGISTERED = frozenset(vars(nn.Module()))
+# What these classes run is bound to the modules that they were made for: compiled code, graphs,
+# sharded parameters, parameters without a shape yet.
+_BOUND = ("torch.jit", "torch._dynamo", "torch.distributed", "torch.nn.modules.lazy")
+
+
+class Twin:
+    """The twin of one object: of a module, or of an object that holds modules.
+
+    ``copies``: the parameters that are others than the module's; ``forward``: in place of its own.
+    """
+
+    def __init__(self, original: Any):
+        self.original, self.kind = original, type(original)
+        self.twin = object.__new__(self.kind)
+        self.is_module = isinstance(original, nn.Module)
+        self.source: list[Any] = []  # the values of the original's attributes
+        self.deep: list[str] = []  # the names of those in which there may be modules
+        self.attributes: dict[str, Any] = {}  # what the original has, with twins in it
+        self.given: dict[str, Any] = {}  # and what the twin was given
+        self.children: dict[str, Any] = {}
+        self.given_children: dict[str, Any] = {}
+        self.parameters: dict[str, Any] = {}
+        self.copies: dict[str, nn.Parameter] = {}
+        self.forward: Any = None
+        self.rebound: set[str] = set()
+
+    def is_of(self, held: dict[str, Any]) -> bool:
+        """Whether these are the attributes that the original had."""
+        known = held.keys() == self.attributes.keys()
+        return known and _same(held.values(), self.source) and type(self.original) is self.kind
+
+    def has(self, others: dict[str, Any], children: dict[str, Any]) -> bool:
+        given = self.given_children
+        return (
+            all(self.attributes[name] is value for name, value in others.items())
+            and _same(children.values(), given.values())
+            and (not children or list(children) == list(given))
+        )
+
+    def set(self, attributes: dict[str, Any], children: dict[str, Any] | None = None) -> None:
+        if type(self.original) is not self.kind:
+            self.kind = self.twin.__class__ = type(self.original)
+        self.attributes = attributes
+        if children is not None:
+            self.given_children = children
+            if list(self.children) != list(children):
+                self.children.clear()
+            self.children.update(children)
+        self._install()
+
+    def put(self, copies: dict[str, nn.Parameter], forward: Any) -> None:
+        """Let these stand in place of the module's own from now on."""
+        if copies or self.copies or forward is not self.forward:
+            self.copies, self.forward = copies, forward
+            self._install()
+
+    def _install(self) -> None:
+        given = dict(self.attributes)
+        if self.is_module:
+            given["training"] = False
+            given["_modules"] = self.children
+            if self.copies:
+                _update(self.parameters, given["_parameters"] | self.copies)
+                given["_parameters"] = self.parameters
+            if self.forward is not None:
+                given.setdefault("forward", self.forward)
+        self.given = given
+        _update(vars(self.twin), given)
+
+    def changed(self) -> bool:
+        """Whether a forward has bound attributes anew, or made modules."""
+        held = vars(self.twin)
+        return not (
+            _same(held.values(), self.given.values())
+            and _same(self.children.values(), self.given_children.values())
+        )
+
+    def write_back(self, original_of: Callable[[Any], Any]) -> None:
+        """Give the original what a forward has bound anew."""
+        held, given, own = vars(self.twin), self.given, vars(self.original)
+        for name, value in list(held.items()):
+            bound_anew = name not in given or given[name] is not value
+            if bound_anew and not (name in _OURS or _is_computed(own, name, value)):
+                own[name] = original_of(value)
+                given[name] = value
+                self.rebound.add(name)
+        for name in given.keys() - held.keys():
+            own.pop(name, None)
+            del given[name]
+        if not _same(self.children.values(), self.given_children.values()):
+            for name, child in self.children.items():
+                own["_modules"][name] = original_of(child)
+            for name in self.given_children.keys() - self.children.keys():
+                own["_modules"].pop(name, None)
+            self.given_children = dict(self.children)
+
+
+class Replica:
+    """``call`` is the replica of ``model``: a module, or anything that calls modules.
+
+    ``refresh()`` follows the model: modules, parameters, attributes and classes that it has now.
+    ``left`` are the modules that can only be run as they are; ``run()`` keeps them in eval mode.
+    """
+
+    def __init__(self, model: Any):
+        self.model = self.call = model
+        self.twins: dict[int, Twin] = {}  # by the ids of the originals, which the twins keep alive
+        self.originals: dict[int, Any] = {}
+        self.made: dict[int, tuple[Any, list[Any], list[Any], Any]] = {}
+        self.left: list[nn.Module] = []
+        self.lock = threading.RLock()  # of all below
+        self.refresh()
+
+    def refresh(self) -> None:
+        with self.lock:
+            self._refresh()
+
+    def _refresh(self) -> None:
+        self._before, self.twins = self.twins, {}
+        self._made_before, self.made = self.made, {}
+        self._seen: dict[tuple[int, int, bool], tuple[Any, Any]] = {}
+        self._open: set[int] = set()  # what is being replaced
+        self.left = []
+        self.call = self._replaced(self.model, DEPTH, objects=True)
+        self.originals = {id(twin.twin): twin.original for twin in self.twins.values()}
+        self._before, self._made_before, self._seen = {}, {}, {}
+
+    def modules(self) -> list[Twin]:
+        return [twin for twin in self.twins.values() if twin.is_module]
+
+    def parts(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Every module with what runs in its place: its twin, or itself."""
+        for twin in self.modules():
+            yield twin.original, twin.twin
+        for part in dict.fromkeys(part for module in self.left for part in module.modules()):
+            yield part, part
+
+    @contextmanager
+    def run(self) -> Iterator[Any]:
+        """``call``, which may be called inside. Afterwards the model has what was written to its
+        attributes."""
+        with eval_mode(self.left):
+            try:
+                yield self.call
+            finally:
+                with self.lock:
+                    self.write_back()
+
+    # --- Following the model ------------------------------------------------------------------
+
+    def _replaced(self, value: Any, depth: int, objects: bool) -> Any:
+        """The value with twins in the place of modules; itself where it leads to none."""
+        if type(value) in PLAIN:
+            return value
+        if is_module(value):
+            return self._twin_of(value)
+        twin = self.twins.get(id(value))
+        if twin is not None:
+            return twin.twin
+        if id(value) in self._open:  # a module refers back to the object that holds it
+            twin = self._start(value) if opened(value) is None else None
+            return value if twin is None else twin.twin
+        if not depth:
+            return value
+        key = (id(value), depth, objects)
+        if key not in self._seen:
+            self._open.add(id(value))
+            self._seen[key] = (value, self._replaced_anew(value, depth, objects))
+            self._open.discard(id(value))
+        return self._seen[key][1]
+
+    def _replaced_anew(self, value: Any, depth: int, objects: bool) -> Any:
+        found = opened(value)
+        if found is None:
+            return self._replaced_object(value, depth) if objects else value
+        parts, make = found
+        replaced = [self._replaced(part, depth - 1, objects) for part in parts]
+        if _same(parts, replaced):
+            return value
+        _, *before, made = self._made_before.get(id(value), (None, [], [], None))
+        if not (_same(before[0], parts) and _same(before[1], replaced)):
+            try:
+                made = make(replaced)
+            except Exception:  # Unfaithful; or a class of one's own that cannot be made like this
+                self.left.extend(modules_in(value, depth, objects))
+                return value
+        # The same one as before as long as its parts are: torch.compile knows it then.
+        self.made[id(value)] = (value, parts, replaced, made)
+        return made
+
+    def _replaced_object(self, value: Any, depth: int) -> Any:
+        held = parts_of_object(value)
+        if held is None or PLAIN.issuperset(map(type, held.values())):
+            return value
+        replaced = [self._replaced(part, depth - 1, False) for part in held.values()]
+        if _same(list(held.values()), replaced):
+            return value
+        twin = self.twins.get(id(value)) or self._start(value)
+        if twin is None:
+            self.left.extend(modules_in(value, depth))
+            return value
+        twin.set(dict(zip(held, replaced, strict=True)))
+        return twin.twin
+
+    def _twin_of(self, module: nn.Module) -> nn.Module:
+        twin = self.twins.get(id(module))
+        if twin is not None:
+            return twin.twin
+        twin = self._start(module)
+        if twin is None:
+            self.left.append(module)
+            return module
+        held = vars(module)
+        fresh = not twin.is_of(held)
+        if fresh:
+            twin.source = list(held.values())
+            twin.deep = [
+                name
+                for name, value in held.items()
+                if type(value) not in PLAIN and name not in _REGISTERED
+            ]
+        others = {name: self._replaced(held[name], DEPTH, objects=True) for name in twin.deep}
+        for name in _HOOKS:
+            hooks = held.get(name)
+            others[name] = self._replaced(hooks, DEPTH, objects=True) if hooks else hooks
+        children = {
+            name: None if child is None else self._twin_of(child)
+            for name, child in held["_modules"].items()
+        }
+        if fresh or not twin.has(others, children):
+            twin.set(held | others, children)
+        return twin.twin
+
+    def _start(self, original: Any) -> Twin | None:
+        """The twin of before, or a new one; None for what can have none."""
+        twin = self._before.get(id(original))
+        if twin is None or twin.kind is not type(original):
+            if not _can_have_a_twin(original):
+                return None
+            try:
+                twin = twin or Twin(original)
+            except TypeError:  # a class that is not made of Python alone
+                return None
+        elif vars(original).get("_compiled_call_impl") is not None:
+            return None
+        self.twins[id(original)] = twin
+        return twin
+
+    # --- What a forward writes ----------------------------------------------------------------
+
+    def write_back(self) -> None:
+        """Give the originals the attributes that their twins have bound anew."""
+        for twin in self.twins.values():
+            if twin.changed():
+                twin.write_back(self._original_of)
+
+    def forget(self) -> None:
+        """Hold nothing alive that a forward has written."""
+        for twin in self.twins.values():
+            for name in twin.rebound:
+                vars(twin.twin).pop(name, None)
+                twin.given.pop(name, None)
+            twin.rebound.clear()
+
+    def _original_of(self, value: Any, depth: int = DEPTH) -> Any:
+        if id(value) in self.originals:
+            return self.originals[id(value)]
+        found = opened(value) if depth and type(value) not in PLAIN else None
+        if found is None:
+            return value
+        parts, make = found
+        replaced = [self._original_of(part, depth - 1) for part in parts]
+        return value if _same(parts, replaced) else make(replaced)
+
+
+@contextmanager
+def replica_of(model: Any) -> Iterator[Any]:
+    """The model's replica, to be called inside."""
+    with Replica(model).run() as call:
+        yield call
+
+
+def _can_have_a_twin(value: Any) -> bool:
+    kinds = type(value).__mro__
+    return not (
+        hasattr(type(value), "__del__")
+        or any(str(kind.__module__).startswith(_BOUND) for kind in kinds)
+        or any(set(_slots(kind)) - {"__dict__", "__weakref__"} for kind in kinds)
+        or vars(value).get("_compiled_call_impl") is not None  # module.compile()
+    )
+
+
+def _slots(kind: type) -> Any:
+    slots = vars(kind).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else slots
+
+
+def _is_computed(own: dict[str, Any], name: str, value: Any) -> bool:
+    """Whether it is a weight that a hook computes of others before every forward (weight_norm,
+    spectral_norm, pruning), and that belongs to this forward alone."""
+    parameters = own.get("_parameters", {})
+    return isinstance(value, Tensor) and any(p.startswith(f"{name}_") for p in parameters)
+
+
+def _same(ones: Collection[Any], others: Collection[Any]) -> bool:
+    return len(ones) == len(others) and all(map(operator.is_, ones, others))
+
+
+def _update(held: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Make ``held`` what is wanted, never without what stays: somebody may read it meanwhile."""
+    for name in held.keys() - wanted.keys():
+        del held[name]
+    held.update(wanted)
