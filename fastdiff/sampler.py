@@ -295,7 +295,7 @@ class Sampler:
         looked_at = watched or self.denoised_fn is not None or self.cond_fn is not None
         with ExitStack() as stack:
             with call.stats.phase("prepare"):
-                stack.enter_context(self._network.sampling())
+                stack.enter_context(self._network.sampling(looked_at))
                 self._graphs.begin(self._network)
             for i, timestep in enumerate(call.timesteps):
                 run = call.run_of(i)

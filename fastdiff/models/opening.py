@@ -143,19 +143,21 @@ def _function(value: Any) -> Opened | None:
             for name, part, before in zip(bound, parts, given, strict=False)
             if part is not before
         }
-        if home.startswith("torch._dynamo") or not _stored(code).isdisjoint(changed):
+        globals_, outer = _stored(code)
+        if (
+            home.startswith("torch._dynamo")
+            or not outer.isdisjoint(changed)
+            or (globals_ and not changed.keys().isdisjoint(names))  # it would write to a copy
+        ):
             raise Unfaithful
         closure = tuple(
             cell if part is before else CellType(part)
             for cell, part, before in zip(cells, parts, given, strict=False)
         )
         others = dict(zip(names, parts[ends[0] : ends[1]], strict=True))
-        globals_ = named
-        if any(others[name] is not named[name] for name in names):
-            globals_ = named | others
         other = FunctionType(
             code,
-            globals_,
+            named if changed.keys().isdisjoint(names) else named | others,
             value.__name__,
             tuple(parts[ends[1] : ends[2]]) or None,
             closure if cells else None,
@@ -190,8 +192,11 @@ def _names(code: CodeType) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _stored(code: CodeType) -> frozenset[str]:
-    """The globals and outer variables that a function assigns to."""
-    stores = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF")
-    steps = (step for part in _codes(code) for step in dis.get_instructions(part))
-    return frozenset(step.argval for step in steps if step.opname in stores)
+def _stored(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """The globals and the outer variables that a function assigns to."""
+    steps = [step for part in _codes(code) for step in dis.get_instructions(part)]
+
+    def those(*kinds: str) -> frozenset[str]:
+        return frozenset(step.argval for step in steps if step.opname in kinds)
+
+    return those("STORE_GLOBAL", "DELETE_GLOBAL"), those("STORE_DEREF", "DELETE_DEREF")

@@ -52,11 +52,17 @@ class Twin:
         self.copies: dict[str, nn.Parameter] = {}
         self.forward: Any = None
         self.rebound: set[str] = set()
+        self.hooked = False  # hooks of its own, once
 
     def is_of(self, held: dict[str, Any]) -> bool:
         """Whether these are the attributes that the original had."""
         known = held.keys() == self.attributes.keys()
         return known and _same(held.values(), self.source) and type(self.original) is self.kind
+
+    def is_leaf(self, held: dict[str, Any]) -> bool:
+        """Whether nothing in these attributes, which are as they were, leads anywhere."""
+        hooks = any(held.get(name) for name in _HOOKS) or self.hooked
+        return not (hooks or self.deep or held["_modules"] or self.children)
 
     def has(self, others: dict[str, Any], children: dict[str, Any]) -> bool:
         given = self.given_children
@@ -248,10 +254,13 @@ class Replica:
                 for name, value in held.items()
                 if type(value) not in PLAIN and name not in _REGISTERED
             ]
+        elif twin.is_leaf(held):
+            return twin.twin
         others = {name: self._replaced(held[name], DEPTH, objects=True) for name in twin.deep}
         for name in _HOOKS:
             hooks = held.get(name)
             others[name] = self._replaced(hooks, DEPTH, objects=True) if hooks else hooks
+            twin.hooked |= others[name] is not hooks
         children = {
             name: None if child is None else self._twin_of(child)
             for name, child in held["_modules"].items()

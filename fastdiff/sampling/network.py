@@ -43,7 +43,7 @@ class Network:
         self.asked_channels_last = channels_last
         self.weights = Weights(dtype)
         self.lock = self.replica.lock
-        self.running = 0
+        self.running = self.watched = 0  # calls
         self._made_for: Any = None
         self._make_callable()
 
@@ -59,6 +59,9 @@ class Network:
             x = x.to(parameter.dtype)
         with self.autocast(x.device):
             output = self.call(x, timesteps, **kwargs)
+        if self.watched:
+            with self.lock:
+                self.replica.write_back()
         return output if isinstance(output, Tensor) else getattr(output, "sample", output)
 
     def attributes(self) -> tuple[Any, ...]:
@@ -100,18 +103,21 @@ class Network:
         )
 
     @contextmanager
-    def sampling(self) -> Iterator[None]:
-        """To be called inside: the model as it is when the call begins, in eval mode."""
+    def sampling(self, watched: bool = True) -> Iterator[None]:
+        """To be called inside: the model as it is when the call begins, in eval mode. ``watched``:
+        what its forward writes to its attributes somebody may look at before the call is over."""
         with self.lock:
             self.follow()
             self._refresh_weights()
             self.running += 1
+            self.watched += watched
         try:
             with self.replica.run():
                 yield
         finally:
             with self.lock:
                 self.running -= 1
+                self.watched -= watched
                 if not self.running:
                     self.replica.forget()
                     self._forget_packed()
