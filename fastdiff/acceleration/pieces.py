@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.acceleration.fused_class import Fused
-from fastdiff.models.eval_mode import eval_mode
+from fastdiff.models.replica import replica_of
 
 
 def holds_group_norm(module: Any) -> bool:
@@ -30,8 +30,8 @@ def is_group_norm(module: Any) -> bool:
         for shape in ((2, channels, 3), (channels,), (channels,))
     )
     try:
-        with eval_mode(module), torch.no_grad():
-            y = torch.func.functional_call(module, {"weight": weight, "bias": bias}, (x,))
+        with replica_of(module) as tried, torch.no_grad():
+            y = torch.func.functional_call(tried, {"weight": weight, "bias": bias}, (x,))
         expected = F.group_norm(x, module.num_groups, weight, bias, module.eps)
         return torch.allclose(y, expected, atol=1e-5)
     except Exception:  # whatever it does with such an input
