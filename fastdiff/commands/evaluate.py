@@ -32,12 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.seed < 0 or (args.classifier_steps is not None and args.classifier_steps < 1):
         raise InputError("--seed must not be negative and --classifier-steps must be positive")
-    if args.out:
-        check_report(args.out, ("samples", "real", "frechet"))
     samples, labels = load_samples_npz(args.samples)
     dataset = load_dataset(
         args.data, image_size=args.image_size, class_cond=None, channels=args.channels
     )
+    if args.out:
+        check_report(args.out, ("samples", "real", "frechet"))
     report = evaluate(
         samples,
         dataset,

@@ -31,6 +31,7 @@ from fastdiff.models.files import (
     previous_directory,
     replace_directory,
 )
+from fastdiff.models.run_directory import identify
 from fastdiff.models.unet import UNet
 
 FORMAT = 1
@@ -97,8 +98,11 @@ def save(
             a value has no JSON form; nothing has changed.
     """
     target = Path(os.path.abspath(directory))
-    # A run keeps more in a checkpoint than these two.
-    check_target(target, lambda names: names >= {CONFIG_FILE, MODEL_FILE})
+    # A run keeps more in a checkpoint than these two; other libraries use these names too.
+    check_target(
+        target,
+        lambda names: names >= {CONFIG_FILE, MODEL_FILE} and identify(target).kind == "checkpoint",
+    )
     if not isinstance(getattr(model, "config", None), dict):
         raise InputError(
             f"cannot save a {type(model).__name__}: it has no config, which a checkpoint needs to "
