@@ -152,6 +152,16 @@ def test_a_checkpoint_of_a_run_names_its_run(run):
         resume_trainer(path)
 
 
+def test_save_does_not_replace_another_library_s_model(tmp_path):
+    """Whose files are called config.json and model.safetensors too."""
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    (tmp_path / "model.safetensors").write_bytes(b"months of training")
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match="holds other files"):
+        make_checkpoint(tmp_path)
+    assert contents(tmp_path) == before
+
+
 # One process at a time
 
 TRAIN = """

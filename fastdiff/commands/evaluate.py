@@ -37,8 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.seed < 0 or (args.classifier_steps is not None and args.classifier_steps < 1):
         raise InputError("--seed must not be negative and --classifier-steps must be positive")
-    if args.out:
-        check_report(args.out, ("samples", "real", "frechet"))
     samples = read_samples(args.samples)
     check_channels_last(samples.images, f"'{args.samples}': arr_0")
     dataset = load_dataset(
@@ -50,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
         **reading_options(vars(args)),
     )
     print(dataset.describe(), flush=True)
+    if args.out:
+        check_report(args.out, ("samples", "real", "frechet"))
     report = evaluate(
         samples.images,
         dataset,
