@@ -81,8 +81,9 @@ def posterior_step(
     number, seed_tensor = split_counter("seed", seed if noisy else None, 2**64, x_t.device)
     first, first_tensor = split_first_sample(first_sample, len(x_t), x_t.device)
     backend, _ = _choose(x_t, model_output, noise, prev_x_start)
-    # The native kernel looks at a step tensor by itself, where it runs at all.
-    if x_t.numel() == 0 or backend not in ("native", "cuda"):
+    # The native kernel looks at a step tensor by itself, where it runs at all; those for GPUs
+    # answer NaN, emulated or not.
+    if backend == "reference" or x_t.numel() == 0:
         _look_at_step(step, table)
 
     if backend == "reference":
