@@ -11,6 +11,7 @@ from fastdiff import cli
 from fastdiff.create import create_diffusion
 from fastdiff.errors import InputError
 from fastdiff.models import UNet, load, save
+from fastdiff.models.run_directory import RUN_KIND
 
 
 def network() -> UNet:
@@ -33,7 +34,8 @@ def run(tmp_path) -> Path:
         path = folder / "checkpoints" / f"step_{step:08d}"
         save(path, network(), step=step, diffusion=create_diffusion(steps=50))
     (folder / "checkpoints" / ".step_00000200.saving-host-1").mkdir()
-    (folder / "config.json").write_text(json.dumps({"train": {}, "model": {}, "diffusion": {}}))
+    settings = {"kind": RUN_KIND, "train": {}, "model": {}, "diffusion": {}, "info": {}}
+    (folder / "config.json").write_text(json.dumps(settings))
     return folder
 
 

@@ -282,10 +282,16 @@ def test_images_that_the_weights_do_not_know(tmp_path, run):
             Trainer.from_checkpoint(run, dataset, config, tmp_path / "new", progress=False)
 
     refused(make_dataset(size=16), "images are 16x16, .* on 8x8: load them with --image-size 8")
-    refused(make_dataset(classes=4), "have 4 classes, the network of .* has 3")
+    refused(
+        make_dataset(classes=4), "classes that the network does not know: c3; the network has 3"
+    )
     named = make_dataset()
+    named.class_names = ["c0", "c2", "dog"]
+    refused(named, "classes that the network does not know: dog")
     named.class_names = ["c0", "c2", "c1"]
-    refused(named, "classes are c0, c2, c1, those of .* c0, c1, c2")
+    begun = Trainer.from_checkpoint(run, named, config, tmp_path / "new", progress=False)
+    assert begun.dataset.class_names == ["c0", "c1", "c2"]
+    assert begun.dataset.labels.tolist() == [[0, 2, 1][label] for label in named.labels]
     colour = make_dataset()
     colour.channels = 3
     refused(colour, "have 3 channels, the network of .* takes 1: load them with --channels 1")

@@ -40,9 +40,12 @@ from fastdiff.models.files import (
     previous_directory,
     replace_directory,
 )
-from fastdiff.models.run_directory import list_checkpoints
+from fastdiff.models.run_directory import identify, list_checkpoints
 from fastdiff.models.unet import UNet
 from fastdiff.models.wrappers import plain_state, unwrapped
+
+# The last two read what a caller of ``save`` added.
+__all__ = ["Checkpoint", "load", "save", "load_json", "load_tensors"]
 
 CHECKPOINTS = "checkpoints"  # where a training run keeps its own
 
@@ -206,14 +209,13 @@ def _checkpoint_in(path: Path) -> Path:
         if (path.parent / CONFIG_FILE).is_file():
             remedy = f"give the directory it lies in, {path.parent}"
         raise InputError(f"{path} is a file, not a checkpoint directory; {remedy}")
-    config = load_json(path, "config") if (path / CONFIG_FILE).is_file() else None
-    if isinstance(config, dict) and ("format" in config or "_class_name" in config):
+    if identify(path).kind in ("checkpoint", "diffusers"):
         return path
     run = path.parent if path.name == CHECKPOINTS else path
     found = list_checkpoints(run)
     if found:
         return found[-1]
-    if (run / CHECKPOINTS).is_dir() or (isinstance(config, dict) and "train" in config):
+    if (run / CHECKPOINTS).is_dir() or identify(run).kind == "run":
         raise InputError(f"{run} is a training run that has saved no checkpoint yet")
     return path
 

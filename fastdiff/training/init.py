@@ -3,13 +3,11 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastdiff.data import ImageDataset, match_classes
 from fastdiff.errors import InputError
 from fastdiff.models.checkpoint import load
-from fastdiff.models.run_directory import list_checkpoints
 from fastdiff.models.unet import UNet
 
 
@@ -40,8 +38,7 @@ def read_init(source: str | os.PathLike[str], weights: str | float = "ema") -> I
 
     InputError when it cannot be read or has no such weights.
     """
-    path = next(reversed(list_checkpoints(source)), Path(source))
-    loaded = load(path, weights=weights)
+    loaded = load(source, weights=weights)
     record = {
         "checkpoint": os.path.abspath(source),
         "path": str(loaded.path),

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import InputError
-from fastdiff.models import checkpoint
+from fastdiff.models.checkpoint import load
+from fastdiff.models.files import load_json, load_tensors
 from fastdiff.models.unet import UNet
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.state import with_prefix
@@ -41,8 +42,8 @@ class SavedRun:
 def read_checkpoint(path: Path) -> SavedRun:
     """Read every file of ``path``. Raises InputError naming the file that is missing or damaged."""
     try:
-        loaded = checkpoint.load(path, weights="model")
-        record = checkpoint.load_json(path, STATE)
+        loaded = load(path, weights="model")
+        record = load_json(path, STATE)
         return SavedRun(
             path=path,
             model=loaded.model,
@@ -54,8 +55,8 @@ def read_checkpoint(path: Path) -> SavedRun:
             reported=record.get("reported", record["step"]),
             batches_drawn=record["batches_drawn"],
             images=record["images"],
-            averages={r: checkpoint.load_tensors(path, f"ema_{r}") for r in loaded.ema_rates},
-            tensors=checkpoint.load_tensors(path, STATE),
+            averages={r: load_tensors(path, f"ema_{r}") for r in loaded.ema_rates},
+            tensors=load_tensors(path, STATE),
         )
     except (KeyError, TypeError) as error:
         raise InputError(f"{path / STATE}.json lacks {error}; {_advice(path)}") from error
