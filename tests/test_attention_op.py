@@ -1,5 +1,7 @@
 """attention as an operation of PyTorch: autograd, torch.library, compile, transforms, errors."""
 
+import importlib
+
 import pytest
 import torch
 from attention_tools import error, gradient, head_by_head, projection
@@ -17,9 +19,16 @@ def qkv_of(dtype=torch.float32, layout="token_major"):
 
 
 @pytest.fixture(params=["native", None])
-def backend(request):
-    with fastdiff.backend(request.param):
+def backend(request, monkeypatch):
+    """Native, or what the plan takes on this CPU, or ("baseline") on one without AVX2."""
+    if request.param == "baseline":
+        module = importlib.import_module("fastdiff.ops.attention")
+        monkeypatch.setattr(module, "cpu", lambda: ("baseline", False))
+    with fastdiff.backend(None if request.param == "baseline" else request.param):
         yield request.param
+
+
+on_any_cpu = pytest.mark.parametrize("backend", ["native", None, "baseline"], indirect=True)
 
 
 # --- torch.library ----------------------------------------------------------------------------
@@ -93,11 +102,12 @@ def test_without_a_gradient_nothing_is_kept(backend):
     assert torch.equal(attention(leaf, HEADS), attention(leaf.detach(), HEADS))
 
 
+@on_any_cpu
 def test_a_changed_input_is_noticed(backend):
     x = qkv_of().requires_grad_() * 1
     out = attention(x, HEADS)
     x += 1
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="modified (by an )?inplace"):
         out.sum().backward()
 
 
@@ -164,6 +174,7 @@ def test_functional_transforms_pass_through_the_reference():
         torch.func.grad(loss)(qkv)
 
 
+@on_any_cpu
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_autocast_keeps_the_dtype(backend, requires_grad):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -171,7 +182,9 @@ def test_autocast_keeps_the_dtype(backend, requires_grad):
         with torch.autocast("cpu", torch.bfloat16):
             out = attention(qkv, HEADS)
             assert out.dtype == dtype
-        bound = 1e-5 if dtype == torch.float32 else 2e-2
+        # PyTorch's own attention, the plan's choice on old CPUs, computes in autocast's dtype.
+        kernel = choose(qkv, HEADS).backend == "native"
+        bound = 1e-5 if kernel and dtype == torch.float32 else 2e-2
         assert error(out, head_by_head(qkv, HEADS, "heads_first")) < bound
         if requires_grad:
             out.sum().backward()

@@ -12,7 +12,8 @@ def one_thread(wanted: bool = True) -> Iterator[None]:
 
     For work of many operations of microseconds: a second thread gains nothing there, and on busy
     cores the two wait for each other (measured on two busy cores with 8x8 images: 14 times the
-    CPU time). The result then does not depend on the number of cores either.
+    CPU time). The result then does not depend on the number of cores either. The number is the
+    calling thread's; of MKL, while this runs, the whole process's.
     """
     threads = torch.get_num_threads()
     try:

@@ -135,7 +135,8 @@ class EMA:
         """Within the block the followed model holds an average (None: the slowest).
 
         Afterwards it holds what it held before, bit for bit. The values move, not the storage, so
-        captured graphs stay valid.
+        captured graphs stay valid. They are the model's own: another thread that runs or trains
+        it meanwhile sees them too, and what it trains is lost.
         """
         shadow = self._shadow(self.highest_rate if rate is None else rate)
         kept = [parameter.detach().clone() for parameter in self.parameters]

@@ -3,13 +3,12 @@
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
 _lock = threading.Lock()
 # Of the modules that somebody holds in eval mode and that were in training before: by how many.
-_holders: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()
+_holders: dict[nn.Module, int] = {}
 
 
 @contextmanager

@@ -29,7 +29,7 @@ _OURS = ("training", "_modules", "_parameters")
 _REGISTERED = frozenset(vars(nn.Module()))
 # What these classes run is bound to the modules that they were made for: compiled code, graphs,
 # sharded parameters, parameters without a shape yet.
-_BOUND = ("torch.jit", "torch._dynamo", "torch.distributed", "torch.nn.modules.lazy")
+_BOUND = ("torch.jit", "torch._dynamo", "torch.distributed.fsdp", "torch.nn.modules.lazy")
 
 
 class Twin:
