@@ -27,7 +27,7 @@ from fastdiff.acceleration.fused_class import (
     put_back,
 )
 from fastdiff.acceleration.outcome import Part, Report
-from fastdiff.acceleration.pieces import is_group_norm
+from fastdiff.acceleration.pieces import is_group_norm, seed
 from fastdiff.errors import InputError
 from fastdiff.models.layouts import plain_convolutions
 from fastdiff.models.replica import replica_of
@@ -124,9 +124,8 @@ def accelerate(
             )
     record = _records[model] = _Record(Report(type(model).__name__))
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)  # of the inputs that blocks are tried on
-            _fuse(model, record)
+        seed()
+        _fuse(model, record)
         if channels_last:
             _to_channels_last(model, record)
         if dtype is not None:

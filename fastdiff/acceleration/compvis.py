@@ -4,31 +4,30 @@ them: layers with names of their own, and SiLU a function in their forward."""
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.acceleration.fused_class import Fusion, Trials
-from fastdiff.acceleration.pieces import is_group_norm
+from fastdiff.acceleration.pieces import is_group_norm, randn
 from fastdiff.models.blocks import apply_norm
 
 
 def fusions(module: Any) -> Iterator[tuple[Fusion, Trials]]:
     """What may fuse this module, with inputs to try it on; nothing for another kind of module."""
     if _is_resnet_block(module):
-        x = torch.randn(2, module.norm1.num_channels, 4, 4)
+        x = randn(2, module.norm1.num_channels, 4, 4)
         projection = getattr(module, "temb_proj", None)
         trials: list[Any] = [(x,), (x, None)]
         if isinstance(projection, nn.Linear):
-            trials.append((x, torch.randn(2, projection.in_features)))
+            trials.append((x, randn(2, projection.in_features)))
         how = "both norms with what is around them"
         yield Fusion(how, _resnet_block, ("norm1", "norm2")), trials
     elif _is_attention_block(module):
         fusion = Fusion("norm and attention without copies", _attention_block, ("norm",))
-        yield fusion, [(torch.randn(2, module.norm.num_channels, 4, 4),)]
+        yield fusion, [(randn(2, module.norm.num_channels, 4, 4),)]
     elif _is_cross_attention(module):
-        x = torch.randn(2, 5, module.to_q.in_features)
-        context = torch.randn(2, 3, module.to_k.in_features)
+        x = randn(2, 5, module.to_q.in_features)
+        context = randn(2, 3, module.to_k.in_features)
         how = "attention without copies (PyTorch's scaled_dot_product_attention)"
         yield Fusion(how, _cross_attention), [(x,), (x, context)]
 

@@ -4,12 +4,11 @@ not imported."""
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.acceleration.fused_class import Fusion, Refused, Trials
-from fastdiff.acceleration.pieces import is_group_norm, is_silu
+from fastdiff.acceleration.pieces import is_group_norm, is_silu, randn
 from fastdiff.models.blocks import apply_norm
 
 PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
@@ -22,10 +21,10 @@ def fusions(module: Any) -> Iterator[tuple[Fusion, Trials]]:
         bypassed = ("norm1", "norm2", *(("nonlinearity",) if silu else ()))
         how = f"both norms with what is around them{'' if silu else ', but for the activation'}"
         options = (("activation", "silu" if silu else None),)
-        temb = None if projection is None else torch.randn(2, projection.in_features)
+        temb = None if projection is None else randn(2, projection.in_features)
         yield (
             Fusion(how, _resnet_block, bypassed, options=options),
-            [(torch.randn(2, module.norm1.num_channels, 4, 4), temb)],
+            [(randn(2, module.norm1.num_channels, 4, 4), temb)],
         )
     elif _is_attention(module):
         _check_attention(module)
@@ -103,8 +102,8 @@ def _attention_trials(module: Any) -> Trials:
     if not all(hasattr(layer, "in_features") for layer in (module.to_q, module.to_k)):
         raise Refused("its projections are no linear layers")
     width, context_width = module.to_q.in_features, module.to_k.in_features
-    context = torch.randn(2, 3, context_width)
-    inputs = (torch.randn(2, 5, width), torch.randn(2, width, 4, 4))
+    context = randn(2, 3, context_width)
+    inputs = (randn(2, 5, width), randn(2, width, 4, 4))
     return [(x, other) for other in (None, context) for x in inputs]
 
 

@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.acceleration.fused_class import Fusion, Trials
-from fastdiff.acceleration.pieces import holds_group_norm, is_group_norm, is_normed, is_silu
+from fastdiff.acceleration.pieces import holds_group_norm, is_group_norm, is_normed, is_silu, randn
 from fastdiff.models.blocks import apply_norm
 
 ALONE = "norm in the layout of its input"
@@ -24,7 +23,7 @@ def fusions(module: Any) -> Iterator[tuple[Fusion, Trials]]:
             yield Fusion("norm and activation in one", _sequential, bypassed, options=options), ()
     elif holds_group_norm(module):
         channels = module.get_parameter("weight").numel()
-        trials = [(torch.randn(2, channels, *[4] * dims),) for dims in range(4)]
+        trials = [(randn(2, channels, *[4] * dims),) for dims in range(4)]
         # Some derived classes have an activation of their own.
         for how, activation in ((ALONE, None), ("norm with its activation", "silu")):
             yield Fusion(how, _group_norm, options=(("activation", activation),)), trials

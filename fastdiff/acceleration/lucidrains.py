@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.acceleration.fused_class import Fusion, Refused, Trials
-from fastdiff.acceleration.pieces import holds_group_norm, is_silu
+from fastdiff.acceleration.pieces import holds_group_norm, is_silu, randn
 from fastdiff.models.blocks import apply_norm
 from fastdiff.ops.attention import attention
 from fastdiff.ops.rms_norm_silu import rms_norm_silu
@@ -21,23 +20,23 @@ def fusions(module: Any) -> Iterator[tuple[Fusion, Trials]]:
     name = type(module).__name__
     if name == "Block" and _is_block(module):
         ones = [1] * (module.proj.weight.dim() - 2)
-        x = torch.randn(2, module.proj.in_channels, *[4 * one for one in ones])
-        film = tuple(torch.randn(2, module.proj.out_channels, *ones) for _ in range(2))
+        x = randn(2, module.proj.in_channels, *[4 * one for one in ones])
+        film = tuple(randn(2, module.proj.out_channels, *ones) for _ in range(2))
         yield (
             Fusion("norm, FiLM and activation in one", _block, ("norm", "act")),
             [(x, film), (x, None), (x,)],
         )
     elif _is_rms_norm(module):
         shape = (2, module.g.numel(), *[4] * (module.g.dim() - 2))
-        yield Fusion("norm in one", _rms_norm), [(torch.randn(shape),)]
+        yield Fusion("norm in one", _rms_norm), [(randn(shape),)]
     elif name == "Attend" and hasattr(module, "attn_dropout") and hasattr(module, "flash"):
         if module.flash:
             raise Refused("its flash attention is PyTorch's scaled_dot_product_attention already")
         fusion = Fusion("PyTorch's scaled_dot_product_attention", _attend)
-        yield fusion, [tuple(torch.randn(2, 3, 5, 8) for _ in range(3))]
+        yield fusion, [tuple(randn(2, 3, 5, 8) for _ in range(3))]
     elif name == "Attention" and _is_attention(module):
         fusion = Fusion("attention without copies", _attention)
-        yield fusion, [(torch.randn(2, module.to_qkv.in_channels, 4, 4),)]
+        yield fusion, [(randn(2, module.to_qkv.in_channels, 4, 4),)]
 
 
 def _is_rms_norm(module: Any) -> bool:

@@ -4,11 +4,10 @@ U-Net."""
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastdiff.acceleration.fused_class import Fusion, Trials
-from fastdiff.acceleration.pieces import holds_group_norm, is_group_norm
+from fastdiff.acceleration.pieces import holds_group_norm, is_group_norm, randn
 from fastdiff.models.blocks import apply_norm, pointwise
 from fastdiff.ops.attention import attention
 
@@ -24,7 +23,7 @@ def fusions(module: Any) -> Iterator[tuple[Fusion, Trials]]:
         how = "both norms with what is around them"
         yield (
             Fusion(how, _res_block, bypassed, _method(module)),
-            [(torch.randn(shape), torch.randn(2, linear.in_features))],
+            [(randn(shape), randn(2, linear.in_features))],
         )
     elif _is_attention_block(module):
         heads = getattr(module, "num_heads", None) or getattr(module.attention, "n_heads", None)
@@ -38,7 +37,7 @@ def fusions(module: Any) -> Iterator[tuple[Fusion, Trials]]:
                     _method(module),
                     (("order", order), ("num_heads", heads)),
                 ),
-                [(torch.randn(2, channels, *[4] * dims),) for dims in (1, 2, 3)],
+                [(randn(2, channels, *[4] * dims),) for dims in (1, 2, 3)],
             )
 
 

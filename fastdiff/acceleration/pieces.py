@@ -9,6 +9,18 @@ from torch import Tensor, nn
 from fastdiff.acceleration.fused_class import Fused
 from fastdiff.models.replica import replica_of
 
+_generator = torch.Generator()  # nobody else's moves; accelerate runs in one thread at a time
+
+
+def seed() -> None:
+    """Begin ``randn`` anew."""
+    _generator.manual_seed(0)
+
+
+def randn(*shape: Any) -> Tensor:
+    """What a module is tried on."""
+    return torch.randn(*shape, generator=_generator)
+
 
 def holds_group_norm(module: Any) -> bool:
     """nn.GroupNorm with weights, or a class derived from it, which may add to it."""
