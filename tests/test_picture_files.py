@@ -283,6 +283,14 @@ def test_names_that_are_no_text(tmp_path):
     assert r"caf\udce9 1" in text and r"two\nlines 1" in text
 
 
+def test_a_name_with_a_comma_is_one_name_in_a_list(tmp_path):
+    for name in ("fly, house", "ant"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "a.png")
+    dataset = load_dataset(tmp_path, class_cond=True)
+    assert 'classes  2, from folders: ant 1, "fly, house" 1' in dataset.describe()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_folder_that_cannot_be_listed(tmp_path):
     write(tmp_path / "a.png")

@@ -75,10 +75,11 @@ def describe(checkpoint: Checkpoint) -> str:
     share = start_share(checkpoint)
     if share <= YOUNG:
         return line
+    warm = "" if _warms_up(checkpoint) else ", or an average that warms up (train's default)"
     return (
         f"{line}\nwarning: EMA {checkpoint.weights} is too young: after {_updates(checkpoint)} "
         f"steps it still holds {100 * share:.3g} % of the weights that the run began with; take "
-        "--weights model, a lower rate, or an average that warms up (train's default)"
+        f"--weights model or a lower rate{warm}"
     )
 
 
@@ -91,8 +92,11 @@ def start_share(checkpoint: Checkpoint) -> float:
     updates = _updates(checkpoint)
     if checkpoint.weights == "model" or not updates:
         return 0.0
-    facts = checkpoint.config.get("averages") or {}
-    return initial_share(checkpoint.weights, updates, warmup=bool(facts.get("warmup", False)))
+    return initial_share(checkpoint.weights, updates, warmup=_warms_up(checkpoint))
+
+
+def _warms_up(checkpoint: Checkpoint) -> bool:
+    return bool((checkpoint.config.get("averages") or {}).get("warmup", False))
 
 
 def _updates(checkpoint: Checkpoint) -> int:

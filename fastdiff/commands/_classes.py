@@ -9,6 +9,7 @@ stands in double quotes, or alone in its option.
 import csv
 from collections.abc import Sequence
 
+from fastdiff.data.text import listed, shown
 from fastdiff.errors import InputError
 from fastdiff.models.checkpoint import Checkpoint
 
@@ -85,9 +86,8 @@ def _number(word: str, count: int, known: dict[str, int]) -> int:
         )
     found = as_number if as_name is None else as_name
     if found is None:
-        names = list(known)
-        shown = f" ({', '.join(names[:10])}{', …' if len(names) > 10 else ''})" if names else ""
-        raise InputError(f"--classes: {word!r} is no class; there are 0 … {count - 1}{shown}")
+        names = f" ({listed([shown(name) for name in known], 10)})" if known else ""
+        raise InputError(f"--classes: {word!r} is no class; there are 0 … {count - 1}{names}")
     return found
 
 

@@ -13,9 +13,10 @@ def plain(name: object) -> str:
 
 
 def shown(name: str) -> str:
-    """``plain``, and short enough for a list."""
+    """``plain``, short enough for a list, and in quotes where a comma would divide it there."""
     name = plain(name)
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}..."
+    name = name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}..."
+    return f'"{name}"' if "," in name else name
 
 
 def _printable(sign: str) -> str:
