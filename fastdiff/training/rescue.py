@@ -1,21 +1,32 @@
 """What an error in mid-run costs: nothing, where weights and optimizer are good."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
 
 from fastdiff.errors import InputError, TrainingError, first_line
 from fastdiff.training import state
 from fastdiff.training.stop import StopRequest
 
-if TYPE_CHECKING:
-    from fastdiff.training.trainer import Trainer
+
+class Rescued(Protocol):
+    """What of a trainer a rescue needs."""
+
+    step: int
+    stream: Any
+    device: torch.device
+    metrics: Any
+    half_done: bool
+
+    def advice(self) -> str: ...
+    def write_checkpoint(self) -> Path: ...
 
 
 @contextmanager
-def rescued(trainer: Trainer, stop: StopRequest) -> Iterator[None]:
+def rescued(trainer: Rescued, stop: StopRequest) -> Iterator[None]:
     """Save when the block, a step and its report, fails but leaves the weights good; and say so.
 
     The checkpoint is of the last finished step, as if the failed one had not been begun. A run
@@ -44,7 +55,7 @@ def rescued(trainer: Trainer, stop: StopRequest) -> Iterator[None]:
         raise noted from error
 
 
-def _save(trainer: Trainer) -> str:
+def _save(trainer: Rescued) -> str:
     """Save after an error; what to say of it, which must not hide that error."""
     if trainer.step == 0:
         return "no step had been finished"
