@@ -33,7 +33,7 @@ demo: $(VENV)/demo.installed
 
 # A process to each core, a file's tests in one of them.
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=25
 
 test-nightly: lint
 	PYTHON=$(BIN)/python .ci/nightly
