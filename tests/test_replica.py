@@ -1,9 +1,11 @@
 """Replicas: what a model computes, in eval mode, beside the model itself."""
 
+import collections
 import functools
 import gc
 import types
 import weakref
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from sampler_tools import SHAPE, Tiny, diffusion
 from torch import nn
 
 from fastdiff.models.eval_mode import eval_mode
-from fastdiff.models.replica import Replica, replica_of
+from fastdiff.models.replica import Replica, replica_of, twin_of
 from fastdiff.sampler import Sampler
 
 PROCESS = diffusion(20)
@@ -131,7 +133,8 @@ def test_however_a_module_is_reached_it_runs_in_eval_mode(reach):
         noted = part.note.__self__
         assert noted == [False] * len(noted)
         assert part.training and part.drop.training
-    assert len(parts[0].note.__self__) == 1
+    # What a hook calls is seen when the first call is watched, and the model itself runs then.
+    assert len(parts[0].note.__self__) == (2 if reach is _hook else 1)
 
 
 class Slotted(nn.Module):
@@ -203,7 +206,7 @@ class Shared(nn.Module):
 
 def test_shared_and_tied_parts_and_cycles():
     model = Shared()
-    with replica_of(model) as replica:
+    with twin_of(model) as replica:
         assert replica is not model and replica.a is not model.a
         assert type(replica) is Shared and list(replica.state_dict()) == list(model.state_dict())
         assert all(a is b for a, b in zip(replica.parameters(), model.parameters(), strict=True))
@@ -363,3 +366,100 @@ def test_a_compiled_replica_is_compiled_once():
         with torch.no_grad():
             model.linear.weight.mul_(2)
         assert not torch.equal(sampler.sample(SHAPE), first) and len(traced) == 1
+
+
+class Registry(nn.Module):
+    """Reaches its dropout by a way that no replica can follow."""
+
+    known: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, keep):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+        self.linear = nn.Linear(4, 4)
+        object.__setattr__(self, "find", keep(self))
+
+    def forward(self, x, t):
+        return self.linear(self.find()(x))
+
+
+def _of_class(self):
+    Registry.known["drop"] = self.drop
+    return lambda: Registry.known["drop"]
+
+
+ESCAPES = {
+    "deque": lambda self: (lambda kept: lambda: kept[0])(collections.deque([self.drop])),
+    "set": lambda self: (lambda kept: lambda: next(iter(kept)))({self.drop}),
+    "object in object": lambda self: (lambda a: lambda: a.b.drop)(
+        types.SimpleNamespace(b=types.SimpleNamespace(drop=self.drop))
+    ),
+    "class": _of_class,
+}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("keep", ESCAPES.values(), ids=ESCAPES)
+def test_a_module_that_is_reached_past_the_replica_is_in_eval_mode(keep, dtype):
+    model = Registry(keep).train()
+    sampler = Sampler(model, PROCESS, steps=3, dtype=dtype)
+    drawn = sampler.sample(SHAPE)
+    assert model.training and model.drop.training
+    assert torch.equal(sampler.sample(SHAPE), drawn)
+    model.eval()
+    torch.testing.assert_close(Sampler(model, PROCESS, steps=3, dtype=dtype).sample(SHAPE), drawn)
+
+
+def test_hooks_are_given_the_module_they_were_registered_on():
+    model = Whole(lambda self: self.__dict__.update(call=self.part))
+    seen, counts = [], {model.part: 0}
+
+    def note(module, inputs, output):
+        seen.append(module)
+        counts[module] += 1
+        return 2 * output
+
+    plain = Sampler(model, PROCESS, steps=2).sample(SHAPE)
+    model.part.register_forward_hook(note)
+    model.part.linear.register_forward_pre_hook(lambda module, inputs: seen.append(module))
+    hooked = Sampler(model, PROCESS, steps=2).sample(SHAPE)
+    assert set(seen) == {model.part, model.part.linear} and counts == {model.part: 2}
+    assert not torch.equal(hooked, plain)
+
+
+def test_a_hook_on_all_modules_is_given_the_models_own():
+    model, seen = Whole(lambda self: self.__dict__.update(call=self.part)), set()
+    handle = nn.modules.module.register_module_forward_hook(lambda m, i, o: seen.add(m))
+    try:
+        Sampler(model, PROCESS, steps=2).sample(SHAPE)
+    finally:
+        handle.remove()
+    assert model in seen and seen <= set(model.modules())
+
+
+class Logged(nn.Module):
+    """Writes to lists and dicts of its own that hold modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.calls = {self.linear: 0}
+        self.order = [self.linear]
+        self.last: dict[Any, Any] = {}
+
+    def forward(self, x, t):
+        self.calls[self.linear] += 1
+        self.order.append(self.linear)
+        self.last["calls"] = self.last.get("calls", 0) + 1
+        self.last[self.linear] = len(x)
+        return self.linear(x)
+
+
+def test_what_a_forward_writes_into_its_lists_and_dicts_is_there_afterwards():
+    model = Logged()
+    sampler = Sampler(model, PROCESS, steps=3)
+    for calls in (3, 6):
+        sampler.sample(SHAPE)
+        assert model.calls == {model.linear: calls}
+        assert model.order == [model.linear] * (1 + calls)
+        assert model.last == {"calls": calls, model.linear: len(X)}

@@ -24,7 +24,7 @@ from fastdiff.acceleration.calls import (
     kinds_of,
 )
 from fastdiff.errors import InputError, first_line
-from fastdiff.models.replica import replica_of
+from fastdiff.models.replica import twin_of
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -259,7 +259,8 @@ def _disagreement(
     kinds: tuple[Any, ...] = ()
     try:
         # On a replica: somebody may be running the module.
-        with replica_of(module) as tried, torch.no_grad():
+        with twin_of(module) as twin, torch.no_grad():
+            tried: Any = twin
             expected = torch.func.functional_call(tried, parameters, inputs)
             exchange(tried, fusion)
             served = tried.fastdiff_served(*inputs)

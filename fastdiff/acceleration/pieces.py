@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.acceleration.fused_class import Fused
-from fastdiff.models.replica import replica_of
+from fastdiff.models.replica import twin_of
 
 _generator = torch.Generator()  # nobody else's moves; accelerate runs in one thread at a time
 
@@ -42,7 +42,7 @@ def is_group_norm(module: Any) -> bool:
         for shape in ((2, channels, 3), (channels,), (channels,))
     )
     try:
-        with replica_of(module) as tried, torch.no_grad():
+        with twin_of(module) as tried, torch.no_grad():
             y = torch.func.functional_call(tried, {"weight": weight, "bias": bias}, (x,))
         expected = F.group_norm(x, module.num_groups, weight, bias, module.eps)
         return torch.allclose(y, expected, atol=1e-5)

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fastdiff.models.eval_mode import eval_mode
 from fastdiff.models.opening import (
@@ -52,7 +54,20 @@ class Twin:
         self.copies: dict[str, nn.Parameter] = {}
         self.forward: Any = None
         self.rebound: set[str] = set()
+        self.wrapped: dict[str, Any] = {}
         self.hooked = False  # hooks of its own, once
+
+    def hooks_of(self, name: str, hooks: Any) -> Any:
+        """The hooks, which are given the module that they were registered on; the twin is given
+        to those that compute its weights."""
+        own = vars(self.original)
+        if name == "_forward_pre_hooks" and any(_is_computed(own, n, v) for n, v in own.items()):
+            return hooks
+        before, made = self.wrapped.get(name, ({}, None))
+        if list(before.items()) != list(hooks.items()):
+            made = type(hooks)((key, _Hook(self.original, hook)) for key, hook in hooks.items())
+            self.wrapped[name] = dict(hooks), made
+        return made
 
     def is_of(self, held: dict[str, Any]) -> bool:
         """Whether these are the attributes that the original had."""
@@ -130,6 +145,31 @@ class Twin:
             self.given_children = dict(self.children)
 
 
+class _Hook:
+    """A hook of the user's, who knows the module that it was registered on and not the twin."""
+
+    def __init__(self, module: nn.Module, hook: Any):
+        self.module, self.hook = module, hook
+
+    def __call__(self, _: Any, *rest: Any) -> Any:
+        return self.hook(self.module, *rest)
+
+
+class Escaped(Exception):
+    """A forward has reached a module of the model itself, by a way that the replica did not see."""
+
+
+class _Watch:
+    """A hook on all modules of the process: Escaped where this thread runs one of ``originals``."""
+
+    def __init__(self, originals: Collection[int]):
+        self.originals, self.thread = originals, threading.get_ident()
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        if threading.get_ident() == self.thread and id(module) in self.originals:
+            raise Escaped
+
+
 class Replica:
     """``call`` is the replica of ``model``: a module, or anything that calls modules.
 
@@ -143,6 +183,8 @@ class Replica:
         self.originals: dict[int, Any] = {}
         self.made: dict[int, tuple[Any, list[Any], list[Any], Any]] = {}
         self.left: list[nn.Module] = []
+        self.escaped = False  # a forward has been caught outside of it: the model runs as it is
+        self.trusted = False  # a forward has been watched since something changed
         self.lock = threading.RLock()  # of all below
         self.refresh()
 
@@ -156,9 +198,43 @@ class Replica:
         self._seen: dict[tuple[int, int, bool], tuple[Any, Any]] = {}
         self._open: set[int] = set()  # what is being replaced
         self.left = []
-        self.call = self._replaced(self.model, DEPTH, objects=True)
+        # Twins do not serve this model, or somebody's hook on all modules would be given them.
+        self.as_it_is = self.escaped or _others_watch()
+        if self.as_it_is:
+            self.call = self.model
+            self.left.extend(modules_in(self.model))
+        else:
+            self.call = self._replaced(self.model, DEPTH, objects=True)
         self.originals = {id(twin.twin): twin.original for twin in self.twins.values()}
         self._before, self._made_before, self._seen = {}, {}, {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """``call``, inside of ``run()``. The first time since something changed it is watched, and
+        gives way to the model itself where it leads there by another way."""
+        if not self.trusted:
+            try:
+                with self._watched():
+                    output = self.call(*args, **kwargs)
+                self.trusted = True
+                return output
+            except Escaped:
+                with self.lock:  # and what that forward has written to the twins is forgotten
+                    self.escaped = self.trusted = True
+                    self.refresh()
+        if not self.as_it_is:
+            return self.call(*args, **kwargs)
+        with eval_mode(self.left):
+            return self.model(*args, **kwargs)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        left = {id(part) for module in self.left for part in module.modules()}
+        watch = _Watch({id(twin.original) for twin in self.modules()} - left)
+        handle = register_module_forward_pre_hook(watch)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def modules(self) -> list[Twin]:
         return [twin for twin in self.twins.values() if twin.is_module]
@@ -259,7 +335,7 @@ class Replica:
         others = {name: self._replaced(held[name], DEPTH, objects=True) for name in twin.deep}
         for name in _HOOKS:
             hooks = held.get(name)
-            others[name] = self._replaced(hooks, DEPTH, objects=True) if hooks else hooks
+            others[name] = twin.hooks_of(name, hooks) if hooks else hooks
             twin.hooked |= others[name] is not hooks
         children = {
             name: None if child is None else self._twin_of(child)
@@ -267,6 +343,7 @@ class Replica:
         }
         if fresh or not twin.has(others, children):
             twin.set(held | others, children)
+            self.trusted = False
         return twin.twin
 
     def _start(self, original: Any) -> Twin | None:
@@ -291,6 +368,23 @@ class Replica:
         for twin in self.twins.values():
             if twin.changed():
                 twin.write_back(self._original_of)
+            self._write_back_containers(twin)
+        for value, _, replaced, made in self.made.values():
+            if isinstance(value, list | dict):
+                now = list(made) if isinstance(made, list) else [*made, *made.values()]
+                if not _same(now, replaced):
+                    _fill(value, [self._original_of(part) for part in now])
+                    replaced[:] = now
+
+    def _write_back_containers(self, twin: Twin) -> None:
+        """Put originals in the place of twins that a forward has put into the model's own lists and
+        dicts."""
+        for name in twin.deep:
+            value = vars(twin.original).get(name)
+            if type(value) in (list, dict):
+                now = list(value) if isinstance(value, list) else [*value, *value.values()]
+                if any(id(part) in self.originals for part in now):
+                    _fill(value, [self._original_of(part) for part in now])
 
     def forget(self) -> None:
         """Hold nothing alive that a forward has written."""
@@ -311,11 +405,39 @@ class Replica:
         return value if _same(parts, replaced) else make(replaced)
 
 
+def _fill(value: Any, parts: list[Any]) -> None:
+    """Make these the items of a list, or the keys and then the values of a dict."""
+    if isinstance(value, list):
+        value[:] = parts
+    else:
+        half = len(parts) // 2
+        _update(value, dict(zip(parts[:half], parts[half:], strict=True)))
+
+
 @contextmanager
-def replica_of(model: Any) -> Iterator[Any]:
+def replica_of(model: Any) -> Iterator[Replica]:
     """The model's replica, to be called inside."""
-    with Replica(model).run() as call:
-        yield call
+    replica = Replica(model)
+    with replica.run():
+        yield replica
+
+
+@contextmanager
+def twin_of(module: nn.Module) -> Iterator[nn.Module]:
+    """A module's twin, to try things on that change it; the module itself if it can have none."""
+    with Replica(module).run() as twin:
+        yield twin
+
+
+def _others_watch() -> bool:
+    """Whether there are hooks on all modules beside ours. Private to PyTorch: without the names it
+    keeps them under, none are seen."""
+    hooks = [
+        hook
+        for name in ("_global_forward_pre_hooks", "_global_forward_hooks")
+        for hook in list(getattr(torch_modules, name, {}).values())
+    ]
+    return not all(isinstance(hook, _Watch) for hook in hooks)
 
 
 def _can_have_a_twin(value: Any) -> bool:

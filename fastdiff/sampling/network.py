@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.models.eval_mode import eval_mode
 from fastdiff.models.layouts import plain_convolutions
 from fastdiff.models.opening import modules_in
 from fastdiff.models.replica import Replica
@@ -58,11 +59,20 @@ class Network:
         if plain and parameter is not None and parameter.dtype != x.dtype:
             x = x.to(parameter.dtype)
         with self.autocast(x.device):
-            output = self.call(x, timesteps, **kwargs)
+            output = self._run(x, timesteps, kwargs)
         if self.watched:
             with self.lock:
                 self.replica.write_back()
         return output if isinstance(output, Tensor) else getattr(output, "sample", output)
+
+    def _run(self, x: Tensor, timesteps: Tensor, kwargs: Mapping[str, Any]) -> Any:
+        if not self.compiles:
+            return self.replica(x, timesteps, **kwargs)
+        if not self.replica.trusted:  # nobody sees where compiled code leads: once as it is
+            self.replica(x, timesteps, **kwargs)
+            self._make_callable()
+        with eval_mode(self.replica.left):
+            return self.call(x, timesteps, **kwargs)
 
     def attributes(self) -> tuple[Any, ...]:
         """The values of the modules' Python attributes, to be compared with ``==``."""

@@ -53,12 +53,12 @@ def measure_nll(
     generator = torch.Generator(device).manual_seed(config.seed)
     terms: list[dict[str, Tensor]] = []
     left = min(config.nll_images, len(dataset))
-    with replica_of(model) as model:
+    with replica_of(model) as network:
         for batch, labels in iterate_once(dataset, min(batch_size, left)):
             x_start = to_float(batch[:left].to(device))
             kwargs = {} if model.num_classes is None else {"y": labels[:left].to(device)}
             terms.append(
-                process.calc_bpd_loop(model, x_start, model_kwargs=kwargs, generator=generator)
+                process.calc_bpd_loop(network, x_start, model_kwargs=kwargs, generator=generator)
             )
             left -= len(x_start)
             if left <= 0:
