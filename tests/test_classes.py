@@ -163,6 +163,8 @@ def test_evaluate_matches_samples_to_real_images_by_name(tmp_path, monkeypatch):
         (["10"], ["0", "1", "10"], [2]),
         (["name:2,number:2"], ["0", "2", "1"], [1, 2]),
         (["name:b"], ["a", "name:b", "c"], [1]),
+        (["cafe\u0301,name:the\u0301"], ["caf\u00e9", "th\u00e9", "x"], [0, 1]),
+        (["caf\u00e9"], ["tea", "cafe\u0301", "x"], [1]),
         (['" spaced",b"'], [" spaced", 'b"', "c"], [0, 1]),
     ],
 )

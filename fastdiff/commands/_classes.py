@@ -9,6 +9,7 @@ stands in double quotes, or alone in its option.
 import csv
 from collections.abc import Sequence
 
+from fastdiff.data.classes import form
 from fastdiff.data.text import listed, shown
 from fastdiff.errors import InputError
 from fastdiff.models.checkpoint import Checkpoint
@@ -42,8 +43,9 @@ def choose_classes(
         if texts is not None:
             raise InputError(f"--classes {','.join(texts)} for a network without classes")
         return []
-    known = {name: number for number, name in enumerate(names or [])}
-    if texts is None or (list(texts) == [ALL] and ALL not in known):
+    known = {form(name): number for number, name in enumerate(names or [])}
+    texts = None if texts is None else [form(text) for text in texts]
+    if texts is None or (texts == [ALL] and ALL not in known):
         return list(range(count))
     return [_number(word, count, known) for text in texts for word in _words(text, known)]
 
