@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from fastdiff.data.classes import form
 from fastdiff.data.text import listed, shown
 from fastdiff.errors import InputError
+from fastdiff.images import repeated
 from fastdiff.models.checkpoint import Checkpoint
 
 ALL = "all"
@@ -27,7 +28,13 @@ def class_names(checkpoint: Checkpoint) -> list[str] | None:
             f"{checkpoint.path}: info.class_names is {names!r:.60}, expected a name for each of "
             f"the network's {count} classes"
         )
-    return [str(name) for name in names]
+    names = [str(name) for name in names]
+    if (twice := repeated(names)) is not None:
+        raise InputError(
+            f"{checkpoint.path}: info.class_names holds {twice!r:.60} twice, expected another name "
+            "for every class"
+        )
+    return names
 
 
 def choose_classes(
