@@ -90,7 +90,11 @@ def test_one_reading(paths, way, names):
         # Classes below a level that says nothing.
         (
             "batch_0/images/cat/0.png batch_0/images/dog/1.png batch_1/images/cat/2.png",
-            ["batch_0, batch_1", "parents (cat 2, dog 1)", "--labels folders or --labels parents"],
+            [
+                "(batch_0 2, batch_1 1)",
+                "parents (cat 2, dog 1)",
+                "--labels folders or --labels parents",
+            ],
         ),
         (
             "x/images/cat/0.png y/images/dog/1.png",

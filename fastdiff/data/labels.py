@@ -58,8 +58,7 @@ def read_labels(
 
     Otherwise, of the readings that give every image a class:
 
-    - the folders are splits (``train`` and ``val``), or all of them may be splits or shards
-      (``x_train`` and ``x_test``, ``part1`` and ``part2``): refused, whatever else there is;
+    - the folders are splits (``train`` and ``val``): refused, whatever else there is;
     - some images lie in sub-folders and some do not: refused, unless the folders say what the
       prefixes say;
     - two that differ: refused. A single prefix (``IMG_1.png``), a single deeper level
@@ -68,6 +67,8 @@ def read_labels(
       split (``train/cat_0.png``). Any other single folder is a class. Where some images lie
       deeper than others (``a/cat/0.png a/dog/1.png b/2.png``), the folders of those count;
     - the parents alone, and some images lie deeper than others: refused;
+    - all classes may be splits or shards (``x_train`` and ``x_test``, ``part1`` and ``part2``):
+      refused;
     - classes whose names differ in case alone: refused;
     - one: taken.
     """
@@ -83,7 +84,7 @@ def read_labels(
             return fitting[0]
     rivals = _different([r for r in readings.values() if _is_labelling(r, paths)])
     folders = readings.get("folders")
-    if folders and _parts_of_a_set(folders):
+    if folders and len(_splits(folders.names)) >= 2:
         return Refusal(_about_parts(folders, rivals))
     uneven = folders is not None and len(set(map(len, paths))) > 1
     if len(rivals) > 1 or (uneven and rivals and rivals[0].way == "parents"):
