@@ -8,6 +8,7 @@ into it, so a reader never meets half a file and a full disk leaves the older on
 import json
 import math
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,6 +152,7 @@ def write_samples(
         arrays.append(numbers.astype(np.int64))
         if class_names is not None:
             named["class_names"] = np.array(class_names, dtype=np.str_)
+            _check_class_names(named["class_names"], numbers, "class_names")
     file = Path(path)
     if file.suffix != ".npz":
         file = file / samples_file_name(images.shape)
@@ -353,6 +355,19 @@ def _check_class_names(array: np.ndarray, labels: np.ndarray | None, name: str) 
             f"{name}: {array.dtype} {array.shape}, expected a string for every class number, "
             f"0 to {highest}"
         )
+    if (twice := repeated(list(map(str, array)))) is not None:
+        raise InputError(f"{name} holds {twice!r:.60} twice, expected another name for every class")
+
+
+def repeated(names: Sequence[str]) -> str | None:
+    """A name that stands in the list more than once, in whatever form of Unicode."""
+    seen = set()
+    for name in names:
+        form = unicodedata.normalize("NFC", name)
+        if form in seen:
+            return name
+        seen.add(form)
+    return None
 
 
 def _save_png(array: np.ndarray, path: Path) -> Path:

@@ -11,7 +11,7 @@ from training_tools import make_dataset, make_trainer
 
 from fastdiff.cli import main
 from fastdiff.commands import evaluate
-from fastdiff.commands._classes import choose_classes
+from fastdiff.commands._classes import choose_classes, class_names
 from fastdiff.create import create_diffusion
 from fastdiff.data import ArrayDataset, load_dataset, match_classes
 from fastdiff.errors import InputError
@@ -111,6 +111,23 @@ def test_samples_record_their_classes_beside_the_published_arrays(tmp_path):
         load_dataset(tmp_path / "b.npz")
 
 
+def test_a_name_stands_for_one_class(tmp_path):
+    pixels, labels = np.zeros((2, 8, 8, 1), np.uint8), np.array([2, 0])
+    for names in (["cow", "bee", "bee"], ["caf\u00e9", "tea", "cafe\u0301"]):
+        np.savez(tmp_path / "a.npz", pixels, labels, class_names=np.array(names))
+        for read in (read_samples, load_dataset):
+            with pytest.raises(InputError, match=r"class_names holds '(bee|cafe.)' twice"):
+                read(tmp_path / "a.npz")
+        with pytest.raises(InputError, match=r"class_names holds .* twice"):
+            save_samples_npz(tmp_path / "b.npz", pixels, labels, names)
+        checkpoint = argparse.Namespace(
+            path="it", info={"class_names": names}, model=argparse.Namespace(num_classes=3)
+        )
+        with pytest.raises(InputError, match=r"it: info.class_names holds .* twice"):
+            class_names(checkpoint)
+    assert not (tmp_path / "b.npz").exists()
+
+
 def evaluated_labels(samples, data, monkeypatch, *options):
     """The labels that ``fastdiff evaluate`` hands on, or the error it raises."""
     seen = {}
@@ -126,6 +143,30 @@ def evaluated_labels(samples, data, monkeypatch, *options):
     with pytest.raises(InputError) as caught:
         evaluate.run(parser.parse_args(words))
     return seen.get("labels", str(caught.value))
+
+
+def test_evaluate_says_where_it_matches_by_number(tmp_path, monkeypatch, capsys):
+    pixels = np.zeros((2, 8, 8, 1), np.uint8)
+    real = folder_of(tmp_path / "real", "ant/0.png", "bee/1.png", "cow/2.png")
+    counted = folder_of(tmp_path / "counted", "0/0.png", "1/1.png", "2/2.png")
+    sorted_names = folder_of(tmp_path / "sorted", *(f"{i}/{i}.png" for i in range(11)))
+
+    def outcome(data, *labels, names=None):
+        file = save_samples_npz(tmp_path / "s.npz", pixels, np.array(labels), names)
+        capsys.readouterr()
+        found = evaluated_labels(file, data, monkeypatch)
+        return found, "no names: matched by number" in capsys.readouterr().out
+
+    assert outcome(real, 0, 2) == ([0, 2], True)
+    assert outcome(real, 0, 2, names=ANIMALS) == ([0, 2], False)
+    assert outcome(counted, 0, 2) == ([0, 2], False)
+    same = save_samples_npz(tmp_path / "same.npz", pixels, np.array([0, 1]))
+    assert outcome(same, 1, 0) == ([1, 0], False)
+    error, _ = outcome(real, 0, 3)
+    assert error == "--samples has the label 3; --data has 3 classes, 0 to 2"
+    assert "has the label 2" in outcome(same, 0, 2)[0]
+    assert "has the label -1" in outcome(real, 0, -1, names=ANIMALS)[0]
+    assert "10 could mean either" in outcome(sorted_names, 0, 2)[0]
 
 
 def test_evaluate_matches_samples_to_real_images_by_name(tmp_path, monkeypatch):
@@ -163,6 +204,8 @@ def test_evaluate_matches_samples_to_real_images_by_name(tmp_path, monkeypatch):
         (["10"], ["0", "1", "10"], [2]),
         (["name:2,number:2"], ["0", "2", "1"], [1, 2]),
         (["name:b"], ["a", "name:b", "c"], [1]),
+        (["cafe\u0301,name:the\u0301"], ["caf\u00e9", "th\u00e9", "x"], [0, 1]),
+        (["caf\u00e9"], ["tea", "cafe\u0301", "x"], [1]),
         (['" spaced",b"'], [" spaced", 'b"', "c"], [0, 1]),
     ],
 )

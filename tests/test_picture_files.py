@@ -46,6 +46,30 @@ def png(width, height, *chunks):
 # --- EXIF -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize(
+    ("orientation", "turn"),
+    [
+        (5, lambda pixels: pixels.swapaxes(0, 1)),
+        (6, lambda pixels: np.rot90(pixels, -1)),
+        (7, lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1)),
+        (8, lambda pixels: np.rot90(pixels, 1)),
+    ],
+)
+def test_a_tiff_on_its_side(orientation, turn, compression, channels, tmp_path):
+    # Against numpy: Pillow's own reading of an uncompressed one is scrambled.
+    pixels = np.arange(12 * 20 * channels, dtype=np.uint16).astype(np.uint8)
+    pixels = pixels.reshape(12, 20, channels)
+    picture = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
+    picture.save(tmp_path / "a.tif", exif=exif(orientation), compression=compression)
+    dataset = load_dataset(tmp_path, channels=channels)
+    assert dataset.image_size == (20, 12)
+    assert np.array_equal(dataset[0][0].permute(1, 2, 0).numpy(), turn(pixels))
+    square = load_dataset(tmp_path, image_size=12, channels=channels)[0][0]
+    assert np.array_equal(square.permute(1, 2, 0).numpy(), turn(pixels)[4:16])
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_stand_upright(orientation, suffix, tmp_path):

@@ -9,8 +9,10 @@ stands in double quotes, or alone in its option.
 import csv
 from collections.abc import Sequence
 
+from fastdiff.data.classes import form
 from fastdiff.data.text import listed, shown
 from fastdiff.errors import InputError
+from fastdiff.images import repeated
 from fastdiff.models.checkpoint import Checkpoint
 
 ALL = "all"
@@ -26,7 +28,13 @@ def class_names(checkpoint: Checkpoint) -> list[str] | None:
             f"{checkpoint.path}: info.class_names is {names!r:.60}, expected a name for each of "
             f"the network's {count} classes"
         )
-    return [str(name) for name in names]
+    names = [str(name) for name in names]
+    if (twice := repeated(names)) is not None:
+        raise InputError(
+            f"{checkpoint.path}: info.class_names holds {twice!r:.60} twice, expected another name "
+            "for every class"
+        )
+    return names
 
 
 def choose_classes(
@@ -42,8 +50,9 @@ def choose_classes(
         if texts is not None:
             raise InputError(f"--classes {','.join(texts)} for a network without classes")
         return []
-    known = {name: number for number, name in enumerate(names or [])}
-    if texts is None or (list(texts) == [ALL] and ALL not in known):
+    known = {form(name): number for number, name in enumerate(names or [])}
+    texts = None if texts is None else [form(text) for text in texts]
+    if texts is None or (texts == [ALL] and ALL not in known):
         return list(range(count))
     return [_number(word, count, known) for text in texts for word in _words(text, known)]
 

@@ -68,18 +68,28 @@ def run(args: argparse.Namespace) -> int:
 def _labels(samples: Samples, dataset: ImageDataset) -> np.ndarray | None:
     """The classes the samples were asked to show, numbered as the real images' are.
 
-    By name where the file has names (`sample` writes them) and the real images too; otherwise the
-    numbers stand for themselves.
+    By name where the file has names (`sample` writes them) and the real images too. The numbers
+    of a file without names stand for themselves, if there are so many classes; where the real
+    images have names that this leaves unsaid, a line says so.
     """
-    labels, names = samples.labels, samples.class_names
-    if labels is None or names is None or dataset.class_names is None:
+    labels, names, known = samples.labels, samples.class_names, dataset.class_names
+    if labels is None or known is None:
         return labels
+    found = numbers(len(known)) if names is None else names
+    if len(wrong := labels[(labels < 0) | (labels >= len(found))]):
+        whose = "--data has" if names is None else "--samples names"
+        raise InputError(
+            f"--samples has the label {wrong[0]}; {whose} {len(found)} classes, 0 to "
+            f"{len(found) - 1}"
+        )
     mapping = renumber(
-        names,
-        dataset.class_names,
+        found,
+        known,
         np.unique(labels),
-        by_number=dataset.numbered and names != numbers(len(names)),
+        by_number=names is None or (dataset.numbered and names != numbers(len(names))),
         ours="--samples",
         theirs="--data",
     )
+    if names is None and known != found:
+        print("labels of --samples have no names: matched by number", flush=True)
     return mapping[labels]

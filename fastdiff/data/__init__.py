@@ -61,8 +61,9 @@ def load_dataset(
         image is greyscale and 3 otherwise (an alpha channel is dropped, as published).
     cache_bytes: a folder whose decoded images fit is kept in memory after the first read.
     labels: what a folder's classes are read from: ``"folders"`` (the first level),
-        ``"subfolders"`` (the second) or ``"prefixes"`` (file names before "_"). None takes the
-        one reading there is, and refuses where there are two (``fastdiff.data.labels``).
+        ``"subfolders"`` (the second), ``"parents"`` (the folder that an image lies in) or
+        ``"prefixes"`` (file names before "_"). None takes the one reading there is, and refuses
+        where there are two (``fastdiff.data.labels``).
     known_classes: names of a network's classes, which choose a reading where there are two. The
         labels keep the data's own numbers; ``match_classes`` brings them to the network's.
     skip_broken: leave out a folder's files that cannot be used, which ``describe()`` counts and

@@ -73,8 +73,8 @@ def renumber(
     if by_number:
         _check_by_number(found, known, ours, theirs)
         return np.arange(len(found))
-    places = {_form(name): number for number, name in enumerate(known)}
-    mapping = np.array([places.get(_form(name), -1) for name in found], dtype=np.int64)
+    places = {form(name): number for number, name in enumerate(known)}
+    mapping = np.array([places.get(form(name), -1) for name in found], dtype=np.int64)
     if unknown := [shown(found[i]) for i in used if mapping[i] < 0]:
         raise InputError(
             f"{ours} has classes that {theirs} does not know: {listed(unknown, 4)}; "
@@ -99,6 +99,6 @@ def _check_by_number(found: Sequence[str], known: Sequence[str], ours: str, thei
                 )
 
 
-def _form(name: str) -> str:
+def form(name: str) -> str:
     """One of the ways in which Unicode writes the same name."""
     return unicodedata.normalize("NFC", name)

@@ -19,7 +19,7 @@ class ImageDataset:
     image_size: (H, W). channels: C. num_classes, class_names: None without labels.
     labels: int64 array (N,), or None. random_flip: the default of a BatchStream over the set.
     numbered: the classes have numbers alone; class_names repeats them.
-    reading: how a folder's classes were read: "folders", "subfolders" or "prefixes".
+    reading: how a folder's classes were read: one of ``labels.WAYS``.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
     folders      the first-level sub-folder     cat/0.png
     subfolders   the second-level sub-folder    part0/cat/0.png
+    parents      the folder an image lies in    part0/images/cat/0.png, however deep
     prefixes     the file's name before "_"     cat_0.png (improved-diffusion's rule)
 
 Nothing here touches the disk: paths in, one reading or a refusal out.
@@ -15,12 +16,14 @@ from dataclasses import dataclass
 
 from fastdiff.data.text import listed, plain, shown
 
-WAYS = ("folders", "subfolders", "prefixes")
-SPLIT = re.compile(
+WAYS = ("folders", "subfolders", "parents", "prefixes")
+SPLIT = (
     r"(train|training|val|valid|validation|dev|test|testing|eval|evaluation|holdout)"
-    r"([-_ ]?(set|data|images|[ab]|\d+))?",  # trainA and testB, val2017
-    re.IGNORECASE,
+    r"([-_ ]?(set|data|images|[ab]|\d+))?"  # trainA and testB, val2017
 )
+SHARD = r"(part|shard|batch|fold|chunk|split)[-_ ]?\d+([-_ ]?of[-_ ]?\d+)?"
+IS_SPLIT = re.compile(SPLIT, re.IGNORECASE)
+MAY_BE_PART = re.compile(rf"(.*[-_ ])?({SPLIT}|{SHARD})", re.IGNORECASE | re.DOTALL)
 
 Parts = tuple[str, ...]  # a path below the data's root: folders, then the file's name
 
@@ -51,17 +54,21 @@ def read_labels(
 
     way: the reading that was asked for, which counts if it gives every image a class.
     known: class names that a network has. Where several readings exist and the names of one
-        alone are all known, that is the one.
+        alone are all known, that is the one; of several such, the one that has all of them.
 
     Otherwise, of the readings that give every image a class:
 
     - the folders are splits (``train`` and ``val``): refused, whatever else there is;
     - some images lie in sub-folders and some do not: refused, unless the folders say what the
       prefixes say;
-    - two that differ: refused. A single prefix (``IMG_1.png``), a single second level
-      (``cat/images/1.png``) and a second level or prefixes of splits (``cat/train/1.png``) are
+    - two that differ: refused. A single prefix (``IMG_1.png``), a single deeper level
+      (``cat/images/1.png``) and a deeper level or prefixes of splits (``cat/train/1.png``) are
       no classes and stand against nothing; nor does a single first-level folder called like a
-      split (``train/cat_0.png``). Any other single folder is a class;
+      split (``train/cat_0.png``). Any other single folder is a class. Where some images lie
+      deeper than others (``a/cat/0.png a/dog/1.png b/2.png``), the folders of those count;
+    - the parents alone, and some images lie deeper than others: refused;
+    - all classes may be splits or shards (``x_train`` and ``x_test``, ``part1`` and ``part2``):
+      refused;
     - classes whose names differ in case alone: refused;
     - one: taken.
     """
@@ -71,16 +78,21 @@ def read_labels(
     if known:
         names = {unicodedata.normalize("NFC", name) for name in known}
         fitting = _different([r for r in readings.values() if names.issuperset(r.names)])
+        if len(fitting) > 1:
+            fitting = [r for r in fitting if names.issubset(r.names)]
         if len(fitting) == 1:
             return fitting[0]
-    rivals = _different([r for r in readings.values() if _is_labelling(r)])
+    rivals = _different([r for r in readings.values() if _is_labelling(r, paths)])
     folders = readings.get("folders")
-    if folders and _splits(folders) >= 2:
-        return Refusal(_about_splits(folders, rivals))
-    if len(rivals) > 1:
+    if folders and len(_splits(folders.names)) >= 2:
+        return Refusal(_about_parts(folders, rivals))
+    uneven = folders is not None and len(set(map(len, paths))) > 1
+    if len(rivals) > 1 or (uneven and rivals and rivals[0].way == "parents"):
+        depths = "images lie at different depths, and " if uneven else ""
+        choices = rivals if len(rivals) > 1 or folders is None else [folders, *rivals]
         return Refusal(
-            f"the classes can be read in several ways: from {' or from '.join(map(str, rivals))}; "
-            f"choose with {_flags(rivals)}"
+            f"{depths}the classes can be read in several ways: from "
+            f"{' or from '.join(map(str, choices))}; choose with {_flags(choices)}"
         )
     reading = rivals[0] if rivals else readings.get("prefixes")
     if reading is None:
@@ -91,8 +103,8 @@ def read_labels(
             f"open what the classes are: give them all folders, or take {reading} with "
             "--labels prefixes"
         )
-    if _splits(reading) >= 2:
-        return Refusal(_about_splits(reading, [reading]))
+    if _parts_of_a_set(reading):
+        return Refusal(_about_parts(reading, [reading]))
     if pair := _same_but_for_case(reading.names):
         return Refusal(
             f"the classes '{plain(pair[0])}' and '{plain(pair[1])}' differ in case alone: rename "
@@ -116,22 +128,36 @@ def _class(parts: Parts, way: str) -> str:
     if way == "prefixes":
         prefix, underscore, _ = parts[-1].partition("_")
         name = prefix if underscore else ""
+    elif way == "parents":
+        name = parts[-2] if len(parts) > 1 else ""
     else:
         level = WAYS.index(way)
         name = parts[level] if len(parts) > level + 1 else ""
     return unicodedata.normalize("NFC", name)
 
 
-def _is_labelling(reading: Reading) -> bool:
+def _is_labelling(reading: Reading, paths: Sequence[Parts]) -> bool:
     """Whether it says something by itself, with no one asking for it."""
-    classes, splits = len(set(reading.names)), _splits(reading)
+    names = set(reading.names)
     if reading.way == "folders":
-        return classes > 1 or not splits
-    return classes > 1 and splits < classes
+        return len(names) > 1 or not _splits(names)
+    if reading.way == "parents":
+        shallowest, deepest = min(map(len, paths)), max(map(len, paths))
+        pairs = zip(reading.names, paths, strict=True)
+        names = {n for n, parts in pairs if len(parts) > shallowest or shallowest == deepest}
+    return len(names) > 1 and len(_splits(names)) < len(names)
 
 
-def _splits(reading: Reading) -> int:
-    return sum(1 for name in set(reading.names) if SPLIT.fullmatch(name))
+def _splits(names: Collection[str]) -> list[str]:
+    return sorted(name for name in set(names) if IS_SPLIT.fullmatch(name))
+
+
+def _parts_of_a_set(reading: Reading) -> list[str]:
+    """Those of its names that look like parts of a data set and not like classes."""
+    names = sorted(set(reading.names))
+    if len(splits := _splits(names)) >= 2:
+        return splits
+    return names if len(names) > 1 and all(map(MAY_BE_PART.fullmatch, names)) else []
 
 
 def _different(readings: Sequence[Reading]) -> list[Reading]:
@@ -166,10 +192,10 @@ def _flags(readings: Sequence[Reading]) -> str:
     return " or ".join(f"--labels {reading.way}" for reading in readings)
 
 
-def _about_splits(splits: Reading, rivals: Sequence[Reading]) -> str:
-    names = sorted({name for name in splits.names if SPLIT.fullmatch(name)})
-    choices = list(rivals) if splits in rivals else [splits, *rivals]
-    first = f" (its folder '{shown(names[0])}')" if splits.way == "folders" else ""
+def _about_parts(reading: Reading, rivals: Sequence[Reading]) -> str:
+    names = _parts_of_a_set(reading)
+    choices = list(rivals) if reading in rivals else [reading, *rivals]
+    first = f" (its folder '{shown(names[0])}')" if reading.way == "folders" else ""
     return (
         f"{listed([shown(name) for name in names], 4)} are called like the parts of a data set, "
         f"not like classes: give one part{first} as the data, or take the classes from "
@@ -194,6 +220,7 @@ def _missing(paths: Sequence[Parts], way: str) -> str:
     wanted = {
         "folders": "lies in no sub-folder",
         "subfolders": "lies in no sub-folder of a sub-folder",
+        "parents": "lies in no sub-folder",
         "prefixes": "has no name that starts with a class and '_'",
     }
     return f"--labels {way}: '{plain('/'.join(without))}' {wanted[way]}"

@@ -72,7 +72,7 @@ def _opened(file: Path, max_pixels: int | None) -> Iterator[tuple[Any, BinaryIO]
     pillow = require("PIL.Image", "train")
     with file.open("rb") as stream:
         try:
-            image = _identify(pillow, stream, str(file))
+            image = _identify(pillow, stream)
         except pillow.DecompressionBombError as error:
             raise InputError(
                 f"'{plain(file)}' is larger than Pillow lets its format be ({error}): set "
@@ -88,8 +88,12 @@ def _opened(file: Path, max_pixels: int | None) -> Iterator[tuple[Any, BinaryIO]
         yield image, stream
 
 
-def _identify(pillow: Any, stream: BinaryIO, name: str) -> Any:
-    """What ``Image.open`` does, without its limit."""
+def _identify(pillow: Any, stream: BinaryIO) -> Any:
+    """What ``Image.open`` does, without its limit.
+
+    Pillow is not told the file's name: it would map uncompressed pixels into memory by it, and
+    those of a TIFF on its side with the width and height exchanged, which scrambles them.
+    """
     pillow.preinit()
     pillow.init()
     prefix = stream.read(16)
@@ -102,7 +106,7 @@ def _identify(pillow: Any, stream: BinaryIO, name: str) -> Any:
             continue
         stream.seek(0)
         try:
-            return factory(stream, name)
+            return factory(stream, "")
         except (SyntaxError, IndexError, TypeError, struct.error):
             continue  # another kind of file
     raise ValueError("no kind of image that Pillow knows")
