@@ -119,3 +119,11 @@ def test_numbers_that_are_no_weights(tmp_path):
         safetensors.torch.save_file(rounded, file)
         found = load(path).model.state_dict()
         assert all(torch.equal(found[name], rounded[name].float()) for name in state)
+
+
+def test_checkpoints_of_another_program_are_no_run(tmp_path):
+    folder = tmp_path / "lightning" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "epoch=1.ckpt").write_bytes(b"x")
+    refused(folder.parent, "it has no config.json")
+    refused(folder, "fastdiff convert --model", "epoch=1.ckpt makes one of weights")

@@ -324,6 +324,10 @@ def test_averages_lie_where_the_network_does_unless_said(folder, capsys):
     assert "3 --ema-key for 2 --ema" in message
     message = refused(capsys, *FLAGS, "--ema-key", "ema", "--out", "third", model=names[2])
     assert "1 --ema-key for 0 --ema" in message
+    twice = ["--ema", names[1], "--ema", names[1], "--ema-rate", "0.9", "--ema-rate", "0.99"]
+    prefixes = ["--ema-strip", "module", "--ema-strip", "module."]
+    message = refused(capsys, *flags[:-4], *twice, *prefixes, "--out", "third", model=names[0])
+    assert "two --ema are the same average of ema_0.9_000100.pt" in message
 
 
 @pytest.mark.parametrize(

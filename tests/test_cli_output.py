@@ -15,7 +15,9 @@ from parts_tools import SMALL, save_network
 from fastdiff import cli
 from fastdiff.commands import _processes
 from fastdiff.commands._output import safe_output
+from fastdiff.errors import InputError
 from fastdiff.images import save_samples_npz
+from fastdiff.training.metrics import open_tensorboard
 
 ENCODINGS = ["ascii", "latin-1", "cp1252", "utf-8"]
 
@@ -241,3 +243,17 @@ def test_one_process_of_torchrun_and_info(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "four")
     assert cli.main(["nll", "--checkpoint", "c", "--data", "digits"]) == 2
     assert "WORLD_SIZE is 'four', expected a number" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_help_that_could_not_be_written_is_no_success():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "fastdiff", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and "standard output could not be written" in done.stderr
+
+
+def test_a_run_whose_name_is_no_text(tmp_path):
+    (folder := tmp_path / os.fsdecode(b"q\xff")).mkdir()
+    with pytest.raises(InputError, match="TensorBoard cannot write .* --no-tensorboard"):
+        open_tensorboard(folder, 0)

@@ -24,7 +24,9 @@ from training_tools import (
 from fastdiff import cli
 from fastdiff.errors import InputError
 from fastdiff.models import checkpoint
+from fastdiff.models.averages import start_share
 from fastdiff.models.diffusers_format import save_unet
+from fastdiff.models.ema import EMA
 from fastdiff.models.run_directory import identify, list_checkpoints
 from fastdiff.training import TrainConfig, Trainer
 
@@ -74,6 +76,14 @@ FOREIGN = {
     "metrics": (holding("metrics.jsonl", '{"epoch": 1}\n'), "holds 'metrics.jsonl'"),
     "other checkpoints": (holding("checkpoints/epoch_1/model.pt", "PK"), "holds 'checkpoints'"),
     "hidden": (holding(".git/HEAD", "ref"), "holds '.git'"),
+    "steps of another logger": (
+        holding("metrics.jsonl", '{"step": 1, "val_acc": 0.1}\n'),
+        "holds 'metrics.jsonl'",
+    ),
+    "steps of another program": (
+        holding("checkpoints/step_00005000/weights.msgpack", "w"),
+        "holds 'checkpoints'",
+    ),
 }
 
 
@@ -150,6 +160,37 @@ def test_a_checkpoint_of_a_run_names_its_run(run):
     path = list_checkpoints(run)[-1]
     with pytest.raises(InputError, match=f"to resume its run, name the run's folder, '{run}'"):
         resume_trainer(path)
+
+
+def test_the_checkpoints_of_a_run_are_a_part_of_it(run):
+    with pytest.raises(InputError, match="is a part of the run .*: name the run's folder"):
+        Trainer.resume(run / "checkpoints", make_dataset())
+
+
+def test_a_link_to_a_checkpoint_stays_a_link(tmp_path):
+    make_checkpoint(tmp_path / "one")
+    (tmp_path / "link").symlink_to("one")
+    checkpoint.save(tmp_path / "link", make_model(), step=7)
+    assert (tmp_path / "link").is_symlink() and checkpoint.load(tmp_path / "one").step == 7
+
+
+def test_a_young_average_to_begin_with_is_said(tmp_path):
+    make_trainer(tmp_path / "run", steps=2, ema=(0.999,), ema_warmup=False).fit()
+    config = TrainConfig(**SETTINGS)
+    with pytest.warns(RuntimeWarning, match="after 2 steps it still holds 99.8 %.*--init-weights"):
+        Trainer.from_checkpoint(
+            tmp_path / "run", make_dataset(), config, tmp_path / "new", progress=False
+        )
+
+
+@pytest.mark.parametrize(("step", "share"), [(0, 1.0), (None, 0.0), (400, 0.999**400)])
+def test_how_much_of_the_start_an_average_holds(tmp_path, step, share):
+    """Without a step nobody knows how often averages that were made elsewhere were updated."""
+    averages = EMA(make_model(), [0.999])
+    averages.updates = step or 0
+    checkpoint.save(tmp_path / "one", make_model(), ema=averages, step=step)
+    assert start_share(checkpoint.load(tmp_path / "one")) == pytest.approx(share)
+    assert start_share(checkpoint.load(tmp_path / "one", weights="model")) == 0
 
 
 def test_save_does_not_replace_another_library_s_model(tmp_path):

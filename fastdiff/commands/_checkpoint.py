@@ -9,11 +9,9 @@ from pathlib import Path
 import torch
 
 from fastdiff.errors import InputError
+from fastdiff.models.averages import young_average
 from fastdiff.models.checkpoint import Checkpoint, load
-from fastdiff.models.ema import initial_share
 from fastdiff.training.checks import choose_device
-
-YOUNG = 0.01  # of an average: more than this of untrained weights shows
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,47 +63,11 @@ def image_size(checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def describe(checkpoint: Checkpoint) -> str:
-    """One line: which weights of which step, on what device; another if they are a young average's.
-
-    An average with a constant rate is full of the untrained weights it began with for some
-    3 / (1 − rate) steps, and such samples are noise.
-    """
+    """A line: which weights of which step, on what device; another for a young average's."""
     device = next(checkpoint.model.parameters()).device
     line = f"{checkpoint.path}: {_weights(checkpoint)}, on {device}"
-    share = start_share(checkpoint)
-    if share <= YOUNG:
-        return line
-    warm = "" if _warms_up(checkpoint) else ", or an average that warms up (train's default)"
-    return (
-        f"{line}\nwarning: EMA {checkpoint.weights} is too young: after {_updates(checkpoint)} "
-        f"steps it still holds {100 * share:.3g} % of the weights that the run began with; take "
-        f"--weights model or a lower rate{warm}"
-    )
-
-
-def start_share(checkpoint: Checkpoint) -> float:
-    """How much of the weights that its run began with is in the average that was loaded.
-
-    0 for what is no average or does not tell. Older checkpoints say nothing of averages, and
-    theirs had constant rates.
-    """
-    updates = _updates(checkpoint)
-    if checkpoint.weights == "model" or not updates:
-        return 0.0
-    return initial_share(checkpoint.weights, updates, warmup=_warms_up(checkpoint))
-
-
-def _warms_up(checkpoint: Checkpoint) -> bool:
-    return bool((checkpoint.config.get("averages") or {}).get("warmup", False))
-
-
-def _updates(checkpoint: Checkpoint) -> int:
-    """How often the averages were updated; 0 if that is not known."""
-    facts = checkpoint.config.get("averages")
-    if not isinstance(facts, dict):
-        return checkpoint.step or 0
-    updates = facts.get("updates")
-    return updates if isinstance(updates, int) else 0
+    warning = young_average(checkpoint, "--weights model")
+    return line if warning is None else f"{line}\nwarning: {warning}"
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

@@ -25,13 +25,18 @@ def safe_output() -> Iterator[None]:
     before = sys.stdout, sys.stderr
     streams = [_Stream(stream) for stream in before]
     sys.stdout, sys.stderr = streams  # type: ignore[assignment]
+    left = None
     try:
         yield
+    except SystemExit as error:  # argparse's, after a help that may be lost
+        left = error
     finally:
         for stream in streams:
             stream.close()
         sys.stdout, sys.stderr = before
     lost = streams[0].error
+    if left is not None and (left.code or lost is None or isinstance(lost, BrokenPipeError)):
+        raise left
     if lost is not None and not isinstance(lost, BrokenPipeError):
         raise OSError(f"standard output could not be written ({lost.strerror or lost})")
 

@@ -275,8 +275,17 @@ def places_of(
             )
         each[name] = values if len(values) == len(averages) else values * len(averages)
     ema_places = [{"key": k, "strip": s} for k, s in zip(each["key"], each["strip"], strict=True)]
-    for file, ema_place in zip(averages, ema_places, strict=True):
-        if ema_place == place and Path(file).resolve() == Path(given["model"]).resolve():
+    places = [
+        (Path(file).resolve(), where["key"], where["strip"].rstrip("."))
+        for file, where in zip([given["model"], *averages], [place, *ema_places], strict=True)
+    ]
+    for number, file in enumerate(averages):
+        if places[1 + number] in places[1 : 1 + number]:
+            raise InputError(
+                f"two --ema are the same average of {file}; give an --ema-key or --ema-strip for "
+                "each"
+            )
+        if places[1 + number] == places[0]:
             raise InputError(
                 f"--ema {file} is the file of the network; say with --ema-key or --ema-strip where "
                 "in it the average is"

@@ -113,7 +113,7 @@ def save(
             file has the name of one of the checkpoint's, or a value has no JSON form; nothing has
             changed.
     """
-    target = Path(os.path.abspath(directory))
+    target = Path(os.path.realpath(directory))
     check_target(target, strangers)
     network = unwrapped(model)
     if not isinstance(getattr(network, "config", None), dict):
@@ -215,7 +215,7 @@ def _checkpoint_in(path: Path) -> Path:
     found = list_checkpoints(run)
     if found:
         return found[-1]
-    if (run / CHECKPOINTS).is_dir() or identify(run).kind == "run":
+    if identify(run).kind == "run":
         raise InputError(f"{run} is a training run that has saved no checkpoint yet")
     return path
 

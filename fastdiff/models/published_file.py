@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fastdiff.errors import InputError, first_line
+from fastdiff.errors import InputError
 
 FIRST_WEIGHT = "time_embed.0.weight"  # of every such network
 OF_DIFFUSERS = "time_embedding.linear_1.weight"
@@ -167,4 +167,6 @@ def _unpickled(file: BinaryIO, name: str) -> Any:
                 "which could only be read by running its code; where it was written, save the "
                 "state_dict() alone"
             ) from error
-        raise InputError(f"{name} is not a PyTorch state dict ({first_line(error)})") from error
+        raise InputError(
+            f"{name} is not a PyTorch state dict: it is damaged, or another kind of file"
+        ) from error

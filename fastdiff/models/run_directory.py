@@ -22,6 +22,7 @@ RUN_KIND = "fastdiff run"  # what config.json says of itself; those of older ver
 _COMPLETE = re.compile(r"step_(\d{8,})")
 # The same, or what a process that was killed while saving or deleting one leaves.
 _OURS = re.compile(r"step_\d{8,}|\.step_\d{8,}\.(saving-.+|previous|deleting)")
+_OUR_LINE = re.compile(r'\{"step": \d+, "(grad_norm|bits_per_dim)": ')  # of metrics.jsonl
 _RUN_PARTS = {"train", "model", "diffusion", "info"}  # of a run's config.json
 _RUN_ENTRIES = {"checkpoints", "metrics.jsonl", "tensorboard", "samples", "loss_curve.png"}
 # What a run that was killed in its first moments leaves, and what a file system puts everywhere.
@@ -82,6 +83,9 @@ def require_run(path: str | os.PathLike[str], *, or_empty: bool = False) -> None
                 "Trainer.from_checkpoint), and a new folder for the run"
             )
         raise InputError(f"'{path}' {found.words}, not a training run, and is left alone; {remedy}")
+    run = Path(path).absolute().parent
+    if Path(path).name == "checkpoints" and identify(run).kind == "run":
+        raise InputError(f"'{path}' is a part of the run '{run}': name the run's folder")
     raise InputError(
         f"'{path}' {found.words} and nothing that shows it is a training run: it is left alone; "
         "choose a new or an empty folder"
@@ -141,7 +145,10 @@ def _is_run(folder: Path, names: set[str], config: dict[str, Any] | None) -> boo
         return True
     if names - {"config.json"} - _RUN_ENTRIES:
         return False
-    return _only_our_checkpoints(folder) or _has_our_metrics(folder / "metrics.jsonl")
+    root = folder / "checkpoints"
+    if root.is_dir() and any(root.iterdir()):
+        return _only_our_checkpoints(root)
+    return _has_our_metrics(folder / "metrics.jsonl")
 
 
 def _has_run_parts(config: dict[str, Any]) -> bool:
@@ -150,17 +157,22 @@ def _has_run_parts(config: dict[str, Any]) -> bool:
     return set(config) >= _RUN_PARTS and isinstance(train, dict) and set(train) >= known
 
 
-def _only_our_checkpoints(folder: Path) -> bool:
-    root = folder / "checkpoints"
-    entries = [entry.name for entry in root.iterdir()] if root.is_dir() else []
-    return bool(entries) and all(_OURS.fullmatch(name) for name in entries)
+def _only_our_checkpoints(root: Path) -> bool:
+    """By their names, which others use too, and by what a complete one holds."""
+    entries = list(root.iterdir())
+    parts = ("trainer.json", "model.safetensors")
+    return all(
+        _OURS.fullmatch(entry.name)
+        and (entry.name.startswith(".") or any((entry / part).is_file() for part in parts))
+        for entry in entries
+    )
 
 
 def _has_our_metrics(path: Path) -> bool:
-    """Whether the first line is a record of a step, or cut short in one."""
+    """Whether the first line is a record of a step, as we write it."""
     try:
         with open(path, encoding="utf-8") as file:
-            return file.readline(100).startswith('{"step": ')
+            return _OUR_LINE.match(file.readline(100)) is not None
     except (OSError, ValueError):
         return False
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastdiff.data import ImageDataset, match_classes
 from fastdiff.errors import InputError
+from fastdiff.models.averages import young_average
 from fastdiff.models.checkpoint import load
 from fastdiff.models.unet import UNet
 
@@ -21,12 +22,14 @@ class Init:
         info: the checkpoint's facts about its data.
         record: what the run's own record says of all this: {"checkpoint", "path", "weights",
             "step"}; "checkpoint" is what the user named, "path" the directory that was read.
+        warning: what is to be said of these weights, or None.
     """
 
     model: UNet
     diffusion: Any
     info: Mapping[str, Any]
     record: Mapping[str, Any]
+    warning: str | None
 
     @property
     def path(self) -> str:
@@ -45,7 +48,8 @@ def read_init(source: str | os.PathLike[str], weights: str | float = "ema") -> I
         "weights": loaded.weights,
         "step": loaded.step,
     }
-    return Init(loaded.model, loaded.diffusion, loaded.info, record)
+    warning = young_average(loaded, "--init-weights model")
+    return Init(loaded.model, loaded.diffusion, loaded.info, record, warning)
 
 
 def fit_to_init(init: Init, dataset: ImageDataset) -> ImageDataset:
@@ -89,10 +93,9 @@ def describe_init(init: Init, diffusion: Any) -> str:
     carried = [f"the network ({count / 1e6:.1f}M parameters)", which + step]
     anew = ["step 0", "the optimizer", "averages (from these weights)", "the order of the images"]
     (carried if same else anew).append(process)
-    return "\n".join(
-        [
-            f"init from {init.path}",
-            f"  carried over  {', '.join(carried)}",
-            f"  starts anew   {', '.join(anew)}",
-        ]
-    )
+    lines = [
+        f"init from {init.path}",
+        f"  carried over  {', '.join(carried)}",
+        f"  starts anew   {', '.join(anew)}",
+    ]
+    return "\n".join(lines if init.warning is None else [*lines, f"warning: {init.warning}"])

@@ -135,6 +135,13 @@ class MetricsWriter:
 
 def open_tensorboard(directory: Path, step: int) -> Any:
     require("tensorboard", "train")
+    try:
+        str(directory).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"TensorBoard cannot write into '{directory}', whose name is not UTF-8: choose another "
+            "folder, or give --no-tensorboard (in Python tensorboard=False)"
+        ) from None
     writer = require("torch.utils.tensorboard", "train").SummaryWriter
     return writer(str(directory), purge_step=step + 1)
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,8 @@ class Trainer:
         not fit the images.
         """
         init = read_init(source, weights)
+        if init.warning is not None:
+            warnings.warn(init.warning, RuntimeWarning, stacklevel=2)
         dataset = fit_to_init(init, dataset)
         process = diffusion or init.diffusion
         if process is None:
