@@ -11,7 +11,7 @@ YOUNG = 0.01  # of untrained weights in an average: more than this shows
 
 
 def young_average(checkpoint: Checkpoint, instead: str) -> str | None:
-    """What to warn of where the weights that were loaded are an average too young to be used; else None.
+    """What to warn of, where the weights that were loaded are an average too young to be used.
 
     instead: the flag that takes the weights themselves.
     """
