@@ -23,7 +23,10 @@ from fastdiff.models.unet import UNet
 FORMAT = 1
 MODEL_STEM = "model"
 # What config.json holds beside the format.
-KINDS = {"model": dict, "diffusion": dict | None, "step": int | None, "info": dict, "ema": list}
+KINDS = {
+    **{"model": dict, "diffusion": dict | None, "step": int | None, "info": dict, "ema": list},
+    "averages": dict | None,  # {"updates": how often they were, "warmup": whether they warm up}
+}
 # Names of files that may hold a network's weights and nothing else.
 WEIGHT_FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 # Part of a weight's name, with $ at its end -> how to take off what put it there.
@@ -40,7 +43,8 @@ REWRITTEN = {
 
 
 def nothing_saved() -> dict[str, Any]:
-    return {"model": None, "diffusion": None, "step": None, "info": {}, "ema": []}
+    nothing = {"model": None, "diffusion": None, "step": None, "info": {}, "ema": []}
+    return {**nothing, "averages": None}
 
 
 def read_config(path: Path) -> dict[str, Any]:
