@@ -23,7 +23,7 @@ from fastdiff.models.unet import UNet
 FORMAT = 1
 MODEL_STEM = "model"
 # What config.json holds beside the format.
-KINDS = {
+KINDS: dict[str, Any] = {
     **{"model": dict, "diffusion": dict | None, "step": int | None, "info": dict, "ema": list},
     "averages": dict | None,  # {"updates": how often they were, "warmup": whether they warm up}
 }
@@ -43,7 +43,7 @@ REWRITTEN = {
 
 
 def nothing_saved() -> dict[str, Any]:
-    nothing = {"model": None, "diffusion": None, "step": None, "info": {}, "ema": []}
+    nothing: dict[str, Any] = {"model": None, "diffusion": None, "step": None, "info": {}, "ema": []}
     return {**nothing, "averages": None}
 
 
