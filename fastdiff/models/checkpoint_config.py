@@ -43,7 +43,13 @@ REWRITTEN = {
 
 
 def nothing_saved() -> dict[str, Any]:
-    nothing: dict[str, Any] = {"model": None, "diffusion": None, "step": None, "info": {}, "ema": []}
+    nothing: dict[str, Any] = {
+        "model": None,
+        "diffusion": None,
+        "step": None,
+        "info": {},
+        "ema": [],
+    }
     return {**nothing, "averages": None}
 
 
