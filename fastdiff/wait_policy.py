@@ -1,17 +1,20 @@
 """How OpenMP's threads wait for each other: what the ``fastdiff`` command chooses before torch.
 
 Threads that wait for another one spin, by the runtime's own policy for milliseconds. Beside other
-busy processes each then holds a core that the one they wait for needs. Milliseconds of a step of
-the CIFAR-10 U-Net at batch 1, two threads on two cores, alone and beside busy processes
-(``python benchmarks/measure_wait_policy.py`` measures them):
+busy processes each then holds a core that the one they wait for needs. Milliseconds of a step, two
+threads on two cores of an Intel Xeon with AMX, alone and beside busy processes (medians of two
+processes for the first network, one for the second: a tenth is noise;
+``python benchmarks/measure_wait_policy.py`` measures them):
 
-    spins before sleep      alone   1 busy   2 busy
-    the runtime's own          50      187    1,700
-    10,000                     53      187
-    1,000                   55-60       85       65
+                          CIFAR-10 U-Net, batch 1      digits, training, batch 32
+    spins before sleep    alone  1 busy  2 busy        alone  1 busy  2 busy
+    the runtime's own       121     482   1,393          128     494   4,624
+    10,000                  139     340     326          144     482     368
+    1,000                   131     258     340          180     233     256
+    none (passive)          143     241     229          129     231     176
 
-So the command lets them spin 1,000 times: a tenth to a fifth slower alone and at batch 1, where a
-layer takes less time than waking a thread does, against a tenth of the speed and less beside
+So the command lets them spin 1,000 times: about a tenth slower alone at batch 1, where a layer
+takes less time than waking a thread does, against a half to a quarter of the time and less beside
 others; shared machines are the rule.
 
 The runtime reads its environment once, when torch loads it, so the choice is made before torch is
