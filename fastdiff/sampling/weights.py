@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.models.replica import Replica, Twin
+from fastdiff.models.replica import Replica
+from fastdiff.models.twin import Twin
 
 # Autocast runs these in the lower precision, weight and bias. Copies in it change no result: they
 # save the cast that every call would make. Classes derived from them may do something else.
