@@ -13,6 +13,7 @@ import torch
 from training_tools import at_step, make_dataset, make_trainer, read_lines, resume_trainer
 
 from fastdiff.errors import InputError, TrainingError
+from fastdiff.evaluation.threads import one_thread
 from fastdiff.models import checkpoint
 from fastdiff.models.run_directory import list_checkpoints
 from fastdiff.training import Trainer
@@ -22,11 +23,9 @@ QUICK = {"steps": 12, "save_every": 0, "log_every": 4}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def single_thread():
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

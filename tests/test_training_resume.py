@@ -15,6 +15,7 @@ import training_tools
 from training_tools import at_step, make_trainer, read_lines, resume_trainer
 
 from fastdiff.errors import InputError
+from fastdiff.evaluation.threads import one_thread
 from fastdiff.models.run_directory import list_checkpoints
 from fastdiff.training.metrics import truncate_metrics
 
@@ -22,21 +23,17 @@ FILES = ["model", "ema_0.9", "ema_0.99", "trainer"]
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def single_thread():
     """Sums are split by threads: the processes compared must have equally many."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     run = tmp_path_factory.mktemp("uninterrupted")
-    make_trainer(run).fit()
-    torch.set_num_threads(before)
+    with one_thread():
+        make_trainer(run).fit()
     return run
 
 
