@@ -1,0 +1,1 @@
+"""Sampling methods: each a file that writes the rows of a step table."""
