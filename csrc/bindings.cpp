@@ -68,16 +68,11 @@ int team_size(int threads) {
 NormalFill normal_fill(uintptr_t out, int dtype, int64_t samples, int64_t channels, int64_t spatial,
                        int64_t sample_stride, int64_t channel_stride, int64_t spatial_stride,
                        uint64_t seed, uint32_t step, uint64_t first_sample) {
-  return {at(out),
-          static_cast<DType>(dtype),
-          samples,
-          channels,
-          spatial,
-          sample_stride,
-          channel_stride,
-          spatial_stride,
-          seed,
-          step,
+  return {at(out),        static_cast<DType>(dtype),
+          samples,        channels,
+          spatial,        sample_stride,
+          channel_stride, spatial_stride,
+          seed,           step,
           first_sample};
 }
 
@@ -138,29 +133,29 @@ void bind_group_norm(py::module_& module) {
         return cuda::group_norm_tile(shape, limits, backward, aligned);
       },
       py::arg("shape"), py::arg("device"), py::arg("backward"), py::arg("aligned"));
-  module.def("group_norm_silu_cpu", [](const GroupNormShape& shape, uintptr_t x, uintptr_t weight,
-                                       uintptr_t bias, uintptr_t scale, uintptr_t shift,
-                                       uintptr_t add, uintptr_t y, uintptr_t statistics,
-                                       int threads) {
-    py::gil_scoped_release unlocked;
-    const GroupNormForward call =
-        group_norm_forward(shape, x, weight, bias, scale, shift, add, y, statistics);
-    const auto kernel = cpu::current_kernels().group_norm_silu;
-    kernel(shape, call, workspace_of(kernel(shape, call, nullptr, threads)).get(), threads);
-  });
   module.def(
-      "group_norm_silu_backward_cpu",
-      [](const GroupNormShape& shape, uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t bias,
-         uintptr_t scale, uintptr_t shift, uintptr_t add, uintptr_t statistics, uintptr_t dx,
-         uintptr_t dweight, uintptr_t dbias, uintptr_t dscale, uintptr_t dshift,
-         uintptr_t dadd, int threads) {
+      "group_norm_silu_cpu", [](const GroupNormShape& shape, uintptr_t x, uintptr_t weight,
+                                uintptr_t bias, uintptr_t scale, uintptr_t shift, uintptr_t add,
+                                uintptr_t y, uintptr_t statistics, int threads) {
         py::gil_scoped_release unlocked;
-        const GroupNormBackward call =
-            group_norm_backward(shape, dy, x, weight, bias, scale, shift, add, statistics, dx,
-                                dweight, dbias, dscale, dshift, dadd);
-        const auto kernel = cpu::current_kernels().group_norm_silu_backward;
+        const GroupNormForward call =
+            group_norm_forward(shape, x, weight, bias, scale, shift, add, y, statistics);
+        const auto kernel = cpu::current_kernels().group_norm_silu;
         kernel(shape, call, workspace_of(kernel(shape, call, nullptr, threads)).get(), threads);
       });
+  module.def("group_norm_silu_backward_cpu",
+             [](const GroupNormShape& shape, uintptr_t dy, uintptr_t x, uintptr_t weight,
+                uintptr_t bias, uintptr_t scale, uintptr_t shift, uintptr_t add,
+                uintptr_t statistics, uintptr_t dx, uintptr_t dweight, uintptr_t dbias,
+                uintptr_t dscale, uintptr_t dshift, uintptr_t dadd, int threads) {
+               py::gil_scoped_release unlocked;
+               const GroupNormBackward call =
+                   group_norm_backward(shape, dy, x, weight, bias, scale, shift, add, statistics,
+                                       dx, dweight, dbias, dscale, dshift, dadd);
+               const auto kernel = cpu::current_kernels().group_norm_silu_backward;
+               kernel(shape, call, workspace_of(kernel(shape, call, nullptr, threads)).get(),
+                      threads);
+             });
 }
 
 void bind_rms_norm(py::module_& module) {
@@ -216,41 +211,50 @@ void bind_elementwise(py::module_& module) {
                        const LayoutTuple& output, int64_t variance_offset, int64_t guidance_offset,
                        const LayoutTuple& noise, const LayoutTuple& prev_x_start,
                        const LayoutTuple& x_prev, const LayoutTuple& x_start) {
-             return PosteriorStep{shape_of(shape),     rows,
-                                  layout_of(x_t),      layout_of(output),
-                                  variance_offset,     guidance_offset,
-                                  layout_of(noise),    layout_of(prev_x_start),
-                                  layout_of(x_prev),   layout_of(x_start)};
+             return PosteriorStep{shape_of(shape),   rows,
+                                  layout_of(x_t),    layout_of(output),
+                                  variance_offset,   guidance_offset,
+                                  layout_of(noise),  layout_of(prev_x_start),
+                                  layout_of(x_prev), layout_of(x_start)};
            }),
            py::arg("shape"), py::arg("rows"), py::arg("x_t"), py::arg("output"),
            py::arg("variance_offset"), py::arg("guidance_offset"), py::arg("noise"),
            py::arg("prev_x_start"), py::arg("x_prev"), py::arg("x_start"));
-  module.def("q_sample_cpu",
-             [](const QSample& plan, uintptr_t x_start, uintptr_t t, uintptr_t signal,
-                uintptr_t sigma, uintptr_t noise, uintptr_t x_t, bool draws, uint64_t seed,
-                uint32_t step, uint64_t first_sample, int threads) {
-               const QSampleCall call = {
-                   at(x_start),  at<int64_t>(t), at<float>(signal),
-                   at<float>(sigma),   at(noise), at(x_t),
-                   draws, seed, step, first_sample};
-               py::gil_scoped_release unlocked;
-               return cpu::current_kernels().q_sample(plan, call, threads);
-             });
-  module.def("posterior_step_cpu",
-             [](const PosteriorStep& plan, uintptr_t x_t, uintptr_t output, uintptr_t table,
-                uintptr_t noise, uintptr_t prev_x_start, uintptr_t x_prev, uintptr_t x_start,
-                int64_t step, uintptr_t step_address, bool step_is_wide, float guidance,
-                uintptr_t guidance_address, bool draws, uint64_t seed, uint32_t first_step,
-                uint64_t first_sample, int threads) {
-               const PosteriorStepCall call = {
-                   at(x_t), at(output), at<float>(table),
-                   at(noise), at(prev_x_start), at(x_prev),
-                   at(x_start), step, at(step_address), step_is_wide,
-                   guidance, at<float>(guidance_address), draws, seed, first_step,
-                   first_sample};
-               py::gil_scoped_release unlocked;
-               return cpu::current_kernels().posterior_step(plan, call, threads);
-             });
+  module.def("q_sample_cpu", [](const QSample& plan, uintptr_t x_start, uintptr_t t,
+                                uintptr_t signal, uintptr_t sigma, uintptr_t noise, uintptr_t x_t,
+                                bool draws, uint64_t seed, uint32_t step, uint64_t first_sample,
+                                int threads) {
+    const QSampleCall call = {
+        at(x_start), at<int64_t>(t), at<float>(signal), at<float>(sigma), at(noise), at(x_t), draws,
+        seed,        step,           first_sample};
+    py::gil_scoped_release unlocked;
+    return cpu::current_kernels().q_sample(plan, call, threads);
+  });
+  module.def(
+      "posterior_step_cpu",
+      [](const PosteriorStep& plan, uintptr_t x_t, uintptr_t output, uintptr_t table,
+         uintptr_t noise, uintptr_t prev_x_start, uintptr_t x_prev, uintptr_t x_start, int64_t step,
+         uintptr_t step_address, bool step_is_wide, float guidance, uintptr_t guidance_address,
+         bool draws, uint64_t seed, uint32_t first_step, uint64_t first_sample, int threads) {
+        const PosteriorStepCall call = {at(x_t),
+                                        at(output),
+                                        at<float>(table),
+                                        at(noise),
+                                        at(prev_x_start),
+                                        at(x_prev),
+                                        at(x_start),
+                                        step,
+                                        at(step_address),
+                                        step_is_wide,
+                                        guidance,
+                                        at<float>(guidance_address),
+                                        draws,
+                                        seed,
+                                        first_step,
+                                        first_sample};
+        py::gil_scoped_release unlocked;
+        return cpu::current_kernels().posterior_step(plan, call, threads);
+      });
 }
 
 using Strides = std::array<int64_t, 3>;  // of (samples, channels, tokens)
@@ -278,26 +282,24 @@ Attention attention(int dtype, int64_t samples, int64_t heads, int64_t tokens, i
 
 void bind_attention(py::module_& module) {
   py::class_<Attention>(module, "Attention").def(py::init(&attention));
-  module.def("attention_workspace",
-             [](const Attention& attention, bool for_backward, int threads) {
-               return cpu::current_kernels().attention_workspace(attention, for_backward, threads);
-             });
-  module.def("attention_forward_cpu",
-             [](Attention attention, uintptr_t workspace, int threads) {
-               py::gil_scoped_release unlocked;
-               attention.workspace = at<float>(workspace);
-               cpu::current_kernels().attention_forward(attention, threads);
-             });
-  module.def("attention_backward_cpu",
-             [](Attention attention, uintptr_t grad_out, const Strides& grad_out_strides,
-                uintptr_t grad_qkv, const Strides& grad_qkv_strides, uintptr_t workspace,
-                int threads) {
-               py::gil_scoped_release unlocked;
-               attention.grad_out = token_tensor(grad_out, grad_out_strides);
-               attention.grad_qkv = token_tensor(grad_qkv, grad_qkv_strides);
-               attention.workspace = at<float>(workspace);
-               cpu::current_kernels().attention_backward(attention, threads);
-             });
+  module.def("attention_workspace", [](const Attention& attention, bool for_backward, int threads) {
+    return cpu::current_kernels().attention_workspace(attention, for_backward, threads);
+  });
+  module.def("attention_forward_cpu", [](Attention attention, uintptr_t workspace, int threads) {
+    py::gil_scoped_release unlocked;
+    attention.workspace = at<float>(workspace);
+    cpu::current_kernels().attention_forward(attention, threads);
+  });
+  module.def(
+      "attention_backward_cpu",
+      [](Attention attention, uintptr_t grad_out, const Strides& grad_out_strides,
+         uintptr_t grad_qkv, const Strides& grad_qkv_strides, uintptr_t workspace, int threads) {
+        py::gil_scoped_release unlocked;
+        attention.grad_out = token_tensor(grad_out, grad_out_strides);
+        attention.grad_qkv = token_tensor(grad_qkv, grad_qkv_strides);
+        attention.workspace = at<float>(workspace);
+        cpu::current_kernels().attention_backward(attention, threads);
+      });
 }
 
 void bind_cpu(py::module_& module) {
@@ -307,7 +309,8 @@ void bind_cpu(py::module_& module) {
   module.def("team_size", &team_size, py::arg("threads"));
 
   module.def(
-      "normal_cpu", [](const NormalFill& fill, int threads) {
+      "normal_cpu",
+      [](const NormalFill& fill, int threads) {
         py::gil_scoped_release unlocked;
         cpu::current_kernels().normal(fill, threads);
       },

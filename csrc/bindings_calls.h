@@ -23,17 +23,15 @@ inline GroupNormForward group_norm_forward(const GroupNormShape& shape, uintptr_
   return {at(x), at(weight), at(bias), at(scale), at(shift), at(add), at(y), mean, rstd};
 }
 
-inline GroupNormBackward group_norm_backward(const GroupNormShape& shape, uintptr_t dy,
-                                             uintptr_t x, uintptr_t weight, uintptr_t bias,
-                                             uintptr_t scale, uintptr_t shift, uintptr_t add,
-                                             uintptr_t statistics, uintptr_t dx, uintptr_t dweight,
-                                             uintptr_t dbias, uintptr_t dscale, uintptr_t dshift,
-                                             uintptr_t dadd) {
+inline GroupNormBackward group_norm_backward(const GroupNormShape& shape, uintptr_t dy, uintptr_t x,
+                                             uintptr_t weight, uintptr_t bias, uintptr_t scale,
+                                             uintptr_t shift, uintptr_t add, uintptr_t statistics,
+                                             uintptr_t dx, uintptr_t dweight, uintptr_t dbias,
+                                             uintptr_t dscale, uintptr_t dshift, uintptr_t dadd) {
   const float* mean = at<float>(statistics);
   const float* rstd = mean + shape.samples * shape.groups;
-  return {at(dy),    at(x),   at(weight), at(bias), at(scale),
-          at(shift), at(add), mean,       rstd,     at(dx),
-          at(dweight), at(dbias), at(dscale), at(dshift), at(dadd)};
+  return {at(dy), at(x),  at(weight),  at(bias),  at(scale),  at(shift),  at(add), mean,
+          rstd,   at(dx), at(dweight), at(dbias), at(dscale), at(dshift), at(dadd)};
 }
 
 }  // namespace fastdiff

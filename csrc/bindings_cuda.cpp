@@ -61,21 +61,20 @@ void bind_group_norm(py::module_& module) {
 
 // What csrc/bindings.cpp binds for the CPU, with addresses for what a graph may change.
 void bind_elementwise(py::module_& module) {
-  module.def("q_sample_cuda",
-             [](const QSample& plan, uintptr_t x_start, uintptr_t t, uintptr_t signal,
-                uintptr_t sigma, uintptr_t noise, uintptr_t x_t, bool draws, uint64_t seed,
-                uintptr_t seed_address, uint32_t step, uintptr_t step_address,
-                uint64_t first_sample, uintptr_t first_sample_address, int multiprocessors,
-                uintptr_t stream) {
-               const QSampleCall call = {at(x_start),      at<int64_t>(t), at<float>(signal),
-                                         at<float>(sigma), at(noise),      at(x_t),
-                                         draws,            seed,           step,
-                                         first_sample};
-               cuda::q_sample(plan, call,
-                              {at<const uint64_t>(seed_address), at<const int64_t>(step_address),
-                               at<const uint64_t>(first_sample_address)},
-                              {multiprocessors, at(stream)});
-             });
+  module.def("q_sample_cuda", [](const QSample& plan, uintptr_t x_start, uintptr_t t,
+                                 uintptr_t signal, uintptr_t sigma, uintptr_t noise, uintptr_t x_t,
+                                 bool draws, uint64_t seed, uintptr_t seed_address, uint32_t step,
+                                 uintptr_t step_address, uint64_t first_sample,
+                                 uintptr_t first_sample_address, int multiprocessors,
+                                 uintptr_t stream) {
+    const QSampleCall call = {
+        at(x_start), at<int64_t>(t), at<float>(signal), at<float>(sigma), at(noise), at(x_t), draws,
+        seed,        step,           first_sample};
+    cuda::q_sample(plan, call,
+                   {at<const uint64_t>(seed_address), at<const int64_t>(step_address),
+                    at<const uint64_t>(first_sample_address)},
+                   {multiprocessors, at(stream)});
+  });
   module.def("posterior_step_cuda",
              [](const PosteriorStep& plan, uintptr_t x_t, uintptr_t output, uintptr_t table,
                 uintptr_t noise, uintptr_t prev_x_start, uintptr_t x_prev, uintptr_t x_start,
@@ -83,13 +82,22 @@ void bind_elementwise(py::module_& module) {
                 uintptr_t guidance_address, bool draws, uint64_t seed, uintptr_t seed_address,
                 uint32_t first_step, uint64_t first_sample, uintptr_t first_sample_address,
                 int multiprocessors, uintptr_t stream) {
-               const PosteriorStepCall call = {
-                   at(x_t),          at(output), at<float>(table),
-                   at(noise),        at(prev_x_start), at(x_prev),
-                   at(x_start),      step,       at(step_address),
-                   step_is_wide,     guidance,   at<float>(guidance_address),
-                   draws,            seed,       first_step,
-                   first_sample};
+               const PosteriorStepCall call = {at(x_t),
+                                               at(output),
+                                               at<float>(table),
+                                               at(noise),
+                                               at(prev_x_start),
+                                               at(x_prev),
+                                               at(x_start),
+                                               step,
+                                               at(step_address),
+                                               step_is_wide,
+                                               guidance,
+                                               at<float>(guidance_address),
+                                               draws,
+                                               seed,
+                                               first_step,
+                                               first_sample};
                cuda::posterior_step(plan, call, at<const uint64_t>(seed_address),
                                     at<const uint64_t>(first_sample_address),
                                     {multiprocessors, at(stream)});
@@ -104,8 +112,7 @@ void bind_emulation(py::module_& module) {
       [](int64_t multiprocessors, int64_t shared_bytes, int64_t cluster, int64_t l2_bytes) {
         emulation::device = {multiprocessors, shared_bytes, cluster, l2_bytes};
       },
-      py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("cluster"),
-      py::arg("l2_bytes"));
+      py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("cluster"), py::arg("l2_bytes"));
   module.def("limit_emulated_grid", &emulation::limit_grid, py::arg("blocks"));
   // Bytes that accesses with a cache hint have loaded and stored since the last call.
   module.def("emulated_traffic", [] {

@@ -70,7 +70,7 @@ struct PosteriorStepCall {
   const void* noise;         // null: drawn, or none
   const void* prev_x_start;  // null: none
   void* x_prev;
-  void* x_start;             // null: not wanted
+  void* x_start;  // null: not wanted
   int64_t step;
   const void* step_address;  // overrides step; int64 if step_is_wide, else int32
   bool step_is_wide;

@@ -26,7 +26,7 @@ struct GroupNormShape {
   bool silu;
   float eps;
   Add add;
-  DType dtype;        // of x, y, dy, dx and a residual
+  DType dtype;         // of x, y, dy, dx and a residual
   DType affine_dtype;  // of weight and bias
   DType film_dtype;    // of scale and shift
   DType add_dtype;     // of an embedding

@@ -49,8 +49,8 @@ FASTDIFF_INLINE Words4 philox4x32_10(Words4 counter, uint32_t key0, uint32_t key
 }
 
 FASTDIFF_INLINE Words4 philox_words(uint64_t seed, uint32_t step, uint64_t sample, uint32_t quad) {
-  const Words4 counter = {{quad, step, static_cast<uint32_t>(sample),
-                           static_cast<uint32_t>(sample >> 32)}};
+  const Words4 counter = {
+      {quad, step, static_cast<uint32_t>(sample), static_cast<uint32_t>(sample >> 32)}};
   return philox4x32_10(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
 }
 

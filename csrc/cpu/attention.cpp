@@ -199,10 +199,7 @@ struct Backward {
   Part<T> grad_q, grad_k, grad_v;
 
   Backward(const Attention& p, const Cut& cut, int64_t base, int64_t index)
-      : p(p),
-        cut(cut),
-        scratch(p.workspace + index * cut.head_floats, p, cut),
-        head(base + index) {
+      : p(p), cut(cut), scratch(p.workspace + index * cut.head_floats, p, cut), head(base + index) {
     const int64_t sample = head / p.heads, own = head % p.heads, row = own * p.head_rows;
     q = part<const T>(p.qkv, sample, row);
     k = part<const T>(p.qkv, sample, row + p.part_rows);

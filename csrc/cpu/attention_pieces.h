@@ -6,8 +6,8 @@
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 
-constexpr int64_t kRows = 64;           // queries, or keys, of one block; fewer to occupy a team
-constexpr int64_t kKeys = 256;          // whose scores stand in scratch memory at a time
+constexpr int64_t kRows = 64;              // queries, or keys, of one block; fewer to occupy a team
+constexpr int64_t kKeys = 256;             // whose scores stand in scratch memory at a time
 constexpr int64_t kGroupFloats = 1 << 24;  // 64 MiB: bounds the heads that are packed at a time
 constexpr int64_t kThreadWork = 1 << 18;   // products (5 µs) that justify another thread
 
@@ -80,9 +80,9 @@ struct Part {
 
 template <typename T>
 Part<T> part(const TokenTensor& tensor, int64_t sample, int64_t row) {
-  return {static_cast<T*>(tensor.data) + sample * tensor.sample_stride +
-              row * tensor.channel_stride,
-          tensor.channel_stride, tensor.token_stride};
+  return {
+      static_cast<T*>(tensor.data) + sample * tensor.sample_stride + row * tensor.channel_stride,
+      tensor.channel_stride, tensor.token_stride};
 }
 
 // `tokens` rows of head_dim channels, one after the other.

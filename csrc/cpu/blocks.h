@@ -11,8 +11,8 @@
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 
-constexpr int64_t kBlock = 512;           // elements: 2 KiB of float32
-constexpr int64_t kCachedSample = 4096;   // elements of a strided sample that stay in L1
+constexpr int64_t kBlock = 512;          // elements: 2 KiB of float32
+constexpr int64_t kCachedSample = 4096;  // elements of a strided sample that stay in L1
 
 struct Run {
   int64_t channel;
@@ -158,9 +158,8 @@ FASTDIFF_VEC void round_block(DType dtype, float* values, int64_t count) {
   if (dtype == DType::kFloat32) return;
   for (int64_t i = 0; i < count; i += kWidth) {
     const Vec v = load(values + i);
-    store(values + i, dtype == DType::kBFloat16
-                          ? to_floats(from_floats(v, BFloat16{}), BFloat16{})
-                          : to_floats(from_floats(v, Float16{}), Float16{}));
+    store(values + i, dtype == DType::kBFloat16 ? to_floats(from_floats(v, BFloat16{}), BFloat16{})
+                                                : to_floats(from_floats(v, Float16{}), Float16{}));
   }
 }
 
@@ -168,12 +167,13 @@ FASTDIFF_VEC void round_block(DType dtype, float* values, int64_t count) {
 template <typename Each>
 FASTDIFF_VEC void for_each_register(int64_t count, const Each& each) {
   int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) each(i, [](const float* p) { return load(p); },
-                                                [](float* p, Vec v) { store(p, v); });
+  for (; i + kWidth <= count; i += kWidth)
+    each(i, [](const float* p) { return load(p); }, [](float* p, Vec v) { store(p, v); });
   const int rest = static_cast<int>(count - i);
   if (rest > 0) {
-    each(i, [rest](const float* p) { return load_n(p, rest); },
-         [rest](float* p, Vec v) { store_n(p, v, rest); });
+    each(
+        i, [rest](const float* p) { return load_n(p, rest); },
+        [rest](float* p, Vec v) { store_n(p, v, rest); });
   }
 }
 

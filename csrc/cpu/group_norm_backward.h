@@ -100,9 +100,9 @@ struct Backward {
     for (int64_t c = 0; c < width; ++c) {
       out_dv[c] = dv[c];
       out_dv_xhat[c] = dv_xhat[c];
-      out_dx[c] = static_cast<float>(rstd * (static_cast<double>(gain[c]) * dv[c] -
-                                             c1 * static_cast<double>(shape.positions) -
-                                             c2 * xhat[c]));
+      out_dx[c] =
+          static_cast<float>(rstd * (static_cast<double>(gain[c]) * dv[c] -
+                                     c1 * static_cast<double>(shape.positions) - c2 * xhat[c]));
     }
   }
 
@@ -121,8 +121,8 @@ struct Backward {
             read_row(shape.film_dtype, call.scale, sample * shape.scale_stride, share, channels);
           }
           for (int64_t c = 0; c < channels; c += kWidth) {
-            const Vec part = film ? fma(load(share + c), load(from + c), load(from + c))
-                                  : load(from + c);
+            const Vec part =
+                film ? fma(load(share + c), load(from + c), load(from + c)) : load(from + c);
             store(total + c, load(total + c) + part);
           }
         }

@@ -12,7 +12,8 @@ struct ChannelsLastBackward : Backward<T, kResidual, kSilu> {
   using Base = Backward<T, kResidual, kSilu>;
   using Base::call, Base::coefficients, Base::row, Base::shape, Base::sums;
   float* scratch;  // (team, 9, row)
-  int64_t block = kBackwardBlockElements / shape.channels > 0 ? kBackwardBlockElements / shape.channels : 1;
+  int64_t block =
+      kBackwardBlockElements / shape.channels > 0 ? kBackwardBlockElements / shape.channels : 1;
   int64_t blocks = ceil_div(shape.positions, block);
 
   // This thread's rows for one sample.
@@ -57,8 +58,7 @@ struct ChannelsLastBackward : Backward<T, kResidual, kSilu> {
     return sums + (sample * blocks + index) * 3 * row;
   }
 
-  FASTDIFF_MEMBER void add_up(int64_t sample, int64_t index, Range range,
-                              const Rows& rows) const {
+  FASTDIFF_MEMBER void add_up(int64_t sample, int64_t index, Range range, const Rows& rows) const {
     const int64_t channels = shape.channels, count = count_of(index);
     const int64_t offset = (sample * shape.positions + index * block) * channels;
     const T* x = this->x_at(offset);
@@ -74,8 +74,8 @@ struct ChannelsLastBackward : Backward<T, kResidual, kSilu> {
         const int64_t at = position * channels + c;
         for (int u = 0; u < 2; ++u) {
           const int64_t i = at + u * kWidth;
-          const Vec dv = this->accumulate(
-              to[u], load(dy + i), this->x_of(x, residual, i), channel[u], splat(1.0f));
+          const Vec dv = this->accumulate(to[u], load(dy + i), this->x_of(x, residual, i),
+                                          channel[u], splat(1.0f));
           if (Base::kKeepsDv) store(dx + i, dv);
         }
       }

@@ -19,7 +19,9 @@ struct PlanarBackward : Backward<T, kResidual, kSilu> {
     const int64_t run = this->width * shape.positions;
     return sizeof(T) == sizeof(float) || run > kKeptElements ? 0 : run;
   }
-  FASTDIFF_MEMBER int64_t scratch_elements() const { return 3 * this->row + padded(kept_elements()); }
+  FASTDIFF_MEMBER int64_t scratch_elements() const {
+    return 3 * this->row + padded(kept_elements());
+  }
 
   // `item` counts the groups of all samples, c the channels of one sample.
   FASTDIFF_MEMBER Channel channel_of(int64_t sample, int64_t item, int64_t c) const {
@@ -131,7 +133,8 @@ struct PlanarBackward : Backward<T, kResidual, kSilu> {
 };
 
 template <typename T, bool kResidual, bool kSilu>
-void run_planar_backward(const PlanarBackward<T, kResidual, kSilu>& planar, float* scratch, int team) {
+void run_planar_backward(const PlanarBackward<T, kResidual, kSilu>& planar, float* scratch,
+                         int team) {
   const GroupNormShape& shape = planar.shape;
   const int64_t items = shape.samples * shape.groups, row = planar.row;
   const int64_t pieces = planar.pieces, group_pieces = planar.width * pieces;
@@ -143,7 +146,8 @@ void run_planar_backward(const PlanarBackward<T, kResidual, kSilu>& planar, floa
     float* kept = rows + 3 * row;
     if (whole_groups && keeps) {
 #pragma omp for schedule(static)
-      for (int64_t item = 0; item < items; ++item) planar.template run_group<true>(item, rows, kept);
+      for (int64_t item = 0; item < items; ++item)
+        planar.template run_group<true>(item, rows, kept);
     } else if (whole_groups) {
 #pragma omp for schedule(static)
       for (int64_t item = 0; item < items; ++item) {

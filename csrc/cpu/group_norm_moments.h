@@ -25,7 +25,8 @@ FASTDIFF_VEC Moments merge(Moments a, Moments b) {
   const double total = static_cast<double>(a.count) + b.count;
   const double delta = static_cast<double>(b.mean) - a.mean;
   const double mean = a.mean + delta * (b.count / total);
-  const double m2 = static_cast<double>(a.m2) + b.m2 + delta * delta * (a.count * (b.count / total));
+  const double m2 =
+      static_cast<double>(a.m2) + b.m2 + delta * delta * (a.count * (b.count / total));
   return {static_cast<float>(total), static_cast<float>(mean), static_cast<float>(m2)};
 }
 
@@ -58,7 +59,8 @@ struct Scan {
       if (vectors == 0) {
         const int64_t first = shift_values(n);
         Vec start{};
-        for (int64_t v = 0; v < first; ++v) start += value<T, kResidual>(x, residual, i + v * kWidth);
+        for (int64_t v = 0; v < first; ++v)
+          start += value<T, kResidual>(x, residual, i + v * kWidth);
         shift = start * splat(1.0f / static_cast<float>(first)) + add;
       }
       const Vec base = shift - add;

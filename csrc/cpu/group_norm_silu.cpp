@@ -18,9 +18,9 @@
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
 
-constexpr int64_t kChunk = 65536;          // elements of a group that threads share out
-constexpr int64_t kBlockElements = 8192;   // channels_last: a block of positions, all channels,
-constexpr int64_t kBlockPositions = 512;   // but no more of them: each is one more rounding
+constexpr int64_t kChunk = 65536;         // elements of a group that threads share out
+constexpr int64_t kBlockElements = 8192;  // channels_last: a block of positions, all channels,
+constexpr int64_t kBlockPositions = 512;  // but no more of them: each is one more rounding
 
 // --- Planar -----------------------------------------------------------------------------------
 
@@ -369,8 +369,8 @@ int64_t run(const GroupNormShape& shape, const GroupNormForward& call, float* wo
 
 }  // namespace
 
-int64_t group_norm_silu(const GroupNormShape& shape, const GroupNormForward& call,
-                        float* workspace, int threads) {
+int64_t group_norm_silu(const GroupNormShape& shape, const GroupNormForward& call, float* workspace,
+                        int threads) {
   return with_constants(shape, [&](auto element, auto residual, auto silu) {
     using T = decltype(element);
     return run<T, residual.value, silu.value>(shape, call, workspace, threads);

@@ -4,16 +4,8 @@
 namespace fastdiff::cpu::FASTDIFF_ISA {
 
 const Kernels kernels = {
-    normal,
-    philox,
-    group_norm_silu,
-    group_norm_silu_backward,
-    rms_norm_silu,
-    q_sample,
-    posterior_step,
-    attention_workspace,
-    attention_forward,
-    attention_backward,
+    normal,   philox,         group_norm_silu,     group_norm_silu_backward, rms_norm_silu,
+    q_sample, posterior_step, attention_workspace, attention_forward,        attention_backward,
 };
 
 }  // namespace fastdiff::cpu::FASTDIFF_ISA

@@ -72,12 +72,12 @@ bool posterior_step(const PosteriorStep& plan, const PosteriorStepCall& call, in
   const bool draws = noisy && call.draws;
   const bool given = noisy && !call.draws && call.noise != nullptr;
   const bool multistep = row.e != 0.0f && call.prev_x_start != nullptr;
-  const void* unconditional =
-      plan.guidance_offset >= 0 ? advanced(call.output, plan.output.dtype, plan.guidance_offset)
-                           : nullptr;
-  const void* variance =
-      plan.variance_offset >= 0 ? advanced(call.output, plan.output.dtype, plan.variance_offset)
-                           : nullptr;
+  const void* unconditional = plan.guidance_offset >= 0
+                                  ? advanced(call.output, plan.output.dtype, plan.guidance_offset)
+                                  : nullptr;
+  const void* variance = plan.variance_offset >= 0
+                             ? advanced(call.output, plan.output.dtype, plan.variance_offset)
+                             : nullptr;
 
   for_each_block(plan.shape, threads, [&](int64_t sample, int64_t begin, int64_t end) {
     alignas(64) float drawn[kBlock + kGroup];

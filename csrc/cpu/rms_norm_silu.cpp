@@ -18,9 +18,9 @@
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
 
-constexpr int64_t kTileBytes = 1 << 17;       // of x: the L2 also holds what is written
-constexpr int64_t kMostPositions = 2048;      // of a tile: their sums stay in the L1
-constexpr int64_t kPositions = 32;            // tiles are multiples: whole vectors and cache lines
+constexpr int64_t kTileBytes = 1 << 17;   // of x: the L2 also holds what is written
+constexpr int64_t kMostPositions = 2048;  // of a tile: their sums stay in the L1
+constexpr int64_t kPositions = 32;        // tiles are multiples: whole vectors and cache lines
 constexpr int kChannelsAtOnce = 8;
 
 // v = x · √channels / max(‖x‖, eps) · gain + shift, as float32 rows. Without FiLM every sample

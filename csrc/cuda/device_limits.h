@@ -8,7 +8,7 @@ namespace fastdiff::cuda {
 constexpr int kAccessBytes = 16;  // the most that one load or store moves
 constexpr int kSectorBytes = 32;  // the least that memory gives
 constexpr int kLineBytes = 128;
-constexpr int64_t kPortableCluster = 8; // blocks; larger clusters have to be asked for
+constexpr int64_t kPortableCluster = 8;  // blocks; larger clusters have to be asked for
 
 struct DeviceLimits {
   int64_t multiprocessors;

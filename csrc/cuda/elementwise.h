@@ -103,9 +103,8 @@ struct Tiling {
 };
 
 // Noise of `count` elements, those of all channels from `first_position` on, in memory's order.
-__device__ __forceinline__ void draw_across(const Start& start, const Shape& shape,
-                                            uint64_t number, int64_t first_position, unsigned count,
-                                            float* noise) {
+__device__ __forceinline__ void draw_across(const Start& start, const Shape& shape, uint64_t number,
+                                            int64_t first_position, unsigned count, float* noise) {
   const unsigned channels = static_cast<unsigned>(shape.channels);
   for (unsigned i = threadIdx.x; i < count / 4; i += kThreads) {
     const unsigned position = i / channels * 4;
@@ -142,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks)
     for (int i = 0; i < Op::kInputs; ++i) unpack(work.in[i].layout.dtype, raw[i], in[i]);
     if (start.draws) {
       const uint64_t number = work.number(at.sample);
-      float(&noise)[kEach] = in[Op::kNoise];
+      float (&noise)[kEach] = in[Op::kNoise];
       if constexpr (kAcross) {
         float* drawn = reinterpret_cast<float*>(shared_memory());
         __syncthreads();  // the tile before has been read
@@ -238,8 +237,8 @@ bool is_flat(const Work<Op>& work, bool neighbours) {
   const Shape& shape = work.shape;
   if (shape.channels * shape.spatial % (neighbours ? kEach : 4) != 0) return false;
   return all_operands(work, [&](const Operand& o) {
-    const bool dense = o.layout.spatial == shape.channels &&
-                       (shape.channels == 1 || o.layout.channel == 1);
+    const bool dense =
+        o.layout.spatial == shape.channels && (shape.channels == 1 || o.layout.channel == 1);
     return dense && is_aligned(o.at, kAccessBytes) &&
            (shape.samples == 1 || o.layout.sample * bytes_of(o.layout.dtype) % kAccessBytes == 0);
   });

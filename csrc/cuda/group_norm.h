@@ -33,8 +33,8 @@ struct Access {
 // channels.
 template <typename A>
 struct Part {
-  int64_t slab;      // of this launch
-  int index;         // of the part in its slab
+  int64_t slab;  // of this launch
+  int index;     // of the part in its slab
   int64_t sample;
   int64_t channel;   // the first one
   int64_t position;  // the first one
@@ -42,10 +42,10 @@ struct Part {
   int positions;
   int rows;
   int columns;
-  int width;   // channels that it has of a group
+  int width;  // channels that it has of a group
   int groups;
-  float count;  // its elements of a group
-  int64_t first;     // pack of the first row, in memory
+  float count;        // its elements of a group
+  int64_t first;      // pack of the first row, in memory
   int64_t row_packs;  // from one row to the next
 
   __device__ Part(const GroupNormShape& shape, const GroupNormTile& tile, int64_t first_slab) {
@@ -325,8 +325,8 @@ __device__ __forceinline__ void for_each_pack(const Part<A>& part, const GroupNo
 
 // The sum of one group's partial sums number `s`, in every lane of the warp that asks.
 template <typename A>
-__device__ float sum_of_group(const Part<A>& part, const GroupNormTile& tile,
-                              const float* partials, int s, int group) {
+__device__ float sum_of_group(const Part<A>& part, const GroupNormTile& tile, const float* partials,
+                              int s, int group) {
   float sum = 0.0f;
   for (int i = static_cast<int>(threadIdx.x) % kLanes; i < tile.teams * part.width; i += kLanes) {
     const int team = i / part.width;

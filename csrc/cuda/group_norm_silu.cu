@@ -37,7 +37,8 @@ struct Shared : Normals {
   __device__ Shared(const Part<A>& part, const GroupNormTile& tile) : Normals(part.channels) {
     embedding = offset + part.channels;
     partials = embedding + part.channels;
-    moments = reinterpret_cast<Moments*>(partials + kForwardFloats.sum * tile.teams * part.channels);
+    moments =
+        reinterpret_cast<Moments*>(partials + kForwardFloats.sum * tile.teams * part.channels);
     held = shared_memory() + tile.held_at;
   }
 };
@@ -102,8 +103,7 @@ struct Normalise {
     return fetch_again<kFromShared>(part, from, row, column);
   }
   template <typename Held, typename Sums>
-  __device__ void use(const Held& held, const Channel* channels, int row, int column,
-                      Sums&) const {
+  __device__ void use(const Held& held, const Channel* channels, int row, int column, Sums&) const {
     float v[A::kVec];
     from.values(held, v);
 #pragma unroll
@@ -189,8 +189,8 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   }
   __syncthreads();
   // Of the slab, in the workspace: (parts, groups).
-  Moments* const between = reinterpret_cast<Moments*>(workspace) +
-                           part.slab * tile.parts * part.groups;
+  Moments* const between =
+      reinterpret_cast<Moments*>(workspace) + part.slab * tile.parts * part.groups;
   if constexpr (kPass != Pass::kSecond) {
     with_flag(residual, [&](auto flag) {
       using I = Input<A, flag.value>;

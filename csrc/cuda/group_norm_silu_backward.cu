@@ -127,8 +127,7 @@ struct Gradient {
     return fetch_again<kFromShared>(part, from, row, column);
   }
   template <typename Held, typename Sums>
-  __device__ void use(const Held& held, const Channel* channels, int row, int column,
-                      Sums&) const {
+  __device__ void use(const Held& held, const Channel* channels, int row, int column, Sums&) const {
     float d[A::kVec], dv[A::kVec];
     from.values(held, channels, silu, d, dv);
 #pragma unroll
@@ -176,7 +175,8 @@ __device__ void keep_sums(const GroupNormShape& shape, float* sums, int64_t inde
   const int64_t all = shape.samples * shape.channels;
   sums[index] = dv;
   sums[all + index] = dv_d * rstd;
-  sums[2 * all + index] = gain * dv - (static_cast<float>(shape.positions) * k.k_mean + d * k.k_slope);
+  sums[2 * all + index] =
+      gain * dv - (static_cast<float>(shape.positions) * k.k_mean + d * k.k_slope);
 }
 
 template <typename A, Pass kPass>
@@ -189,7 +189,9 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   const Shared shared(part, tile);
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
-  const auto elements = [](const void* address) { return static_cast<P*>(const_cast<void*>(address)); };
+  const auto elements = [](const void* address) {
+    return static_cast<P*>(const_cast<void*>(address));
+  };
   const auto share = [&](int i) { return reinterpret_cast<P*>(shared.held + i * tile.held_bytes); };
   const bool residual = shape.add == Add::kResidual;
 
@@ -198,8 +200,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     const int64_t statistic = part.statistic(shape, tile, group);
     const float rstd = call.rstd[statistic];
     const Affine a = affine(shape, call, part.sample, part.channel + c);
-    shared.center[c] = call.mean[statistic] -
-                       embedding(shape, call, part.sample, part.channel + c);
+    shared.center[c] = call.mean[statistic] - embedding(shape, call, part.sample, part.channel + c);
     shared.gain[c] = rstd * a.gain;
     shared.offset[c] = a.offset;
     if (c % part.width == 0) shared.rstd[group] = rstd;
@@ -232,7 +233,8 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     if constexpr (kPass == Pass::kFirst) {
       __syncthreads();
       const int channel_part = part.index / tile.position_parts;
-      const int64_t row = part.slab * tile.position_parts + part.index - channel_part * tile.position_parts;
+      const int64_t row =
+          part.slab * tile.position_parts + part.index - channel_part * tile.position_parts;
       float* const between = workspace.between + row * kSums * tile.slab_channels +
                              int64_t{channel_part} * tile.part_channels;
       for (int i = thread; i < kSums * part.channels; i += threads) {
@@ -273,8 +275,8 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   constexpr bool kFromShared = kPass == Pass::kWhole;
   with_flag(residual, [&](auto flag) {
     using I = Inputs<A, flag.value>;
-    const I from = kFromShared ? I{{share(0), share(2)}, share(1)}
-                               : I{{call.x, call.add}, elements(call.dy)};
+    const I from =
+        kFromShared ? I{{share(0), share(2)}, share(1)} : I{{call.x, call.add}, elements(call.dy)};
     const Gradient<A, I, kFromShared> gradient = {part, shared, from, elements(call.dx),
                                                   shape.silu};
     for_each_pack<A, 0, kBatch>(part, tile, gradient, nullptr);
@@ -291,8 +293,8 @@ __global__ void __launch_bounds__(kLanes)
   const int64_t statistic = first_slab * groups_of_slab(tile) + blockIdx.x;
   const int64_t sample = statistic / shape.groups;
   const int64_t channel = (statistic - sample * shape.groups) * width;
-  float* const between = workspace.between + slab * tile.position_parts * kSums * tile.slab_channels +
-                         group * width;
+  float* const between =
+      workspace.between + slab * tile.position_parts * kSums * tile.slab_channels + group * width;
   const float rstd = call.rstd[statistic];
   const auto gain = [&](int c) { return rstd * affine(shape, call, sample, channel + c).gain; };
 
@@ -335,7 +337,7 @@ __device__ void store_coefficient(void* values, DType dtype, int64_t index, floa
 constexpr int kSampleRows = 8;
 
 // The gradients of the coefficients: a block has 32 channels, each of its warps every eighth sample.
-__global__ void __launch_bounds__(kLanes * kSampleRows)
+__global__ void __launch_bounds__(kLanes* kSampleRows)
     coefficients_kernel(const GroupNormShape shape, const GroupNormBackward call,
                         const float* sums) {
   float* const shared = reinterpret_cast<float*>(shared_memory());  // (2, kSampleRows, kLanes)

@@ -34,8 +34,8 @@ struct GroupNormTile {
   int64_t slabs_of_sample;
   int64_t slabs_at_once;  // in one launch
   int64_t group_channels;
-  int64_t held_at;      // bytes of shared memory before the tensors' shares that it holds
-  int64_t held_bytes;   // of one tensor's share
+  int64_t held_at;     // bytes of shared memory before the tensors' shares that it holds
+  int64_t held_bytes;  // of one tensor's share
   int64_t shared_bytes;
   int64_t workspace_floats;
   int64_t bytes_moved;  // of tensors of x's size, in sectors; those that L2 serves included
@@ -50,7 +50,7 @@ constexpr GroupNormFloats kBackwardFloats = {8, 3, 1};
 
 namespace tile_detail {
 
-constexpr int64_t kWorthABlock = 16 << 10;  // bytes; smaller parts are not cut for more blocks
+constexpr int64_t kWorthABlock = 16 << 10;     // bytes; smaller parts are not cut for more blocks
 constexpr int64_t kHalfAProcessor = 96 << 10;  // bytes: two such blocks share a multiprocessor
 
 inline int64_t divided_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
@@ -109,17 +109,16 @@ inline GroupNormTile cut(const Request& r, bool wide, int64_t groups, int64_t pa
     tile.lanes = power_of_two(wanted, 32);
     tile.teams = 1;
     const int rows_at_once = tile.threads / tile.lanes;
-    while (tile.teams * tile.part_channels < rows_at_once &&
-           tile.teams * tile.lanes < row_packs) {
+    while (tile.teams * tile.part_channels < rows_at_once && tile.teams * tile.lanes < row_packs) {
       tile.teams *= 2;
     }
   }
   const GroupNormFloats& floats = r.backward ? kBackwardFloats : kForwardFloats;
   const int64_t groups_of_part = divided_up(tile.part_channels, r.width);
-  tile.held_at = rounded_up(
-      4 * (tile.part_channels * (floats.channel + int64_t{floats.sum} * tile.teams) +
-           groups_of_part * floats.group),
-      kAccessBytes);
+  tile.held_at =
+      rounded_up(4 * (tile.part_channels * (floats.channel + int64_t{floats.sum} * tile.teams) +
+                      groups_of_part * floats.group),
+                 kAccessBytes);
   tile.held_bytes = rounded_up(tile.part_positions * tile.part_channels * r.item, kAccessBytes);
   return tile;
 }
@@ -233,7 +232,8 @@ inline GroupNormTile group_norm_tile(const GroupNormShape& shape, const DeviceLi
   }
   if (!resident) tile = cut_for_two_reads(r, wide);
   if (backward) tile.workspace_floats += 3 * shape.samples * shape.channels;
-  const int64_t most_blocks = INT32_MAX / std::max<int64_t>(tile.parts, tile.slab_channels / r.width);
+  const int64_t most_blocks =
+      INT32_MAX / std::max<int64_t>(tile.parts, tile.slab_channels / r.width);
   tile.slabs_at_once = std::min(tile.slabs_at_once, most_blocks);
   const int64_t passes = (tile.resident ? 1 : 2) * tensors + 1;
   tile.bytes_moved = passes * bytes_of_a_tensor(r, tile);

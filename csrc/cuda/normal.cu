@@ -73,8 +73,8 @@ Launch configuration(const char* name, int64_t quads, int64_t samples, void* str
 
 template <typename T>
 bool packable(const NormalFill& fill) {
-  const bool one_run = fill.spatial_stride == 1 &&
-                       (fill.channels == 1 || fill.channel_stride == fill.spatial);
+  const bool one_run =
+      fill.spatial_stride == 1 && (fill.channels == 1 || fill.channel_stride == fill.spatial);
   return one_run && fill.channels * fill.spatial % 4 == 0 && fill.sample_stride % 4 == 0 &&
          is_aligned(fill.out, sizeof(Pack<T, 4>));
 }

@@ -96,8 +96,7 @@ struct Span {
 
 using Octet = Raw<kEach>;
 
-__device__ __forceinline__ uint4* address(const Operand& operand, int64_t sample,
-                                          int64_t element) {
+__device__ __forceinline__ uint4* address(const Operand& operand, int64_t sample, int64_t element) {
   const int64_t offset = sample * operand.layout.sample + element;
   return reinterpret_cast<uint4*>(static_cast<unsigned char*>(operand.at) +
                                   offset * bytes_of(operand.layout.dtype));
@@ -109,8 +108,7 @@ __device__ __forceinline__ bool accesses(const Operand& operand, const Span& spa
 }
 
 // All operands' loads are issued before the first is waited for: the bits now, floats later.
-__device__ __forceinline__ Octet load_octet(const Operand& from, int64_t sample,
-                                            const Span& span) {
+__device__ __forceinline__ Octet load_octet(const Operand& from, int64_t sample, const Span& span) {
   Octet raw = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -214,9 +212,7 @@ __device__ __forceinline__ void store_as(const Operand& to, const Shape& shape, 
   memcpy(&bits, &raw, sizeof bits);
   visit<Bits>(
       to, shape, quad,
-      [&](int64_t first) {
-        store_streaming(reinterpret_cast<Pack<Bits, 4>*>(base + first), bits);
-      },
+      [&](int64_t first) { store_streaming(reinterpret_cast<Pack<Bits, 4>*>(base + first), bits); },
       [&](int lane, int64_t offset) { base[offset] = bits.value[lane]; });
 }
 

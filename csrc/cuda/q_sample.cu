@@ -73,8 +73,8 @@ void q_sample(const QSample& plan, const QSampleCall& call, const DeviceCounters
   work.first_sample_address = counters.first_sample;
 
   const bool reads_noise = !call.draws && call.noise != nullptr;
-  const unsigned reads =
-      1u << QSampleOp::kXStart | static_cast<unsigned>(reads_noise) << QSampleOp::kNoise;
+  const unsigned reads = 1u << QSampleOp::kXStart | static_cast<unsigned>(reads_noise)
+                                                        << QSampleOp::kNoise;
   work.op = {call.t,    call.signal, call.sigma,
              plan.rows, counters,    {reads, call.draws, call.seed, call.step}};
   run("q_sample", work, on);

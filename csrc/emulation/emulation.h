@@ -56,7 +56,7 @@ const Grid& grid();
 void sync_block();
 void sync_cluster();
 
-void* shared_memory();                             // of the running thread's block
+void* shared_memory();                              // of the running thread's block
 void* shared_memory_of(void* mine, unsigned rank);  // the same place in another block's
 
 // The 16 bytes that lane `source` brings to this exchange; every lane of the warp takes part.
