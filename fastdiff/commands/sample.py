@@ -37,7 +37,7 @@ from fastdiff.images import (
     save_trajectory,
     to_uint8,
 )
-from fastdiff.methods.table import METHODS
+from fastdiff.methods.registry import METHODS
 from fastdiff.optional import require
 from fastdiff.process.respacing import SPACINGS
 from fastdiff.sampling.sampler import Sampler

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdiff.errors import InputError
-from fastdiff.methods.columns import MEAN_TYPES, VAR_TYPES
-from fastdiff.methods.table import COLUMNS, METHODS, StepTable
+from fastdiff.methods.levels import MEAN_TYPES, VAR_TYPES
+from fastdiff.methods.registry import METHODS
+from fastdiff.methods.table import COLUMNS, StepTable
 from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.process.schedules import get_named_beta_schedule, rescale_zero_terminal_snr
 from fastdiff.process.variance_exploding import VarianceExploding, geometric_sigmas
@@ -224,7 +225,7 @@ def test_the_sde_solver_is_the_posterior_at_first_order():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    method=st.sampled_from(METHODS),
+    method=st.sampled_from(list(METHODS)),
     steps=st.integers(1, 30),
     var_type=st.sampled_from(VAR_TYPES),
     data=st.data(),
