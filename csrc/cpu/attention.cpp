@@ -17,8 +17,9 @@
 //
 // Every thread takes a head; of the last ones, fewer than threads, they take blocks of queries or
 // keys. No sum depends on how they share the work.
+#include "attention.h"
+
 #include "attention_pieces.h"
-#include "kernels.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "../common/group_norm.h"
+#include "../common/group_norm_silu.h"
 #include "rows.h"
 #include "threads.h"
 

@@ -1,4 +1,4 @@
-// group_norm_silu, forward: GroupNorm, FiLM and SiLU (common/group_norm.h has the equations).
+// group_norm_silu, forward: GroupNorm, FiLM and SiLU (common/group_norm_silu.h has the equations).
 //
 // Layouts: planar (NCHW and its 1-D and 3-D kin) and channels_last; float32, bfloat16, float16.
 // Bytes moved: x once from memory and once from cache, y once. Floor: 2 passes.
@@ -12,8 +12,9 @@
 // fewer than threads, their chunks are shared out. channels_last: all groups interleave; a thread
 // takes a sample, or a slab of its groups whose channels fill whole cache lines; where these are
 // fewer than threads, blocks of positions.
+#include "group_norm_silu.h"
+
 #include "group_norm_moments.h"
-#include "kernels.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {

@@ -9,9 +9,10 @@
 // First pass: Σ dv, Σ dv·x̂ and Σ x̂ per channel and piece of its positions; second pass: dx. Pieces
 // depend on the shape alone and are added in order: no result depends on the number of threads.
 // With float32 the first pass leaves dv where dx is to come, and the second spares the sigmoid.
+#include "group_norm_silu.h"
+
 #include "group_norm_backward_channels_last.h"
 #include "group_norm_backward_planar.h"
-#include "kernels.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {

@@ -1,5 +1,6 @@
 #include "isa.h"
 
+#include <iterator>
 #include <stdexcept>
 
 namespace fastdiff::cpu {
@@ -7,22 +8,21 @@ namespace {
 
 struct Isa {
   const char* name;
-  const Kernels* kernels;
   bool (*runs_here)();
 };
 
 // __builtin_cpu_supports also asks xgetbv whether the OS saves the wide registers.
-const Isa kIsas[] = {
-    {"baseline", &baseline::kernels, [] { return true; }},
+const Isa kTable[] = {
+    {"baseline", [] { return true; }},
 #ifdef FASTDIFF_HAVE_AVX2
-    {"avx2", &avx2::kernels,
+    {"avx2",
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
               __builtin_cpu_supports("f16c");
      }},
 #endif
 #ifdef FASTDIFF_HAVE_AVX512
-    {"avx512", &avx512::kernels,
+    {"avx512",
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
@@ -34,36 +34,35 @@ const Isa kIsas[] = {
 #endif
 };
 
-const Isa* current = &kIsas[0];
+static_assert(std::size(kTable) == kIsas,
+              "a row to each instruction set, as FASTDIFF_KERNEL has them");
 
 }  // namespace
 
 std::vector<std::string> compiled_isas() {
   std::vector<std::string> names;
-  for (const Isa& isa : kIsas) names.push_back(isa.name);
+  for (const Isa& isa : kTable) names.push_back(isa.name);
   return names;
 }
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
-  for (const Isa& isa : kIsas) {
+  for (const Isa& isa : kTable) {
     if (isa.runs_here()) names.push_back(isa.name);
   }
   return names;
 }
 
 void set_isa(const std::string& name) {
-  for (const Isa& isa : kIsas) {
-    if (name == isa.name && isa.runs_here()) {
-      current = &isa;
+  for (int i = 0; i < kIsas; ++i) {
+    if (name == kTable[i].name && kTable[i].runs_here()) {
+      isa_in_use = i;
       return;
     }
   }
   throw std::invalid_argument("instruction set '" + name + "' cannot run here");
 }
 
-std::string current_isa() { return current->name; }
-
-const Kernels& current_kernels() { return *current->kernels; }
+std::string current_isa() { return kTable[isa_in_use].name; }
 
 }  // namespace fastdiff::cpu

@@ -7,9 +7,10 @@
 // Algorithm: a thread takes a tile of a sample (blocks.h), draws it in blocks that stay in L1
 // (draw.h), and writes each block through the strides.
 // Range: element indices below 2^34 (a 32-bit counter word of four elements each).
+#include "normal.h"
+
 #include "blocks.h"
 #include "draw.h"
-#include "kernels.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 

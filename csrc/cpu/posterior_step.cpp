@@ -8,11 +8,12 @@
 // Algorithm: by blocks (blocks.h): draw, then each term of the step from L1. The row, the counter's
 // step and the guidance scale are read here, so that a step kept in a tensor is never looked at in
 // Python. Range: element indices below 2^34.
+#include "posterior_step.h"
+
 #include "../common/step.h"
 
 #include "blocks.h"
 #include "draw.h"
-#include "kernels.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {

@@ -6,9 +6,10 @@
 //
 // Algorithm: by blocks (blocks.h): draw, round to the storage type so that x_t holds what a caller
 // of the generator gets, and combine. Range: element indices below 2^34.
+#include "q_sample.h"
+
 #include "blocks.h"
 #include "draw.h"
-#include "kernels.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {

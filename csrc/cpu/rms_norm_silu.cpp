@@ -1,4 +1,4 @@
-// rms_norm_silu: RMS norm over the channels, FiLM and SiLU (common/rms_norm.h has the equations).
+// rms_norm_silu: RMS norm over the channels, FiLM and SiLU (common/rms_norm_silu.h has the equations).
 //
 // Layouts: planar (NCHW and its 1-D and 3-D kin) and channels_last; float32, bfloat16, float16.
 // Bytes moved: x once from memory and once from cache, y once. Floor: 2 passes.
@@ -9,9 +9,8 @@
 // roundings. channels_last: vectors of channels, position after position, four sums of squares to
 // each. No position's arithmetic depends on its tile, so results do not depend on the number of
 // threads.
-#include "../common/rms_norm.h"
+#include "rms_norm_silu.h"
 
-#include "kernels.h"
 #include "lanes.h"
 #include "rows.h"
 

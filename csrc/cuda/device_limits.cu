@@ -1,8 +1,9 @@
 // What launches on the current device can have. Clusters of 16 blocks are asked about, not assumed:
 // they need 16 free multiprocessors that are neighbours, which parts of a GPU (MIG) may not have.
+#include "device_limits.h"
+
 #include <stdexcept>
 
-#include "kernels.h"
 #include "launch.h"
 
 namespace fastdiff::cuda {

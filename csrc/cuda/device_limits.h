@@ -17,4 +17,6 @@ struct DeviceLimits {
   int64_t l2_bytes;
 };
 
+DeviceLimits device_limits(int device);  // the current one
+
 }  // namespace fastdiff::cuda

@@ -20,8 +20,8 @@
 
 #include "../common/elementwise.h"
 #include "../common/philox.h"
+#include "call.h"
 #include "device.h"
-#include "kernels.h"
 #include "launch.h"
 #include "operand.h"
 

@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "../common/group_norm.h"
+#include "../common/group_norm_silu.h"
 #include "../common/lanes.h"
 #include "../common/silu.h"
 #include "device.h"

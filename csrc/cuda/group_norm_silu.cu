@@ -1,6 +1,6 @@
 // group_norm_silu, forward: y = silu(group_norm(x + add)·(1 + scale) + shift)
 //
-//   (common/group_norm.h has the equation.) float32, bfloat16, float16; planar (N, C, positions) or
+//   (common/group_norm_silu.h has the equation.) float32, bfloat16, float16; planar (N, C, positions) or
 //   channels_last; any sizes; weight, bias, scale, shift and an embedding in dtypes of their own.
 //
 // Bytes moved: x once and y once where a slab fits into a cluster's shared memory, x twice where
@@ -13,9 +13,10 @@
 //   2. The parts' moments are merged (common/moments.h) over the cluster's shared memory, or over
 //      global memory between two kernels, by every block in the same order.
 //   3. y from shared memory, or from x again.
+#include "group_norm_silu.h"
+
 #include "../common/moments.h"
 #include "group_norm.h"
-#include "kernels.h"
 
 namespace fastdiff::cuda {
 namespace {

@@ -1,6 +1,6 @@
 // group_norm_silu, backward: dx and the sums over positions that the other gradients need
 //
-//   (common/group_norm.h has the equations.) With d = x + add − mean, v = d·gain + offset and
+//   (common/group_norm_silu.h has the equations.) With d = x + add − mean, v = d·gain + offset and
 //   dv = dy·silu'(v), for a group of n elements:
 //
 //     dx = gain·dv − (k_mean + d·k_slope)      k_mean  = Σ gain·dv / n
@@ -18,7 +18,7 @@
 //   3. dx from shared memory, or from dy and x again.
 // One more kernel makes the gradients of the coefficients of the sums, sample by sample in order.
 #include "group_norm.h"
-#include "kernels.h"
+#include "group_norm_silu.h"
 
 namespace fastdiff::cuda {
 namespace {

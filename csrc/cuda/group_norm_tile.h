@@ -13,7 +13,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../common/group_norm.h"
+#include "../common/group_norm_silu.h"
 #include "device_limits.h"
 
 namespace fastdiff::cuda {

@@ -8,8 +8,9 @@
 // sample and y over samples, so that a contiguous fill needs no division.
 // Range: element indices below 2^34. Channels_last writes are strided by the channel count and
 // meet in L2, which suits the few channels of images.
+#include "normal.h"
+
 #include "../common/philox.h"
-#include "kernels.h"
 #include "launch.h"
 #include "vec.h"
 

@@ -10,8 +10,9 @@
 // adds some, and combine. The row, its number, the seed, the first sample's number and the
 // guidance scale are read from the device. Range: element indices below 2^34 where noise is drawn. A
 // step out of range gives NaN.
-#include "../common/step.h"
+#include "posterior_step.h"
 
+#include "../common/step.h"
 #include "elementwise.h"
 
 namespace fastdiff::cuda {

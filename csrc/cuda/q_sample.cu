@@ -8,6 +8,8 @@
 // Algorithm: elementwise.h's: load eight elements, draw their noise and round it to the storage
 // type, so that x_t holds what a caller of the generator gets, and combine. Range: element indices
 // below 2^34 where noise is drawn. A t out of range gives NaN.
+#include "q_sample.h"
+
 #include "elementwise.h"
 
 namespace fastdiff::cuda {

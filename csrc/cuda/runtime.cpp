@@ -1,6 +1,6 @@
-#include <cuda_runtime_api.h>
+#include "runtime.h"
 
-#include "kernels.h"
+#include <cuda_runtime_api.h>
 
 namespace fastdiff::cuda {
 

@@ -1,5 +1,7 @@
-// In place of csrc/cuda/runtime.cpp: no CUDA is linked, and no driver asked.
-#include "../cuda/kernels.h"
+// In place of csrc/cuda/runtime.cpp and device_limits.cu: no CUDA is linked, and no driver asked.
+#include "../cuda/runtime.h"
+
+#include "../cuda/device_limits.h"
 #include "emulation.h"
 
 namespace fastdiff::cuda {

@@ -10,7 +10,7 @@ import torch  # before the library: its OpenMP runtime is the one the library ca
 
 from fastdiff.errors import InputError
 
-INTERFACE = 6  # kInterface of csrc/bindings.cpp
+INTERFACE = 6  # kInterface of csrc/bindings/module.cpp
 ISA_VARIABLE = "FASTDIFF_ISA"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/common
 
@@ -33,7 +33,7 @@ class NativeLibraryError(OSError):
 
 @functools.cache
 def library() -> Any:
-    """The native module (csrc/bindings.cpp), set to the best instruction set this CPU runs.
+    """The native module (csrc/bindings), set to the best instruction set this CPU runs.
 
     ``FASTDIFF_ISA`` (baseline, avx2 or avx512) forces one. Raises NativeLibraryError when the
     module cannot be used and InputError when the forced instruction set cannot.
