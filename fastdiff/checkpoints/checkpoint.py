@@ -99,7 +99,8 @@ def save(
             AveragedModel and their like, whose network is saved.
         diffusion: anything with ``to_config()``.
         ema: all of its rates are saved.
-        step, info: recorded in config.json.
+        step: optimizer steps taken, for config.json.
+        info: facts about the data, for config.json.
         extra_tensors: file name without ``.safetensors`` -> tensors by name; see ``load_tensors``.
         extra_json: file name without ``.json`` -> a JSON value; see ``load_json``.
 

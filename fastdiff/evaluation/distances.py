@@ -43,10 +43,13 @@ def nearest_distances(
 ) -> np.ndarray:
     """Euclidean distance of each query to its nearest reference, float64 (n,).
 
-    queries, references: uint8 (n, C, H, W), (m, C, H, W); distances are in units of [-1, 1].
-    leave_out: int64 (n,), a reference that query i must not match (itself, for leave-one-out).
+    Args:
+        queries: uint8 (n, C, H, W); distances are in units of [-1, 1].
+        references: uint8 (m, C, H, W).
+        leave_out: int64 (n,), a reference that query i must not match (itself, for leave-one-out).
 
-    Exact: |q|² + |r|² - 2 q·r runs over integers below 2^53, so a copy is at distance 0.
+    Exact: |q|² + |r|² - 2 q·r runs over integers below 2^53, so a copy is at distance 0. Raises
+    InputError for images of different sizes.
     """
     queries, references = queries.flatten(1), references.flatten(1)
     if queries.shape[1] != references.shape[1]:
