@@ -19,9 +19,13 @@ PAGES = {"README.md": "index.md", "examples/README.md": "studies.md"}  # file to
 WIDTH = "90"  # columns of the help
 STYLE = """
 .wy-nav-content { max-width: 62em; }
+.rst-content table { margin-bottom: 1.5em; }
+.rst-content table td, .rst-content table th { padding: 4px 8px; line-height: 1.4; }
 .wy-table-responsive table td, .wy-table-responsive table th { white-space: normal; }
 .doc-contents { padding-left: 1.5em; border-left: 2px solid #e1e4e5; }
-.rst-content .highlight pre { padding: 0.8em; }
+.doc-contents table th { vertical-align: top; }
+.rst-content pre { padding: 0.8em; }
+.rst-content pre code { padding: 0; border: none; background: none; }
 """
 
 

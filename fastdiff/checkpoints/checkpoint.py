@@ -62,6 +62,7 @@ class Checkpoint:
         config: the whole of config.json; of a diffusers network, as ``save`` would write it.
         path: the checkpoint's directory: of a run's, the one inside that was read.
         weights: ``"model"`` or the rate of the average that was loaded.
+        ema_rates: the averages that the checkpoint has, by name.
     """
 
     model: UNet

@@ -170,8 +170,9 @@ def iterate_once(
 ) -> Iterator[Batch]:
     """Every image once and unflipped, in the set's order; the last batch may be smaller.
 
-    Batches are as :class:`BatchStream`'s. Rank r of ``world_size`` gets images r, r + world_size,
-    r + 2·world_size, … Raises InputError for a size or a rank that makes no sense.
+    Batches of ``batch_size`` images of the ``dataset`` are as :class:`BatchStream`'s. Rank r of
+    ``world_size`` gets images r, r + world_size, r + 2·world_size, … Raises InputError for a size
+    or a rank that makes no sense.
     """
     _check_rank(rank, world_size)
     if batch_size < 1:

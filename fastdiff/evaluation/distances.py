@@ -11,10 +11,11 @@ CHUNK_BYTES = 1 << 27  # of float64 images held at a time
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Fréchet distance of the Gaussians fitted to two sets of features (n, D), (m, D).
+    """Squared Fréchet distance of the Gaussians fitted to features ``a`` (n, D) and ``b`` (m, D).
 
     Heusel et al. 2017, eq. 6 (Dowson & Landau 1982). It falls as n and m grow even when both sets
-    come from one source, so only distances of equal counts can be compared.
+    come from one source, so only distances of equal counts can be compared. Raises
+    InputError for shapes that do not fit, and below two of either.
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise InputError(

@@ -156,7 +156,7 @@ class Sampler:
     def configure(self, *, diffusion: Any = None, **changes: Any) -> "Sampler":
         """Change steps, spacing, timesteps, method, eta, guidance_scale, guidance_interval,
         clip_denoised, dynamic_threshold or the process (or table) itself, as in the constructor;
-        the rest stays. Returns itself.
+        the rest stays. Returns itself. Raises InputError as the constructor does.
 
         What was captured stays too: a graph reads all of these from device memory, but for the
         order of the method, whether there is guidance, and dynamic_threshold.
