@@ -35,6 +35,19 @@ def test_the_files_that_the_configuration_names_exist():
         assert (ROOT / name).exists(), name
 
 
+def test_the_pages_link_to_files_and_headings_that_exist():
+    links = 0
+    for page in DOCS.rglob("*.md"):
+        for target, heading in re.findall(r"\]\((?!\w+:)([^)#]*)(#[^)]*)?\)", page.read_text()):
+            file = (page.parent / target).resolve() if target else page
+            assert file.exists(), f"{page.name}: {target}"
+            if heading:
+                words = re.findall(r"^#+ (.+)$", file.read_text(), flags=re.MULTILINE)
+                assert heading[1:] in {re.sub(r"\W+", "-", w.lower()) for w in words}, heading
+            links += 1
+    assert links >= 10
+
+
 def test_what_the_reference_shows_exists():
     assert len(SHOWN) > 40
     for name in SHOWN:
