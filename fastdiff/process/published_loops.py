@@ -18,18 +18,17 @@ Step = Callable[..., dict[str, Tensor]]
 
 
 class SamplingLoops(ReverseProcess):
-    """Loops over all K steps. Arguments the methods share:
+    """Loops over all K steps.
 
-    - ``clip_denoised``, ``denoised_fn``, ``cond_fn``: see :class:`ReverseProcess`.
-    - ``shape``: (N, C, ...) of the samples.
-    - ``noise``: x_T, drawn when None.
-    - ``device``: where to sample; by default the device of ``noise``, else of the model's
-      parameters, else the CPU.
-    - ``step_noise``: the draw of every step: one tensor of ``shape`` for all, or a callable that
-      gets the step's index t (K-1 first, 0 last) and answers one.
-    - ``generator``: torch.Generator of all that is drawn: x_T first, then one draw at every step,
-      also at t = 0 and for DDIM with eta = 0 (the order of the published code).
-    - ``progress``: show a progress bar (needs tqdm).
+    ``clip_denoised``, ``denoised_fn``, ``cond_fn``: see :class:`ReverseProcess`.
+    ``shape``: (N, C, ...) of the samples. ``noise``: x_T, drawn when None.
+    ``device``: where to sample; by default the device of ``noise``, else of the model's parameters,
+    else the CPU.
+    ``step_noise``: the draw of every step: one tensor of ``shape`` for all, or a callable that gets
+    the step's index t (K-1 first, 0 last) and answers one.
+    ``generator``: torch.Generator of all that is drawn: x_T first, then one draw at every step,
+    also at t = 0 and for DDIM with eta = 0 (the order of the published code).
+    ``progress``: show a progress bar (needs tqdm).
 
     Nothing is recorded for gradients. Whatever does not fit raises InputError.
     """

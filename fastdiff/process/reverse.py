@@ -33,17 +33,17 @@ class ReverseProcess(ForwardProcess):
 
     Arguments the methods share:
 
-    - ``model``: called ``model(x, timesteps, **model_kwargs)`` with x (N, C, ...) and float32 (N,)
-      timesteps; answers (N, C, ...), or (N, 2C, ...) where the variance is learned. Any callable.
-    - ``x``, ``t``: (N, C, ...) float and (N,) integer, the index into this process's K steps.
-    - ``denoised_fn``: applied to the predicted x_0, before clipping; ``clip_denoised`` clips it to
-      [-1, 1].
-    - ``cond_fn``: guidance by a classifier, cond_fn(x, timesteps, **model_kwargs) = ∇ log p(y |
-      x_t) like x (Dhariwal & Nichol 2021, arXiv:2105.05233): ``p_sample`` moves the mean by
-      variance times that (algorithm 1), the DDIM methods ε by −√(1 − ᾱ_t) times that (algorithm 2).
-    - ``noise``: the N(0, 1) draw of x's shape; ``generator``: where it is drawn from when None. The
-      draw is made even where it is not used (t = 0, DDIM with eta = 0), as published, so that equal
-      seeds give equal samples.
+    ``model``: called ``model(x, timesteps, **model_kwargs)`` with x (N, C, ...) and float32 (N,)
+    timesteps; answers (N, C, ...), or (N, 2C, ...) where the variance is learned. Any callable.
+    ``x``, ``t``: (N, C, ...) float and (N,) integer, the index into this process's K steps.
+    ``denoised_fn``: applied to the predicted x_0, before clipping; ``clip_denoised`` clips it to
+    [-1, 1].
+    ``cond_fn``: guidance by a classifier, cond_fn(x, timesteps, **model_kwargs) = ∇ log p(y | x_t)
+    like x (Dhariwal & Nichol 2021, arXiv:2105.05233): ``p_sample`` moves the mean by variance times
+    that (algorithm 1), the DDIM methods ε by −√(1 − ᾱ_t) times that (algorithm 2).
+    ``noise``: the N(0, 1) draw of x's shape; ``generator``: where it is drawn from when None. The
+    draw is made even where it is not used (t = 0, DDIM with eta = 0), as published, so that equal
+    seeds give equal samples.
 
     The arithmetic is float32 (float64 for float64 x); samples come back in x's dtype. Whatever does
     not fit raises InputError in one line; outside the CPU a t out of range gives NaN instead.
