@@ -75,6 +75,10 @@ def test_the_site_builds_without_warnings(tmp_path):
     assert {"architecture", "reference/ops", "reference/command_line"} <= pages
     ops = (tmp_path / "reference/ops/index.html").read_text()
     assert "fastdiff.ops.group_norm_silu" in ops and "FiLM" in ops
+    for name in ("first_sample", "uncond_kwargs"):  # of Sampler.sample, with all its arguments
+        assert re.search(
+            rf">{name}</span>", (tmp_path / "reference/sampling/index.html").read_text()
+        )
     assert "--preset" in (tmp_path / "reference/command_line/index.html").read_text()
 
 

@@ -1,4 +1,4 @@
-"""Sphinx's roles in docstrings (:class:`Sampler`) as links of this site: a griffe extension."""
+"""What griffe finds in the sources made fit for this site: Sphinx's roles become its links."""
 
 import re
 from typing import Any
