@@ -1,4 +1,4 @@
-"""What the site shows that stands elsewhere: the README, the studies, the command line's help.
+"""What the site shows that stands elsewhere: the README and its like, the command line's help.
 
 mkdocs calls the ``on_`` functions (mkdocs.yml names this file).
 """
@@ -15,7 +15,11 @@ from mkdocs.structure.files import File
 from pygments.formatters import HtmlFormatter
 
 ROOT = Path(__file__).parent.parent
-PAGES = {"README.md": "index.md", "examples/README.md": "studies.md"}  # file to page of the site
+PAGES = {  # files to pages of the site
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "examples/README.md": "studies.md",
+}
 WIDTH = "90"  # columns of the help
 STYLE = """
 .wy-nav-content { max-width: 62em; }
