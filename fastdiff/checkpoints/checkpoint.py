@@ -36,10 +36,10 @@ from fastdiff.checkpoints.weights import (
     load_json,
     load_tensors,
     load_weights,
-    previous_directory,
-    replace_directory,
+    write_directory,
 )
 from fastdiff.errors import InputError
+from fastdiff.files import previous_directory
 from fastdiff.models.ema import EMA, rate_name
 from fastdiff.models.unet import UNet
 from fastdiff.models.wrappers import plain_state, unwrapped
@@ -62,6 +62,7 @@ class Checkpoint:
         config: the whole of config.json; of a diffusers network, as ``save`` would write it.
         path: the checkpoint's directory: of a run's, the one inside that was read.
         weights: ``"model"`` or the rate of the average that was loaded.
+        ema_rates: the averages that the checkpoint has, by name.
     """
 
     model: UNet
@@ -99,7 +100,8 @@ def save(
             AveragedModel and their like, whose network is saved.
         diffusion: anything with ``to_config()``.
         ema: all of its rates are saved.
-        step, info: recorded in config.json.
+        step: optimizer steps taken, for config.json.
+        info: facts about the data, for config.json.
         extra_tensors: file name without ``.safetensors`` -> tensors by name; see ``load_tensors``.
         extra_json: file name without ``.json`` -> a JSON value; see ``load_json``.
 
@@ -138,7 +140,7 @@ def save(
     extras = dict(extra_tensors or {})
     check_extra_names(extras, tensors, "extra_tensors")
     check_extra_names(extra_json or {}, {"config"}, "extra_json")
-    replace_directory(target, {**tensors, **extras}, {"config": config, **(extra_json or {})})
+    write_directory(target, {**tensors, **extras}, {"config": config, **(extra_json or {})})
     return target
 
 
