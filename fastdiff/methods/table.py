@@ -20,10 +20,9 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol, overload
+from typing import overload
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fastdiff.errors import InputError
@@ -37,6 +36,7 @@ from fastdiff.methods.columns import (
     sde_dpmsolver_columns,
     x_start_coefficients,
 )
+from fastdiff.process.protocol import Process, noise_levels
 
 Index = int | torch.Tensor  # of a row; a tensor of one element is read on its device
 
@@ -47,37 +47,6 @@ COLUMNS = (
     *("a", "b", "c", "d", "o", "e", "sigma", "log_min", "log_max", "clip"),
     *("timesteps", "input_scale"),
 )
-
-
-class Process(Protocol):
-    """A Gaussian process a table can be made from: GaussianDiffusion, VarianceExploding.
-
-    ``model_timesteps`` is (K,), t ascending, like the scales that ``noise_levels`` finds. A process
-    may also have ``input_scale`` (K,): what x_t is multiplied by before the network sees it.
-    """
-
-    mean_type: str
-    var_type: str
-    model_timesteps: npt.NDArray[np.float32]
-
-
-def noise_levels(process: Process) -> tuple[Float64Array, Float64Array]:
-    """(signal, noise), float64 (K,) each: x_t = signal_t·x_0 + noise_t·ε.
-
-    Read from ``signal_scale`` and ``noise_scale``, else from the variance-preserving process's
-    ``sqrt_alphas_cumprod`` and ``sqrt_one_minus_alphas_cumprod``. InputError if it has neither.
-    """
-    pairs = [
-        ("signal_scale", "noise_scale"),
-        ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
-    ]
-    for signal, noise in pairs:
-        if hasattr(process, signal) and hasattr(process, noise):
-            return getattr(process, signal), getattr(process, noise)
-    raise InputError(
-        f"a {type(process).__name__} has no noise levels; expected a GaussianDiffusion or a "
-        "VarianceExploding process"
-    )
 
 
 class _Column:
@@ -138,12 +107,14 @@ class StepTable:
         eta: float = 0.0,
         clip_denoised: bool = True,
         clipped_eps: bool = True,
+        dtype: torch.dtype = torch.float32,
     ) -> "StepTable":
         """The table by which ``method`` samples a GaussianDiffusion or a VarianceExploding process.
 
         ``eta`` is DDIM's (0 deterministic, 1 the DDPM posterior's variance). ``clip_denoised``
         clips x_0 to [−1, 1]. ``clipped_eps=True`` re-derives DDIM's ε from the clipped x_0, as the
         published code does; False leaves it as the network said, as diffusers does by default.
+        ``dtype`` float64 is for arithmetic in float64, which no kernel does.
         Raises InputError for an unknown method or type, an ``eta`` the process does not allow,
         noise levels that do not rise, and ε-prediction from a step without signal.
         """
@@ -157,8 +128,7 @@ class StepTable:
         columns: dict[str, np.ndarray] = dict.fromkeys(COLUMNS, np.zeros(len(levels.signal)))
         columns |= {"a": a, "b": b, "timesteps": process.model_timesteps}
         columns["clip"] = np.full_like(a, 1.0 if clip_denoised else np.inf)
-        input_scale = getattr(process, "input_scale", None)
-        columns["input_scale"] = np.ones_like(a) if input_scale is None else input_scale
+        columns["input_scale"] = process.input_scale
         if method == "ddpm":
             columns |= ddpm_columns(levels, process.mean_type, process.var_type)
         elif method == "ddim":
@@ -172,7 +142,8 @@ class StepTable:
                 raise InputError(
                     f"{name} has shape {np.shape(values)}; expected ({len(a)},), one value a step"
                 )
-        return cls._of(np.stack([columns[name] for name in COLUMNS], axis=1)[::-1], method, learned)
+        values = np.stack([columns[name] for name in COLUMNS], axis=1)[::-1]
+        return cls._of(values, method, learned, dtype)
 
     @classmethod
     def from_rows(
@@ -208,9 +179,15 @@ class StepTable:
         return cls._of(values, method, doubled_output)
 
     @classmethod
-    def _of(cls, values: Float64Array, method: str, doubled_output: bool) -> "StepTable":
+    def _of(
+        cls,
+        values: Float64Array,
+        method: str,
+        doubled_output: bool,
+        dtype: torch.dtype = torch.float32,
+    ) -> "StepTable":
         """From (K, 12) values in sampling order."""
-        packed = torch.from_numpy(values.astype(np.float32, order="C"))
+        packed = torch.from_numpy(values.astype(np.float64, order="C")).to(dtype)
         return cls(
             packed=packed,
             method=method,

@@ -4,16 +4,28 @@ Images are uint8 values scaled to [-1, 1]: one grey level is 2/255, and an error
 grey levels.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastdiff.checks import check_float, check_like
 from fastdiff.errors import InputError
+from fastdiff.ops.normal.op import draw_like
+from fastdiff.process.forward import mean_flat, posterior_mean
+from fastdiff.process.published_loops import StepNoise, countdown, noise_of_step
+from fastdiff.process.reverse import Model, eps_from_xstart
+from fastdiff.process.tables import TablesAt
+
+if TYPE_CHECKING:
+    from fastdiff.process.gaussian import GaussianDiffusion
 
 
 def normal_kl(
@@ -75,6 +87,81 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales:
     log_cdf_delta = torch.log((cdf_plus - cdf_minus).clamp(min=1e-12))
     inner = torch.where(x > 0.999, log_one_minus_cdf_minus, log_cdf_delta)
     return torch.where(x < -0.999, log_cdf_plus, inner)
+
+
+# --- The variational bound --------------------------------------------------------------------
+
+
+def bound_term(out: dict[str, Tensor], x_start: Tensor, x_t: Tensor, at: TablesAt) -> Tensor:
+    """KL(q(x_{t-1} | x_t, x_0) ‖ p), at t = 0 the decoder's NLL; (N,) in bits/dim.
+
+    ``out``: what ``p_mean_variance`` answers.
+    """
+    kl = normal_kl(
+        posterior_mean(at, x_start, x_t),
+        at["posterior_log_variance_clipped"],
+        out["mean"],
+        out["log_variance"],
+    )
+    nll = -discretized_gaussian_log_likelihood(
+        x_start, means=out["mean"], log_scales=0.5 * out["log_variance"]
+    )
+    return torch.where(at.rows == 0, mean_flat(nll), mean_flat(kl)) / math.log(2.0)
+
+
+def prior_bpd(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL(q(x_T | x_0) ‖ N(0, 1)) in bits/dim, (N,), of q's ``mean`` and ``log_variance``."""
+    return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
+
+
+def vb_terms_bpd(
+    process: GaussianDiffusion,
+    model: Model,
+    x_start: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    clip_denoised: bool = True,
+    model_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The bound's term at t, (N,) in bits/dim, and the predicted x_0, like x_t."""
+    check_like(x_start, "x_start", x_t, "x_t")
+    out = process.p_mean_variance(model, x_t, t, clip_denoised, model_kwargs=model_kwargs)
+    at = process._tables.at_checked(t, x_t)
+    return bound_term(out, x_start.to(at.dtype), x_t.to(at.dtype), at), out["pred_xstart"]
+
+
+@torch.no_grad()
+def bpd_loop(
+    process: GaussianDiffusion,
+    model: Model,
+    x_start: Tensor,
+    clip_denoised: bool,
+    model_kwargs: dict[str, Any] | None,
+    noise: StepNoise | None,
+    generator: torch.Generator | None,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """``GaussianDiffusion.calc_bpd_loop``."""
+    check_float(x_start, "x_start")
+    columns: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
+    for i in countdown(process.num_timesteps, progress):
+        t = torch.full(x_start.shape[:1], i, dtype=torch.int64, device=x_start.device)
+        eps = noise_of_step(noise, i)
+        if eps is None:
+            eps = draw_like(x_start, generator)
+        x_t = process.q_sample(x_start, t, eps)
+        vb, pred_xstart = vb_terms_bpd(process, model, x_start, x_t, t, clip_denoised, model_kwargs)
+        at = process._tables.at_checked(t, x_start)
+        pred_eps = eps_from_xstart(at, x_t.to(at.dtype), pred_xstart)
+        columns["vb"].append(vb)
+        columns["xstart_mse"].append(mean_flat((pred_xstart - x_start) ** 2))
+        columns["mse"].append(mean_flat((pred_eps - eps) ** 2))
+    terms = {name: torch.stack(column, dim=1) for name, column in columns.items()}
+    prior = process.prior_bpd(x_start)
+    return {"total_bpd": terms["vb"].sum(dim=1) + prior, "prior_bpd": prior} | terms
+
+
+# --- What is made of it -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from fastdiff.errors import InputError
 from fastdiff.ops.normal.op import draw_like
 from fastdiff.ops.q_sample.op import q_sample
 from fastdiff.process.forward import mean_flat
+from fastdiff.process.protocol import FloatArray
 from fastdiff.process.respacing import chosen_timesteps
 from fastdiff.process.reverse import Model, check_choice, network_output
-from fastdiff.process.tables import FloatArray, ProcessTables, TablesAt, check_timestep_map
+from fastdiff.process.tables import Tables, TablesAt, check_timestep_map
 
 PROCESS = "variance_exploding"
 MEAN_TYPES = ("epsilon", "x_start", "v")
@@ -47,7 +48,7 @@ def geometric_sigmas(
     return np.geomspace(sigma_min, sigma_max, num_steps, dtype=np.float64)
 
 
-class VarianceExploding(ProcessTables):
+class VarianceExploding:
     """q(x_t | x_0) = N(x_0, sigma_t²·I), its training losses, and what a StepTable reads of it.
 
     Args:
@@ -58,7 +59,7 @@ class VarianceExploding(ProcessTables):
         var_type: the reverse step's variance: "fixed_small", the posterior's (annealed ancestral
             sampling, Song et al. 2021 eq. 47), or "fixed_large", sigma_t² − sigma_{t−1}².
         scale_input: the network sees x_t/√(1 + sigma_t²), of about unit variance at every level.
-        conditioning: what the network is told of the level: "timestep", the index in the unstrided
+        conditioning: what the network is given of the level: "timestep", the index in the unstrided
             process, or "log_sigma", the natural logarithm of sigma.
         loss_weighting: weight of the squared error of x_0 at each level: "inverse_variance"
             1/sigma² (the same as plain ε), "edm" 1 + 1/sigma² (the same as plain v), "min_snr"
@@ -86,7 +87,6 @@ class VarianceExploding(ProcessTables):
         timestep_map: Sequence[int] | npt.NDArray[np.int64] | None = None,
         original_num_steps: int | None = None,
     ):
-        super().__init__()
         self.sigmas = _check_sigmas(sigmas)
         self.mean_type = check_choice("mean_type", mean_type, MEAN_TYPES)
         self.var_type = check_choice("var_type", var_type, VAR_TYPES)
@@ -108,10 +108,20 @@ class VarianceExploding(ProcessTables):
         self.noise_scale = self.sigmas
         total_std = np.hypot(1.0, self.sigmas)
         self.input_scale = 1 / total_std if scale_input else np.ones_like(self.sigmas)
-        told = np.log(self.sigmas) if conditioning == "log_sigma" else self.timestep_map
-        self.model_timesteps = told.astype(np.float32)
+        given = np.log(self.sigmas) if conditioning == "log_sigma" else self.timestep_map
+        self.model_timesteps = given.astype(np.float32)
         self.prior_std = float(self.sigmas[-1])
+        self.last_variance = 0.0
         self.loss_weights = self._loss_weights(total_std)
+        self._tables = Tables(
+            {
+                "signal": self.signal_scale,
+                "sigma": self.sigmas,
+                "input_scale": self.input_scale,
+                "loss_weight": self.loss_weights,
+                "model_timesteps": self.model_timesteps.astype(np.float64),
+            }
+        )
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """Draw x_t ~ N(x_start, sigma_t²·I): like x_start.
@@ -121,7 +131,7 @@ class VarianceExploding(ProcessTables):
         NaN instead.
         """
         check_float(x_start, "x_start")
-        tables = self._tables(x_start)
+        tables = self._tables.on(x_start)
         noise = draw_like(x_start) if noise is None else noise
         signal, sigma = tables["signal"][:-1], tables["sigma"][:-1]
         return q_sample(x_start, t, signal, sigma, noise=noise)[0]
@@ -131,7 +141,7 @@ class VarianceExploding(ProcessTables):
 
         Float32, or float64 for float64 x_start. Arguments and errors: :meth:`q_sample`.
         """
-        at = self._at(t, x_start, "x_start")
+        at = self._tables.at(t, x_start, "x_start")
         variance = (at["sigma"] ** 2).expand(x_start.shape)
         return x_start.to(at.dtype), variance, variance.log()
 
@@ -148,9 +158,10 @@ class VarianceExploding(ProcessTables):
         ``model`` is called ``model(x, timesteps, **model_kwargs)`` with x = input_scale_t·x_t and
         float32 (N,) timesteps, and answers x's shape. Arguments and errors: :meth:`q_sample`.
         """
-        at = self._at(t, x_start, "x_start")
+        check_float(x_start, "x_start")
         noise = draw_like(x_start) if noise is None else noise
-        x_t = self.q_sample(x_start, t, noise)
+        x_t = self.q_sample(x_start, t, noise)  # which checks t
+        at = self._tables.at_checked(t, x_start)
         network_input = (at["input_scale"] * x_t).to(x_start.dtype)
         timesteps = at["model_timesteps"].flatten().float()
         output = network_output(
@@ -229,15 +240,6 @@ class VarianceExploding(ProcessTables):
             "v": self.sigmas / total_std,
         }
         return weights[self.loss_weighting] * b[self.mean_type] ** 2
-
-    def _named_tables(self) -> dict[str, FloatArray]:
-        return {
-            "signal": self.signal_scale,
-            "sigma": self.sigmas,
-            "input_scale": self.input_scale,
-            "loss_weight": self.loss_weights,
-            "model_timesteps": self.model_timesteps.astype(np.float64),
-        }
 
 
 def _check_sigmas(sigmas: npt.ArrayLike) -> FloatArray:
