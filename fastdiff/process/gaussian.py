@@ -1,7 +1,7 @@
 """GaussianDiffusion: the variance-preserving diffusion process; create_diffusion, which makes one.
 
-The equations are in forward.py (q), reverse.py (p), losses.py and likelihood.py. A sampling step is
-a row of a step table, here as for ``Sampler``.
+The equations are in forward.py (q), reverse.py (p) and likelihood.py. A sampling step is a row of
+a step table, here as for ``Sampler``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from fastdiff.errors import InputError
 from fastdiff.methods.table import StepTable
 from fastdiff.ops.normal.op import draw_like
 from fastdiff.ops.q_sample.op import q_sample
-from fastdiff.process import likelihood, losses, reverse, schedules
+from fastdiff.process import likelihood, reverse, schedules
 from fastdiff.process.forward import forward_tables, posterior_mean
 from fastdiff.process.protocol import FloatArray
 from fastdiff.process.published_loops import DDIMLoopArguments, LoopArguments, StepNoise, last, loop
@@ -45,27 +45,11 @@ class GaussianDiffusion:
     ``rescale_timesteps``: give the network timesteps scaled to 0 … 1000.
     ``timestep_map``, ``original_num_steps``: for a respaced process, the (K,) timesteps of the
     process it was taken from and that one's length: what the network was trained with.
+    ``num_timesteps``: K. ``model_timesteps``: (K,) float32, what the network is given at each step.
 
-    Attributes, float64 (K,) unless said: ``betas, alphas_cumprod, alphas_cumprod_prev,
-    alphas_cumprod_next, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, posterior_variance,
-    posterior_log_variance_clipped, posterior_mean_coef1, posterior_mean_coef2``;
-    ``num_timesteps`` (K), ``timestep_map`` (int64), ``model_timesteps`` (float32: what the network
-    is given at each index), ``original_num_steps``.
-
-    Arguments that its methods share:
-
-    ``model``: called ``model(x, timesteps, **model_kwargs)`` with x (N, C, ...) and float32 (N,)
-    timesteps; answers (N, C, ...), or (N, 2C, ...) where the variance is learned. Any callable.
     ``x_start`` in [-1, 1], ``x``, ``x_t``: (N, ...) float. ``t``: (N,) integer in 0 … K-1, the
-    index into this process's steps (0 is one step of noise).
-    ``denoised_fn``: applied to the predicted x_0, before clipping; ``clip_denoised`` clips it to
-    [-1, 1].
-    ``cond_fn``: guidance by a classifier, cond_fn(x, timesteps, **model_kwargs) = ∇ log p(y | x_t)
-    like x (Dhariwal & Nichol 2021, arXiv:2105.05233): ``p_sample`` moves the mean by variance times
-    that (algorithm 1), the DDIM methods ε by −√(1 − ᾱ_t) times that (algorithm 2).
-    ``noise``: the N(0, 1) draw of x's shape; ``generator``: where it is drawn from when None. The
-    draw is made even where it is not used (t = 0, DDIM with eta = 0), as published, so that equal
-    seeds give equal samples.
+    index into this process's steps (0 is one step of noise). The other arguments of its methods:
+    :class:`fastdiff.process.reverse.StepArguments`.
 
     The arithmetic is float32 (float64 for float64 x), which is what statistics and losses come in;
     samples are like x. Whatever does not fit raises InputError in one line: unknown names, betas
@@ -73,7 +57,7 @@ class GaussianDiffusion:
     CPU; elsewhere that gives NaN, as nothing waits for a device.
     """
 
-    betas: FloatArray
+    betas: FloatArray  # (K,), as all of these
     alphas_cumprod: FloatArray
     alphas_cumprod_prev: FloatArray
     alphas_cumprod_next: FloatArray
@@ -115,8 +99,8 @@ class GaussianDiffusion:
         self.mean_type = reverse.check_choice("mean_type", mean_type, reverse.MEAN_TYPES)
         self.var_type = reverse.check_choice("var_type", var_type, reverse.VAR_TYPES)
         self.learns_variance = var_type in ("learned", "learned_range")
-        self.loss_type = reverse.check_choice("loss_type", loss_type, losses.LOSS_TYPES)
-        losses.check_weighting(loss_type, loss_weighting, min_snr_gamma)
+        self.loss_type = reverse.check_choice("loss_type", loss_type, likelihood.LOSS_TYPES)
+        likelihood.check_weighting(loss_type, loss_weighting, min_snr_gamma)
         self.loss_weighting = loss_weighting
         self.min_snr_gamma = float(min_snr_gamma)
 
@@ -128,11 +112,10 @@ class GaussianDiffusion:
 
         tables |= reverse.reverse_tables(tables, mean_type, var_type)
         tables["model_timesteps"] = self.model_timesteps.astype(np.float64)
-        tables["min_snr_weight"] = losses.min_snr_weight(tables, mean_type, self.min_snr_gamma)
+        tables["min_snr_weight"] = likelihood.min_snr_weight(tables, mean_type, self.min_snr_gamma)
         self._tables = Tables(tables)
         self._step_tables: dict[tuple, tuple[StepTable, Tensor]] = {}
-        # The keyword arguments of create_diffusion, where the process came from there.
-        self._recipe: dict[str, Any] | None = None
+        self._recipe: dict[str, Any] | None = None  # create_diffusion's arguments, if it was that
 
     # --- q: from data to noise ---
 
@@ -186,8 +169,7 @@ class GaussianDiffusion:
     ) -> dict[str, Tensor]:
         """p(x_{t-1} | x_t) as {"mean", "variance", "log_variance", "pred_xstart"}, each like x."""
         at = self._tables.at(t, x)
-        timesteps = at["model_timesteps"].flatten()
-        output = reverse.call_model(self, model, x, timesteps, model_kwargs).to(at.dtype)
+        output = reverse.call_model(self, model, x, at["model_timesteps"].flatten(), model_kwargs)
         return reverse.interpret(self, output, x, at, clip_denoised, denoised_fn)
 
     @called_with(StepArguments)
@@ -268,20 +250,12 @@ class GaussianDiffusion:
         loss = weight · mse + vb. The mean is detached in the bound's term of the mse losses
         (Nichol & Dhariwal 2021 section 3.1), and x_0 is never clipped.
         """
-        check_float(x_start, "x_start")
-        noise = draw_like(x_start, generator) if noise is None else noise
-        x_t = self.q_sample(x_start, t, noise)  # which checks t
-        at = self._tables.at_checked(t, x_start)
-        timesteps = at["model_timesteps"].flatten()
-        output = reverse.call_model(self, model, x_t, timesteps, model_kwargs).to(at.dtype)
-        return losses.losses_of(self, output, x_start, x_t, noise, at)
+        options = (model_kwargs, noise, generator)
+        return likelihood.training_losses(self, model, x_start, t, *options)
 
     def prior_bpd(self, x_start: Tensor) -> Tensor:
         """KL(q(x_T | x_0) ‖ N(0, 1)) in bits/dim, (N,): the term that no network changes."""
-        check_float(x_start, "x_start")
-        t = torch.full(x_start.shape[:1], self.num_timesteps - 1, device=x_start.device)
-        mean, _, log_variance = self.q_mean_variance(x_start, t)
-        return likelihood.prior_bpd(mean, log_variance)
+        return likelihood.prior_bpd(self, x_start)
 
     _prior_bpd = prior_bpd  # its published name
 
@@ -319,9 +293,9 @@ class GaussianDiffusion:
 
         ``sections`` as :func:`fastdiff.space_timesteps`, counted in this process's own K steps; for
         a ``spacing`` of :func:`fastdiff.process.respacing.spaced_timesteps` other than "uniform", a
-        number of steps. Or ``timesteps``, a list that ascends strictly within
-        0 … K − 1. Its betas are 1 − ᾱ_i / ᾱ_prev (Nichol & Dhariwal 2021 eq. 19) and the network
-        still receives the original timesteps. Raises InputError for what does not fit.
+        number of steps. Or ``timesteps``, a list that ascends strictly within 0 … K − 1. Its betas
+        are 1 − ᾱ_i / ᾱ_prev (Nichol & Dhariwal 2021 eq. 19) and the network still receives the
+        original timesteps.
         """
         chosen = chosen_timesteps(self, sections, spacing, timesteps)
         kept = self.alphas_cumprod[chosen]
@@ -340,8 +314,7 @@ class GaussianDiffusion:
     def to_config(self) -> dict[str, Any]:
         """A JSON-serialisable dict from which :meth:`from_config` builds this process again.
 
-        The keyword arguments of ``create_diffusion`` where it came from there; else the arguments
-        of the constructor, betas in full.
+        The arguments of ``create_diffusion`` where it came from there, else the constructor's.
         """
         if self._recipe is not None:
             return dict(self._recipe)
@@ -360,17 +333,9 @@ class GaussianDiffusion:
 
     def _arguments(self) -> dict[str, Any]:
         """Of the constructor."""
-        return {
-            "betas": self.betas,
-            "mean_type": self.mean_type,
-            "var_type": self.var_type,
-            "loss_type": self.loss_type,
-            "rescale_timesteps": self.rescale_timesteps,
-            "loss_weighting": self.loss_weighting,
-            "min_snr_gamma": self.min_snr_gamma,
-            "timestep_map": self.timestep_map,
-            "original_num_steps": self.original_num_steps,
-        }
+        names = "betas mean_type var_type loss_type rescale_timesteps loss_weighting min_snr_gamma"
+        names += " timestep_map original_num_steps"
+        return {name: getattr(self, name) for name in names.split()}
 
     def __getstate__(self) -> dict:
         """Copies and pickles leave the step tables behind: they are a cache."""
@@ -411,21 +376,13 @@ def create_diffusion(
     """
     recipe = dict(locals())  # the arguments
     betas = schedules.get_named_beta_schedule(noise_schedule, steps)
+    var_flags = {"learned_range": learn_sigma, "fixed_small": sigma_small}
+    loss_flags = {"rescaled_kl": use_kl, "rescaled_mse": rescale_learned_sigmas}
     diffusion = GaussianDiffusion(
         schedules.rescale_zero_terminal_snr(betas) if zero_terminal_snr else betas,
         mean_type=_named_or("mean_type", mean_type, {"x_start": predict_xstart}, "epsilon"),
-        var_type=_named_or(
-            "var_type",
-            var_type,
-            {"learned_range": learn_sigma, "fixed_small": sigma_small},
-            "fixed_large",
-        ),
-        loss_type=_named_or(
-            "loss_type",
-            loss_type,
-            {"rescaled_kl": use_kl, "rescaled_mse": rescale_learned_sigmas},
-            "mse",
-        ),
+        var_type=_named_or("var_type", var_type, var_flags, "fixed_large"),
+        loss_type=_named_or("loss_type", loss_type, loss_flags, "mse"),
         rescale_timesteps=rescale_timesteps,
         loss_weighting=loss_weighting,
         min_snr_gamma=min_snr_gamma,

@@ -1,10 +1,8 @@
-"""Likelihood terms in nats and bits, and what is made of them: bits/dim and rate-distortion.
+"""Training losses and the likelihood: its terms in nats and bits, bits/dim and rate-distortion.
 
 Images are uint8 values scaled to [-1, 1]: one grey level is 2/255, and an error of 1 there is 127.5
 grey levels.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,16 +14,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastdiff.checks import check_float, check_like
+from fastdiff.checks import check_float, check_like, is_finite
 from fastdiff.errors import InputError
 from fastdiff.ops.normal.op import draw_like
 from fastdiff.process.forward import mean_flat, posterior_mean
+from fastdiff.process.protocol import FloatArray
 from fastdiff.process.published_loops import StepNoise, countdown, noise_of_step
-from fastdiff.process.reverse import Model, eps_from_xstart
+from fastdiff.process.reverse import Model, call_model, eps_from_xstart, interpret
 from fastdiff.process.tables import TablesAt
 
 if TYPE_CHECKING:
     from fastdiff.process.gaussian import GaussianDiffusion
+
+LOSS_TYPES = ("mse", "rescaled_mse", "kl", "rescaled_kl")
 
 
 def normal_kl(
@@ -109,13 +110,16 @@ def bound_term(out: dict[str, Tensor], x_start: Tensor, x_t: Tensor, at: TablesA
     return torch.where(at.rows == 0, mean_flat(nll), mean_flat(kl)) / math.log(2.0)
 
 
-def prior_bpd(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(q(x_T | x_0) ‖ N(0, 1)) in bits/dim, (N,), of q's ``mean`` and ``log_variance``."""
+def prior_bpd(process: "GaussianDiffusion", x_start: Tensor) -> Tensor:
+    """``GaussianDiffusion.prior_bpd``."""
+    check_float(x_start, "x_start")
+    t = torch.full(x_start.shape[:1], process.num_timesteps - 1, device=x_start.device)
+    mean, _, log_variance = process.q_mean_variance(x_start, t)
     return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
 
 
 def vb_terms_bpd(
-    process: GaussianDiffusion,
+    process: "GaussianDiffusion",
     model: Model,
     x_start: Tensor,
     x_t: Tensor,
@@ -132,7 +136,7 @@ def vb_terms_bpd(
 
 @torch.no_grad()
 def bpd_loop(
-    process: GaussianDiffusion,
+    process: "GaussianDiffusion",
     model: Model,
     x_start: Tensor,
     clip_denoised: bool,
@@ -157,8 +161,88 @@ def bpd_loop(
         columns["xstart_mse"].append(mean_flat((pred_xstart - x_start) ** 2))
         columns["mse"].append(mean_flat((pred_eps - eps) ** 2))
     terms = {name: torch.stack(column, dim=1) for name, column in columns.items()}
-    prior = process.prior_bpd(x_start)
+    prior = prior_bpd(process, x_start)
     return {"total_bpd": terms["vb"].sum(dim=1) + prior, "prior_bpd": prior} | terms
+
+
+# --- Training losses --------------------------------------------------------------------------
+
+
+def training_losses(
+    process: "GaussianDiffusion",
+    model: Model,
+    x_start: Tensor,
+    t: Tensor,
+    model_kwargs: dict[str, Any] | None,
+    noise: Tensor | None,
+    generator: torch.Generator | None,
+) -> dict[str, Tensor]:
+    """``GaussianDiffusion.training_losses``."""
+    check_float(x_start, "x_start")
+    noise = draw_like(x_start, generator) if noise is None else noise
+    x_t = process.q_sample(x_start, t, noise)  # which checks t
+    at = process._tables.at_checked(t, x_start)
+    output = call_model(process, model, x_t, at["model_timesteps"].flatten(), model_kwargs)
+    # In the dtype of the arithmetic.
+    output, x_start, x_t, noise = (value.to(at.dtype) for value in (output, x_start, x_t, noise))
+    if process.loss_type in ("kl", "rescaled_kl"):
+        out = interpret(process, output, x_t, at, clip_denoised=False)
+        vb = bound_term(out, x_start, x_t, at)
+        vb = vb * process.num_timesteps if process.loss_type == "rescaled_kl" else vb
+        return {"loss": vb, "vb": vb}
+
+    terms = {}
+    prediction = output
+    if process.learns_variance:
+        prediction, values = output.chunk(2, dim=1)
+        frozen = torch.cat([prediction.detach(), values], dim=1)
+        out = interpret(process, frozen, x_t, at, clip_denoised=False)
+        vb = bound_term(out, x_start, x_t, at)
+        rescaled = process.loss_type == "rescaled_mse"
+        terms["vb"] = vb * (process.num_timesteps / 1000.0) if rescaled else vb
+    mse = mean_flat((_target(process.mean_type, x_start, x_t, noise, at) - prediction) ** 2)
+    loss = mse
+    if process.loss_weighting is not None:
+        loss = mse * at["min_snr_weight"].flatten()
+    if "vb" in terms:
+        loss = loss + terms["vb"]
+    return {"loss": loss, "mse": mse} | terms
+
+
+def _target(mean_type: str, x_start: Tensor, x_t: Tensor, noise: Tensor, at: TablesAt) -> Tensor:
+    """What the network is to predict."""
+    if mean_type == "epsilon":
+        return noise
+    if mean_type == "x_start":
+        return x_start
+    if mean_type == "previous_x":
+        return posterior_mean(at, x_start, x_t)
+    return at["sqrt_alphas_cumprod"] * noise - at["sqrt_one_minus_alphas_cumprod"] * x_start
+
+
+def min_snr_weight(forward: Mapping[str, FloatArray], mean_type: str, gamma: float) -> FloatArray:
+    """min(SNR, γ) on x_0's squared error, as a weight on that of what is predicted.
+
+    Hang et al. 2023 section 3.4, multiplied out so that SNR = ᾱ / (1 − ᾱ) may be 0.
+    """
+    signal, noise = forward["alphas_cumprod"], forward["one_minus_alphas_cumprod"]
+    if mean_type == "epsilon":  # min(SNR, γ) / SNR
+        return np.minimum(1.0, gamma * noise / signal)
+    if mean_type == "v":  # min(SNR, γ) / (SNR + 1)
+        return np.minimum(signal, gamma * noise)
+    weight = np.minimum(signal / noise, gamma)
+    # x_0 enters the mean of x_{t-1} times coef1.
+    return weight / forward["posterior_mean_coef1"] ** 2 if mean_type == "previous_x" else weight
+
+
+def check_weighting(loss_type: str, loss_weighting: str | None, min_snr_gamma: float) -> None:
+    """InputError for a weighting that is none, or that the loss does not take."""
+    if loss_weighting not in (None, "min_snr"):
+        raise InputError(f"loss_weighting must be None or 'min_snr', got {loss_weighting!r}")
+    if loss_weighting is not None and loss_type in ("kl", "rescaled_kl"):
+        raise InputError(f"loss_weighting applies to the mse losses, not to {loss_type!r}")
+    if not (is_finite(min_snr_gamma) and min_snr_gamma > 0):
+        raise InputError(f"min_snr_gamma must be a positive number, got {min_snr_gamma!r}")
 
 
 # --- What is made of it -----------------------------------------------------------------------

@@ -1,10 +1,7 @@
 """Sampling from noise to data through every step of a process: the published loops."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +11,7 @@ from fastdiff.checks import check_device, check_float, check_shape
 from fastdiff.errors import InputError
 from fastdiff.ops.normal.op import draw_like
 from fastdiff.optional import require
-from fastdiff.process.reverse import Model, ReverseStep, step_noise
+from fastdiff.process.reverse import Model, ReverseStep
 from fastdiff.process.update import CondFn, DenoisedFn
 
 if TYPE_CHECKING:
@@ -27,7 +24,7 @@ StepNoise = Tensor | Callable[[int], Tensor]
 class LoopArguments:
     """What a loop over all K steps is given.
 
-    ``clip_denoised``, ``denoised_fn``, ``cond_fn``: see :class:`GaussianDiffusion`.
+    ``clip_denoised``, ``denoised_fn``, ``cond_fn``: see :class:`StepArguments`.
     ``shape``: (N, C, ...) of the samples. ``noise``: x_T, drawn when None.
     ``device``: where to sample; by default the device of ``noise``, else of the model's parameters,
     else the CPU.
@@ -62,7 +59,7 @@ class DDIMLoopArguments(LoopArguments):
 
 
 def loop(
-    process: GaussianDiffusion, method: str, given: LoopArguments, eta: float = 0.0
+    process: "GaussianDiffusion", method: str, given: LoopArguments, eta: float = 0.0
 ) -> Iterator[dict[str, Tensor]]:
     """{"sample", "pred_xstart"} after every step. x_T is drawn at once."""
     x = initial_x(given.model, given.shape, given.noise, given.device, given.generator)
@@ -74,8 +71,7 @@ def _steps(step: ReverseStep, x: Tensor, given: LoopArguments) -> Iterator[dict[
     for t in countdown(len(step.table), given.progress):
         # The caller's own gradient mode is back while the generator waits at the yield.
         with torch.no_grad():
-            noise = noise_of_step(given.step_noise, t)
-            out = step(x, last_row - t, partial(step_noise, x, noise, given.generator))
+            out = step(x, last_row - t, noise_of_step(given.step_noise, t))
         yield out
         x = out["sample"]
 

@@ -4,11 +4,8 @@ Equations: DDPM, Ho et al. 2020; learned variances, Nichol & Dhariwal 2021 eq. 1
 2020 (arXiv:2010.02502) eq. 12; v-prediction, Salimans & Ho 2022 (arXiv:2202.00512) appendix D.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,7 +76,7 @@ def reverse_tables(
 
 
 def interpret(
-    process: GaussianDiffusion,
+    process: "GaussianDiffusion",
     output: Tensor,
     x: Tensor,
     at: TablesAt,
@@ -87,7 +84,7 @@ def interpret(
     denoised_fn: DenoisedFn | None = None,
 ) -> dict[str, Tensor]:
     """What the network's whole output says about x_{t-1} and x_0."""
-    x = x.to(at.dtype)
+    output, x = output.to(at.dtype), x.to(at.dtype)
     if process.learns_variance:
         output, values = output.chunk(2, dim=1)
         logarithm = values
@@ -133,7 +130,7 @@ def eps_from_xstart(at: TablesAt, x_t: Tensor, x_start: Tensor) -> Tensor:
 
 
 def call_model(
-    process: GaussianDiffusion,
+    process: "GaussianDiffusion",
     model: Model,
     x: Tensor,
     timesteps: Tensor,
@@ -191,7 +188,20 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
 
 @dataclass
 class StepArguments:
-    """What one step of a published method is given; see :class:`GaussianDiffusion`."""
+    """What one step of a published method is given.
+
+    ``model``: called ``model(x, timesteps, **model_kwargs)`` with x (N, C, ...) and float32 (N,)
+    timesteps; answers (N, C, ...), or (N, 2C, ...) where the variance is learned. Any callable.
+    ``x``, ``t``: (N, C, ...) float and (N,) integer, the index into the process's K steps.
+    ``denoised_fn``: applied to the predicted x_0, before clipping; ``clip_denoised`` clips it to
+    [-1, 1].
+    ``cond_fn``: guidance by a classifier, cond_fn(x, timesteps, **model_kwargs) = ∇ log p(y | x_t)
+    like x (Dhariwal & Nichol 2021, arXiv:2105.05233): ``p_sample`` moves the mean by variance times
+    that (algorithm 1), the DDIM methods ε by −√(1 − ᾱ_t) times that (algorithm 2).
+    ``noise``: the N(0, 1) draw of x's shape; ``generator``: where it is drawn from when None. The
+    draw is made even where it is not used (t = 0, DDIM with eta = 0), as published, so that equal
+    seeds give equal samples.
+    """
 
     model: Model
     x: Tensor
@@ -213,12 +223,11 @@ class DDIMStepArguments(StepArguments):
 
 
 def step_at(
-    process: GaussianDiffusion, method: str, given: StepArguments, eta: float = 0.0
+    process: "GaussianDiffusion", method: str, given: StepArguments, eta: float = 0.0
 ) -> dict[str, Tensor]:
     """One step from ``given.t``, each sample's own: {"sample", "pred_xstart"}, like x."""
     step = ReverseStep(process, method, given.x, given, eta)
-    noise = partial(step_noise, given.x, given.noise, given.generator)
-    return step(given.x, rows_of(given.t, given.x, process.num_timesteps), noise)
+    return step(given.x, rows_of(given.t, given.x, process.num_timesteps), given.noise)
 
 
 class ReverseStep:
@@ -227,10 +236,10 @@ class ReverseStep:
 
     def __init__(
         self,
-        process: GaussianDiffusion,
+        process: "GaussianDiffusion",
         method: str,
         x: Tensor,
-        given: StepArguments | LoopArguments,
+        given: "StepArguments | LoopArguments",
         eta: float = 0.0,
     ):
         check_float(x, "x")
@@ -245,18 +254,20 @@ class ReverseStep:
         if given.cond_fn is not None:
             self.classifier = ClassifierGuidance(given.cond_fn, self.table, gain)
 
-    def __call__(self, x: Tensor, i: Index, draw: Callable[[], Tensor]) -> dict[str, Tensor]:
-        """{"sample", "pred_xstart"}, like x. ``draw``: the noise, asked for after the network."""
+    def __call__(self, x: Tensor, i: Index, noise: Tensor | None) -> dict[str, Tensor]:
+        """{"sample", "pred_xstart"}, like x; without ``noise`` it is drawn, after the network."""
         model, kwargs = self.given.model, self.given.model_kwargs or {}
         timesteps = at_row(self.table.timesteps, i, x).float().flatten().expand(len(x))
         output = call_model(self.process, model, x, timesteps, kwargs)
         output = output.to(self.table.packed.dtype)
-        if self.classifier is not None:
-            gradient = self.classifier.gradient(x, timesteps, kwargs)
-        noise = None if self.method == "ddim_reverse" else draw()
+        if noise is not None:
+            check_like(noise, "noise", x, "x")
+        elif self.method != "ddim_reverse":
+            noise = draw_like(x, self.given.generator)
         x_prev, x_start = self.update(x, output, i, noise=noise)
         if self.classifier is not None:
-            x_prev, x_start = self.classifier.move(gradient, output, i, x_prev, x_start)
+            given = (x, timesteps, kwargs, output, i)
+            x_prev, x_start = self.classifier.apply(*given, x_prev, x_start)
         return {"sample": x_prev, "pred_xstart": x_start}
 
 
@@ -271,17 +282,9 @@ def rows_of(t: Tensor, x: Tensor, num_timesteps: int) -> Index:
     return num_timesteps - 1 - t
 
 
-def step_noise(x: Tensor, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    """The draw of a step: the given one, checked, or a new one."""
-    if noise is None:
-        return draw_like(x, generator)
-    check_like(noise, "noise", x, "x")
-    return noise
-
-
 @torch.inference_mode(False)  # others may want gradients through what is made here
 def _step_table(
-    process: GaussianDiffusion,
+    process: "GaussianDiffusion",
     method: str,
     eta: float,
     clip_denoised: bool,
@@ -302,7 +305,7 @@ def _step_table(
     return table, classifier_gain(process, table)
 
 
-def _upward(process: GaussianDiffusion, ddim: StepTable) -> StepTable:
+def _upward(process: "GaussianDiffusion", ddim: StepTable) -> StepTable:
     """The deterministic DDIM table's steps the other way, to x_{t+1}:
     √ᾱ_{t+1}·x_0 + √(1 − ᾱ_{t+1})·ε with ε = (x_t − √ᾱ_t·x_0) / √(1 − ᾱ_t)."""
     d = np.sqrt(1.0 - process.alphas_cumprod_next) / process.noise_scale

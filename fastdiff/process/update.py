@@ -173,25 +173,29 @@ class ClassifierGuidance:
     table: StepTable
     gain: Tensor
 
-    def gradient(self, x: Tensor, timesteps: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        """g at x_t, in the dtype of the arithmetic."""
+    def apply(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        kwargs: Mapping[str, Any],
+        output: Tensor,
+        i: Index,
+        x_prev: Tensor,
+        x_start: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """(x_prev, x_0) of row ``i``, moved by the classifier's gradient at x_t."""
         gradient = self.cond_fn(x, timesteps, **kwargs)
         check_like(gradient, "what cond_fn returned", x, "x")
-        return gradient.to(self.table.packed.dtype)
-
-    def move(
-        self, gradient: Tensor, output: Tensor, i: Index, x_prev: Tensor, x_start: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(x_prev, x_0) of row ``i``, moved by the classifier's gradient."""
-        moved = at_row(self.gain, i, x_prev) * gradient
-        row = columns_at(self.table, i, x_prev)
+        gradient = gradient.to(self.table.packed.dtype)
+        row = columns_at(self.table, i, x)
+        moved = at_row(self.gain, i, x) * gradient
         if self.table.method != "ddpm":
-            return _plus(x_prev, row["c"] * moved), _plus(x_start, moved)
+            return (x_prev + row["c"] * moved).to(x.dtype), (x_start + moved).to(x.dtype)
         _, v = split_output(output, self.table)
         if v is not None:
-            v = v[: len(x_prev)].to(gradient.dtype)
+            v = v[: len(x)].to(gradient.dtype)
             moved = torch.exp(reference.log_variance(v, row["log_min"], row["log_max"])) * gradient
-        return _plus(x_prev, moved), x_start
+        return (x_prev + moved).to(x.dtype), x_start
 
 
 def classifier_gain(process: Any, table: StepTable) -> Tensor:
@@ -207,7 +211,3 @@ def classifier_gain(process: Any, table: StepTable) -> Tensor:
         for level in (process.signal_scale, process.noise_scale)
     )
     return (noise**2 / signal).to(table.packed)
-
-
-def _plus(value: Tensor, added: Tensor) -> Tensor:
-    return (value + added).to(value.dtype)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,20 +12,15 @@ from fastdiff.errors import InputError
 from fastdiff.methods.table import StepTable
 from fastdiff.process.protocol import noise_levels
 from fastdiff.process.published_loops import StepNoise
-from fastdiff.process.update import (
-    ClassifierGuidance,
-    CondFn,
-    DenoisedFn,
-    XStart,
-    classifier_gain,
-)
+from fastdiff.process.update import ClassifierGuidance, XStart, classifier_gain
 from fastdiff.sampling.conditions import Conditions, Known
 from fastdiff.sampling.kwargs import doubled_kwargs
-from fastdiff.sampling.network.network import Network
 from fastdiff.sampling.noise import noise_source
-from fastdiff.sampling.settings import Settings
 from fastdiff.sampling.stats import Stats
 from fastdiff.sampling.step import Run, failure_flag
+
+if TYPE_CHECKING:
+    from fastdiff.sampling.sampler import Sampler
 
 
 @dataclass(frozen=True)
@@ -72,34 +67,23 @@ class WatchedInputs(Inputs):
 class Call:
     """``x``, (N, C, ...) to start from; ``timesteps``, (K,) numbers, one for each row."""
 
-    def __init__(
-        self,
-        inputs: Inputs,
-        settings: Settings,
-        process: Any,
-        table: StepTable,
-        network: Network,
-        *,
-        denoised_fn: DenoisedFn | None,
-        cond_fn: CondFn | None,
-        rng: str,
-        self_condition: str | None,
-        device: torch.device,
-        stats: Stats,
-    ):
+    def __init__(self, sampler: "Sampler", inputs: Inputs, device: torch.device, stats: Stats):
+        network = sampler.network
+        with network.lock:  # another thread may configure the sampler meanwhile
+            settings, process, table = sampler.settings, sampler.diffusion, sampler.table
         shape = tuple(inputs.shape)
         skipped = 0 if inputs.image is None else _skipped(inputs.strength, len(table))
         self.table = table = (table.starting_at(skipped) if skipped else table).to(device)
         self.timesteps: list[float] = table.timesteps.tolist()
-        conditions = Conditions(x_start=XStart(denoised_fn, settings.dynamic_threshold))
-        if cond_fn is not None:
+        conditions = Conditions(x_start=XStart(sampler.denoised_fn, settings.dynamic_threshold))
+        if sampler.cond_fn is not None:
             gain = classifier_gain(process, table)
-            conditions.classifier = ClassifierGuidance(cond_fn, table, gain)
+            conditions.classifier = ClassifierGuidance(sampler.cond_fn, table, gain)
         if inputs.known is not None and inputs.known_mask is not None:
             given = (inputs.known, inputs.known_mask)
             conditions.known = Known.of(*given, shape, device, process, len(table))
         kwargs = dict(inputs.model_kwargs or {})
-        counters = (inputs.seed, inputs.first_sample)
+        counters = (inputs.seed, inputs.first_sample, inputs.step_noise)
         is_table = isinstance(process, StepTable)
         predicts_mean = not is_table and process.mean_type == "previous_x"
         self.stats = stats
@@ -110,12 +94,12 @@ class Call:
             kwargs=kwargs,
             given_kwargs=kwargs,
             guidance_scale=None,
-            noise=noise_source(rng, shape, device, *counters, inputs.step_noise, len(table)),
+            noise=noise_source(sampler.rng, shape, device, *counters, len(table)),
             conditions=conditions,
             stats=stats,
             failed=failure_flag(device),
             mean_is_output=predicts_mean and table.method == "ddpm",
-            self_condition=self_condition,
+            self_condition=sampler.self_condition,
         )
         self.guided = [settings.is_guided(timestep) for timestep in self.timesteps]
         self.with_guidance = self.plain

@@ -136,7 +136,7 @@ class Sampler:
         self.self_condition = self_condition
         self.device = None if device is None else check_device(device)
         self.stats = Stats()
-        self._network = Network(model, dtype, channels_last, compile)
+        self.network = Network(model, dtype, channels_last, compile)
         self._graphs = Graphs(capture)
         self._ran = "nothing was sampled yet"
         self._set(
@@ -178,7 +178,7 @@ class Sampler:
                     "cond_fn moves ε, which leaves x_0 undetermined at a step without signal "
                     "(zero terminal SNR); use method 'ddpm'"
                 )
-        with self._network.lock:
+        with self.network.lock:
             self.process, self.settings = process, settings
             self.diffusion, self.table = strided, table
 
@@ -246,22 +246,8 @@ class Sampler:
     def _call(self, inputs: Inputs) -> Call:
         device = self._device_of(inputs.image if inputs.noise is None else inputs.noise)
         stats = self.stats.begin(inputs.shape[0], splits=device.type == "cpu")
-        with self._network.lock:  # another thread may configure the sampler meanwhile
-            settings, process, table = self.settings, self.diffusion, self.table
         with stats.phase("prepare"):
-            return Call(
-                inputs,
-                settings,
-                process,
-                table,
-                self._network,
-                denoised_fn=self.denoised_fn,
-                cond_fn=self.cond_fn,
-                rng=self.rng,
-                self_condition=self.self_condition,
-                device=device,
-                stats=stats,
-            )
+            return Call(self, inputs, device, stats)
 
     def _iterate(self, call: Call, watched: bool) -> Generator[Step, None, None]:
         """The steps; unwatched, only the last one has its tensors."""
@@ -270,14 +256,14 @@ class Sampler:
         looked_at = watched or self.denoised_fn is not None or self.cond_fn is not None
         with ExitStack() as stack:
             with call.stats.phase("prepare"):
-                stack.enter_context(self._network.sampling(looked_at))
-                self._graphs.begin(self._network)
+                stack.enter_context(self.network.sampling(looked_at))
+                self._graphs.begin(self.network)
             for i, timestep in enumerate(call.timesteps):
                 run = call.run_of(i)
                 # The caller's own gradient mode is back while the generator waits at the yield.
                 with torch.no_grad(), explains_out_of_memory(run, engine.x, i):
                     if looked_at and i > 0:  # somebody had a chance to change the model
-                        self._network.follow()
+                        self.network.follow()
                     if i == 0 or watched or call.changes_at(i):
                         engine = self._engine(run, engine)
                     with call.stats.phase("sampling"):
@@ -304,8 +290,8 @@ class Sampler:
     def _device_of(self, tensor: Tensor | None) -> torch.device:
         if self.device is not None:
             return self.device
-        if self._network.device is not None:
-            return self._network.device
+        if self.network.device is not None:
+            return self.network.device
         return torch.device("cpu") if tensor is None else tensor.device
 
 

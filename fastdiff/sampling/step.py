@@ -92,9 +92,9 @@ class Run:
         x_prev, x_start = self.update(
             x, output, i, prev_x_start=before, guidance_scale=scale, **noise
         )
-        if (classifier := conditions.classifier) is not None:
-            gradient = classifier.gradient(x, timesteps.expand(len(x)), self.given_kwargs)
-            x_prev, x_start = classifier.move(gradient, output, i, x_prev, x_start)
+        if conditions.classifier is not None:
+            given = (x, timesteps.expand(len(x)), self.given_kwargs)
+            x_prev, x_start = conditions.classifier.apply(*given, output, i, x_prev, x_start)
         if conditions.known is not None:
             x_prev = conditions.known.put(x_prev, i, self.noise.of_known(i))
         return x_prev, x_start
