@@ -143,7 +143,8 @@ class StepTable:
                     f"{name} has shape {np.shape(values)}; expected ({len(a)},), one value a step"
                 )
         values = np.stack([columns[name] for name in COLUMNS], axis=1)[::-1]
-        return cls._of(values, method, learned, dtype)
+        table = cls._of(values, method, learned)
+        return replace(table, packed=torch.from_numpy(values.copy()).to(dtype))
 
     @classmethod
     def from_rows(
@@ -179,15 +180,9 @@ class StepTable:
         return cls._of(values, method, doubled_output)
 
     @classmethod
-    def _of(
-        cls,
-        values: Float64Array,
-        method: str,
-        doubled_output: bool,
-        dtype: torch.dtype = torch.float32,
-    ) -> "StepTable":
+    def _of(cls, values: Float64Array, method: str, doubled_output: bool) -> "StepTable":
         """From (K, 12) values in sampling order."""
-        packed = torch.from_numpy(values.astype(np.float64, order="C")).to(dtype)
+        packed = torch.from_numpy(values.astype(np.float32, order="C"))
         return cls(
             packed=packed,
             method=method,

@@ -96,20 +96,15 @@ def interpret(
         logarithm = at["model_log_variance"].expand(x.shape)
         variance = at["model_variance"].expand(x.shape)
 
-    pred_xstart = predict_xstart(process.mean_type, output, x, at)
+    x_start = predict_xstart(process.mean_type, output, x, at)
     if denoised_fn is not None:
-        pred_xstart = denoised_fn(pred_xstart)
-        check_like(pred_xstart, "what denoised_fn returned", x, "x")
+        x_start = denoised_fn(x_start)
+        check_like(x_start, "what denoised_fn returned", x, "x")
     if clip_denoised:
-        pred_xstart = pred_xstart.clamp(-1, 1)
+        x_start = x_start.clamp(-1, 1)
     # A network that predicts the mean itself is taken at its word, clipped x_0 or not.
-    mean = output if process.mean_type == "previous_x" else posterior_mean(at, pred_xstart, x)
-    return {
-        "mean": mean,
-        "variance": variance,
-        "log_variance": logarithm,
-        "pred_xstart": pred_xstart,
-    }
+    mean = output if process.mean_type == "previous_x" else posterior_mean(at, x_start, x)
+    return {"mean": mean, "variance": variance, "log_variance": logarithm, "pred_xstart": x_start}
 
 
 def predict_xstart(mean_type: str, output: Tensor, x_t: Tensor, at: TablesAt) -> Tensor:
@@ -243,9 +238,15 @@ class ReverseStep:
         eta: float = 0.0,
     ):
         check_float(x, "x")
-        key = (method, eta, bool(given.clip_denoised), x.device, arithmetic_dtype(x))
+        dtype, clip_denoised = arithmetic_dtype(x), bool(given.clip_denoised)
+        key = (method, eta, clip_denoised, x.device, dtype)
         if key not in process._step_tables:
-            process._step_tables[key] = _step_table(process, *key)
+            with torch.inference_mode(False):  # others may want gradients through what is made
+                options: dict[str, Any] = {"eta": eta, "clip_denoised": clip_denoised}
+                name = method.removesuffix("_reverse")
+                table = StepTable.from_process(process, method=name, dtype=dtype, **options)
+                table = (_upward(process, table) if name != method else table).to(x.device)
+                process._step_tables[key] = table, classifier_gain(process, table)
         self.table, gain = process._step_tables[key]
         self.process, self.method, self.given = process, method, given
         mean_is_output = process.mean_type == "previous_x" and method == "ddpm"
@@ -280,29 +281,6 @@ def rows_of(t: Tensor, x: Tensor, num_timesteps: int) -> Index:
         if bool((t == first).all()):
             return num_timesteps - 1 - first
     return num_timesteps - 1 - t
-
-
-@torch.inference_mode(False)  # others may want gradients through what is made here
-def _step_table(
-    process: "GaussianDiffusion",
-    method: str,
-    eta: float,
-    clip_denoised: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[StepTable, Tensor]:
-    """A method's table on a device, and a classifier's gain at each of its rows."""
-    table = StepTable.from_process(
-        process,
-        method=method.removesuffix("_reverse"),
-        eta=eta,
-        clip_denoised=clip_denoised,
-        dtype=dtype,
-    )
-    if method == "ddim_reverse":
-        table = _upward(process, table)
-    table = table.to(device)
-    return table, classifier_gain(process, table)
 
 
 def _upward(process: "GaussianDiffusion", ddim: StepTable) -> StepTable:

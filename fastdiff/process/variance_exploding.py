@@ -190,15 +190,10 @@ class VarianceExploding:
 
     def to_config(self) -> dict[str, Any]:
         """A JSON dictionary from which :meth:`from_config` makes an equal process."""
+        names = "mean_type var_type scale_input conditioning loss_weighting min_snr_gamma"
         return {
-            "process": PROCESS,
-            "sigmas": self.sigmas.tolist(),
-            "mean_type": self.mean_type,
-            "var_type": self.var_type,
-            "scale_input": self.scale_input,
-            "conditioning": self.conditioning,
-            "loss_weighting": self.loss_weighting,
-            "min_snr_gamma": self.min_snr_gamma,
+            **{"process": PROCESS, "sigmas": self.sigmas.tolist()},
+            **{name: getattr(self, name) for name in names.split()},
             "timestep_map": self.timestep_map.tolist(),
             "original_num_steps": self.original_num_steps,
         }
