@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastdiff.checks import check_float, check_like, is_finite
+from fastdiff.checks import check_float, check_like, check_positive
 from fastdiff.errors import InputError
 from fastdiff.ops.normal.op import draw_like
 from fastdiff.process.forward import mean_flat, posterior_mean
@@ -241,8 +241,7 @@ def check_weighting(loss_type: str, loss_weighting: str | None, min_snr_gamma: f
         raise InputError(f"loss_weighting must be None or 'min_snr', got {loss_weighting!r}")
     if loss_weighting is not None and loss_type in ("kl", "rescaled_kl"):
         raise InputError(f"loss_weighting applies to the mse losses, not to {loss_type!r}")
-    if not (is_finite(min_snr_gamma) and min_snr_gamma > 0):
-        raise InputError(f"min_snr_gamma must be a positive number, got {min_snr_gamma!r}")
+    check_positive("min_snr_gamma", min_snr_gamma)
 
 
 # --- What is made of it -----------------------------------------------------------------------

@@ -71,9 +71,8 @@ class Update:
     """
 
     def __init__(self, table: StepTable, x_start: XStart, mean_is_output: bool):
-        self.table, self.x_start, self.mean_is_output = table, x_start, mean_is_output
-        transforms = bool(x_start) and not mean_is_output
-        self.of_x_start = x_start_table(table) if transforms else None
+        self.table, self.x_start = table, x_start
+        self.of_x_start = x_start_table(table) if x_start and not mean_is_output else None
 
     def __call__(
         self,

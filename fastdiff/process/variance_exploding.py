@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastdiff.checks import check_float, is_finite
+from fastdiff.checks import check_float, check_positive, is_finite
 from fastdiff.errors import InputError
 from fastdiff.ops.normal.op import draw_like
 from fastdiff.ops.q_sample.op import q_sample
@@ -93,8 +93,7 @@ class VarianceExploding:
         self.conditioning = check_choice("conditioning", conditioning, CONDITIONINGS)
         if loss_weighting is not None:
             check_choice("loss_weighting", loss_weighting, LOSS_WEIGHTINGS)
-        if not (is_finite(min_snr_gamma) and min_snr_gamma > 0):
-            raise InputError(f"min_snr_gamma must be a positive number, got {min_snr_gamma!r}")
+        check_positive("min_snr_gamma", min_snr_gamma)
         self.scale_input = bool(scale_input)
         self.loss_weighting = loss_weighting
         self.min_snr_gamma = float(min_snr_gamma)
