@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import fastdiff
 from fastdiff import GaussianDiffusion, InputError, VarianceExploding, best_timesteps
-from fastdiff.methods.columns import VAR_TYPES
+from fastdiff.methods.levels import VAR_TYPES
 from fastdiff.process.likelihood import summarize_bpd
 from fastdiff.process.protocol import noise_levels
 from fastdiff.process.respacing import spaced_timesteps

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastdiff.errors import InputError
-from fastdiff.methods.columns import MEAN_TYPES, VAR_TYPES
+from fastdiff.methods.levels import MEAN_TYPES, VAR_TYPES
 from fastdiff.ops.normal import op as rng
 from fastdiff.process.protocol import noise_levels
 from fastdiff.process.update import quantile
