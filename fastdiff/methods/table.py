@@ -28,7 +28,7 @@ import torch
 from fastdiff.errors import InputError
 from fastdiff.methods import registry
 from fastdiff.methods.levels import Float64Array, Levels, Source, is_learned
-from fastdiff.process.protocol import Process, noise_levels
+from fastdiff.methods.protocol import Process, noise_levels
 
 Index = int | torch.Tensor  # of a row; a tensor of one element is read on its device
 

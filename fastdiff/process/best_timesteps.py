@@ -12,8 +12,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from fastdiff.errors import InputError
-from fastdiff.methods.levels import is_learned
-from fastdiff.process.protocol import FloatArray, Process, noise_levels
+from fastdiff.methods.levels import Float64Array, is_learned
+from fastdiff.methods.protocol import Process, noise_levels
 
 _BLOCK = 64  # rows of the costs at a time: what is added and searched stays in the cache
 
@@ -77,7 +77,7 @@ def best_timesteps(diffusion: Process, steps: int, xstart_mse: npt.ArrayLike | T
     return chosen[::-1]
 
 
-def _stride_costs(diffusion: Process, mse: FloatArray) -> FloatArray:
+def _stride_costs(diffusion: Process, mse: Float64Array) -> Float64Array:
     """(T, T): the KL term of the stride from t (row) to s (column), infinite unless s < t."""
     signal, noise = noise_levels(diffusion)
     snr = (signal / noise) ** 2
@@ -92,7 +92,7 @@ def _stride_costs(diffusion: Process, mse: FloatArray) -> FloatArray:
     return costs
 
 
-def _mean_mse(xstart_mse: npt.ArrayLike | Tensor, total: int) -> FloatArray:
+def _mean_mse(xstart_mse: npt.ArrayLike | Tensor, total: int) -> Float64Array:
     """(T,) float64, step t at index t."""
     given = xstart_mse.detach().cpu() if isinstance(xstart_mse, Tensor) else xstart_mse
     try:

@@ -8,12 +8,12 @@ import numpy.typing as npt
 from torch import Tensor
 
 from fastdiff.errors import InputError
-from fastdiff.process.protocol import FloatArray
+from fastdiff.methods.levels import Float64Array
 from fastdiff.process.schedules import check_betas
 from fastdiff.process.tables import TablesAt
 
 
-def forward_tables(betas: npt.ArrayLike) -> dict[str, FloatArray]:
+def forward_tables(betas: npt.ArrayLike) -> dict[str, Float64Array]:
     """(K,) arrays by name, from the variances of the K steps.
 
     Raises InputError for betas out of range, a first one that adds no noise, and a signal that ends

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from fastdiff.checks import check_float, check_like
 from fastdiff.errors import InputError
+from fastdiff.methods.levels import Float64Array
 from fastdiff.methods.table import StepTable
 from fastdiff.ops.normal.op import draw_like
 from fastdiff.ops.q_sample.op import q_sample
 from fastdiff.process import likelihood, reverse, schedules
 from fastdiff.process.forward import forward_tables, posterior_mean
-from fastdiff.process.protocol import FloatArray
 from fastdiff.process.published_loops import DDIMLoopArguments, LoopArguments, StepNoise, last, loop
 from fastdiff.process.respacing import chosen_timesteps
 from fastdiff.process.reverse import DDIMStepArguments, Model, StepArguments, step_at
@@ -57,19 +57,19 @@ class GaussianDiffusion:
     CPU; elsewhere that gives NaN, as nothing waits for a device.
     """
 
-    betas: FloatArray  # (K,), as all of these
-    alphas_cumprod: FloatArray
-    alphas_cumprod_prev: FloatArray
-    alphas_cumprod_next: FloatArray
-    sqrt_alphas_cumprod: FloatArray
-    sqrt_one_minus_alphas_cumprod: FloatArray
-    sqrt_recip_alphas_cumprod: FloatArray
-    sqrt_recipm1_alphas_cumprod: FloatArray
-    posterior_variance: FloatArray
-    posterior_log_variance_clipped: FloatArray
-    posterior_mean_coef1: FloatArray
-    posterior_mean_coef2: FloatArray
-    fixed_large_variance: FloatArray
+    betas: Float64Array  # (K,), as all of these
+    alphas_cumprod: Float64Array
+    alphas_cumprod_prev: Float64Array
+    alphas_cumprod_next: Float64Array
+    sqrt_alphas_cumprod: Float64Array
+    sqrt_one_minus_alphas_cumprod: Float64Array
+    sqrt_recip_alphas_cumprod: Float64Array
+    sqrt_recipm1_alphas_cumprod: Float64Array
+    posterior_variance: Float64Array
+    posterior_log_variance_clipped: Float64Array
+    posterior_mean_coef1: Float64Array
+    posterior_mean_coef2: Float64Array
+    fixed_large_variance: Float64Array
     prior_std = 1.0  # of x_T
 
     def __init__(
@@ -104,7 +104,7 @@ class GaussianDiffusion:
         self.loss_weighting = loss_weighting
         self.min_snr_gamma = float(min_snr_gamma)
 
-        # As fastdiff.process.protocol.Process names them.
+        # As fastdiff.methods.protocol.Process names them.
         self.signal_scale = self.sqrt_alphas_cumprod
         self.noise_scale = self.sqrt_one_minus_alphas_cumprod
         self.input_scale = np.ones(self.num_timesteps)

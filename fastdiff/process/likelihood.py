@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fastdiff.checks import check_float, check_like, check_positive
 from fastdiff.errors import InputError
+from fastdiff.methods.levels import Float64Array
 from fastdiff.ops.normal.op import draw_like
 from fastdiff.process.forward import mean_flat, posterior_mean
-from fastdiff.process.protocol import FloatArray
 from fastdiff.process.published_loops import StepNoise, countdown, noise_of_step
 from fastdiff.process.reverse import Model, call_model, eps_from_xstart, interpret
 from fastdiff.process.tables import TablesAt
@@ -220,7 +220,9 @@ def _target(mean_type: str, x_start: Tensor, x_t: Tensor, noise: Tensor, at: Tab
     return at["sqrt_alphas_cumprod"] * noise - at["sqrt_one_minus_alphas_cumprod"] * x_start
 
 
-def min_snr_weight(forward: Mapping[str, FloatArray], mean_type: str, gamma: float) -> FloatArray:
+def min_snr_weight(
+    forward: Mapping[str, Float64Array], mean_type: str, gamma: float
+) -> Float64Array:
     """min(SNR, γ) on x_0's squared error, as a weight on that of what is predicted.
 
     Hang et al. 2023 section 3.4, multiplied out so that SNR = ᾱ / (1 − ᾱ) may be 0.

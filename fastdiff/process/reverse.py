@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fastdiff.checks import check_float, check_like, check_timesteps
 from fastdiff.errors import InputError
+from fastdiff.methods.levels import Float64Array
 from fastdiff.methods.table import COLUMNS, Index, StepTable
 from fastdiff.ops.normal.op import draw_like
 from fastdiff.ops.posterior_step.reference import log_variance
 from fastdiff.process.forward import posterior_mean
-from fastdiff.process.protocol import FloatArray
 from fastdiff.process.tables import TablesAt, arithmetic_dtype
 from fastdiff.process.update import (
     ClassifierGuidance,
@@ -45,8 +45,8 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def reverse_tables(
-    forward: Mapping[str, FloatArray], mean_type: str, var_type: str
-) -> dict[str, FloatArray]:
+    forward: Mapping[str, Float64Array], mean_type: str, var_type: str
+) -> dict[str, Float64Array]:
     """What ``interpret`` and ``eps_from_xstart`` read beside the forward process's tables."""
     recip = forward["sqrt_recip_alphas_cumprod"]
     if mean_type == "epsilon" and recip[-1] > _FLOAT32_MAX:

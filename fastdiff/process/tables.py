@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fastdiff.checks import check_float, check_timesteps
 from fastdiff.errors import InputError
-from fastdiff.process.protocol import FloatArray
+from fastdiff.methods.levels import Float64Array
 
 
 class Tables:
     """Float64 (K,) tables by name, cast and copied once to each device they are read on."""
 
-    def __init__(self, tables: dict[str, FloatArray]):
+    def __init__(self, tables: dict[str, Float64Array]):
         self.tables = tables
         self.num_timesteps = len(next(iter(tables.values())))
         self.copies: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fastdiff.checks import check_float, check_positive, is_finite
 from fastdiff.errors import InputError
+from fastdiff.methods.levels import Float64Array
 from fastdiff.ops.normal.op import draw_like
 from fastdiff.ops.q_sample.op import q_sample
 from fastdiff.process.forward import mean_flat
-from fastdiff.process.protocol import FloatArray
 from fastdiff.process.respacing import chosen_timesteps
 from fastdiff.process.reverse import Model, check_choice, network_output
 from fastdiff.process.tables import Tables, TablesAt, check_timestep_map
@@ -31,7 +31,7 @@ LOSS_WEIGHTINGS = ("inverse_variance", "edm", "min_snr")
 
 def geometric_sigmas(
     num_steps: int, sigma_min: float = 0.01, sigma_max: float = 50.0
-) -> FloatArray:
+) -> Float64Array:
     """``num_steps`` noise levels in geometric progression, smallest first; float64 (num_steps,).
 
     Song et al. 2021, eq. 6; sigma_max should be near the largest distance between two data points
@@ -217,7 +217,7 @@ class VarianceExploding:
         sigma = at["sigma"]
         return (noise - sigma * x_start) / torch.sqrt(1 + sigma**2)
 
-    def _loss_weights(self, total_std: FloatArray) -> FloatArray:
+    def _loss_weights(self, total_std: Float64Array) -> Float64Array:
         """(K,): weight of x_0's squared error × how x_0's error follows from the output's."""
         snr = self.sigmas**-2
         weights = {
@@ -236,7 +236,7 @@ class VarianceExploding:
         return weights[self.loss_weighting] * b[self.mean_type] ** 2
 
 
-def _check_sigmas(sigmas: npt.ArrayLike) -> FloatArray:
+def _check_sigmas(sigmas: npt.ArrayLike) -> Float64Array:
     try:
         array = np.array(sigmas, dtype=np.float64)
     except (TypeError, ValueError):

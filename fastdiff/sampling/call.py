@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastdiff.checks import check_float, check_shape, is_finite
 from fastdiff.errors import InputError
+from fastdiff.methods.protocol import noise_levels
 from fastdiff.methods.table import StepTable
-from fastdiff.process.protocol import noise_levels
 from fastdiff.process.published_loops import StepNoise
 from fastdiff.process.update import ClassifierGuidance, XStart, classifier_gain
 from fastdiff.sampling.conditions import Conditions, Known

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastdiff.checks import check_float
 from fastdiff.errors import InputError
+from fastdiff.methods.protocol import noise_levels
 from fastdiff.methods.table import Index
 from fastdiff.ops.q_sample.op import q_sample
-from fastdiff.process.protocol import noise_levels
 from fastdiff.process.update import ClassifierGuidance, XStart
 
 

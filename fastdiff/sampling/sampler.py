@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fastdiff.checks import check_device
 from fastdiff.errors import InputError
+from fastdiff.methods.protocol import check_process
 from fastdiff.methods.table import StepTable
 from fastdiff.optional import require
-from fastdiff.process.protocol import check_process
 from fastdiff.process.update import CondFn, DenoisedFn, classifier_gain
 from fastdiff.records import called_with
 from fastdiff.sampling.call import Call, Inputs, WatchedInputs

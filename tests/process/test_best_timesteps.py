@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import fastdiff
 from fastdiff import GaussianDiffusion, InputError, VarianceExploding, best_timesteps
 from fastdiff.methods.levels import VAR_TYPES
+from fastdiff.methods.protocol import noise_levels
 from fastdiff.process.likelihood import summarize_bpd
-from fastdiff.process.protocol import noise_levels
 from fastdiff.process.respacing import spaced_timesteps
 from fastdiff.process.schedules import get_named_beta_schedule, rescale_zero_terminal_snr
 from fastdiff.process.variance_exploding import geometric_sigmas

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from fastdiff.checkpoints.config import process_from_config
 from fastdiff.errors import InputError
+from fastdiff.methods.protocol import noise_levels
 from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
-from fastdiff.process.protocol import noise_levels
 from fastdiff.process.respacing import SPACINGS, space_timesteps, spaced_timesteps
 from fastdiff.process.schedules import get_named_beta_schedule, rescale_zero_terminal_snr
 from fastdiff.process.variance_exploding import VarianceExploding, geometric_sigmas

@@ -6,8 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.errors import InputError
-
-FloatArray = npt.NDArray[np.float64]
+from fastdiff.methods.levels import Float64Array
 
 
 class Process(Protocol):
@@ -21,9 +20,9 @@ class Process(Protocol):
 
     mean_type: str
     var_type: str
-    signal_scale: FloatArray  # x_t = signal_scale_t·x_0 + noise_scale_t·ε
-    noise_scale: FloatArray
-    input_scale: FloatArray  # what x_t is multiplied by before the network sees it
+    signal_scale: Float64Array  # x_t = signal_scale_t·x_0 + noise_scale_t·ε
+    noise_scale: Float64Array
+    input_scale: Float64Array  # what x_t is multiplied by before the network sees it
     model_timesteps: npt.NDArray[np.float32]  # what the network is given
 
 
@@ -37,7 +36,7 @@ def check_process(process: Any, *more: str) -> None:
         )
 
 
-def noise_levels(process: Process) -> tuple[FloatArray, FloatArray]:
+def noise_levels(process: Process) -> tuple[Float64Array, Float64Array]:
     """(signal_scale, noise_scale) of what is checked to be a process."""
     check_process(process)
     return process.signal_scale, process.noise_scale
