@@ -87,10 +87,9 @@ class GaussianDiffusion:
     ):
         tables = forward_tables(betas)
         vars(self).update(tables)
-        self.num_timesteps = len(self.betas)
-        self.timestep_map, self.original_num_steps = check_timestep_map(
-            timestep_map, original_num_steps, self.num_timesteps
-        )
+        self.num_timesteps = count = len(self.betas)
+        maps = check_timestep_map(timestep_map, original_num_steps, count)
+        self.timestep_map, self.original_num_steps = maps
         self.rescale_timesteps = bool(rescale_timesteps)
         # float32 · float32, as the published wrapper multiplies: networks get the same numbers.
         scale = np.float32(1000.0 / self.original_num_steps if rescale_timesteps else 1.0)
@@ -101,8 +100,7 @@ class GaussianDiffusion:
         self.learns_variance = var_type in ("learned", "learned_range")
         self.loss_type = reverse.check_choice("loss_type", loss_type, likelihood.LOSS_TYPES)
         likelihood.check_weighting(loss_type, loss_weighting, min_snr_gamma)
-        self.loss_weighting = loss_weighting
-        self.min_snr_gamma = float(min_snr_gamma)
+        self.loss_weighting, self.min_snr_gamma = loss_weighting, float(min_snr_gamma)
 
         # As fastdiff.methods.protocol.Process names them.
         self.signal_scale = self.sqrt_alphas_cumprod
