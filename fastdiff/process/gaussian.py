@@ -31,30 +31,31 @@ from fastdiff.records import called_with
 class GaussianDiffusion:
     """A diffusion process over K steps, and what a network that reverses it is asked to predict.
 
-    ``betas``: (K,) in (0, 1], the variances of the steps, step 0 the least noisy.
-    ``mean_type``: what the network predicts: ``"epsilon"``, ``"x_start"``,
-    ``"v"`` = √ᾱ ε − √(1−ᾱ) x_0, or ``"previous_x"``, the mean of x_{t-1}.
-    ``var_type``: the reverse variance: ``"fixed_small"`` (β̃), ``"fixed_large"`` (β), ``"learned"``
-    (the network's log-variance), ``"learned_range"`` (its interpolation between log β̃ and log β,
-    Nichol & Dhariwal 2021 eq. 15).
-    ``loss_type``: ``"mse"`` (L_simple; with a learned variance plus the bound's term),
-    ``"rescaled_mse"`` (L_hybrid: that term × K/1000), ``"kl"`` (the bound's term, bits/dim),
-    ``"rescaled_kl"`` (× K, an estimate of the whole bound).
-    ``loss_weighting``: None, or ``"min_snr"`` (Hang et al. 2023, arXiv:2303.09556) for the MSE
-    losses: x_0's squared error weighs min(SNR, ``min_snr_gamma``), whatever is predicted.
-    ``rescale_timesteps``: give the network timesteps scaled to 0 … 1000.
-    ``timestep_map``, ``original_num_steps``: for a respaced process, the (K,) timesteps of the
-    process it was taken from and that one's length: what the network was trained with.
-    ``num_timesteps``: K. ``model_timesteps``: (K,) float32, what the network is given at each step.
+    Args:
+        betas: (K,) in (0, 1], the variances of the steps, step 0 the least noisy.
+        mean_type: what the network predicts: ``"epsilon"``, ``"x_start"``, ``"v"`` =
+            √ᾱ ε − √(1−ᾱ) x_0, or ``"previous_x"``, the mean of x_{t-1}.
+        var_type: the reverse variance: ``"fixed_small"`` (β̃), ``"fixed_large"`` (β), ``"learned"``
+            (the network's log-variance), ``"learned_range"`` (its interpolation between log β̃ and
+            log β, Nichol & Dhariwal 2021 eq. 15).
+        loss_type: ``"mse"`` (L_simple; with a learned variance plus the bound's term),
+            ``"rescaled_mse"`` (L_hybrid: that term × K/1000), ``"kl"`` (the bound's term,
+            bits/dim), ``"rescaled_kl"`` (× K, an estimate of the whole bound).
+        rescale_timesteps: give the network timesteps scaled to 0 … 1000.
+        loss_weighting: None, or ``"min_snr"`` (Hang et al. 2023, arXiv:2303.09556) for the MSE
+            losses: x_0's squared error weighs min(SNR, ``min_snr_gamma``), whatever is predicted.
+        min_snr_gamma: the γ of that weighting, 5 as published.
+        timestep_map: for a respaced process, the (K,) timesteps of the process it was taken from:
+            what the network was trained with.
+        original_num_steps: for a respaced process, the length of that one.
 
-    ``x_start`` in [-1, 1], ``x``, ``x_t``: (N, ...) float. ``t``: (N,) integer in 0 … K-1, the
-    index into this process's steps (0 is one step of noise). The other arguments of its methods:
-    :class:`fastdiff.process.reverse.StepArguments`.
+    Its methods take ``x_start`` in [-1, 1], ``x``, ``x_t``: (N, ...) float; ``t``: (N,) integer in
+    0 … K-1, the index into this process's steps; and
+    :class:`fastdiff.process.reverse.StepArguments`. The arithmetic is float32 (float64 for float64
+    x), which is what statistics and losses come in; samples are like x.
 
-    The arithmetic is float32 (float64 for float64 x), which is what statistics and losses come in;
-    samples are like x. Whatever does not fit raises InputError in one line: unknown names, betas
-    out of range, ε-prediction on a schedule that ends with no signal, and a t out of range on the
-    CPU; elsewhere that gives NaN, as nothing waits for a device.
+    Raises InputError for unknown names, betas out of range, ε-prediction on a schedule that ends
+    with no signal, and a t out of range on the CPU; elsewhere that gives NaN: nothing waits there.
     """
 
     betas: Float64Array  # (K,), as all of these
@@ -360,14 +361,26 @@ def create_diffusion(
 ) -> GaussianDiffusion:
     """Build a :class:`GaussianDiffusion` and remember how (``to_config``).
 
-    The first nine options are the published ones: ``learn_sigma`` chooses the variance
-    ``"learned_range"``, else ``"fixed_small"`` or, without ``sigma_small``, ``"fixed_large"``;
-    ``use_kl`` the loss ``"rescaled_kl"``, else ``rescale_learned_sigmas`` ``"rescaled_mse"``, else
-    ``"mse"``; ``predict_xstart`` the prediction ``"x_start"``, else ``"epsilon"``.
-    ``mean_type``, ``var_type`` and ``loss_type`` name the choice outright, for what the flags
-    cannot say. ``timestep_respacing``: see :func:`fastdiff.process.respacing.space_timesteps`.
-    ``zero_terminal_snr`` rescales the schedule (Lin et al. 2023) and needs ``mean_type`` "v" or
-    "x_start".
+    The first nine options are the published ones; the names outright are for what the flags cannot
+    say.
+
+    Args:
+        steps: K, of the process the network is trained on.
+        noise_schedule: see :func:`fastdiff.get_named_beta_schedule`.
+        learn_sigma: var_type "learned_range"; else it is as ``sigma_small`` says.
+        sigma_small: var_type "fixed_small" in place of "fixed_large".
+        use_kl: loss_type "rescaled_kl"; else it is as ``rescale_learned_sigmas`` says.
+        predict_xstart: mean_type "x_start" in place of "epsilon".
+        rescale_timesteps: give the network timesteps scaled to 0 … 1000.
+        rescale_learned_sigmas: loss_type "rescaled_mse" in place of "mse".
+        timestep_respacing: see :func:`fastdiff.space_timesteps`; "" takes every step.
+        mean_type: one of GaussianDiffusion's, in place of ``predict_xstart``.
+        var_type: one of its, in place of ``learn_sigma`` and ``sigma_small``.
+        loss_type: one of its, in place of ``use_kl`` and ``rescale_learned_sigmas``.
+        loss_weighting: None or "min_snr", as GaussianDiffusion's.
+        min_snr_gamma: the γ of that weighting.
+        zero_terminal_snr: rescale the schedule so that the last step has no signal (Lin et al.
+            2023), which ε-prediction does not allow.
 
     Raises InputError for unknown names, for a flag that contradicts a name, and for a respacing
     that does not fit.
@@ -378,22 +391,14 @@ def create_diffusion(
     loss_flags = {"rescaled_kl": use_kl, "rescaled_mse": rescale_learned_sigmas}
     diffusion = GaussianDiffusion(
         schedules.rescale_zero_terminal_snr(betas) if zero_terminal_snr else betas,
-        mean_type=_named_or("mean_type", mean_type, {"x_start": predict_xstart}, "epsilon"),
-        var_type=_named_or("var_type", var_type, var_flags, "fixed_large"),
-        loss_type=_named_or("loss_type", loss_type, loss_flags, "mse"),
+        mean_type=reverse.flagged_choice(
+            "mean_type", mean_type, {"x_start": predict_xstart}, "epsilon"
+        ),
+        var_type=reverse.flagged_choice("var_type", var_type, var_flags, "fixed_large"),
+        loss_type=reverse.flagged_choice("loss_type", loss_type, loss_flags, "mse"),
         rescale_timesteps=rescale_timesteps,
         loss_weighting=loss_weighting,
         min_snr_gamma=min_snr_gamma,
     )
     diffusion._recipe = recipe | {"steps": len(betas), "timestep_respacing": ""}
     return diffusion if timestep_respacing == "" else diffusion.respace(timestep_respacing)
-
-
-def _named_or(what: str, name: str | None, flags: dict[str, bool], default: str) -> str:
-    """The explicit name; else that of the first flag that is set; else the default."""
-    flagged = next((choice for choice, chosen in flags.items() if chosen), None)
-    if name is None:
-        return flagged or default
-    if flagged not in (None, name):
-        raise InputError(f"{what}={name!r} contradicts the flag that chooses {flagged!r}: give one")
-    return name

@@ -178,6 +178,16 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
     return value
 
 
+def flagged_choice(what: str, name: str | None, flags: dict[str, bool], default: str) -> str:
+    """The explicit name; else that of the first flag that is set; else the default."""
+    flagged = next((choice for choice, chosen in flags.items() if chosen), None)
+    if name is None:
+        return flagged or default
+    if flagged not in (None, name):
+        raise InputError(f"{what}={name!r} contradicts the flag that chooses {flagged!r}: give one")
+    return name
+
+
 # --- One step ---------------------------------------------------------------------------------
 
 
