@@ -1,7 +1,6 @@
 """GaussianDiffusion: the variance-preserving diffusion process; create_diffusion, which makes one.
 
-The equations are in forward.py (q), reverse.py (p) and likelihood.py. A sampling step is a row of
-a step table, here as for ``Sampler``.
+The equations stand in forward.py, reverse.py and likelihood.py; a sampling step is a table's row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -64,13 +63,10 @@ class GaussianDiffusion:
     alphas_cumprod_next: Float64Array
     sqrt_alphas_cumprod: Float64Array
     sqrt_one_minus_alphas_cumprod: Float64Array
-    sqrt_recip_alphas_cumprod: Float64Array
-    sqrt_recipm1_alphas_cumprod: Float64Array
     posterior_variance: Float64Array
     posterior_log_variance_clipped: Float64Array
     posterior_mean_coef1: Float64Array
     posterior_mean_coef2: Float64Array
-    fixed_large_variance: Float64Array
     prior_std = 1.0  # of x_T
 
     def __init__(
@@ -107,7 +103,7 @@ class GaussianDiffusion:
         self.signal_scale = self.sqrt_alphas_cumprod
         self.noise_scale = self.sqrt_one_minus_alphas_cumprod
         self.input_scale = np.ones(self.num_timesteps)
-        self.last_variance = float(self.fixed_large_variance[0])
+        self.last_variance = float(tables["fixed_large_variance"][0])
 
         tables |= reverse.reverse_tables(tables, mean_type, var_type)
         tables["model_timesteps"] = self.model_timesteps.astype(np.float64)
@@ -361,8 +357,7 @@ def create_diffusion(
 ) -> GaussianDiffusion:
     """Build a :class:`GaussianDiffusion` and remember how (``to_config``).
 
-    The first nine options are the published ones; the names outright are for what the flags cannot
-    say.
+    The first nine options are the published ones; names are for what the flags cannot say.
 
     Args:
         steps: K, of the process the network is trained on.
@@ -382,18 +377,16 @@ def create_diffusion(
         zero_terminal_snr: rescale the schedule so that the last step has no signal (Lin et al.
             2023), which ε-prediction does not allow.
 
-    Raises InputError for unknown names, for a flag that contradicts a name, and for a respacing
-    that does not fit.
+    Raises InputError for unknown names, a flag that contradicts one, a respacing that does not fit.
     """
     recipe = dict(locals())  # the arguments
     betas = schedules.get_named_beta_schedule(noise_schedule, steps)
     var_flags = {"learned_range": learn_sigma, "fixed_small": sigma_small}
     loss_flags = {"rescaled_kl": use_kl, "rescaled_mse": rescale_learned_sigmas}
+    mean_flags = {"x_start": predict_xstart}
     diffusion = GaussianDiffusion(
         schedules.rescale_zero_terminal_snr(betas) if zero_terminal_snr else betas,
-        mean_type=reverse.flagged_choice(
-            "mean_type", mean_type, {"x_start": predict_xstart}, "epsilon"
-        ),
+        mean_type=reverse.flagged_choice("mean_type", mean_type, mean_flags, "epsilon"),
         var_type=reverse.flagged_choice("var_type", var_type, var_flags, "fixed_large"),
         loss_type=reverse.flagged_choice("loss_type", loss_type, loss_flags, "mse"),
         rescale_timesteps=rescale_timesteps,
