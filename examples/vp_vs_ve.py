@@ -37,7 +37,7 @@ from _common import (
 )
 
 from fastdiff import GaussianDiffusion, Sampler, VarianceExploding, create_diffusion
-from fastdiff.methods.table import noise_levels
+from fastdiff.methods.protocol import noise_levels
 from fastdiff.process.variance_exploding import geometric_sigmas
 
 MIXTURE = ring_of_gaussians()

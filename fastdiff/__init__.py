@@ -21,8 +21,7 @@ from fastdiff.models.unet import UNet
 from fastdiff.ops.backends import backend, set_backend
 from fastdiff.ops.explain import explain
 from fastdiff.process.best_timesteps import best_timesteps
-from fastdiff.process.create import create_diffusion
-from fastdiff.process.gaussian import GaussianDiffusion
+from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
 from fastdiff.process.respacing import space_timesteps
 from fastdiff.process.schedules import (
     cosine_betas,

@@ -49,6 +49,12 @@ def is_finite(value: Any) -> bool:
     return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
+def check_positive(name: str, value: float) -> None:
+    """Raise InputError unless ``value`` is a positive number."""
+    if not (is_finite(value) and value > 0):
+        raise InputError(f"{name} must be a positive number, got {value!r}")
+
+
 def check_shape(shape: Sequence[int], *, empty: bool = False) -> tuple[int, ...]:
     """``shape`` as a tuple, or InputError unless it is (N, C, ...) in positive integers.
 

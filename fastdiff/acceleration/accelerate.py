@@ -198,7 +198,7 @@ def _exchange(
 
 def _fuse(model: nn.Module, record: _Record) -> None:
     """Exchange the classes of what is understood, outer modules first."""
-    told = record.report
+    report = record.report
     inside: set[nn.Module] = set()  # what a fused module computes itself
     for name, module in list(model.named_modules()):
         if module in inside:
@@ -209,23 +209,23 @@ def _fuse(model: nn.Module, record: _Record) -> None:
         if type(module).__module__.startswith("fastdiff."):
             inside.update(module.modules())
             how = "runs on fused operations by itself"
-            told.left.append(Part(name or "the model", type(module).__name__, how))
+            report.left.append(Part(name or "the model", type(module).__name__, how))
             continue
         fusion, known, reason = _fusion_of(module)
         part = Part(name or "the model", type(module).__name__, fusion.how if fusion else reason)
         if fusion is not None:
             inside.update(module.get_submodule(path) for path in fusion.bypassed)
             _exchange(module, fusion, record, known)
-            told.replaced.append(part)
+            report.replaced.append(part)
         elif reason:
-            told.left.append(part)
-    told.left.extend(_unknown_attention(model, inside, told))
-    told.others.extend(_without_operation(model, inside, told))
+            report.left.append(part)
+    report.left.extend(_unknown_attention(model, inside, report))
+    report.others.extend(_without_operation(model, inside, report))
 
 
-def _unknown_attention(model: nn.Module, inside: set[nn.Module], told: Report) -> list[Part]:
+def _unknown_attention(model: nn.Module, inside: set[nn.Module], report: Report) -> list[Part]:
     """Attention, by the class's name, in which the report names none yet."""
-    named = [part.name for part in (*told.replaced, *told.left) if "atten" in part.kind.lower()]
+    named = [part.name for part in (*report.replaced, *report.left) if "atten" in part.kind.lower()]
     found: list[Part] = []
     for name, module in reversed(list(model.named_modules())):  # inner ones first
         kind = type(module).__name__
@@ -237,13 +237,13 @@ def _unknown_attention(model: nn.Module, inside: set[nn.Module], told: Report) -
         if not any(f"{other}.".startswith(within) for other in named):
             named.append(name)
             found.append(Part(name or "the model", kind, "no attention block that is known"))
-    return [part for part in found[::-1] if part.name not in {left.name for left in told.left}]
+    return [part for part in found[::-1] if part.name not in {left.name for left in report.left}]
 
 
-def _without_operation(model: nn.Module, inside: set[nn.Module], told: Report) -> list[Part]:
+def _without_operation(model: nn.Module, inside: set[nn.Module], report: Report) -> list[Part]:
     """Norms that hold no other norm, and linear attention, by the class's name, that the report
     does not name."""
-    named = {part.name for part in (*told.replaced, *told.left)}
+    named = {part.name for part in (*report.replaced, *report.left)}
     found: list[Part] = []
     for name, module in model.named_modules():
         kind = type(module).__name__

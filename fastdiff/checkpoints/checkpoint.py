@@ -21,10 +21,10 @@ from fastdiff.checkpoints.config import (
     MODEL_STEM,
     check_extra_names,
     check_saved,
+    foreign_entries,
     nothing_saved,
     process_from_config,
     read_config,
-    strangers,
 )
 from fastdiff.checkpoints.diffusers_scheduler import load_process
 from fastdiff.checkpoints.diffusers_unet import load_unet, unet_folder
@@ -116,7 +116,7 @@ def save(
             changed.
     """
     target = Path(os.path.realpath(directory))
-    check_target(target, strangers)
+    check_target(target, foreign_entries)
     network = unwrapped(model)
     if not isinstance(getattr(network, "config", None), dict):
         raise InputError(

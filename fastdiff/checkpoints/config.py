@@ -90,7 +90,7 @@ def is_checkpoint(path: Path) -> bool:
     return True
 
 
-def strangers(path: Path) -> list[str]:
+def foreign_entries(path: Path) -> list[str]:
     """The entries of a directory that no ``save`` wrote: all, or what lies among its files."""
     ours = is_checkpoint(path)
     return [

@@ -111,7 +111,7 @@ def save_unet(directory: str | os.PathLike[str], model: UNet) -> Path:
             ``UNet2DModel`` can be; nothing has changed.
     """
     target = Path(os.path.abspath(directory))
-    check_target(target, _strangers)
+    check_target(target, _foreign_entries)
     network = unwrapped(model)
     if not isinstance(network, UNet):
         raise InputError(f"save_unet: cannot save a {type(network).__name__}; pass the UNet itself")
@@ -122,7 +122,7 @@ def save_unet(directory: str | os.PathLike[str], model: UNet) -> Path:
     return target
 
 
-def _strangers(path: Path) -> list[str]:
+def _foreign_entries(path: Path) -> list[str]:
     """The entries of a directory that ``save_unet`` did not write: all of them, or none."""
     names = sorted(entry.name for entry in path.iterdir())
     ours = names == [CONFIG_FILE, f"{WEIGHTS}.safetensors"] and unet_folder(path) == path

@@ -112,11 +112,11 @@ def check_state(
 def state_difference(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
     """What names or shapes ``state`` has others than ``expected``; None if they are the same."""
     missing = [name for name in expected if name not in state]
-    strangers = [name for name in state if name not in expected]
-    if missing or strangers:
+    unexpected = [name for name in state if name not in expected]
+    if missing or unexpected:
         return "; ".join(
             f"{len(names)} {what}, such as {names[0]}"
-            for what, names in (("missing", missing), ("unexpected", strangers))
+            for what, names in (("missing", missing), ("unexpected", unexpected))
             if names
         )
     for name, tensor in expected.items():
@@ -153,11 +153,11 @@ def common_prefix(expected: Iterable[str], names: Iterable[str]) -> str | None:
 # Writing
 
 
-def check_target(target: Path, strangers: Callable[[Path], Iterable[str]]) -> None:
+def check_target(target: Path, foreign_entries: Callable[[Path], Iterable[str]]) -> None:
     """That nothing but an older save is lost when ``target`` is replaced.
 
     Args:
-        strangers: the entries of a directory that no such save wrote.
+        foreign_entries: the entries of a directory that no such save wrote.
 
     Raises:
         InputError: ``target`` is a file or holds other things.
@@ -166,7 +166,7 @@ def check_target(target: Path, strangers: Callable[[Path], Iterable[str]]) -> No
         return
     if not target.is_dir():
         raise InputError(f"cannot save a checkpoint to {target}: it is a file, not a directory")
-    foreign = sorted(strangers(target))
+    foreign = sorted(foreign_entries(target))
     if foreign:
         raise InputError(
             f"cannot save a checkpoint to {target}: it holds other files, such as {foreign[0]}; "

@@ -15,7 +15,7 @@ from fastdiff.errors import InputError
 from fastdiff.models import presets
 from fastdiff.models.ema import EMA, rate_name
 from fastdiff.models.unet import UNet
-from fastdiff.process.create import create_diffusion
+from fastdiff.process.gaussian import create_diffusion
 
 HELP = "turn a published .pt checkpoint into one that describes itself"
 

@@ -1,4 +1,4 @@
-"""The .json a command is told to write with --out: never over someone else's file."""
+"""The .json that a command writes with --out: never over someone else's file."""
 
 import json
 from collections.abc import Collection, Mapping

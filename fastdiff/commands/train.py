@@ -17,8 +17,7 @@ from fastdiff.data import ImageDataset, load_dataset
 from fastdiff.errors import InputError
 from fastdiff.models import presets
 from fastdiff.models.unet import UNet
-from fastdiff.process.create import create_diffusion
-from fastdiff.process.gaussian import GaussianDiffusion
+from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
 from fastdiff.training import TrainConfig, Trainer
 from fastdiff.training.init import Init, describe_init, fit_to_init, read_init
 from fastdiff.training.saved import SavedRun

@@ -39,7 +39,7 @@ def load_dataset(
         class_cond: True demands labels, False ignores them (``num_classes`` is then None and every
             label ``NO_LABEL``), None takes them where there are at least two and no doubt about
             them.
-        random_flip: what a BatchStream over the set does unless told; items here are never flipped.
+        random_flip: what a BatchStream over the set does by default; items are never flipped.
         channels: 1, 3 or 4; None keeps an array's own count and, for a folder, takes 1 when every
             image is greyscale and 3 otherwise (an alpha channel is dropped, as published).
         cache_bytes: a folder whose decoded images fit is kept in memory after the first read.

@@ -91,7 +91,7 @@ def _opened(file: Path, max_pixels: int | None) -> Iterator[tuple[Any, BinaryIO]
 def _identify(pillow: Any, stream: BinaryIO) -> Any:
     """What ``Image.open`` does, without its limit.
 
-    Pillow is not told the file's name: it would map uncompressed pixels into memory by it, and
+    Pillow is not given the file's name: it would map uncompressed pixels into memory by it, and
     those of a TIFF on its side with the width and height exchanged, which scrambles them.
     """
     pillow.preinit()

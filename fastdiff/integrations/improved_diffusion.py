@@ -31,7 +31,8 @@ from fastdiff.integrations.published_object import (
 from fastdiff.optional import require
 from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.process.published_loops import initial_x
-from fastdiff.process.reverse import CondFn, DenoisedFn, Model
+from fastdiff.process.reverse import Model
+from fastdiff.process.update import CondFn, DenoisedFn
 from fastdiff.sampling.network.network import module_of
 from fastdiff.sampling.sampler import Sampler
 

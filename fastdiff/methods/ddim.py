@@ -27,8 +27,9 @@ def ddim(source: Source, *, eta: float, clipped_eps: bool) -> Columns:
     # σ² = η²·posterior_variance, so noise_prev² − σ² = noise_prev²·(1 − η²·transition/noise²).
     share = levels.transition_variance[1:] / levels.noise[1:] ** 2
     if (eta**2 * share > 1).any():
+        largest = np.floor(1000 / np.sqrt(share.max())) / 1000
         raise InputError(
-            f"eta is {eta}; this process allows at most {1 / np.sqrt(share.max()):.4g} "
+            f"eta is {eta}; this process allows at most {largest:.3f} "
             "(beyond, a step would add more noise than the level it arrives at)"
         )
     eps = levels.noise_prev * np.append(0.0, np.sqrt(1 - eta**2 * share))

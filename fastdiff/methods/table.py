@@ -20,15 +20,15 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol, overload
+from typing import overload
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fastdiff.errors import InputError
 from fastdiff.methods import registry
 from fastdiff.methods.levels import Float64Array, Levels, Source, is_learned
+from fastdiff.methods.protocol import Process, noise_levels
 
 Index = int | torch.Tensor  # of a row; a tensor of one element is read on its device
 
@@ -37,37 +37,6 @@ COLUMNS = (
     *("a", "b", "c", "d", "o", "e", "sigma", "log_min", "log_max", "clip"),
     *("timesteps", "input_scale"),
 )
-
-
-class Process(Protocol):
-    """A Gaussian process a table can be made from: GaussianDiffusion, VarianceExploding.
-
-    ``model_timesteps`` is (K,), t ascending, like the scales that ``noise_levels`` finds. A process
-    may also have ``input_scale`` (K,): what x_t is multiplied by before the network sees it.
-    """
-
-    mean_type: str
-    var_type: str
-    model_timesteps: npt.NDArray[np.float32]
-
-
-def noise_levels(process: Process) -> tuple[Float64Array, Float64Array]:
-    """(signal, noise), float64 (K,) each: x_t = signal_t·x_0 + noise_t·ε.
-
-    Read from ``signal_scale`` and ``noise_scale``, else from the variance-preserving process's
-    ``sqrt_alphas_cumprod`` and ``sqrt_one_minus_alphas_cumprod``. InputError if it has neither.
-    """
-    pairs = [
-        ("signal_scale", "noise_scale"),
-        ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
-    ]
-    for signal, noise in pairs:
-        if hasattr(process, signal) and hasattr(process, noise):
-            return getattr(process, signal), getattr(process, noise)
-    raise InputError(
-        f"a {type(process).__name__} has no noise levels; expected a GaussianDiffusion or a "
-        "VarianceExploding process"
-    )
 
 
 class _Column:
@@ -129,12 +98,14 @@ class StepTable:
         eta: float = 0.0,
         clip_denoised: bool = True,
         clipped_eps: bool = True,
+        dtype: torch.dtype = torch.float32,
     ) -> "StepTable":
         """The table by which ``method`` samples a GaussianDiffusion or a VarianceExploding process.
 
         ``eta`` is DDIM's (0 deterministic, 1 the DDPM posterior's variance). ``clip_denoised``
         clips x_0 to [−1, 1]. ``clipped_eps=True`` re-derives DDIM's ε from the clipped x_0, as the
         published code does; False leaves it as the network said, as diffusers does by default.
+        ``dtype`` float64 is for arithmetic in float64, which no kernel does.
         Raises InputError for an unknown method or type, an ``eta`` the process does not allow,
         noise levels that do not rise, and ε-prediction from a step without signal.
         """
@@ -148,13 +119,12 @@ class StepTable:
         levels = Levels.of(*noise_levels(process))
         source = Source.of(levels, process.mean_type, process.var_type)
         steps = len(levels.signal)
-        input_scale = getattr(process, "input_scale", None)
         columns = dict.fromkeys(COLUMNS, np.zeros(steps)) | {
             "a": source.a,
             "b": source.b,
             "clip": np.full(steps, 1.0 if clip_denoised else np.inf),
             "timesteps": process.model_timesteps,
-            "input_scale": np.ones(steps) if input_scale is None else input_scale,
+            "input_scale": process.input_scale,
         }
         columns |= chosen.columns(source, **{name: options[name] for name in chosen.options})
         for name, values in columns.items():
@@ -163,7 +133,8 @@ class StepTable:
                     f"{name} has shape {np.shape(values)}; expected ({steps},), one value a step"
                 )
         rows = np.stack([columns[name] for name in COLUMNS], axis=1)[::-1]
-        return cls._of(rows, method, is_learned(process.var_type))
+        table = cls._of(rows, method, is_learned(process.var_type))
+        return replace(table, packed=torch.from_numpy(rows.copy()).to(dtype))
 
     @classmethod
     def from_rows(

@@ -104,10 +104,10 @@ class EMA:
         """
         shadow = self._shadow(rate)
         if set(state) != set(self.names):
-            strangers = sorted(set(state) ^ set(self.names))
+            differing = sorted(set(state) ^ set(self.names))
             raise InputError(
                 f"EMA: the state for rate {rate} is of another model; "
-                f"{len(strangers)} names differ, such as {strangers[0]}"
+                f"{len(differing)} names differ, such as {differing[0]}"
             )
         pairs = list(zip(self.names, shadow, strict=True))
         for name, average in pairs:

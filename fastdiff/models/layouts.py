@@ -14,8 +14,8 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def plain_convolutions(model: nn.Module) -> list[nn.Module]:
-    """The 2-D convolutions whose ``weight`` nothing but their own forward reads, as far as can be
-    told.
+    """The 2-D convolutions whose ``weight`` nothing but their own forward reads, as far as can
+    be seen.
 
     What else reads a 4-D parameter may count on its strides: an adapter its magnitudes and the
     layers inside of it (with a ``base_layer``, as peft has it), a parametrization or a class that

@@ -59,11 +59,11 @@ def check_config(config: dict[str, Any]) -> None:
     if not 0 <= config["dropout"] < 1:
         raise InputError(f"UNet: dropout={config['dropout']!r}; expected 0 ≤ dropout < 1")
     factors = {2**level for level in range(len(multipliers))}
-    strangers = set(config["attention_resolutions"]) - factors
-    if strangers:
+    unreachable = set(config["attention_resolutions"]) - factors
+    if unreachable:
         raise InputError(
             f"UNet: attention_resolutions={config['attention_resolutions']} are downsampling "
-            f"factors; {len(multipliers)} levels have {sorted(factors)}, not {sorted(strangers)}"
+            f"factors; {len(multipliers)} levels have {sorted(factors)}, not {sorted(unreachable)}"
         )
     if config["num_classes"] is not None and config["num_classes"] < 1:
         raise InputError(f"UNet: num_classes={config['num_classes']}; expected None or at least 1")

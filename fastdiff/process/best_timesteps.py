@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdiff.errors import InputError
 from fastdiff.methods.levels import Float64Array, is_learned
-from fastdiff.methods.table import Process, noise_levels
+from fastdiff.methods.protocol import Process, noise_levels
 
 _BLOCK = 64  # rows of the costs at a time: what is added and searched stays in the cache
 

@@ -1,7 +1,9 @@
-"""GaussianDiffusion: the variance-preserving diffusion process, its losses and its likelihood."""
+"""GaussianDiffusion: the variance-preserving diffusion process; create_diffusion, which makes one.
 
-import math
-from collections.abc import Sequence
+The equations stand in forward.py, reverse.py and likelihood.py; a sampling step is a table's row.
+"""
+
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,20 +11,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastdiff.checks import check_float, check_like, is_finite
+from fastdiff.checks import check_float, check_like
 from fastdiff.errors import InputError
+from fastdiff.methods.levels import Float64Array
+from fastdiff.methods.table import StepTable
 from fastdiff.ops.normal.op import draw_like
-from fastdiff.process.forward import mean_flat, posterior_mean
-from fastdiff.process.likelihood import discretized_gaussian_log_likelihood, normal_kl
-from fastdiff.process.published_loops import SamplingLoops, StepNoise, countdown, noise_of_step
+from fastdiff.ops.q_sample.op import q_sample
+from fastdiff.process import likelihood, reverse, schedules
+from fastdiff.process.forward import forward_tables, posterior_mean
+from fastdiff.process.published_loops import DDIMLoopArguments, LoopArguments, StepNoise, last, loop
 from fastdiff.process.respacing import chosen_timesteps
-from fastdiff.process.reverse import Model, check_choice, eps_from_xstart
-from fastdiff.process.tables import FloatArray, TablesAt
+from fastdiff.process.reverse import DDIMStepArguments, Model, StepArguments, step_at
+from fastdiff.process.tables import Tables, check_timestep_map
+from fastdiff.process.update import DenoisedFn
+from fastdiff.records import called_with
 
-LOSS_TYPES = ("mse", "rescaled_mse", "kl", "rescaled_kl")
 
-
-class GaussianDiffusion(SamplingLoops):
+class GaussianDiffusion:
     """A diffusion process over K steps, and what a network that reverses it is asked to predict.
 
     Args:
@@ -43,15 +48,26 @@ class GaussianDiffusion(SamplingLoops):
             what the network was trained with.
         original_num_steps: for a respaced process, the length of that one.
 
-    Attributes, float64 (K,) unless said: ``betas, alphas_cumprod, alphas_cumprod_prev,
-    alphas_cumprod_next, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, posterior_variance,
-    posterior_log_variance_clipped, posterior_mean_coef1, posterior_mean_coef2``;
-    ``num_timesteps`` (K), ``timestep_map`` (int64), ``model_timesteps`` (float32: what the network
-    is given at each index), ``original_num_steps``.
+    Its methods take ``x_start`` in [-1, 1], ``x``, ``x_t``: (N, ...) float; ``t``: (N,) integer in
+    0 … K-1, the index into this process's steps; and
+    :class:`fastdiff.process.reverse.StepArguments`. The arithmetic is float32 (float64 for float64
+    x), which is what statistics and losses come in; samples are like x.
 
-    Raises InputError for unknown names, betas out of range, and ε-prediction on a schedule that
-    ends with no signal.
+    Raises InputError for unknown names, betas out of range, ε-prediction on a schedule that ends
+    with no signal, and a t out of range on the CPU; elsewhere that gives NaN: nothing waits there.
     """
+
+    betas: Float64Array  # (K,), as all of these
+    alphas_cumprod: Float64Array
+    alphas_cumprod_prev: Float64Array
+    alphas_cumprod_next: Float64Array
+    sqrt_alphas_cumprod: Float64Array
+    sqrt_one_minus_alphas_cumprod: Float64Array
+    posterior_variance: Float64Array
+    posterior_log_variance_clipped: Float64Array
+    posterior_mean_coef1: Float64Array
+    posterior_mean_coef2: Float64Array
+    prior_std = 1.0  # of x_T
 
     def __init__(
         self,
@@ -66,25 +82,200 @@ class GaussianDiffusion(SamplingLoops):
         timestep_map: Sequence[int] | npt.NDArray[np.int64] | None = None,
         original_num_steps: int | None = None,
     ):
-        super().__init__(
-            betas,
-            mean_type=mean_type,
-            var_type=var_type,
-            rescale_timesteps=rescale_timesteps,
-            timestep_map=timestep_map,
-            original_num_steps=original_num_steps,
+        tables = forward_tables(betas)
+        vars(self).update(tables)
+        self.num_timesteps = count = len(self.betas)
+        maps = check_timestep_map(timestep_map, original_num_steps, count)
+        self.timestep_map, self.original_num_steps = maps
+        self.rescale_timesteps = bool(rescale_timesteps)
+        # float32 · float32, as the published wrapper multiplies: networks get the same numbers.
+        scale = np.float32(1000.0 / self.original_num_steps if rescale_timesteps else 1.0)
+        self.model_timesteps = self.timestep_map.astype(np.float32) * scale
+
+        self.mean_type = reverse.check_choice("mean_type", mean_type, reverse.MEAN_TYPES)
+        self.var_type = reverse.check_choice("var_type", var_type, reverse.VAR_TYPES)
+        self.learns_variance = var_type in ("learned", "learned_range")
+        self.loss_type = reverse.check_choice("loss_type", loss_type, likelihood.LOSS_TYPES)
+        likelihood.check_weighting(loss_type, loss_weighting, min_snr_gamma)
+        self.loss_weighting, self.min_snr_gamma = loss_weighting, float(min_snr_gamma)
+
+        # As fastdiff.methods.protocol.Process names them.
+        self.signal_scale = self.sqrt_alphas_cumprod
+        self.noise_scale = self.sqrt_one_minus_alphas_cumprod
+        self.input_scale = np.ones(self.num_timesteps)
+        self.last_variance = float(tables["fixed_large_variance"][0])
+
+        tables |= reverse.reverse_tables(tables, mean_type, var_type)
+        tables["model_timesteps"] = self.model_timesteps.astype(np.float64)
+        tables["min_snr_weight"] = likelihood.min_snr_weight(tables, mean_type, self.min_snr_gamma)
+        self._tables = Tables(tables)
+        self._step_tables: dict[tuple, tuple[StepTable, Tensor]] = {}
+        self._recipe: dict[str, Any] | None = None  # create_diffusion's arguments, if it was that
+
+    # --- q: from data to noise ---
+
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log-variance of q(x_t | x_0), eq. 4; each (N, ...) like x_start."""
+        at = self._tables.at(t, x_start, "x_start")
+        mean = at["sqrt_alphas_cumprod"] * x_start.to(at.dtype)
+        variance = at["one_minus_alphas_cumprod"].expand(x_start.shape)
+        return mean, variance, at["log_one_minus_alphas_cumprod"].expand(x_start.shape)
+
+    def q_sample(
+        self,
+        x_start: Tensor,
+        t: Tensor,
+        noise: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw x_t ~ q(x_t | x_0), eq. 4: like x_start."""
+        check_float(x_start, "x_start")
+        tables = self._tables.on(x_start)
+        signal, sigma = tables["sqrt_alphas_cumprod"], tables["sqrt_one_minus_alphas_cumprod"]
+        noise = draw_like(x_start, generator) if noise is None else noise
+        return q_sample(x_start, t, signal[:-1], sigma[:-1], noise=noise)[0]
+
+    def q_posterior_mean_variance(
+        self, x_start: Tensor, x_t: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0), eq. 6-7.
+
+        The variance at t = 0 is 0; its logarithm is taken at step 1.
+        """
+        check_like(x_start, "x_start", x_t, "x_t")
+        at = self._tables.at(t, x_t, "x_t")
+        return (
+            posterior_mean(at, x_start.to(at.dtype), x_t.to(at.dtype)),
+            at["posterior_variance"].expand(x_t.shape),
+            at["posterior_log_variance_clipped"].expand(x_t.shape),
         )
-        self.loss_type = check_choice("loss_type", loss_type, LOSS_TYPES)
-        if loss_weighting not in (None, "min_snr"):
-            raise InputError(f"loss_weighting must be None or 'min_snr', got {loss_weighting!r}")
-        if loss_weighting is not None and loss_type in ("kl", "rescaled_kl"):
-            raise InputError(f"loss_weighting applies to the mse losses, not to {loss_type!r}")
-        if not (is_finite(min_snr_gamma) and min_snr_gamma > 0):
-            raise InputError(f"min_snr_gamma must be a positive number, got {min_snr_gamma!r}")
-        self.loss_weighting = loss_weighting
-        self.min_snr_gamma = float(min_snr_gamma)
-        # The keyword arguments of create_diffusion, where the process came from there.
-        self._recipe: dict[str, Any] | None = None
+
+    # --- p: from noise to data ---
+
+    def p_mean_variance(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """p(x_{t-1} | x_t) as {"mean", "variance", "log_variance", "pred_xstart"}, each like x."""
+        at = self._tables.at(t, x)
+        output = reverse.call_model(self, model, x, at["model_timesteps"].flatten(), model_kwargs)
+        return reverse.interpret(self, output, x, at, clip_denoised, denoised_fn)
+
+    @called_with(StepArguments)
+    def p_sample(self, given: StepArguments) -> dict[str, Tensor]:
+        """Draw x_{t-1} ~ p(x_{t-1} | x_t), DDPM algorithm 2: {"sample", "pred_xstart"}, like x.
+
+        No noise enters where t = 0.
+        """
+        return step_at(self, "ddpm", given)
+
+    @called_with(DDIMStepArguments)
+    def ddim_sample(self, given: DDIMStepArguments) -> dict[str, Tensor]:
+        """Draw x_{t-1} with DDIM (Song et al. 2020 eq. 12): {"sample", "pred_xstart"}, like x.
+
+        ``eta`` = 0 is deterministic, 1 has DDPM's posterior variance; one that is negative or so
+        large that no room is left for ε raises InputError. ε is taken from the x_0 that clipping
+        and ``denoised_fn`` leave.
+        """
+        return step_at(self, "ddim", given, given.eta)
+
+    def ddim_reverse_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        eta: float = 0.0,
+        *,
+        cond_fn: reverse.CondFn | None = None,
+    ) -> dict[str, Tensor]:
+        """x_{t+1} along the deterministic DDIM path, to encode x_0: {"sample", "pred_xstart"}.
+
+        Only eta = 0 has a reverse (InputError otherwise).
+        """
+        if eta != 0.0:
+            raise InputError(f"reverse DDIM is deterministic: eta must be 0, got {eta}")
+        options = (clip_denoised, denoised_fn, model_kwargs)
+        return step_at(self, "ddim_reverse", StepArguments(model, x, t, *options, cond_fn=cond_fn))
+
+    @called_with(LoopArguments)
+    def p_sample_loop(self, given: LoopArguments) -> Tensor:
+        """DDPM sampling (Ho et al. 2020 algorithm 2): x_0. Arguments: :class:`LoopArguments`."""
+        return last(loop(self, "ddpm", given))
+
+    @called_with(LoopArguments)
+    def p_sample_loop_progressive(self, given: LoopArguments) -> Iterator[dict[str, Tensor]]:
+        """As :meth:`p_sample_loop`, yielding what ``p_sample`` answers after every step."""
+        return loop(self, "ddpm", given)
+
+    @called_with(DDIMLoopArguments)
+    def ddim_sample_loop(self, given: DDIMLoopArguments) -> Tensor:
+        """DDIM sampling (Song et al. 2020 eq. 12): x_0. Arguments: :class:`DDIMLoopArguments`."""
+        return last(loop(self, "ddim", given, given.eta))
+
+    @called_with(DDIMLoopArguments)
+    def ddim_sample_loop_progressive(self, given: DDIMLoopArguments) -> Iterator[dict[str, Tensor]]:
+        """As :meth:`ddim_sample_loop`, yielding what ``ddim_sample`` answers after every step."""
+        return loop(self, "ddim", given, given.eta)
+
+    # --- Losses and likelihood ---
+
+    def training_losses(
+        self,
+        model: Model,
+        x_start: Tensor,
+        t: Tensor,
+        model_kwargs: dict[str, Any] | None = None,
+        noise: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses of one timestep per sample, each float32 (N,): {"loss"} and its parts.
+
+        "mse" (of what the network predicts, unweighted) for the mse losses; "vb", the bound's term
+        in bits/dim times the loss's own scale, for the kl losses and where a variance is learned.
+        loss = weight · mse + vb. The mean is detached in the bound's term of the mse losses
+        (Nichol & Dhariwal 2021 section 3.1), and x_0 is never clipped.
+        """
+        options = (model_kwargs, noise, generator)
+        return likelihood.training_losses(self, model, x_start, t, *options)
+
+    def prior_bpd(self, x_start: Tensor) -> Tensor:
+        """KL(q(x_T | x_0) ‖ N(0, 1)) in bits/dim, (N,): the term that no network changes."""
+        return likelihood.prior_bpd(self, x_start)
+
+    _prior_bpd = prior_bpd  # its published name
+
+    def calc_bpd_loop(
+        self,
+        model: Model,
+        x_start: Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: dict[str, Any] | None = None,
+        *,
+        noise: StepNoise | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> dict[str, Tensor]:
+        """The variational bound on −log2 p(x_0) per dimension, and its terms.
+
+        {"total_bpd" (N,), "prior_bpd" (N,), "vb", "xstart_mse", "mse" (N, K)}; column j is step
+        t = K-1-j; ``mse`` is that of ε. ``x_start`` (N, C, ...): uint8 images scaled to [-1, 1].
+        ``noise`` is the draw of every step: one tensor like x_start, or a callable of the index t.
+        :func:`fastdiff.process.likelihood.summarize_bpd` averages the result.
+        """
+        options = (clip_denoised, model_kwargs, noise, generator, progress)
+        return likelihood.bpd_loop(self, model, x_start, *options)
+
+    # --- Strides and configuration ---
 
     def respace(
         self,
@@ -97,9 +288,9 @@ class GaussianDiffusion(SamplingLoops):
 
         ``sections`` as :func:`fastdiff.space_timesteps`, counted in this process's own K steps; for
         a ``spacing`` of :func:`fastdiff.process.respacing.spaced_timesteps` other than "uniform", a
-        number of steps. Or ``timesteps``, a list that ascends strictly within
-        0 … K − 1. Its betas are 1 − ᾱ_i / ᾱ_prev (Nichol & Dhariwal 2021 eq. 19) and the network
-        still receives the original timesteps. Raises InputError for what does not fit.
+        number of steps. Or ``timesteps``, a list that ascends strictly within 0 … K − 1. Its betas
+        are 1 − ᾱ_i / ᾱ_prev (Nichol & Dhariwal 2021 eq. 19) and the network still receives the
+        original timesteps.
         """
         chosen = chosen_timesteps(self, sections, spacing, timesteps)
         kept = self.alphas_cumprod[chosen]
@@ -118,22 +309,16 @@ class GaussianDiffusion(SamplingLoops):
     def to_config(self) -> dict[str, Any]:
         """A JSON-serialisable dict from which :meth:`from_config` builds this process again.
 
-        The keyword arguments of ``create_diffusion`` where it came from there; else the arguments
-        of the constructor, betas in full.
+        The arguments of ``create_diffusion`` where it came from there, else the constructor's.
         """
         if self._recipe is not None:
             return dict(self._recipe)
-        arguments = self._arguments()
-        return arguments | {
-            "betas": arguments["betas"].tolist(),
-            "timestep_map": arguments["timestep_map"].tolist(),
-        }
+        arrays = {"betas": self.betas.tolist(), "timestep_map": self.timestep_map.tolist()}
+        return self._arguments() | arrays
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "GaussianDiffusion":
         """The process that :meth:`to_config` described. InputError for anything else."""
-        from fastdiff.process.create import create_diffusion  # which needs this module
-
         if not isinstance(config, dict):
             raise InputError(f"a diffusion config must be a dict, got {type(config).__name__}")
         try:
@@ -141,172 +326,72 @@ class GaussianDiffusion(SamplingLoops):
         except TypeError as error:
             raise InputError(f"not a diffusion config: {error}") from error
 
-    def training_losses(
-        self,
-        model: Model,
-        x_start: Tensor,
-        t: Tensor,
-        model_kwargs: dict[str, Any] | None = None,
-        noise: Tensor | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """Losses of one timestep per sample, each float32 (N,): {"loss"} and its parts.
-
-        "mse" (of what the network predicts, unweighted) for the mse losses; "vb", the bound's term
-        in bits/dim times the loss's own scale, for the kl losses and where a variance is learned.
-        loss = weight · mse + vb. The mean is detached in the bound's term of the mse losses
-        (Nichol & Dhariwal 2021 section 3.1), and x_0 is never clipped.
-
-        ``x_start`` (N, C, ...) in [-1, 1], ``t`` (N,), ``noise`` like x_start (drawn when None,
-        from ``generator``). Waits for no device. Errors: :class:`ReverseProcess`.
-        """
-        at = self._at(t, x_start, "x_start")
-        if noise is None:
-            noise = draw_like(x_start, generator)
-        x_t = self.q_sample(x_start, t, noise)
-        output = self._call_model(model, x_t, at, model_kwargs)
-        # What x_t is made of, in the dtype of the arithmetic.
-        x_start, x_t, noise = (value.to(at.dtype) for value in (x_start, x_t, noise))
-
-        if self.loss_type in ("kl", "rescaled_kl"):
-            out = self._interpret(output, x_t, at, clip_denoised=False)
-            vb = self._bound_term(out, x_start, x_t, at)
-            vb = vb * self.num_timesteps if self.loss_type == "rescaled_kl" else vb
-            return {"loss": vb, "vb": vb}
-
-        terms = {}
-        prediction = output
-        if self.learns_variance:
-            prediction, values = output.chunk(2, dim=1)
-            frozen = torch.cat([prediction.detach(), values], dim=1)
-            out = self._interpret(frozen, x_t, at, clip_denoised=False)
-            vb = self._bound_term(out, x_start, x_t, at)
-            rescaled = self.loss_type == "rescaled_mse"
-            terms["vb"] = vb * (self.num_timesteps / 1000.0) if rescaled else vb
-        target = self._target(x_start, x_t, noise, at)
-        mse = mean_flat((target - prediction) ** 2)
-        loss = mse
-        if self.loss_weighting is not None:
-            loss = mse * at["min_snr_weight"].flatten()
-        if "vb" in terms:
-            loss = loss + terms["vb"]
-        return {"loss": loss, "mse": mse} | terms
-
-    def prior_bpd(self, x_start: Tensor) -> Tensor:
-        """KL(q(x_T | x_0) ‖ N(0, 1)) in bits/dim, (N,): the term that no network changes."""
-        check_float(x_start, "x_start")
-        t = torch.full(x_start.shape[:1], self.num_timesteps - 1, device=x_start.device)
-        mean, _, log_variance = self.q_mean_variance(x_start, t)
-        return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
-
-    _prior_bpd = prior_bpd  # its published name
-
-    @torch.no_grad()
-    def calc_bpd_loop(
-        self,
-        model: Model,
-        x_start: Tensor,
-        clip_denoised: bool = True,
-        model_kwargs: dict[str, Any] | None = None,
-        *,
-        noise: StepNoise | None = None,
-        generator: torch.Generator | None = None,
-        progress: bool = False,
-    ) -> dict[str, Tensor]:
-        """The variational bound on −log2 p(x_0) per dimension, and its terms.
-
-        {"total_bpd" (N,), "prior_bpd" (N,), "vb", "xstart_mse", "mse" (N, K)}; column j is step
-        t = K-1-j; ``mse`` is that of ε. ``x_start`` (N, C, ...): uint8 images scaled to [-1, 1].
-        ``noise`` is the draw of every step: one tensor like x_start, or a callable of the index t.
-        :func:`fastdiff.process.likelihood.summarize_bpd` averages the result; errors:
-        :class:`ReverseProcess`.
-        """
-        check_float(x_start, "x_start")
-        columns: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
-        for i in countdown(self.num_timesteps, progress):
-            t = torch.full(x_start.shape[:1], i, dtype=torch.int64, device=x_start.device)
-            eps = noise_of_step(noise, i)
-            if eps is None:
-                eps = draw_like(x_start, generator)
-            x_t = self.q_sample(x_start, t, eps)
-            term = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised, model_kwargs)
-            at = TablesAt(self._tables(x_start), t, x_start)
-            pred_xstart = term["pred_xstart"]
-            pred_eps = eps_from_xstart(at, x_t.to(at.dtype), pred_xstart)
-            columns["vb"].append(term["output"])
-            columns["xstart_mse"].append(mean_flat((pred_xstart - x_start) ** 2))
-            columns["mse"].append(mean_flat((pred_eps - eps) ** 2))
-        terms = {name: torch.stack(column, dim=1) for name, column in columns.items()}
-        prior = self.prior_bpd(x_start)
-        return {"total_bpd": terms["vb"].sum(dim=1) + prior, "prior_bpd": prior} | terms
-
-    def _vb_terms_bpd(
-        self,
-        model: Model,
-        x_start: Tensor,
-        x_t: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
-        model_kwargs: dict[str, Any] | None = None,
-    ) -> dict[str, Tensor]:
-        """The bound's term at t, bits/dim: {"output" (N,), "pred_xstart" like x_t}."""
-        check_like(x_start, "x_start", x_t, "x_t")
-        out = self.p_mean_variance(model, x_t, t, clip_denoised, model_kwargs=model_kwargs)
-        at = TablesAt(self._tables(x_t), t, x_t)
-        output = self._bound_term(out, x_start.to(at.dtype), x_t.to(at.dtype), at)
-        return {"output": output, "pred_xstart": out["pred_xstart"]}
-
-    def _bound_term(
-        self, out: dict[str, Tensor], x_start: Tensor, x_t: Tensor, at: TablesAt
-    ) -> Tensor:
-        """KL(q(x_{t-1} | x_t, x_0) ‖ p), at t = 0 the decoder's NLL; (N,) in bits/dim."""
-        kl = normal_kl(
-            posterior_mean(at, x_start, x_t),
-            at["posterior_log_variance_clipped"],
-            out["mean"],
-            out["log_variance"],
-        )
-        nll = -discretized_gaussian_log_likelihood(
-            x_start, means=out["mean"], log_scales=0.5 * out["log_variance"]
-        )
-        return torch.where(at.rows == 0, mean_flat(nll), mean_flat(kl)) / math.log(2.0)
-
-    def _target(self, x_start: Tensor, x_t: Tensor, noise: Tensor, at: TablesAt) -> Tensor:
-        if self.mean_type == "epsilon":
-            return noise
-        if self.mean_type == "x_start":
-            return x_start
-        if self.mean_type == "previous_x":
-            return posterior_mean(at, x_start, x_t)
-        return at["sqrt_alphas_cumprod"] * noise - at["sqrt_one_minus_alphas_cumprod"] * x_start
-
-    def _named_tables(self) -> dict[str, FloatArray]:
-        return super()._named_tables() | {"min_snr_weight": self._min_snr_weight()}
-
-    def _min_snr_weight(self) -> FloatArray:
-        """min(SNR, γ) on x_0's squared error, as a weight on that of what is predicted.
-
-        Hang et al. 2023 section 3.4, multiplied out so that SNR = ᾱ / (1 − ᾱ) may be 0.
-        """
-        signal, noise, gamma = self.alphas_cumprod, 1.0 - self.alphas_cumprod, self.min_snr_gamma
-        if self.mean_type == "epsilon":  # min(SNR, γ) / SNR
-            return np.minimum(1.0, gamma * noise / signal)
-        if self.mean_type == "v":  # min(SNR, γ) / (SNR + 1)
-            return np.minimum(signal, gamma * noise)
-        weight = np.minimum(signal / noise, gamma)
-        # x_0 enters the mean of x_{t-1} times coef1.
-        return weight / self.posterior_mean_coef1**2 if self.mean_type == "previous_x" else weight
-
     def _arguments(self) -> dict[str, Any]:
-        return {
-            "betas": self.betas,
-            "mean_type": self.mean_type,
-            "var_type": self.var_type,
-            "loss_type": self.loss_type,
-            "rescale_timesteps": self.rescale_timesteps,
-            "loss_weighting": self.loss_weighting,
-            "min_snr_gamma": self.min_snr_gamma,
-            "timestep_map": self.timestep_map,
-            "original_num_steps": self.original_num_steps,
-        }
+        """Of the constructor."""
+        names = "betas mean_type var_type loss_type rescale_timesteps loss_weighting min_snr_gamma"
+        names += " timestep_map original_num_steps"
+        return {name: getattr(self, name) for name in names.split()}
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles leave the step tables behind: they are a cache."""
+        return self.__dict__ | {"_step_tables": {}}
+
+
+def create_diffusion(
+    *,
+    steps: int = 1000,
+    noise_schedule: str = "linear",
+    learn_sigma: bool = False,
+    sigma_small: bool = False,
+    use_kl: bool = False,
+    predict_xstart: bool = False,
+    rescale_timesteps: bool = False,
+    rescale_learned_sigmas: bool = False,
+    timestep_respacing: str | int | Sequence[int] = "",
+    mean_type: str | None = None,
+    var_type: str | None = None,
+    loss_type: str | None = None,
+    loss_weighting: str | None = None,
+    min_snr_gamma: float = 5.0,
+    zero_terminal_snr: bool = False,
+) -> GaussianDiffusion:
+    """Build a :class:`GaussianDiffusion` and remember how (``to_config``).
+
+    The first nine options are the published ones; names are for what the flags cannot say.
+
+    Args:
+        steps: K, of the process the network is trained on.
+        noise_schedule: see :func:`fastdiff.get_named_beta_schedule`.
+        learn_sigma: var_type "learned_range"; else it is as ``sigma_small`` says.
+        sigma_small: var_type "fixed_small" in place of "fixed_large".
+        use_kl: loss_type "rescaled_kl"; else it is as ``rescale_learned_sigmas`` says.
+        predict_xstart: mean_type "x_start" in place of "epsilon".
+        rescale_timesteps: give the network timesteps scaled to 0 … 1000.
+        rescale_learned_sigmas: loss_type "rescaled_mse" in place of "mse".
+        timestep_respacing: see :func:`fastdiff.space_timesteps`; "" takes every step.
+        mean_type: one of GaussianDiffusion's, in place of ``predict_xstart``.
+        var_type: one of its, in place of ``learn_sigma`` and ``sigma_small``.
+        loss_type: one of its, in place of ``use_kl`` and ``rescale_learned_sigmas``.
+        loss_weighting: None or "min_snr", as GaussianDiffusion's.
+        min_snr_gamma: the γ of that weighting.
+        zero_terminal_snr: rescale the schedule so that the last step has no signal (Lin et al.
+            2023), which ε-prediction does not allow.
+
+    Raises InputError for unknown names, a flag that contradicts one, a respacing that does not fit.
+    """
+    recipe = dict(locals())  # the arguments
+    betas = schedules.get_named_beta_schedule(noise_schedule, steps)
+    var_flags = {"learned_range": learn_sigma, "fixed_small": sigma_small}
+    loss_flags = {"rescaled_kl": use_kl, "rescaled_mse": rescale_learned_sigmas}
+    mean_flags = {"x_start": predict_xstart}
+    diffusion = GaussianDiffusion(
+        schedules.rescale_zero_terminal_snr(betas) if zero_terminal_snr else betas,
+        mean_type=reverse.flagged_choice("mean_type", mean_type, mean_flags, "epsilon"),
+        var_type=reverse.flagged_choice("var_type", var_type, var_flags, "fixed_large"),
+        loss_type=reverse.flagged_choice("loss_type", loss_type, loss_flags, "mse"),
+        rescale_timesteps=rescale_timesteps,
+        loss_weighting=loss_weighting,
+        min_snr_gamma=min_snr_gamma,
+    )
+    diffusion._recipe = recipe | {"steps": len(betas), "timestep_respacing": ""}
+    return diffusion if timestep_respacing == "" else diffusion.respace(timestep_respacing)

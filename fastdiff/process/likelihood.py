@@ -1,4 +1,4 @@
-"""Likelihood terms in nats and bits, and what is made of them: bits/dim and rate-distortion.
+"""Training losses and the likelihood: its terms in nats and bits, bits/dim and rate-distortion.
 
 Images are uint8 values scaled to [-1, 1]: one grey level is 2/255, and an error of 1 there is 127.5
 grey levels.
@@ -7,13 +7,26 @@ grey levels.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastdiff.checks import check_float, check_like, check_positive
 from fastdiff.errors import InputError
+from fastdiff.methods.levels import Float64Array
+from fastdiff.ops.normal.op import draw_like
+from fastdiff.process.forward import mean_flat, posterior_mean
+from fastdiff.process.published_loops import StepNoise, countdown, noise_of_step
+from fastdiff.process.reverse import Model, call_model, eps_from_xstart, interpret
+from fastdiff.process.tables import TablesAt
+
+if TYPE_CHECKING:
+    from fastdiff.process.gaussian import GaussianDiffusion
+
+LOSS_TYPES = ("mse", "rescaled_mse", "kl", "rescaled_kl")
 
 
 def normal_kl(
@@ -75,6 +88,165 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales:
     log_cdf_delta = torch.log((cdf_plus - cdf_minus).clamp(min=1e-12))
     inner = torch.where(x > 0.999, log_one_minus_cdf_minus, log_cdf_delta)
     return torch.where(x < -0.999, log_cdf_plus, inner)
+
+
+# --- The variational bound --------------------------------------------------------------------
+
+
+def bound_term(out: dict[str, Tensor], x_start: Tensor, x_t: Tensor, at: TablesAt) -> Tensor:
+    """KL(q(x_{t-1} | x_t, x_0) ‖ p), at t = 0 the decoder's NLL; (N,) in bits/dim.
+
+    ``out``: what ``p_mean_variance`` answers.
+    """
+    kl = normal_kl(
+        posterior_mean(at, x_start, x_t),
+        at["posterior_log_variance_clipped"],
+        out["mean"],
+        out["log_variance"],
+    )
+    nll = -discretized_gaussian_log_likelihood(
+        x_start, means=out["mean"], log_scales=0.5 * out["log_variance"]
+    )
+    return torch.where(at.rows == 0, mean_flat(nll), mean_flat(kl)) / math.log(2.0)
+
+
+def prior_bpd(process: "GaussianDiffusion", x_start: Tensor) -> Tensor:
+    """``GaussianDiffusion.prior_bpd``."""
+    check_float(x_start, "x_start")
+    t = torch.full(x_start.shape[:1], process.num_timesteps - 1, device=x_start.device)
+    mean, _, log_variance = process.q_mean_variance(x_start, t)
+    return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
+
+
+def vb_terms_bpd(
+    process: "GaussianDiffusion",
+    model: Model,
+    x_start: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    clip_denoised: bool = True,
+    model_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The bound's term at t, (N,) in bits/dim, and the predicted x_0, like x_t."""
+    check_like(x_start, "x_start", x_t, "x_t")
+    out = process.p_mean_variance(model, x_t, t, clip_denoised, model_kwargs=model_kwargs)
+    at = process._tables.at_checked(t, x_t)
+    return bound_term(out, x_start.to(at.dtype), x_t.to(at.dtype), at), out["pred_xstart"]
+
+
+@torch.no_grad()
+def bpd_loop(
+    process: "GaussianDiffusion",
+    model: Model,
+    x_start: Tensor,
+    clip_denoised: bool,
+    model_kwargs: dict[str, Any] | None,
+    noise: StepNoise | None,
+    generator: torch.Generator | None,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """``GaussianDiffusion.calc_bpd_loop``."""
+    check_float(x_start, "x_start")
+    columns: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
+    for i in countdown(process.num_timesteps, progress):
+        t = torch.full(x_start.shape[:1], i, dtype=torch.int64, device=x_start.device)
+        eps = noise_of_step(noise, i)
+        if eps is None:
+            eps = draw_like(x_start, generator)
+        x_t = process.q_sample(x_start, t, eps)
+        vb, pred_xstart = vb_terms_bpd(process, model, x_start, x_t, t, clip_denoised, model_kwargs)
+        at = process._tables.at_checked(t, x_start)
+        pred_eps = eps_from_xstart(at, x_t.to(at.dtype), pred_xstart)
+        columns["vb"].append(vb)
+        columns["xstart_mse"].append(mean_flat((pred_xstart - x_start) ** 2))
+        columns["mse"].append(mean_flat((pred_eps - eps) ** 2))
+    terms = {name: torch.stack(column, dim=1) for name, column in columns.items()}
+    prior = prior_bpd(process, x_start)
+    return {"total_bpd": terms["vb"].sum(dim=1) + prior, "prior_bpd": prior} | terms
+
+
+# --- Training losses --------------------------------------------------------------------------
+
+
+def training_losses(
+    process: "GaussianDiffusion",
+    model: Model,
+    x_start: Tensor,
+    t: Tensor,
+    model_kwargs: dict[str, Any] | None,
+    noise: Tensor | None,
+    generator: torch.Generator | None,
+) -> dict[str, Tensor]:
+    """``GaussianDiffusion.training_losses``."""
+    check_float(x_start, "x_start")
+    noise = draw_like(x_start, generator) if noise is None else noise
+    x_t = process.q_sample(x_start, t, noise)  # which checks t
+    at = process._tables.at_checked(t, x_start)
+    output = call_model(process, model, x_t, at["model_timesteps"].flatten(), model_kwargs)
+    # In the dtype of the arithmetic.
+    output, x_start, x_t, noise = (value.to(at.dtype) for value in (output, x_start, x_t, noise))
+    if process.loss_type in ("kl", "rescaled_kl"):
+        out = interpret(process, output, x_t, at, clip_denoised=False)
+        vb = bound_term(out, x_start, x_t, at)
+        vb = vb * process.num_timesteps if process.loss_type == "rescaled_kl" else vb
+        return {"loss": vb, "vb": vb}
+
+    terms = {}
+    prediction = output
+    if process.learns_variance:
+        prediction, values = output.chunk(2, dim=1)
+        frozen = torch.cat([prediction.detach(), values], dim=1)
+        out = interpret(process, frozen, x_t, at, clip_denoised=False)
+        vb = bound_term(out, x_start, x_t, at)
+        rescaled = process.loss_type == "rescaled_mse"
+        terms["vb"] = vb * (process.num_timesteps / 1000.0) if rescaled else vb
+    mse = mean_flat((_target(process.mean_type, x_start, x_t, noise, at) - prediction) ** 2)
+    loss = mse
+    if process.loss_weighting is not None:
+        loss = mse * at["min_snr_weight"].flatten()
+    if "vb" in terms:
+        loss = loss + terms["vb"]
+    return {"loss": loss, "mse": mse} | terms
+
+
+def _target(mean_type: str, x_start: Tensor, x_t: Tensor, noise: Tensor, at: TablesAt) -> Tensor:
+    """What the network is to predict."""
+    if mean_type == "epsilon":
+        return noise
+    if mean_type == "x_start":
+        return x_start
+    if mean_type == "previous_x":
+        return posterior_mean(at, x_start, x_t)
+    return at["sqrt_alphas_cumprod"] * noise - at["sqrt_one_minus_alphas_cumprod"] * x_start
+
+
+def min_snr_weight(
+    forward: Mapping[str, Float64Array], mean_type: str, gamma: float
+) -> Float64Array:
+    """min(SNR, γ) on x_0's squared error, as a weight on that of what is predicted.
+
+    Hang et al. 2023 section 3.4, multiplied out so that SNR = ᾱ / (1 − ᾱ) may be 0.
+    """
+    signal, noise = forward["alphas_cumprod"], forward["one_minus_alphas_cumprod"]
+    if mean_type == "epsilon":  # min(SNR, γ) / SNR
+        return np.minimum(1.0, gamma * noise / signal)
+    if mean_type == "v":  # min(SNR, γ) / (SNR + 1)
+        return np.minimum(signal, gamma * noise)
+    weight = np.minimum(signal / noise, gamma)
+    # x_0 enters the mean of x_{t-1} times coef1.
+    return weight / forward["posterior_mean_coef1"] ** 2 if mean_type == "previous_x" else weight
+
+
+def check_weighting(loss_type: str, loss_weighting: str | None, min_snr_gamma: float) -> None:
+    """InputError for a weighting that is none, or that the loss does not take."""
+    if loss_weighting not in (None, "min_snr"):
+        raise InputError(f"loss_weighting must be None or 'min_snr', got {loss_weighting!r}")
+    if loss_weighting is not None and loss_type in ("kl", "rescaled_kl"):
+        raise InputError(f"loss_weighting applies to the mse losses, not to {loss_type!r}")
+    check_positive("min_snr_gamma", min_snr_gamma)
+
+
+# --- What is made of it -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

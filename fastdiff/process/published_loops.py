@@ -1,8 +1,8 @@
-"""Sampling from noise to data through every step of a process, DDPM or DDIM."""
+"""Sampling from noise to data through every step of a process: the published loops."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,16 +11,20 @@ from fastdiff.checks import check_device, check_float, check_shape
 from fastdiff.errors import InputError
 from fastdiff.ops.normal.op import draw_like
 from fastdiff.optional import require
-from fastdiff.process.reverse import CondFn, DenoisedFn, Model, ReverseProcess
+from fastdiff.process.reverse import Model, ReverseStep
+from fastdiff.process.update import CondFn, DenoisedFn
+
+if TYPE_CHECKING:
+    from fastdiff.process.gaussian import GaussianDiffusion
 
 StepNoise = Tensor | Callable[[int], Tensor]
-Step = Callable[..., dict[str, Tensor]]
 
 
-class SamplingLoops(ReverseProcess):
-    """Loops over all K steps.
+@dataclass
+class LoopArguments:
+    """What a loop over all K steps is given.
 
-    ``clip_denoised``, ``denoised_fn``, ``cond_fn``: see :class:`ReverseProcess`.
+    ``clip_denoised``, ``denoised_fn``, ``cond_fn``: see :class:`StepArguments`.
     ``shape``: (N, C, ...) of the samples. ``noise``: x_T, drawn when None.
     ``device``: where to sample; by default the device of ``noise``, else of the model's parameters,
     else the CPU.
@@ -33,119 +37,50 @@ class SamplingLoops(ReverseProcess):
     Nothing is recorded for gradients. Whatever does not fit raises InputError.
     """
 
-    def p_sample_loop(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: DenoisedFn | None = None,
-        model_kwargs: dict[str, Any] | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        *,
-        step_noise: StepNoise | None = None,
-        cond_fn: CondFn | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """DDPM sampling (Ho et al. 2020 algorithm 2): x_0. Arguments: :class:`SamplingLoops`."""
-        options = (noise, clip_denoised, denoised_fn, model_kwargs, device, progress)
-        steps = self.p_sample_loop_progressive(
-            model, shape, *options, step_noise=step_noise, cond_fn=cond_fn, generator=generator
-        )
-        return _last(steps)
+    model: Model
+    shape: Sequence[int]
+    noise: Tensor | None = None
+    clip_denoised: bool = True
+    denoised_fn: DenoisedFn | None = None
+    model_kwargs: dict[str, Any] | None = None
+    device: torch.device | str | None = None
+    progress: bool = False
+    _: KW_ONLY
+    step_noise: StepNoise | None = None
+    cond_fn: CondFn | None = None
+    generator: torch.Generator | None = None
 
-    def p_sample_loop_progressive(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: DenoisedFn | None = None,
-        model_kwargs: dict[str, Any] | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        *,
-        step_noise: StepNoise | None = None,
-        cond_fn: CondFn | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[dict[str, Tensor]]:
-        """As :meth:`p_sample_loop`, yielding what ``p_sample`` answers after every step."""
-        step = partial(
-            self.p_sample,
-            model,
-            clip_denoised=clip_denoised,
-            denoised_fn=denoised_fn,
-            model_kwargs=model_kwargs,
-            cond_fn=cond_fn,
-            generator=generator,
-        )
-        x = initial_x(model, shape, noise, device, generator)
-        return self._loop(step, x, step_noise, progress)
 
-    def ddim_sample_loop(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: DenoisedFn | None = None,
-        model_kwargs: dict[str, Any] | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        eta: float = 0.0,
-        *,
-        step_noise: StepNoise | None = None,
-        cond_fn: CondFn | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """DDIM sampling (Song et al. 2020 eq. 12): x_0. Arguments: :class:`SamplingLoops`."""
-        options = (noise, clip_denoised, denoised_fn, model_kwargs, device, progress, eta)
-        steps = self.ddim_sample_loop_progressive(
-            model, shape, *options, step_noise=step_noise, cond_fn=cond_fn, generator=generator
-        )
-        return _last(steps)
+@dataclass
+class DDIMLoopArguments(LoopArguments):
+    """:class:`LoopArguments`, and DDIM's ``eta``."""
 
-    def ddim_sample_loop_progressive(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: DenoisedFn | None = None,
-        model_kwargs: dict[str, Any] | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        eta: float = 0.0,
-        *,
-        step_noise: StepNoise | None = None,
-        cond_fn: CondFn | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[dict[str, Tensor]]:
-        """As :meth:`ddim_sample_loop`, yielding what ``ddim_sample`` answers after every step."""
-        step = partial(
-            self.ddim_sample,
-            model,
-            clip_denoised=clip_denoised,
-            denoised_fn=denoised_fn,
-            model_kwargs=model_kwargs,
-            eta=eta,
-            cond_fn=cond_fn,
-            generator=generator,
-        )
-        x = initial_x(model, shape, noise, device, generator)
-        return self._loop(step, x, step_noise, progress)
+    eta: float = 0.0
 
-    def _loop(
-        self, step: Step, x: Tensor, step_noise: StepNoise | None, progress: bool
-    ) -> Iterator[dict[str, Tensor]]:
-        for i in countdown(self.num_timesteps, progress):
-            t = torch.full((len(x),), i, dtype=torch.int64, device=x.device)
-            # The caller's own gradient mode is back while the generator waits at the yield.
-            with torch.no_grad():
-                out = step(x, t, noise=noise_of_step(step_noise, i))
-            yield out
-            x = out["sample"]
+
+def loop(
+    process: "GaussianDiffusion", method: str, given: LoopArguments, eta: float = 0.0
+) -> Iterator[dict[str, Tensor]]:
+    """{"sample", "pred_xstart"} after every step. x_T is drawn at once."""
+    x = initial_x(given.model, given.shape, given.noise, given.device, given.generator)
+    return _steps(ReverseStep(process, method, x, given, eta), x, given)
+
+
+def _steps(step: ReverseStep, x: Tensor, given: LoopArguments) -> Iterator[dict[str, Tensor]]:
+    last_row = len(step.table) - 1
+    for t in countdown(len(step.table), given.progress):
+        # The caller's own gradient mode is back while the generator waits at the yield.
+        with torch.no_grad():
+            out = step(x, last_row - t, noise_of_step(given.step_noise, t))
+        yield out
+        x = out["sample"]
+
+
+def last(steps: Iterator[dict[str, Tensor]]) -> Tensor:
+    """The sample after the last of ``loop``'s steps."""
+    for out in steps:
+        sample = out["sample"]
+    return sample
 
 
 def countdown(num_timesteps: int, progress: bool):
@@ -184,9 +119,3 @@ def initial_x(
         first = next(parameters, None)
         device = torch.device("cpu") if first is None else first.device
     return draw_like(torch.empty(shape, device=device), generator)
-
-
-def _last(steps: Iterator[dict[str, Tensor]]) -> Tensor:
-    for out in steps:
-        sample = out["sample"]
-    return sample

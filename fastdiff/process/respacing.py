@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.errors import InputError
-from fastdiff.methods.table import Process, noise_levels
+from fastdiff.methods.protocol import Process, noise_levels
 
 SPACINGS = ("uniform", "quadratic", "trailing", "logsnr")
 

@@ -1,323 +1,121 @@
-"""The reverse process p(x_{t-1} | x_t): what a network's output means, and single sampling steps.
+"""The reverse process p(x_{t-1} | x_t): what a network's output means, and steps that draw from it.
 
 Equations: DDPM, Ho et al. 2020; learned variances, Nichol & Dhariwal 2021 eq. 15; DDIM, Song et al.
 2020 (arXiv:2010.02502) eq. 12; v-prediction, Salimans & Ho 2022 (arXiv:2202.00512) appendix D.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastdiff.checks import check_like, is_finite
+from fastdiff.checks import check_float, check_like, check_timesteps
 from fastdiff.errors import InputError
+from fastdiff.methods.levels import Float64Array
+from fastdiff.methods.table import COLUMNS, Index, StepTable
 from fastdiff.ops.normal.op import draw_like
 from fastdiff.ops.posterior_step.reference import log_variance
-from fastdiff.process.forward import ForwardProcess, posterior_mean
-from fastdiff.process.tables import FloatArray, TablesAt, arithmetic_dtype, to_device
+from fastdiff.process.forward import posterior_mean
+from fastdiff.process.tables import TablesAt, arithmetic_dtype
+from fastdiff.process.update import (
+    ClassifierGuidance,
+    CondFn,
+    DenoisedFn,
+    Update,
+    XStart,
+    at_row,
+    classifier_gain,
+)
+
+if TYPE_CHECKING:
+    from fastdiff.process.gaussian import GaussianDiffusion
+    from fastdiff.process.published_loops import LoopArguments
 
 MEAN_TYPES = ("epsilon", "x_start", "v", "previous_x")
 VAR_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 Model = Callable[..., Tensor]
-DenoisedFn = Callable[[Tensor], Tensor]
-CondFn = Callable[..., Tensor]
-
-
-class ReverseProcess(ForwardProcess):
-    """p(x_{t-1} | x_t) from a network's output, and steps that draw from it.
-
-    Arguments the methods share:
-
-    ``model``: called ``model(x, timesteps, **model_kwargs)`` with x (N, C, ...) and float32 (N,)
-    timesteps; answers (N, C, ...), or (N, 2C, ...) where the variance is learned. Any callable.
-    ``x``, ``t``: (N, C, ...) float and (N,) integer, the index into this process's K steps.
-    ``denoised_fn``: applied to the predicted x_0, before clipping; ``clip_denoised`` clips it to
-    [-1, 1].
-    ``cond_fn``: guidance by a classifier, cond_fn(x, timesteps, **model_kwargs) = ∇ log p(y | x_t)
-    like x (Dhariwal & Nichol 2021, arXiv:2105.05233): ``p_sample`` moves the mean by variance times
-    that (algorithm 1), the DDIM methods ε by −√(1 − ᾱ_t) times that (algorithm 2).
-    ``noise``: the N(0, 1) draw of x's shape; ``generator``: where it is drawn from when None. The
-    draw is made even where it is not used (t = 0, DDIM with eta = 0), as published, so that equal
-    seeds give equal samples.
-
-    The arithmetic is float32 (float64 for float64 x); samples come back in x's dtype. Whatever does
-    not fit raises InputError in one line; outside the CPU a t out of range gives NaN instead.
-    """
-
-    def __init__(
-        self,
-        betas: npt.ArrayLike,
-        *,
-        mean_type: str,
-        var_type: str,
-        rescale_timesteps: bool = False,
-        timestep_map: Sequence[int] | npt.NDArray[np.int64] | None = None,
-        original_num_steps: int | None = None,
-    ):
-        super().__init__(
-            betas,
-            rescale_timesteps=rescale_timesteps,
-            timestep_map=timestep_map,
-            original_num_steps=original_num_steps,
-        )
-        self.mean_type = check_choice("mean_type", mean_type, MEAN_TYPES)
-        self.var_type = check_choice("var_type", var_type, VAR_TYPES)
-        self.learns_variance = var_type in ("learned", "learned_range")
-        if mean_type == "epsilon" and self.sqrt_recip_alphas_cumprod[-1] > _FLOAT32_MAX:
-            raise InputError(
-                "epsilon prediction cannot recover x_0 at the last step of this schedule, where no "
-                "signal is left (zero terminal SNR): use mean_type 'v' or 'x_start'"
-            )
-        self._ddim_tables: dict[tuple[float, torch.device, torch.dtype], dict[str, Tensor]] = {}
-
-    def p_mean_variance(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
-        denoised_fn: DenoisedFn | None = None,
-        model_kwargs: dict[str, Any] | None = None,
-    ) -> dict[str, Tensor]:
-        """p(x_{t-1} | x_t) as {"mean", "variance", "log_variance", "pred_xstart"}, each like x.
-
-        Float32, or float64 for float64 x. Arguments and errors: :class:`ReverseProcess`.
-        """
-        at = self._at(t, x)
-        output = self._call_model(model, x, at, model_kwargs)
-        return self._interpret(output, x, at, clip_denoised, denoised_fn)
-
-    def p_sample(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
-        denoised_fn: DenoisedFn | None = None,
-        model_kwargs: dict[str, Any] | None = None,
-        *,
-        noise: Tensor | None = None,
-        cond_fn: CondFn | None = None,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """Draw x_{t-1} ~ p(x_{t-1} | x_t), DDPM algorithm 2: {"sample", "pred_xstart"}, like x.
-
-        No noise enters where t = 0. Arguments and errors: :class:`ReverseProcess`.
-        """
-        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        if cond_fn is not None:
-            gradient = self._classifier_gradient(cond_fn, x, t, model_kwargs)
-            out["mean"] = out["mean"] + out["variance"] * gradient
-        noise = _step_noise(x, noise, generator)
-        noisy = (t != 0).view((-1,) + (1,) * (x.dim() - 1))
-        sample = out["mean"] + noisy * torch.exp(0.5 * out["log_variance"]) * noise
-        return {"sample": sample.to(x.dtype), "pred_xstart": out["pred_xstart"].to(x.dtype)}
-
-    def ddim_sample(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
-        denoised_fn: DenoisedFn | None = None,
-        model_kwargs: dict[str, Any] | None = None,
-        eta: float = 0.0,
-        *,
-        noise: Tensor | None = None,
-        cond_fn: CondFn | None = None,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """Draw x_{t-1} with DDIM (eq. 12): {"sample", "pred_xstart"}, like x.
-
-        ``eta`` = 0 is deterministic, 1 has DDPM's posterior variance; one that is negative or so
-        large that no room is left for ε raises InputError. ε is taken from the x_0 that clipping
-        and ``denoised_fn`` leave. Arguments: :class:`ReverseProcess`.
-        """
-        ddim_tables = self._ddim_tables_for(eta, x)
-        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        at = TablesAt(self._tables(x) | ddim_tables, t, x)
-        eps, pred_xstart = self._guided_eps(out["pred_xstart"], x, t, at, cond_fn, model_kwargs)
-        noise = _step_noise(x, noise, generator)
-        mean = at["sqrt_alphas_cumprod_prev"] * pred_xstart + at["ddim_direction"] * eps
-        sample = mean + at["ddim_sigma"] * noise  # sigma is 0 where t = 0
-        return {"sample": sample.to(x.dtype), "pred_xstart": pred_xstart.to(x.dtype)}
-
-    def ddim_reverse_sample(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
-        denoised_fn: DenoisedFn | None = None,
-        model_kwargs: dict[str, Any] | None = None,
-        eta: float = 0.0,
-        *,
-        cond_fn: CondFn | None = None,
-    ) -> dict[str, Tensor]:
-        """x_{t+1} along the deterministic DDIM path, to encode x_0: {"sample", "pred_xstart"}.
-
-        Only eta = 0 has a reverse (InputError otherwise). Arguments: :class:`ReverseProcess`.
-        """
-        if eta != 0.0:
-            raise InputError(f"reverse DDIM is deterministic: eta must be 0, got {eta}")
-        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        at = TablesAt(self._tables(x), t, x)
-        eps, pred_xstart = self._guided_eps(out["pred_xstart"], x, t, at, cond_fn, model_kwargs)
-        sample = (
-            at["sqrt_alphas_cumprod_next"] * pred_xstart
-            + at["sqrt_one_minus_alphas_cumprod_next"] * eps
-        )
-        return {"sample": sample.to(x.dtype), "pred_xstart": pred_xstart.to(x.dtype)}
-
-    def _guided_eps(
-        self,
-        pred_xstart: Tensor,
-        x: Tensor,
-        t: Tensor,
-        at: TablesAt,
-        cond_fn: CondFn | None,
-        model_kwargs: dict[str, Any] | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The ε that a predicted x_0 stands for, moved by a classifier, and the x_0 it takes to."""
-        x_t = x.to(at.dtype)
-        eps = eps_from_xstart(at, x_t, pred_xstart)
-        if cond_fn is None:
-            return eps, pred_xstart
-        gradient = self._classifier_gradient(cond_fn, x, t, model_kwargs)
-        eps = eps - at["sqrt_one_minus_alphas_cumprod"] * gradient
-        return eps, xstart_from_eps(at, x_t, eps)
-
-    def _classifier_gradient(
-        self, cond_fn: CondFn, x: Tensor, t: Tensor, model_kwargs: dict[str, Any] | None
-    ) -> Tensor:
-        timesteps = self._tables(x)["model_timesteps"][t.long()].float()
-        gradient = cond_fn(x, timesteps, **(model_kwargs or {}))
-        check_like(gradient, "what cond_fn returned", x, "x")
-        return gradient.to(arithmetic_dtype(x))
-
-    def _call_model(
-        self, model: Model, x: Tensor, at: TablesAt, model_kwargs: dict[str, Any] | None
-    ) -> Tensor:
-        """The network's output in the dtype of the arithmetic, its shape checked."""
-        timesteps = self._tables(x)["model_timesteps"][at.rows].float()
-        needs, shape = f"mean_type {self.mean_type!r} with var_type {self.var_type!r}", x.shape
-        if self.learns_variance:
-            if x.dim() < 2:
-                raise InputError(
-                    f"var_type {self.var_type!r} needs x of shape (N, C, ...) to split channels, "
-                    f"got {tuple(x.shape)}"
-                )
-            needs += " (mean, then variance channels)"
-            shape = torch.Size((x.shape[0], 2 * x.shape[1], *x.shape[2:]))
-        return network_output(model, x, timesteps, model_kwargs, shape, needs).to(at.dtype)
-
-    def _interpret(
-        self,
-        output: Tensor,
-        x: Tensor,
-        at: TablesAt,
-        clip_denoised: bool,
-        denoised_fn: DenoisedFn | None = None,
-    ) -> dict[str, Tensor]:
-        """What the network's whole output says about x_{t-1} and x_0."""
-        x = x.to(at.dtype)
-        if self.learns_variance:
-            output, values = output.chunk(2, dim=1)
-            log_variance = self._learned_log_variance(values, at)
-            variance = torch.exp(log_variance)
-        else:
-            log_variance = at["model_log_variance"].expand(x.shape)
-            variance = at["model_variance"].expand(x.shape)
-
-        pred_xstart = self._predict_xstart(output, x, at)
-        if denoised_fn is not None:
-            pred_xstart = denoised_fn(pred_xstart)
-            check_like(pred_xstart, "what denoised_fn returned", x, "x")
-        if clip_denoised:
-            pred_xstart = pred_xstart.clamp(-1, 1)
-        # A network that predicts the mean itself is taken at its word, clipped x_0 or not.
-        mean = output if self.mean_type == "previous_x" else posterior_mean(at, pred_xstart, x)
-        return {
-            "mean": mean,
-            "variance": variance,
-            "log_variance": log_variance,
-            "pred_xstart": pred_xstart,
-        }
-
-    def _learned_log_variance(self, values: Tensor, at: TablesAt) -> Tensor:
-        if self.var_type == "learned":
-            return values
-        # log β̃ … log β of this (respaced) process.
-        return log_variance(values, at["posterior_log_variance_clipped"], at["log_betas"])
-
-    def _predict_xstart(self, output: Tensor, x_t: Tensor, at: TablesAt) -> Tensor:
-        """x_0 from the network's output. No form but ε's divides by √ᾱ, which may be 0."""
-        if self.mean_type == "epsilon":
-            return xstart_from_eps(at, x_t, output)
-        if self.mean_type == "v":
-            return at["sqrt_alphas_cumprod"] * x_t - at["sqrt_one_minus_alphas_cumprod"] * output
-        if self.mean_type == "previous_x":
-            return at["xprev_coef_output"] * output - at["xprev_coef_x_t"] * x_t
-        return output
-
-    def _named_tables(self) -> dict[str, FloatArray]:
-        if self.var_type == "fixed_large":
-            variance, log_variance = self.fixed_large_variance, np.log(self.fixed_large_variance)
-        else:
-            variance, log_variance = self.posterior_variance, self.posterior_log_variance_clipped
-        # The published ε divides x_t by √ᾱ first, and recorded results hold its float32 rounding.
-        # Where 1/√ᾱ overflows (zero SNR) the form without that division takes over.
-        published = self.sqrt_recip_alphas_cumprod < _FLOAT32_MAX
-        return super()._named_tables() | {
-            "eps_coef_x_t": np.where(published, self.sqrt_recip_alphas_cumprod, 1.0),
-            "eps_coef_x_start": np.where(published, 1.0, self.sqrt_alphas_cumprod),
-            "eps_divisor": np.where(
-                published, self.sqrt_recipm1_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
-            ),
-            "model_timesteps": self.model_timesteps.astype(np.float64),
-            "model_variance": variance,
-            "model_log_variance": log_variance,
-            "log_betas": np.log(self.betas),
-            "sqrt_recip_alphas_cumprod": self.sqrt_recip_alphas_cumprod,
-            "sqrt_recipm1_alphas_cumprod": self.sqrt_recipm1_alphas_cumprod,
-            "xprev_coef_output": 1.0 / self.posterior_mean_coef1,
-            "xprev_coef_x_t": self.posterior_mean_coef2 / self.posterior_mean_coef1,
-            "sqrt_alphas_cumprod_prev": np.sqrt(self.alphas_cumprod_prev),
-            "sqrt_alphas_cumprod_next": np.sqrt(self.alphas_cumprod_next),
-            "sqrt_one_minus_alphas_cumprod_next": np.sqrt(1.0 - self.alphas_cumprod_next),
-        }
-
-    def _ddim_tables_for(self, eta: float, x: Tensor) -> dict[str, Tensor]:
-        """σ_t and √(1 − ᾱ_{t-1} − σ_t²) of eq. 12 and 16 on x's device, made once per eta."""
-        key = (eta, x.device, arithmetic_dtype(x))
-        if key not in self._ddim_tables:
-            if not (is_finite(eta) and eta >= 0):
-                raise InputError(f"eta must be a number from 0 up, got {eta!r}")
-            # Eq. 16 at eta = 1 is the posterior variance.
-            room = 1.0 - self.alphas_cumprod_prev - eta**2 * self.posterior_variance
-            if (room < -1e-12).any():
-                ratio = (1.0 - self.alphas_cumprod_prev[1:]) / self.posterior_variance[1:]
-                raise InputError(
-                    f"eta {eta} draws more noise than a step of this process holds: "
-                    f"use at most {math.floor(1000 * math.sqrt(ratio.min())) / 1000}"
-                )
-            tables = {
-                "ddim_sigma": eta * np.sqrt(self.posterior_variance),
-                "ddim_direction": np.sqrt(room.clip(min=0.0)),
-            }
-            self._ddim_tables[key] = to_device(tables, *key[1:])
-        return self._ddim_tables[key]
-
-    def __getstate__(self) -> dict:
-        return super().__getstate__() | {"_ddim_tables": {}}
-
-
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+# --- What a network's output means ------------------------------------------------------------
+
+
+def reverse_tables(
+    forward: Mapping[str, Float64Array], mean_type: str, var_type: str
+) -> dict[str, Float64Array]:
+    """What ``interpret`` and ``eps_from_xstart`` read beside the forward process's tables."""
+    recip = forward["sqrt_recip_alphas_cumprod"]
+    if mean_type == "epsilon" and recip[-1] > _FLOAT32_MAX:
+        raise InputError(
+            "epsilon prediction cannot recover x_0 at the last step of this schedule, where no "
+            "signal is left (zero terminal SNR): use mean_type 'v' or 'x_start'"
+        )
+    variance = forward["posterior_variance"]
+    log_of_variance = forward["posterior_log_variance_clipped"]
+    if var_type == "fixed_large":
+        variance = forward["fixed_large_variance"]
+        log_of_variance = np.log(variance)
+    # The published ε divides x_t by √ᾱ first, and recorded results hold its float32 rounding.
+    # Where 1/√ᾱ overflows (zero SNR) the form without that division takes over.
+    published = recip < _FLOAT32_MAX
+    sqrt_one_minus = forward["sqrt_one_minus_alphas_cumprod"]
+    return {
+        "eps_coef_x_t": np.where(published, recip, 1.0),
+        "eps_coef_x_start": np.where(published, 1.0, forward["sqrt_alphas_cumprod"]),
+        "eps_divisor": np.where(published, forward["sqrt_recipm1_alphas_cumprod"], sqrt_one_minus),
+        "model_variance": variance,
+        "model_log_variance": log_of_variance,
+        "log_betas": np.log(forward["betas"]),
+        "xprev_coef_output": 1.0 / forward["posterior_mean_coef1"],
+        "xprev_coef_x_t": forward["posterior_mean_coef2"] / forward["posterior_mean_coef1"],
+    }
+
+
+def interpret(
+    process: "GaussianDiffusion",
+    output: Tensor,
+    x: Tensor,
+    at: TablesAt,
+    clip_denoised: bool,
+    denoised_fn: DenoisedFn | None = None,
+) -> dict[str, Tensor]:
+    """What the network's whole output says about x_{t-1} and x_0."""
+    output, x = output.to(at.dtype), x.to(at.dtype)
+    if process.learns_variance:
+        output, values = output.chunk(2, dim=1)
+        logarithm = values
+        if process.var_type == "learned_range":  # log β̃ … log β of this (respaced) process
+            low, high = at["posterior_log_variance_clipped"], at["log_betas"]
+            logarithm = log_variance(values, low, high)
+        variance = torch.exp(logarithm)
+    else:
+        logarithm = at["model_log_variance"].expand(x.shape)
+        variance = at["model_variance"].expand(x.shape)
+
+    x_start = predict_xstart(process.mean_type, output, x, at)
+    if denoised_fn is not None:
+        x_start = denoised_fn(x_start)
+        check_like(x_start, "what denoised_fn returned", x, "x")
+    if clip_denoised:
+        x_start = x_start.clamp(-1, 1)
+    # A network that predicts the mean itself is taken at its word, clipped x_0 or not.
+    mean = output if process.mean_type == "previous_x" else posterior_mean(at, x_start, x)
+    return {"mean": mean, "variance": variance, "log_variance": logarithm, "pred_xstart": x_start}
+
+
+def predict_xstart(mean_type: str, output: Tensor, x_t: Tensor, at: TablesAt) -> Tensor:
+    """x_0 from the network's output. No form but ε's divides by √ᾱ, which may be 0."""
+    if mean_type == "epsilon":
+        return at["sqrt_recip_alphas_cumprod"] * x_t - at["sqrt_recipm1_alphas_cumprod"] * output
+    if mean_type == "v":
+        return at["sqrt_alphas_cumprod"] * x_t - at["sqrt_one_minus_alphas_cumprod"] * output
+    if mean_type == "previous_x":
+        return at["xprev_coef_output"] * output - at["xprev_coef_x_t"] * x_t
+    return output
 
 
 def eps_from_xstart(at: TablesAt, x_t: Tensor, x_start: Tensor) -> Tensor:
@@ -326,16 +124,31 @@ def eps_from_xstart(at: TablesAt, x_t: Tensor, x_start: Tensor) -> Tensor:
     return scaled / at["eps_divisor"]
 
 
-def xstart_from_eps(at: TablesAt, x_t: Tensor, eps: Tensor) -> Tensor:
-    """The x_0 that ε takes to x_t."""
-    return at["sqrt_recip_alphas_cumprod"] * x_t - at["sqrt_recipm1_alphas_cumprod"] * eps
+def call_model(
+    process: "GaussianDiffusion",
+    model: Model,
+    x: Tensor,
+    timesteps: Tensor,
+    model_kwargs: Mapping[str, Any] | None,
+) -> Tensor:
+    """The network's output, its shape checked; ``timesteps`` (N,)."""
+    needs, shape = f"mean_type {process.mean_type!r} with var_type {process.var_type!r}", x.shape
+    if process.learns_variance:
+        if x.dim() < 2:
+            raise InputError(
+                f"var_type {process.var_type!r} needs x of shape (N, C, ...) to split channels, "
+                f"got {tuple(x.shape)}"
+            )
+        needs += " (mean, then variance channels)"
+        shape = torch.Size((x.shape[0], 2 * x.shape[1], *x.shape[2:]))
+    return network_output(model, x, timesteps.float(), model_kwargs, shape, needs)
 
 
 def network_output(
     model: Model,
     x: Tensor,
     timesteps: Tensor,
-    model_kwargs: dict[str, Any] | None,
+    model_kwargs: Mapping[str, Any] | None,
     shape: torch.Size,
     needs: str,
 ) -> Tensor:
@@ -365,8 +178,127 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
     return value
 
 
-def _step_noise(x: Tensor, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    if noise is None:
-        return draw_like(x, generator)
-    check_like(noise, "noise", x, "x")
-    return noise
+def flagged_choice(what: str, name: str | None, flags: dict[str, bool], default: str) -> str:
+    """The explicit name; else that of the first flag that is set; else the default."""
+    flagged = next((choice for choice, chosen in flags.items() if chosen), None)
+    if name is None:
+        return flagged or default
+    if flagged not in (None, name):
+        raise InputError(f"{what}={name!r} contradicts the flag that chooses {flagged!r}: give one")
+    return name
+
+
+# --- One step ---------------------------------------------------------------------------------
+
+
+@dataclass
+class StepArguments:
+    """What one step of a published method is given.
+
+    ``model``: called ``model(x, timesteps, **model_kwargs)`` with x (N, C, ...) and float32 (N,)
+    timesteps; answers (N, C, ...), or (N, 2C, ...) where the variance is learned. Any callable.
+    ``x``, ``t``: (N, C, ...) float and (N,) integer, the index into the process's K steps.
+    ``denoised_fn``: applied to the predicted x_0, before clipping; ``clip_denoised`` clips it to
+    [-1, 1].
+    ``cond_fn``: guidance by a classifier, cond_fn(x, timesteps, **model_kwargs) = ∇ log p(y | x_t)
+    like x (Dhariwal & Nichol 2021, arXiv:2105.05233): ``p_sample`` moves the mean by variance times
+    that (algorithm 1), the DDIM methods ε by −√(1 − ᾱ_t) times that (algorithm 2).
+    ``noise``: the N(0, 1) draw of x's shape; ``generator``: where it is drawn from when None. The
+    draw is made even where it is not used (t = 0, DDIM with eta = 0), as published, so that equal
+    seeds give equal samples.
+    """
+
+    model: Model
+    x: Tensor
+    t: Tensor
+    clip_denoised: bool = True
+    denoised_fn: DenoisedFn | None = None
+    model_kwargs: dict[str, Any] | None = None
+    _: KW_ONLY
+    noise: Tensor | None = None
+    cond_fn: CondFn | None = None
+    generator: torch.Generator | None = None
+
+
+@dataclass
+class DDIMStepArguments(StepArguments):
+    """:class:`StepArguments`, and DDIM's ``eta``."""
+
+    eta: float = 0.0
+
+
+def step_at(
+    process: "GaussianDiffusion", method: str, given: StepArguments, eta: float = 0.0
+) -> dict[str, Tensor]:
+    """One step from ``given.t``, each sample's own: {"sample", "pred_xstart"}, like x."""
+    step = ReverseStep(process, method, given.x, given, eta)
+    return step(given.x, rows_of(given.t, given.x, process.num_timesteps), given.noise)
+
+
+class ReverseStep:
+    """One step of a published method, by the rows of its step table: "ddpm", "ddim", or
+    "ddim_reverse", which is DDIM's the other way. A loop makes it once."""
+
+    def __init__(
+        self,
+        process: "GaussianDiffusion",
+        method: str,
+        x: Tensor,
+        given: "StepArguments | LoopArguments",
+        eta: float = 0.0,
+    ):
+        check_float(x, "x")
+        dtype, clip_denoised = arithmetic_dtype(x), bool(given.clip_denoised)
+        key = (method, eta, clip_denoised, x.device, dtype)
+        if key not in process._step_tables:
+            with torch.inference_mode(False):  # others may want gradients through what is made
+                options: dict[str, Any] = {"eta": eta, "clip_denoised": clip_denoised}
+                name = method.removesuffix("_reverse")
+                table = StepTable.from_process(process, method=name, dtype=dtype, **options)
+                table = (_upward(process, table) if name != method else table).to(x.device)
+                process._step_tables[key] = table, classifier_gain(process, table)
+        self.table, gain = process._step_tables[key]
+        self.process, self.method, self.given = process, method, given
+        mean_is_output = process.mean_type == "previous_x" and method == "ddpm"
+        self.update = Update(self.table, XStart(given.denoised_fn), mean_is_output)
+        self.classifier = None
+        if given.cond_fn is not None:
+            self.classifier = ClassifierGuidance(given.cond_fn, self.table, gain)
+
+    def __call__(self, x: Tensor, i: Index, noise: Tensor | None) -> dict[str, Tensor]:
+        """{"sample", "pred_xstart"}, like x; without ``noise`` it is drawn, after the network."""
+        model, kwargs = self.given.model, self.given.model_kwargs or {}
+        timesteps = at_row(self.table.timesteps, i, x).float().flatten().expand(len(x))
+        output = call_model(self.process, model, x, timesteps, kwargs)
+        output = output.to(self.table.packed.dtype)
+        if noise is not None:
+            check_like(noise, "noise", x, "x")
+        elif self.method != "ddim_reverse":
+            noise = draw_like(x, self.given.generator)
+        x_prev, x_start = self.update(x, output, i, noise=noise)
+        if self.classifier is not None:
+            given = (x, timesteps, kwargs, output, i)
+            x_prev, x_start = self.classifier.apply(*given, x_prev, x_start)
+        return {"sample": x_prev, "pred_xstart": x_start}
+
+
+def rows_of(t: Tensor, x: Tensor, num_timesteps: int) -> Index:
+    """The rows of a step table at ``t`` (N,), checked: one number where all samples are at the same
+    step and it costs no wait to see that."""
+    t = check_timesteps(t, x, num_timesteps)
+    if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
+        first = int(t[0])
+        if bool((t == first).all()):
+            return num_timesteps - 1 - first
+    return num_timesteps - 1 - t
+
+
+def _upward(process: "GaussianDiffusion", ddim: StepTable) -> StepTable:
+    """The deterministic DDIM table's steps the other way, to x_{t+1}:
+    √ᾱ_{t+1}·x_0 + √(1 − ᾱ_{t+1})·ε with ε = (x_t − √ᾱ_t·x_0) / √(1 − ᾱ_t)."""
+    d = np.sqrt(1.0 - process.alphas_cumprod_next) / process.noise_scale
+    c = np.sqrt(process.alphas_cumprod_next) - process.signal_scale * d
+    packed = ddim.packed.clone()
+    for name, values in {"c": c, "d": d}.items():
+        packed[:, COLUMNS.index(name)] = torch.from_numpy(values[::-1].copy()).to(packed)
+    return replace(ddim, packed=packed)

@@ -10,38 +10,41 @@ from torch import Tensor
 
 from fastdiff.checks import check_float, check_timesteps
 from fastdiff.errors import InputError
+from fastdiff.methods.levels import Float64Array
 
-FloatArray = npt.NDArray[np.float64]
 
+class Tables:
+    """Float64 (K,) tables by name, cast and copied once to each device they are read on."""
 
-class ProcessTables:
-    """Base of the processes: named float64 (K,) tables, cast and copied once per device."""
+    def __init__(self, tables: dict[str, Float64Array]):
+        self.tables = tables
+        self.num_timesteps = len(next(iter(tables.values())))
+        self.copies: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
 
-    num_timesteps: int
-
-    def __init__(self) -> None:
-        self._device_tables: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
-
-    def _named_tables(self) -> dict[str, FloatArray]:
-        """Float64 (K,) tables by the names that methods gather them under."""
-        raise NotImplementedError
-
-    def _at(self, t: Tensor, x: Tensor, x_name: str = "x") -> "TablesAt":
+    def at(self, t: Tensor, x: Tensor, x_name: str = "x") -> "TablesAt":
         """The tables at each sample's t, after checking t; every gather broadcasts over x."""
         check_float(x, x_name)
-        t = check_timesteps(t, x, self.num_timesteps, x_name)
-        return TablesAt(self._tables(x), t, x)
+        return self.at_checked(check_timesteps(t, x, self.num_timesteps, x_name), x)
 
-    def _tables(self, x: Tensor) -> dict[str, Tensor]:
-        """Every table on x's device, copied there once: (K + 1,), the last row NaN."""
+    def at_checked(self, t: Tensor, x: Tensor) -> "TablesAt":
+        """``at`` for a t that was checked."""
+        return TablesAt(self.on(x), t, x)
+
+    def on(self, x: Tensor) -> dict[str, Tensor]:
+        """Every table on x's device: (K + 1,), the last row NaN."""
         key = (x.device, arithmetic_dtype(x))
-        if key not in self._device_tables:
-            self._device_tables[key] = to_device(self._named_tables(), *key)
-        return self._device_tables[key]
+        if key not in self.copies:
+            # A tensor made in inference mode could never take part in training later.
+            with torch.inference_mode(False):
+                self.copies[key] = {
+                    name: torch.from_numpy(np.append(table, np.nan)).to(*key)
+                    for name, table in self.tables.items()
+                }
+        return self.copies[key]
 
     def __getstate__(self) -> dict:
-        """Copies and pickles leave the device tables behind: they are a cache."""
-        return self.__dict__ | {"_device_tables": {}}
+        """Copies and pickles leave the device's tensors behind: they are a cache."""
+        return self.__dict__ | {"copies": {}}
 
 
 class TablesAt:
@@ -61,18 +64,6 @@ class TablesAt:
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
     """What a process computes in: float32, or float64 for float64 samples."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def to_device(
-    tables: dict[str, FloatArray], device: torch.device, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Each float64 (K,) table as a (K + 1,) tensor whose last row is NaN."""
-    # A tensor made in inference mode could never take part in training later.
-    with torch.inference_mode(False):
-        return {
-            name: torch.from_numpy(np.append(table, np.nan)).to(device, dtype)
-            for name, table in tables.items()
-        }
 
 
 def check_timestep_map(

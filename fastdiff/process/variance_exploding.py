@@ -12,14 +12,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastdiff.checks import check_float, is_finite
+from fastdiff.checks import check_float, check_positive, is_finite
 from fastdiff.errors import InputError
+from fastdiff.methods.levels import Float64Array
 from fastdiff.ops.normal.op import draw_like
 from fastdiff.ops.q_sample.op import q_sample
 from fastdiff.process.forward import mean_flat
 from fastdiff.process.respacing import chosen_timesteps
 from fastdiff.process.reverse import Model, check_choice, network_output
-from fastdiff.process.tables import FloatArray, ProcessTables, TablesAt, check_timestep_map
+from fastdiff.process.tables import Tables, TablesAt, check_timestep_map
 
 PROCESS = "variance_exploding"
 MEAN_TYPES = ("epsilon", "x_start", "v")
@@ -30,7 +31,7 @@ LOSS_WEIGHTINGS = ("inverse_variance", "edm", "min_snr")
 
 def geometric_sigmas(
     num_steps: int, sigma_min: float = 0.01, sigma_max: float = 50.0
-) -> FloatArray:
+) -> Float64Array:
     """``num_steps`` noise levels in geometric progression, smallest first; float64 (num_steps,).
 
     Song et al. 2021, eq. 6; sigma_max should be near the largest distance between two data points
@@ -47,7 +48,7 @@ def geometric_sigmas(
     return np.geomspace(sigma_min, sigma_max, num_steps, dtype=np.float64)
 
 
-class VarianceExploding(ProcessTables):
+class VarianceExploding:
     """q(x_t | x_0) = N(x_0, sigma_t²·I), its training losses, and what a StepTable reads of it.
 
     Args:
@@ -58,7 +59,7 @@ class VarianceExploding(ProcessTables):
         var_type: the reverse step's variance: "fixed_small", the posterior's (annealed ancestral
             sampling, Song et al. 2021 eq. 47), or "fixed_large", sigma_t² − sigma_{t−1}².
         scale_input: the network sees x_t/√(1 + sigma_t²), of about unit variance at every level.
-        conditioning: what the network is told of the level: "timestep", the index in the unstrided
+        conditioning: what the network is given of the level: "timestep", the index in the unstrided
             process, or "log_sigma", the natural logarithm of sigma.
         loss_weighting: weight of the squared error of x_0 at each level: "inverse_variance"
             1/sigma² (the same as plain ε), "edm" 1 + 1/sigma² (the same as plain v), "min_snr"
@@ -87,15 +88,13 @@ class VarianceExploding(ProcessTables):
         timestep_map: Sequence[int] | npt.NDArray[np.int64] | None = None,
         original_num_steps: int | None = None,
     ):
-        super().__init__()
         self.sigmas = _check_sigmas(sigmas)
         self.mean_type = check_choice("mean_type", mean_type, MEAN_TYPES)
         self.var_type = check_choice("var_type", var_type, VAR_TYPES)
         self.conditioning = check_choice("conditioning", conditioning, CONDITIONINGS)
         if loss_weighting is not None:
             check_choice("loss_weighting", loss_weighting, LOSS_WEIGHTINGS)
-        if not (is_finite(min_snr_gamma) and min_snr_gamma > 0):
-            raise InputError(f"min_snr_gamma must be a positive number, got {min_snr_gamma!r}")
+        check_positive("min_snr_gamma", min_snr_gamma)
         self.scale_input = bool(scale_input)
         self.loss_weighting = loss_weighting
         self.min_snr_gamma = float(min_snr_gamma)
@@ -109,10 +108,20 @@ class VarianceExploding(ProcessTables):
         self.noise_scale = self.sigmas
         total_std = np.hypot(1.0, self.sigmas)
         self.input_scale = 1 / total_std if scale_input else np.ones_like(self.sigmas)
-        told = np.log(self.sigmas) if conditioning == "log_sigma" else self.timestep_map
-        self.model_timesteps = told.astype(np.float32)
+        given = np.log(self.sigmas) if conditioning == "log_sigma" else self.timestep_map
+        self.model_timesteps = given.astype(np.float32)
         self.prior_std = float(self.sigmas[-1])
+        self.last_variance = 0.0
         self.loss_weights = self._loss_weights(total_std)
+        self._tables = Tables(
+            {
+                "signal": self.signal_scale,
+                "sigma": self.sigmas,
+                "input_scale": self.input_scale,
+                "loss_weight": self.loss_weights,
+                "model_timesteps": self.model_timesteps.astype(np.float64),
+            }
+        )
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """Draw x_t ~ N(x_start, sigma_t²·I): like x_start.
@@ -122,7 +131,7 @@ class VarianceExploding(ProcessTables):
         NaN instead.
         """
         check_float(x_start, "x_start")
-        tables = self._tables(x_start)
+        tables = self._tables.on(x_start)
         noise = draw_like(x_start) if noise is None else noise
         signal, sigma = tables["signal"][:-1], tables["sigma"][:-1]
         return q_sample(x_start, t, signal, sigma, noise=noise)[0]
@@ -132,7 +141,7 @@ class VarianceExploding(ProcessTables):
 
         Float32, or float64 for float64 x_start. Arguments and errors: :meth:`q_sample`.
         """
-        at = self._at(t, x_start, "x_start")
+        at = self._tables.at(t, x_start, "x_start")
         variance = (at["sigma"] ** 2).expand(x_start.shape)
         return x_start.to(at.dtype), variance, variance.log()
 
@@ -149,9 +158,10 @@ class VarianceExploding(ProcessTables):
         ``model`` is called ``model(x, timesteps, **model_kwargs)`` with x = input_scale_t·x_t and
         float32 (N,) timesteps, and answers x's shape. Arguments and errors: :meth:`q_sample`.
         """
-        at = self._at(t, x_start, "x_start")
+        check_float(x_start, "x_start")
         noise = draw_like(x_start) if noise is None else noise
-        x_t = self.q_sample(x_start, t, noise)
+        x_t = self.q_sample(x_start, t, noise)  # which checks t
+        at = self._tables.at_checked(t, x_start)
         network_input = (at["input_scale"] * x_t).to(x_start.dtype)
         timesteps = at["model_timesteps"].flatten().float()
         output = network_output(
@@ -180,15 +190,10 @@ class VarianceExploding(ProcessTables):
 
     def to_config(self) -> dict[str, Any]:
         """A JSON dictionary from which :meth:`from_config` makes an equal process."""
+        names = "mean_type var_type scale_input conditioning loss_weighting min_snr_gamma"
         return {
-            "process": PROCESS,
-            "sigmas": self.sigmas.tolist(),
-            "mean_type": self.mean_type,
-            "var_type": self.var_type,
-            "scale_input": self.scale_input,
-            "conditioning": self.conditioning,
-            "loss_weighting": self.loss_weighting,
-            "min_snr_gamma": self.min_snr_gamma,
+            **{"process": PROCESS, "sigmas": self.sigmas.tolist()},
+            **{name: getattr(self, name) for name in names.split()},
             "timestep_map": self.timestep_map.tolist(),
             "original_num_steps": self.original_num_steps,
         }
@@ -213,7 +218,7 @@ class VarianceExploding(ProcessTables):
         sigma = at["sigma"]
         return (noise - sigma * x_start) / torch.sqrt(1 + sigma**2)
 
-    def _loss_weights(self, total_std: FloatArray) -> FloatArray:
+    def _loss_weights(self, total_std: Float64Array) -> Float64Array:
         """(K,): weight of x_0's squared error × how x_0's error follows from the output's."""
         snr = self.sigmas**-2
         weights = {
@@ -231,17 +236,8 @@ class VarianceExploding(ProcessTables):
         }
         return weights[self.loss_weighting] * b[self.mean_type] ** 2
 
-    def _named_tables(self) -> dict[str, FloatArray]:
-        return {
-            "signal": self.signal_scale,
-            "sigma": self.sigmas,
-            "input_scale": self.input_scale,
-            "loss_weight": self.loss_weights,
-            "model_timesteps": self.model_timesteps.astype(np.float64),
-        }
 
-
-def _check_sigmas(sigmas: npt.ArrayLike) -> FloatArray:
+def _check_sigmas(sigmas: npt.ArrayLike) -> Float64Array:
     try:
         array = np.array(sigmas, dtype=np.float64)
     except (TypeError, ValueError):

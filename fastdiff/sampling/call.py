@@ -1,47 +1,44 @@
 """One call of a sampler: its arguments checked, x_T, and what each of its rows is run with."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastdiff.checks import check_float, check_shape, is_finite
 from fastdiff.errors import InputError
-from fastdiff.methods.table import StepTable, noise_levels
+from fastdiff.methods.protocol import noise_levels
+from fastdiff.methods.table import StepTable
 from fastdiff.process.published_loops import StepNoise
-from fastdiff.sampling.conditions import (
-    ClassifierGuidance,
-    CondFn,
-    Conditions,
-    DenoisedFn,
-    Known,
-    XStart,
-)
+from fastdiff.process.update import ClassifierGuidance, XStart, classifier_gain
+from fastdiff.sampling.conditions import Conditions, Known
 from fastdiff.sampling.kwargs import doubled_kwargs
-from fastdiff.sampling.network.network import Network
 from fastdiff.sampling.noise import noise_source
-from fastdiff.sampling.settings import Settings
 from fastdiff.sampling.stats import Stats
 from fastdiff.sampling.step import Run, failure_flag
+
+if TYPE_CHECKING:
+    from fastdiff.sampling.sampler import Sampler
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What ``Sampler.iterate`` was given, beside the device; its docstring describes them."""
+    """The arguments of ``Sampler.iterate``; its docstring describes them."""
 
     shape: Sequence[int]
-    seed: int
-    first_sample: int
-    noise: Tensor | None
-    image: Tensor | None
-    strength: float
-    known: Tensor | None
-    known_mask: Tensor | None
-    model_kwargs: Mapping[str, Any] | None
-    uncond_kwargs: Mapping[str, Any] | None
-    step_noise: StepNoise | None
+    _: KW_ONLY
+    seed: int = 0
+    first_sample: int = 0
+    noise: Tensor | None = None
+    image: Tensor | None = None
+    strength: float = 0.8
+    known: Tensor | None = None
+    known_mask: Tensor | None = None
+    model_kwargs: Mapping[str, Any] | None = None
+    uncond_kwargs: Mapping[str, Any] | None = None
+    step_noise: StepNoise | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", check_shape(self.shape))
@@ -59,58 +56,50 @@ class Inputs:
             raise InputError("known and known_mask belong together; give both or neither")
 
 
+@dataclass(frozen=True, kw_only=True)
+class WatchedInputs(Inputs):
+    """The arguments of ``Sampler.sample``: how to look at the steps, too."""
+
+    progress: bool | Callable[[], object] = False
+    callback: Callable[[dict[str, Any]], None] | None = None
+
+
 class Call:
     """``x``, (N, C, ...) to start from; ``timesteps``, (K,) numbers, one for each row."""
 
-    def __init__(
-        self,
-        inputs: Inputs,
-        settings: Settings,
-        process: Any,
-        table: StepTable,
-        network: Network,
-        *,
-        denoised_fn: DenoisedFn | None,
-        cond_fn: CondFn | None,
-        rng: str,
-        self_condition: str | None,
-        device: torch.device,
-        stats: Stats,
-    ):
+    def __init__(self, sampler: "Sampler", inputs: Inputs, device: torch.device, stats: Stats):
+        network = sampler.network
+        with network.lock:  # another thread may configure the sampler meanwhile
+            settings, process, table = sampler.settings, sampler.diffusion, sampler.table
         shape = tuple(inputs.shape)
         skipped = 0 if inputs.image is None else _skipped(inputs.strength, len(table))
-        self.table = table = table.starting_at(skipped) if skipped else table
+        self.table = table = (table.starting_at(skipped) if skipped else table).to(device)
         self.timesteps: list[float] = table.timesteps.tolist()
-        conditions = Conditions(x_start=XStart(denoised_fn, settings.dynamic_threshold))
-        if cond_fn is not None:
-            conditions.classifier = ClassifierGuidance(cond_fn, process, table)
+        conditions = Conditions(x_start=XStart(sampler.denoised_fn, settings.dynamic_threshold))
+        if sampler.cond_fn is not None:
+            gain = classifier_gain(process, table)
+            conditions.classifier = ClassifierGuidance(sampler.cond_fn, table, gain)
         if inputs.known is not None and inputs.known_mask is not None:
             given = (inputs.known, inputs.known_mask)
             conditions.known = Known.of(*given, shape, device, process, len(table))
         kwargs = dict(inputs.model_kwargs or {})
+        counters = (inputs.seed, inputs.first_sample, inputs.step_noise)
+        is_table = isinstance(process, StepTable)
+        predicts_mean = not is_table and process.mean_type == "previous_x"
         self.stats = stats
         self.plain = Run(
             network=network,
-            table=table.to(device),
+            table=table,
             timesteps=self.timesteps,
             kwargs=kwargs,
             given_kwargs=kwargs,
             guidance_scale=None,
-            noise=noise_source(
-                rng,
-                shape,
-                device,
-                inputs.seed,
-                inputs.first_sample,
-                inputs.step_noise,
-                len(table),
-            ),
+            noise=noise_source(sampler.rng, shape, device, *counters, len(table)),
             conditions=conditions,
             stats=stats,
             failed=failure_flag(device),
-            mean_is_output=table.method == "ddpm"
-            and getattr(process, "mean_type", None) == "previous_x",
-            self_condition=self_condition,
+            mean_is_output=predicts_mean and table.method == "ddpm",
+            self_condition=sampler.self_condition,
         )
         self.guided = [settings.is_guided(timestep) for timestep in self.timesteps]
         self.with_guidance = self.plain
@@ -146,8 +135,8 @@ class Call:
         x = self.plain.noise.x_T() if given is None else given.to(device, torch.float32)
         if inputs.image is not None:
             x = signal * inputs.image.to(device, torch.float32) + noise * x
-        elif given is None:
-            x = x * getattr(process, "prior_std", 1.0)
+        elif given is None and not isinstance(process, StepTable):
+            x = x * process.prior_std
         if x.dim() == 4 and channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         return x

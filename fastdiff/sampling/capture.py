@@ -158,15 +158,16 @@ class CapturedStep:
             self.x_start.copy_(x_start)
         self.row.fill_(i)
         self.run.table.packed[:rows].copy_(run.table.packed)
-        if self.run.of_x_start is not None and run.of_x_start is not None:
-            self.run.of_x_start.packed[:rows].copy_(run.of_x_start.packed)
+        held, given = self.run.update.of_x_start, run.update.of_x_start
+        if held is not None and given is not None:
+            held.packed[:rows].copy_(given.packed)
         if isinstance(self.noise, CounterNoise):
             self.seed.fill_(signed(run.noise.seed))
             self.first_sample.fill_(signed(run.noise.first_sample))
         if run.guidance_scale is not None:
             self.scale.fill_(run.guidance_scale)
-        for held, given in zip(self.kwargs, tensors_of(run.kwargs), strict=True):
-            held.copy_(given)
+        for tensor, value in zip(self.kwargs, tensors_of(run.kwargs), strict=True):
+            tensor.copy_(value)
         if self.known is not None and run.conditions.known is not None:
             self.known.fill(run.conditions.known)
         if run.failed is not None:

@@ -70,12 +70,9 @@ class TorchNoise:
 
     def draw_step(self, i: int, noisy: bool, out: Tensor) -> None:
         if noisy:
-            self._draw(out)
+            self.draw_known(i, out)
 
     def draw_known(self, i: int, out: Tensor) -> None:
-        self._draw(out)
-
-    def _draw(self, out: Tensor) -> None:
         torch.randn(self.shape, generator=self.generator, out=out)
 
 

@@ -15,7 +15,7 @@ from fastdiff.sampling.step import Run
 
 
 @contextmanager
-def memory_told(run: Run, x: Tensor, i: int) -> Iterator[None]:
+def explains_out_of_memory(run: Run, x: Tensor, i: int) -> Iterator[None]:
     """Around row i: running out of memory becomes an InputError that names a batch that fits."""
     try:
         yield

@@ -4,7 +4,7 @@ One step is: run the network at row i's timestep, apply row i, i ← i + 1. On a
 once as a CUDA graph and replayed for every row.
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -13,14 +13,15 @@ from torch import Tensor
 
 from fastdiff.checks import check_device
 from fastdiff.errors import InputError
-from fastdiff.methods.table import StepTable, noise_levels
+from fastdiff.methods.protocol import check_process
+from fastdiff.methods.table import StepTable
 from fastdiff.optional import require
-from fastdiff.process.published_loops import StepNoise
-from fastdiff.sampling.call import Call, Inputs
+from fastdiff.process.update import CondFn, DenoisedFn, classifier_gain
+from fastdiff.records import called_with
+from fastdiff.sampling.call import Call, Inputs, WatchedInputs
 from fastdiff.sampling.capture import CapturedStep, Graphs
-from fastdiff.sampling.conditions import ClassifierGuidance, CondFn, DenoisedFn
 from fastdiff.sampling.network.network import Model, Network
-from fastdiff.sampling.out_of_memory import memory_told
+from fastdiff.sampling.out_of_memory import explains_out_of_memory
 from fastdiff.sampling.settings import Settings
 from fastdiff.sampling.stats import Stats
 from fastdiff.sampling.step import Run
@@ -72,7 +73,7 @@ class Sampler:
             the faster is kept. True insists on the graph, False never takes one. New values of
             weights, moved weights, hooks, and attributes of the model's modules (an adapter
             switched off, a processor's scale) are seen when a call begins; of Python state
-            elsewhere the graphs are told by ``close()``.
+            elsewhere ``close()`` tells the graphs.
         self_condition: the name of a keyword argument by which the network is given the x_0 that it
             predicted a step before, zeros first (Chen et al. 2022, arXiv:2208.04202).
         compile: run the network through torch.compile: True, or its keyword arguments. Inductor's
@@ -135,7 +136,7 @@ class Sampler:
         self.self_condition = self_condition
         self.device = None if device is None else check_device(device)
         self.stats = Stats()
-        self._network = Network(model, dtype, channels_last, compile)
+        self.network = Network(model, dtype, channels_last, compile)
         self._graphs = Graphs(capture)
         self._ran = "nothing was sampled yet"
         self._set(
@@ -167,39 +168,28 @@ class Sampler:
 
     def _set(self, process: Any, settings: Settings) -> None:
         if not isinstance(process, StepTable):
-            noise_levels(process)  # raises for what is no process
+            check_process(process, "respace", "prior_std")
         strided = settings.strided(process)
         table = settings.table(strided)
         if self.cond_fn is not None:
-            ClassifierGuidance(self.cond_fn, strided, table)  # raises where there can be none
-        with self._network.lock:
+            check_process(strided, "last_variance")
+            if not classifier_gain(strided, table).isfinite().all():
+                raise InputError(
+                    "cond_fn moves ε, which leaves x_0 undetermined at a step without signal "
+                    "(zero terminal SNR); use method 'ddpm'"
+                )
+        with self.network.lock:
             self.process, self.settings = process, settings
             self.diffusion, self.table = strided, table
 
-    def sample(
-        self,
-        shape: Sequence[int],
-        *,
-        seed: int = 0,
-        first_sample: int = 0,
-        noise: Tensor | None = None,
-        image: Tensor | None = None,
-        strength: float = 0.8,
-        known: Tensor | None = None,
-        known_mask: Tensor | None = None,
-        model_kwargs: Mapping[str, Any] | None = None,
-        uncond_kwargs: Mapping[str, Any] | None = None,
-        step_noise: StepNoise | None = None,
-        progress: bool | Callable[[], object] = False,
-        callback: Callable[[Step], None] | None = None,
-    ) -> Tensor:
+    @called_with(WatchedInputs)
+    def sample(self, inputs: WatchedInputs) -> Tensor:
         """Samples of ``shape`` (N, C, ...), float32 on the sampling device.
 
         ``progress`` True shows a bar over the steps (needs tqdm); a function is called after each.
         ``callback`` gets what :meth:`iterate` yields. The rest, and the errors, as :meth:`iterate`.
         """
-        sources = (seed, first_sample, noise, image, strength, known, known_mask)
-        call = self._call(Inputs(shape, *sources, model_kwargs, uncond_kwargs, step_noise))
+        call, callback, progress = self._call(inputs), inputs.callback, inputs.progress
         # Closed whatever happens: what a callback raises finds the model as it was.
         with closing(self._iterate(call, watched=callback is not None)) as steps:
             shown: Any = steps
@@ -213,21 +203,8 @@ class Sampler:
                     progress()
         return step["sample"]
 
-    def iterate(
-        self,
-        shape: Sequence[int],
-        *,
-        seed: int = 0,
-        first_sample: int = 0,
-        noise: Tensor | None = None,
-        image: Tensor | None = None,
-        strength: float = 0.8,
-        known: Tensor | None = None,
-        known_mask: Tensor | None = None,
-        model_kwargs: Mapping[str, Any] | None = None,
-        uncond_kwargs: Mapping[str, Any] | None = None,
-        step_noise: StepNoise | None = None,
-    ) -> Iterator[Step]:
+    @called_with(Inputs)
+    def iterate(self, inputs: Inputs) -> Iterator[Step]:
         """Yield every step: {"step", "timestep", "sample", "pred_xstart"}.
 
         ``step`` counts from 0, ``timestep`` is what the network was given (a number), the tensors
@@ -256,9 +233,7 @@ class Sampler:
         does not fit into memory, TrainingError when the samples stop being finite (it names the
         step; on a CPU at that step, elsewhere after the last one).
         """
-        sources = (seed, first_sample, noise, image, strength, known, known_mask)
-        call = self._call(Inputs(shape, *sources, model_kwargs, uncond_kwargs, step_noise))
-        return self._iterate(call, watched=True)
+        return self._iterate(self._call(inputs), watched=True)
 
     def explain(self) -> str:
         """How the last call ran: as a CUDA graph or eagerly, and why."""
@@ -271,22 +246,8 @@ class Sampler:
     def _call(self, inputs: Inputs) -> Call:
         device = self._device_of(inputs.image if inputs.noise is None else inputs.noise)
         stats = self.stats.begin(inputs.shape[0], splits=device.type == "cpu")
-        with self._network.lock:  # another thread may configure the sampler meanwhile
-            settings, process, table = self.settings, self.diffusion, self.table
         with stats.phase("prepare"):
-            return Call(
-                inputs,
-                settings,
-                process,
-                table,
-                self._network,
-                denoised_fn=self.denoised_fn,
-                cond_fn=self.cond_fn,
-                rng=self.rng,
-                self_condition=self.self_condition,
-                device=device,
-                stats=stats,
-            )
+            return Call(self, inputs, device, stats)
 
     def _iterate(self, call: Call, watched: bool) -> Generator[Step, None, None]:
         """The steps; unwatched, only the last one has its tensors."""
@@ -295,14 +256,14 @@ class Sampler:
         looked_at = watched or self.denoised_fn is not None or self.cond_fn is not None
         with ExitStack() as stack:
             with call.stats.phase("prepare"):
-                stack.enter_context(self._network.sampling(looked_at))
-                self._graphs.begin(self._network)
+                stack.enter_context(self.network.sampling(looked_at))
+                self._graphs.begin(self.network)
             for i, timestep in enumerate(call.timesteps):
                 run = call.run_of(i)
                 # The caller's own gradient mode is back while the generator waits at the yield.
-                with torch.no_grad(), memory_told(run, engine.x, i):
+                with torch.no_grad(), explains_out_of_memory(run, engine.x, i):
                     if looked_at and i > 0:  # somebody had a chance to change the model
-                        self._network.follow()
+                        self.network.follow()
                     if i == 0 or watched or call.changes_at(i):
                         engine = self._engine(run, engine)
                     with call.stats.phase("sampling"):
@@ -329,8 +290,8 @@ class Sampler:
     def _device_of(self, tensor: Tensor | None) -> torch.device:
         if self.device is not None:
             return self.device
-        if self._network.device is not None:
-            return self._network.device
+        if self.network.device is not None:
+            return self.network.device
         return torch.device("cpu") if tensor is None else tensor.device
 
 

@@ -1,4 +1,4 @@
-"""What a sampler can be told anew between calls, and the strided process and table it makes."""
+"""What of a sampler can change between calls, and the strided process and table it makes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace

@@ -1,12 +1,11 @@
 """Where the time of a sampler's last call went."""
 
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-T = TypeVar("T")
+PARTS = ("network", "update")  # of "sampling"
 
 
 @dataclass
@@ -15,7 +14,7 @@ class Stats:
 
     ``seconds``: wall time by phase. "prepare" (weights, x_T, tables), "capture" (warm-up, CUDA
     graph and the comparison with eager) and "sampling" (all steps) add up to the call. Of
-    "sampling", "network" and "update" are parts on a CPU; a GPU works them off without telling.
+    "sampling", "network" and "update" are parts on a CPU; a GPU works them off unseen.
     ``steps``, ``images``: how many; ``steps_per_second``, ``images_per_second`` of "sampling".
     ``compile_seconds``: the first run of a compiled network for each form of x, in all calls of
     this sampler.
@@ -26,7 +25,7 @@ class Stats:
     images: int = 0
     compile_seconds: float = 0.0
     compiled: set[tuple] = field(default_factory=set)
-    splits: bool = True  # whether "network" and "update" can be told apart
+    splits: bool = True  # whether "network" and "update" can be timed
 
     @property
     def steps_per_second(self) -> float:
@@ -53,13 +52,6 @@ class Stats:
         self.__dict__ = call.__dict__
         return call
 
-    def timed(self, phase: str, call: Callable[..., T], *arguments: Any) -> T:
-        """call(*arguments), its time added to ``phase``."""
-        if not self.splits:
-            return call(*arguments)
-        with self.phase(phase):
-            return call(*arguments)
-
     def compiling(self, network: Any, x: Any, *arguments: Any) -> Any:
         """network(x, …); what torch.compile makes anew for x's form counts as compiling."""
         form = (x.shape, x.dtype, x.stride())
@@ -73,6 +65,10 @@ class Stats:
 
     @contextmanager
     def phase(self, name: str):
+        """A block whose time is added to ``seconds``, unless it cannot be timed here."""
+        if name in PARTS and not self.splits:
+            yield
+            return
         started = time.perf_counter()
         try:
             yield

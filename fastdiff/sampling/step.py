@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fastdiff.errors import InputError, TrainingError
 from fastdiff.methods.table import Index, StepTable
-from fastdiff.ops.posterior_step.op import check_tensors, posterior_step
-from fastdiff.sampling.conditions import Conditions, x_start_table
+from fastdiff.ops.posterior_step.op import check_tensors
+from fastdiff.process.update import Update
+from fastdiff.sampling.conditions import Conditions
 from fastdiff.sampling.network.network import Network
 from fastdiff.sampling.stats import Stats
 
@@ -41,8 +42,7 @@ class Run:
     self_condition: str | None = None
 
     def __post_init__(self) -> None:
-        transforms = self.conditions.x_start and not self.mean_is_output
-        self.of_x_start = x_start_table(self.table) if transforms else None
+        self.update = Update(self.table, self.conditions.x_start, self.mean_is_output)
 
     def advance(self, x: Tensor, x_start: Tensor | None, i: Index) -> tuple[Tensor, Tensor]:
         """(x_{t−1}, predicted x_0) of row i from x_t and the x_0 of the row before.
@@ -51,8 +51,10 @@ class Run:
         through tensors.
         """
         timesteps = self.table.at("timesteps", i)
-        output = self.stats.timed("network", self.run_network, x, x_start, timesteps, i)
-        x_prev, x_start = self.stats.timed("update", self._update, x, x_start, output, timesteps, i)
+        with self.stats.phase("network"):
+            output = self.run_network(x, x_start, timesteps, i)
+        with self.stats.phase("update"):
+            x_prev, x_start = self.apply(x, x_start, output, timesteps, i)
         if self.failed is not None:
             bad = ~torch.isfinite(x_prev).all() & (self.failed < 0)
             self.failed.copy_(torch.where(bad, i, self.failed))
@@ -78,33 +80,21 @@ class Run:
                 error.add_note(f"(while fastdiff sampled: step {i}, x of shape {tuple(x.shape)})")
             raise
 
-    def _update(
+    def apply(
         self, x: Tensor, before: Tensor | None, output: Tensor, timesteps: Tensor, i: Index
     ) -> tuple[Tensor, Tensor]:
-        table, scale, conditions = self.table, self.guidance_scale, self.conditions
-        step_output, step_table, step_scale = output, table, scale
-        if self.of_x_start is not None:
-            check_tensors(x, output, table, scale)  # whoever reads the output first
-            step_output = conditions.x_start.output(x, output, table, i, scale)
-            step_table, step_scale = self.of_x_start, None
-        noisy = table.noisy_rows[i] if isinstance(i, int) else table.is_noisy
-        x_prev, x_start = posterior_step(
-            x,
-            step_output,
-            step_table,
-            i,
-            prev_x_start=before,
-            guidance_scale=step_scale,
-            **self.noise.of_step(i, noisy),
+        """(x_{t−1}, predicted x_0) of row i from the network's output."""
+        conditions, scale = self.conditions, self.guidance_scale
+        noisy = self.table.noisy_rows[i] if isinstance(i, int) else self.table.is_noisy
+        if conditions.x_start:  # which reads the output before posterior_step would check it
+            check_tensors(x, output, self.table, scale)
+        noise = self.noise.of_step(i, noisy)
+        x_prev, x_start = self.update(
+            x, output, i, prev_x_start=before, guidance_scale=scale, **noise
         )
-        assert x_start is not None
-        if conditions.x_start and self.mean_is_output:
-            x_start = conditions.x_start.output(x, output, table, i, scale)[:, : x.shape[1]]
         if conditions.classifier is not None:
-            assert isinstance(i, int)
-            x_prev, x_start = conditions.classifier.apply(
-                x, timesteps.expand(len(x)), self.given_kwargs, output, i, x_prev, x_start
-            )
+            given = (x, timesteps.expand(len(x)), self.given_kwargs)
+            x_prev, x_start = conditions.classifier.apply(*given, output, i, x_prev, x_start)
         if conditions.known is not None:
             x_prev = conditions.known.put(x_prev, i, self.noise.of_known(i))
         return x_prev, x_start

@@ -1,4 +1,4 @@
-"""What a training run is told: one dataclass, which gives the command line its flags and help."""
+"""A training run's settings: one dataclass, which gives the command line its flags and help."""
 
 import dataclasses
 import math

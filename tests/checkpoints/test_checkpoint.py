@@ -16,7 +16,7 @@ from fastdiff import EMA, UNet, load, save
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.published import load_published
 from fastdiff.errors import InputError
-from fastdiff.process.create import create_diffusion
+from fastdiff.process.gaussian import create_diffusion
 from fastdiff.process.variance_exploding import VarianceExploding, geometric_sigmas
 
 TINY = {

@@ -10,7 +10,7 @@ import torch
 from fastdiff import UNet, cli, load, save
 from fastdiff.checkpoints.run_directory import RUN_KIND
 from fastdiff.errors import InputError
-from fastdiff.process.create import create_diffusion
+from fastdiff.process.gaussian import create_diffusion
 
 
 def network() -> UNet:

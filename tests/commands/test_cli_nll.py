@@ -11,7 +11,7 @@ from fastdiff.cli import main
 from fastdiff.images import save_samples_npz, to_float
 from fastdiff.models.unet import UNet
 from fastdiff.ops.normal import op as rng
-from fastdiff.process.create import create_diffusion
+from fastdiff.process.gaussian import create_diffusion
 from fastdiff.process.likelihood import summarize_bpd
 from fastdiff.process.variance_exploding import VarianceExploding, geometric_sigmas
 

@@ -11,7 +11,7 @@ from fastdiff.cli import main
 from fastdiff.images import load_samples_npz, to_uint8
 from fastdiff.models.ema import EMA
 from fastdiff.models.unet import UNet
-from fastdiff.process.create import create_diffusion
+from fastdiff.process.gaussian import create_diffusion
 from fastdiff.sampling.sampler import Sampler
 
 INFO = {"image_size": [8, 8], "channels": 1, "num_classes": 3, "class_names": ["ant", "bee", "cat"]}

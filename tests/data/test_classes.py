@@ -16,7 +16,7 @@ from fastdiff.data import ArrayDataset, load_dataset, match_classes
 from fastdiff.errors import InputError
 from fastdiff.images import load_samples_npz, read_samples, save_samples_npz
 from fastdiff.models.unet import UNet
-from fastdiff.process.create import create_diffusion
+from fastdiff.process.gaussian import create_diffusion
 from fastdiff.training import Trainer
 from training_tools import make_dataset, make_trainer
 

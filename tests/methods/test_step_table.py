@@ -19,6 +19,7 @@ from fastdiff.process.variance_exploding import VarianceExploding, geometric_sig
 
 def levels(signal, noise, mean_type="epsilon", var_type="fixed_small", **extra):
     """Any Gaussian process, by its two scales."""
+    extra = {"input_scale": np.ones(len(signal))} | extra
     return SimpleNamespace(
         signal_scale=np.asarray(signal, dtype=np.float64),
         noise_scale=np.asarray(noise, dtype=np.float64),
@@ -366,7 +367,7 @@ def test_bad_arguments(arguments, message):
         (levels([0.9, 0.8], [0.1, 0.2, 0.3]), "of one length"),
         (levels([], []), "not empty"),
         (levels([0.9, 0.8], [0.1, 0.2], input_scale=np.ones(3)), "input_scale has shape"),
-        (SimpleNamespace(mean_type="v", var_type="learned"), "has no noise levels"),
+        (SimpleNamespace(mean_type="v", var_type="learned"), "it has no signal_scale, noise_scale"),
     ],
 )
 def test_bad_processes(process, message):

@@ -6,7 +6,7 @@ import torch
 from fastdiff import UNet
 from fastdiff.errors import InputError
 from fastdiff.models import presets
-from fastdiff.process.create import create_diffusion
+from fastdiff.process.gaussian import create_diffusion
 from fastdiff.training.config import TrainConfig
 
 PRINTED = {

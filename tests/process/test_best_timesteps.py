@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import fastdiff
 from fastdiff import GaussianDiffusion, InputError, VarianceExploding, best_timesteps
 from fastdiff.methods.levels import VAR_TYPES
-from fastdiff.methods.table import noise_levels
+from fastdiff.methods.protocol import noise_levels
 from fastdiff.process.likelihood import summarize_bpd
 from fastdiff.process.respacing import spaced_timesteps
 from fastdiff.process.schedules import get_named_beta_schedule, rescale_zero_terminal_snr
@@ -216,5 +216,5 @@ def test_bad_arguments(steps, mse, message):
 
 
 def test_no_process():
-    with pytest.raises(InputError, match="a list has no noise levels"):
+    with pytest.raises(InputError, match="a list is no diffusion process"):
         best_timesteps([0.1, 0.2], 2, [0.5, 0.6])

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from diffusion_tools import gaussian, images, output_for, with_variance
 from fastdiff.errors import InputError
 from fastdiff.models.blocks import timestep_embedding
-from fastdiff.process.create import create_diffusion
-from fastdiff.process.gaussian import GaussianDiffusion
+from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
 from fastdiff.process.reverse import MEAN_TYPES, VAR_TYPES
 from fastdiff.process.schedules import cosine_betas, jsd_betas, linear_betas
 
@@ -30,7 +29,7 @@ def test_tables_are_float64_and_gathered_before_they_are_cast():
     t = torch.arange(4000)
     expected = np.sqrt(1 - np.cumprod(1 - cosine_betas(4000)))
     for dtype, name in ((torch.float32, "float32"), (torch.float64, "float64")):
-        at = diffusion._at(t, torch.zeros(4000, 1, dtype=dtype))
+        at = diffusion._tables.at(t, torch.zeros(4000, 1, dtype=dtype))
         gathered = at["sqrt_one_minus_alphas_cumprod"]
         assert gathered.dtype == dtype
         assert (gathered.flatten().numpy() == expected.astype(name)).all()
@@ -41,8 +40,11 @@ def test_tables_are_float64_and_gathered_before_they_are_cast():
 def test_ddim_sigma_comes_from_float64():
     # In float32, 1 - alphas_cumprod is off by 0.5 % at the first step of this schedule.
     diffusion = create_diffusion(steps=4000, noise_schedule="cosine")
-    table = diffusion._ddim_tables_for(1.0, torch.zeros(1))["ddim_sigma"][:-1].numpy()
-    assert (table == np.sqrt(diffusion.posterior_variance).astype(np.float32)).all()
+    x, t = torch.zeros(1, 1), torch.tensor([1])
+    diffusion.ddim_sample(lambda x, t: x, x, t, eta=1.0)
+    ((table, _),) = diffusion._step_tables.values()
+    sigma = np.sqrt(diffusion.posterior_variance).astype(np.float32)
+    assert (table.sigma.flip(0).numpy() == sigma).all()
 
 
 def test_the_first_log_variances_are_those_of_step_one():
@@ -66,13 +68,13 @@ def test_tables_are_copied_to_a_device_once_and_usable_after_inference_mode():
     with torch.inference_mode():
         diffusion.q_sample(x, t)
         diffusion.ddim_sample(lambda x, t: x, x, t, eta=0.5)
-    tables = diffusion._tables(x)
+    tables = diffusion._tables.on(x)
     assert not any(table.is_inference() for table in tables.values())
     weight = torch.ones((), requires_grad=True)
     diffusion.training_losses(lambda x, t: weight * x, x, t)["loss"].sum().backward()
     diffusion.ddim_sample(lambda x, t: weight * x, x, t, eta=0.5)["sample"].sum().backward()
     assert weight.grad is not None
-    assert diffusion._tables(x) is tables
+    assert diffusion._tables.on(x) is tables
 
 
 def test_copies_and_pickles_compute_the_same():
@@ -80,7 +82,7 @@ def test_copies_and_pickles_compute_the_same():
     x, t = images(3, 2), torch.tensor([0, 2, 4])
     expected = diffusion.q_sample(x, t, x)
     for twin in (copy.deepcopy(diffusion), pickle.loads(pickle.dumps(diffusion))):
-        assert not twin._device_tables
+        assert not twin._tables.copies and not twin._step_tables
         assert torch.equal(twin.q_sample(x, t, x), expected)
 
 
@@ -286,7 +288,7 @@ BAD_CALLS = {
     r"expected a shape \(2,\) for x_start of shape \(2, 3, 4\), got \(1, 2\)": lambda: (
         PLAIN.training_losses(identity, X, T[None])
     ),
-    r"expected a shape \(N,\) for x of shape \(\)": lambda: PLAIN._at(T, torch.tensor(0.0)),
+    r"expected a shape \(N,\) for x of shape \(\)": lambda: PLAIN._tables.at(T, torch.tensor(0.0)),
     r"x_start must be a floating-point tensor .* got torch.uint8": lambda: PLAIN.training_losses(
         identity, X.byte(), T
     ),
@@ -351,7 +353,7 @@ BAD_CALLS = {
     r"unknown noise schedule \['linear'\]": lambda: GaussianDiffusion.from_config(
         {"noise_schedule": ["linear"]}
     ),
-    r"eta must be a number from 0 up, got '0'": lambda: PLAIN.ddim_sample(identity, X, T, eta="0"),
+    r"eta is '0'; expected ≥ 0": lambda: PLAIN.ddim_sample(identity, X, T, eta="0"),
     r"floating-point tensor, got torch.int64": lambda: PLAIN.p_sample(lambda x, t: x.long(), X, T),
     r"mean_type='v' contradicts the flag that chooses 'x_start'": lambda: create_diffusion(
         mean_type="v", predict_xstart=True

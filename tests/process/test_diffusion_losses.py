@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from diffusion_tools import gaussian, images, output_for
-from fastdiff.process.create import create_diffusion
-from fastdiff.process.gaussian import LOSS_TYPES, GaussianDiffusion, mean_flat
+from fastdiff.process.forward import mean_flat
+from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
+from fastdiff.process.likelihood import LOSS_TYPES, vb_terms_bpd
 from fastdiff.process.reverse import MEAN_TYPES, VAR_TYPES
 from fastdiff.process.schedules import (
     cosine_betas,
@@ -81,8 +82,8 @@ def test_hybrid_detaches_the_mean_does_not_clip_and_scales_by_steps_over_1000():
     torch.testing.assert_close(terms["loss"], terms["mse"] + terms["vb"])
 
     x_t = rescaled.q_sample(x_start, t, noise)
-    bound = rescaled._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=False)["output"]
-    clipped = rescaled._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=True)["output"]
+    bound = vb_terms_bpd(rescaled, model, x_start, x_t, t, clip_denoised=False)[0]
+    clipped = vb_terms_bpd(rescaled, model, x_start, x_t, t, clip_denoised=True)[0]
     torch.testing.assert_close(terms["vb"], bound * 40 / 1000)
     assert not torch.isclose(clipped, bound)[1:].any()
     plain = GaussianDiffusion(linear_betas(40), loss_type="mse", **arguments)
@@ -96,7 +97,7 @@ def test_kl_losses_are_the_bound_in_bits_and_its_estimate():
         return torch.tanh(x)
 
     kl = GaussianDiffusion(linear_betas(40), loss_type="kl")
-    bound = kl._vb_terms_bpd(model, x_start, kl.q_sample(x_start, t, noise), t, False)["output"]
+    bound = vb_terms_bpd(kl, model, x_start, kl.q_sample(x_start, t, noise), t, False)[0]
     terms = kl.training_losses(model, x_start, t, noise=noise)
     torch.testing.assert_close(terms["loss"], bound)
     rescaled = GaussianDiffusion(linear_betas(40), loss_type="rescaled_kl")
@@ -223,7 +224,7 @@ def test_rows_out_of_range_become_nan_where_nobody_may_look():
     """What a GPU computes for a bad t (tables end in a NaN row), exercised on the CPU."""
     diffusion = create_diffusion(steps=30)
     x = torch.zeros(5, 1)
-    at = TablesAt(diffusion._tables(x), torch.tensor([-7, -1, 3, 30, 99]), x)
+    at = TablesAt(diffusion._tables.on(x), torch.tensor([-7, -1, 3, 30, 99]), x)
     values = at["alphas_cumprod"].flatten()
     assert values.isnan().tolist() == [True, True, False, True, True]
     assert values[2] == np.float32(diffusion.alphas_cumprod[3])

@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fastdiff.errors import InputError
-from fastdiff.process.create import create_diffusion
+from fastdiff.process.gaussian import create_diffusion
 from fastdiff.process.respacing import space_timesteps
 
 
@@ -91,7 +91,7 @@ def test_respacing_twice_still_names_the_original_timesteps():
 def test_a_single_step_has_finite_tables(var_type):
     one = create_diffusion(steps=1000, var_type=var_type, timestep_respacing="1")
     assert one.num_timesteps == 1 and list(one.timestep_map) == [0]
-    for table in one._named_tables().values():
+    for table in one._tables.tables.values():
         assert np.isfinite(table).all()
     assert one.posterior_log_variance_clipped == pytest.approx(np.log(one.betas))
 

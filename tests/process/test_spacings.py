@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from fastdiff.checkpoints.config import process_from_config
 from fastdiff.errors import InputError
-from fastdiff.methods.table import noise_levels
-from fastdiff.process.create import create_diffusion
-from fastdiff.process.gaussian import GaussianDiffusion
+from fastdiff.methods.protocol import noise_levels
+from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
 from fastdiff.process.respacing import SPACINGS, space_timesteps, spaced_timesteps
 from fastdiff.process.schedules import get_named_beta_schedule, rescale_zero_terminal_snr
 from fastdiff.process.variance_exploding import VarianceExploding, geometric_sigmas
@@ -176,7 +175,7 @@ def test_a_respaced_process_samples_the_chosen_timesteps():
         ((10, 11, "quadratic"), "cannot choose 11 of 10 steps"),
         ((10, -1, "trailing"), "cannot choose -1 of 10 steps"),
         ((0, 1, "trailing"), "must be at least 1, got 0"),
-        ((10.0, 1, "trailing"), "a float has no noise levels"),
+        ((10.0, 1, "trailing"), "a float is no diffusion process"),
     ],
 )
 def test_bad_spacings(arguments, message):

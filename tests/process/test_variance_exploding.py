@@ -143,7 +143,7 @@ def test_device_tables_are_a_cache_that_copies_leave_behind():
     ve.training_losses(lambda x, t: x * weight, torch.randn(2, 3), torch.tensor([0, 1]))[
         "loss"
     ].sum().backward()
-    assert ve._device_tables and not copy.deepcopy(ve)._device_tables
+    assert ve._tables.copies and not copy.deepcopy(ve)._tables.copies
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -348,7 +348,7 @@ def test_a_table_is_sampled_as_it_is():
     for options in ({"steps": 3}, {"method": "ddim"}, {"clip_denoised": False}, {"eta": 0.5}):
         with pytest.raises(InputError, match="belong to a process"):
             Sampler(closed_form(), table, **options)
-    with pytest.raises(InputError, match="a StepTable has no noise levels"):
+    with pytest.raises(InputError, match="a StepTable is no diffusion process"):
         sampler.sample(SHAPE, image=torch.zeros(SHAPE))
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastdiff.methods.table import StepTable, noise_levels
+from fastdiff.methods.protocol import noise_levels
+from fastdiff.methods.table import StepTable
 from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.process.schedules import get_named_beta_schedule
 from fastdiff.process.variance_exploding import VarianceExploding, geometric_sigmas

@@ -311,8 +311,8 @@ def test_memory_that_is_too_small_for_a_graph_alone(monkeypatch):
 
 def test_graphs_that_torch_compile_captures_are_left_to_it():
     options = {"mode": "reduce-overhead"}
-    network = Sampler(closed_form(), PROCESS, steps=2, compile=options)._network
-    assert network.captures and not Sampler(closed_form(), PROCESS, compile=True)._network.captures
+    network = Sampler(closed_form(), PROCESS, steps=2, compile=options).network
+    assert network.captures and not Sampler(closed_form(), PROCESS, compile=True).network.captures
 
 
 def test_a_classifier_runs_eagerly_without_a_warning():

@@ -6,10 +6,10 @@ import torch
 
 from fastdiff.errors import InputError
 from fastdiff.methods.levels import MEAN_TYPES, VAR_TYPES
-from fastdiff.methods.table import noise_levels
+from fastdiff.methods.protocol import noise_levels
 from fastdiff.ops.normal import op as rng
+from fastdiff.process.update import quantile
 from fastdiff.process.variance_exploding import VarianceExploding, geometric_sigmas
-from fastdiff.sampling.conditions import quantile
 from fastdiff.sampling.sampler import Sampler
 from sampler_tools import SHAPE, Tiny, closed_form, diffusion
 

@@ -51,7 +51,7 @@ def test_bad_options(options, message):
 def test_bad_model_or_process():
     with pytest.raises(InputError, match="model is a int"):
         Sampler(3, diffusion())
-    with pytest.raises(InputError, match="a Linear has no noise levels"):
+    with pytest.raises(InputError, match="a Linear is no diffusion process, it has no mean_type"):
         Sampler(closed_form(), nn.Linear(2, 2), steps=3)
 
 

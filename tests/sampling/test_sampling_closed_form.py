@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastdiff import Sampler, create_diffusion
-from fastdiff.methods.table import noise_levels
+from fastdiff.methods.protocol import noise_levels
 
 
 @dataclass

@@ -18,7 +18,7 @@ from fastdiff.checkpoints.checkpoint import save
 from fastdiff.cli import COMMANDS, main
 from fastdiff.models.ema import EMA
 from fastdiff.models.unet import UNet
-from fastdiff.process.create import create_diffusion
+from fastdiff.process.gaussian import create_diffusion
 from fastdiff.sampling.sampler import Sampler
 
 WAIT = 300  # seconds for what takes a few, on machines that are busy

@@ -20,7 +20,7 @@ import torch
 from fastdiff.checkpoints.run_directory import list_checkpoints
 from fastdiff.data import ArrayDataset
 from fastdiff.models.unet import UNet
-from fastdiff.process.create import create_diffusion
+from fastdiff.process.gaussian import create_diffusion
 from fastdiff.training import TrainConfig, Trainer
 
 # Everything that has a state: dropout, flips, hidden labels, importance sampling, two averages.

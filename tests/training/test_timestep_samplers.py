@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdiff.errors import InputError
-from fastdiff.process.create import create_diffusion
+from fastdiff.process.gaussian import create_diffusion
 from fastdiff.training.timestep_samplers import (
     LossSecondMomentSampler,
     UniformSampler,

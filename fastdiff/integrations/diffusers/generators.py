@@ -16,11 +16,9 @@ def check_generators(generator: Any, batch: int, *, one_for_all: bool = True) ->
     if generator is None or isinstance(generator, torch.Generator):
         return
     kinds = {type(each) for each in generator} if isinstance(generator, list) else {type(generator)}
-    strangers = [kind.__name__ for kind in kinds - {torch.Generator, type(None)}]
-    if strangers or not isinstance(generator, list):
-        came = (
-            f"a list with a {strangers[0]}" if isinstance(generator, list) else f"a {strangers[0]}"
-        )
+    others = [kind.__name__ for kind in kinds - {torch.Generator, type(None)}]
+    if others or not isinstance(generator, list):
+        came = f"a list with a {others[0]}" if isinstance(generator, list) else f"a {others[0]}"
         raise InputError(f"generator is {came}; expected a torch.Generator or a list of them")
     count = len(generator)
     if count != batch and not (count == 1 and one_for_all):

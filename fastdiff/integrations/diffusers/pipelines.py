@@ -123,7 +123,7 @@ class _State:
         self.scheduler: Any = None  # ours, and the one in whose place it is
         self.stock_scheduler: Any = None
         self.ran = "nothing was sampled yet"
-        self.told: set[str] = set()
+        self.warned_of: set[str] = set()
 
     def __deepcopy__(self, memo: Any) -> "_State":
         """Of a copied pipeline, without the sampler, which belongs to one U-Net."""
@@ -174,9 +174,9 @@ class _State:
     def falls_back(self, reason: str) -> None:
         ran = self.ran = f"diffusers' own loop: {reason}"
         with _preparing:
-            told = reason in self.told
-            self.told.add(reason)
-        if not told:
+            is_new = reason not in self.warned_of
+            self.warned_of.add(reason)
+        if is_new:
             warnings.warn(f"the pipeline runs through {ran}", RuntimeWarning, stacklevel=4)
 
 

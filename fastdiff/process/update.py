@@ -1,0 +1,212 @@
+"""What follows the network at every step of every sampler: a row of a step table, applied.
+
+``Sampler`` and the published loops share it. The predicted x_0 may be transformed on its way, and a
+classifier may move what comes out.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.checks import check_like
+from fastdiff.methods.table import COLUMNS, Index, StepTable
+from fastdiff.ops.posterior_step import reference
+from fastdiff.ops.posterior_step.op import DTYPES, posterior_step
+
+DenoisedFn = Callable[[Tensor], Tensor]
+CondFn = Callable[..., Tensor]
+
+
+def at_row(values: Tensor, i: Index, x: Tensor) -> Tensor:
+    """``values`` (K, ...) at row ``i``, or at each sample's where ``i`` is (N,), to broadcast over
+    x. NaN for an index tensor that points outside: to look at its value would stall a device."""
+    if isinstance(i, int):
+        return values[i]
+    inside = ((i >= 0) & (i < len(values))).view(-1, *(1,) * (values.dim() - 1))
+    found = values.index_select(0, i.clamp(0, len(values) - 1))
+    shape = (-1, *(1,) * (x.dim() - 1), *values.shape[1:])
+    return torch.where(inside, found, torch.nan).view(shape)
+
+
+def columns_at(table: StepTable, i: Index, x: Tensor) -> dict[str, Tensor]:
+    """All columns at row ``i``, as :func:`at_row`."""
+    return dict(zip(COLUMNS, at_row(table.packed, i, x).unbind(-1), strict=True))
+
+
+@dataclass(frozen=True)
+class XStart:
+    """What happens to the predicted x_0 before clipping, or in its place.
+
+    ``denoised_fn`` is applied to x_0. ``dynamic_threshold`` p clips each sample to its p-th
+    quantile s of |x_0|, at least 1, and divides by s (Saharia et al. 2022, arXiv:2205.11487,
+    section 2.3), in place of clipping to [−1, 1].
+    """
+
+    denoised_fn: DenoisedFn | None = None
+    dynamic_threshold: float | None = None
+
+    def __bool__(self) -> bool:
+        return self.denoised_fn is not None or self.dynamic_threshold is not None
+
+    def __call__(self, x_start: Tensor, clip: Tensor) -> Tensor:
+        if self.denoised_fn is not None:
+            given, x_start = x_start, self.denoised_fn(x_start)
+            check_like(x_start, "what denoised_fn returned", given, "x")
+        if self.dynamic_threshold is None:
+            return x_start.clamp(-clip, clip)
+        size = (-1,) + (1,) * (x_start.dim() - 1)
+        s = quantile(x_start.flatten(1).abs(), self.dynamic_threshold).clamp(min=1).view(size)
+        return x_start.clamp(-s, s) / s
+
+
+class Update:
+    """Rows of ``table`` applied to what the network answers, x_0 transformed by ``x_start``.
+
+    ``mean_is_output``: rows read the output itself and not x_0 (DDPM by previous-x prediction), so
+    that a transform changes the x_0 that is answered and nothing else.
+    """
+
+    def __init__(self, table: StepTable, x_start: XStart, mean_is_output: bool):
+        self.table, self.x_start = table, x_start
+        self.of_x_start = x_start_table(table) if x_start and not mean_is_output else None
+
+    def __call__(
+        self,
+        x: Tensor,
+        output: Tensor,
+        i: Index,
+        *,
+        guidance_scale: float | Tensor | None = None,
+        **given: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """(x_prev, x_0); ``given`` are posterior_step's arguments."""
+        if not self.x_start:
+            return apply_rows(x, output, self.table, i, guidance_scale=guidance_scale, **given)
+        x_start = self._transformed(x, output, i, guidance_scale)
+        if self.of_x_start is not None:
+            return apply_rows(x, x_start, self.of_x_start, i, **given)
+        x_prev, _ = apply_rows(x, output, self.table, i, guidance_scale=guidance_scale, **given)
+        return x_prev, x_start[:, : x.shape[1]]
+
+    def _transformed(
+        self, x: Tensor, output: Tensor, i: Index, guidance_scale: float | Tensor | None
+    ) -> Tensor:
+        """The output of a network that predicts the transformed x_0, for ``of_x_start``."""
+        row, dtype = columns_at(self.table, i, x), self.table.packed.dtype
+        mean, variance = split_output(output, self.table)
+        mean = mean.to(dtype)
+        if guidance_scale is not None:
+            mean = reference.guide(mean, guidance_scale)
+        x_start = self.x_start(row["a"] * x.to(dtype) + row["b"] * mean, row["clip"])
+        if variance is None:
+            return x_start
+        return torch.cat([x_start, variance[: len(x)].to(dtype)], dim=1)
+
+
+def apply_rows(
+    x: Tensor, output: Tensor, table: StepTable, i: Index, **given: Any
+) -> tuple[Tensor, Tensor]:
+    """(x_prev, x_0), both like x, of row ``i``, or of each sample's row where ``i`` is (N,)."""
+    one_row = isinstance(i, int) or i.numel() == 1
+    if one_row and x.dtype in DTYPES and x.dim() > 1:
+        x_prev, x_start = posterior_step(x, output, table, i, **given)
+        assert x_start is not None
+        return x_prev, x_start
+    # The kernel reads one row for the whole batch, in float32. Samples at timesteps of their own,
+    # and float64, take the equation that it is tested against, with a row for each sample.
+    dtype = table.packed.dtype
+    mean, variance = split_output(output, table)
+    noise = given["noise"]
+    x_prev, x_start = reference.posterior_step(
+        x.to(dtype),
+        mean.to(dtype),
+        columns_at(table, i, x),
+        variance_output=variance if table.learned_variance else None,
+        z=None if noise is None else noise.to(dtype),
+    )
+    return x_prev.to(x.dtype), x_start.to(x.dtype)
+
+
+def split_output(output: Tensor, table: StepTable) -> tuple[Tensor, Tensor | None]:
+    """The network's mean output, and what it says of the variance."""
+    if not table.doubled_output:
+        return output, None
+    mean, variance = output.chunk(2, dim=1)
+    return mean, variance
+
+
+def x_start_table(table: StepTable) -> StepTable:
+    """The same steps for a network whose output is x_0 as it shall be."""
+    packed = table.packed.clone()
+    for name, value in (("a", 0.0), ("b", 1.0), ("clip", math.inf)):
+        packed[:, COLUMNS.index(name)] = value
+    return replace(table, packed=packed)
+
+
+def quantile(values: Tensor, p: float) -> Tensor:
+    """Each row's p-quantile, linearly interpolated: (N, D) → (N,). Waits for no device."""
+    place = p * (values.shape[1] - 1)
+    below = math.floor(place)
+    ordered = values.sort(dim=1).values
+    above = min(below + 1, values.shape[1] - 1)
+    return torch.lerp(ordered[:, below], ordered[:, above], place - below)
+
+
+# --- A classifier -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClassifierGuidance:
+    """Guidance by a gradient g = ∇ log p(y | x_t) (Dhariwal & Nichol 2021, arXiv:2105.05233).
+
+    DDPM moves the mean by variance·g (algorithm 1); the other methods ε by −noise·g (algorithm 2),
+    hence x_0 by (noise²/signal)·g and x_{t−1} by the row's c times that. ``gain``: (K,), those
+    factors of g, of ``classifier_gain``.
+    """
+
+    cond_fn: CondFn
+    table: StepTable
+    gain: Tensor
+
+    def apply(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        kwargs: Mapping[str, Any],
+        output: Tensor,
+        i: Index,
+        x_prev: Tensor,
+        x_start: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """(x_prev, x_0) of row ``i``, moved by the classifier's gradient at x_t."""
+        gradient = self.cond_fn(x, timesteps, **kwargs)
+        check_like(gradient, "what cond_fn returned", x, "x")
+        gradient = gradient.to(self.table.packed.dtype)
+        row = columns_at(self.table, i, x)
+        moved = at_row(self.gain, i, x) * gradient
+        if self.table.method != "ddpm":
+            return (x_prev + row["c"] * moved).to(x.dtype), (x_start + moved).to(x.dtype)
+        _, v = split_output(output, self.table)
+        if v is not None:
+            v = v[: len(x)].to(gradient.dtype)
+            moved = torch.exp(reference.log_variance(v, row["log_min"], row["log_max"])) * gradient
+        return (x_prev + moved).to(x.dtype), x_start
+
+
+def classifier_gain(process: Any, table: StepTable) -> Tensor:
+    """``ClassifierGuidance.gain``; infinite where x_t holds no signal that ε could tell of x_0."""
+    if table.method == "ddpm":
+        gain = table.sigma.square()
+        if process.var_type == "fixed_large":
+            # The published variance of the last step, which draws no noise, is not zero.
+            gain[-1] = process.last_variance
+        return gain
+    signal, noise = (
+        torch.from_numpy(level[: len(table)][::-1].copy())  # a table may leave out the first steps
+        for level in (process.signal_scale, process.noise_scale)
+    )
+    return (noise**2 / signal).to(table.packed)
