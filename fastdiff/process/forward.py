@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdiff.checks import check_float, check_like
 from fastdiff.errors import InputError
-from fastdiff.ops.normal.op import draw_like
+from fastdiff.ops.normal import draw_like
 from fastdiff.ops.q_sample.op import q_sample
 from fastdiff.process.schedules import check_betas
 from fastdiff.process.tables import FloatArray, ProcessTables, TablesAt, check_timestep_map

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff.checks import check_float, check_like, is_finite
 from fastdiff.errors import InputError
-from fastdiff.ops.normal.op import draw_like
+from fastdiff.ops.normal import draw_like
 from fastdiff.process.forward import mean_flat, posterior_mean
 from fastdiff.process.likelihood import discretized_gaussian_log_likelihood, normal_kl
 from fastdiff.process.published_loops import SamplingLoops, StepNoise, countdown, noise_of_step

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastdiff.checks import check_like, is_finite
 from fastdiff.errors import InputError
-from fastdiff.ops.normal.op import draw_like
+from fastdiff.ops.normal import draw_like
 from fastdiff.ops.posterior_step.reference import log_variance
 from fastdiff.process.forward import ForwardProcess, posterior_mean
 from fastdiff.process.tables import FloatArray, TablesAt, arithmetic_dtype, to_device

@@ -7,12 +7,12 @@ import torch
 from fastdiff.checks import is_finite
 from fastdiff.errors import InputError
 from fastdiff.methods.table import COLUMNS, StepTable
-from fastdiff.ops import backends
-from fastdiff.ops.backends import Choice
-from fastdiff.ops.elementwise import split_counter, split_first_sample
-from fastdiff.ops.normal import op as rng
+from fastdiff.ops import dispatch
+from fastdiff.ops.counters import Counters, check_counter, check_first_sample, sampling_step
+from fastdiff.ops.dispatch import Choice
+from fastdiff.ops.normal import normal
 from fastdiff.ops.posterior_step import reference as reference
-from fastdiff.ops.posterior_step.launch import kind_of_call, know, known_calls, reads, step_error
+from fastdiff.ops.posterior_step.launch import Arguments, kernel, step_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,114 +52,66 @@ def posterior_step(
     Gradients are the reference's alone. Raises InputError for shapes, dtypes, devices or a ``step``
     that do not fit. Equations: fastdiff/methods/table.py.
     """
-    key: tuple | None = None
-    if backends.nobody_listens():
-        # What was checked and planned once is neither checked nor planned again.
-        key = kind_of_call(
-            x_t, model_output, table, step, noise, seed, first_sample, prev_x_start, guidance_scale
-        )
-        known = None if key is None else known_calls.get(key)
-        if known is not None:
-            return known.run(
-                x_t,
-                model_output,
-                table.packed,
-                step,
-                noise,
-                seed,
-                first_sample,
-                prev_x_start,
-                guidance_scale,
-                return_x_start,
-            )
     check_tensors(x_t, model_output, table, guidance_scale)
     _check_step(step, table, x_t.device)
-    noisy, multistep = reads(table, step)
+    noisy, multistep = _reads(table, step)
     _check_extras(x_t, noisy, multistep, noise, seed, prev_x_start)
-    number, seed_tensor = split_counter("seed", seed if noisy else None, 2**64, x_t.device)
-    first, first_tensor = split_first_sample(first_sample, len(x_t), x_t.device)
-    backend, _ = _choose(x_t, model_output, noise, prev_x_start)
+    if seed is not None:
+        seed = check_counter("seed", seed, 2**64, x_t.device) if noisy else None
+    first_sample = check_first_sample(first_sample, len(x_t), x_t.device)
+    counters = Counters(step, seed, first_sample)
+    backend = choose(x_t, model_output, noise=noise, prev_x_start=prev_x_start).backend
+    noise = noise if noisy else None
+    prev_x_start = prev_x_start if multistep else None
     # The native kernel looks at a step tensor by itself, where it runs at all; those for GPUs
     # answer NaN, emulated or not.
     if backend == "reference" or x_t.numel() == 0:
         _look_at_step(step, table)
 
+    by_tensor = isinstance(guidance_scale, torch.Tensor)
     if backend == "reference":
-        return _reference(
+        x_prev, x_start = _reference(
+            x_t, model_output, table, counters, noise, prev_x_start, guidance_scale
+        )
+    else:
+        call = Arguments(
             x_t,
             model_output,
-            table,
-            step,
-            noise if noisy else None,
-            seed if noisy else None,
-            first_sample,
-            prev_x_start if multistep else None,
-            guidance_scale,
+            table.packed,
+            noise,
+            prev_x_start,
+            guidance_scale if by_tensor else None,
+            None if guidance_scale is None or by_tensor else float(guidance_scale),
+            table.learned_variance,
+            counters,
             return_x_start,
+            backend,
         )
-    step_tensor = step if isinstance(step, torch.Tensor) else None
-    scale_tensor = guidance_scale if isinstance(guidance_scale, torch.Tensor) else None
-    operator = (
-        torch.ops.fastdiff.posterior_step if return_x_start else torch.ops.fastdiff.posterior_x_prev
-    )
-    result = operator(
-        x_t,
-        model_output,
-        table.packed,
-        table.learned_variance,
-        0 if step_tensor is not None else step,
-        step_tensor,
-        noise if noisy else None,
-        number,
-        seed_tensor,
-        first,
-        first_tensor,
-        prev_x_start if multistep else None,
-        guidance_scale if scale_tensor is None else None,
-        scale_tensor,
-        backend,
-    )
-    x_prev, x_start = result if return_x_start else (result, None)
-    if key is not None:
-        arguments = (noise, seed, prev_x_start, guidance_scale)
-        know(key, x_t, model_output, table, step, *arguments, backend)
-    return x_prev, x_start
+        x_prev, x_start = kernel(call)
+    return x_prev, x_start if return_x_start else None
 
 
 def choose(
     x_t: torch.Tensor,
     model_output: torch.Tensor,
-    table: StepTable,
-    step: int | torch.Tensor,
-    *,
+    *_: Any,
     noise: torch.Tensor | None = None,
     prev_x_start: torch.Tensor | None = None,
-    **_: Any,
+    **__: Any,
 ) -> Choice:
-    """What the plan picks for this call (``fastdiff.explain``)."""
-    return Choice("posterior_step", *_choose(x_t, model_output, noise, prev_x_start))
+    """Which backend serves this call, and why (``fastdiff.explain``)."""
+    wanted = dispatch.wants_gradient(x_t, model_output, noise, prev_x_start)
+    return dispatch.choose(OPERATION, x_t, dispatch.NOT_DIFFERENTIABLE if wanted else None)
 
 
-def _choose(x_t: torch.Tensor, *others: torch.Tensor | None) -> tuple[str, str]:
-    """(backend, reason)."""
-    if backends.transforms():
-        return backends.under_transforms("posterior_step"), backends.TRANSFORMS_REASON
-    name = backends.named()
-    device, dtype = x_t.device, x_t.dtype
-    tracked = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x_t, *others)
-    )
-    if name is None:
-        if tracked:
-            return "reference", "only it is differentiable, and a gradient is wanted"
-        of_call = (device, dtype, "posterior_step")
-        return backends.default(*of_call), backends.default_reason(*of_call)
-    if tracked and name != "reference":
-        raise InputError(
-            f"posterior_step: the backend {name!r} was named, but its kernel has no gradients and "
-            "an input requires grad; use torch.no_grad(), or name 'reference'"
-        )
-    return backends.require("posterior_step", name, device, dtype), backends.NAMED_REASON
+OPERATION = dispatch.register("posterior_step", choose, kernels=("native", "triton", "cuda"))
+
+
+def _reads(table: StepTable, step: int | torch.Tensor) -> tuple[bool, bool]:
+    """Whether the step draws noise and reads prev_x_start; a tensor counts as any row."""
+    if isinstance(step, int):
+        return table.noisy_rows[step], table.multistep_rows[step]
+    return table.is_noisy, table.is_multistep
 
 
 # --- The reference ----------------------------------------------------------------------------
@@ -169,22 +121,16 @@ def _reference(
     x_t: torch.Tensor,
     model_output: torch.Tensor,
     table: StepTable,
-    step: int | torch.Tensor,
+    counters: Counters,
     noise: torch.Tensor | None,
-    seed: int | torch.Tensor | None,
-    first_sample: int | torch.Tensor,
     prev_x_start: torch.Tensor | None,
     guidance_scale: float | torch.Tensor | None,
-    return_x_start: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    step, seed, first_sample = counters
     if seed is not None:
-        noise = rng.normal(
-            x_t.shape,
-            seed=seed,
-            step=_counter_step(step),
-            first_sample=first_sample,
-            device=x_t.device,
-        )
+        counted = _counter_step(step)
+        options = {"seed": seed, "first_sample": first_sample, "device": x_t.device}
+        noise = normal(x_t.shape, step=counted, **options)
     output, variance_output = _split_output(model_output, x_t.shape[1], table, guidance_scale)
     x_prev, x_start = reference.posterior_step(
         x_t.float(),
@@ -194,7 +140,7 @@ def _reference(
         z=None if noise is None else noise.float(),
         x_start_before=None if prev_x_start is None else prev_x_start.float(),
     )
-    return x_prev.to(x_t.dtype), x_start.to(x_t.dtype) if return_x_start else None
+    return x_prev.to(x_t.dtype), x_start.to(x_t.dtype)
 
 
 def _split_output(
@@ -223,8 +169,8 @@ def _row(table: StepTable, step: int | torch.Tensor) -> dict[str, torch.Tensor]:
 def _counter_step(step: int | torch.Tensor) -> int | torch.Tensor:
     """The generator's numbering of the row, computed where ``step`` is."""
     if isinstance(step, int):
-        return rng.sampling_step(step)
-    return step.long() + rng.sampling_step(0)
+        return sampling_step(step)
+    return step.long() + sampling_step(0)
 
 
 # --- Checks -----------------------------------------------------------------------------------

@@ -7,18 +7,17 @@ from torch import Tensor
 
 from fastdiff.checks import check_float, check_like, check_timesteps
 from fastdiff.errors import InputError
-from fastdiff.ops import backends
-from fastdiff.ops.backends import Choice
-from fastdiff.ops.elementwise import described, split_counter, split_first_sample
-from fastdiff.ops.normal import op as rng
-from fastdiff.ops.q_sample.launch import (
+from fastdiff.ops import dispatch
+from fastdiff.ops.counters import (
+    TRAINING_STEP_BASE,
     Counters,
-    are_known_counters,
-    know,
-    known_plans,
-    launch,
-    new_x_t,
+    check_counter,
+    check_first_sample,
+    training_step,
 )
+from fastdiff.ops.dispatch import Choice, MissingGradient
+from fastdiff.ops.normal import draw_like, normal
+from fastdiff.ops.q_sample.launch import Arguments, kernel
 from fastdiff.ops.q_sample.reference import q_sample as reference_q_sample
 
 
@@ -54,45 +53,37 @@ def q_sample(
     the CPU, a t out of range. On other devices such a t gives NaN: reading it would stall them.
     """
     signal, sigma = sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod
-    key: tuple | None = None
-    if (seed is None) != (noise is None) and backends.nobody_listens():
-        # What was checked and planned once is neither checked nor planned again.
-        tensors = (x_start, t, signal, sigma, noise)
-        numbers = seed is None or type(seed) is type(step) is type(first_sample) is int
-        kinds = None if numbers else tuple(map(described, (seed, step, first_sample)))
-        key = (*map(described, tensors), kinds, return_noise, backends.named())
-        known = known_plans.get(key)
-        if known is not None and (seed is None or are_known_counters(seed, step, first_sample)):
-            return new_x_t(known, *tensors, seed, step, first_sample, return_noise)
     check_float(x_start, "x_start")
     rows = _table_length(signal, sigma, x_start)
-    backend, _ = _choose(x_start, signal, sigma)
+    backend = choose(x_start, t, signal, sigma).backend
     # The native kernel looks at t by itself, where it runs at all; the CUDA kernel answers NaN,
     # emulated or not.
     looks = x_start.numel() == 0 or backend not in ("native", "cuda")
-    given_t = t  # which the key tells of, and a known call passes on as it is
     t = check_timesteps(t, x_start, rows, "x_start", look=looks)
     if noise is not None:
         if seed is not None:
             raise InputError("q_sample takes noise or seed, not both")
         check_like(noise, "noise", x_start, "x_start")
     elif seed is None:
-        noise = rng.draw_like(x_start)
+        noise = draw_like(x_start)
+    counters = Counters() if seed is None else _counters(x_start, seed, step, first_sample)
 
     if backend == "reference":
         if noise is None:
-            noise = _drawn(x_start, seed, step, first_sample)
+            noise = _drawn(x_start, counters)
         x_t = reference_q_sample(x_start, t, signal, sigma, noise)
         return x_t, noise if return_noise else None
-    counters = _counters(x_start, seed, step, first_sample)
     returns_drawn = noise is None and return_noise
-    results = launch(x_start, t, signal, sigma, noise, *counters, returns_drawn, backend)
-    if key is not None:
-        written = results[1] if returns_drawn else noise
-        know(key, x_start, given_t, signal, sigma, written, results[0], seed is not None, backend)
-    if returns_drawn:
-        return results[0], results[1]
-    return results[0], noise if return_noise else None
+    call = Arguments(x_start, noise, t, signal, sigma, counters, returns_drawn, backend)
+    result, drawn = kernel(call, dispatch.wants_gradient(x_start, noise))
+    assert result is not None
+    return result, (drawn if noise is None else noise) if return_noise else None
+
+
+_TABLES = MissingGradient(
+    "only it has gradients for the tables",
+    "its kernels have no gradients for the tables; name 'reference', or None for the plan's choice",
+)
 
 
 def choose(
@@ -102,29 +93,12 @@ def choose(
     sqrt_one_minus_alphas_cumprod: Tensor,
     **_: Any,
 ) -> Choice:
-    """What the plan picks for this call (``fastdiff.explain``)."""
-    backend, reason = _choose(x_start, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
-    return Choice("q_sample", backend, reason)
+    """Which backend serves this call, and why (``fastdiff.explain``)."""
+    tracked = sqrt_alphas_cumprod.requires_grad or sqrt_one_minus_alphas_cumprod.requires_grad
+    return dispatch.choose(OPERATION, x_start, _TABLES if tracked else None)
 
 
-def _choose(x_start: Tensor, signal: Tensor, sigma: Tensor) -> tuple[str, str]:
-    """(backend, reason)."""
-    if backends.transforms():
-        return backends.under_transforms("q_sample"), backends.TRANSFORMS_REASON
-    name = backends.named()
-    device, dtype = x_start.device, x_start.dtype
-    tracked = signal.requires_grad or sigma.requires_grad
-    if name is None:
-        if tracked:
-            return "reference", "only it has gradients for the tables"
-        of_call = (device, dtype, "q_sample")
-        return backends.default(*of_call), backends.default_reason(*of_call)
-    if tracked and name != "reference":
-        raise InputError(
-            f"q_sample: the backend {name!r} was named, but its kernels have no gradients for the "
-            "tables; name 'reference', or None for the plan's choice"
-        )
-    return backends.require("q_sample", name, device, dtype), backends.NAMED_REASON
+OPERATION = dispatch.register("q_sample", choose, kernels=("native", "triton", "cuda"))
 
 
 def _table_length(first: Tensor, second: Tensor, x_start: Tensor) -> int:
@@ -142,28 +116,23 @@ def _table_length(first: Tensor, second: Tensor, x_start: Tensor) -> int:
 
 
 def _counters(
-    x_start: Tensor, seed: int | Tensor | None, step: int | Tensor, first_sample: int | Tensor
+    x_start: Tensor, seed: int | Tensor, step: int | Tensor, first_sample: int | Tensor
 ) -> Counters:
-    """The checked counters as operators take them; ``step`` stays the training step's number."""
-    if seed is None:
-        return None, None, 0, None, 0, None
-    number, seed_tensor = split_counter("seed", seed, 2**64, x_start.device)
-    limit = 2**32 - rng.TRAINING_STEP_BASE
-    step_number, step_tensor = split_counter("step", step, limit, x_start.device)
-    first = split_first_sample(first_sample, len(x_start), x_start.device)
-    return number, seed_tensor, step_number or 0, step_tensor, *first
+    """The checked counters; ``step`` stays the training step's number."""
+    device = x_start.device
+    seed = check_counter("seed", seed, 2**64, device)
+    step = check_counter("step", step, 2**32 - TRAINING_STEP_BASE, device)
+    return Counters(step, seed, check_first_sample(first_sample, len(x_start), device))
 
 
-def _drawn(
-    x_start: Tensor, seed: int | Tensor | None, step: int | Tensor, first_sample: int | Tensor
-) -> Tensor:
+def _drawn(x_start: Tensor, counters: Counters) -> Tensor:
     """The noise by itself, in x_start's own dtype and layout."""
+    step, seed, first_sample = counters
     assert seed is not None
-    counted = step + rng.TRAINING_STEP_BASE if isinstance(step, Tensor) else rng.training_step(step)
-    return rng.normal(
+    return normal(
         tuple(x_start.shape),
         seed=seed,
-        step=counted,
+        step=step + TRAINING_STEP_BASE if isinstance(step, Tensor) else training_step(step),
         first_sample=first_sample,
         out=torch.empty_like(x_start, requires_grad=False),
     )
