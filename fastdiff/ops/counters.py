@@ -74,14 +74,14 @@ def signed(value: int, bits: int = 64) -> int:
 
 def low_bits(counter: Counter, bits: int) -> int:
     """A counter's low bits as an unsigned number; a tensor is read for it."""
-    return int(counter) & (2**bits - 1)
+    return int(counter) & ((1 << bits) - 1)
 
 
 def value_or_address(counter: Counter, bits: int = 64) -> tuple[int, int]:
     """A number and no address, or a tensor's address: its value is read on the device."""
     if isinstance(counter, Tensor):
         return 0, counter.data_ptr()
-    return counter & (2**bits - 1), 0
+    return low_bits(counter, bits), 0
 
 
 # --- Checks -----------------------------------------------------------------------------------
@@ -100,6 +100,8 @@ def check_integer(name: str, value: SupportsIndex, limit: int) -> int:
 
 def check_counter(name: str, value: Counter, limit: int, device: torch.device) -> Counter:
     """``value`` if it is a counter: 0 ≤ value < limit, or an int64 element on ``device``."""
+    if type(value) is int and 0 <= value < limit:
+        return value
     if not isinstance(value, Tensor):
         return check_integer(name, value, limit)
     if value.dtype != torch.int64 or value.numel() != 1 or value.device != device:
@@ -112,4 +114,4 @@ def check_counter(name: str, value: Counter, limit: int, device: torch.device) -
 
 def check_first_sample(value: Counter, samples: int, device: torch.device) -> Counter:
     """``value`` if it is a counter from which ``samples`` numbers stay below 2⁶⁴, or a tensor."""
-    return check_counter("first_sample", value, 2**64 - max(samples - 1, 0), device)
+    return check_counter("first_sample", value, 2**64 + min(1 - samples, 0), device)

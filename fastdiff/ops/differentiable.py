@@ -47,7 +47,7 @@ class Kernel:
         self.name, self.record, self.allocate, self.launch = name, record, allocate, launch
         kinds = typing.get_type_hints(record).values()
         self.tensors = sum(1 for _ in itertools.takewhile(lambda k: _is_tensor(k), kinds))
-        self.eager: Any = None  # an autograd Function, where there are gradients
+        self.eager: Any = None  # an autograd Function's apply, where there are gradients
         returns = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
         _LIBRARY.define(f"{name}({', '.join(_fields(record))}) -> {returns}")
         for key in ("CPU", "CUDA"):
@@ -59,7 +59,7 @@ class Kernel:
         """The outputs; ``wants_gradient``: autograd will ask for one."""
         if not backends.launches_directly(*call[: self.tensors]):
             return self.dispatch(call)
-        return self.eager.apply(*call) if wants_gradient else self.run(call)
+        return self.eager(*call) if wants_gradient else self.run(call)
 
     def run(self, call: Any) -> Outputs:
         outputs = self.allocate(call)
@@ -77,9 +77,13 @@ class Kernel:
     def _fake(self, *values: Any) -> Any:
         return _as_tensors(self.allocate(_built(self.record, iter(values))))
 
-    def differentiate(self, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
+    def differentiate(
+        self, setup: Callable[..., None], backward: Callable[..., Any], *, returns: int
+    ) -> None:
         """Gradients: ``setup(ctx, call, outputs)`` keeps what ``backward(ctx, grad)`` needs for the
-        gradients of the record's tensors from that of the first output. The others have none."""
+        gradients of the record's tensors from that of the first output. The others have none; only
+        the first ``returns`` outputs are the caller's."""
+        fields = len(self.record._fields)
 
         def padded(ctx: Any, grad: Tensor | None, count: int) -> tuple[Any, ...]:
             given = (None,) * self.tensors if grad is None else tuple(backward(ctx, grad))
@@ -107,15 +111,16 @@ class Kernel:
                 call = self.record(*values)
                 outputs = self.run(call)
                 ctx.set_materialize_grads(False)
-                ctx.mark_non_differentiable(*(v for v in outputs[1:] if v is not None))
                 setup(ctx, call, outputs)
-                return outputs
+                if returns > 1:
+                    ctx.mark_non_differentiable(*(v for v in outputs[1:] if v is not None))
+                return outputs[:returns]
 
             @staticmethod
             def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
-                return padded(ctx, grad, len(self.record._fields))
+                return padded(ctx, grad, fields)
 
-        self.eager = Eager
+        self.eager = Eager.apply
 
 
 def differentiable_once(forward: Kernel, backward: Kernel, *, keeps: tuple[int, ...]) -> None:
@@ -135,17 +140,15 @@ def differentiable_once(forward: Kernel, backward: Kernel, *, keeps: tuple[int, 
         saved = ctx.saved_tensors
         kept, tensors = saved[: len(keeps)], saved[len(keeps) :]
         call = backward.record(grad, *kept, forward.record(*tensors, *ctx.rest))
-        # Somebody may keep the backward's graph: the operator then knows that it has none.
-        if torch.is_grad_enabled() or not backends.launches_backward_directly(grad):
-            found = backward.dispatch(call)
-        else:
+        if backends.launches_backward_directly(grad) and not torch.is_grad_enabled():
             found = backward.run(call)
-        return [
-            None if t is None else g if g is not None and g.shape == t.shape else found[0]
-            for t, g in zip(tensors, found, strict=True)
-        ]
+        else:  # the operator refuses the derivative that whoever keeps the backward's graph may ask
+            pairs = zip(backward.dispatch(call), tensors, strict=True)
+            found = tuple(g if t is not None and g.shape == t.shape else None for g, t in pairs)  # type: ignore[union-attr]
+        first = found[0]
+        return [first if g is None and t is not None else g for g, t in zip(found, tensors)]  # noqa: B905
 
-    forward.differentiate(setup, gradients)
+    forward.differentiate(setup, gradients, returns=1)
 
     def refuse(ctx: Any, *_: Any) -> Any:
         raise InputError(

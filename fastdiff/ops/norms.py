@@ -75,7 +75,9 @@ def writable(out: Tensor) -> Tensor:
 
 def in_layout_of(like: Tensor, tensor: Tensor) -> Tensor:
     """``tensor`` in the memory layout of ``like``."""
-    return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
+    if tensor.stride() == like.stride() or (tensor.is_contiguous() and like.is_contiguous()):
+        return tensor
+    return torch.empty_like(like).copy_(tensor)
 
 
 def rows(first: Maybe, second: Maybe) -> tuple[Maybe, Maybe]:

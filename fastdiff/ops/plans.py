@@ -12,7 +12,10 @@ _NONE = object()
 
 def described(tensor: Tensor | None) -> tuple | None:
     """All of a tensor that a plan may depend on."""
-    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+    if tensor is None:
+        return None
+    strides = None if tensor.is_contiguous() else tensor.stride()  # the first costs less
+    return tensor.shape, strides, tensor.dtype
 
 
 def plan_of(make: Callable[..., Any], tensors: Sequence[Tensor | None], *options: Any) -> Any:

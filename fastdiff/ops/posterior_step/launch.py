@@ -42,25 +42,34 @@ def launch(call: Arguments, x_prev: Tensor, x_start: Maybe) -> None:
     guided = call.guidance_scale is not None or call.guidance_tensor is not None
     step, seed, first_sample = call.counters
     uses = (call.learned_variance, guided, seed is not None)
-    plan = plan_of(_plan, call[:6], *uses, call.backend)
-    if plan is None:
+    x_t, model_output, packed, noise, prev_x_start, guidance, *_ = call
+    as_read = packed.is_contiguous() and (guidance is None or guidance.dtype == torch.float32)
+    operands = (x_t, model_output, noise, prev_x_start)
+    plan = plan_of(_plan, operands, packed.shape[0], *uses, call.backend)
+    if plan is None or not as_read:
         _launch_copies(call, x_prev, x_start)
         return
-    tensors = (*call[:5], x_prev, x_start)
     if call.backend == "triton":
         from fastdiff.kernels import posterior_step as kernels
 
-        scale = call.guidance_scale if call.guidance_tensor is None else call.guidance_tensor
+        tensors = (x_t, model_output, packed, noise, prev_x_start, x_prev, x_start)
+        scale = call.guidance_scale if guidance is None else guidance
         with backends.device_of(x_prev):
             kernels.launch(plan, tensors, call.counters, scale)
         return
     arguments = (
         plan,
-        *map(address, tensors),
-        *value_or_address(step),
-        isinstance(step, Tensor) and step.dtype == torch.int64,
+        x_t.data_ptr(),
+        model_output.data_ptr(),
+        packed.data_ptr(),
+        address(noise),
+        address(prev_x_start),
+        x_prev.data_ptr(),
+        address(x_start),
+        *((step, 0) if type(step) is int else value_or_address(step)),
+        type(step) is not int and step.dtype == torch.int64,  # type: ignore[union-attr]
         call.guidance_scale or 0.0,
-        address(call.guidance_tensor),
+        address(guidance),
         seed is not None,
     )
     seed = 0 if seed is None else seed
@@ -96,10 +105,9 @@ def _launch_copies(call: Arguments, x_prev: Tensor, x_start: Maybe) -> None:
 def _plan(
     x_t: Tensor,
     model_output: Tensor,
-    packed: Tensor,
     noise: Maybe,
     prev_x_start: Maybe,
-    guidance: Maybe,
+    rows: int,
     learned_variance: bool,
     guided: bool,
     draws: bool,
@@ -107,8 +115,7 @@ def _plan(
 ) -> Any:
     """The kernel's description of these layouts; None where it reads none of the kind."""
     extras = [v for v in (noise, prev_x_start) if v is not None]
-    as_read = packed.is_contiguous() and all(v.dtype in native.DTYPE_CODES for v in extras)
-    if not as_read or (guidance is not None and guidance.dtype != torch.float32):
+    if not all(v.dtype in native.DTYPE_CODES for v in extras):
         return None
     batch, channels = x_t.shape[:2]
     x_prev = torch.empty_like(x_t)
@@ -122,7 +129,7 @@ def _plan(
         channels * model_output.stride(1) if learned_variance else -1,
         batch * model_output.stride(0) if guided else -1,
     )
-    arguments = (shape, len(packed), *layouts[:2], *offsets, *layouts[2:])
+    arguments = (shape, rows, *layouts[:2], *offsets, *layouts[2:])
     return arguments if backend == "triton" else native.library().PosteriorStep(*arguments)
 
 

@@ -58,9 +58,9 @@ def posterior_step(
     _check_extras(x_t, noisy, multistep, noise, seed, prev_x_start)
     if seed is not None:
         seed = check_counter("seed", seed, 2**64, x_t.device) if noisy else None
-    first_sample = check_first_sample(first_sample, len(x_t), x_t.device)
+    first_sample = check_first_sample(first_sample, x_t.shape[0], x_t.device)
     counters = Counters(step, seed, first_sample)
-    backend = choose(x_t, model_output, noise=noise, prev_x_start=prev_x_start).backend
+    backend = _choose(x_t, model_output, noise, prev_x_start).backend
     noise = noise if noisy else None
     prev_x_start = prev_x_start if multistep else None
     # The native kernel looks at a step tensor by itself, where it runs at all; those for GPUs
@@ -68,7 +68,7 @@ def posterior_step(
     if backend == "reference" or x_t.numel() == 0:
         _look_at_step(step, table)
 
-    by_tensor = isinstance(guidance_scale, torch.Tensor)
+    by_tensor = guidance_scale is not None and isinstance(guidance_scale, torch.Tensor)
     if backend == "reference":
         x_prev, x_start = _reference(
             x_t, model_output, table, counters, noise, prev_x_start, guidance_scale
@@ -100,11 +100,15 @@ def choose(
     **__: Any,
 ) -> Choice:
     """Which backend serves this call, and why (``fastdiff.explain``)."""
-    wanted = dispatch.wants_gradient(x_t, model_output, noise, prev_x_start)
-    return dispatch.choose(OPERATION, x_t, dispatch.NOT_DIFFERENTIABLE if wanted else None)
+    return _choose(x_t, model_output, noise, prev_x_start)
 
 
 OPERATION = dispatch.register("posterior_step", choose, kernels=("native", "triton", "cuda"))
+
+
+def _choose(x_t: torch.Tensor, *others: torch.Tensor | None) -> Choice:
+    wanted = dispatch.wants_gradient(x_t, *others)
+    return dispatch.choose(OPERATION, x_t, dispatch.NOT_DIFFERENTIABLE if wanted else None)
 
 
 def _reads(table: StepTable, step: int | torch.Tensor) -> tuple[bool, bool]:
@@ -190,35 +194,42 @@ def check_tensors(
             raise InputError(f"{name} is {tensor.dtype}; expected float32, bfloat16 or float16")
     if not isinstance(table, StepTable):
         raise InputError(f"table is a {type(table).__name__}; expected a StepTable")
-    if x_t.ndim < 2:
-        raise InputError(f"x_t has shape {tuple(x_t.shape)}; expected (N, C, ...)")
-    batch, channels, *size = x_t.shape
-    batch *= 1 if guidance_scale is None else 2
-    channels *= 2 if table.doubled_output else 1
-    if tuple(model_output.shape) != (batch, channels, *size):
+    expected = tuple(x_t.shape)
+    if len(expected) < 2:
+        raise InputError(f"x_t has shape {expected}; expected (N, C, ...)")
+    if guidance_scale is not None:
+        expected = (2 * expected[0], *expected[1:])
+    if table.doubled_output:
+        expected = (expected[0], 2 * expected[1], *expected[2:])
+    if model_output.shape != expected:
         why = [
             *(["two halves of the batch for guidance"] if guidance_scale is not None else []),
             *(["2C channels for the learned variance"] if table.doubled_output else []),
         ]
         raise InputError(
             f"model_output has shape {tuple(model_output.shape)}; expected "
-            f"{(batch, channels, *size)} for x_t of shape {tuple(x_t.shape)}"
+            f"{expected} for x_t of shape {tuple(x_t.shape)}"
             + (f" ({' and '.join(why)})" if why else "")
         )
-    for name, device in (("model_output", model_output.device), ("table", table.device)):
-        if device != x_t.device:
-            raise InputError(f"{name} is on {device}, x_t on {x_t.device}; move one to the other")
+    where = x_t.device
+    for name, device in (("model_output", model_output.device), ("table", table.packed.device)):
+        if device != where:
+            raise InputError(f"{name} is on {device}, x_t on {where}; move one to the other")
+    if guidance_scale is None:
+        return
     if isinstance(guidance_scale, torch.Tensor):
         if guidance_scale.numel() != 1 or guidance_scale.device != x_t.device:
             raise InputError(
                 f"guidance_scale is a tensor of shape {tuple(guidance_scale.shape)} on "
                 f"{guidance_scale.device}; expected one element on {x_t.device}"
             )
-    elif guidance_scale is not None and not is_finite(guidance_scale):
+    elif not is_finite(guidance_scale):
         raise InputError(f"guidance_scale is {guidance_scale!r}; expected a finite number")
 
 
 def _check_step(step: int | torch.Tensor, table: StepTable, device: torch.device) -> None:
+    if type(step) is int and 0 <= step < len(table.noisy_rows):
+        return
     if isinstance(step, torch.Tensor):
         if step.numel() != 1 or step.dtype not in (torch.int32, torch.int64):
             raise InputError(

@@ -38,18 +38,33 @@ def launch(call: Arguments, x_t: Tensor, drawn: Maybe) -> None:
     x_start, noise, t, signal, sigma = call[:5]
     draws = seed is not None
     noise = drawn if draws else noise  # written, or read
-    plan = plan_of(_plan, (x_start, noise, t, signal, sigma), draws, call.backend)
-    if plan is None:
+    as_read = (
+        signal.dtype == sigma.dtype == torch.float32
+        and t.is_contiguous()
+        and signal.is_contiguous()
+        and sigma.is_contiguous()
+    )
+    plan = plan_of(_plan, (x_start, noise), signal.shape[0], draws, call.backend)
+    if plan is None or not as_read:
         _launch_copies(call, x_t, drawn)
         return
-    tensors = (x_start, t, signal, sigma, noise, x_t)
     if call.backend == "triton":
         from fastdiff.kernels import q_sample as kernels
 
+        tensors = (x_start, t, signal, sigma, noise, x_t)
         with backends.device_of(x_t):
             kernels.launch(plan, tensors, call.counters)
         return
-    arguments = (plan, *map(address, tensors), draws)
+    arguments = (
+        plan,
+        x_start.data_ptr(),
+        t.data_ptr(),
+        signal.data_ptr(),
+        sigma.data_ptr(),
+        address(noise),
+        x_t.data_ptr(),
+        draws,
+    )
     seed = 0 if seed is None else seed
     if call.backend == "cuda":
         number, step_address = value_or_address(step, 32)
@@ -86,23 +101,15 @@ def _launch_copies(call: Arguments, x_t: Tensor, drawn: Maybe) -> None:
             out.copy_(result)
 
 
-def _plan(
-    x_start: Tensor, noise: Maybe, t: Tensor, signal: Tensor, sigma: Tensor, *options: Any
-) -> Any:
+def _plan(x_start: Tensor, noise: Maybe, rows: int, draws: bool, backend: str) -> Any:
     """The kernel's description of these layouts; None where it reads none of the kind."""
-    draws, backend = options
-    as_read = (
-        all(v.is_contiguous() for v in (t, signal, sigma))
-        and signal.dtype == sigma.dtype == torch.float32
-        and (noise is None or noise.dtype in native.DTYPE_CODES)
-    )
-    if not as_read:
+    if noise is not None and noise.dtype not in native.DTYPE_CODES:
         return None
     operands = [x_start, x_start if noise is None else noise, torch.empty_like(x_start)]
     common = common_layout(operands, counted=draws)
     if common is None:
         return None
-    arguments = (common[0], len(signal), *common[1])
+    arguments = (common[0], rows, *common[1])
     return arguments if backend == "triton" else native.library().QSample(*arguments)
 
 
@@ -130,4 +137,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Maybe, ...]:
     return x_start, noise, None, None, None
 
 
-kernel.differentiate(_setup, _backward)
+kernel.differentiate(_setup, _backward, returns=2)

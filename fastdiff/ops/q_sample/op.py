@@ -104,15 +104,16 @@ OPERATION = dispatch.register("q_sample", choose, kernels=("native", "triton", "
 def _table_length(first: Tensor, second: Tensor, x_start: Tensor) -> int:
     check_float(first, "sqrt_alphas_cumprod")
     check_like(second, "sqrt_one_minus_alphas_cumprod", first, "sqrt_alphas_cumprod")
-    if first.dim() != 1 or len(first) == 0:
+    shape = first.shape
+    if len(shape) != 1 or shape[0] == 0:
         raise InputError(
-            f"the coefficient tables must have shape (K,) with K >= 1, got {tuple(first.shape)}"
+            f"the coefficient tables must have shape (K,) with K >= 1, got {tuple(shape)}"
         )
     if first.device != x_start.device:
         raise InputError(
             f"the coefficient tables are on {first.device} but x_start is on {x_start.device}"
         )
-    return len(first)
+    return shape[0]
 
 
 def _counters(
@@ -122,7 +123,7 @@ def _counters(
     device = x_start.device
     seed = check_counter("seed", seed, 2**64, device)
     step = check_counter("step", step, 2**32 - TRAINING_STEP_BASE, device)
-    return Counters(step, seed, check_first_sample(first_sample, len(x_start), device))
+    return Counters(step, seed, check_first_sample(first_sample, x_start.shape[0], device))
 
 
 def _drawn(x_start: Tensor, counters: Counters) -> Tensor:
