@@ -32,7 +32,9 @@ class Kernel:
 
     ``record`` is a NamedTuple of tensors, then of numbers, names, Counters or another such record.
     ``allocate(call)`` makes the outputs (N of them, None where one is not wanted: the operator
-    returns an empty tensor then), ``launch(call, *outputs)`` fills them.
+    returns an empty tensor then), ``launch(call, *outputs)`` fills them. It does nothing and
+    answers False where some argument has a layout or dtype that no kernel reads; ``readable(call)``
+    is the same call on copies.
     """
 
     def __init__(
@@ -40,11 +42,13 @@ class Kernel:
         name: str,
         record: Any,
         allocate: Callable[..., Outputs],
-        launch: Callable[..., None],
+        launch: Callable[..., bool | None],
         *,
         outputs: int,
+        readable: Callable[[Any], Any] | None = None,
     ) -> None:
-        self.name, self.record, self.allocate, self.launch = name, record, allocate, launch
+        self.name, self.record, self.allocate = name, record, allocate
+        self.launch, self.readable = launch, readable
         kinds = typing.get_type_hints(record).values()
         self.tensors = sum(1 for _ in itertools.takewhile(lambda k: _is_tensor(k), kinds))
         self.eager: Any = None  # an autograd Function's apply, where there are gradients
@@ -63,8 +67,27 @@ class Kernel:
 
     def run(self, call: Any) -> Outputs:
         outputs = self.allocate(call)
-        self.launch(call, *outputs)
+        if outputs[0].numel() == 0:  # type: ignore[union-attr]
+            for output in outputs:
+                if output is not None:
+                    output.zero_()
+        elif self.launch(call, *outputs) is False:
+            self._run_on_copies(call, outputs)
         return outputs
+
+    def _run_on_copies(self, call: Any, outputs: Outputs) -> None:
+        assert self.readable is not None
+        call = self.readable(call)
+        made: Any = zip(outputs, self.allocate(call), strict=True)
+        targets = [
+            b if a is not None and (a.dtype, a.stride()) != (b.dtype, b.stride()) else a
+            for a, b in made
+        ]
+        if self.launch(call, *targets) is False:
+            raise AssertionError(f"{self.name} cannot read its own copies")
+        for output, target in zip(outputs, targets, strict=True):
+            if output is not None and target is not output:
+                output.copy_(target)
 
     def dispatch(self, call: Any) -> Outputs:
         """The outputs through PyTorch's dispatcher."""

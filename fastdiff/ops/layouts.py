@@ -5,12 +5,14 @@ They read any strides that are (samples, channels, spatial). Whatever else comes
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastdiff.ops import native
-from fastdiff.ops.backends import KERNEL_DTYPES
+from fastdiff.ops.backends import KERNEL_DTYPES, device_of
+from fastdiff.ops.counters import Counter, low_bits, value_or_address
 
 Maybe = Tensor | None
 
@@ -129,3 +131,25 @@ def code(tensor: Maybe) -> int:
 
 def row_stride(tensor: Maybe) -> int:
     return 0 if tensor is None else tensor.stride(0)
+
+
+def call_elementwise(
+    name: str,
+    backend: str,
+    x: Tensor,
+    arguments: tuple[Any, ...],
+    seed: Counter | None,
+    step: tuple[int, ...],
+    first_sample: Counter,
+) -> Any:
+    """The C++ kernel of the CPU, or CUDA's, to which tensors of counters go as addresses; ``step``
+    as that takes it: the counter's number and, for some, an address."""
+    seed = 0 if seed is None else seed
+    library = native.library()
+    if backend == "native":
+        numbers = low_bits(seed, 64), step[0], low_bits(first_sample, 64)
+        return getattr(library, f"{name}_cpu")(*arguments, *numbers, torch.get_num_threads())
+    counters = *value_or_address(seed), *step, *value_or_address(first_sample)
+    on = native.multiprocessors(x.device), native.cuda_stream(x.device)
+    with device_of(x):
+        return getattr(library, f"{name}_cuda")(*arguments, *counters, *on)

@@ -66,11 +66,12 @@ def is_channels_last(x: Tensor) -> bool:
     return x.dim() > 2 and x.movedim(1, -1).is_contiguous()
 
 
-def writable(out: Tensor) -> Tensor:
-    """``out`` itself if kernels write its layout, else an empty tensor like it that they write."""
-    if out.is_contiguous() or is_channels_last(out):
-        return out
-    return torch.empty_like(out, memory_format=torch.contiguous_format)
+def dense_like(x: Tensor) -> Tensor:
+    """An empty tensor in the layout that a norm's kernel takes x in."""
+    like = torch.empty_like(x)
+    if like.is_contiguous() or is_channels_last(like):
+        return like
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def in_layout_of(like: Tensor, tensor: Tensor) -> Tensor:

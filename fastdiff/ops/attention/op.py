@@ -162,8 +162,6 @@ def _allocate(call: Arguments) -> tuple[Tensor, Maybe]:
 
 
 def _launch(call: Arguments, out: Tensor, lse: Maybe) -> None:
-    if out.numel() == 0:
-        return
     if call.backend == "triton":
         import fastdiff.kernels.attention as kernels
 
@@ -179,8 +177,6 @@ def _launch(call: Arguments, out: Tensor, lse: Maybe) -> None:
 
 def _launch_backward(call: Backward, grad_qkv: Tensor) -> None:
     grad, out, lse, forward = call
-    if out.numel() == 0:
-        return
     if 1 not in grad.stride()[1:]:  # an expanded one, from a sum
         grad = grad.contiguous()
     if forward.backend == "triton":

@@ -52,17 +52,12 @@ def _room(like: Maybe) -> Maybe:
     return None if like is None else torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
-def forward(call: Arguments, y: Tensor, statistics: Maybe) -> None:
+def forward(call: Arguments, y: Tensor, statistics: Maybe) -> bool | None:
     """Fill both."""
-    if y.numel() == 0:
-        return
     shape = _shape_of(call)
     if shape is None:
-        out = norms.writable(y)
-        forward(_readable(call, out), out, statistics)
-        if out is not y:
-            y.copy_(out)
-    elif call.backend == "native":
+        return False
+    if call.backend == "native":
         native.library().group_norm_silu_cpu(
             shape, *map(address, (*call[:6], y, statistics)), torch.get_num_threads()
         )
@@ -82,20 +77,15 @@ def forward(call: Arguments, y: Tensor, statistics: Maybe) -> None:
             kernels.forward(
                 x, num_groups, weight, bias, eps, scale, shift, add, silu, y, mean, rstd
             )
+    return None
 
 
-def backward(given: Backward, dx: Tensor, *small: Maybe) -> None:
+def backward(given: Backward, dx: Tensor, *small: Maybe) -> bool | None:
     """Fill the gradients of x, and of weight, bias, scale, shift and add where there is room."""
     dy, statistics, call = given
-    if dx.numel() == 0:
-        for gradient in small:
-            if gradient is not None:
-                gradient.zero_()
-        return
     shape = _shape_of(call)
     if shape is None:
-        _backward_of_copies(given, dx, small)
-        return
+        return False
     dy = norms.in_layout_of(dx, dy)
     if call.backend == "native":
         native.library().group_norm_silu_backward_cpu(
@@ -110,21 +100,7 @@ def backward(given: Backward, dx: Tensor, *small: Maybe) -> None:
             )  # fmt: skip
     else:
         _triton_backward(dy, statistics, call, dx, small)
-
-
-def _backward_of_copies(given: Backward, dx: Tensor, small: tuple[Maybe, ...]) -> None:
-    """The kernel writes in the dtypes that it reads, which ``_readable`` may have widened."""
-    dy, statistics, call = given
-    out = norms.writable(dx)
-    call = _readable(call, out)
-    written = tuple(
-        None if gradient is None or like is None else gradient.to(like.dtype)
-        for gradient, like in zip(small, call[1:6], strict=True)
-    )
-    backward(Backward(dy, statistics, call), out, *written)
-    for gradient, result in zip((dx, *small), (out, *written), strict=True):
-        if gradient is not None and result is not None and result is not gradient:
-            gradient.copy_(result)
+    return None
 
 
 def _triton_backward(
@@ -133,11 +109,12 @@ def _triton_backward(
     """The kernel gives Σ dv, Σ dv·x̂ and Σ dx over the positions; the rest is (N, C) arithmetic."""
     from fastdiff.kernels import group_norm_silu as kernels
 
-    x, weight, bias, scale, shift, add, num_groups, _, silu, *_ = call
+    x, weight, bias, scale, shift, add, num_groups, _, silu, _, _ = call
+    mean, rstd = statistics.unbind()
     sums = x.new_empty((3, *x.shape[:2]), dtype=torch.float32)
     with backends.device_of(x):
         kernels.backward(
-            dy, x, num_groups, weight, bias, *statistics.unbind(), scale, shift, add, silu, dx, sums
+            dy, x, num_groups, weight, bias, mean, rstd, scale, shift, add, silu, dx, sums
         )
     dv, dv_xhat, dx_sum = sums.unbind()
     dweight, dbias, dscale, dshift, dadd = small
@@ -159,13 +136,12 @@ def _triton_backward(
 
 def _shape_of(call: Arguments) -> Any:
     """What the kernel is told of the shapes; None for arguments that it does not read."""
-    return plan_of(_plan, call[:6], *call[6:10])
+    return plan_of(_plan, call[:6], *call[6:10], False)  # what is kept changes no plan
 
 
 def _plan(*arguments: Any) -> Any:
-    call = Arguments(*arguments, keep=False)
-    y = torch.empty_like(call.x)
-    if norms.writable(y) is not y or not norms.unchanged(call, _readable(call, y)):
+    call = Arguments(*arguments)
+    if not norms.unchanged(call, readable(call)):
         return None
     if call.backend == "triton":
         return ()  # its launcher derives its own
@@ -193,15 +169,15 @@ def _plan(*arguments: Any) -> Any:
     )
 
 
-def _readable(call: Arguments, out: Tensor) -> Arguments:
-    """The arguments, with copies of what no kernel reads as it stands beside this output (strange
-    strides, mixed and wide dtypes)."""
-    x, weight, bias, scale, shift, add, *options = call
+def readable(call: Arguments) -> Arguments:
+    """With copies of what no kernel reads as it stands (strange strides, mixed and wide dtypes)."""
+    x, add, like = call.x, call.add, norms.dense_like(call.x)
+    weight, bias = norms.rows(call.weight, call.bias)
+    scale, shift = norms.rows(call.scale, call.shift)
     if add is not None:
-        add = norms.in_layout_of(out, add) if add.shape == x.shape else norms.rows(add, add)[0]
-    x = norms.in_layout_of(out, x)
-    film = norms.rows(scale, shift)
-    return Arguments(x, *norms.rows(weight, bias), *film, add, *options)
+        add = norms.in_layout_of(like, add) if add.shape == x.shape else norms.rows(add, add)[0]
+    x = norms.in_layout_of(like, x)
+    return call._replace(x=x, weight=weight, bias=bias, scale=scale, shift=shift, add=add)
 
 
 def _tile_and_workspace(

@@ -114,8 +114,15 @@ def _check(
             )
 
 
-_kernel = Kernel(OP, Arguments, launch.allocate, launch.forward, outputs=2)
+_kernel = Kernel(
+    OP, Arguments, launch.allocate, launch.forward, outputs=2, readable=launch.readable
+)
 _backward = Kernel(
-    f"{OP}_backward", Backward, launch.allocate_gradients, launch.backward, outputs=6
+    f"{OP}_backward",
+    Backward,
+    launch.allocate_gradients,
+    launch.backward,
+    outputs=6,
+    readable=lambda given: given._replace(call=launch.readable(given.call)),
 )
 differentiable_once(_kernel, _backward, keeps=(1,))

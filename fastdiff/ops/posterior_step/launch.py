@@ -7,9 +7,9 @@ from torch import Tensor
 
 from fastdiff.errors import InputError
 from fastdiff.ops import backends, native
-from fastdiff.ops.counters import Counters, low_bits, sampling_step, value_or_address
+from fastdiff.ops.counters import Counters, sampling_step, value_or_address
 from fastdiff.ops.differentiable import Kernel
-from fastdiff.ops.layouts import Maybe, address, common_layout, dense
+from fastdiff.ops.layouts import Maybe, address, call_elementwise, common_layout, dense
 from fastdiff.ops.plans import plan_of
 
 FIRST_COUNTER_STEP = sampling_step(0)
@@ -35,71 +35,51 @@ def allocate(call: Arguments) -> tuple[Tensor, Maybe]:
     return torch.empty_like(call.x_t), x_start
 
 
-def launch(call: Arguments, x_prev: Tensor, x_start: Maybe) -> None:
+def launch(call: Arguments, x_prev: Tensor, x_start: Maybe) -> bool | None:
     """Fill both."""
-    if x_prev.numel() == 0:
-        return
-    guided = call.guidance_scale is not None or call.guidance_tensor is not None
-    step, seed, first_sample = call.counters
-    uses = (call.learned_variance, guided, seed is not None)
-    x_t, model_output, packed, noise, prev_x_start, guidance, *_ = call
+    x_t, model_output, packed, noise, before, guidance, number, learned, counters, _, backend = call
+    step, seed, first_sample = counters
+    rows, guided = packed.shape[0], number is not None or guidance is not None
     as_read = packed.is_contiguous() and (guidance is None or guidance.dtype == torch.float32)
-    operands = (x_t, model_output, noise, prev_x_start)
-    plan = plan_of(_plan, operands, packed.shape[0], *uses, call.backend)
+    layouts = (x_t, model_output, noise, before)
+    plan = plan_of(_plan, layouts, rows, learned, guided, seed is not None, backend)
     if plan is None or not as_read:
-        _launch_copies(call, x_prev, x_start)
-        return
-    if call.backend == "triton":
+        return False
+    tensors = (x_t, model_output, packed, noise, before, x_prev, x_start)
+    if backend == "triton":
         from fastdiff.kernels import posterior_step as kernels
 
-        tensors = (x_t, model_output, packed, noise, prev_x_start, x_prev, x_start)
-        scale = call.guidance_scale if guidance is None else guidance
-        with backends.device_of(x_prev):
-            kernels.launch(plan, tensors, call.counters, scale)
-        return
+        with backends.device_of(x_t):
+            kernels.launch(plan, tensors, counters, number if guidance is None else guidance)
+        return None
     arguments = (
         plan,
-        x_t.data_ptr(),
-        model_output.data_ptr(),
-        packed.data_ptr(),
-        address(noise),
-        address(prev_x_start),
-        x_prev.data_ptr(),
-        address(x_start),
-        *((step, 0) if type(step) is int else value_or_address(step)),
+        *map(address, tensors),
+        *value_or_address(step),
         type(step) is not int and step.dtype == torch.int64,  # type: ignore[union-attr]
-        call.guidance_scale or 0.0,
+        number or 0.0,
         address(guidance),
         seed is not None,
     )
-    seed = 0 if seed is None else seed
-    if call.backend == "cuda":
-        device = x_prev.device
-        with backends.device_of(x_prev):
-            native.library().posterior_step_cuda(
-                *arguments,
-                *value_or_address(seed),
-                FIRST_COUNTER_STEP,
-                *value_or_address(first_sample),
-                native.multiprocessors(device),
-                native.cuda_stream(device),
-            )
-        return
-    numbers = low_bits(seed, 64), FIRST_COUNTER_STEP, low_bits(first_sample, 64)
-    if not native.library().posterior_step_cpu(*arguments, *numbers, torch.get_num_threads()):
-        raise step_error(int(step), len(call.packed))
+    served = call_elementwise(
+        "posterior_step", backend, x_t, arguments, seed, (FIRST_COUNTER_STEP,), first_sample
+    )
+    if served is False:
+        raise step_error(int(step), rows)
+    return None
 
 
-def _launch_copies(call: Arguments, x_prev: Tensor, x_start: Maybe) -> None:
-    """Through contiguous copies in dtypes that the kernels read."""
-    copied = Arguments(*map(dense, call[:6]), *call[6:])  # type: ignore[arg-type]
-    if copied.guidance_tensor is not None:
-        copied = copied._replace(guidance_tensor=copied.guidance_tensor.float())
-    results = allocate(copied)
-    launch(copied, *results)
-    for out, result in zip((x_prev, x_start), results, strict=True):
-        if out is not None and result is not None:
-            out.copy_(result)
+def _readable(call: Arguments) -> Arguments:
+    """On contiguous copies in dtypes that the kernels read."""
+    guidance = call.guidance_tensor
+    return call._replace(
+        x_t=call.x_t.contiguous(),
+        model_output=call.model_output.contiguous(),
+        packed=call.packed.contiguous(),
+        noise=dense(call.noise),
+        prev_x_start=dense(call.prev_x_start),
+        guidance_tensor=None if guidance is None else guidance.float(),
+    )
 
 
 def _plan(
@@ -137,4 +117,4 @@ def step_error(step: int, rows: int) -> InputError:
     return InputError(f"step is {step}; the table has rows 0 … {rows - 1}")
 
 
-kernel = Kernel("posterior_step", Arguments, allocate, launch, outputs=2)
+kernel = Kernel("posterior_step", Arguments, allocate, launch, outputs=2, readable=_readable)

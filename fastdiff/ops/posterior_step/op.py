@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastdiff.checks import is_finite
 from fastdiff.errors import InputError
@@ -18,18 +19,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def posterior_step(
-    x_t: torch.Tensor,
-    model_output: torch.Tensor,
+    x_t: Tensor,
+    model_output: Tensor,
     table: StepTable,
-    step: int | torch.Tensor,
+    step: int | Tensor,
     *,
-    noise: torch.Tensor | None = None,
-    seed: int | torch.Tensor | None = None,
-    first_sample: int | torch.Tensor = 0,
-    prev_x_start: torch.Tensor | None = None,
-    guidance_scale: float | torch.Tensor | None = None,
+    noise: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    first_sample: int | Tensor = 0,
+    prev_x_start: Tensor | None = None,
+    guidance_scale: float | Tensor | None = None,
     return_x_start: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Apply row ``step`` of ``table`` and return (x_prev, pred_x_start), both like ``x_t``.
 
     Args:
@@ -68,35 +69,28 @@ def posterior_step(
     if backend == "reference" or x_t.numel() == 0:
         _look_at_step(step, table)
 
-    by_tensor = guidance_scale is not None and isinstance(guidance_scale, torch.Tensor)
     if backend == "reference":
-        x_prev, x_start = _reference(
-            x_t, model_output, table, counters, noise, prev_x_start, guidance_scale
-        )
-    else:
-        call = Arguments(
-            x_t,
-            model_output,
-            table.packed,
-            noise,
-            prev_x_start,
-            guidance_scale if by_tensor else None,
-            None if guidance_scale is None or by_tensor else float(guidance_scale),
-            table.learned_variance,
-            counters,
-            return_x_start,
-            backend,
-        )
-        x_prev, x_start = kernel(call)
-    return x_prev, x_start if return_x_start else None
+        arguments = (table, counters, noise, prev_x_start, guidance_scale)
+        x_prev, x_start = _reference(x_t, model_output, *arguments)
+        return x_prev, x_start if return_x_start else None
+    by_tensor = guidance_scale is not None and isinstance(guidance_scale, Tensor)
+    scale: Any = None if guidance_scale is None or by_tensor else float(guidance_scale)
+    guidance: Any = guidance_scale if by_tensor else None
+    tensors = (x_t, model_output, table.packed, noise, prev_x_start, guidance)
+    variance = table.learned_variance
+    result, predicted = kernel(
+        Arguments(*tensors, scale, variance, counters, return_x_start, backend)
+    )
+    assert result is not None
+    return result, predicted if return_x_start else None
 
 
 def choose(
-    x_t: torch.Tensor,
-    model_output: torch.Tensor,
+    x_t: Tensor,
+    model_output: Tensor,
     *_: Any,
-    noise: torch.Tensor | None = None,
-    prev_x_start: torch.Tensor | None = None,
+    noise: Tensor | None = None,
+    prev_x_start: Tensor | None = None,
     **__: Any,
 ) -> Choice:
     """Which backend serves this call, and why (``fastdiff.explain``)."""
@@ -106,89 +100,60 @@ def choose(
 OPERATION = dispatch.register("posterior_step", choose, kernels=("native", "triton", "cuda"))
 
 
-def _choose(x_t: torch.Tensor, *others: torch.Tensor | None) -> Choice:
+def _choose(x_t: Tensor, *others: Tensor | None) -> Choice:
     wanted = dispatch.wants_gradient(x_t, *others)
     return dispatch.choose(OPERATION, x_t, dispatch.NOT_DIFFERENTIABLE if wanted else None)
 
 
-def _reads(table: StepTable, step: int | torch.Tensor) -> tuple[bool, bool]:
+def _reads(table: StepTable, step: int | Tensor) -> tuple[bool, bool]:
     """Whether the step draws noise and reads prev_x_start; a tensor counts as any row."""
     if isinstance(step, int):
         return table.noisy_rows[step], table.multistep_rows[step]
     return table.is_noisy, table.is_multistep
 
 
-# --- The reference ----------------------------------------------------------------------------
-
-
 def _reference(
-    x_t: torch.Tensor,
-    model_output: torch.Tensor,
+    x_t: Tensor,
+    model_output: Tensor,
     table: StepTable,
     counters: Counters,
-    noise: torch.Tensor | None,
-    prev_x_start: torch.Tensor | None,
-    guidance_scale: float | torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    step, seed, first_sample = counters
+    noise: Tensor | None,
+    before: Tensor | None,
+    guidance_scale: float | Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    step, seed, first = counters
+    if isinstance(step, Tensor):  # a gather on the device: no synchronisation
+        row, step = table.packed.index_select(0, step.reshape(1))[0], step.long()
+    else:
+        row = table.packed[step]
     if seed is not None:
-        counted = _counter_step(step)
-        options = {"seed": seed, "first_sample": first_sample, "device": x_t.device}
-        noise = normal(x_t.shape, step=counted, **options)
-    output, variance_output = _split_output(model_output, x_t.shape[1], table, guidance_scale)
+        counted = step + sampling_step(0)
+        noise = normal(x_t.shape, seed=seed, step=counted, first_sample=first, device=x_t.device)
+    n, channels = x_t.shape[:2]
+    output = model_output[:, :channels].float()
     x_prev, x_start = reference.posterior_step(
         x_t.float(),
-        output,
-        _row(table, step),
-        variance_output=variance_output,
+        output if guidance_scale is None else reference.guide(output, guidance_scale),
+        dict(zip(COLUMNS, row.unbind(), strict=True)),
+        variance_output=model_output[:n, channels:].float() if table.learned_variance else None,
         z=None if noise is None else noise.float(),
-        x_start_before=None if prev_x_start is None else prev_x_start.float(),
+        x_start_before=None if before is None else before.float(),
     )
     return x_prev.to(x_t.dtype), x_start.to(x_t.dtype)
-
-
-def _split_output(
-    model_output: torch.Tensor,
-    channels: int,
-    table: StepTable,
-    guidance_scale: float | torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The float32 mean output and, where the table reads it, the variance output."""
-    output = model_output[:, :channels].float()
-    if guidance_scale is not None:
-        output = reference.guide(output, guidance_scale)
-    if not table.learned_variance:
-        return output, None
-    return output, model_output[: output.shape[0], channels:].float()
-
-
-def _row(table: StepTable, step: int | torch.Tensor) -> dict[str, torch.Tensor]:
-    if isinstance(step, int):
-        values = table.packed[step]
-    else:  # a gather on the device: no synchronisation
-        values = table.packed.index_select(0, step.reshape(1))[0]
-    return dict(zip(COLUMNS, values.unbind(), strict=True))
-
-
-def _counter_step(step: int | torch.Tensor) -> int | torch.Tensor:
-    """The generator's numbering of the row, computed where ``step`` is."""
-    if isinstance(step, int):
-        return sampling_step(step)
-    return step.long() + sampling_step(0)
 
 
 # --- Checks -----------------------------------------------------------------------------------
 
 
 def check_tensors(
-    x_t: torch.Tensor,
-    model_output: torch.Tensor,
+    x_t: Tensor,
+    model_output: Tensor,
     table: StepTable,
-    guidance_scale: float | torch.Tensor | None,
+    guidance_scale: float | Tensor | None,
 ) -> None:
     """InputError for tensors that do not fit each other."""
     for name, tensor in (("x_t", x_t), ("model_output", model_output)):
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, Tensor):
             raise InputError(f"{name} is a {type(tensor).__name__}; expected a tensor")
         if tensor.dtype not in DTYPES:
             raise InputError(f"{name} is {tensor.dtype}; expected float32, bfloat16 or float16")
@@ -217,7 +182,7 @@ def check_tensors(
             raise InputError(f"{name} is on {device}, x_t on {where}; move one to the other")
     if guidance_scale is None:
         return
-    if isinstance(guidance_scale, torch.Tensor):
+    if isinstance(guidance_scale, Tensor):
         if guidance_scale.numel() != 1 or guidance_scale.device != x_t.device:
             raise InputError(
                 f"guidance_scale is a tensor of shape {tuple(guidance_scale.shape)} on "
@@ -227,10 +192,10 @@ def check_tensors(
         raise InputError(f"guidance_scale is {guidance_scale!r}; expected a finite number")
 
 
-def _check_step(step: int | torch.Tensor, table: StepTable, device: torch.device) -> None:
+def _check_step(step: int | Tensor, table: StepTable, device: torch.device) -> None:
     if type(step) is int and 0 <= step < len(table.noisy_rows):
         return
-    if isinstance(step, torch.Tensor):
+    if isinstance(step, Tensor):
         if step.numel() != 1 or step.dtype not in (torch.int32, torch.int64):
             raise InputError(
                 f"step is a {step.dtype} tensor of shape {tuple(step.shape)}; "
@@ -245,21 +210,21 @@ def _check_step(step: int | torch.Tensor, table: StepTable, device: torch.device
         raise step_error(step, len(table))
 
 
-def _look_at_step(step: int | torch.Tensor, table: StepTable) -> None:
+def _look_at_step(step: int | Tensor, table: StepTable) -> None:
     """InputError for a step tensor on the CPU that names no row; elsewhere looking would stall."""
-    if not isinstance(step, torch.Tensor) or step.device.type != "cpu":
+    if not isinstance(step, Tensor) or step.device.type != "cpu":
         return
     if not torch.compiler.is_compiling() and not 0 <= int(step) < len(table):
         raise step_error(int(step), len(table))
 
 
 def _check_extras(
-    x_t: torch.Tensor,
+    x_t: Tensor,
     noisy: bool,
     multistep: bool,
-    noise: torch.Tensor | None,
-    seed: int | torch.Tensor | None,
-    prev_x_start: torch.Tensor | None,
+    noise: Tensor | None,
+    seed: int | Tensor | None,
+    prev_x_start: Tensor | None,
 ) -> None:
     if noise is not None and seed is not None:
         raise InputError("noise and seed are both given; expected one of them")

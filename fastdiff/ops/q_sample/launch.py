@@ -7,9 +7,9 @@ from torch import Tensor
 
 from fastdiff.errors import InputError
 from fastdiff.ops import backends, dispatch, native
-from fastdiff.ops.counters import TRAINING_STEP_BASE, Counters, low_bits, value_or_address
+from fastdiff.ops.counters import TRAINING_STEP_BASE, Counters, value_or_address
 from fastdiff.ops.differentiable import Kernel, Outputs
-from fastdiff.ops.layouts import Maybe, address, common_layout, dense
+from fastdiff.ops.layouts import Maybe, address, call_elementwise, common_layout, dense
 from fastdiff.ops.plans import plan_of
 
 
@@ -30,75 +30,48 @@ def allocate(call: Arguments) -> tuple[Tensor, Maybe]:
     return torch.empty_like(call.x_start), drawn
 
 
-def launch(call: Arguments, x_t: Tensor, drawn: Maybe) -> None:
+def launch(call: Arguments, x_t: Tensor, drawn: Maybe) -> bool | None:
     """Fill both."""
-    if x_t.numel() == 0:
-        return
-    step, seed, first_sample = call.counters
-    x_start, noise, t, signal, sigma = call[:5]
+    x_start, noise, t, signal, sigma, counters, _, backend = call
+    step, seed, first_sample = counters
     draws = seed is not None
     noise = drawn if draws else noise  # written, or read
-    as_read = (
-        signal.dtype == sigma.dtype == torch.float32
-        and t.is_contiguous()
-        and signal.is_contiguous()
-        and sigma.is_contiguous()
+    as_read = signal.dtype == sigma.dtype == torch.float32 and (
+        t.is_contiguous() and signal.is_contiguous() and sigma.is_contiguous()
     )
-    plan = plan_of(_plan, (x_start, noise), signal.shape[0], draws, call.backend)
+    rows = signal.shape[0]
+    plan = plan_of(_plan, (x_start, noise), rows, draws, backend)
     if plan is None or not as_read:
-        _launch_copies(call, x_t, drawn)
-        return
-    if call.backend == "triton":
+        return False
+    tensors = (x_start, t, signal, sigma, noise, x_t)
+    if backend == "triton":
         from fastdiff.kernels import q_sample as kernels
 
-        tensors = (x_start, t, signal, sigma, noise, x_t)
         with backends.device_of(x_t):
-            kernels.launch(plan, tensors, call.counters)
-        return
-    arguments = (
-        plan,
-        x_start.data_ptr(),
-        t.data_ptr(),
-        signal.data_ptr(),
-        sigma.data_ptr(),
-        address(noise),
-        x_t.data_ptr(),
-        draws,
+            kernels.launch(plan, tensors, counters)
+        return None
+    number, place = value_or_address(step, 32) if backend == "cuda" else (int(step), 0)
+    counted = (number + TRAINING_STEP_BASE) & 0xFFFFFFFF
+    arguments = (plan, *map(address, tensors), draws)
+    bad = call_elementwise(
+        "q_sample", backend, x_t, arguments, seed, (counted, place), first_sample
     )
-    seed = 0 if seed is None else seed
-    if call.backend == "cuda":
-        number, step_address = value_or_address(step, 32)
-        with backends.device_of(x_t):
-            native.library().q_sample_cuda(
-                *arguments,
-                *value_or_address(seed),
-                (number + TRAINING_STEP_BASE) & 0xFFFFFFFF,
-                step_address,
-                *value_or_address(first_sample),
-                native.multiprocessors(x_t.device),
-                native.cuda_stream(x_t.device),
-            )
-        return
-    counted = (int(step) + TRAINING_STEP_BASE) & 0xFFFFFFFF
-    numbers = low_bits(seed, 64), counted, low_bits(first_sample, 64)
-    bad = native.library().q_sample_cpu(*arguments, *numbers, torch.get_num_threads())
-    if bad >= 0:
+    if bad is not None and bad >= 0:
         raise InputError(
-            f"t must lie in 0 … {len(signal) - 1} for a process of {len(signal)} steps, "
-            f"got {int(t[bad])}"
+            f"t must lie in 0 … {rows - 1} for a process of {rows} steps, got {int(t[bad])}"
         )
+    return None
 
 
-def _launch_copies(call: Arguments, x_t: Tensor, drawn: Maybe) -> None:
-    """Through contiguous copies in dtypes that the kernels read."""
-    x_start, noise, t, signal, sigma = call[:5]
-    tables = signal.float().contiguous(), sigma.float().contiguous()
-    copied = Arguments(x_start.contiguous(), dense(noise), t.contiguous(), *tables, *call[5:])
-    results = allocate(copied)
-    launch(copied, *results)
-    for out, result in zip((x_t, drawn), results, strict=True):
-        if out is not None and result is not None:
-            out.copy_(result)
+def _readable(call: Arguments) -> Arguments:
+    """On contiguous copies in dtypes that the kernels read."""
+    return call._replace(
+        x_start=call.x_start.contiguous(),
+        noise=dense(call.noise),
+        t=call.t.contiguous(),
+        signal=call.signal.float().contiguous(),
+        sigma=call.sigma.float().contiguous(),
+    )
 
 
 def _plan(x_start: Tensor, noise: Maybe, rows: int, draws: bool, backend: str) -> Any:
@@ -113,7 +86,7 @@ def _plan(x_start: Tensor, noise: Maybe, rows: int, draws: bool, backend: str) -
     return arguments if backend == "triton" else native.library().QSample(*arguments)
 
 
-kernel = Kernel("q_sample", Arguments, allocate, launch, outputs=2)
+kernel = Kernel("q_sample", Arguments, allocate, launch, outputs=2, readable=_readable)
 
 
 # --- Gradients: the operation is its own derivative ---------------------------------------------

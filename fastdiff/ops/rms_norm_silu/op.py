@@ -98,17 +98,12 @@ class Arguments(NamedTuple):
     backend: str
 
 
-def _launch(call: Arguments, y: Tensor) -> None:
-    if y.numel() == 0:
-        return
+def _launch(call: Arguments, y: Tensor) -> bool | None:
     x, weight, scale, shift, eps, silu, backend = call
     shape = plan_of(_plan, (x, weight, scale, shift), eps, silu, backend)
     if shape is None:
-        out = norms.writable(y)
-        _launch(_readable(call, out), out)
-        if out is not y:
-            y.copy_(out)
-    elif backend == "native":
+        return False
+    if backend == "native":
         native.library().rms_norm_silu_cpu(
             shape, x.data_ptr(), weight.data_ptr(), address(scale), address(shift),
             y.data_ptr(), torch.get_num_threads(),
@@ -118,24 +113,24 @@ def _launch(call: Arguments, y: Tensor) -> None:
 
         with backends.device_of(x):
             kernels.forward(x, weight, eps, scale, shift, silu, y)
+    return None
 
 
-def _readable(call: Arguments, out: Tensor) -> Arguments:
-    """The arguments, with copies of what no kernel reads as it stands beside this output (strange
-    strides, mixed and wide dtypes)."""
-    x, weight, scale, shift, *options = call
+def _readable(call: Arguments) -> Arguments:
+    """With copies of what no kernel reads as it stands (strange strides, mixed and wide dtypes)."""
+    x, weight = call.x, call.weight
     if weight.dtype not in backends.KERNEL_DTYPES:
         weight = weight.float()
-    x, weight = norms.in_layout_of(out, x), weight.contiguous()
-    return Arguments(x, weight, *norms.rows(scale, shift), *options)
+    scale, shift = norms.rows(call.scale, call.shift)
+    x = norms.in_layout_of(norms.dense_like(x), x)
+    return call._replace(x=x, weight=weight.contiguous(), scale=scale, shift=shift)
 
 
 def _plan(x: Tensor, weight: Tensor, scale: Maybe, shift: Maybe, *options: Any) -> Any:
     """What the kernel is told of the shapes; None for arguments that it does not read."""
     eps, silu, backend = options
     call = Arguments(x, weight, scale, shift, *options)
-    y = torch.empty_like(x)
-    if norms.writable(y) is not y or not norms.unchanged(call, _readable(call, y)):
+    if not norms.unchanged(call, _readable(call)):
         return None
     if backend == "triton":
         return ()  # its launcher derives its own
@@ -157,4 +152,11 @@ def _plan(x: Tensor, weight: Tensor, scale: Maybe, shift: Maybe, *options: Any) 
     )
 
 
-_kernel = Kernel(OP, Arguments, lambda call: (torch.empty_like(call.x),), _launch, outputs=1)
+_kernel = Kernel(
+    OP,
+    Arguments,
+    lambda call: (torch.empty_like(call.x),),
+    _launch,
+    outputs=1,
+    readable=_readable,
+)
