@@ -13,11 +13,12 @@ from test_posterior_step import direct, table
 
 import fastdiff
 from fastdiff.errors import InputError
+from fastdiff.methods.table import COLUMNS
 from fastdiff.ops.counters import Counters, sampling_step
 from fastdiff.ops.normal import normal
 from fastdiff.ops.posterior_step.op import posterior_step
 from kernel_tools import LAYOUTS, compile_for, each_isa, examples, poisoned_outputs, spilled
-from paths import TOOLS
+from paths import ROOT, TOOLS
 
 DEVICE = torch.get_default_device()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -290,6 +291,17 @@ def test_the_operator_passes_opcheck(returns_x_start, draws):
     tensors = (x_t, output, rows.packed, None, before, None)
     arguments = (*tensors, None, True, *counters.flat(), returns_x_start, "native")
     torch.library.opcheck(torch.ops.fastdiff.posterior_step.default, arguments)
+
+
+def test_the_kernels_read_the_columns_where_the_table_writes_them():
+    """Triton's places are made of COLUMNS; C++ names its own in the struct that reads a row."""
+    header = (ROOT / "csrc" / "common" / "step.h").read_text()
+    (fields,) = re.findall(r"struct StepRow \{\s*float ([^;]*);", header)
+    names = tuple(re.split(r",\s*", fields))
+    assert names == COLUMNS[: len(names)] and "clip" in names
+    assert f"constexpr int kStepColumns = {len(COLUMNS)};" in header
+    (places,) = re.findall(r"return \{(r\[0\][^}]*)\};", header)
+    assert re.findall(r"r\[(\d+)\]", places) == [str(i) for i in range(len(names))]
 
 
 def test_the_plan():

@@ -57,26 +57,15 @@ def forward(call: Arguments, y: Tensor, statistics: Maybe) -> bool | None:
     shape = _shape_of(call)
     if shape is None:
         return False
-    if call.backend == "native":
-        native.library().group_norm_silu_cpu(
-            shape, *map(address, (*call[:6], y, statistics)), torch.get_num_threads()
-        )
-    elif call.backend == "cuda":
-        tile, workspace = _tile_and_workspace(shape, call, False, y)
-        with backends.device_of(y):
-            native.library().group_norm_silu_cuda(
-                shape, tile, *map(address, (*call[:6], y, statistics, workspace)),
-                native.cuda_stream(y.device),
-            )  # fmt: skip
-    else:
-        from fastdiff.kernels import group_norm_silu as kernels
+    if call.backend != "triton":
+        _call("group_norm_silu", shape, call, (*call[:6], y, statistics), (call.add, y))
+        return None
+    from fastdiff.kernels import group_norm_silu as kernels
 
-        x, weight, bias, scale, shift, add, num_groups, eps, silu, *_ = call
-        mean, rstd = (_statistics(call) if statistics is None else statistics).unbind()
-        with backends.device_of(y):
-            kernels.forward(
-                x, num_groups, weight, bias, eps, scale, shift, add, silu, y, mean, rstd
-            )
+    x, weight, bias, scale, shift, add, num_groups, eps, silu, _, _ = call
+    mean, rstd = (_statistics(call) if statistics is None else statistics).unbind()
+    with backends.device_of(y):
+        kernels.forward(x, num_groups, weight, bias, eps, scale, shift, add, silu, y, mean, rstd)
     return None
 
 
@@ -87,20 +76,38 @@ def backward(given: Backward, dx: Tensor, *small: Maybe) -> bool | None:
     if shape is None:
         return False
     dy = norms.in_layout_of(dx, dy)
-    if call.backend == "native":
-        native.library().group_norm_silu_backward_cpu(
-            shape, *map(address, (dy, *call[:6], statistics, dx, *small)), torch.get_num_threads()
-        )
-    elif call.backend == "cuda":
-        tile, workspace = _tile_and_workspace(shape, call, True, dy, dx)
-        with backends.device_of(dx):
-            native.library().group_norm_silu_backward_cuda(
-                shape, tile, *map(address, (dy, *call[:6], statistics, dx, *small, workspace)),
-                native.cuda_stream(dx.device),
-            )  # fmt: skip
-    else:
+    if call.backend == "triton":
         _triton_backward(dy, statistics, call, dx, small)
+    else:
+        tensors = (dy, *call[:6], statistics, dx, *small)
+        _call("group_norm_silu_backward", shape, call, tensors, (dy, call.add, dx))
     return None
+
+
+def _call(
+    name: str, shape: Any, call: Arguments, tensors: tuple[Maybe, ...], read_wide: tuple[Maybe, ...]
+) -> None:
+    """The C++ kernel of the CPU, or CUDA's; ``read_wide``: with x, what is read or written by 16
+    bytes where all begin at a multiple of these."""
+    x, library = call.x, native.library()
+    if call.backend == "native":
+        function = getattr(library, f"{name}_cpu")
+        function(shape, *map(address, tensors), torch.get_num_threads())
+        return
+    aligned = all(v is None or v.data_ptr() % 16 == 0 for v in (x, *read_wide))
+    tile = tile_of(shape, native.cuda_limits(x.device), name.endswith("backward"), aligned)
+    # From torch's allocator, which a graph's capture knows: it lives as long as it is needed.
+    floats = tile.workspace_floats
+    workspace = x.new_empty(floats, dtype=torch.float32) if floats else None
+    with backends.device_of(x):
+        getattr(library, f"{name}_cuda")(
+            shape, tile, *map(address, (*tensors, workspace)), native.cuda_stream(x.device)
+        )
+
+
+def tile_of(shape: Any, limits: tuple[int, int, int, int], is_backward: bool, aligned: bool) -> Any:
+    """How CUDA cuts a call into blocks (csrc/cuda/group_norm_tile.h)."""
+    return plan_of(native.library().group_norm_tile, (), shape, limits, is_backward, aligned)
 
 
 def _triton_backward(
@@ -178,21 +185,3 @@ def readable(call: Arguments) -> Arguments:
         add = norms.in_layout_of(like, add) if add.shape == x.shape else norms.rows(add, add)[0]
     x = norms.in_layout_of(like, x)
     return call._replace(x=x, weight=weight, bias=bias, scale=scale, shift=shift, add=add)
-
-
-def _tile_and_workspace(
-    shape: Any, call: Arguments, is_backward: bool, *others: Tensor
-) -> tuple[Any, Maybe]:
-    """How CUDA cuts the call into blocks, and memory from torch's allocator, which a graph's
-    capture knows: it lives as long as it is needed."""
-    x = call.x
-    tensors = (x, call.add, *others)
-    aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
-    tile = tile_of(shape, native.cuda_limits(x.device), is_backward, aligned)
-    floats = tile.workspace_floats
-    return tile, x.new_empty(floats, dtype=torch.float32) if floats else None
-
-
-def tile_of(shape: Any, limits: tuple[int, int, int, int], is_backward: bool, aligned: bool) -> Any:
-    """csrc/cuda/group_norm_tile.h"""
-    return plan_of(native.library().group_norm_tile, (), shape, limits, is_backward, aligned)

@@ -1,23 +1,26 @@
 """q_sample: noise images to their timesteps, x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · noise."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdiff.checks import check_float, check_like, check_timesteps
 from fastdiff.errors import InputError
-from fastdiff.ops import dispatch
+from fastdiff.ops import backends, dispatch, native
 from fastdiff.ops.counters import (
     TRAINING_STEP_BASE,
     Counters,
     check_counter,
     check_first_sample,
     training_step,
+    value_or_address,
 )
+from fastdiff.ops.differentiable import Kernel, Outputs
 from fastdiff.ops.dispatch import Choice, MissingGradient
+from fastdiff.ops.layouts import Maybe, address, call_elementwise, common_layout, dense
 from fastdiff.ops.normal import draw_like, normal
-from fastdiff.ops.q_sample.launch import Arguments, kernel
+from fastdiff.ops.plans import plan_of
 from fastdiff.ops.q_sample.reference import q_sample as reference_q_sample
 
 
@@ -75,7 +78,7 @@ def q_sample(
         return x_t, noise if return_noise else None
     returns_drawn = noise is None and return_noise
     call = Arguments(x_start, noise, t, signal, sigma, counters, returns_drawn, backend)
-    result, drawn = kernel(call, dispatch.wants_gradient(x_start, noise))
+    result, drawn = _kernel(call, dispatch.wants_gradient(x_start, noise))
     assert result is not None
     return result, (drawn if noise is None else noise) if return_noise else None
 
@@ -137,3 +140,106 @@ def _drawn(x_start: Tensor, counters: Counters) -> Tensor:
         first_sample=first_sample,
         out=torch.empty_like(x_start, requires_grad=False),
     )
+
+
+# --- Launching --------------------------------------------------------------------------------
+
+
+class Arguments(NamedTuple):
+    x_start: Tensor
+    noise: Maybe  # None: drawn where the counters have a seed, else zero
+    t: Tensor
+    signal: Tensor
+    sigma: Tensor
+    counters: Counters  # their step is the training step's number
+    returns_drawn: bool
+    backend: str
+
+
+def _allocate(call: Arguments) -> tuple[Tensor, Maybe]:
+    """x_t, and the noise where it is drawn and wanted."""
+    drawn = torch.empty_like(call.x_start) if call.returns_drawn else None
+    return torch.empty_like(call.x_start), drawn
+
+
+def _launch(call: Arguments, x_t: Tensor, drawn: Maybe) -> bool | None:
+    """Fill both."""
+    x_start, noise, t, signal, sigma, counters, _, backend = call
+    step, seed, first_sample = counters
+    draws = seed is not None
+    noise = drawn if draws else noise  # written, or read
+    as_read = signal.dtype == sigma.dtype == torch.float32 and (
+        t.is_contiguous() and signal.is_contiguous() and sigma.is_contiguous()
+    )
+    rows = signal.shape[0]
+    plan = plan_of(_plan, (x_start, noise), rows, draws, backend)
+    if plan is None or not as_read:
+        return False
+    tensors = (x_start, t, signal, sigma, noise, x_t)
+    if backend == "triton":
+        from fastdiff.kernels import q_sample as kernels
+
+        with backends.device_of(x_t):
+            kernels.launch(plan, tensors, counters)
+        return None
+    number, place = value_or_address(step, 32) if backend == "cuda" else (int(step), 0)
+    counted = (number + TRAINING_STEP_BASE) & 0xFFFFFFFF
+    arguments = (plan, *map(address, tensors), draws)
+    bad = call_elementwise(
+        "q_sample", backend, x_t, arguments, seed, (counted, place), first_sample
+    )
+    if bad is not None and bad >= 0:
+        raise InputError(
+            f"t must lie in 0 … {rows - 1} for a process of {rows} steps, got {int(t[bad])}"
+        )
+    return None
+
+
+def _readable(call: Arguments) -> Arguments:
+    """On contiguous copies in dtypes that the kernels read."""
+    return call._replace(
+        x_start=call.x_start.contiguous(),
+        noise=dense(call.noise),
+        t=call.t.contiguous(),
+        signal=call.signal.float().contiguous(),
+        sigma=call.sigma.float().contiguous(),
+    )
+
+
+def _plan(x_start: Tensor, noise: Maybe, rows: int, draws: bool, backend: str) -> Any:
+    """The kernel's description of these layouts; None where it reads none of the kind."""
+    if noise is not None and noise.dtype not in native.DTYPE_CODES:
+        return None
+    operands = [x_start, x_start if noise is None else noise, torch.empty_like(x_start)]
+    common = common_layout(operands, counted=draws)
+    if common is None:
+        return None
+    arguments = (common[0], rows, *common[1])
+    return arguments if backend == "triton" else native.library().QSample(*arguments)
+
+
+_kernel = Kernel("q_sample", Arguments, _allocate, _launch, outputs=2, readable=_readable)
+
+
+# --- Gradients: the operation is its own derivative ---------------------------------------------
+
+
+def _setup(ctx: Any, call: Arguments, outputs: Outputs) -> None:
+    ctx.save_for_backward(*call[2:5])
+    ctx.noise_dtype = None if call.noise is None else call.noise.dtype
+    ctx.backend = call.backend
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Maybe, ...]:
+    t, signal, sigma = ctx.saved_tensors
+
+    def scaled(grad: Tensor, by: Tensor, other: Tensor) -> Maybe:
+        call = Arguments(grad, None, t, by, other, Counters(), False, ctx.backend)
+        return _kernel(call, dispatch.wants_gradient(grad))[0]
+
+    x_start = scaled(grad, signal, sigma) if ctx.needs_input_grad[0] else None
+    noise = scaled(grad.to(ctx.noise_dtype), sigma, signal) if ctx.needs_input_grad[1] else None
+    return x_start, noise, None, None, None
+
+
+_kernel.differentiate(_setup, _backward, returns=2)
