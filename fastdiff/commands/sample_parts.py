@@ -22,11 +22,10 @@ import numpy as np
 from torch import Tensor
 
 from fastdiff.errors import InputError
+from fastdiff.files import remove_unfinished, replace_text
 from fastdiff.images import (
     is_our_png,
     read_samples,
-    remove_unfinished,
-    replacing,
     samples_file_name,
     write_samples,
 )
@@ -249,11 +248,9 @@ class Parts:
             others = sorted(entry.name for entry in self.folder.iterdir())
             if any(not name.endswith(".tmp") for name in others):
                 raise InputError(f"{self.folder} holds files of something else; {remedy}")
-            with self.keeping(), replacing(path) as stream:
-                stream.write((json.dumps(self.settings, indent=2) + "\n").encode())
-                # A part lost with the power is drawn again; without this all would be lost.
-                stream.flush()
-                os.fsync(stream.fileno())
+            # A part lost with the power is drawn again; without this one file all would be lost.
+            with self.keeping():
+                replace_text(path, json.dumps(self.settings, indent=2) + "\n", durable=True)
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ whatever it multiplies. Variance-preserving (signal² + noise² = 1) and varianc
 (signal = 1) processes share the derivation. Sources: DDPM (Ho et al. 2020, eq. 6–7), Improved
 DDPM (Nichol & Dhariwal 2021, eq. 15), DDIM (Song et al. 2020, eq. 12 and 16), DPM-Solver++(2M)
 and its SDE form (Lu et al. 2022, arXiv:2211.01095), v-prediction (Salimans & Ho 2022, appendix D).
-The methods' columns are in fastdiff/methods/columns.py.
+Each method's columns stand in its own file beside this one.
 """
 
 import math
@@ -27,20 +27,10 @@ import numpy.typing as npt
 import torch
 
 from fastdiff.errors import InputError
-from fastdiff.methods.columns import (
-    Float64Array,
-    Levels,
-    ddim_columns,
-    ddpm_columns,
-    dpmsolver_columns,
-    is_learned,
-    sde_dpmsolver_columns,
-    x_start_coefficients,
-)
+from fastdiff.methods import registry
+from fastdiff.methods.levels import Float64Array, Levels, Source, is_learned
 
 Index = int | torch.Tensor  # of a row; a tensor of one element is read on its device
-
-METHODS = ("ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++")
 
 # The order of the packed tensor's columns: kernels read a row by these positions (48 bytes a row).
 COLUMNS = (
@@ -147,32 +137,32 @@ class StepTable:
         Raises InputError for an unknown method or type, an ``eta`` the process does not allow,
         noise levels that do not rise, and ε-prediction from a step without signal.
         """
-        if method not in METHODS:
-            raise InputError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
-        if eta != 0.0 and method != "ddim":
-            raise InputError(f"eta={eta} belongs to method 'ddim', not to {method!r}")
+        chosen = registry.find(method)
+        options = {"eta": eta, "clipped_eps": clipped_eps}
+        if eta != 0.0 and "eta" not in chosen.options:
+            owners = [repr(m.name) for m in registry.METHODS.values() if "eta" in m.options]
+            raise InputError(
+                f"eta={eta} belongs to method {' or '.join(owners)}, not to {method!r}"
+            )
         levels = Levels.of(*noise_levels(process))
-        learned = is_learned(process.var_type)
-        a, b = x_start_coefficients(levels, process.mean_type)
-        columns: dict[str, np.ndarray] = dict.fromkeys(COLUMNS, np.zeros(len(levels.signal)))
-        columns |= {"a": a, "b": b, "timesteps": process.model_timesteps}
-        columns["clip"] = np.full_like(a, 1.0 if clip_denoised else np.inf)
+        source = Source.of(levels, process.mean_type, process.var_type)
+        steps = len(levels.signal)
         input_scale = getattr(process, "input_scale", None)
-        columns["input_scale"] = np.ones_like(a) if input_scale is None else input_scale
-        if method == "ddpm":
-            columns |= ddpm_columns(levels, process.mean_type, process.var_type)
-        elif method == "ddim":
-            columns |= ddim_columns(levels, a, b, eta, clipped_eps)
-        elif method == "dpmsolver++":
-            columns |= dpmsolver_columns(levels)
-        else:
-            columns |= sde_dpmsolver_columns(levels)
+        columns = dict.fromkeys(COLUMNS, np.zeros(steps)) | {
+            "a": source.a,
+            "b": source.b,
+            "clip": np.full(steps, 1.0 if clip_denoised else np.inf),
+            "timesteps": process.model_timesteps,
+            "input_scale": np.ones(steps) if input_scale is None else input_scale,
+        }
+        columns |= chosen.columns(source, **{name: options[name] for name in chosen.options})
         for name, values in columns.items():
-            if np.shape(values) != (len(a),):
+            if np.shape(values) != (steps,):
                 raise InputError(
-                    f"{name} has shape {np.shape(values)}; expected ({len(a)},), one value a step"
+                    f"{name} has shape {np.shape(values)}; expected ({steps},), one value a step"
                 )
-        return cls._of(np.stack([columns[name] for name in COLUMNS], axis=1)[::-1], method, learned)
+        rows = np.stack([columns[name] for name in COLUMNS], axis=1)[::-1]
+        return cls._of(rows, method, is_learned(process.var_type))
 
     @classmethod
     def from_rows(
@@ -188,14 +178,13 @@ class StepTable:
             rows: K mappings in sampling order, from names in ``COLUMNS`` to numbers. What a row
                 leaves out is 0, but ``clip`` inf and ``input_scale`` 1; ``timesteps`` has to be
                 given.
-            method: a name in ``METHODS``; "ddpm" with ``doubled_output`` means that ``log_min`` and
+            method: a registered name; "ddpm" with ``doubled_output`` means that ``log_min`` and
                 ``log_max`` are used.
             doubled_output: the network returns 2C channels.
 
         Raises InputError for no rows, unknown names, and numbers that are NaN.
         """
-        if method not in METHODS:
-            raise InputError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+        registry.find(method)
         defaults = dict.fromkeys(COLUMNS, 0.0) | {"clip": math.inf, "input_scale": 1.0}
         for i, row in enumerate(rows):
             unknown = sorted(set(row) - set(COLUMNS))
@@ -215,7 +204,7 @@ class StepTable:
             packed=packed,
             method=method,
             doubled_output=doubled_output,
-            learned_variance=doubled_output and method == "ddpm",
+            learned_variance=doubled_output and registry.find(method).learned_variance,
             scales_input=bool((packed[:, COLUMNS.index("input_scale")] != 1).any()),
             noisy_rows=tuple((packed[:, COLUMNS.index("sigma")] != 0).tolist()),
             multistep_rows=tuple((packed[:, COLUMNS.index("e")] != 0).tolist()),

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from fastdiff.errors import InputError
-from fastdiff.methods.columns import Float64Array, is_learned
+from fastdiff.methods.levels import Float64Array, is_learned
 from fastdiff.methods.table import Process, noise_levels
 
 _BLOCK = 64  # rows of the costs at a time: what is added and searched stays in the cache

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from fastdiff.errors import InputError
-from fastdiff.methods.table import COLUMNS, METHODS, StepTable
+from fastdiff.methods.registry import METHODS
+from fastdiff.methods.table import COLUMNS, StepTable
 from fastdiff.ops.counters import sampling_step
 from fastdiff.ops.normal import normal
 from fastdiff.ops.posterior_step.op import posterior_step

@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastdiff
-from fastdiff import GaussianDiffusion, InputError, VarianceExploding
-from fastdiff.methods.columns import VAR_TYPES
+from fastdiff import GaussianDiffusion, InputError, VarianceExploding, best_timesteps
+from fastdiff.methods.levels import VAR_TYPES
 from fastdiff.methods.table import noise_levels
-from fastdiff.process import best_timesteps
 from fastdiff.process.likelihood import summarize_bpd
 from fastdiff.process.respacing import spaced_timesteps
 from fastdiff.process.schedules import get_named_beta_schedule, rescale_zero_terminal_snr
@@ -164,7 +163,7 @@ def test_all_steps_and_single_ones():
     assert best_timesteps(process, 30, mse) == list(range(30))
     assert best_timesteps(process, np.int64(2), mse) == [0, 29]
     assert best_timesteps(cosine(1), 1, [0.5]) == [0]
-    assert fastdiff.process.best_timesteps is best_timesteps
+    assert fastdiff.best_timesteps is best_timesteps
 
 
 def test_many_steps_cross_the_blocks():

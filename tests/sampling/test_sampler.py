@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from fastdiff.errors import InputError
-from fastdiff.methods.columns import MEAN_TYPES, VAR_TYPES
-from fastdiff.methods.table import COLUMNS, METHODS, StepTable
+from fastdiff.methods.levels import MEAN_TYPES, VAR_TYPES
+from fastdiff.methods.registry import METHODS
+from fastdiff.methods.table import COLUMNS, StepTable
 from fastdiff.models.unet import UNet
 from fastdiff.process.variance_exploding import VarianceExploding, geometric_sigmas
 from fastdiff.sampling.sampler import Sampler

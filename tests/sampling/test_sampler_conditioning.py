@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastdiff.errors import InputError
-from fastdiff.methods.columns import MEAN_TYPES, VAR_TYPES
+from fastdiff.methods.levels import MEAN_TYPES, VAR_TYPES
 from fastdiff.methods.table import noise_levels
 from fastdiff.ops.counters import known_step
 from fastdiff.ops.normal import normal
