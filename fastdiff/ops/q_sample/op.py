@@ -45,10 +45,10 @@ def q_sample(
         sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod: (K,).
         noise: N(0, I) like x_start. Or
         seed: the noise is drawn from the counter-based generator, in the pass that uses it, in
-            x_start's dtype: to the bit what ``fastdiff.ops.normal`` draws. Sample i of the batch takes the
-            stream of sample ``first_sample + i`` at training step ``step``. Each of the three may
-            be an int64 tensor of one element on x_start's device, which is read where the noise
-            is drawn. With neither noise nor seed, torch.randn draws in logical order, so that
+            x_start's dtype: to the bit what ``fastdiff.ops.normal`` draws. Sample i of the batch
+            takes the stream of sample ``first_sample + i`` at training step ``step``. Each of the
+            three may be an int64 tensor of one element on x_start's device, which is read where the
+            noise is drawn. With neither noise nor seed, torch.randn draws in logical order, so that
             channels_last changes no number.
         return_noise: False: the second result is None, and with ``seed`` no noise is written.
 
