@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastdiff
 from conftest import Case
-from fastdiff.ops.explain import CHOOSERS
+from fastdiff.ops.dispatch import OPERATIONS
 from harness import contenders, peers_eager
 from harness.timing import Contender, Inputs, normal, with_backward
 
@@ -68,7 +68,7 @@ def test_attention(race, device, compiles, heads, batch_of_device, dtype, layout
         targets={"best sdpa": 1.5 if heads.head_dim > 256 else 1.0} if on_gpu else {},
     )
     step = with_backward if backward else lambda call: call
-    choose = partial(ours, first[0], CHOOSERS["attention"])
+    choose = partial(ours, first[0], OPERATIONS["attention"].choose)
     plan, others, reason = contenders.of_operation(step(ours), choose, first[0])
     peers = [*others, Contender("eager", step(eager)), contenders.copy()]
     if on_gpu:

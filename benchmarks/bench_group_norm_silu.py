@@ -12,11 +12,11 @@ from torch import Tensor
 
 import fastdiff
 from conftest import Case
-from fastdiff.ops.explain import CHOOSERS
+from fastdiff.ops.dispatch import OPERATIONS
 from harness import contenders, peers_eager, shapes
 from harness.timing import Contender, Inputs, normal, with_backward
 
-CHOOSE = CHOOSERS["group_norm_silu"]
+CHOOSE = OPERATIONS["group_norm_silu"].choose
 EAGER = {
     "silu": peers_eager.group_norm_silu,
     "film": peers_eager.group_norm_film_silu,

@@ -11,7 +11,7 @@ import torch
 
 import fastdiff
 from conftest import Case
-from fastdiff.ops.explain import CHOOSERS
+from fastdiff.ops.dispatch import OPERATIONS
 from harness import contenders, floors
 from harness.peers_eager import Process
 from harness.timing import Contender, Inputs, normal
@@ -53,7 +53,7 @@ def test_posterior_step(
         size_bytes=floors.posterior_step(*first, learned=learned, returns_x_start=x_start),
         flops=first[0].numel() * FLOPS[variance],
     )
-    choose = partial(ours, *first, CHOOSERS["posterior_step"])
+    choose = partial(ours, *first, OPERATIONS["posterior_step"].choose)
     plan, others, reason = contenders.of_operation(ours, choose, first[0])
     eager = Contender("eager", lambda x, output: published.p_sample(x, output, t), capturable=False)
     peers = [*others, eager, contenders.copy()]

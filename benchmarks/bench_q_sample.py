@@ -10,7 +10,7 @@ import torch
 
 import fastdiff
 from conftest import Case
-from fastdiff.ops.explain import CHOOSERS
+from fastdiff.ops.dispatch import OPERATIONS
 from harness import contenders, floors
 from harness.peers_eager import Process
 from harness.timing import Contender, Inputs, normal
@@ -52,7 +52,7 @@ def test_q_sample(race, device, compiles, image, batch_of_device, dtype, layout,
         size_bytes=floors.q_sample(first[0], returns_drawn=return_noise),
         flops=first[0].numel() * FLOPS,
     )
-    choose = partial(ours, first[0], CHOOSERS["q_sample"])
+    choose = partial(ours, first[0], OPERATIONS["q_sample"].choose)
     plan, others, reason = contenders.of_operation(ours, choose, first[0])
     peers = [*others, Contender("eager", eager), contenders.copy()]
     if compiles(image, batch):

@@ -11,11 +11,11 @@ from torch import Tensor
 
 import fastdiff
 from conftest import Case
-from fastdiff.ops.explain import CHOOSERS
+from fastdiff.ops.dispatch import OPERATIONS
 from harness import contenders, peers_eager
 from harness.timing import Contender, Inputs, normal
 
-CHOOSE = CHOOSERS["rms_norm_silu"]
+CHOOSE = OPERATIONS["rms_norm_silu"].choose
 EAGER: dict[str, Callable[..., Tensor]] = {
     "silu": peers_eager.rms_norm_silu,
     "film": peers_eager.rms_norm_film_silu,

@@ -4,7 +4,7 @@ Every implementation of attention on the CPU, turn by turn in one process, over 
 published U-Nets at batch 1 and 8 and a grid beside them, in both layouts, with and without the
 backward. OMP_NUM_THREADS says on how many threads; a second run betters the rows of the first.
 Writes benchmarks/results/attention_plan/<device>-<n>-threads.json; tests/ops/test_attention_plan.py
-checks that the rule in fastdiff/ops/attention/plan.py picks (nearly) the fastest in every row of
+checks that the rule in fastdiff/ops/attention/fastest.py picks (nearly) the fastest in every row of
 every table.
 """
 

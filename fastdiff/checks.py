@@ -33,7 +33,8 @@ def check_timesteps(
         )
     if t.device != x.device:
         raise InputError(f"t is on {t.device} but {x_name} is on {x.device}: move one of them")
-    t = t.long()
+    if t.dtype != torch.int64:
+        t = t.long()
     if look and t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
         low, high = (int(value) for value in torch.aminmax(t))
         if low < 0 or high >= num_timesteps:

@@ -20,11 +20,11 @@ from .attention_tiles import (
     LN_2,
     LOG2_E,
     append,
+    choose_tiles,
     constants,
     head_rows,
     indices,
     load_tile,
-    plan,
     prepare,
     products,
     split_program,
@@ -33,7 +33,7 @@ from .attention_tiles import (
 )
 
 Tensor = torch.Tensor
-__all__ = ["backward", "forward", "plan"]
+__all__ = ["backward", "forward", "choose_tiles"]
 
 
 @triton.jit

@@ -26,7 +26,7 @@ FLOAT32_PRECISION = "tf32x3"
 
 
 class Tiles(NamedTuple):
-    """How one kernel cuts its work; see ``plan``."""
+    """How one kernel cuts its work; see ``choose_tiles``."""
 
     chunk: int  # channels of a head dealt with at once
     chunks: int
@@ -37,14 +37,16 @@ class Tiles(NamedTuple):
     stages: int
 
 
-class Plan(NamedTuple):
+class KernelTiles(NamedTuple):
     forward: Tiles
     keys: Tiles  # dk, dv
     queries: Tiles  # dq
 
 
 @functools.cache
-def plan(head_dim: int, tokens: int, itemsize: int, programs: int, processors: int = H200) -> Plan:
+def choose_tiles(
+    head_dim: int, tokens: int, itemsize: int, programs: int, processors: int = H200
+) -> KernelTiles:
     """The tiles of all three kernels, from shape and storage size alone.
 
     programs: samples × heads. Fewer rows where the grid would leave multiprocessors idle.
@@ -62,24 +64,24 @@ def plan(head_dim: int, tokens: int, itemsize: int, programs: int, processors: i
         return Tiles(chunk, chunks, splits, rows, columns, warps, stages)
 
     if itemsize == 4:  # each operand stands in registers three times over
-        return Plan(
+        return KernelTiles(
             forward=tiles(32, 128, 32, 32 if head_dim <= 256 else 16, 8, 1),
             keys=tiles(32, 64, 32, 16, 8, 1),
             queries=tiles(32, 64, 32, 32, 8, 1),
         )
     if head_dim <= 64:
-        return Plan(
+        return KernelTiles(
             forward=tiles(64, 64, 128, 64, 4, 3),
             keys=tiles(64, 64, 64, 32, 4, 2),
             queries=tiles(64, 64, 64, 64, 4, 2),
         )
     if head_dim <= 128:
-        return Plan(
+        return KernelTiles(
             forward=tiles(128, 128, 128, 64, 8, 2),
             keys=tiles(128, 128, 64, 32, 8, 2),
             queries=tiles(128, 128, 64, 64, 8, 2),
         )
-    return Plan(
+    return KernelTiles(
         forward=tiles(128, 256, 64, 32, 8, 2),
         keys=tiles(64, 128, 64, 32 if head_dim <= 256 else 16, 8, 2),
         queries=tiles(64, 256, 64, 32, 8, 2),
@@ -95,11 +97,15 @@ def _chunks(head_dim: int, most: int) -> tuple[int, int]:
     return chunk, triton.cdiv(head_dim, chunk)
 
 
-def prepare(qkv: Tensor, num_heads: int) -> tuple[int, int, Plan]:
+def prepare(qkv: Tensor, num_heads: int) -> tuple[int, int, KernelTiles]:
     samples, width, tokens = qkv.shape
     head_dim = width // (3 * num_heads)
     programs, processors = samples * num_heads, processors_of(qkv.device)
-    return tokens, head_dim, plan(head_dim, tokens, qkv.element_size(), programs, processors)
+    return (
+        tokens,
+        head_dim,
+        choose_tiles(head_dim, tokens, qkv.element_size(), programs, processors),
+    )
 
 
 def constants(head_dim: int, order: str, dtype: torch.dtype, cut: Tiles, *tensors) -> dict:

@@ -4,6 +4,7 @@ An operand's sample is a (channels, spatial) array whose element (c, s) has inde
 the noise's counter and stands at c·channel_stride + s·spatial_stride.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -67,6 +68,18 @@ def draw(seed_address, seed, step, number, first_quad, BLOCK: tl.constexpr):
         low_word(seed), high_word(seed), low_word(step), low_word(number), high_word(number), quad
     )
     return interleave4(n0, n1, n2, n3)
+
+
+def addresses_and_numbers(*counters: int | torch.Tensor | None) -> tuple:
+    """Kernel arguments for counters: their tensors or None each, then their bits as signed
+    integers, because Triton types an integer argument by its value."""
+    tensors = (v if isinstance(v, torch.Tensor) else None for v in counters)
+    return *tensors, *(signed(v, 64) if isinstance(v, int) else 0 for v in counters)
+
+
+def signed(value: int, bits: int) -> int:
+    """The signed integer with the same bits."""
+    return value - 2**bits if value >= 2 ** (bits - 1) else value
 
 
 def is_one_run(shape: tuple[int, int, int], *layouts: tuple[int, int, int, int]) -> bool:

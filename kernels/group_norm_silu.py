@@ -23,18 +23,18 @@ import triton.language as tl
 from .group_norm_silu_backward import backward
 from .group_norm_tiles import (
     apply_silu,
+    choose_tiles,
     coefficients,
     inverse_std,
     moments,
     place,
-    plan,
     prepare,
     read,
     split_program,
 )
 
 Tensor = torch.Tensor
-__all__ = ["backward", "forward", "plan"]
+__all__ = ["backward", "forward", "choose_tiles"]
 
 
 @triton.jit

@@ -19,7 +19,7 @@ NO_ADD, ADD_PER_CHANNEL, ADD_PER_ELEMENT = 0, 1, 2
 
 
 class Plan(NamedTuple):
-    """Tiles of one call: see ``plan``."""
+    """Tiles of one call: see ``choose_tiles``."""
 
     read_once: bool
     width: int  # channels of a slab: whole groups, or a part of one
@@ -45,7 +45,7 @@ LEAST, LINE = 16, 128  # bytes side by side: half a sector of memory, and what a
 
 
 @functools.cache
-def plan(
+def choose_tiles(
     samples: int,
     channels: int,
     groups: int,
@@ -119,7 +119,7 @@ def _warps(values: int) -> int:
     return min(32, max(1, values // 1024))
 
 
-class Call(NamedTuple):
+class Launch(NamedTuple):
     """What both directions derive from their arguments."""
 
     tiles: Plan
@@ -131,11 +131,11 @@ class Call(NamedTuple):
     constants: dict  # of every kernel that places tiles
 
 
-def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Call:
+def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Launch:
     samples, channels = x.shape[:2]
     positions = x.numel() // (samples * channels)
     channels_last = not x.is_contiguous()
-    tiles = plan(
+    tiles = choose_tiles(
         samples,
         channels,
         groups,
@@ -167,7 +167,7 @@ def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Call:
         enable_fp_fusion=True,
     )
     slabs = groups * tiles.parts if tiles.parts > 1 else channels // tiles.width
-    return Call(tiles, samples, channels, positions, slabs, strides, constants)
+    return Launch(tiles, samples, channels, positions, slabs, strides, constants)
 
 
 # --- Pieces of the kernels -------------------------------------------------------------------

@@ -13,12 +13,14 @@ import triton.language as tl
 
 from .elementwise import (
     BLOCK,
+    addresses_and_numbers,
     block_of_program,
     draw,
     elements_from,
     is_wide,
     place,
     sample_number,
+    signed,
 )
 from .philox import high_word, low_word, philox_words
 
@@ -76,21 +78,16 @@ def philox_kernel(out, quads, seed, step, sample, first_quad, BLOCK: tl.constexp
 def fill(
     out: torch.Tensor,
     layout: tuple[int, int, int, int, int],
-    seed: int | torch.Tensor,
-    step: int | torch.Tensor,
-    first_sample: int | torch.Tensor,
+    counters: tuple,
 ) -> None:
-    """Fill ``out``, whose samples stand as ``layout`` says (fastdiff.ops.normal.op.Layout)."""
+    """Fill ``out``, whose samples stand as ``layout`` says (fastdiff.ops.layouts.Layout), from
+    step, seed and first sample (fastdiff.ops.counters.Counters)."""
+    step, seed, first_sample = counters
     channels, spatial, sample_stride, channel_stride, spatial_stride = layout
     blocks = triton.cdiv(channels * spatial, 4 * BLOCK)
     normal_kernel[(out.shape[0] * blocks,)](
         out,
-        seed if isinstance(seed, torch.Tensor) else None,
-        step if isinstance(step, torch.Tensor) else None,
-        first_sample if isinstance(first_sample, torch.Tensor) else None,
-        0 if isinstance(seed, torch.Tensor) else signed(seed, 64),
-        0 if isinstance(step, torch.Tensor) else signed(step, 32),
-        0 if isinstance(first_sample, torch.Tensor) else signed(first_sample, 64),
+        *addresses_and_numbers(seed, step, first_sample),
         channels,
         spatial,
         sample_stride,
@@ -116,8 +113,3 @@ def philox(out: torch.Tensor, *, seed: int, step: int, sample: int, first_quad: 
         signed(first_quad, 32),
         BLOCK=BLOCK,
     )
-
-
-def signed(value: int, bits: int) -> int:
-    """The signed integer with the same bits: Triton types an integer argument by its value."""
-    return value - 2**bits if value >= 2 ** (bits - 1) else value

@@ -10,12 +10,17 @@ its number, the seed, the first sample's number and the guidance scale are read 
 Range: element indices below 2^34. A step out of range gives NaN.
 """
 
+from collections import namedtuple
+
 import torch
 import triton
 import triton.language as tl
 
+from fastdiff.methods.table import COLUMNS
+
 from .elementwise import (
     BLOCK,
+    addresses_and_numbers,
     block_of_program,
     draw,
     elements_from,
@@ -25,9 +30,12 @@ from .elementwise import (
     sample_number,
 )
 
-COLUMNS = tl.constexpr(12)  # of the packed table
-FIRST_COUNTER_STEP = tl.constexpr(1)  # fastdiff.ops.normal.op.sampling_step(0)
+FIRST_COUNTER_STEP = tl.constexpr(1)  # fastdiff.ops.counters.sampling_step(0)
 UNSPECIALIZED = ["seed", "step", "first_sample", "guidance", "rows", "channels", "spatial"]
+
+
+# Where each column of the packed table stands: PLACE.a, PLACE.b, …
+PLACE = namedtuple("PLACE", COLUMNS)(*range(len(COLUMNS)))
 
 
 @triton.jit
@@ -50,7 +58,7 @@ def term(coefficient, value):
 def posterior_step_kernel(
     x_t,
     output,
-    packed,  # float32 (rows, 12)
+    packed,  # float32 (rows, columns)
     noise,  # or None: drawn, or none
     prev_x_start,  # or None
     x_prev,
@@ -58,10 +66,10 @@ def posterior_step_kernel(
     step_address,  # int32 or int64 on the device, or None: then `step` counts
     seed_address,
     first_sample_address,
-    guidance_address,
     step,
     seed,
     first_sample,
+    guidance_address,
     guidance,
     rows,
     channels,
@@ -86,6 +94,7 @@ def posterior_step_kernel(
     start_sample,
     start_channel,
     start_spatial,
+    PLACE: tl.constexpr,  # of the columns
     LEARNED: tl.constexpr,
     GUIDED: tl.constexpr,
     DRAWS: tl.constexpr,
@@ -101,15 +110,15 @@ def posterior_step_kernel(
         step = tl.load(step_address)
     step = step.to(tl.int64)
     known = (step >= 0) & (step < rows)
-    row = packed + step * COLUMNS
-    a = tl.load(row + 0, mask=known, other=float("nan"))
-    b = tl.load(row + 1, mask=known, other=float("nan"))
-    c = tl.load(row + 2, mask=known, other=float("nan"))
-    d = tl.load(row + 3, mask=known, other=float("nan"))
-    o = tl.load(row + 4, mask=known, other=float("nan"))
-    e = tl.load(row + 5, mask=known, other=float("nan"))
-    sigma = tl.load(row + 6, mask=known, other=float("nan"))
-    clip = tl.load(row + 9, mask=known, other=float("nan"))
+    row = packed + step * len(PLACE)
+    a = tl.load(row + PLACE.a, mask=known, other=float("nan"))
+    b = tl.load(row + PLACE.b, mask=known, other=float("nan"))
+    c = tl.load(row + PLACE.c, mask=known, other=float("nan"))
+    d = tl.load(row + PLACE.d, mask=known, other=float("nan"))
+    o = tl.load(row + PLACE.o, mask=known, other=float("nan"))
+    e = tl.load(row + PLACE.e, mask=known, other=float("nan"))
+    sigma = tl.load(row + PLACE.sigma, mask=known, other=float("nan"))
+    clip = tl.load(row + PLACE.clip, mask=known, other=float("nan"))
 
     at = sample * x_sample + place(element, spatial, x_channel, x_spatial, ONE_RUN)
     x = tl.load(x_t + at, mask=inside).to(tl.float32)
@@ -137,8 +146,8 @@ def posterior_step_kernel(
             z_at = place(element, spatial, noise_channel, noise_spatial, ONE_RUN)
             z = tl.load(noise + sample * noise_sample + z_at, mask=inside).to(tl.float32)
         if LEARNED:
-            log_min = tl.load(row + 7, mask=known, other=float("nan"))
-            log_max = tl.load(row + 8, mask=known, other=float("nan"))
+            log_min = tl.load(row + PLACE.log_min, mask=known, other=float("nan"))
+            log_max = tl.load(row + PLACE.log_max, mask=known, other=float("nan"))
             f = tl.load(output + variance_offset + at, mask=inside).to(tl.float32) * 0.5 + 0.5
             z = exp(0.5 * (f * log_max + (1.0 - f) * log_min)) * z
         value += term(sigma, z)
@@ -153,41 +162,34 @@ def posterior_step_kernel(
 def launch(
     plan: tuple,
     tensors: tuple[torch.Tensor | None, ...],
-    step: int | torch.Tensor,
-    seed: int | torch.Tensor | None,
-    first_sample: int | torch.Tensor,
-    guidance_scale: float | torch.Tensor | None,
+    counters: tuple,
+    scale: float | torch.Tensor | None,
 ) -> None:
     """``plan``: shape, rows, layouts of x_t and output, the offsets of variance and unconditional
     half (negative: none), layouts of noise, prev_x_start, x_prev, x_start
-    (fastdiff.ops.elementwise); ``tensors``: x_t, output, packed, noise, prev_x_start, x_prev,
-    x_start; counters' bits as signed integers."""
+    (fastdiff.ops.layouts); ``tensors``: x_t, output, packed, noise, prev_x_start, x_prev, x_start;
+    ``counters``: the row, seed or None, and first sample (fastdiff.ops.counters.Counters)."""
     shape, rows, *layouts = plan
     variance_offset, guidance_offset = layouts[2:4]
     del layouts[2:4]
     samples, channels, spatial = shape
+    by_tensor = isinstance(scale, torch.Tensor)
     blocks = triton.cdiv(channels * spatial, 4 * BLOCK)
     posterior_step_kernel[(samples * blocks,)](
         *tensors,
-        step if isinstance(step, torch.Tensor) else None,
-        seed if isinstance(seed, torch.Tensor) else None,
-        first_sample if isinstance(first_sample, torch.Tensor) else None,
-        guidance_scale if isinstance(guidance_scale, torch.Tensor) else None,
-        step if isinstance(step, int) else 0,
-        seed if isinstance(seed, int) else 0,
-        first_sample if isinstance(first_sample, int) else 0,
-        0.0
-        if guidance_scale is None or isinstance(guidance_scale, torch.Tensor)
-        else float(guidance_scale),
+        *addresses_and_numbers(*counters),
+        scale if by_tensor else None,
+        0.0 if by_tensor or scale is None else float(scale),
         rows,
         channels,
         spatial,
         variance_offset,
         guidance_offset,
         *(stride for layout in layouts for stride in layout[1:]),
+        PLACE=PLACE,
         LEARNED=variance_offset >= 0,
         GUIDED=guidance_offset >= 0,
-        DRAWS=seed is not None,
+        DRAWS=counters[1] is not None,
         ONE_RUN=is_one_run(shape, *layouts),
         WIDE=is_wide(shape),
         BLOCK=BLOCK,

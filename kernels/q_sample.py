@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .elementwise import (
     BLOCK,
+    addresses_and_numbers,
     block_of_program,
     draw,
     elements_from,
@@ -23,11 +24,10 @@ from .elementwise import (
     place,
     sample_number,
 )
-from .normal import signed
 
 # An integer argument equal to 1 would otherwise become a constant without a type.
 UNSPECIALIZED = ["seed", "step", "first_sample", "rows", "channels", "spatial"]
-TRAINING_STEP_BASE = tl.constexpr(2**31)  # fastdiff.ops.normal.op
+TRAINING_STEP_BASE = tl.constexpr(2**31)  # fastdiff.ops.counters
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -91,35 +91,22 @@ def q_sample_kernel(
     tl.store(x_t + sample * out_sample + at, value.to(x_t.dtype.element_ty), mask=inside)
 
 
-Layout = tuple[int, int, int, int]
-
-
-def launch(
-    plan: tuple[tuple[int, int, int], int, Layout, Layout, Layout],
-    tensors: tuple[torch.Tensor | None, ...],
-    draws: bool,
-    seed: int | torch.Tensor | None,
-    step: int | torch.Tensor,
-    first_sample: int | torch.Tensor,
-) -> None:
-    """``plan``: shape, rows, layouts of x_start, noise and x_t (fastdiff.ops.elementwise);
-    ``tensors``: x_start, t, signal, sigma, noise, x_t; counters' bits as signed integers."""
+def launch(plan: tuple, tensors: tuple[torch.Tensor | None, ...], counters: tuple) -> None:
+    """``plan``: shape, rows, layouts of x_start, noise and x_t (fastdiff.ops.layouts);
+    ``tensors``: x_start, t, signal, sigma, noise, x_t; ``counters``: the training step, seed or
+    None, and first sample (fastdiff.ops.counters.Counters)."""
     shape, rows, *layouts = plan
+    step, seed, first_sample = counters
     samples, channels, spatial = shape
     blocks = triton.cdiv(channels * spatial, 4 * BLOCK)
     q_sample_kernel[(samples * blocks,)](
         *tensors,
-        seed if isinstance(seed, torch.Tensor) else None,
-        step if isinstance(step, torch.Tensor) else None,
-        first_sample if isinstance(first_sample, torch.Tensor) else None,
-        seed if isinstance(seed, int) else 0,
-        signed(step, 32) if isinstance(step, int) else 0,
-        first_sample if isinstance(first_sample, int) else 0,
+        *addresses_and_numbers(seed, step, first_sample),
         rows,
         channels,
         spatial,
         *(stride for layout in layouts for stride in layout[1:]),
-        DRAWS=draws,
+        DRAWS=seed is not None,
         ONE_RUN=is_one_run(shape, *layouts),
         WIDE=is_wide(shape),
         BLOCK=BLOCK,

@@ -29,7 +29,7 @@ LINE, SECTOR = 128, 32  # bytes side by side: what a warp should cover, and memo
 
 
 class Plan(NamedTuple):
-    """Tiles of one call: see ``plan``."""
+    """Tiles of one call: see ``choose_tiles``."""
 
     tile_channels: int  # a power of two; all channels where they fit
     tile_positions: int
@@ -37,7 +37,7 @@ class Plan(NamedTuple):
 
 
 @functools.cache
-def plan(
+def choose_tiles(
     samples: int,
     channels: int,
     positions: int,
@@ -177,7 +177,7 @@ def forward(
     samples, channels = x.shape[:2]
     positions = x.numel() // (samples * channels)
     channels_last = not x.is_contiguous()
-    tiles = plan(
+    tiles = choose_tiles(
         samples, channels, positions, x.element_size(), channels_last, processors_of(x.device)
     )
     blocks = triton.cdiv(positions, tiles.tile_positions)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from fastdiff.errors import InputError
-from fastdiff.ops import backends
-from fastdiff.ops.backends import Choice
+from fastdiff.ops import backends, dispatch
+from fastdiff.ops.dispatch import OPERATIONS, Choice
 from harness.timing import Contender, with_backward
 
 
@@ -27,14 +27,14 @@ def of_operation(
 
 def kernels(device: torch.device) -> str:
     """The backend whose kernels serve the device."""
-    return backends.default(device, torch.float32)
+    return dispatch.default(OPERATIONS["attention"], device, torch.float32)[0]
 
 
 def _serves(op: str, name: str, device: torch.device, dtype: torch.dtype) -> bool:
     if name == "triton" and device.type == "cpu":
         return False  # its interpreter would be timed
     try:
-        backends.require(op, name, device, dtype)
+        dispatch.require(OPERATIONS[op], name, device, dtype)
     except InputError:
         return False
     return True

@@ -18,7 +18,7 @@ from fastdiff import ops
 from fastdiff.checks import check_device
 from fastdiff.errors import InputError
 from fastdiff.methods.table import StepTable
-from fastdiff.ops.explain import CHOOSERS
+from fastdiff.ops.dispatch import OPERATIONS
 from fastdiff.process.gaussian import create_diffusion
 
 HELP = "time the fused operations against eager PyTorch on this machine"
@@ -125,7 +125,7 @@ def _case(op: str, shape: str, eager: Callable, args: tuple, kwargs: dict, passe
         shape,
         lambda: function(*args, **kwargs),
         lambda: eager(*args),
-        lambda: CHOOSERS[op](*args, **kwargs).backend,
+        lambda: OPERATIONS[op].choose(*args, **kwargs).backend,
         int(passes * args[0].nbytes),
     )
 

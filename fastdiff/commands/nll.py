@@ -21,7 +21,8 @@ from fastdiff.commands.reports import check_report, write_report
 from fastdiff.data import ImageDataset, load_dataset, match_classes
 from fastdiff.errors import InputError, TrainingError
 from fastdiff.images import to_float
-from fastdiff.ops.normal import op as rng
+from fastdiff.ops.counters import sampling_step
+from fastdiff.ops.normal import normal
 from fastdiff.optional import require
 from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.process.likelihood import BitsPerDim, rate_distortion, summarize_bpd
@@ -137,10 +138,10 @@ def _score(
 
             def noise(t: int, shape: tuple[int, ...] = tuple(x_start.shape), first: int = start):
                 bar.update()
-                return rng.normal(
+                return normal(
                     shape,
                     seed=args.seed,
-                    step=rng.sampling_step(t),
+                    step=sampling_step(t),
                     first_sample=first,
                     device=device,
                 )

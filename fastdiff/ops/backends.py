@@ -8,39 +8,21 @@ another.
 """
 
 import contextlib
-import functools
 import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
 from fastdiff.errors import InputError
-from fastdiff.ops import native
 
 BACKENDS = ("reference", "native", "triton", "cuda")
 VARIABLE = "FASTDIFF_BACKEND"
-CUDA_OPERATIONS = ("group_norm_silu", "posterior_step", "q_sample")  # those of csrc/cuda
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NAMED_REASON = f"named by set_backend, backend() or {VARIABLE}"
-TRANSFORMS_REASON = "only plain PyTorch serves torch.func and forward-mode differentiation"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What runs for one call of an operation, and why."""
-
-    op: str
-    backend: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.op}: {self.backend} ({self.reason})"
 
 
 def _checked(name: str | None, source: str) -> str | None:
@@ -90,88 +72,6 @@ def backend(name: str | None) -> Iterator[None]:
 def named() -> str | None:
     """The backend that is named, or None where the plans choose."""
     return _named
-
-
-def default(device: torch.device, dtype: torch.dtype, op: str = "") -> str:
-    """The plan: the kernels of the device, those in CUDA C++ where they are measured faster."""
-    if dtype in KERNEL_DTYPES:
-        if device.type == "cpu":
-            return "native"
-        if device.type == "cuda":
-            if op in CUDA_OPERATIONS and (not HAS_TRITON or faster_in_cuda(op, device)):
-                if native.cuda_serves(device):
-                    return "cuda"
-            if HAS_TRITON:
-                return "triton"
-    return "reference"
-
-
-def default_reason(device: torch.device, dtype: torch.dtype, op: str = "") -> str:
-    """Why ``default`` answers as it does, in words."""
-    if dtype not in KERNEL_DTYPES:
-        return f"the kernels take float32, bfloat16 and float16, not {short(dtype)}"
-    if device.type == "cpu":
-        return "the C++ kernel serves every CPU call"
-    if device.type == "cuda":
-        if default(device, dtype, op) == "cuda":
-            why = "measured faster than Triton's" if HAS_TRITON else "Triton is not installed"
-            return f"the CUDA C++ kernel serves this GPU: {why}"
-        return "the Triton kernel serves GPUs" if HAS_TRITON else "Triton is not installed"
-    return f"there are no kernels for {device.type} devices"
-
-
-# (operation, GPU's name) where benchmarks/results has the CUDA C++ kernel faster than Triton's, in
-# the geometric mean over the cases; tests/ops/test_cuda_plan.py holds the two together. No GPU has
-# been measured yet.
-FASTER_IN_CUDA: frozenset[tuple[str, str]] = frozenset()
-
-
-@functools.cache
-def faster_in_cuda(op: str, device: torch.device) -> bool:
-    """Whether the CUDA C++ kernel of ``op`` is measured faster than Triton's on this GPU."""
-    return bool(FASTER_IN_CUDA) and (op, torch.cuda.get_device_name(device)) in FASTER_IN_CUDA
-
-
-def require(op: str, name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """``name``, or InputError where that backend's kernel of ``op`` cannot serve such a tensor."""
-    device_type = device.type
-    if name == "reference":
-        return name
-    if name == "cuda" and op not in CUDA_OPERATIONS:
-        problem = f"there is no CUDA C++ kernel of {op}"
-    elif dtype not in KERNEL_DTYPES:
-        problem = f"its kernels take float32, bfloat16 and float16, not {short(dtype)}"
-    elif name == "cuda":
-        problem = native.cuda_problem(device)
-    elif name == "native":
-        problem = "" if device_type == "cpu" else f"it runs on the CPU, not on {device_type}"
-    elif not HAS_TRITON:
-        problem = "the package triton is not installed"
-    elif device_type == "cuda" or (device_type == "cpu" and triton_interprets()):
-        problem = ""
-    else:
-        problem = f"it runs on CUDA devices, not on {device_type}"
-    if problem:
-        raise InputError(
-            f"{op}: the backend {name!r} was named, but {problem}; name another, or None for the "
-            "plan's choice"
-        )
-    return name
-
-
-def under_transforms(op: str) -> str:
-    """The backend that serves torch.func and forward mode; InputError where another is named."""
-    if _named not in (None, "reference"):
-        raise InputError(
-            f"{op}: the backend {_named!r} was named, but only 'reference' serves torch.func and "
-            "forward-mode differentiation; name that, or None for the plan's choice"
-        )
-    return "reference"
-
-
-def triton_interprets() -> bool:
-    """Whether Triton kernels run in its interpreter, which takes CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

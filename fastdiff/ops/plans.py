@@ -1,14 +1,30 @@
-"""Caches of launch plans."""
+"""One cache of launch plans: what a kernel is told beside addresses, made once for calls alike."""
 
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
-LARGEST_CACHE = 512
-T = TypeVar("T")
+from torch import Tensor
+
+LARGEST_CACHE = 2048
+_plans: dict[tuple, Any] = {}
+_NONE = object()
 
 
-def remember(cache: dict[tuple, T], key: tuple, value: T) -> T:
-    """Put a launch plan into its cache, which starts afresh when it has grown large."""
-    if len(cache) >= LARGEST_CACHE:
-        cache.clear()
-    cache[key] = value
-    return value
+def described(tensor: Tensor | None) -> tuple | None:
+    """All of a tensor that a plan may depend on."""
+    if tensor is None:
+        return None
+    strides = None if tensor.is_contiguous() else tensor.stride()  # the first costs less
+    return tensor.shape, strides, tensor.dtype
+
+
+def plan_of(make: Callable[..., Any], tensors: Sequence[Tensor | None], *options: Any) -> Any:
+    """``make(*tensors, *options)``, remembered by what ``described`` says of the tensors."""
+    key = (make, *map(described, tensors), options)
+    plan = _plans.get(key, _NONE)
+    if plan is _NONE:
+        plan = make(*tensors, *options)
+        if len(_plans) >= LARGEST_CACHE:
+            _plans.clear()
+        _plans[key] = plan
+    return plan

@@ -15,7 +15,7 @@ from fastdiff.checks import check_float, check_like
 from fastdiff.errors import InputError
 from fastdiff.methods.levels import Float64Array
 from fastdiff.methods.table import StepTable
-from fastdiff.ops.normal.op import draw_like
+from fastdiff.ops.normal import draw_like
 from fastdiff.ops.q_sample.op import q_sample
 from fastdiff.process import likelihood, reverse, schedules
 from fastdiff.process.forward import forward_tables, posterior_mean

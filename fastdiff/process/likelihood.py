@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdiff.checks import check_float, check_like, check_positive
 from fastdiff.errors import InputError
 from fastdiff.methods.levels import Float64Array
-from fastdiff.ops.normal.op import draw_like
+from fastdiff.ops.normal import draw_like
 from fastdiff.process.forward import mean_flat, posterior_mean
 from fastdiff.process.published_loops import StepNoise, countdown, noise_of_step
 from fastdiff.process.reverse import Model, call_model, eps_from_xstart, interpret

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdiff.checks import check_device, check_float, check_shape
 from fastdiff.errors import InputError
-from fastdiff.ops.normal.op import draw_like
+from fastdiff.ops.normal import draw_like
 from fastdiff.optional import require
 from fastdiff.process.reverse import Model, ReverseStep
 from fastdiff.process.update import CondFn, DenoisedFn

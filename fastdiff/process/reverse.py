@@ -16,7 +16,7 @@ from fastdiff.checks import check_float, check_like, check_timesteps
 from fastdiff.errors import InputError
 from fastdiff.methods.levels import Float64Array
 from fastdiff.methods.table import COLUMNS, Index, StepTable
-from fastdiff.ops.normal.op import draw_like
+from fastdiff.ops.normal import draw_like
 from fastdiff.ops.posterior_step.reference import log_variance
 from fastdiff.process.forward import posterior_mean
 from fastdiff.process.tables import TablesAt, arithmetic_dtype

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastdiff.checks import check_float, check_positive, is_finite
 from fastdiff.errors import InputError
 from fastdiff.methods.levels import Float64Array
-from fastdiff.ops.normal.op import draw_like
+from fastdiff.ops.normal import draw_like
 from fastdiff.ops.q_sample.op import q_sample
 from fastdiff.process.forward import mean_flat
 from fastdiff.process.respacing import chosen_timesteps

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastdiff.errors import InputError, TrainingError, first_line
 from fastdiff.methods.table import COLUMNS
 from fastdiff.ops import backends
-from fastdiff.ops.elementwise import signed
+from fastdiff.ops.counters import signed
 from fastdiff.sampling.kwargs import Unknown, map_tensors, structure, tensors_of
 from fastdiff.sampling.network.network import Network
 from fastdiff.sampling.noise import CounterNoise, HeldNoise

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastdiff.errors import InputError
 from fastdiff.methods.table import Index
-from fastdiff.ops.normal import op as rng
+from fastdiff.ops.counters import FIRST_KNOWN_STEP, check_integer, known_step
+from fastdiff.ops.normal import normal
 from fastdiff.process.published_loops import StepNoise, noise_of_step
 
 
@@ -30,7 +31,7 @@ class CounterNoise:
         self.seed, self.first_sample = seed, first_sample
 
     def x_T(self) -> Tensor:
-        return rng.normal(
+        return normal(
             self.shape, seed=self.seed, first_sample=self.first_sample, device=self.device
         )
 
@@ -40,12 +41,12 @@ class CounterNoise:
 
     def of_known(self, i: Index) -> dict[str, Any]:
         """q_sample's arguments for the known region after row i."""
-        return self.of_step(i, True) | {"step": rng.FIRST_KNOWN_STEP + i}
+        return self.of_step(i, True) | {"step": FIRST_KNOWN_STEP + i}
 
     def draw_known(self, i: int, out: Tensor) -> None:
         """``of_known``'s noise, into a tensor."""
-        step, first = rng.known_step(i), self.first_sample
-        rng.normal(self.shape, seed=self.seed, step=step, first_sample=first, out=out)
+        step, first = known_step(i), self.first_sample
+        normal(self.shape, seed=self.seed, step=step, first_sample=first, out=out)
 
 
 class TorchNoise:
@@ -140,7 +141,7 @@ def noise_source(
     rows: int,
 ) -> Noise:
     """The source of rng ``kind``, its numbers checked; ``step_noise`` replaces the steps' own."""
-    seed = rng.check_integer("seed", seed, 2**64)
+    seed = check_integer("seed", seed, 2**64)
     if kind == "torch" and first_sample != 0:
         raise InputError(
             "first_sample numbers the samples of rng='counter'; rng='torch' has no numbering"
@@ -149,6 +150,6 @@ def noise_source(
     if kind == "torch":
         source = TorchNoise(shape, device, seed)
     else:
-        first_sample = rng.check_integer("first_sample", first_sample, 2**64 - (shape[0] - 1))
+        first_sample = check_integer("first_sample", first_sample, 2**64 - (shape[0] - 1))
         source = CounterNoise(shape, device, seed, first_sample)
     return source if step_noise is None else GivenNoise(source, step_noise, rows)

@@ -18,7 +18,7 @@ from fastdiff.errors import InputError
 from fastdiff.images import save_grid, to_float
 from fastdiff.models.ema import EMA
 from fastdiff.models.unet import UNet
-from fastdiff.ops.normal.op import draw_like
+from fastdiff.ops.normal import draw_like
 from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.training import preview, state
 from fastdiff.training.checks import check_fit, check_images, choose_device, describe_images

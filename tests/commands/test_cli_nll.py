@@ -10,7 +10,8 @@ from fastdiff.checkpoints.checkpoint import load, save
 from fastdiff.cli import main
 from fastdiff.images import save_samples_npz, to_float
 from fastdiff.models.unet import UNet
-from fastdiff.ops.normal import op as rng
+from fastdiff.ops.counters import sampling_step
+from fastdiff.ops.normal import normal
 from fastdiff.process.gaussian import create_diffusion
 from fastdiff.process.likelihood import summarize_bpd
 from fastdiff.process.variance_exploding import VarianceExploding, geometric_sigmas
@@ -68,7 +69,7 @@ def test_the_figures_and_where_they_go(checkpoint, images, tmp_path, capsys):
     terms = loaded.diffusion.calc_bpd_loop(
         loaded.model,
         x_start,
-        noise=lambda t: rng.normal(x_start.shape, seed=5, step=rng.sampling_step(t)),
+        noise=lambda t: normal(x_start.shape, seed=5, step=sampling_step(t)),
     )
     summary = summarize_bpd(terms)
     for name in ("count", "total", "total_stderr", "prior", "rate", "decoder", "decoder_stderr"):
@@ -212,6 +213,6 @@ def test_standard_errors_are_those_of_the_mean(checkpoint, images, tmp_path):
     totals = loaded.diffusion.respace(3).calc_bpd_loop(
         loaded.model,
         x_start,
-        noise=lambda t: rng.normal(x_start.shape, seed=0, step=rng.sampling_step(t)),
+        noise=lambda t: normal(x_start.shape, seed=0, step=sampling_step(t)),
     )["total_bpd"]
     assert parts["total_stderr"] == pytest.approx(totals.std().item() / math.sqrt(10), rel=1e-3)

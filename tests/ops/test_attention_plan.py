@@ -8,18 +8,19 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff.ops import backends, native
+from fastdiff.ops import native
+from fastdiff.ops.attention.fastest import IMPLEMENTATIONS, Workload, fastest
 from fastdiff.ops.attention.op import choose
-from fastdiff.ops.attention.plan import IMPLEMENTATIONS, Call, plan
+from fastdiff.ops.dispatch import NAMED_REASON
 from paths import ROOT
 
 FOLDER = ROOT / "benchmarks" / "results" / "attention_plan"
 TABLES = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
 
 
-def call(**changes):
+def workload(**changes):
     fields = dict(device_type="cpu", dtype=torch.float32, tokens=256, head_dim=64, training=False)
-    return Call(**{**fields, "token_major": True, "isa": "avx512", "amx": True, **changes})
+    return Workload(**{**fields, "token_major": True, "isa": "avx512", "amx": True, **changes})
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
@@ -28,8 +29,8 @@ def test_the_rule_agrees_with_the_measurements(table):
     within a hundredth on average."""
     machine, lost = table["machine"], []
     for row in table["rows"]:
-        choice, _ = plan(
-            call(
+        choice, _ = fastest(
+            workload(
                 dtype=getattr(torch, row["dtype"]),
                 isa=machine["isa"],
                 amx=machine["amx"],
@@ -65,22 +66,22 @@ def test_the_measurements_say_where_they_come_from():
     ],
 )
 def test_what_the_plan_says(changes, implementation, reason):
-    found, why = plan(call(**changes))
+    found, why = fastest(workload(**changes))
     assert found == implementation and found in IMPLEMENTATIONS
     assert reason in why
 
 
 @pytest.mark.parametrize(("head_dim", "implementation"), [(64, "sdpa"), (256, "sdpa")])
 def test_gpus_take_sdpa_up_to_its_widest_head(head_dim, implementation):
-    assert plan(call(device_type="cuda", head_dim=head_dim))[0] == implementation
+    assert fastest(workload(device_type="cuda", head_dim=head_dim))[0] == implementation
 
 
 def test_gpus_take_triton_for_wider_heads(monkeypatch):
-    wide = call(device_type="cuda", head_dim=512)
+    wide = workload(device_type="cuda", head_dim=512)
     monkeypatch.setattr("fastdiff.ops.backends.HAS_TRITON", True)
-    assert plan(wide) == ("triton", "head_dim 512 > 256, where PyTorch's fast SDPA ends")
+    assert fastest(wide) == ("triton", "head_dim 512 > 256, where PyTorch's fast SDPA ends")
     monkeypatch.setattr("fastdiff.ops.backends.HAS_TRITON", False)
-    assert plan(wide) == ("sdpa", "PyTorch's SDPA: Triton is not installed")
+    assert fastest(wide) == ("sdpa", "PyTorch's SDPA: Triton is not installed")
 
 
 def test_explain_tells_the_choice_and_why(capsys):
@@ -89,9 +90,7 @@ def test_explain_tells_the_choice_and_why(capsys):
     slow = native.library().current_isa() == "baseline"
     assert choice.backend == ("reference" if slow else "native")
     with fastdiff.backend("native"):
-        assert (
-            str(choose(torch.zeros(1, 6, 4), 1)) == f"attention: native ({backends.NAMED_REASON})"
-        )
+        assert str(choose(torch.zeros(1, 6, 4), 1)) == f"attention: native ({NAMED_REASON})"
 
 
 def test_pytorchs_own_counts_as_the_reference_backend(monkeypatch):

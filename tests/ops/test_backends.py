@@ -12,7 +12,8 @@ from torch.autograd import forward_ad
 
 import fastdiff
 from fastdiff.errors import InputError
-from fastdiff.ops import backends, native
+from fastdiff.ops import backends, dispatch, native
+from fastdiff.ops.dispatch import OPERATIONS, Operation
 
 
 @pytest.fixture(autouse=True)
@@ -87,13 +88,19 @@ def test_default(monkeypatch, dtype, has_triton):
     kernels = dtype in backends.KERNEL_DTYPES
     monkeypatch.setattr(native, "cuda_serves", lambda device: False)
     cpu, cuda, mps, meta = map(torch.device, ("cpu", "cuda", "mps", "meta"))
-    assert backends.default(cpu, dtype) == ("native" if kernels else "reference")
-    gpu = kernels and has_triton
-    assert backends.default(cuda, dtype, "q_sample") == ("triton" if gpu else "reference")
-    assert backends.default(mps, dtype) == backends.default(meta, dtype) == "reference"
-    for device in (cpu, cuda, mps):
-        assert "\n" not in backends.default_reason(device, dtype)
-    assert ("not float64" in backends.default_reason(cpu, dtype)) == (not kernels)
+
+    def default(device):
+        backend, reason = dispatch.default(OPERATIONS["q_sample"], device, dtype)
+        assert "\n" not in reason
+        assert ("not float64" in reason) == (not kernels)
+        return backend
+
+    assert default(cpu) == ("native" if kernels else "reference")
+    assert default(cuda) == ("triton" if kernels and has_triton else "reference")
+    assert default(mps) == default(meta) == "reference"
+
+
+OP = Operation("op", ("native", "triton"), choose=None)
 
 
 @pytest.mark.parametrize(
@@ -114,20 +121,20 @@ def test_require(monkeypatch, name, device, dtype, serves):
     monkeypatch.setattr(backends, "HAS_TRITON", True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if serves:
-        assert backends.require("op", name, torch.device(device), dtype) == name
+        dispatch.require(OP, name, torch.device(device), dtype)
         return
     with pytest.raises(InputError, match=f"^op: the backend '{name}' was named, but ") as caught:
-        backends.require("op", name, torch.device(device), dtype)
+        dispatch.require(OP, name, torch.device(device), dtype)
     assert "\n" not in str(caught.value)
 
 
 def test_triton_on_the_cpu_needs_its_interpreter(monkeypatch):
     monkeypatch.setattr(backends, "HAS_TRITON", True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert backends.require("op", "triton", torch.device("cpu"), torch.float32) == "triton"
+    dispatch.require(OP, "triton", torch.device("cpu"), torch.float32)
     monkeypatch.setattr(backends, "HAS_TRITON", False)
     with pytest.raises(InputError, match="the package triton is not installed"):
-        backends.require("op", "triton", torch.device("cpu"), torch.float32)
+        dispatch.require(OP, "triton", torch.device("cpu"), torch.float32)
 
 
 # --- Past the dispatcher ----------------------------------------------------------------------
@@ -179,10 +186,18 @@ def test_the_compiler_is_not_passed_by():
 
 
 def test_transforms_refuse_a_named_kernel():
-    assert backends.under_transforms("op") == "reference"
+    def choose(x):
+        seen.append(dispatch.choose(OP, x).backend)
+        return x.sum()
+
+    seen, x = [], torch.zeros(2)
+    torch.func.grad(choose)(x)
+    with fastdiff.backend("reference"):
+        torch.func.grad(choose)(x)
+    assert seen == ["reference"] * 2
     for name in ("native", "triton"):
         with fastdiff.backend(name), pytest.raises(InputError, match=f"^op: the backend '{name}'"):
-            backends.under_transforms("op")
+            torch.func.grad(choose)(x)
 
 
 def test_a_batch_of_gradients_is_not_launched_directly():

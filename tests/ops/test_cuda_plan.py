@@ -5,7 +5,8 @@ import statistics
 import pytest
 import torch
 
-from fastdiff.ops import backends, native
+from fastdiff.ops import backends, dispatch, native
+from fastdiff.ops.dispatch import OPERATIONS
 from harness import results
 
 GPU = torch.device("cuda:0")
@@ -14,7 +15,7 @@ GPU = torch.device("cuda:0")
 def faster(data):
     """The operations of one results file whose CUDA kernel beats Triton's, with the GPU's name."""
     found = set()
-    for op in backends.CUDA_OPERATIONS:
+    for op in (name for name, op in OPERATIONS.items() if "cuda" in op.kernels):
         times = [row["times_s"] for row in data["rows"] if row["op"] == op]
         ratios = [t["triton"] / t["cuda"] for t in times if {"triton", "cuda"} <= t.keys()]
         if ratios and statistics.geometric_mean(ratios) > 1:
@@ -26,7 +27,7 @@ def test_the_table_is_what_was_measured():
     files = [data for path in results.FOLDER.glob("*.json") if (data := results.load(path))]
     assert files
     measured = set().union(*(faster(data) for data in files if data["kind"] == "cuda"))
-    assert backends.FASTER_IN_CUDA == measured
+    assert dispatch.FASTER_IN_CUDA == measured
 
 
 def test_a_results_file_decides():
@@ -51,13 +52,13 @@ def test_a_results_file_decides():
     ],
 )
 def test_the_plan_on_gpus(monkeypatch, has_triton, measured, serves, expected):
-    backends.faster_in_cuda.cache_clear()
+    dispatch.faster_in_cuda.cache_clear()
     monkeypatch.setattr(backends, "HAS_TRITON", has_triton)
     monkeypatch.setattr(native, "cuda_serves", lambda device: serves)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     table = {("q_sample", "some GPU")} if measured else {("q_sample", "another")}
-    monkeypatch.setattr(backends, "FASTER_IN_CUDA", frozenset(table))
-    assert backends.default(GPU, torch.float32, "q_sample") == expected
-    assert "\n" not in backends.default_reason(GPU, torch.float32, "q_sample")
-    assert backends.default(GPU, torch.float32, "attention") != "cuda"
-    backends.faster_in_cuda.cache_clear()
+    monkeypatch.setattr(dispatch, "FASTER_IN_CUDA", frozenset(table))
+    backend, reason = dispatch.default(OPERATIONS["q_sample"], GPU, torch.float32)
+    assert backend == expected and "\n" not in reason
+    assert dispatch.default(OPERATIONS["attention"], GPU, torch.float32)[0] != "cuda"
+    dispatch.faster_in_cuda.cache_clear()

@@ -6,7 +6,7 @@ import torch
 import fastdiff
 from fastdiff import GaussianDiffusion, StepTable, ops
 from fastdiff.ops import native
-from fastdiff.ops.normal import op as rng
+from fastdiff.ops.normal import normal
 from fastdiff.process.schedules import cosine_betas
 from harness import floors
 from kernel_tools import LAYOUTS, poisoned_outputs
@@ -257,7 +257,7 @@ def test_no_value_on_the_device_is_looked_at(monkeypatch):
             patch.setattr(torch.Tensor, name, looked_at)
         for _ in range(2):
             counters = {"seed": seed, "step": step, "first_sample": zero}
-            rng.normal(tuple(x.shape), out=x, **counters, backend="cuda")
+            normal(tuple(x.shape), out=x, **counters, backend="cuda")
             ops.q_sample(x, t, *tables, seed=seed, step=zero, first_sample=step)
             ops.posterior_step(x, x, rows, step, seed=seed, first_sample=zero)
 

@@ -1,7 +1,5 @@
 """group_norm_silu, backward: every gradient against the equations' in float64."""
 
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +8,6 @@ from test_group_norm_silu import strange
 
 import fastdiff
 from fastdiff.ops import group_norm_silu, native
-from fastdiff.ops.group_norm_silu import launch as launch
 from kernel_tools import EMULATED, ISAS, examples, forced_isa
 from norm_cases import (
     case,
@@ -19,7 +16,6 @@ from norm_cases import (
     equations,
     error,
     gradients,
-    kernels_at_any_size,  # noqa: F401
     native_shape,
     poison,
     threads,
@@ -145,7 +141,7 @@ def test_any_number_of_threads_gives_the_same_bits(n, c, spatial, dtype, channel
 @pytest.mark.parametrize("add", [None, "embedding", "residual"])
 def test_every_element_is_written(isa, monkeypatch, add, channels_last, dtype):
     torch.manual_seed(0)
-    poison(monkeypatch, launch)
+    poison(monkeypatch)
     for c, spatial in [(10, (3, 3)), (35, (5, 7)), (32, (1, 1)), (6, (31,))]:
         options = dict(dtype=dtype, channels_last=channels_last, film="plain", add=add)
         check(case(2, c, spatial, **options), 2 if c % 2 == 0 else 1, rounds=32)
@@ -304,24 +300,3 @@ def test_the_reference_passes_gradcheck():
         with fastdiff.backend("reference"):
             assert torch.autograd.gradcheck(call, leaves)
             assert torch.autograd.gradgradcheck(call, leaves)
-
-
-def test_small_contiguous_tensors_train_on_pytorch(monkeypatch):
-    """The plan's exception, and its limits: what is slower, and what PyTorch gets wrong."""
-    module = sys.modules["fastdiff.ops.group_norm_silu.op"]
-    monkeypatch.setattr(module, "SMALL", 64 * 16)
-    weight, bias = torch.ones(64, requires_grad=True), torch.zeros(64)
-
-    def backend(x):
-        return module.choose(x, 32, weight, bias).backend
-
-    small = torch.randn(1, 64, 4, 4)
-    assert backend(small) == "reference"
-    assert backend(small.contiguous(memory_format=torch.channels_last)) == "native"
-    assert backend(torch.randn(1, 64, 4, 5)) == "native"
-    assert backend(small.bfloat16()) == "native"  # the reference would copy it to float32
-    assert backend(small[:0]) == "native"  # where PyTorch's gradients of weight and bias are NaN
-    with torch.no_grad():
-        assert backend(small) == "native"
-    with fastdiff.backend("native"):
-        assert backend(small) == "native"

@@ -9,13 +9,12 @@ from torch.utils.checkpoint import checkpoint
 import fastdiff
 from fastdiff.errors import InputError
 from fastdiff.ops import group_norm_silu
-from fastdiff.ops.group_norm_silu import launch as launch
+from fastdiff.ops.group_norm_silu.launch import Arguments, _shape_of
 from norm_cases import (
     case,
     equations,
     error,
     gradients,
-    kernels_at_any_size,  # noqa: F401
     run,
 )
 
@@ -50,11 +49,8 @@ CALLS = [
 
 
 @pytest.mark.parametrize("options", CALLS)
-@pytest.mark.parametrize(
-    ("op", "gradient"),
-    [("group_norm_silu", False), ("group_norm_silu", True), ("group_norm_silu_inference", False)],
-)
-def test_opcheck(op, options, gradient):
+@pytest.mark.parametrize(("keep", "gradient"), [(True, False), (True, True), (False, False)])
+def test_opcheck(keep, options, gradient):
     torch.manual_seed(0)
     tensors = case(2, 8, (3, 4), **options)
     tensors = {k: None if v is None else v.detach() for k, v in tensors.items()}
@@ -65,17 +61,18 @@ def test_opcheck(op, options, gradient):
     x, weight, bias, scale, shift, add = map(
         tensors.get, ("x", "weight", "bias", "scale", "shift", "add")
     )
-    arguments = (x, 2, weight, bias, 1e-5, scale, shift, add, True)
-    results = torch.library.opcheck(getattr(torch.ops.fastdiff, op).default, arguments)
+    arguments = (x, weight, bias, scale, shift, add, 2, 1e-5, True, "native", keep)
+    results = torch.library.opcheck(torch.ops.fastdiff.group_norm_silu.default, arguments)
     assert set(results.values()) == {"SUCCESS"}, results
 
 
 def test_the_backward_operator_passes_opcheck():
     torch.manual_seed(0)
     t = case(2, 8, (3, 4), film="chunks", add="embedding")
-    arguments = (t["x"], 2, t["weight"], t["bias"], 1e-5, t["scale"], t["shift"], t["add"], True)
+    tensors = map(t.get, ("x", "weight", "bias", "scale", "shift", "add"))
+    arguments = (*tensors, 2, 1e-5, True, "native", True)
     y, statistics = torch.ops.fastdiff.group_norm_silu(*arguments)
-    arguments = (y, statistics, t["x"], 2, t["weight"], t["bias"], 1e-5, *arguments[5:])
+    arguments = (y, statistics, *arguments)
     torch.library.opcheck(torch.ops.fastdiff.group_norm_silu_backward.default, arguments)
 
 
@@ -93,12 +90,13 @@ def test_the_meta_device():
 
 
 def test_shapes_are_remembered_per_backend():
-    """One key for Triton's call and the C++ kernels' would hand these Triton's empty shape."""
-    rest = (X, 2, None, None, 1e-5, None, None, None, True)
-    assert launch._key("native", *rest) != launch._key("triton", *rest)
-    with fastdiff.backend("triton"):
-        assert launch._backend(X) == "triton"
-    assert launch._backend(X) == "native"
+    """One plan for Triton's call and the C++ kernels' would hand these Triton's empty shape."""
+    for _ in range(2):
+        triton, native = (
+            _shape_of(Arguments(X, None, None, None, None, None, 2, 1e-5, True, name, False))
+            for name in ("triton", "native")
+        )
+        assert triton == () and native != ()
 
 
 # --- torch.compile ----------------------------------------------------------------------------
@@ -191,10 +189,7 @@ def test_inference_mode_and_the_profiler():
         assert torch.equal(norm(X), expected)
         assert torch.equal(torch.autograd.grad(energy(leaf), leaf)[0], wanted)
     names = {event.key for event in profile.key_averages()}
-    assert {
-        "fastdiff::group_norm_silu", "fastdiff::group_norm_silu_inference",
-        "fastdiff::group_norm_silu_backward",
-    } <= names  # fmt: skip
+    assert {"fastdiff::group_norm_silu", "fastdiff::group_norm_silu_backward"} <= names
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

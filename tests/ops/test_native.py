@@ -13,7 +13,7 @@ import torch
 
 from fastdiff.errors import InputError
 from fastdiff.ops import native
-from fastdiff.ops.normal import op as rng
+from fastdiff.ops.normal import normal
 from paths import ROOT
 
 ISAS = native.library().supported_isas()
@@ -48,7 +48,7 @@ def unloaded():
 def test_a_missing_library_is_one_clear_line(unloaded, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastdiff._native", None)
     with pytest.raises(native.NativeLibraryError, match="reinstall fastdiff") as caught:
-        rng.normal((1, 4), seed=0)
+        normal((1, 4), seed=0)
     assert isinstance(caught.value, OSError)  # the command line prints these as one line
     assert "\n" not in str(caught.value)
 
@@ -125,7 +125,7 @@ def test_torch_set_num_threads_is_obeyed():
 import json, os
 import torch
 from fastdiff.ops import native
-from fastdiff.ops.normal import op as rng
+from fastdiff.ops.normal import normal
 def threads():
     return len(os.listdir("/proc/self/task"))
 native.library()
@@ -133,7 +133,7 @@ counts = {}
 for wanted in (1, 3):
     torch.set_num_threads(wanted)
     before = threads()
-    rng.normal((1, 1 << 20), seed=0)
+    normal((1, 1 << 20), seed=0)
     counts[wanted] = threads() - before
 print(json.dumps(counts))
 """
@@ -147,12 +147,12 @@ def test_a_team_has_the_asked_size():
 
 
 def test_threads_draw_at_the_same_time():
-    expected = rng.normal((4, 3, 64, 64), seed=1)
+    expected = normal((4, 3, 64, 64), seed=1)
     draws = [None] * 4
 
     def draw(index):
         for _ in range(10):
-            draws[index] = rng.normal((4, 3, 64, 64), seed=1)
+            draws[index] = normal((4, 3, 64, 64), seed=1)
 
     threads = [threading.Thread(target=draw, args=(i,)) for i in range(4)]
     for thread in threads:

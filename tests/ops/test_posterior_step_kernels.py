@@ -13,10 +13,12 @@ from test_posterior_step import direct, table
 
 import fastdiff
 from fastdiff.errors import InputError
-from fastdiff.ops.normal import op as rng
+from fastdiff.methods.table import COLUMNS
+from fastdiff.ops.counters import Counters, sampling_step
+from fastdiff.ops.normal import normal
 from fastdiff.ops.posterior_step.op import posterior_step
 from kernel_tools import LAYOUTS, compile_for, each_isa, examples, poisoned_outputs, spilled
-from paths import TOOLS
+from paths import ROOT, TOOLS
 
 DEVICE = torch.get_default_device()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -107,8 +109,8 @@ def test_nothing_depends_on_threads_layouts_or_on_what_is_returned(name, layout,
     x_t, output, _, before = inputs(shape, rows, torch.float32, torch.bfloat16, layout)
     options = {"seed": 2**64 - 1, "first_sample": 3, "prev_x_start": before}
     plain = [v.contiguous() for v in (x_t, output)]
-    counters = dict(seed=2**64 - 1, step=rng.sampling_step(2), first_sample=3)
-    noise = rng.normal(shape, device=DEVICE, **counters)
+    counters = dict(seed=2**64 - 1, step=sampling_step(2), first_sample=3)
+    noise = normal(shape, device=DEVICE, **counters)
     given = {"noise": noise, "prev_x_start": before}
     expected = posterior_step(*plain, rows, 2, **given)
     before_threads = torch.get_num_threads()
@@ -279,13 +281,27 @@ def test_it_compiles_as_one_graph(name, step):
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("operator", ["posterior_step", "posterior_x_prev"])
-def test_operators_pass_opcheck(operator):
+@pytest.mark.parametrize("returns_x_start", [True, False])
+@pytest.mark.parametrize("draws", [True, False])
+def test_the_operator_passes_opcheck(returns_x_start, draws):
     rows = TABLES["learned_range"]
     x_t, output, _, before = inputs((2, 3, 4, 4), rows, torch.float32, layout="channels_last")
-    counters = (None, 4, None, 0, torch.tensor(2**40))
-    arguments = (x_t, output, rows.packed, True, 0, torch.tensor(1), *counters, before, None, None)
-    torch.library.opcheck(getattr(torch.ops.fastdiff, operator).default, (*arguments, "native"))
+    step = torch.tensor(1)
+    counters = Counters(step, 4, torch.tensor(2**40)) if draws else Counters(step)
+    tensors = (x_t, output, rows.packed, None, before, None)
+    arguments = (*tensors, None, True, *counters.flat(), returns_x_start, "native")
+    torch.library.opcheck(torch.ops.fastdiff.posterior_step.default, arguments)
+
+
+def test_the_kernels_read_the_columns_where_the_table_writes_them():
+    """Triton's places are made of COLUMNS; C++ names its own in the struct that reads a row."""
+    header = (ROOT / "csrc" / "common" / "step.h").read_text()
+    (fields,) = re.findall(r"struct StepRow \{\s*float ([^;]*);", header)
+    names = tuple(re.split(r",\s*", fields))
+    assert names == COLUMNS[: len(names)] and "clip" in names
+    assert f"constexpr int kStepColumns = {len(COLUMNS)};" in header
+    (places,) = re.findall(r"return \{(r\[0\][^}]*)\};", header)
+    assert re.findall(r"r\[(\d+)\]", places) == [str(i) for i in range(len(names))]
 
 
 def test_the_plan():
@@ -317,7 +333,7 @@ def test_triton_interpreter_agrees_with_the_cpu():
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_triton_compiles_without_a_gpu_and_without_spills(capability, tmp_path, monkeypatch):
     pytest.importorskip("triton")
-    from fastdiff.kernels.posterior_step import posterior_step_kernel
+    from fastdiff.kernels.posterior_step import PLACE, posterior_step_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     numbers = {"seed": "i64", "first_sample": "i64", "guidance": "fp32"}
@@ -331,7 +347,12 @@ def test_triton_compiles_without_a_gpu_and_without_spills(capability, tmp_path, 
         ("*bf16", {"noise": None} | dict.fromkeys(counters), True),
     ):
         flags = dict.fromkeys(("LEARNED", "GUIDED"), extra["noise"] is None)
-        flags |= {"DRAWS": extra["noise"] is None, "ONE_RUN": one_run, "WIDE": False}
+        flags |= {
+            "DRAWS": extra["noise"] is None,
+            "ONE_RUN": one_run,
+            "WIDE": False,
+            "PLACE": PLACE,
+        }
         types = pointers | numbers | {"output": output} | extra
         compiled = compile_for(capability, posterior_step_kernel, types, flags)
         assert not spilled(compiled, tmp_path)

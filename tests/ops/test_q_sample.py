@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdiff.errors import InputError
-from fastdiff.ops.normal import op as rng
+from fastdiff.ops.counters import training_step
+from fastdiff.ops.normal import normal
 from fastdiff.ops.q_sample.op import q_sample
 from fastdiff.ops.q_sample.reference import q_sample as reference
 from fastdiff.process.gaussian import GaussianDiffusion
@@ -103,10 +104,10 @@ def test_drawn_noise_is_what_x_t_holds():
 def test_seeded_noise_is_the_counter_generators_for_a_training_step(dtype):
     x_start, t, _ = inputs(dtype=dtype)
     x_t, noise = q_sample(x_start, t, SIGNAL, SIGMA, seed=2**40 + 7, first_sample=5)
-    expected = rng.normal(
+    expected = normal(
         tuple(x_start.shape),
         seed=2**40 + 7,
-        step=rng.training_step(0),
+        step=training_step(0),
         first_sample=5,
         dtype=dtype,
         device=DEVICE,

@@ -14,7 +14,8 @@ import fastdiff
 from fastdiff import ops
 from fastdiff.errors import InputError
 from fastdiff.ops import native
-from fastdiff.ops.normal import op as rng
+from fastdiff.ops.counters import Counters, training_step
+from fastdiff.ops.normal import normal
 from kernel_tools import LAYOUTS, compile_for, each_isa, examples, poisoned_outputs, spilled
 from paths import TOOLS
 
@@ -57,9 +58,9 @@ def test_error_is_at_most_twice_that_of_pytorch(shape, dtype, layout, drawn):
         with poisoned_outputs():
             x_t, returned = ops.q_sample(x_start, t, SIGNAL, SIGMA, **given)
         if drawn:
-            step = rng.training_step(7)
+            step = training_step(7)
             counters = dict(seed=3, step=step, first_sample=2)
-            noise = rng.normal(shape, dtype=dtype, device=DEVICE, **counters)
+            noise = normal(shape, dtype=dtype, device=DEVICE, **counters)
         assert torch.equal(returned, noise), isa
         signal, sigma = coefficients(t, len(shape))
         exact = signal * x_start.double() + sigma * noise.double()
@@ -269,16 +270,14 @@ def test_inductor_compiles_it():
 
 
 @pytest.mark.parametrize("drawn", [False, True])
-@pytest.mark.parametrize("suffix", ["", "_inference"])
-def test_operators_pass_opcheck(drawn, suffix):
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_operator_passes_opcheck(drawn, gradient):
     x_start, t, noise = inputs((2, 3, 4, 4), torch.float32, "channels_last")
-    x_start.requires_grad_(not suffix)
-    name = ("q_sample_drawn" if drawn else "q_sample") + suffix
-    counters = (None, None, 0, None, 0, None)
-    if drawn:
-        counters = (4, None, 0, torch.tensor(3), 0, torch.tensor(2**40))
-    arguments = (x_start, t, SIGNAL, SIGMA, None if drawn else noise, *counters, "native")
-    torch.library.opcheck(getattr(torch.ops.fastdiff, name).default, arguments)
+    x_start.requires_grad_(gradient)
+    counters = Counters(torch.tensor(3), 4, torch.tensor(2**40)) if drawn else Counters()
+    tensors = (x_start, None if drawn else noise, t, SIGNAL, SIGMA)
+    arguments = (*tensors, *counters.flat(), drawn, "native")
+    torch.library.opcheck(torch.ops.fastdiff.q_sample.default, arguments)
 
 
 # --- The plan -----------------------------------------------------------------------------------
@@ -361,7 +360,7 @@ def test_gpu_agrees_with_the_cpu(dtype, layout):
 
 def test_sizes_of_a_sample_stay_64_bits_wide():
     x_start = torch.zeros(1, 1).expand(1, 2**33)  # no memory: only the plan is made
-    from fastdiff.ops.elementwise import common_layout
+    from fastdiff.ops.layouts import common_layout
 
     shape, ((_, sample, _, spatial),) = common_layout([x_start], counted=True)
     assert shape == (1, 1, 2**33) and spatial == 0

@@ -28,7 +28,7 @@ def norm(x):
 def test_opcheck(film, channels_last):
     torch.manual_seed(0)
     x, weight, scale, shift = case(2, 8, (3, 4), film=film, channels_last=channels_last).values()
-    arguments = (x, weight, 1e-12, scale, shift, True, "native")
+    arguments = (x, weight, scale, shift, 1e-12, True, "native")
     results = torch.library.opcheck(torch.ops.fastdiff.rms_norm_silu.default, arguments)
     assert set(results.values()) == {"SUCCESS"}, results
 

@@ -13,7 +13,11 @@ from scipy import stats
 
 from fastdiff.errors import InputError
 from fastdiff.ops import native
-from fastdiff.ops.normal import op as rng
+from fastdiff.ops.counters import X_T_STEP, known_step, sampling_step, training_step
+from fastdiff.ops.layouts import sample_layout
+from fastdiff.ops.normal import normal
+from fastdiff.ops.normal.op import default
+from fastdiff.ops.normal.reference import philox4x32
 from kernel_tools import each_isa
 from paths import TOOLS
 
@@ -56,7 +60,7 @@ def ulps(values, exact):
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
 def test_reference_meets_the_published_vectors(counter, key, expected):
-    assert rng.philox4x32(torch.tensor(counter), key).tolist() == list(expected)
+    assert philox4x32(torch.tensor(counter), key).tolist() == list(expected)
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
@@ -86,7 +90,7 @@ def test_native_words_are_the_reference_words(seed, step, sample, first_quad):
         ),
         -1,
     )
-    expected = rng.philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))
+    expected = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))
     words = native_words(37, seed=seed, step=step, sample=sample, first_quad=first_quad)
     assert torch.equal(words, expected)
 
@@ -95,12 +99,12 @@ def test_native_words_are_the_reference_words(seed, step, sample, first_quad):
 
 
 def test_elements_follow_the_documented_counter_and_box_muller():
-    seed, step, sample = 2**40 + 3, rng.sampling_step(4), 2**35 + 1
-    z = rng.normal((1, 6), seed=seed, step=step, first_sample=sample, dtype=torch.float64)
+    seed, step, sample = 2**40 + 3, sampling_step(4), 2**35 + 1
+    z = normal((1, 6), seed=seed, step=step, first_sample=sample, dtype=torch.float64)
     expected = []
     for quad in (0, 1):
         counter = torch.tensor((quad, step, sample & 0xFFFFFFFF, sample >> 32))
-        r = rng.philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32)).tolist()
+        r = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32)).tolist()
         u = [(word + 0.5) / 2**32 for word in r]
         for a, b in ((u[0], u[1]), (u[2], u[3])):
             radius = math.sqrt(-2 * math.log(a))
@@ -110,14 +114,14 @@ def test_elements_follow_the_documented_counter_and_box_muller():
 
 def test_native_is_within_four_ulps_of_float64(isa):
     shape = (2, 1 << 18)
-    z = rng.normal(shape, seed=11)
+    z = normal(shape, seed=11)
     words = torch.stack([native_words(1 << 16, seed=11, step=0, sample=i) for i in range(2)])
     u = (words.to(torch.float32) * 2.0**-32 + 2.0**-33).double().view(2, -1, 2)
     radius, angle = (-2 * u[..., 0].log()).sqrt(), 2 * math.pi * u[..., 1]
     exact = torch.stack((radius * angle.cos(), radius * angle.sin()), -1).view(shape)
     # π/2 in float64 leaves cos(2πu) an absolute error of 1e-16 near its zeros: no ulp of float32.
     assert ulps(z.numpy(), exact.numpy()).max() <= 4
-    assert ulps(rng.normal(shape, seed=11, backend="reference").numpy(), exact.numpy()).max() <= 0.5
+    assert ulps(normal(shape, seed=11, backend="reference").numpy(), exact.numpy()).max() <= 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -125,7 +129,7 @@ def test_instruction_sets_agree_bit_for_bit(dtype):
     draws = []
     for _ in each_isa():
         out = torch.empty(5, 3, 19, 23, dtype=dtype).to(memory_format=torch.channels_last)
-        draws.append(rng.normal((5, 3, 19, 23), seed=5, out=out))
+        draws.append(normal((5, 3, 19, 23), seed=5, out=out))
     bits = [draw.contiguous().view(torch.int8) for draw in draws]
     assert all(torch.equal(other, bits[0]) for other in bits)
 
@@ -133,17 +137,17 @@ def test_instruction_sets_agree_bit_for_bit(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_the_rounded_float32_draw(isa, dtype):
     shape = (3, 1 << 18)  # enough for float16's subnormals, 5 in 10^5
-    exact = rng.normal(shape, seed=9)
+    exact = normal(shape, seed=9)
     assert (exact.abs() < 2.0**-14).sum() > 10
-    assert torch.equal(rng.normal(shape, seed=9, dtype=dtype), exact.to(dtype))
+    assert torch.equal(normal(shape, seed=9, dtype=dtype), exact.to(dtype))
     assert torch.equal(
-        rng.normal((1, 999), seed=9, dtype=dtype, backend="reference"),
-        rng.normal((1, 999), seed=9, backend="reference").to(dtype),
+        normal((1, 999), seed=9, dtype=dtype, backend="reference"),
+        normal((1, 999), seed=9, backend="reference").to(dtype),
     )
 
 
 def test_ten_million_draws_are_standard_normal():
-    z = rng.normal((10, 1_000_000), seed=20240607, step=rng.training_step(12)).numpy()
+    z = normal((10, 1_000_000), seed=20240607, step=training_step(12)).numpy()
     n = z.size
     values = z.ravel().astype(np.float64)
     # Standard errors of the first four moments of n draws: 1, √2, √15, √96, each over √n.
@@ -160,15 +164,15 @@ def test_ten_million_draws_are_standard_normal():
 
 def test_seeds_steps_and_samples_give_different_streams():
     draws = {
-        "base": rng.normal((1, 4096), seed=1),
-        "seed": rng.normal((1, 4096), seed=2),
-        "seed's high word": rng.normal((1, 4096), seed=1 + 2**32),
-        "step": rng.normal((1, 4096), seed=1, step=rng.sampling_step(0)),
-        "next step": rng.normal((1, 4096), seed=1, step=rng.sampling_step(1)),
-        "known region": rng.normal((1, 4096), seed=1, step=rng.known_step(0)),
-        "training": rng.normal((1, 4096), seed=1, step=rng.training_step(0)),
-        "sample": rng.normal((1, 4096), seed=1, first_sample=1),
-        "sample's high word": rng.normal((1, 4096), seed=1, first_sample=2**32),
+        "base": normal((1, 4096), seed=1),
+        "seed": normal((1, 4096), seed=2),
+        "seed's high word": normal((1, 4096), seed=1 + 2**32),
+        "step": normal((1, 4096), seed=1, step=sampling_step(0)),
+        "next step": normal((1, 4096), seed=1, step=sampling_step(1)),
+        "known region": normal((1, 4096), seed=1, step=known_step(0)),
+        "training": normal((1, 4096), seed=1, step=training_step(0)),
+        "sample": normal((1, 4096), seed=1, first_sample=1),
+        "sample's high word": normal((1, 4096), seed=1, first_sample=2**32),
     }
     z = torch.cat(list(draws.values()))
     correlation = torch.corrcoef(z).fill_diagonal_(0)
@@ -176,11 +180,11 @@ def test_seeds_steps_and_samples_give_different_streams():
 
 
 def test_steps_of_different_uses_never_meet():
-    next_step = rng.X_T_STEP + 1
+    next_step = X_T_STEP + 1
     for name, step_of, count in (
-        ("sampling", rng.sampling_step, 2**31 - 1),
-        ("training", rng.training_step, 2**30),
-        ("known", rng.known_step, 2**30),
+        ("sampling", sampling_step, 2**31 - 1),
+        ("training", training_step, 2**30),
+        ("known", known_step, 2**30),
     ):
         assert step_of(0) == next_step
         next_step = step_of(count - 1) + 1
@@ -206,15 +210,13 @@ shapes = st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(1, 40), st.
 @settings(max_examples=60, deadline=None)
 def test_a_sample_does_not_depend_on_its_batch(shape, seed, first, split, backend, channels_last):
     options = dict(seed=seed, step=3, backend=backend)
-    whole = rng.normal(shape, first_sample=first, **options)
+    whole = normal(shape, first_sample=first, **options)
     split = min(split, shape[0])
     out = torch.empty(shape)
     if channels_last:
         out = out.to(memory_format=torch.channels_last)
     for begin, end in ((0, split), (split, shape[0])):
-        rng.normal(
-            (end - begin, *shape[1:]), first_sample=first + begin, out=out[begin:end], **options
-        )
+        normal((end - begin, *shape[1:]), first_sample=first + begin, out=out[begin:end], **options)
     assert torch.equal(out, whole)
 
 
@@ -222,7 +224,7 @@ def test_a_sample_does_not_depend_on_its_batch(shape, seed, first, split, backen
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_values_do_not_depend_on_layout_or_threads(isa, shape, dtype, threads):
-    expected = rng.normal(shape, seed=3, step=2, dtype=dtype, backend="reference").float()
+    expected = normal(shape, seed=3, step=2, dtype=dtype, backend="reference").float()
     tolerance = dict(rtol=1e-6, atol=1e-9) if dtype == torch.float32 else dict(rtol=2**-7, atol=0)
     nan = float("nan")
     outs = {
@@ -236,7 +238,7 @@ def test_values_do_not_depend_on_layout_or_threads(isa, shape, dtype, threads):
     torch.set_num_threads(threads)
     try:
         for name, out in outs.items():
-            assert rng.normal(shape, seed=3, step=2, out=out) is out
+            assert normal(shape, seed=3, step=2, out=out) is out
             torch.testing.assert_close(
                 out.float(), expected, **tolerance, msg=lambda m, n=name: n + m
             )
@@ -251,37 +253,37 @@ def test_values_do_not_depend_on_layout_or_threads(isa, shape, dtype, threads):
     "shape", [(4,), (4, 1), (3, 17), (2, 3, 11), (2, 3, 4, 5, 6), (0, 3, 8, 8)]
 )
 def test_any_rank(shape):
-    z = rng.normal(shape, seed=1)
+    z = normal(shape, seed=1)
     assert z.shape == shape
-    torch.testing.assert_close(z, rng.normal(shape, seed=1, backend="reference"))
+    torch.testing.assert_close(z, normal(shape, seed=1, backend="reference"))
     if z.ndim == 5:
         out = torch.empty(shape).to(memory_format=torch.channels_last_3d)
-        assert torch.equal(rng.normal(shape, seed=1, out=out), z)
+        assert torch.equal(normal(shape, seed=1, out=out), z)
 
 
 def test_an_empty_sample_is_served():
-    assert rng.normal((3, 0, 8), seed=1).shape == (3, 0, 8)
+    assert normal((3, 0, 8), seed=1).shape == (3, 0, 8)
 
 
 def test_layouts_are_described():
     def layout(*shape, format=torch.contiguous_format):
-        return tuple(rng.sample_layout(torch.empty(shape).to(memory_format=format)))
+        return tuple(sample_layout(torch.empty(shape).to(memory_format=format)))
 
     assert layout(2, 3, 4, 5) == (1, 60, 60, 0, 1)
     assert layout(2, 3, 4, 5, format=torch.channels_last) == (3, 20, 60, 1, 3)
     assert layout(7) == (1, 1, 1, 0, 1)
-    assert rng.sample_layout(torch.empty(2, 3, 5, 4).mT) is None
+    assert sample_layout(torch.empty(2, 3, 5, 4).mT) is None
 
 
 def test_writing_is_visible_to_autograd():
     out = torch.empty(2, 8)
     weight = torch.ones(8, requires_grad=True)
     loss = (weight * out).sum()
-    rng.normal((2, 8), seed=0, out=out)
+    normal((2, 8), seed=0, out=out)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     with torch.inference_mode():
-        rng.normal((2, 8), seed=0, out=torch.empty(2, 8))
+        normal((2, 8), seed=0, out=torch.empty(2, 8))
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -289,21 +291,21 @@ def test_counters_may_be_tensors(backend):
     numbers = dict(seed=2**64 - 5, step=2**32 - 2, first_sample=2**63 + 2**33)
     tensors = dict(seed=torch.tensor(-5), step=torch.tensor([2**32 - 2]))
     tensors["first_sample"] = torch.tensor([[2**33 - 2**63]])
-    expected = rng.normal((2, 9), **numbers, backend=backend)
-    assert torch.equal(rng.normal((2, 9), **tensors, backend=backend), expected)
+    expected = normal((2, 9), **numbers, backend=backend)
+    assert torch.equal(normal((2, 9), **tensors, backend=backend), expected)
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_numbers_from_a_tensor_wrap_around(backend):
     options = dict(seed=3, backend=backend)
-    wrapped = rng.normal((3, 9), first_sample=torch.tensor(-1), **options)
-    assert torch.equal(wrapped[:1], rng.normal((1, 9), first_sample=2**64 - 1, **options))
-    assert torch.equal(wrapped[1:], rng.normal((2, 9), first_sample=0, **options))
+    wrapped = normal((3, 9), first_sample=torch.tensor(-1), **options)
+    assert torch.equal(wrapped[:1], normal((1, 9), first_sample=2**64 - 1, **options))
+    assert torch.equal(wrapped[1:], normal((2, 9), first_sample=0, **options))
 
 
 def test_numpy_integers_are_integers():
-    z = rng.normal((np.int64(2), 4), seed=np.uint64(2**64 - 1), first_sample=np.int32(3))
-    assert torch.equal(z, rng.normal((2, 4), seed=2**64 - 1, first_sample=3))
+    z = normal((np.int64(2), 4), seed=np.uint64(2**64 - 1), first_sample=np.int32(3))
+    assert torch.equal(z, normal((2, 4), seed=2**64 - 1, first_sample=3))
 
 
 # --- Choosing and refusing --------------------------------------------------------------------
@@ -323,7 +325,7 @@ def test_numpy_integers_are_integers():
     ],
 )
 def test_plan(device_type, dtype, cuda_kernel, triton, expected):
-    assert rng.plan(device_type, dtype, cuda_kernel=cuda_kernel, triton=triton) == expected
+    assert default(device_type, dtype, cuda_kernel=cuda_kernel, triton=triton) == expected
 
 
 @pytest.mark.parametrize(
@@ -354,14 +356,14 @@ def test_plan(device_type, dtype, cuda_kernel, triton, expected):
 )
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(InputError, match=message) as caught:
-        rng.normal((2, 8), **options)
+        normal((2, 8), **options)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("shape", [(), (2, -1), (2.5, 3), 7, (1, 2**34 + 1)])
 def test_bad_shapes_are_named(shape):
     with pytest.raises(InputError, match="shape is"):
-        rng.normal(shape, seed=0)
+        normal(shape, seed=0)
 
 
 # --- Triton and CUDA --------------------------------------------------------------------------
@@ -417,12 +419,12 @@ def test_gpu_agrees_with_the_cpu_bit_for_bit(backend, dtype, shape):
     if backend == "cuda" and not native.cuda_serves(torch.device("cuda:0")):
         pytest.skip("no compiled CUDA kernel serves this device")
     options = dict(seed=2**63 + 7, step=5, first_sample=2**33)
-    expected = rng.normal(shape, dtype=dtype, **options)
-    drawn = rng.normal(shape, dtype=dtype, device="cuda:0", backend=backend, **options)
+    expected = normal(shape, dtype=dtype, **options)
+    drawn = normal(shape, dtype=dtype, device="cuda:0", backend=backend, **options)
     assert torch.equal(drawn.cpu(), expected)
     counters = dict(seed=7 - 2**63, step=5, first_sample=2**33)
     tensors = {name: torch.tensor(value, device="cuda:0") for name, value in counters.items()}
     if len(shape) == 4:
         out = torch.full_like(drawn, float("nan"), memory_format=torch.channels_last)
-        rng.normal(shape, out=out, backend=backend, **tensors)
+        normal(shape, out=out, backend=backend, **tensors)
         assert torch.equal(out.cpu(), expected)

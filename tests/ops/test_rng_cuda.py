@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastdiff.ops import native
-from fastdiff.ops.normal import op as rng
+from fastdiff.ops.normal import normal
 
 pytestmark = pytest.mark.any_backend
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -18,7 +18,7 @@ def served():
 
 
 def drawn(out, **counters):
-    return rng.normal(tuple(out.shape), out=out, backend="cuda", **counters).cpu()
+    return normal(tuple(out.shape), out=out, backend="cuda", **counters).cpu()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -26,7 +26,7 @@ def drawn(out, **counters):
 @pytest.mark.parametrize("shape", [(3, 5, 17, 19), (2, 3, 32, 32), (5, 4), (2, 6001)])
 def test_it_agrees_with_the_cpu_bit_for_bit(shape, few_blocks, dtype):
     counters = dict(seed=2**63 + 1, step=2**31 + 5, first_sample=2**40)
-    expected = rng.normal(shape, dtype=dtype, **counters)
+    expected = normal(shape, dtype=dtype, **counters)
 
     def blank(*shape):
         return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
@@ -54,7 +54,7 @@ def test_counters_are_read_from_memory(elements):
         bits = torch.tensor([first - 2**64 if first >= 2**63 else first], device=DEVICE)
         actual = drawn(torch.empty(2, elements, device=DEVICE), first_sample=bits, **on_device)
         for i in range(2):
-            of_one = rng.normal((1, elements), first_sample=(first + i) % 2**64, **numbers)
+            of_one = normal((1, elements), first_sample=(first + i) % 2**64, **numbers)
             assert torch.equal(actual[i : i + 1], of_one)
 
 

@@ -32,7 +32,7 @@ def test_the_interpreter_agrees_with_float64():
 def test_chunks_cover_the_head(head_dim, itemsize):
     for tokens in (1, 16, 100, 1024):
         for programs in (1, 1000):
-            for tiles in kernels.plan(head_dim, tokens, itemsize, programs):
+            for tiles in kernels.choose_tiles(head_dim, tokens, itemsize, programs):
                 assert tiles.chunk * tiles.chunks >= head_dim
                 assert tiles.chunk * (tiles.chunks - 1) < head_dim
                 assert tiles.splits <= tiles.chunks
@@ -40,7 +40,10 @@ def test_chunks_cover_the_head(head_dim, itemsize):
 
 
 def test_a_small_grid_gets_smaller_blocks():
-    assert kernels.plan(64, 1024, 2, 1).forward.rows < kernels.plan(64, 1024, 2, 48).forward.rows
+    assert (
+        kernels.choose_tiles(64, 1024, 2, 1).forward.rows
+        < kernels.choose_tiles(64, 1024, 2, 48).forward.rows
+    )
 
 
 def launch(samples, heads, tokens, head_dim, dtype, token_major=False):

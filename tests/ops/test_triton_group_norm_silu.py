@@ -10,7 +10,7 @@ from paths import TOOLS
 
 pytest.importorskip("triton")
 from fastdiff.kernels import group_norm_silu as kernels  # noqa: E402
-from fastdiff.kernels.group_norm_tiles import plan  # noqa: E402
+from fastdiff.kernels.group_norm_tiles import choose_tiles  # noqa: E402
 from triton_tools import compiling, report  # noqa: E402
 
 U_NETS = [  # C, positions: FIELD shapes of the published U-Nets, 32 groups
@@ -38,7 +38,9 @@ def test_tiles_cover_every_element_within_their_limits(
 ):
     for samples in (1, 64):
         for itemsize in (2, 4):
-            tiles = plan(samples, channels, 32, positions, itemsize, channels_last, backward)
+            tiles = choose_tiles(
+                samples, channels, 32, positions, itemsize, channels_last, backward
+            )
             group = channels // 32
             assert tiles.chunks * tiles.tile_positions >= positions
             assert tiles.tile_channels >= tiles.width
@@ -55,12 +57,12 @@ def test_tiles_cover_every_element_within_their_limits(
 
 def test_tiles_of_named_shapes():
     """CIFAR's groups fit one program; LSUN's first do not."""
-    assert plan(8, 256, 32, 1024, 2, False, False).read_once
-    assert plan(8, 256, 32, 1024, 2, False, True).read_once
-    assert not plan(1, 128, 32, 65536, 2, False, False).read_once
+    assert choose_tiles(8, 256, 32, 1024, 2, False, False).read_once
+    assert choose_tiles(8, 256, 32, 1024, 2, False, True).read_once
+    assert not choose_tiles(1, 128, 32, 65536, 2, False, False).read_once
     # many small groups share a program while every multiprocessor has two
-    assert plan(64, 512, 32, 16, 2, False, False).width > 16
-    assert plan(1, 512, 32, 16, 2, False, False, 132).width == 16
+    assert choose_tiles(64, 512, 32, 16, 2, False, False).width > 16
+    assert choose_tiles(1, 512, 32, 16, 2, False, False, 132).width == 16
 
 
 def launch(shape, dtype, channels_last, backward, film=True, groups=32):

@@ -33,7 +33,7 @@ def test_the_interpreter_agrees_with_float64():
 @pytest.mark.parametrize(("channels", "positions"), SHAPES)
 def test_tiles_stay_within_their_limits(channels, positions, itemsize, channels_last):
     for samples in (1, 64):
-        tiles = kernels.plan(samples, channels, positions, itemsize, channels_last)
+        tiles = kernels.choose_tiles(samples, channels, positions, itemsize, channels_last)
         elements = tiles.tile_channels * tiles.tile_positions
         assert elements <= kernels.MOST and elements <= 1024 * max(1, tiles.warps)
         assert tiles.tile_positions < 2 * positions

@@ -7,7 +7,8 @@ import torch
 from fastdiff.errors import InputError
 from fastdiff.methods.levels import MEAN_TYPES, VAR_TYPES
 from fastdiff.methods.protocol import noise_levels
-from fastdiff.ops.normal import op as rng
+from fastdiff.ops.counters import known_step
+from fastdiff.ops.normal import normal
 from fastdiff.process.update import quantile
 from fastdiff.process.variance_exploding import VarianceExploding, geometric_sigmas
 from fastdiff.sampling.sampler import Sampler
@@ -182,7 +183,7 @@ def test_the_known_region_comes_back_and_is_at_its_noise_level_between(method, k
         drawn = (step["sample"] - signal[-2 - i] * known)[region] / noise[-2 - i]
         assert 0.6 < drawn.std() < 1.4
         if kind == "counter":
-            z = rng.normal(SHAPE, seed=3, step=rng.known_step(i))
+            z = normal(SHAPE, seed=3, step=known_step(i))
             torch.testing.assert_close(drawn, z[region], rtol=1e-3, atol=1e-3)
 
 

@@ -1,9 +1,7 @@
 """Inputs, float64 truth and error bounds for the tests of group_norm_silu."""
 
 import contextlib
-import sys
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -132,24 +130,16 @@ def threads(count):
         torch.set_num_threads(before)
 
 
-def poison(monkeypatch, launch):
-    """Every tensor that the launch module allocates starts as NaN."""
+def poison(monkeypatch):
+    """Every tensor that is allocated without values starts as NaN."""
+    for name in ("empty", "empty_like"):
+        made = getattr(torch, name)
 
-    class Poisoned:
-        def __getattr__(self, name):
-            made = getattr(torch, name)
-            if name not in ("empty", "empty_like"):
-                return made
-            return lambda *args, **kwargs: made(*args, **kwargs).fill_(float("nan"))
+        def poisoned(*args, made=made, **kwargs):
+            return made(*args, **kwargs).fill_(float("nan"))
 
-    monkeypatch.setattr(launch, "torch", Poisoned())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernels_at_any_size():
-    """The plan leaves small contiguous tensors that want gradients to PyTorch: not in these tests.
-
-    A module that imports this has it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["fastdiff.ops.group_norm_silu.op"], "SMALL", 0)
-        yield
+        monkeypatch.setattr(torch, name, poisoned)
+    new_empty = Tensor.new_empty
+    monkeypatch.setattr(
+        Tensor, "new_empty", lambda *args, **kw: new_empty(*args, **kw).fill_(float("nan"))
+    )

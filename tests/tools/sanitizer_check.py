@@ -15,7 +15,7 @@ import emulated_cuda  # noqa: F401  loads the library
 import fastdiff
 from fastdiff import GaussianDiffusion, StepTable, ops
 from fastdiff.ops import native
-from fastdiff.ops.normal import op as rng
+from fastdiff.ops.normal import normal as draw
 from fastdiff.process.schedules import get_named_beta_schedule
 from norm_cases import native_shape
 
@@ -48,7 +48,7 @@ def layouts(x):
 def normal():
     for shape, dtype in itertools.product(SHAPES, DTYPES):
         for out in layouts(random(*shape, dtype=dtype, offset=1)):
-            rng.normal(shape, seed=1, step=2, out=out)
+            draw(shape, seed=1, step=2, out=out)
 
 
 def group_norm_silu():

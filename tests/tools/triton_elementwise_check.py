@@ -68,7 +68,7 @@ def check_q_sample():
 
     x_t, layout = torch.empty(2, 5), (0, 5, 0, 1)
     tensors = (torch.randn(2, 5), torch.tensor([10, 3]), signal, sigma, None, x_t)
-    launch(((2, 1, 5), 10, layout, layout, layout), tensors, False, None, 0, 0)
+    launch(((2, 1, 5), 10, layout, layout, layout), tensors, (0, None, 0))
     assert x_t.isnan().all(1).tolist() == [True, False]
 
 

@@ -1,17 +1,19 @@
 """Attention on the qkv projection of the published U-Nets in one call."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.errors import InputError
-from fastdiff.ops import backends, native
-from fastdiff.ops.attention.plan import Call, plan
+from fastdiff.ops import backends, dispatch, native
+from fastdiff.ops.attention.fastest import Workload, fastest
 from fastdiff.ops.attention.reference import attention as reference_attention
 from fastdiff.ops.attention.reference import join_heads, split_heads
-from fastdiff.ops.backends import Choice
+from fastdiff.ops.differentiable import Kernel, differentiable_once
+from fastdiff.ops.dispatch import Choice
+from fastdiff.ops.layouts import Maybe, address
 
 ORDERS = ("heads_first", "qkv_first")
 
@@ -40,7 +42,7 @@ def attention(qkv: Tensor, num_heads: int, *, order: str = "heads_first") -> Ten
     Source: Vaswani et al. 2017, equation 1.
     """
     _check(qkv, num_heads, order)
-    return run(_implementation(qkv, num_heads)[0], qkv, num_heads, order)
+    return run(_choose(qkv, num_heads).backend, qkv, num_heads, order)
 
 
 def _check(qkv: Tensor, num_heads: int, order: str) -> None:
@@ -70,30 +72,30 @@ def _check(qkv: Tensor, num_heads: int, order: str) -> None:
 def choose(qkv: Tensor, num_heads: int, *, order: str = "heads_first") -> Choice:
     """What serves this call and why (``fastdiff.explain``)."""
     _check(qkv, num_heads, order)
-    implementation, reason = _implementation(qkv, num_heads)
-    kernels = implementation in backends.BACKENDS
-    return Choice("attention", implementation if kernels else "reference", reason)
+    choice = _choose(qkv, num_heads)
+    return choice if choice.backend in backends.BACKENDS else choice._replace(backend="reference")
 
 
-def _implementation(qkv: Tensor, num_heads: int) -> tuple[str, str]:
-    device_type, dtype = qkv.device.type, qkv.dtype
-    name = backends.named()
-    if backends.transforms():
-        return backends.under_transforms("attention"), backends.TRANSFORMS_REASON
-    if name is not None:
-        return backends.require("attention", name, qkv.device, dtype), backends.NAMED_REASON
-    isa, amx = cpu() if device_type == "cpu" else ("", False)
-    call = Call(
-        device_type,
-        dtype,
+OPERATION = dispatch.register("attention", choose, kernels=("native", "triton"))
+
+
+def _choose(qkv: Tensor, num_heads: int) -> Choice:
+    """One of IMPLEMENTATIONS in the place of the backend."""
+    return dispatch.choose(OPERATION, qkv, rule=lambda: fastest(_workload(qkv, num_heads)))
+
+
+def _workload(qkv: Tensor, num_heads: int) -> Workload:
+    isa, amx = cpu() if qkv.device.type == "cpu" else ("", False)
+    return Workload(
+        qkv.device.type,
+        qkv.dtype,
         tokens=qkv.shape[2],
         head_dim=qkv.shape[1] // (3 * num_heads),
-        training=qkv.requires_grad and torch.is_grad_enabled(),
+        training=dispatch.wants_gradient(qkv),
         token_major=qkv.stride(1) == 1,
         isa=isa,
         amx=amx,
     )
-    return plan(call)
 
 
 @native.constant_when_compiled
@@ -109,20 +111,17 @@ _AMX: bool = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def run(implementation: str, qkv: Tensor, num_heads: int, order: str) -> Tensor:
-    """One implementation of the plan's, without checks."""
+    """One of IMPLEMENTATIONS, without checks."""
     if implementation == "reference":
         return reference_attention(qkv, num_heads, order=order)
     if implementation == "sdpa":
         return scaled_dot_product(qkv, num_heads, order)
     if implementation == "matmuls":
         return written_out(qkv, num_heads, order)
-    wants_gradient = qkv.requires_grad and torch.is_grad_enabled()
-    if not backends.launches_directly(qkv):
-        if wants_gradient:
-            return _forward(qkv, num_heads, order)[0]
-        return _inference(qkv, num_heads, order)
-    function = _Attention.apply if wants_gradient else _launch_inference
-    return function(qkv, num_heads, order)
+    training = dispatch.wants_gradient(qkv)
+    out = _kernel(Arguments(qkv, num_heads, order, implementation, training), training)[0]
+    assert out is not None
+    return out
 
 
 def scaled_dot_product(qkv: Tensor, num_heads: int, order: str) -> Tensor:
@@ -139,93 +138,89 @@ def written_out(qkv: Tensor, num_heads: int, order: str) -> Tensor:
     return join_heads(weights @ v).to(qkv.dtype)
 
 
-def _allocate(qkv: Tensor, num_heads: int, with_lse: bool) -> tuple[Tensor, Tensor | None]:
-    n, width, tokens = qkv.shape
-    out = qkv.new_empty(n, tokens, width // 3).transpose(1, 2)
-    lse = qkv.new_empty(n, num_heads, tokens, dtype=torch.float32) if with_lse else None
-    return out, lse
+class Arguments(NamedTuple):
+    qkv: Tensor
+    num_heads: int
+    order: str
+    backend: str
+    keep: bool  # lse = log Σ exp(scores), for a backward to come
 
 
-def _launch(qkv: Tensor, num_heads: int, order: str, with_lse: bool) -> tuple[Tensor, Any]:
-    out, lse = _allocate(qkv, num_heads, with_lse)
-    if out.numel() == 0:
-        return out, lse
-    if _uses_triton(qkv):
+class Backward(NamedTuple):
+    grad: Tensor
+    out: Tensor
+    lse: Tensor
+    call: Arguments
+
+
+def _allocate(call: Arguments) -> tuple[Tensor, Maybe]:
+    n, width, tokens = call.qkv.shape
+    out = call.qkv.new_empty(n, tokens, width // 3).transpose(1, 2)
+    if not call.keep:
+        return out, None
+    return out, call.qkv.new_empty(n, call.num_heads, tokens, dtype=torch.float32)
+
+
+def _launch(call: Arguments, out: Tensor, lse: Maybe) -> None:
+    if call.backend == "triton":
         import fastdiff.kernels.attention as kernels
 
-        with backends.device_of(qkv):
-            kernels.forward(qkv, num_heads, order, out, lse)
-        return out, lse
+        with backends.device_of(out):
+            kernels.forward(call.qkv, call.num_heads, call.order, out, lse)
+        return
     library, threads = native.library(), torch.get_num_threads()
-    problem = _problem(library, qkv, num_heads, order, out, lse)
+    problem = _problem(library, call, out, lse)
     workspace = _borrow(library.attention_workspace(problem, False, threads))
     library.attention_forward_cpu(problem, workspace.data_ptr(), threads)
     _give_back(workspace)
-    return out, lse
 
 
-def _launch_inference(qkv: Tensor, num_heads: int, order: str) -> Tensor:
-    return _launch(qkv, num_heads, order, False)[0]
-
-
-def _launch_forward(qkv: Tensor, num_heads: int, order: str) -> tuple[Tensor, Tensor]:
-    return _launch(qkv, num_heads, order, True)
-
-
-def _launch_backward(
-    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, order: str
-) -> Tensor:
-    grad_qkv = torch.empty_like(qkv)
-    if out.numel() == 0:
-        return grad_qkv
-    if 1 not in grad_out.stride()[1:]:  # an expanded one, from a sum
-        grad_out = grad_out.contiguous()
-    if _uses_triton(qkv):
+def _launch_backward(call: Backward, grad_qkv: Tensor) -> None:
+    grad, out, lse, forward = call
+    if 1 not in grad.stride()[1:]:  # an expanded one, from a sum
+        grad = grad.contiguous()
+    if forward.backend == "triton":
         import fastdiff.kernels.attention as kernels
 
-        with backends.device_of(qkv):
-            kernels.backward(qkv, num_heads, order, out, lse, grad_out, grad_qkv)
-        return grad_qkv
+        with backends.device_of(out):
+            kernels.backward(
+                forward.qkv, forward.num_heads, forward.order, out, lse, grad, grad_qkv
+            )
+        return
     library, threads = native.library(), torch.get_num_threads()
-    problem = _problem(library, qkv, num_heads, order, out, lse)
+    problem = _problem(library, forward, out, lse)
     workspace = _borrow(library.attention_workspace(problem, True, threads))
     library.attention_backward_cpu(
         problem,
-        grad_out.data_ptr(),
-        grad_out.stride(),
+        grad.data_ptr(),
+        grad.stride(),
         grad_qkv.data_ptr(),
         grad_qkv.stride(),
         workspace.data_ptr(),
         threads,
     )
     _give_back(workspace)
-    return grad_qkv
 
 
-def _uses_triton(qkv: Tensor) -> bool:
-    return qkv.device.type == "cuda" or backends.named() == "triton"
-
-
-def _problem(
-    library: Any, qkv: Tensor, num_heads: int, order: str, out: Tensor, lse: Tensor | None
-) -> Any:
+def _problem(library: Any, call: Arguments, out: Tensor, lse: Maybe) -> Any:
     """``Attention`` of csrc/common/attention.h."""
+    qkv, heads = call.qkv, call.num_heads
     n, width, tokens = qkv.shape
-    head_dim = width // (3 * num_heads)
-    heads_first = order == "heads_first"
+    head_dim = width // (3 * heads)
+    heads_first = call.order == "heads_first"
     return library.Attention(
         native.DTYPE_CODES[qkv.dtype],
         n,
-        num_heads,
+        heads,
         tokens,
         head_dim,
         3 * head_dim if heads_first else head_dim,  # rows from a head's q to the next head's
-        head_dim if heads_first else num_heads * head_dim,  # rows from q to k, and on to v
+        head_dim if heads_first else heads * head_dim,  # rows from q to k, and on to v
         qkv.data_ptr(),
         qkv.stride(),
         out.data_ptr(),
         out.stride(),
-        0 if lse is None else lse.data_ptr(),
+        address(lse),
     )
 
 
@@ -250,92 +245,12 @@ def _give_back(workspace: Tensor) -> None:
         _IDLE.append(workspace)
 
 
-# --- torch.library and autograd ---------------------------------------------------------------
-
-_LIBRARY = torch.library.Library("fastdiff", "FRAGMENT")
-_LIBRARY.define("attention_inference(Tensor qkv, int num_heads, str order) -> Tensor")
-_LIBRARY.define("attention(Tensor qkv, int num_heads, str order) -> (Tensor out, Tensor lse)")
-_LIBRARY.define(
-    "attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int num_heads, "
-    "str order) -> Tensor"
+_kernel = Kernel("attention", Arguments, _allocate, _launch, outputs=2)
+_backward = Kernel(
+    "attention_backward",
+    Backward,
+    lambda call: (torch.empty_like(call.call.qkv),),
+    _launch_backward,
+    outputs=1,
 )
-for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("attention_inference", _launch_inference, _device)
-    _LIBRARY.impl("attention", _launch_forward, _device)
-    _LIBRARY.impl("attention_backward", _launch_backward, _device)
-_inference = torch.ops.fastdiff.attention_inference.default
-_forward = torch.ops.fastdiff.attention.default
-_backward = torch.ops.fastdiff.attention_backward.default
-
-
-@torch.library.register_fake("fastdiff::attention_inference")
-def _(qkv: Tensor, num_heads: int, order: str) -> Tensor:
-    return _allocate(qkv, num_heads, False)[0]
-
-
-@torch.library.register_fake("fastdiff::attention")
-def _(qkv: Tensor, num_heads: int, order: str) -> tuple[Tensor, Any]:
-    return _allocate(qkv, num_heads, True)
-
-
-@torch.library.register_fake("fastdiff::attention_backward")
-def _(
-    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, order: str
-) -> Tensor:
-    return torch.empty_like(qkv)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, ctx.num_heads, ctx.order = inputs
-    ctx.save_for_backward(qkv, *output)
-
-
-def _gradients(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor, None, None]:
-    arguments = (grad_out, *ctx.saved_tensors, ctx.num_heads, ctx.order)
-    if not backends.launches_backward_directly(grad_out):
-        grad_qkv = _backward(*arguments)
-    elif torch.is_grad_enabled():  # create_graph=True
-        grad_qkv = _Once.apply(*arguments)
-    else:
-        grad_qkv = _launch_backward(*arguments)
-    return grad_qkv, None, None
-
-
-torch.library.register_autograd(
-    "fastdiff::attention", _gradients, setup_context=_setup_context, lib=_LIBRARY
-)
-
-
-class _Attention(torch.autograd.Function):
-    """The same formula in eager mode, for a third of what register_autograd costs per call.
-
-    It takes ctx in forward: a setup_context of its own would cost as much again.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = _launch_forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output[0]
-
-    backward = staticmethod(_gradients)
-
-
-def _refuse(ctx: Any, *_: Any) -> Any:
-    raise InputError(
-        "attention: the kernels have no second derivative; compute it with "
-        "fastdiff.backend('reference')"
-    )
-
-
-torch.library.register_autograd("fastdiff::attention_backward", _refuse, lib=_LIBRARY)
-
-
-class _Once(torch.autograd.Function):
-    """The backward where somebody keeps its graph: a second derivative is refused."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        return _launch_backward(*arguments)
-
-    backward = staticmethod(_refuse)
+differentiable_once(_kernel, _backward, keeps=(0, 1))

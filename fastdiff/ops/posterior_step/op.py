@@ -3,33 +3,34 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastdiff.checks import is_finite
 from fastdiff.errors import InputError
 from fastdiff.methods.table import COLUMNS, StepTable
-from fastdiff.ops import backends
-from fastdiff.ops.backends import Choice
-from fastdiff.ops.elementwise import split_counter, split_first_sample
-from fastdiff.ops.normal import op as rng
+from fastdiff.ops import dispatch
+from fastdiff.ops.counters import Counters, check_counter, check_first_sample, sampling_step
+from fastdiff.ops.dispatch import Choice
+from fastdiff.ops.normal import normal
 from fastdiff.ops.posterior_step import reference as reference
-from fastdiff.ops.posterior_step.launch import kind_of_call, know, known_calls, reads, step_error
+from fastdiff.ops.posterior_step.launch import Arguments, kernel, step_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def posterior_step(
-    x_t: torch.Tensor,
-    model_output: torch.Tensor,
+    x_t: Tensor,
+    model_output: Tensor,
     table: StepTable,
-    step: int | torch.Tensor,
+    step: int | Tensor,
     *,
-    noise: torch.Tensor | None = None,
-    seed: int | torch.Tensor | None = None,
-    first_sample: int | torch.Tensor = 0,
-    prev_x_start: torch.Tensor | None = None,
-    guidance_scale: float | torch.Tensor | None = None,
+    noise: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    first_sample: int | Tensor = 0,
+    prev_x_start: Tensor | None = None,
+    guidance_scale: float | Tensor | None = None,
     return_x_start: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Apply row ``step`` of ``table`` and return (x_prev, pred_x_start), both like ``x_t``.
 
     Args:
@@ -52,228 +53,149 @@ def posterior_step(
     Gradients are the reference's alone. Raises InputError for shapes, dtypes, devices or a ``step``
     that do not fit. Equations: fastdiff/methods/table.py.
     """
-    key: tuple | None = None
-    if backends.nobody_listens():
-        # What was checked and planned once is neither checked nor planned again.
-        key = kind_of_call(
-            x_t, model_output, table, step, noise, seed, first_sample, prev_x_start, guidance_scale
-        )
-        known = None if key is None else known_calls.get(key)
-        if known is not None:
-            return known.run(
-                x_t,
-                model_output,
-                table.packed,
-                step,
-                noise,
-                seed,
-                first_sample,
-                prev_x_start,
-                guidance_scale,
-                return_x_start,
-            )
     check_tensors(x_t, model_output, table, guidance_scale)
     _check_step(step, table, x_t.device)
-    noisy, multistep = reads(table, step)
+    noisy, multistep = _reads(table, step)
     _check_extras(x_t, noisy, multistep, noise, seed, prev_x_start)
-    number, seed_tensor = split_counter("seed", seed if noisy else None, 2**64, x_t.device)
-    first, first_tensor = split_first_sample(first_sample, len(x_t), x_t.device)
-    backend, _ = _choose(x_t, model_output, noise, prev_x_start)
+    if seed is not None:
+        seed = check_counter("seed", seed, 2**64, x_t.device) if noisy else None
+    first_sample = check_first_sample(first_sample, x_t.shape[0], x_t.device)
+    counters = Counters(step, seed, first_sample)
+    backend = _choose(x_t, model_output, noise, prev_x_start).backend
+    noise = noise if noisy else None
+    prev_x_start = prev_x_start if multistep else None
     # The native kernel looks at a step tensor by itself, where it runs at all; those for GPUs
     # answer NaN, emulated or not.
     if backend == "reference" or x_t.numel() == 0:
         _look_at_step(step, table)
 
     if backend == "reference":
-        return _reference(
-            x_t,
-            model_output,
-            table,
-            step,
-            noise if noisy else None,
-            seed if noisy else None,
-            first_sample,
-            prev_x_start if multistep else None,
-            guidance_scale,
-            return_x_start,
-        )
-    step_tensor = step if isinstance(step, torch.Tensor) else None
-    scale_tensor = guidance_scale if isinstance(guidance_scale, torch.Tensor) else None
-    operator = (
-        torch.ops.fastdiff.posterior_step if return_x_start else torch.ops.fastdiff.posterior_x_prev
+        arguments = (table, counters, noise, prev_x_start, guidance_scale)
+        x_prev, x_start = _reference(x_t, model_output, *arguments)
+        return x_prev, x_start if return_x_start else None
+    by_tensor = guidance_scale is not None and isinstance(guidance_scale, Tensor)
+    scale: Any = None if guidance_scale is None or by_tensor else float(guidance_scale)
+    guidance: Any = guidance_scale if by_tensor else None
+    tensors = (x_t, model_output, table.packed, noise, prev_x_start, guidance)
+    variance = table.learned_variance
+    result, predicted = kernel(
+        Arguments(*tensors, scale, variance, counters, return_x_start, backend)
     )
-    result = operator(
-        x_t,
-        model_output,
-        table.packed,
-        table.learned_variance,
-        0 if step_tensor is not None else step,
-        step_tensor,
-        noise if noisy else None,
-        number,
-        seed_tensor,
-        first,
-        first_tensor,
-        prev_x_start if multistep else None,
-        guidance_scale if scale_tensor is None else None,
-        scale_tensor,
-        backend,
-    )
-    x_prev, x_start = result if return_x_start else (result, None)
-    if key is not None:
-        arguments = (noise, seed, prev_x_start, guidance_scale)
-        know(key, x_t, model_output, table, step, *arguments, backend)
-    return x_prev, x_start
+    assert result is not None
+    return result, predicted if return_x_start else None
 
 
 def choose(
-    x_t: torch.Tensor,
-    model_output: torch.Tensor,
-    table: StepTable,
-    step: int | torch.Tensor,
-    *,
-    noise: torch.Tensor | None = None,
-    prev_x_start: torch.Tensor | None = None,
-    **_: Any,
+    x_t: Tensor,
+    model_output: Tensor,
+    *_: Any,
+    noise: Tensor | None = None,
+    prev_x_start: Tensor | None = None,
+    **__: Any,
 ) -> Choice:
-    """What the plan picks for this call (``fastdiff.explain``)."""
-    return Choice("posterior_step", *_choose(x_t, model_output, noise, prev_x_start))
+    """Which backend serves this call, and why (``fastdiff.explain``)."""
+    return _choose(x_t, model_output, noise, prev_x_start)
 
 
-def _choose(x_t: torch.Tensor, *others: torch.Tensor | None) -> tuple[str, str]:
-    """(backend, reason)."""
-    if backends.transforms():
-        return backends.under_transforms("posterior_step"), backends.TRANSFORMS_REASON
-    name = backends.named()
-    device, dtype = x_t.device, x_t.dtype
-    tracked = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x_t, *others)
-    )
-    if name is None:
-        if tracked:
-            return "reference", "only it is differentiable, and a gradient is wanted"
-        of_call = (device, dtype, "posterior_step")
-        return backends.default(*of_call), backends.default_reason(*of_call)
-    if tracked and name != "reference":
-        raise InputError(
-            f"posterior_step: the backend {name!r} was named, but its kernel has no gradients and "
-            "an input requires grad; use torch.no_grad(), or name 'reference'"
-        )
-    return backends.require("posterior_step", name, device, dtype), backends.NAMED_REASON
+OPERATION = dispatch.register("posterior_step", choose, kernels=("native", "triton", "cuda"))
 
 
-# --- The reference ----------------------------------------------------------------------------
+def _choose(x_t: Tensor, *others: Tensor | None) -> Choice:
+    wanted = dispatch.wants_gradient(x_t, *others)
+    return dispatch.choose(OPERATION, x_t, dispatch.NOT_DIFFERENTIABLE if wanted else None)
+
+
+def _reads(table: StepTable, step: int | Tensor) -> tuple[bool, bool]:
+    """Whether the step draws noise and reads prev_x_start; a tensor counts as any row."""
+    if isinstance(step, int):
+        return table.noisy_rows[step], table.multistep_rows[step]
+    return table.is_noisy, table.is_multistep
 
 
 def _reference(
-    x_t: torch.Tensor,
-    model_output: torch.Tensor,
+    x_t: Tensor,
+    model_output: Tensor,
     table: StepTable,
-    step: int | torch.Tensor,
-    noise: torch.Tensor | None,
-    seed: int | torch.Tensor | None,
-    first_sample: int | torch.Tensor,
-    prev_x_start: torch.Tensor | None,
-    guidance_scale: float | torch.Tensor | None,
-    return_x_start: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    counters: Counters,
+    noise: Tensor | None,
+    before: Tensor | None,
+    guidance_scale: float | Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    step, seed, first = counters
+    if isinstance(step, Tensor):  # a gather on the device: no synchronisation
+        row, step = table.packed.index_select(0, step.reshape(1))[0], step.long()
+    else:
+        row = table.packed[step]
     if seed is not None:
-        noise = rng.normal(
-            x_t.shape,
-            seed=seed,
-            step=_counter_step(step),
-            first_sample=first_sample,
-            device=x_t.device,
-        )
-    output, variance_output = _split_output(model_output, x_t.shape[1], table, guidance_scale)
+        counted = step + sampling_step(0)
+        noise = normal(x_t.shape, seed=seed, step=counted, first_sample=first, device=x_t.device)
+    n, channels = x_t.shape[:2]
+    output = model_output[:, :channels].float()
     x_prev, x_start = reference.posterior_step(
         x_t.float(),
-        output,
-        _row(table, step),
-        variance_output=variance_output,
+        output if guidance_scale is None else reference.guide(output, guidance_scale),
+        dict(zip(COLUMNS, row.unbind(), strict=True)),
+        variance_output=model_output[:n, channels:].float() if table.learned_variance else None,
         z=None if noise is None else noise.float(),
-        x_start_before=None if prev_x_start is None else prev_x_start.float(),
+        x_start_before=None if before is None else before.float(),
     )
-    return x_prev.to(x_t.dtype), x_start.to(x_t.dtype) if return_x_start else None
-
-
-def _split_output(
-    model_output: torch.Tensor,
-    channels: int,
-    table: StepTable,
-    guidance_scale: float | torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The float32 mean output and, where the table reads it, the variance output."""
-    output = model_output[:, :channels].float()
-    if guidance_scale is not None:
-        output = reference.guide(output, guidance_scale)
-    if not table.learned_variance:
-        return output, None
-    return output, model_output[: output.shape[0], channels:].float()
-
-
-def _row(table: StepTable, step: int | torch.Tensor) -> dict[str, torch.Tensor]:
-    if isinstance(step, int):
-        values = table.packed[step]
-    else:  # a gather on the device: no synchronisation
-        values = table.packed.index_select(0, step.reshape(1))[0]
-    return dict(zip(COLUMNS, values.unbind(), strict=True))
-
-
-def _counter_step(step: int | torch.Tensor) -> int | torch.Tensor:
-    """The generator's numbering of the row, computed where ``step`` is."""
-    if isinstance(step, int):
-        return rng.sampling_step(step)
-    return step.long() + rng.sampling_step(0)
+    return x_prev.to(x_t.dtype), x_start.to(x_t.dtype)
 
 
 # --- Checks -----------------------------------------------------------------------------------
 
 
 def check_tensors(
-    x_t: torch.Tensor,
-    model_output: torch.Tensor,
+    x_t: Tensor,
+    model_output: Tensor,
     table: StepTable,
-    guidance_scale: float | torch.Tensor | None,
+    guidance_scale: float | Tensor | None,
 ) -> None:
     """InputError for tensors that do not fit each other."""
     for name, tensor in (("x_t", x_t), ("model_output", model_output)):
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, Tensor):
             raise InputError(f"{name} is a {type(tensor).__name__}; expected a tensor")
         if tensor.dtype not in DTYPES:
             raise InputError(f"{name} is {tensor.dtype}; expected float32, bfloat16 or float16")
     if not isinstance(table, StepTable):
         raise InputError(f"table is a {type(table).__name__}; expected a StepTable")
-    if x_t.ndim < 2:
-        raise InputError(f"x_t has shape {tuple(x_t.shape)}; expected (N, C, ...)")
-    batch, channels, *size = x_t.shape
-    batch *= 1 if guidance_scale is None else 2
-    channels *= 2 if table.doubled_output else 1
-    if tuple(model_output.shape) != (batch, channels, *size):
+    expected = tuple(x_t.shape)
+    if len(expected) < 2:
+        raise InputError(f"x_t has shape {expected}; expected (N, C, ...)")
+    if guidance_scale is not None:
+        expected = (2 * expected[0], *expected[1:])
+    if table.doubled_output:
+        expected = (expected[0], 2 * expected[1], *expected[2:])
+    if model_output.shape != expected:
         why = [
             *(["two halves of the batch for guidance"] if guidance_scale is not None else []),
             *(["2C channels for the learned variance"] if table.doubled_output else []),
         ]
         raise InputError(
             f"model_output has shape {tuple(model_output.shape)}; expected "
-            f"{(batch, channels, *size)} for x_t of shape {tuple(x_t.shape)}"
+            f"{expected} for x_t of shape {tuple(x_t.shape)}"
             + (f" ({' and '.join(why)})" if why else "")
         )
-    for name, device in (("model_output", model_output.device), ("table", table.device)):
-        if device != x_t.device:
-            raise InputError(f"{name} is on {device}, x_t on {x_t.device}; move one to the other")
-    if isinstance(guidance_scale, torch.Tensor):
+    where = x_t.device
+    for name, device in (("model_output", model_output.device), ("table", table.packed.device)):
+        if device != where:
+            raise InputError(f"{name} is on {device}, x_t on {where}; move one to the other")
+    if guidance_scale is None:
+        return
+    if isinstance(guidance_scale, Tensor):
         if guidance_scale.numel() != 1 or guidance_scale.device != x_t.device:
             raise InputError(
                 f"guidance_scale is a tensor of shape {tuple(guidance_scale.shape)} on "
                 f"{guidance_scale.device}; expected one element on {x_t.device}"
             )
-    elif guidance_scale is not None and not is_finite(guidance_scale):
+    elif not is_finite(guidance_scale):
         raise InputError(f"guidance_scale is {guidance_scale!r}; expected a finite number")
 
 
-def _check_step(step: int | torch.Tensor, table: StepTable, device: torch.device) -> None:
-    if isinstance(step, torch.Tensor):
+def _check_step(step: int | Tensor, table: StepTable, device: torch.device) -> None:
+    if type(step) is int and 0 <= step < len(table.noisy_rows):
+        return
+    if isinstance(step, Tensor):
         if step.numel() != 1 or step.dtype not in (torch.int32, torch.int64):
             raise InputError(
                 f"step is a {step.dtype} tensor of shape {tuple(step.shape)}; "
@@ -288,21 +210,21 @@ def _check_step(step: int | torch.Tensor, table: StepTable, device: torch.device
         raise step_error(step, len(table))
 
 
-def _look_at_step(step: int | torch.Tensor, table: StepTable) -> None:
+def _look_at_step(step: int | Tensor, table: StepTable) -> None:
     """InputError for a step tensor on the CPU that names no row; elsewhere looking would stall."""
-    if not isinstance(step, torch.Tensor) or step.device.type != "cpu":
+    if not isinstance(step, Tensor) or step.device.type != "cpu":
         return
     if not torch.compiler.is_compiling() and not 0 <= int(step) < len(table):
         raise step_error(int(step), len(table))
 
 
 def _check_extras(
-    x_t: torch.Tensor,
+    x_t: Tensor,
     noisy: bool,
     multistep: bool,
-    noise: torch.Tensor | None,
-    seed: int | torch.Tensor | None,
-    prev_x_start: torch.Tensor | None,
+    noise: Tensor | None,
+    seed: int | Tensor | None,
+    prev_x_start: Tensor | None,
 ) -> None:
     if noise is not None and seed is not None:
         raise InputError("noise and seed are both given; expected one of them")

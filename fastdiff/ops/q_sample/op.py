@@ -1,24 +1,26 @@
 """q_sample: noise images to their timesteps, x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · noise."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdiff.checks import check_float, check_like, check_timesteps
 from fastdiff.errors import InputError
-from fastdiff.ops import backends
-from fastdiff.ops.backends import Choice
-from fastdiff.ops.elementwise import described, split_counter, split_first_sample
-from fastdiff.ops.normal import op as rng
-from fastdiff.ops.q_sample.launch import (
+from fastdiff.ops import backends, dispatch, native
+from fastdiff.ops.counters import (
+    TRAINING_STEP_BASE,
     Counters,
-    are_known_counters,
-    know,
-    known_plans,
-    launch,
-    new_x_t,
+    check_counter,
+    check_first_sample,
+    training_step,
+    value_or_address,
 )
+from fastdiff.ops.differentiable import Kernel, Outputs
+from fastdiff.ops.dispatch import Choice, MissingGradient
+from fastdiff.ops.layouts import Maybe, address, call_elementwise, common_layout, dense
+from fastdiff.ops.normal import draw_like, normal
+from fastdiff.ops.plans import plan_of
 from fastdiff.ops.q_sample.reference import q_sample as reference_q_sample
 
 
@@ -44,10 +46,10 @@ def q_sample(
         sqrt_one_minus_alphas_cumprod: (K,), √(1 − ᾱ_t), that of the noise.
         noise: N(0, I) like x_start; not with ``seed``.
         seed: the noise is drawn from the counter-based generator, in the pass that uses it, in
-            x_start's dtype: to the bit what ``rng.normal`` draws. Sample i of the batch takes the
-            stream of sample ``first_sample + i`` at training step ``step``. Each of the three may
-            be an int64 tensor of one element on x_start's device, which is read where the noise
-            is drawn. With neither noise nor seed, torch.randn draws in logical order, so that
+            x_start's dtype: to the bit what ``fastdiff.ops.normal`` draws. Sample i of the batch
+            takes the stream of sample ``first_sample + i`` at training step ``step``. Each of the
+            three may be an int64 tensor of one element on x_start's device, which is read where the
+            noise is drawn. With neither noise nor seed, torch.randn draws in logical order, so that
             channels_last changes no number.
         first_sample: with ``seed``, the number of the batch's first sample.
         step: with ``seed``, the training step.
@@ -57,45 +59,37 @@ def q_sample(
     the CPU, a t out of range. On other devices such a t gives NaN: reading it would stall them.
     """
     signal, sigma = sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod
-    key: tuple | None = None
-    if (seed is None) != (noise is None) and backends.nobody_listens():
-        # What was checked and planned once is neither checked nor planned again.
-        tensors = (x_start, t, signal, sigma, noise)
-        numbers = seed is None or type(seed) is type(step) is type(first_sample) is int
-        kinds = None if numbers else tuple(map(described, (seed, step, first_sample)))
-        key = (*map(described, tensors), kinds, return_noise, backends.named())
-        known = known_plans.get(key)
-        if known is not None and (seed is None or are_known_counters(seed, step, first_sample)):
-            return new_x_t(known, *tensors, seed, step, first_sample, return_noise)
     check_float(x_start, "x_start")
     rows = _table_length(signal, sigma, x_start)
-    backend, _ = _choose(x_start, signal, sigma)
+    backend = choose(x_start, t, signal, sigma).backend
     # The native kernel looks at t by itself, where it runs at all; the CUDA kernel answers NaN,
     # emulated or not.
     looks = x_start.numel() == 0 or backend not in ("native", "cuda")
-    given_t = t  # which the key tells of, and a known call passes on as it is
     t = check_timesteps(t, x_start, rows, "x_start", look=looks)
     if noise is not None:
         if seed is not None:
             raise InputError("q_sample takes noise or seed, not both")
         check_like(noise, "noise", x_start, "x_start")
     elif seed is None:
-        noise = rng.draw_like(x_start)
+        noise = draw_like(x_start)
+    counters = Counters() if seed is None else _counters(x_start, seed, step, first_sample)
 
     if backend == "reference":
         if noise is None:
-            noise = _drawn(x_start, seed, step, first_sample)
+            noise = _drawn(x_start, counters)
         x_t = reference_q_sample(x_start, t, signal, sigma, noise)
         return x_t, noise if return_noise else None
-    counters = _counters(x_start, seed, step, first_sample)
     returns_drawn = noise is None and return_noise
-    results = launch(x_start, t, signal, sigma, noise, *counters, returns_drawn, backend)
-    if key is not None:
-        written = results[1] if returns_drawn else noise
-        know(key, x_start, given_t, signal, sigma, written, results[0], seed is not None, backend)
-    if returns_drawn:
-        return results[0], results[1]
-    return results[0], noise if return_noise else None
+    call = Arguments(x_start, noise, t, signal, sigma, counters, returns_drawn, backend)
+    result, drawn = _kernel(call, dispatch.wants_gradient(x_start, noise))
+    assert result is not None
+    return result, (drawn if noise is None else noise) if return_noise else None
+
+
+_TABLES = MissingGradient(
+    "only it has gradients for the tables",
+    "its kernels have no gradients for the tables; name 'reference', or None for the plan's choice",
+)
 
 
 def choose(
@@ -105,68 +99,150 @@ def choose(
     sqrt_one_minus_alphas_cumprod: Tensor,
     **_: Any,
 ) -> Choice:
-    """What the plan picks for this call (``fastdiff.explain``)."""
-    backend, reason = _choose(x_start, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
-    return Choice("q_sample", backend, reason)
+    """Which backend serves this call, and why (``fastdiff.explain``)."""
+    tracked = sqrt_alphas_cumprod.requires_grad or sqrt_one_minus_alphas_cumprod.requires_grad
+    return dispatch.choose(OPERATION, x_start, _TABLES if tracked else None)
 
 
-def _choose(x_start: Tensor, signal: Tensor, sigma: Tensor) -> tuple[str, str]:
-    """(backend, reason)."""
-    if backends.transforms():
-        return backends.under_transforms("q_sample"), backends.TRANSFORMS_REASON
-    name = backends.named()
-    device, dtype = x_start.device, x_start.dtype
-    tracked = signal.requires_grad or sigma.requires_grad
-    if name is None:
-        if tracked:
-            return "reference", "only it has gradients for the tables"
-        of_call = (device, dtype, "q_sample")
-        return backends.default(*of_call), backends.default_reason(*of_call)
-    if tracked and name != "reference":
-        raise InputError(
-            f"q_sample: the backend {name!r} was named, but its kernels have no gradients for the "
-            "tables; name 'reference', or None for the plan's choice"
-        )
-    return backends.require("q_sample", name, device, dtype), backends.NAMED_REASON
+OPERATION = dispatch.register("q_sample", choose, kernels=("native", "triton", "cuda"))
 
 
 def _table_length(first: Tensor, second: Tensor, x_start: Tensor) -> int:
     check_float(first, "sqrt_alphas_cumprod")
     check_like(second, "sqrt_one_minus_alphas_cumprod", first, "sqrt_alphas_cumprod")
-    if first.dim() != 1 or len(first) == 0:
+    shape = first.shape
+    if len(shape) != 1 or shape[0] == 0:
         raise InputError(
-            f"the coefficient tables must have shape (K,) with K >= 1, got {tuple(first.shape)}"
+            f"the coefficient tables must have shape (K,) with K >= 1, got {tuple(shape)}"
         )
     if first.device != x_start.device:
         raise InputError(
             f"the coefficient tables are on {first.device} but x_start is on {x_start.device}"
         )
-    return len(first)
+    return shape[0]
 
 
 def _counters(
-    x_start: Tensor, seed: int | Tensor | None, step: int | Tensor, first_sample: int | Tensor
+    x_start: Tensor, seed: int | Tensor, step: int | Tensor, first_sample: int | Tensor
 ) -> Counters:
-    """The checked counters as operators take them; ``step`` stays the training step's number."""
-    if seed is None:
-        return None, None, 0, None, 0, None
-    number, seed_tensor = split_counter("seed", seed, 2**64, x_start.device)
-    limit = 2**32 - rng.TRAINING_STEP_BASE
-    step_number, step_tensor = split_counter("step", step, limit, x_start.device)
-    first = split_first_sample(first_sample, len(x_start), x_start.device)
-    return number, seed_tensor, step_number or 0, step_tensor, *first
+    """The checked counters; ``step`` stays the training step's number."""
+    device = x_start.device
+    seed = check_counter("seed", seed, 2**64, device)
+    step = check_counter("step", step, 2**32 - TRAINING_STEP_BASE, device)
+    return Counters(step, seed, check_first_sample(first_sample, x_start.shape[0], device))
 
 
-def _drawn(
-    x_start: Tensor, seed: int | Tensor | None, step: int | Tensor, first_sample: int | Tensor
-) -> Tensor:
+def _drawn(x_start: Tensor, counters: Counters) -> Tensor:
     """The noise by itself, in x_start's own dtype and layout."""
+    step, seed, first_sample = counters
     assert seed is not None
-    counted = step + rng.TRAINING_STEP_BASE if isinstance(step, Tensor) else rng.training_step(step)
-    return rng.normal(
+    return normal(
         tuple(x_start.shape),
         seed=seed,
-        step=counted,
+        step=step + TRAINING_STEP_BASE if isinstance(step, Tensor) else training_step(step),
         first_sample=first_sample,
         out=torch.empty_like(x_start, requires_grad=False),
     )
+
+
+# --- Launching --------------------------------------------------------------------------------
+
+
+class Arguments(NamedTuple):
+    x_start: Tensor
+    noise: Maybe  # None: drawn where the counters have a seed, else zero
+    t: Tensor
+    signal: Tensor
+    sigma: Tensor
+    counters: Counters  # their step is the training step's number
+    returns_drawn: bool
+    backend: str
+
+
+def _allocate(call: Arguments) -> tuple[Tensor, Maybe]:
+    """x_t, and the noise where it is drawn and wanted."""
+    drawn = torch.empty_like(call.x_start) if call.returns_drawn else None
+    return torch.empty_like(call.x_start), drawn
+
+
+def _launch(call: Arguments, x_t: Tensor, drawn: Maybe) -> bool | None:
+    """Fill both."""
+    x_start, noise, t, signal, sigma, counters, _, backend = call
+    step, seed, first_sample = counters
+    draws = seed is not None
+    noise = drawn if draws else noise  # written, or read
+    as_read = signal.dtype == sigma.dtype == torch.float32 and (
+        t.is_contiguous() and signal.is_contiguous() and sigma.is_contiguous()
+    )
+    rows = signal.shape[0]
+    plan = plan_of(_plan, (x_start, noise), rows, draws, backend)
+    if plan is None or not as_read:
+        return False
+    tensors = (x_start, t, signal, sigma, noise, x_t)
+    if backend == "triton":
+        from fastdiff.kernels import q_sample as kernels
+
+        with backends.device_of(x_t):
+            kernels.launch(plan, tensors, counters)
+        return None
+    number, place = value_or_address(step, 32) if backend == "cuda" else (int(step), 0)
+    counted = (number + TRAINING_STEP_BASE) & 0xFFFFFFFF
+    arguments = (plan, *map(address, tensors), draws)
+    bad = call_elementwise(
+        "q_sample", backend, x_t, arguments, seed, (counted, place), first_sample
+    )
+    if bad is not None and bad >= 0:
+        raise InputError(
+            f"t must lie in 0 … {rows - 1} for a process of {rows} steps, got {int(t[bad])}"
+        )
+    return None
+
+
+def _readable(call: Arguments) -> Arguments:
+    """On contiguous copies in dtypes that the kernels read."""
+    return call._replace(
+        x_start=call.x_start.contiguous(),
+        noise=dense(call.noise),
+        t=call.t.contiguous(),
+        signal=call.signal.float().contiguous(),
+        sigma=call.sigma.float().contiguous(),
+    )
+
+
+def _plan(x_start: Tensor, noise: Maybe, rows: int, draws: bool, backend: str) -> Any:
+    """The kernel's description of these layouts; None where it reads none of the kind."""
+    if noise is not None and noise.dtype not in native.DTYPE_CODES:
+        return None
+    operands = [x_start, x_start if noise is None else noise, torch.empty_like(x_start)]
+    common = common_layout(operands, counted=draws)
+    if common is None:
+        return None
+    arguments = (common[0], rows, *common[1])
+    return arguments if backend == "triton" else native.library().QSample(*arguments)
+
+
+_kernel = Kernel("q_sample", Arguments, _allocate, _launch, outputs=2, readable=_readable)
+
+
+# --- Gradients: the operation is its own derivative ---------------------------------------------
+
+
+def _setup(ctx: Any, call: Arguments, outputs: Outputs) -> None:
+    ctx.save_for_backward(*call[2:5])
+    ctx.noise_dtype = None if call.noise is None else call.noise.dtype
+    ctx.backend = call.backend
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Maybe, ...]:
+    t, signal, sigma = ctx.saved_tensors
+
+    def scaled(grad: Tensor, by: Tensor, other: Tensor) -> Maybe:
+        call = Arguments(grad, None, t, by, other, Counters(), False, ctx.backend)
+        return _kernel(call, dispatch.wants_gradient(grad))[0]
+
+    x_start = scaled(grad, signal, sigma) if ctx.needs_input_grad[0] else None
+    noise = scaled(grad.to(ctx.noise_dtype), sigma, signal) if ctx.needs_input_grad[1] else None
+    return x_start, noise, None, None, None
+
+
+_kernel.differentiate(_setup, _backward, returns=2)

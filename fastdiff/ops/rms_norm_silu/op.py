@@ -1,12 +1,16 @@
 """RMS norm over the channels + FiLM + SiLU in one call."""
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError
-from fastdiff.ops import backends
-from fastdiff.ops.backends import Choice, short
-from fastdiff.ops.rms_norm_silu import launch as launch
+from fastdiff.ops import backends, dispatch, native, norms
+from fastdiff.ops.differentiable import Kernel
+from fastdiff.ops.dispatch import Choice
+from fastdiff.ops.layouts import Maybe, address, code, row_stride
+from fastdiff.ops.plans import plan_of
 from fastdiff.ops.rms_norm_silu import reference as reference
 
 OP = "rms_norm_silu"
@@ -41,127 +45,119 @@ def rms_norm_silu(
     it; FiLM as in Nichol & Dhariwal 2021, section 3.
     """
     _check(x, weight, scale, shift, activation)
-    backend, _ = _choose(x, weight, scale, shift)
+    backend = choose(x, weight, scale=scale, shift=shift).backend
     if backend == "reference":
         return reference.rms_norm_silu(
             x, weight, eps=eps, scale=scale, shift=shift, activation=activation
         )
-    directly = backends.launches_directly(x, weight, scale, shift)
-    run = launch.forward if directly else _operator
-    return run(x, weight, eps, scale, shift, activation is not None, backend)
+    y = _kernel(Arguments(x, weight, scale, shift, eps, activation is not None, backend))[0]
+    assert y is not None
+    return y
 
 
 def choose(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    eps: float = 1e-12,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    activation: str | None = "silu",
+    x: Tensor, weight: Tensor, *, scale: Maybe = None, shift: Maybe = None, **_: Any
 ) -> Choice:
     """Which backend serves this call, and why (``fastdiff.explain``)."""
-    return Choice(OP, *_choose(x, weight, scale, shift))
+    wanted = dispatch.wants_gradient(x, weight, scale, shift)
+    return dispatch.choose(OPERATION, x, dispatch.NOT_DIFFERENTIABLE if wanted else None)
 
 
-def _choose(x: Tensor, *others: Tensor | None) -> tuple[str, str]:
-    """(backend, reason)."""
-    if backends.transforms():
-        return backends.under_transforms(OP), backends.TRANSFORMS_REASON
-    name = backends.named()
-    tracked = torch.is_grad_enabled() and _any_requires_grad(x, *others)
-    if name is None:
-        if tracked:
-            return "reference", "only it is differentiable, and a gradient is wanted"
-        of_call = (x.device, x.dtype, OP)
-        return backends.default(*of_call), backends.default_reason(*of_call)
-    if tracked and name != "reference":
+OPERATION = dispatch.register(OP, choose, kernels=("native", "triton"))
+
+
+def _check(x: Tensor, weight: Tensor, scale: Maybe, shift: Maybe, activation: str | None) -> None:
+    norms.check_x(OP, x)
+    rows = x.shape[:2]
+    if not isinstance(weight, Tensor):
+        raise norms.no_tensor(OP, "weight", weight)
+    found = norms.describe(weight)
+    if not weight.is_floating_point():
+        raise InputError(f"{OP}: weight is {found}; expected a floating-point tensor")
+    norms.check_device(OP, "weight", weight, x)
+    if weight.numel() != rows[1]:
         raise InputError(
-            f"{OP}: the backend {name!r} was named, but its kernel has no gradients and a tensor "
-            "requires grad; use torch.no_grad(), or name 'reference'"
+            f"{OP}: weight is {found}; expected {rows[1]} elements, one for each channel of x"
         )
-    return backends.require(OP, name, x.device, x.dtype), backends.NAMED_REASON
-
-
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    for tensor in tensors:
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
-
-
-# --- torch.library ----------------------------------------------------------------------------
-
-_LIBRARY = torch.library.Library("fastdiff", "FRAGMENT")
-_LIBRARY.define(
-    "rms_norm_silu(Tensor x, Tensor weight, float eps, Tensor? scale, Tensor? shift, bool silu, "
-    "str backend) -> Tensor"
-)
-for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl(OP, launch.forward, _device)
-_operator = torch.ops.fastdiff.rms_norm_silu.default
-
-
-@torch.library.register_fake("fastdiff::rms_norm_silu", lib=_LIBRARY)
-def _(x: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(x)
-
-
-# --- Checks -----------------------------------------------------------------------------------
-
-
-def _check(
-    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, activation: str | None
-) -> None:
-    if not isinstance(x, Tensor):
-        raise _no_tensor("x", x)
-    shape = x.shape
-    if len(shape) < 2 or not x.is_floating_point():
-        raise InputError(f"{OP}: x is {_describe(x)}; expected floating-point (N, C, *spatial)")
-    channels = shape[1]
-    _check_floats("weight", weight, x)
-    if weight.numel() != channels:
-        raise InputError(
-            f"{OP}: weight is {_describe(weight)}; expected {channels} elements, one for each "
-            "channel of x"
-        )
-    if (scale is None) != (shift is None):
-        raise InputError(f"{OP}: give both scale and shift, or neither")
+    norms.check_film_and_activation(OP, scale, shift, activation)
     if scale is not None:
-        _check_rows("scale", scale, x)
-        _check_rows("shift", shift, x)
-    if activation is not None and activation != "silu":
-        raise InputError(f"{OP}: activation={activation!r}; expected 'silu' or None")
-
-
-def _check_rows(name: str, tensor: Tensor | None, x: Tensor) -> None:
-    """(N, C), or the same with ones for x's positions."""
-    tensor = _check_floats(name, tensor, x)
-    rows = tuple(x.shape[:2])
-    if tensor.shape != rows:
         broadcast = rows + (1,) * (x.dim() - 2)
-        if tensor.shape != broadcast:
-            raise InputError(
-                f"{OP}: {name} is {_describe(tensor)}; expected floating-point {rows} or "
-                f"{broadcast}"
-            )
+        norms.check_like(OP, "scale", scale, x, rows, broadcast)
+        norms.check_like(OP, "shift", shift, x, rows, broadcast)
 
 
-def _check_floats(name: str, tensor: Tensor | None, x: Tensor) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        raise _no_tensor(name, tensor)
-    if not tensor.is_floating_point():
-        raise InputError(f"{OP}: {name} is {_describe(tensor)}; expected a floating-point tensor")
-    if tensor.device != x.device:
-        raise InputError(
-            f"{OP}: {name} is on {tensor.device} but x is on {x.device}: move one of them"
-        )
-    return tensor
+# --- Launching --------------------------------------------------------------------------------
 
 
-def _no_tensor(name: str, value: object) -> InputError:
-    return InputError(f"{OP}: {name} is a {type(value).__name__}; expected a tensor")
+class Arguments(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    scale: Maybe
+    shift: Maybe
+    eps: float
+    silu: bool
+    backend: str
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {short(tensor.dtype)}"
+def _launch(call: Arguments, y: Tensor) -> bool | None:
+    x, weight, scale, shift, eps, silu, backend = call
+    shape = plan_of(_plan, (x, weight, scale, shift), eps, silu, backend)
+    if shape is None:
+        return False
+    if backend == "native":
+        native.library().rms_norm_silu_cpu(
+            shape, x.data_ptr(), weight.data_ptr(), address(scale), address(shift),
+            y.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    else:
+        from fastdiff.kernels import rms_norm_silu as kernels
+
+        with backends.device_of(x):
+            kernels.forward(x, weight, eps, scale, shift, silu, y)
+    return None
+
+
+def _readable(call: Arguments) -> Arguments:
+    """With copies of what no kernel reads as it stands (strange strides, mixed and wide dtypes)."""
+    x, weight = call.x, call.weight
+    if weight.dtype not in backends.KERNEL_DTYPES:
+        weight = weight.float()
+    scale, shift = norms.rows(call.scale, call.shift)
+    x = norms.in_layout_of(norms.dense_like(x), x)
+    return call._replace(x=x, weight=weight.contiguous(), scale=scale, shift=shift)
+
+
+def _plan(x: Tensor, weight: Tensor, scale: Maybe, shift: Maybe, *options: Any) -> Any:
+    """What the kernel is told of the shapes; None for arguments that it does not read."""
+    eps, silu, backend = options
+    call = Arguments(x, weight, scale, shift, *options)
+    if not norms.unchanged(call, _readable(call)):
+        return None
+    if backend == "triton":
+        return ()  # its launcher derives its own
+    n, channels = x.shape[:2]
+    positions = x.numel() // (n * channels)
+    return native.library().RmsNormShape(
+        samples=n,
+        channels=channels,
+        positions=positions,
+        # One position: channels are neighbours, which only the channels_last kernel vectorises.
+        channels_last=positions == 1 or not x.is_contiguous(),
+        silu=silu,
+        eps=eps,
+        dtype=code(x),
+        weight_dtype=code(weight),
+        film_dtype=code(scale),
+        scale_stride=row_stride(scale),
+        shift_stride=row_stride(shift),
+    )
+
+
+_kernel = Kernel(
+    OP,
+    Arguments,
+    lambda call: (torch.empty_like(call.x),),
+    _launch,
+    outputs=1,
+    readable=_readable,
+)

@@ -1,4 +1,4 @@
-"""Which implementation of attention serves a call: a pure function of what is known before it.
+"""Which implementation of attention is fastest: a pure function of what is known before a call.
 
 The rule for the CPU rests on the tables in benchmarks/results/attention_plan, one for a machine and
 a number of threads, which ``python benchmarks/measure_attention_plan.py`` measures;
@@ -19,8 +19,8 @@ FLASH_HEAD_DIM = 256  # where FlashAttention and cuDNN stop
 
 
 @dataclass(frozen=True)
-class Call:
-    """What the plan looks at.
+class Workload:
+    """What decides.
 
     training: a backward will follow; token_major: the channels of a token are neighbours;
     isa: of the native library; amx: PyTorch multiplies bfloat16 matrices in AMX tiles. The last two
@@ -37,34 +37,35 @@ class Call:
     amx: bool = False
 
 
-def plan(call: Call) -> tuple[str, str]:
+def fastest(work: Workload) -> tuple[str, str]:
     """One of IMPLEMENTATIONS, and the reason in words.
 
     "sdpa" is PyTorch's scaled_dot_product_attention, "matmuls" the same written out in the input's
     dtype; both are plain PyTorch, as "reference" is.
     """
-    if call.dtype not in backends.KERNEL_DTYPES:
-        return "reference", backends.default_reason(torch.device(call.device_type), call.dtype)
-    if call.device_type == "cpu":
-        return _plan_cpu(call)
-    if call.device_type != "cuda":
-        return "sdpa", backends.default_reason(torch.device(call.device_type), call.dtype)
+    if work.dtype not in backends.KERNEL_DTYPES:
+        dtype = backends.short(work.dtype)
+        return "reference", f"the kernels take float32, bfloat16 and float16, not {dtype}"
+    if work.device_type == "cpu":
+        return _fastest_on_cpu(work)
+    if work.device_type != "cuda":
+        return "sdpa", f"there are no kernels for {work.device_type} devices"
     if not backends.HAS_TRITON:
         return "sdpa", "PyTorch's SDPA: Triton is not installed"
-    if call.head_dim > FLASH_HEAD_DIM:
-        reason = f"head_dim {call.head_dim} > {FLASH_HEAD_DIM}, where PyTorch's fast SDPA ends"
+    if work.head_dim > FLASH_HEAD_DIM:
+        reason = f"head_dim {work.head_dim} > {FLASH_HEAD_DIM}, where PyTorch's fast SDPA ends"
         return "triton", reason
     return "sdpa", f"PyTorch's SDPA has fast kernels up to head_dim {FLASH_HEAD_DIM}"
 
 
-def _plan_cpu(call: Call) -> tuple[str, str]:
-    if call.isa == "baseline":
+def _fastest_on_cpu(work: Workload) -> tuple[str, str]:
+    if work.isa == "baseline":
         return "sdpa", "PyTorch's SDPA: the C++ kernel is fast with AVX2 or AVX-512"
-    if call.dtype == torch.bfloat16 and call.amx:
-        shape = f"{call.tokens} tokens, head_dim {call.head_dim} in bfloat16 with AMX"
-        if call.training:
-            if call.tokens >= 192 and call.head_dim >= 32:
+    if work.dtype == torch.bfloat16 and work.amx:
+        shape = f"{work.tokens} tokens, head_dim {work.head_dim} in bfloat16 with AMX"
+        if work.training:
+            if work.tokens >= 192 and work.head_dim >= 32:
                 return "matmuls", f"PyTorch's matrix products are measured faster for {shape}"
-        elif call.token_major and call.tokens >= 32 and call.tokens * call.head_dim >= 4096:
+        elif work.token_major and work.tokens >= 32 and work.tokens * work.head_dim >= 4096:
             return "sdpa", f"PyTorch's SDPA is measured faster for {shape}"
     return "native", "the C++ kernel is measured faster than PyTorch's SDPA"

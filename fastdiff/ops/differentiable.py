@@ -1,0 +1,230 @@
+"""Kernels as PyTorch knows them: operators that compilers, modes and profilers see, and gradients.
+
+A kernel takes one record, a NamedTuple that begins with its tensors, and fills the outputs that
+``allocate`` makes for it. From those two come the operator with its schema, its fake and what runs.
+Where nobody listens and no subclass is among the tensors, a call goes past PyTorch's dispatcher,
+which halves its cost.
+"""
+
+import itertools
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.errors import InputError
+from fastdiff.ops import backends, counters
+from fastdiff.ops.counters import Counters
+
+Outputs = tuple[Tensor | None, ...]
+
+_LIBRARY = torch.library.Library("fastdiff", "FRAGMENT")
+_SCHEMAS: dict[Any, str] = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", float | None: "float?",
+    bool: "bool", str: "str",
+}  # fmt: skip
+
+
+class Kernel:
+    """An operation's kernels: ``fastdiff::name`` for PyTorch, and a launch of its own beside it.
+
+    ``record`` is a NamedTuple of tensors, then of numbers, names, Counters or another such record.
+    ``allocate(call)`` makes the outputs (N of them, None where one is not wanted: the operator
+    returns an empty tensor then), ``launch(call, *outputs)`` fills them. It does nothing and
+    answers False where some argument has a layout or dtype that no kernel reads; ``readable(call)``
+    is the same call on copies.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        record: Any,
+        allocate: Callable[..., Outputs],
+        launch: Callable[..., bool | None],
+        *,
+        outputs: int,
+        readable: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.name, self.record, self.allocate = name, record, allocate
+        self.launch, self.readable = launch, readable
+        kinds = typing.get_type_hints(record).values()
+        self.tensors = sum(1 for _ in itertools.takewhile(lambda k: _is_tensor(k), kinds))
+        self.eager: Any = None  # an autograd Function's apply, where there are gradients
+        returns = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
+        _LIBRARY.define(f"{name}({', '.join(_fields(record))}) -> {returns}")
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, self._operate, key)
+        torch.library.register_fake(f"fastdiff::{name}", self._fake, lib=_LIBRARY)
+        self.operator = getattr(torch.ops.fastdiff, name).default
+
+    def __call__(self, call: Any, wants_gradient: bool = False) -> Outputs:
+        """The outputs; ``wants_gradient``: autograd will ask for one."""
+        if not backends.launches_directly(*call[: self.tensors]):
+            return self.dispatch(call)
+        return self.eager(*call) if wants_gradient else self.run(call)
+
+    def run(self, call: Any) -> Outputs:
+        outputs = self.allocate(call)
+        if outputs[0].numel() == 0:  # type: ignore[union-attr]
+            for output in outputs:
+                if output is not None:
+                    output.zero_()
+        elif self.launch(call, *outputs) is False:
+            self._run_on_copies(call, outputs)
+        return outputs
+
+    def _run_on_copies(self, call: Any, outputs: Outputs) -> None:
+        assert self.readable is not None
+        call = self.readable(call)
+        made: Any = zip(outputs, self.allocate(call), strict=True)
+        targets = [
+            b if a is not None and (a.dtype, a.stride()) != (b.dtype, b.stride()) else a
+            for a, b in made
+        ]
+        if self.launch(call, *targets) is False:
+            raise AssertionError(f"{self.name} cannot read its own copies")
+        for output, target in zip(outputs, targets, strict=True):
+            if output is not None and target is not output:
+                output.copy_(target)
+
+    def dispatch(self, call: Any) -> Outputs:
+        """The outputs through PyTorch's dispatcher."""
+        outputs = self.operator(*_flat(call))
+        return (outputs,) if isinstance(outputs, Tensor) else outputs
+
+    def _operate(self, *values: Any) -> Any:
+        return _as_tensors(self.run(_built(self.record, iter(values))))
+
+    def _fake(self, *values: Any) -> Any:
+        return _as_tensors(self.allocate(_built(self.record, iter(values))))
+
+    def differentiate(
+        self, setup: Callable[..., None], backward: Callable[..., Any], *, returns: int
+    ) -> None:
+        """Gradients: ``setup(ctx, call, outputs)`` keeps what ``backward(ctx, grad)`` needs for the
+        gradients of the record's tensors from that of the first output. The others have none; only
+        the first ``returns`` outputs are the caller's."""
+        fields = len(self.record._fields)
+
+        def padded(ctx: Any, grad: Tensor | None, count: int) -> tuple[Any, ...]:
+            given = (None,) * self.tensors if grad is None else tuple(backward(ctx, grad))
+            return given + (None,) * (count - self.tensors)
+
+        def setup_flat(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.count = len(inputs)
+            ctx.set_materialize_grads(False)
+            outputs = (output,) if isinstance(output, Tensor) else output
+            ctx.mark_non_differentiable(*outputs[1:])
+            setup(ctx, _built(self.record, iter(inputs)), outputs)
+
+        torch.library.register_autograd(
+            f"fastdiff::{self.name}",
+            lambda ctx, grad, *_: padded(ctx, grad, ctx.count),
+            setup_context=setup_flat,
+            lib=_LIBRARY,
+        )
+
+        class Eager(torch.autograd.Function):
+            """The same in eager mode, for a fifth of what register_autograd costs per call."""
+
+            @staticmethod
+            def forward(ctx: Any, *values: Any) -> Outputs:
+                call = self.record(*values)
+                outputs = self.run(call)
+                ctx.set_materialize_grads(False)
+                setup(ctx, call, outputs)
+                if returns > 1:
+                    ctx.mark_non_differentiable(*(v for v in outputs[1:] if v is not None))
+                return outputs[:returns]
+
+            @staticmethod
+            def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+                return padded(ctx, grad, fields)
+
+        self.eager = Eager.apply
+
+
+def differentiable_once(forward: Kernel, backward: Kernel, *, keeps: tuple[int, ...]) -> None:
+    """Give ``forward`` the gradients that ``backward`` computes, and refuse those of gradients.
+
+    ``backward``'s record is the first output's gradient, the outputs numbered ``keeps`` and
+    ``forward``'s record. Its outputs are the gradients of ``forward``'s tensors, None for a tensor
+    whose gradient is that of the first (a residual).
+    """
+    count = forward.tensors
+
+    def setup(ctx: Any, call: Any, outputs: Outputs) -> None:
+        ctx.save_for_backward(*(outputs[i] for i in keeps), *call[:count])
+        ctx.rest = call[count:]
+
+    def gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+        saved = ctx.saved_tensors
+        kept, tensors = saved[: len(keeps)], saved[len(keeps) :]
+        call = backward.record(grad, *kept, forward.record(*tensors, *ctx.rest))
+        if backends.launches_backward_directly(grad) and not torch.is_grad_enabled():
+            found = backward.run(call)
+        else:  # the operator refuses the derivative that whoever keeps the backward's graph may ask
+            pairs = zip(backward.dispatch(call), tensors, strict=True)
+            found = tuple(g if t is not None and g.shape == t.shape else None for g, t in pairs)  # type: ignore[union-attr]
+        first = found[0]
+        return [first if g is None and t is not None else g for g, t in zip(found, tensors)]  # noqa: B905
+
+    forward.differentiate(setup, gradients, returns=1)
+
+    def refuse(ctx: Any, *_: Any) -> Any:
+        raise InputError(
+            f"{forward.name} is differentiable once, its kernels have no second derivative; for "
+            "higher derivatives run it under fastdiff.backend('reference')"
+        )
+
+    torch.library.register_autograd(f"fastdiff::{backward.name}", refuse, lib=_LIBRARY)
+
+
+# --- Records and schemas ----------------------------------------------------------------------
+
+
+def _is_tensor(kind: Any) -> bool:
+    return kind in (Tensor, Tensor | None)
+
+
+def _fields(record: Any) -> Iterator[str]:
+    """The operator's arguments for a record's fields."""
+    for name, kind in typing.get_type_hints(record).items():
+        if kind is Counters:
+            yield counters.SCHEMA
+        elif hasattr(kind, "_fields"):
+            yield from _fields(kind)
+        else:
+            yield f"{_SCHEMAS[kind]} {name}"
+
+
+def _flat(record: Any) -> list[Any]:
+    """A record's values as the operator takes them."""
+    values: list[Any] = []
+    for value in record:
+        if isinstance(value, Counters):
+            values += value.flat()
+        elif isinstance(value, tuple):
+            values += _flat(value)
+        else:
+            values.append(value)
+    return values
+
+
+def _built(record: Any, values: Iterator[Any]) -> Any:
+    """The inverse of ``_flat``."""
+    if record is Counters:
+        return Counters.joined(*itertools.islice(values, 4))
+    kinds = typing.get_type_hints(record).values()
+    return record(*(_built(k, values) if hasattr(k, "_fields") else next(values) for k in kinds))
+
+
+def _as_tensors(outputs: Outputs) -> Any:
+    """Outputs as an operator returns them: an empty tensor in the place of None."""
+    first = outputs[0]
+    assert first is not None
+    if len(outputs) == 1:
+        return first
+    return tuple(first.new_empty(0) if output is None else output for output in outputs)
