@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from torch import Tensor
 
+from fastdiff._locks import NAME as LOCK
 from fastdiff._locks import release, take
 from fastdiff.errors import InputError
 from fastdiff.images import (
@@ -87,7 +89,7 @@ class Parts:
         count = sum(batch.size for batch in batches)
         self.file = out / samples_file_name((count, *shape))
         self.settings: dict[str, Any] = {}
-        self.lock: int | None = None
+        self.lock: FileLock | None = None
 
     def check_targets(self) -> None:
         """InputError when --out holds a file that this run would replace and no run has written.
@@ -123,8 +125,10 @@ class Parts:
         if not self.folder.exists() and self.is_merged():
             return []
         self.folder.mkdir(exist_ok=True)
+        self._check_manifest()  # a folder of something else gets no lock, which is a file
         self._lock()
-        self._check_manifest()
+        self._check_manifest()  # another process may have been there first
+        self._write_manifest()
         remove_unfinished(self.folder / "*")
         return [batch for batch in self.batches if not self._is_whole(batch)]
 
@@ -241,19 +245,24 @@ class Parts:
             f"another process draws into {self.folder} now; wait for it, or give another --out",
         )
 
+    def _write_manifest(self) -> None:
+        path = self.folder / MANIFEST
+        if path.exists():
+            return
+        with self.keeping(), replacing(path) as stream:
+            stream.write((json.dumps(self.settings, indent=2) + "\n").encode())
+            # A part lost with the power is drawn again; without this all would be lost.
+            stream.flush()
+            os.fsync(stream.fileno())
+
     def _check_manifest(self) -> None:
-        """Write it into a new folder; in one that has it, raise InputError if the run differs."""
+        """InputError when the folder is another run's, or no run's; nothing is changed."""
         path = self.folder / MANIFEST
         remedy = f"give another --out, or delete {self.folder} to start over"
         if not path.exists():
-            others = sorted(entry.name for entry in self.folder.iterdir())
+            others = {entry.name for entry in self.folder.iterdir()} - {LOCK}
             if any(not name.endswith(".tmp") for name in others):
                 raise InputError(f"{self.folder} holds files of something else; {remedy}")
-            with self.keeping(), replacing(path) as stream:
-                stream.write((json.dumps(self.settings, indent=2) + "\n").encode())
-                # A part lost with the power is drawn again; without this all would be lost.
-                stream.flush()
-                os.fsync(stream.fileno())
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
