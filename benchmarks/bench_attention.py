@@ -9,12 +9,11 @@ from functools import partial
 import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import contenders
 import fastdiff
-import peers_eager
 from conftest import Case
 from fastdiff.ops.explain import CHOOSERS
-from timing import Contender, Inputs, normal, with_backward
+from harness import contenders, peers_eager
+from harness.timing import Contender, Inputs, normal, with_backward
 
 SDPA = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,

@@ -10,13 +10,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-import contenders
 import fastdiff
-import peers_eager
-import shapes
 from conftest import Case
 from fastdiff.ops.explain import CHOOSERS
-from timing import Contender, Inputs, normal, with_backward
+from harness import contenders, peers_eager, shapes
+from harness.timing import Contender, Inputs, normal, with_backward
 
 CHOOSE = CHOOSERS["group_norm_silu"]
 EAGER = {

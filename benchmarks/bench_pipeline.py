@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import Case
-from timing import Contender
+from harness.timing import Contender
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed here")
 peers = pytest.importorskip("peers")

@@ -9,13 +9,12 @@ from functools import partial
 import pytest
 import torch
 
-import contenders
 import fastdiff
-import floors
 from conftest import Case
 from fastdiff.ops.explain import CHOOSERS
-from peers_eager import Process
-from timing import Contender, Inputs, normal
+from harness import contenders, floors
+from harness.peers_eager import Process
+from harness.timing import Contender, Inputs, normal
 
 STEP = 500  # a row that draws noise
 FLOPS = {"fixed": 9, "learned": 15}  # per element, the noise apart

@@ -8,13 +8,12 @@ from functools import partial
 import pytest
 import torch
 
-import contenders
 import fastdiff
-import floors
 from conftest import Case
 from fastdiff.ops.explain import CHOOSERS
-from peers_eager import Process
-from timing import Contender, Inputs, normal
+from harness import contenders, floors
+from harness.peers_eager import Process
+from harness.timing import Contender, Inputs, normal
 
 FLOPS = 3  # per element; drawing the noise is integer arithmetic for the most part
 

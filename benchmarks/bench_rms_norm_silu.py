@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-import contenders
 import fastdiff
-import peers_eager
 from conftest import Case
 from fastdiff.ops.explain import CHOOSERS
-from timing import Contender, Inputs, normal
+from harness import contenders, peers_eager
+from harness.timing import Contender, Inputs, normal
 
 CHOOSE = CHOOSERS["rms_norm_silu"]
 EAGER: dict[str, Callable[..., Tensor]] = {

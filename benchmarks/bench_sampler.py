@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import Case
-from timing import Contender
+from harness.timing import Contender
 
 sampling = pytest.importorskip("peers_sampling", reason="diffusers is not installed here")
 

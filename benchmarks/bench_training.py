@@ -3,7 +3,7 @@
 import pytest
 
 from conftest import Case
-from timing import Contender
+from harness.timing import Contender
 
 peers = pytest.importorskip("peers", reason="diffusers is not installed here")
 

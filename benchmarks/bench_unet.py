@@ -9,10 +9,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-import contenders
 import fastdiff
 from conftest import Case
-from timing import Contender
+from harness import contenders
+from harness.timing import Contender
 
 NAME, SIZE = "ddpm-cifar10", 32
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -16,11 +16,9 @@ import pytest
 import torch
 
 import fastdiff
-import results
-import shapes
-import summary
-from fastdiff import backends
-from timing import Contender, CpuTurn, GpuTurn, Inputs, choose_calls, input_sets
+from fastdiff.ops import backends
+from harness import results, shapes, summary
+from harness.timing import Contender, CpuTurn, GpuTurn, Inputs, choose_calls, input_sets
 
 RESULTS = pytest.StashKey[results.Results]()
 BATCHES = {"cpu": (1, 8), "cuda": (1, 8, 32)}

@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 WHEELS = ROOT / "wheels"
 TOTAL_S = 530.0
-NORM_TESTS = "tests/test_group_norm_silu_cuda.py"
+NORM_TESTS = "tests/ops/test_group_norm_silu_cuda.py"
 OPERATIONS = ("group_norm_silu", "q_sample", "posterior_step", "attention", "rms_norm_silu")
 STOP_S = 5.0  # from the request to stop to the end of the patience
 
@@ -55,8 +55,8 @@ def phases(results: Path) -> list[Phase]:
     measure = (*pytest, "--benchmark-quiet", "--device", "cuda", "--results", str(results))
     quick = (*measure, "--shapes", "quick", "--budget", "0.05")
     full = (*measure, "--shapes", "all", "--compiled", "none", "--budget", "0.03")
-    op_tests = sorted({f for op in OPERATIONS for f in _glob(f"tests/test_{op}*.py")})
-    suites = [*op_tests, "tests/test_rng_cuda.py", "tests/test_elementwise_cuda.py"]
+    op_tests = sorted({f for op in OPERATIONS for f in _glob(f"tests/ops/test_{op}*.py")})
+    suites = [*op_tests, "tests/ops/test_rng_cuda.py", "tests/ops/test_elementwise_cuda.py"]
     accuracy = (*pytest, *spread, "-p", "on_gpu", "-m", "any_backend", *suites)
     cutting = (*pytest, "-p", "on_gpu", "-k", "cutting or order_of_threads or many_channels")
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -96,7 +96,7 @@ def phases(results: Path) -> list[Phase]:
 
 def _served_by(backend: str) -> tuple[tuple[str, str], ...]:
     """The environment in which tests marked any_backend run on the GPU by one backend."""
-    return ("FASTDIFF_BACKEND", backend), ("PYTHONPATH", str(ROOT / "tests"))
+    return ("FASTDIFF_BACKEND", backend), ("PYTHONPATH", str(ROOT / "tests" / "tools"))
 
 
 def _glob(pattern: str) -> list[str]:
@@ -174,8 +174,7 @@ def find_gpu() -> str | None:
 
 
 def show(outcomes: Sequence[Outcome], path: Path) -> None:
-    import results
-    import summary
+    from harness import results, summary
 
     print("\n=== phases")
     for outcome in outcomes:
@@ -198,7 +197,7 @@ def main() -> int:
         return 3
     import torch
 
-    import results
+    from harness import results
 
     path = results.default_path(torch.device("cuda"))
     outcomes = run_phases(phases(path), TOTAL_S)

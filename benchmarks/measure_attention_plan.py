@@ -3,8 +3,8 @@
 Every implementation of attention on the CPU, turn by turn in one process, over the shapes of the
 published U-Nets at batch 1 and 8 and a grid beside them, in both layouts, with and without the
 backward. OMP_NUM_THREADS says on how many threads; a second run betters the rows of the first.
-Writes benchmarks/results/attention_plan/<device>-<n>-threads.json; tests/test_attention_plan.py
-checks that the rule in fastdiff/ops/attention_plan.py picks (nearly) the fastest in every row of
+Writes benchmarks/results/attention_plan/<device>-<n>-threads.json; tests/ops/test_attention_plan.py
+checks that the rule in fastdiff/ops/attention/plan.py picks (nearly) the fastest in every row of
 every table.
 """
 
@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 import fastdiff
-import results
-from fastdiff import native
-from fastdiff.backends import short
-from fastdiff.ops.attention import cpu, run
+from fastdiff.ops import native
+from fastdiff.ops.attention.op import cpu, run
+from fastdiff.ops.backends import short
+from harness import results
 
 PUBLISHED = [  # heads, tokens, head_dim
     *[(1, 256, 256), (1, 16, 256), (1, 256, 512), (1, 64, 512), (4, 256, 64), (4, 64, 64)],

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import results
-import summary
+from harness import results, summary
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- operations: start -->", "<!-- operations: end -->"

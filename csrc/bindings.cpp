@@ -25,7 +25,7 @@ using namespace fastdiff;
 
 namespace {
 
-// Raised with every change of a binding's arguments or meaning; fastdiff/native.py compares it, so
+// Raised with every change of a binding's arguments or meaning; fastdiff/ops/native.py compares it, so
 // that sources and a library built from older ones do not meet unnoticed.
 constexpr int kInterface = 6;
 

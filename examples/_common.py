@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdiff._optional import require
 from fastdiff.data import load_dataset
 from fastdiff.evaluation import frechet_distance, train_classifier
 from fastdiff.images import to_float, to_uint8
-from fastdiff.step_table import noise_levels
+from fastdiff.methods.table import noise_levels
+from fastdiff.optional import require
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
 

@@ -45,7 +45,7 @@ from _common import (
 from torch import Tensor
 
 from fastdiff import Sampler, create_diffusion
-from fastdiff.likelihood import summarize_bpd
+from fastdiff.process.likelihood import summarize_bpd
 
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 STEPS = (5, 10, 25, 50, 100)

@@ -37,7 +37,7 @@ from _common import (
 from torch import Tensor
 
 from fastdiff import Sampler, create_diffusion
-from fastdiff.likelihood import summarize_bpd
+from fastdiff.process.likelihood import summarize_bpd
 
 SCHEDULES = ("linear", "cosine")
 STEPS = (10, 25, 50, 100, 250)

@@ -34,7 +34,7 @@ from _common import (
 )
 
 from fastdiff import Sampler, create_diffusion
-from fastdiff.step_table import noise_levels
+from fastdiff.methods.table import noise_levels
 
 MIXTURE = GaussianMixture([[-0.6], [0.0], [0.55]], stds=[0.06, 0.15, 0.08], weights=[0.3, 0.4, 0.3])
 STEPS = (200, 50, 20, 10, 5)

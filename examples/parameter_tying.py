@@ -37,7 +37,7 @@ from _common import (
 from torch import Tensor, nn
 
 from fastdiff import Sampler, create_diffusion
-from fastdiff.step_table import noise_levels
+from fastdiff.methods.table import noise_levels
 
 MIXTURE = ring_of_gaussians()
 LEVELS = 24

@@ -34,7 +34,7 @@ from _common import (
 )
 
 from fastdiff import Sampler, create_diffusion
-from fastdiff.step_table import StepTable, noise_levels
+from fastdiff.methods.table import StepTable, noise_levels
 
 MIXTURE = ring_of_gaussians()
 MEAN_TYPES = {"x0": "x_start", "eps": "epsilon", "v": "v"}

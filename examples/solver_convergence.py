@@ -35,7 +35,7 @@ from _common import (
 )
 
 from fastdiff import Sampler, create_diffusion
-from fastdiff.step_table import noise_levels
+from fastdiff.methods.table import noise_levels
 
 MEAN = torch.tensor([0.3, -0.5], dtype=torch.float64)
 COVARIANCE = torch.tensor([[0.50, 0.18], [0.18, 0.10]], dtype=torch.float64)

@@ -37,8 +37,8 @@ from _common import (
 )
 
 from fastdiff import GaussianDiffusion, Sampler, VarianceExploding, create_diffusion
-from fastdiff.step_table import noise_levels
-from fastdiff.variance_exploding import geometric_sigmas
+from fastdiff.methods.table import noise_levels
+from fastdiff.process.variance_exploding import geometric_sigmas
 
 MIXTURE = ring_of_gaussians()
 STEPS = (5, 10, 20, 50, 100)

@@ -13,25 +13,25 @@ wait_policy.choose_for_command()  # before torch is imported
 
 from fastdiff import ops
 from fastdiff.acceleration import accelerate, report, restore
-from fastdiff.backends import backend, set_backend
-from fastdiff.best_timesteps import best_timesteps
-from fastdiff.create import create_diffusion
-from fastdiff.diffusion import GaussianDiffusion
+from fastdiff.checkpoints.checkpoint import Checkpoint, load, save
 from fastdiff.errors import InputError, TrainingError
-from fastdiff.models.checkpoint import Checkpoint, load, save
+from fastdiff.methods.table import StepTable
 from fastdiff.models.ema import EMA
 from fastdiff.models.unet import UNet
+from fastdiff.ops.backends import backend, set_backend
 from fastdiff.ops.explain import explain
-from fastdiff.respacing import space_timesteps
-from fastdiff.sampler import Sampler
-from fastdiff.schedules import (
+from fastdiff.process.best_timesteps import best_timesteps
+from fastdiff.process.create import create_diffusion
+from fastdiff.process.gaussian import GaussianDiffusion
+from fastdiff.process.respacing import space_timesteps
+from fastdiff.process.schedules import (
     cosine_betas,
     get_named_beta_schedule,
     linear_betas,
     rescale_zero_terminal_snr,
 )
-from fastdiff.step_table import StepTable
-from fastdiff.variance_exploding import VarianceExploding
+from fastdiff.process.variance_exploding import VarianceExploding
+from fastdiff.sampling.sampler import Sampler
 
 __version__ = "0.1.0"
 

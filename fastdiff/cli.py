@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Exit codes: 0 done, 2 bad input or a broken run, 130 Ctrl-C."""
-    from fastdiff.commands._output import safe_output
+    from fastdiff.commands.output import safe_output
 
     try:
         with safe_output():
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     from torch import OutOfMemoryError
 
-    from fastdiff.commands._processes import refuse_several
+    from fastdiff.commands.workers import refuse_several
 
     args = build_parser().parse_args(argv)
     try:

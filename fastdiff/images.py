@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff._optional import require
 from fastdiff.errors import InputError
+from fastdiff.optional import require
 
 MIN_GRID_WIDTH = 600  # pixels: small images are enlarged until one can look at them
 SEPARATOR = 2  # pixels between the images of a grid

@@ -80,7 +80,7 @@ def fill(
     step: int | torch.Tensor,
     first_sample: int | torch.Tensor,
 ) -> None:
-    """Fill ``out``, whose samples stand as ``layout`` says (fastdiff.rng.Layout's fields)."""
+    """Fill ``out``, whose samples stand as ``layout`` says (fastdiff.ops.normal.op.Layout)."""
     channels, spatial, sample_stride, channel_stride, spatial_stride = layout
     blocks = triton.cdiv(channels * spatial, 4 * BLOCK)
     normal_kernel[(out.shape[0] * blocks,)](

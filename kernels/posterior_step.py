@@ -1,4 +1,4 @@
-"""posterior_step: one sampler step from one row of a step table (fastdiff/step_table.py), one pass.
+"""posterior_step: one sampler step from one row of a step table (fastdiff/methods/), one pass.
 
 Layouts: samples of (channels, spatial) with any strides, each operand its own; float32, bfloat16,
 float16, arithmetic float32. Bytes moved with drawn noise: x_t, the network's output and x_prev; one
@@ -26,7 +26,7 @@ from .elementwise import (
 )
 
 COLUMNS = tl.constexpr(12)  # of the packed table
-FIRST_COUNTER_STEP = tl.constexpr(1)  # fastdiff.rng.sampling_step(0)
+FIRST_COUNTER_STEP = tl.constexpr(1)  # fastdiff.ops.normal.op.sampling_step(0)
 UNSPECIALIZED = ["seed", "step", "first_sample", "guidance", "rows", "channels", "spatial"]
 
 
@@ -160,7 +160,7 @@ def launch(
 ) -> None:
     """``plan``: shape, rows, layouts of x_t and output, the offsets of variance and unconditional
     half (negative: none), layouts of noise, prev_x_start, x_prev, x_start
-    (fastdiff.ops._elementwise); ``tensors``: x_t, output, packed, noise, prev_x_start, x_prev,
+    (fastdiff.ops.elementwise); ``tensors``: x_t, output, packed, noise, prev_x_start, x_prev,
     x_start; counters' bits as signed integers."""
     shape, rows, *layouts = plan
     variance_offset, guidance_offset = layouts[2:4]

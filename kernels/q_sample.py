@@ -27,7 +27,7 @@ from .normal import signed
 
 # An integer argument equal to 1 would otherwise become a constant without a type.
 UNSPECIALIZED = ["seed", "step", "first_sample", "rows", "channels", "spatial"]
-TRAINING_STEP_BASE = tl.constexpr(2**31)  # fastdiff.rng
+TRAINING_STEP_BASE = tl.constexpr(2**31)  # fastdiff.ops.normal.op
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -102,7 +102,7 @@ def launch(
     step: int | torch.Tensor,
     first_sample: int | torch.Tensor,
 ) -> None:
-    """``plan``: shape, rows, layouts of x_start, noise and x_t (fastdiff.ops._elementwise);
+    """``plan``: shape, rows, layouts of x_start, noise and x_t (fastdiff.ops.elementwise);
     ``tensors``: x_start, t, signal, sigma, noise, x_t; counters' bits as signed integers."""
     shape, rows, *layouts = plan
     samples, channels, spatial = shape

@@ -8,7 +8,6 @@ import ast
 import fcntl
 import importlib.util
 import os
-import sys
 from pathlib import Path
 from runpy import run_path
 
@@ -16,10 +15,8 @@ from runpy import run_path
 run_path(str(Path(__file__).parents[1] / "fastdiff" / "wait_policy.py"))["choose"]()
 
 import pytest
-from kernel_tools import ISAS, forced_isa
 
-# The benchmarks' own modules (shapes, summary, report, ...) are tested too.
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+from kernel_tools import ISAS, forced_isa
 
 OPTIONAL = {"build", "diffusers", "hypothesis", "matplotlib", "PIL", "scipy", "sklearn"}
 OPTIONAL |= {"tensorboard", "tqdm", "triton"}
@@ -79,7 +76,7 @@ def made():
 @pytest.fixture
 def few_blocks(request):
     """Emulated grids cut to few blocks: a kernel that strides does all the work all the same."""
-    from fastdiff import native
+    from fastdiff.ops import native
 
     if not native.emulates_cuda():
         yield

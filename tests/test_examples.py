@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from paths import ROOT
+
+EXAMPLES = ROOT / "examples"
 # The tables each prints, as (a piece of the title, columns, at least so many rows).
 TABLES = {
     "one_dimensional": [("What the distances are worth", 3, 2), ("Wasserstein-1", 7, 5)],

@@ -6,8 +6,8 @@ import os
 import pytest
 from filelock import FileLock
 
-from fastdiff._locks import release, take
 from fastdiff.errors import InputError
+from fastdiff.locks import release, take
 
 
 def test_the_second_is_refused_until_the_first_lets_go(tmp_path):

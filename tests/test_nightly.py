@@ -2,9 +2,10 @@
 
 import os
 import subprocess
-from pathlib import Path
 
-NIGHTLY = Path(__file__).parent.parent / ".ci" / "nightly"
+from paths import ROOT
+
+NIGHTLY = ROOT / ".ci" / "nightly"
 
 # In Python's place: a CPU without AVX-512, on which the tests fail with two threads.
 PYTHON = """#!/bin/sh
@@ -20,14 +21,14 @@ def test_all_run_and_those_that_failed_are_named(tmp_path):
     python.chmod(0o755)
     plain = {k: v for k, v in os.environ.items() if k not in ("ONEDNN_MAX_CPU_ISA", "FASTDIFF_ISA")}
     done = subprocess.run(
-        [NIGHTLY, "tests/test_info.py"],
+        [NIGHTLY, "tests/commands/test_info.py"],
         capture_output=True,
         text=True,
         env={**plain, "PYTHON": str(python)},
     )
     assert done.returncode == 1 and not done.stderr
     ran = [line for line in done.stdout.splitlines() if line.startswith("ran ")]
-    assert len(ran) == 5 and all(line.endswith(" tests/test_info.py") for line in ran)
+    assert len(ran) == 5 and all(line.endswith(" tests/commands/test_info.py") for line in ran)
     assert any(line.startswith("ran AVX2 avx2 2: -m pytest") for line in ran)
     assert sum("--exhaustive" in line for line in ran) == 1
     summary = done.stdout.rpartition("===\n")[2].splitlines()

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from paths import ROOT
+
 OFFLINE = ("No matching distribution found", "Could not find a version", "Connection", "resolve")
 
 pytestmark = pytest.mark.slow
@@ -131,7 +132,8 @@ def test_the_installed_wheel_works(installed):
     code = """
 import importlib.util, json, sys
 import fastdiff.kernels
-from fastdiff import native, rng
+from fastdiff.ops import native
+from fastdiff.ops.normal import op as rng
 rng.normal((2, 3, 8, 8), seed=1)
 print(json.dumps({
     "kernels": fastdiff.kernels.__file__,

@@ -9,16 +9,16 @@ import types
 
 import pytest
 import torch
-from accelerate_tools import T, X, network
-from ddpm_pytorch_package import package
-from improved_diffusion_tools import CODEBASES
-from page_tools import ROOT, blocks, parse_commands, run
-from sampler_tools import closed_form
 from torch import nn
 
 import fastdiff
+from accelerate_tools import T, X, network
+from ddpm_pytorch_package import package
 from fastdiff.acceleration.fused_class import Fused
-from fastdiff.schedules import linear_betas
+from fastdiff.process.schedules import linear_betas
+from improved_diffusion_tools import CODEBASES
+from page_tools import ROOT, blocks, parse_commands, run
+from sampler_tools import closed_form
 
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import torch
+
 from page_tools import ROOT, blocks, parse_commands, run
 
 README = (ROOT / "README.md").read_text()

@@ -3,12 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from fastdiff import wait_policy
 from fastdiff.wait_policy import CHOICE, VARIABLES, _is_command, choose
+from paths import ROOT, TOOLS
 
 UNSET = {name: value for name, value in os.environ.items() if name not in VARIABLES}
 
@@ -105,6 +105,5 @@ def test_described(monkeypatch):
 
 def test_the_tests_and_the_demo_take_the_same_choice():
     assert any(os.environ.get(name) for name in VARIABLES)
-    root = Path(__file__).parent.parent
-    for path in (root / "Makefile", root / ".ci" / "nightly", root / "tests" / "sanitized.py"):
+    for path in (ROOT / "Makefile", ROOT / ".ci" / "nightly", TOOLS / "sanitized.py"):
         assert not any(name in path.read_text() for name in VARIABLES)

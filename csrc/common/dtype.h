@@ -1,4 +1,4 @@
-// The storage types of every kernel; fastdiff/native.py has the same codes.
+// The storage types of every kernel; fastdiff/ops/native.py has the same codes.
 #pragma once
 
 #include "lanes.h"

@@ -1,4 +1,4 @@
-// One sampler step, the arithmetic that CPU and CUDA share; fastdiff/step_table.py has the
+// One sampler step, the arithmetic that CPU and CUDA share; fastdiff/methods/table.py has the
 // equations and their sources.
 //
 //   output = uncond + s·(cond - uncond)                        with guidance
@@ -14,7 +14,7 @@
 
 namespace fastdiff {
 
-// StepTable's packed columns, fastdiff/step_table.py: COLUMNS
+// StepTable's packed columns, fastdiff/methods/table.py: COLUMNS
 constexpr int kStepColumns = 12;
 
 struct StepRow {

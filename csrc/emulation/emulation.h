@@ -13,7 +13,7 @@
 //   memory ordering   a write is seen at once by all; a missing fence between barriers goes unseen
 //   races of blocks   clusters run one after the other, in random order, not at the same time
 //   approximations    __expf and its kind are the C library's exact functions
-//   speed, occupancy, registers: the compile reports of tests/test_cuda_reports.py see to some
+//   speed, occupancy, registers: the compile reports of tests/csrc/test_cuda_reports.py see to some
 #pragma once
 
 #include <cstddef>

@@ -10,10 +10,24 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from fastdiff._checks import check_float
-from fastdiff.acceleration import compvis, diffusers_blocks, generic, lucidrains, openai, traced
 from fastdiff.acceleration.autocast import under_autocast
 from fastdiff.acceleration.example_inputs import example_inputs
+from fastdiff.acceleration.families import (
+    compvis,
+    traced,
+)
+from fastdiff.acceleration.families import (
+    denoising_diffusion_pytorch as lucidrains,
+)
+from fastdiff.acceleration.families import (
+    diffusers as diffusers_blocks,
+)
+from fastdiff.acceleration.families import (
+    improved_diffusion as openai,
+)
+from fastdiff.acceleration.families import (
+    sequential as generic,
+)
 from fastdiff.acceleration.fused_class import (
     Fused,
     Fusion,
@@ -28,9 +42,10 @@ from fastdiff.acceleration.fused_class import (
 )
 from fastdiff.acceleration.outcome import Part, Report
 from fastdiff.acceleration.pieces import is_group_norm, seed
+from fastdiff.checks import check_float
 from fastdiff.errors import InputError
 from fastdiff.models.layouts import plain_convolutions
-from fastdiff.models.replica import replica_of
+from fastdiff.models.replicas.replica import replica_of
 
 M = TypeVar("M", bound=nn.Module)
 F = TypeVar("F", bound=Callable[..., Any])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff._code import names_in
+from fastdiff.models.code import names_in
 
 MISSING: Any = inspect.Parameter.empty
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)

@@ -24,7 +24,7 @@ from fastdiff.acceleration.calls import (
     kinds_of,
 )
 from fastdiff.errors import InputError, first_line
-from fastdiff.models.replica import twin_of
+from fastdiff.models.replicas.replica import twin_of
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff._checks import check_device
-from fastdiff.create import create_diffusion
+from fastdiff.checks import check_device
 from fastdiff.errors import InputError
+from fastdiff.methods.table import StepTable
 from fastdiff.ops.explain import CHOOSERS
-from fastdiff.step_table import StepTable
+from fastdiff.process.create import create_diffusion
 
 HELP = "time the fused operations against eager PyTorch on this machine"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

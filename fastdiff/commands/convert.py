@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from fastdiff.create import create_diffusion
+from fastdiff.checkpoints.checkpoint import load_weights, save
+from fastdiff.checkpoints.published import unet_config_from_state
+from fastdiff.checkpoints.published_file import read_published
 from fastdiff.errors import InputError
-from fastdiff.models import EMA, UNet, presets, save
-from fastdiff.models.checkpoint import load_weights
-from fastdiff.models.ema import rate_name
-from fastdiff.models.published import unet_config_from_state
-from fastdiff.models.published_file import read_published
+from fastdiff.models import presets
+from fastdiff.models.ema import EMA, rate_name
+from fastdiff.models.unet import UNet
+from fastdiff.process.create import create_diffusion
 
 HELP = "turn a published .pt checkpoint into one that describes itself"
 

@@ -4,8 +4,8 @@ import argparse
 
 import numpy as np
 
-from fastdiff.commands._data import add_reading_arguments, reading_options
-from fastdiff.commands._reports import check_report, write_report
+from fastdiff.commands.data_options import add_reading_arguments, reading_options
+from fastdiff.commands.reports import check_report, write_report
 from fastdiff.data import ImageDataset, load_dataset
 from fastdiff.data.classes import numbers, renumber
 from fastdiff.errors import InputError

@@ -107,8 +107,8 @@ def _cuda() -> dict[str, Any]:
 
 
 def _driver() -> str | None:
-    from fastdiff import native
     from fastdiff.errors import InputError
+    from fastdiff.ops import native
 
     try:
         version = native.cuda_driver_version()
@@ -123,8 +123,8 @@ def _device(properties: Any) -> str:
 
 
 def _native() -> dict[str, Any]:
-    from fastdiff import native
     from fastdiff.errors import InputError
+    from fastdiff.ops import native
 
     try:
         library = native.library()

@@ -8,23 +8,23 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fastdiff import rng
-from fastdiff._optional import require
-from fastdiff.commands._checkpoint import (
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.commands.checkpoint_options import (
     add_checkpoint_arguments,
     describe,
     image_size,
     load_checkpoint,
 )
-from fastdiff.commands._classes import class_names
-from fastdiff.commands._data import add_reading_arguments, reading_options
-from fastdiff.commands._reports import check_report, write_report
+from fastdiff.commands.class_options import class_names
+from fastdiff.commands.data_options import add_reading_arguments, reading_options
+from fastdiff.commands.reports import check_report, write_report
 from fastdiff.data import ImageDataset, load_dataset, match_classes
-from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import InputError, TrainingError
 from fastdiff.images import to_float
-from fastdiff.likelihood import BitsPerDim, rate_distortion, summarize_bpd
-from fastdiff.models.checkpoint import Checkpoint
+from fastdiff.ops.normal import op as rng
+from fastdiff.optional import require
+from fastdiff.process.gaussian import GaussianDiffusion
+from fastdiff.process.likelihood import BitsPerDim, rate_distortion, summarize_bpd
 
 HELP = "score a checkpoint: bits per dimension of images, with its terms"
 

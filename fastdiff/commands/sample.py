@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff._optional import require
-from fastdiff.commands._checkpoint import (
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.commands.checkpoint_options import (
     add_checkpoint_arguments,
     describe,
     fingerprint,
@@ -24,9 +24,9 @@ from fastdiff.commands._checkpoint import (
     load_checkpoint,
     writable_folder,
 )
-from fastdiff.commands._classes import choose_classes, class_names
-from fastdiff.commands._parts import Batch, Merged, Parts, split
-from fastdiff.commands._processes import join
+from fastdiff.commands.class_options import choose_classes, class_names
+from fastdiff.commands.sample_parts import Batch, Merged, Parts, split
+from fastdiff.commands.workers import join
 from fastdiff.errors import InputError
 from fastdiff.images import (
     MAX_TRAJECTORY_COLUMNS,
@@ -37,10 +37,10 @@ from fastdiff.images import (
     save_trajectory,
     to_uint8,
 )
-from fastdiff.models.checkpoint import Checkpoint
-from fastdiff.respacing import SPACINGS
-from fastdiff.sampler import Sampler
-from fastdiff.step_table import METHODS
+from fastdiff.methods.registry import METHODS
+from fastdiff.optional import require
+from fastdiff.process.respacing import SPACINGS
+from fastdiff.sampling.sampler import Sampler
 
 HELP = "draw images from a checkpoint"
 

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdiff.commands._data import reading_options
-from fastdiff.commands._train_flags import DEFAULT_PRESET, add_arguments, part_of
-from fastdiff.create import create_diffusion
+from fastdiff.checkpoints.run_directory import identify, list_checkpoints, require_run
+from fastdiff.commands.data_options import reading_options
+from fastdiff.commands.train_options import DEFAULT_PRESET, add_arguments, part_of
 from fastdiff.data import ImageDataset, load_dataset
-from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import InputError
 from fastdiff.models import presets
-from fastdiff.models.run_directory import identify, list_checkpoints, require_run
 from fastdiff.models.unet import UNet
+from fastdiff.process.create import create_diffusion
+from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.training import TrainConfig, Trainer
 from fastdiff.training.init import Init, describe_init, fit_to_init, read_init
 from fastdiff.training.saved import SavedRun

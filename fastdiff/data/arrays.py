@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from fastdiff._optional import require
 from fastdiff.data.classes import numbers
 from fastdiff.data.dataset import ArrayDataset
 from fastdiff.data.summary import NOT_ASKED, Found
 from fastdiff.data.transforms import convert_arrays
 from fastdiff.errors import InputError
 from fastdiff.images import check_channels_last, read_samples
+from fastdiff.optional import require
 
 CIFAR10_CLASSES = (
     "airplane automobile bird cat deer dog frog horse ship truck".split()

@@ -13,10 +13,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from fastdiff._optional import require
 from fastdiff.data.text import plain
 from fastdiff.data.transforms import to_array
 from fastdiff.errors import InputError
+from fastdiff.optional import require
 
 ORIENTATION = 0x0112  # EXIF's tag
 SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from fastdiff._optional import require
 from fastdiff.errors import InputError
 from fastdiff.images import MODES
+from fastdiff.optional import require
 
 
 def resize_and_crop(image: Any, size: int) -> Any:

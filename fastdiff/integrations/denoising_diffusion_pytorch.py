@@ -20,9 +20,9 @@ from fastdiff import acceleration
 from fastdiff.acceleration.calls import shared_arguments
 from fastdiff.acceleration.fused_class import Fused, check_removable, derived, put_back
 from fastdiff.errors import InputError
-from fastdiff.integrations._options import check_sampler_options
-from fastdiff.sampler import Sampler
-from fastdiff.step_table import StepTable
+from fastdiff.integrations.options import check_sampler_options
+from fastdiff.methods.table import StepTable
+from fastdiff.sampling.sampler import Sampler
 
 HOME = "denoising_diffusion_pytorch.denoising_diffusion_pytorch"
 Float64Array = npt.NDArray[np.float64]

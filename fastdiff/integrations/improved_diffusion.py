@@ -2,7 +2,7 @@
 
     diffusion = fastdiff.integrations.improved_diffusion.accelerate(diffusion)
 
-Nothing of those packages is imported: fastdiff/integrations/_published_object.py reads an object's
+Nothing of those packages is imported: fastdiff/integrations/published_object.py reads an object's
 attributes, and compares what it computes with what fastdiff computes in its place.
 """
 
@@ -18,22 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff._optional import require
 from fastdiff.acceleration.calls import MISSING, is_same
-from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import InputError
-from fastdiff.integrations._options import check_sampler_options
-from fastdiff.integrations._published_object import (
+from fastdiff.integrations.options import check_sampler_options
+from fastdiff.integrations.published_object import (
     EXPECTED,
     check_loops,
     gives_integers,
     process_of,
     signature_of,
 )
-from fastdiff.reverse_process import CondFn, DenoisedFn, Model
-from fastdiff.sampler import Sampler
-from fastdiff.sampling.network import module_of
-from fastdiff.sampling_loops import initial_x
+from fastdiff.optional import require
+from fastdiff.process.gaussian import GaussianDiffusion
+from fastdiff.process.published_loops import initial_x
+from fastdiff.process.reverse import CondFn, DenoisedFn, Model
+from fastdiff.sampling.network.network import module_of
+from fastdiff.sampling.sampler import Sampler
 
 LOOPS = {"p_sample_loop": "ddpm", "ddim_sample_loop": "ddim"}
 METHODS = (

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdiff.errors import InputError
-from fastdiff.ops.attention import attention
-from fastdiff.ops.group_norm_silu import group_norm_silu
+from fastdiff.ops.attention.op import attention
+from fastdiff.ops.group_norm_silu.op import group_norm_silu
 
 NORM_GROUPS = 32
 CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fastdiff._code import names_in
+from fastdiff.models.code import names_in
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

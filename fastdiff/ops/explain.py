@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-from fastdiff.backends import Choice
 from fastdiff.errors import InputError
-from fastdiff.ops.attention import choose as choose_attention
-from fastdiff.ops.group_norm_silu import choose as choose_group_norm_silu
-from fastdiff.ops.posterior_step import choose as choose_posterior_step
-from fastdiff.ops.q_sample import choose as choose_q_sample
-from fastdiff.ops.rms_norm_silu import choose as choose_rms_norm_silu
+from fastdiff.ops.attention.op import choose as choose_attention
+from fastdiff.ops.backends import Choice
+from fastdiff.ops.group_norm_silu.op import choose as choose_group_norm_silu
+from fastdiff.ops.posterior_step.op import choose as choose_posterior_step
+from fastdiff.ops.q_sample.op import choose as choose_q_sample
+from fastdiff.ops.rms_norm_silu.op import choose as choose_rms_norm_silu
 
 # Each takes its operation's own arguments.
 CHOOSERS: dict[str, Callable[..., Choice]] = {

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff._checks import check_float, check_shape, is_finite
+from fastdiff.checks import check_float, check_shape, is_finite
 from fastdiff.errors import InputError
+from fastdiff.methods.table import StepTable, noise_levels
+from fastdiff.process.published_loops import StepNoise
 from fastdiff.sampling.conditions import (
     ClassifierGuidance,
     CondFn,
@@ -18,13 +20,11 @@ from fastdiff.sampling.conditions import (
     XStart,
 )
 from fastdiff.sampling.kwargs import doubled_kwargs
-from fastdiff.sampling.network import Network
+from fastdiff.sampling.network.network import Network
 from fastdiff.sampling.noise import noise_source
-from fastdiff.sampling.run import Run, failure_flag
 from fastdiff.sampling.settings import Settings
 from fastdiff.sampling.stats import Stats
-from fastdiff.sampling_loops import StepNoise
-from fastdiff.step_table import StepTable, noise_levels
+from fastdiff.sampling.step import Run, failure_flag
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import backends
 from fastdiff.errors import InputError, TrainingError, first_line
-from fastdiff.ops._elementwise import signed
+from fastdiff.methods.table import COLUMNS
+from fastdiff.ops import backends
+from fastdiff.ops.elementwise import signed
 from fastdiff.sampling.kwargs import Unknown, map_tensors, structure, tensors_of
-from fastdiff.sampling.network import Network
+from fastdiff.sampling.network.network import Network
 from fastdiff.sampling.noise import CounterNoise, HeldNoise
-from fastdiff.sampling.run import Run
 from fastdiff.sampling.stats import Stats
-from fastdiff.step_table import COLUMNS
+from fastdiff.sampling.step import Run
 
 MOST_GRAPHS = 8
 LEAST_ROWS = 4096  # of a captured table; longer ones get a graph of their own

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff._checks import check_float, check_like
+from fastdiff.checks import check_float, check_like
 from fastdiff.errors import InputError
-from fastdiff.ops.q_sample import q_sample
-from fastdiff.reference.posterior_step import guide, log_variance
-from fastdiff.reverse_process import CondFn, DenoisedFn
-from fastdiff.step_table import COLUMNS, Index, StepTable, noise_levels
+from fastdiff.methods.table import COLUMNS, Index, StepTable, noise_levels
+from fastdiff.ops.posterior_step.reference import guide, log_variance
+from fastdiff.ops.q_sample.op import q_sample
+from fastdiff.process.reverse import CondFn, DenoisedFn
 
 # --- The predicted x_0 ------------------------------------------------------------------------
 

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import rng
 from fastdiff.errors import InputError
-from fastdiff.sampling_loops import StepNoise, noise_of_step
-from fastdiff.step_table import Index
+from fastdiff.methods.table import Index
+from fastdiff.ops.normal import op as rng
+from fastdiff.process.published_loops import StepNoise, noise_of_step
 
 
 class CounterNoise:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from fastdiff._checks import is_finite
+from fastdiff.checks import is_finite
 from fastdiff.errors import InputError
-from fastdiff.step_table import StepTable
+from fastdiff.methods.table import StepTable
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from fastdiff.data import ImageDataset
-from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import InputError, first_line
 from fastdiff.models.unet import UNet
+from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.training.config import TrainConfig
 
 

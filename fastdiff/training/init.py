@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastdiff.checkpoints.averages import young_average
+from fastdiff.checkpoints.checkpoint import load
 from fastdiff.data import ImageDataset, match_classes
 from fastdiff.errors import InputError
-from fastdiff.models.averages import young_average
-from fastdiff.models.checkpoint import load
 from fastdiff.models.unet import UNet
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff._optional import require
 from fastdiff.errors import InputError
+from fastdiff.optional import require
 
 QUARTILES = 4
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from fastdiff.data import ImageDataset, iterate_once
-from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.images import plot_loss, to_float, to_uint8
-from fastdiff.likelihood import summarize_bpd
-from fastdiff.models.replica import replica_of
+from fastdiff.models.replicas.replica import replica_of
 from fastdiff.models.unet import UNet
-from fastdiff.sampler import Sampler
+from fastdiff.process.gaussian import GaussianDiffusion
+from fastdiff.process.likelihood import summarize_bpd
+from fastdiff.sampling.sampler import Sampler
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.metrics import read_metrics
 

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from fastdiff._optional import require
+from fastdiff.optional import require
 
 
 class NoBar:

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastdiff.checkpoints.run_directory import RUN_KIND, held, list_checkpoints, require_run
 from fastdiff.errors import InputError
-from fastdiff.models.run_directory import RUN_KIND, held, list_checkpoints, require_run
 from fastdiff.training.metrics import replace_text
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff.diffusion import GaussianDiffusion
+from fastdiff.checkpoints.checkpoint import load
+from fastdiff.checkpoints.weights import load_json, load_tensors
 from fastdiff.errors import InputError
-from fastdiff.models.checkpoint import load
-from fastdiff.models.files import load_json, load_tensors
 from fastdiff.models.unet import UNet
+from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.state import with_prefix
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastdiff.checkpoints.run_directory import list_checkpoints
 from fastdiff.errors import InputError
-from fastdiff.models.run_directory import list_checkpoints
 
 _DOOMED = ".deleting"
 

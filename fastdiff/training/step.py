@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion import GaussianDiffusion
+from fastdiff.process.gaussian import GaussianDiffusion
 
 
 def autocast_to(dtype: str, device: torch.device, network: Callable) -> Callable:

@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.run_directory import checkpoint_path, held, newest_checkpoint, require_run
 from fastdiff.data import BatchStream, ImageDataset, match_classes
-from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import InputError
 from fastdiff.images import save_grid, to_float
-from fastdiff.models import checkpoint
 from fastdiff.models.ema import EMA
-from fastdiff.models.run_directory import checkpoint_path, held, newest_checkpoint, require_run
 from fastdiff.models.unet import UNet
-from fastdiff.rng import draw_like
-from fastdiff.timestep_samplers import create_timestep_sampler
+from fastdiff.ops.normal.op import draw_like
+from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.training import preview, state
 from fastdiff.training.checks import check_fit, check_images, choose_device, describe_images
 from fastdiff.training.config import TrainConfig, learning_rate
@@ -33,6 +32,7 @@ from fastdiff.training.run_folder import opened
 from fastdiff.training.saved import STATE, SavedRun, read_checkpoint
 from fastdiff.training.step import autocast_to, backward, clip_gradients
 from fastdiff.training.stop import StopRequest
+from fastdiff.training.timestep_samplers import create_timestep_sampler
 
 
 class Trainer:

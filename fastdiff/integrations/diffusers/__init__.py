@@ -14,19 +14,14 @@ stock step elsewhere; ``why_stock`` tells which, and why. Differences, all of th
 A pipeline or a scheduler that is saved loads in diffusers without fastdiff.
 """
 
-from fastdiff._optional import require
+from fastdiff.optional import require
 
 require("diffusers", "diffusers")
 
-from fastdiff.integrations.diffusers._ddim import DDIMScheduler  # noqa: E402
-from fastdiff.integrations.diffusers._ddpm import DDPMScheduler  # noqa: E402
-from fastdiff.integrations.diffusers._dpmsolver_multistep import (  # noqa: E402
-    DPMSolverMultistepScheduler,
-)
-from fastdiff.integrations.diffusers._pipelines import (  # noqa: E402
-    accelerate_pipeline,
-    restore_pipeline,
-)
+from fastdiff.integrations.diffusers.ddim import DDIMScheduler
+from fastdiff.integrations.diffusers.ddpm import DDPMScheduler
+from fastdiff.integrations.diffusers.dpmsolver_multistep import DPMSolverMultistepScheduler
+from fastdiff.integrations.diffusers.pipelines import accelerate_pipeline, restore_pipeline
 
 __all__ = [
     "DDIMScheduler",

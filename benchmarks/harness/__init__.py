@@ -1,0 +1,1 @@
+"""What the benchmarks share: contenders, peers, shapes, timing and results."""

@@ -1,0 +1,1 @@
+"""The codebases whose blocks are recognised, one file each."""

@@ -1,0 +1,1 @@
+"""Checkpoints: our own, published ones, and diffusers' directories."""

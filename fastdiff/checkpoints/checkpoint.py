@@ -1,0 +1,234 @@
+"""Checkpoints: directories that describe themselves, written so that no crash spoils an older one.
+
+- config.json: {"format", "model", "diffusion", "step", "info", "ema", "averages"}
+- model.safetensors: the network's state_dict
+- ema_<rate>.safetensors: one file per average
+- whatever the caller adds
+"""
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.checkpoints.config import (
+    FORMAT,
+    MODEL_STEM,
+    check_extra_names,
+    check_saved,
+    nothing_saved,
+    process_from_config,
+    read_config,
+    strangers,
+)
+from fastdiff.checkpoints.diffusers_scheduler import load_process
+from fastdiff.checkpoints.diffusers_unet import load_unet, unet_folder
+from fastdiff.checkpoints.run_directory import identify, list_checkpoints
+from fastdiff.checkpoints.weights import (
+    CONFIG_FILE,
+    build,
+    check_target,
+    load_json,
+    load_tensors,
+    load_weights,
+    previous_directory,
+    replace_directory,
+)
+from fastdiff.errors import InputError
+from fastdiff.models.ema import EMA, rate_name
+from fastdiff.models.unet import UNet
+from fastdiff.models.wrappers import plain_state, unwrapped
+
+# The last two read what a caller of ``save`` added.
+__all__ = ["Checkpoint", "load", "save", "load_json", "load_tensors"]
+
+CHECKPOINTS = "checkpoints"  # where a training run keeps its own
+
+
+@dataclass
+class Checkpoint:
+    """What ``load`` found.
+
+    Attributes:
+        model: the network in eval mode, holding the weights asked for.
+        diffusion: the process it was trained with, or None if none was saved.
+        step: optimizer steps taken, or None.
+        info: facts about the data: image_size, channels, num_classes, class_names, ...
+        config: the whole of config.json; of a diffusers network, as ``save`` would write it.
+        path: the checkpoint's directory: of a run's, the one inside that was read.
+        weights: ``"model"`` or the rate of the average that was loaded.
+    """
+
+    model: UNet
+    diffusion: Any
+    step: int | None
+    info: dict[str, Any]
+    config: dict[str, Any]
+    path: Path
+    weights: str = "model"
+    ema_rates: list[str] = field(default_factory=list)
+
+
+def save(
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    diffusion: Any = None,
+    ema: EMA | None = None,
+    step: int | None = None,
+    info: Mapping[str, Any] | None = None,
+    extra_tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    extra_json: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint directory, all of it or nothing.
+
+    An older checkpoint of that name stays until the new one is complete. What a killed save left
+    behind is removed by the next one.
+
+    What is written is first held against the network that its config describes, so ``load`` reads
+    it back.
+
+    Args:
+        directory: its parent is made if missing.
+        model: a ``UNet``, on its own or in a wrapper: torch.compile's, DistributedDataParallel,
+            AveragedModel and their like, whose network is saved.
+        diffusion: anything with ``to_config()``.
+        ema: all of its rates are saved.
+        step, info: recorded in config.json.
+        extra_tensors: file name without ``.safetensors`` -> tensors by name; see ``load_tensors``.
+        extra_json: file name without ``.json`` -> a JSON value; see ``load_json``.
+
+    Returns:
+        The directory.
+
+    Raises:
+        OSError: the disk is full or not writable; nothing has changed.
+        InputError: ``directory`` is a file or a folder of other things, the model has no config or
+            other weights than its config describes, the averages are another model's, an extra
+            file has the name of one of the checkpoint's, or a value has no JSON form; nothing has
+            changed.
+    """
+    target = Path(os.path.realpath(directory))
+    check_target(target, strangers)
+    network = unwrapped(model)
+    if not isinstance(getattr(network, "config", None), dict):
+        raise InputError(
+            f"cannot save a {type(network).__name__}: it has no config, which a checkpoint needs "
+            "to describe itself; pass the UNet itself"
+        )
+    rates = ema.rates if ema is not None else []
+    config = {
+        "format": FORMAT,
+        "model": network.config,
+        "diffusion": None if diffusion is None else diffusion.to_config(),
+        "step": step,
+        "info": dict(info or {}),
+        "ema": rates,
+        "averages": None if ema is None else {"updates": ema.updates, "warmup": ema.warmup},
+    }
+    averages = {rate: ema.state_dict(rate) for rate in rates} if ema is not None else {}
+    state = plain_state(network)
+    check_saved(config, network, state, averages)
+    tensors = {MODEL_STEM: state, **{f"ema_{rate}": average for rate, average in averages.items()}}
+    extras = dict(extra_tensors or {})
+    check_extra_names(extras, tensors, "extra_tensors")
+    check_extra_names(extra_json or {}, {"config"}, "extra_json")
+    replace_directory(target, {**tensors, **extras}, {"config": config, **(extra_json or {})})
+    return target
+
+
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    weights: str | float = "ema",
+    device: str | torch.device = "cpu",
+) -> Checkpoint:
+    """Read a checkpoint directory and build what it describes.
+
+    Args:
+        directory: what ``save`` wrote; a training run's, for its newest checkpoint; or that of a
+            diffusers ``UNet2DModel`` or the pipeline around one (its ``unet/``), whose weights are
+            ``"model"`` and whose process is the pipeline's scheduler's: its betas, prediction and
+            variance. A directory of the network alone, such as the ``unet_ema/`` that a training
+            script leaves beside ``unet/``, has no process.
+        weights: ``"model"`` for the trained weights, a rate such as ``"0.9999"`` for that average,
+            ``"ema"`` for the average with the highest rate (the trained weights if there is none).
+        device: where the network goes.
+
+    Raises:
+        InputError: not a checkpoint, an unknown average, a damaged file, weights of another
+            network, a scheduler of another kind of process; the message names the file.
+    """
+    path = Path(os.path.abspath(directory))
+    if not path.exists() and previous_directory(path).is_dir():
+        # A save was killed between its two renames; the next one recovers.
+        path = previous_directory(path)
+    path = _checkpoint_in(path)
+    diffusers_folder = unet_folder(path)
+    if diffusers_folder is not None:
+        name, _ = _choose_weights(path, [], weights)
+        model = load_unet(diffusers_folder).to(device)
+        diffusion = load_process(path)
+        config = {**nothing_saved(), "format": FORMAT, "model": model.config}
+        config["diffusion"] = None if diffusion is None else diffusion.to_config()
+        return Checkpoint(model, diffusion, None, {}, config, path, name)
+    config = read_config(path)
+    rates = build(path, "ema", lambda: [rate_name(rate) for rate in config["ema"]])
+    name, stem = _choose_weights(path, rates, weights)
+    state = load_tensors(path, stem)
+
+    model = build(path, "model", lambda: UNet(**config["model"]))
+    load_weights(model, state, path / f"{stem}.safetensors")
+    diffusion = None
+    if config["diffusion"] is not None:
+        diffusion = build(path, "diffusion", lambda: process_from_config(config["diffusion"]))
+    return Checkpoint(
+        model=model.to(device).eval(),
+        diffusion=diffusion,
+        step=config["step"],
+        info=config["info"],
+        config=config,
+        path=path,
+        weights=name,
+        ema_rates=rates,
+    )
+
+
+def _checkpoint_in(path: Path) -> Path:
+    """The newest checkpoint of a run's directory, or of the ``checkpoints`` in it; else ``path``.
+
+    InputError for a run that has none yet, and for a file.
+    """
+    if path.is_file():
+        remedy = f"fastdiff convert --model {path} makes one of a file of weights"
+        if (path.parent / CONFIG_FILE).is_file():
+            remedy = f"give the directory it lies in, {path.parent}"
+        raise InputError(f"{path} is a file, not a checkpoint directory; {remedy}")
+    if identify(path).kind in ("checkpoint", "diffusers"):
+        return path
+    run = path.parent if path.name == CHECKPOINTS else path
+    found = list_checkpoints(run)
+    if found:
+        return found[-1]
+    if identify(run).kind == "run":
+        raise InputError(f"{run} is a training run that has saved no checkpoint yet")
+    return path
+
+
+def _choose_weights(path: Path, rates: list[str], weights: str | float) -> tuple[str, str]:
+    """(name of the weights, file stem)."""
+    if weights == "model" or (weights == "ema" and not rates):
+        return "model", "model"
+    name = max(rates, key=float) if weights == "ema" else str(weights)
+    if name not in rates:
+        with suppress(InputError):  # "0.90" and 0.9 mean "0.9"; other words are no rates
+            name = rate_name(weights)
+    if name not in rates:
+        there = ", ".join(["model", *rates])
+        raise InputError(f"{path} has no weights {name!r}; there are {there}")
+    return name, f"ema_{name}"

@@ -1,0 +1,98 @@
+"""What ``sample`` and ``nll`` share: the checkpoint a user means, ready to run."""
+
+import argparse
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+
+from fastdiff.checkpoints.averages import young_average
+from fastdiff.checkpoints.checkpoint import Checkpoint, load
+from fastdiff.errors import InputError
+from fastdiff.training.checks import choose_device
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="a checkpoint directory, or a training run's (its newest checkpoint is taken)",
+    )
+    parser.add_argument(
+        "--weights",
+        default="ema",
+        help="'ema' (the slowest average there is, else the model), 'model', or a rate: 0.999",
+    )
+    parser.add_argument(
+        "--device",
+        default=argparse.SUPPRESS,
+        help="cpu, cuda, cuda:1, ... (default: cuda if there is one)",
+    )
+
+
+def load_checkpoint(args: argparse.Namespace, device: str | None = None) -> Checkpoint:
+    """The image network and its process, on ``device`` or that of --device.
+
+    InputError for what cannot be sampled or scored.
+    """
+    device = device or getattr(args, "device", None)
+    checkpoint = load(args.checkpoint, weights=args.weights, device=choose_device(device))
+    path = checkpoint.path
+    if checkpoint.diffusion is None:
+        raise InputError(f"{path} holds a network without its diffusion process")
+    if checkpoint.model.dims != 2 or checkpoint.model.super_res:
+        kind = "a super-resolution" if checkpoint.model.super_res else "no image"
+        raise InputError(
+            f"{path} is {kind} network; the command line handles plain image networks "
+            "(fastdiff.Sampler and GaussianDiffusion handle every kind)"
+        )
+    return checkpoint
+
+
+def image_size(checkpoint: Checkpoint) -> tuple[int, int]:
+    """(H, W) the network was trained with."""
+    size = checkpoint.info.get("image_size") or checkpoint.model.image_size
+    if size is None:
+        raise InputError(f"{checkpoint.path} does not say its image size (info.image_size)")
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+def describe(checkpoint: Checkpoint) -> str:
+    """A line: which weights of which step, on what device; another for a young average's."""
+    device = next(checkpoint.model.parameters()).device
+    line = f"{checkpoint.path}: {_weights(checkpoint)}, on {device}"
+    warning = young_average(checkpoint, "--weights model")
+    return line if warning is None else f"{line}\nwarning: {warning}"
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """What tells this network and process from every other, wherever they lie: a line."""
+    digest = hashlib.sha256()
+    parts = {name: checkpoint.config[name] for name in ("model", "diffusion")}
+    digest.update(json.dumps(parts, sort_keys=True).encode())
+    for name, tensor in checkpoint.model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return f"{_weights(checkpoint)}, sha256 {digest.hexdigest()[:16]}"
+
+
+def _weights(checkpoint: Checkpoint) -> str:
+    weights = "weights" if checkpoint.weights == "model" else f"EMA {checkpoint.weights}"
+    return weights if checkpoint.step is None else f"{weights} of step {checkpoint.step}"
+
+
+def writable_folder(path: str | Path) -> Path:
+    """The folder of --out, made if missing and tried out now rather than after the work."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write into --out {folder}: {error.strerror or error}") from error
+    return folder

@@ -1,0 +1,160 @@
+"""The flags of ``fastdiff train``: of the run, the training, the network and the process."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastdiff.commands.data_options import add_reading_arguments
+from fastdiff.models import presets
+from fastdiff.process.gaussian import LOSS_TYPES
+from fastdiff.process.reverse import MEAN_TYPES, VAR_TYPES
+from fastdiff.training import TrainConfig
+
+DEFAULT_PRESET = "digits"
+METAVARS: dict[Any, str] = {int: "N", float: "X", str: "NAME"}
+
+
+def numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """An argparse type: values separated by commas; "none" for no value."""
+
+    def parse(text: str) -> tuple[Any, ...]:
+        return () if text == "none" else tuple(kind(part) for part in text.split(","))
+
+    parse.__name__ = f"list of {kind.__name__}"  # argparse prints it: "invalid list of int value"
+    return parse
+
+
+# Flags that are not given leave no trace in the namespace, so that a preset (or, on resuming, the
+# checkpoint) decides. The destination says what a flag belongs to: "model.dropout", "train.lr".
+MODEL_FLAGS: dict[str, tuple[Any, str]] = {
+    "model_channels": (int, "base width"),
+    "channel_mult": (numbers(float), "width of each level over the base width, as in 1,2,2"),
+    "num_res_blocks": (int, "residual blocks per level"),
+    "attention_resolutions": (
+        numbers(int),
+        "downsampling factors (1, 2, 4, ...) at which attention stands, or none",
+    ),
+    "num_heads": (int, "attention heads"),
+    "num_head_channels": (int, "width of a head; overrides num-heads unless -1"),
+    "num_heads_upsample": (int, "attention heads on the way up; -1: as num-heads"),
+    "dropout": (float, "rate inside the residual blocks"),
+    "use_scale_shift_norm": (bool, "FiLM instead of adding the embedding"),
+    "resblock_updown": (bool, "resample inside residual blocks"),
+    "conv_resample": (bool, "resample with convolutions"),
+    "use_new_attention_order": (bool, "qkv rows [Q | K | V] instead of interleaved per head"),
+    "use_checkpoint": (bool, "recompute activations in backward, for memory"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.argument_default = argparse.SUPPRESS
+    _add_run_flags(parser)
+    _add_train_flags(parser.add_argument_group("training (a preset has its own defaults)"))
+    _add_model_flags(parser.add_argument_group("network (defaults: the preset's)"))
+    _add_diffusion_flags(parser.add_argument_group("diffusion (defaults: the preset's)"))
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="RUN_DIR", help="where everything goes")
+    parser.add_argument(
+        "--data",
+        metavar="SPEC",
+        help="'digits', a folder of images, a .npz of uint8 images, or a CIFAR-10 folder; "
+        "needed unless a run is resumed",
+    )
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help=f"network, diffusion and hyperparameters to start from (default: {DEFAULT_PRESET}): "
+        + ", ".join(presets.names()),
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the newest checkpoint in RUN_DIR, or start there if it has none",
+    )
+    parser.add_argument(
+        "--data-changed",
+        action="store_true",
+        help="resume on other images than before (fewer, more): their order starts anew",
+    )
+    parser.add_argument(
+        "--init",
+        metavar="CHECKPOINT",
+        help="begin a new run with the network, weights and process of a checkpoint: a fastdiff "
+        "checkpoint, a run (its newest), or a diffusers folder",
+    )
+    parser.add_argument(
+        "--init-weights",
+        metavar="NAME",
+        help="of --init: 'ema' (its slowest average, else its model; the default), 'model', "
+        "or a rate",
+    )
+    parser.add_argument("--image-size", type=int, help="resize and centre-crop images to this side")
+    parser.add_argument("--channels", type=int, choices=(1, 3, 4), help="grey, RGB or RGBA")
+    parser.add_argument(
+        "--class-cond",
+        action=argparse.BooleanOptionalAction,
+        help="condition the network on the images' classes",
+    )
+    add_reading_arguments(parser)
+    parser.add_argument(
+        "--eval-data", metavar="SPEC", help="images for bits/dim (default: the training images)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_train_flags(group: Any) -> None:
+    for field in dataclasses.fields(TrainConfig):
+        default, choices = field.default, field.metadata["choices"]
+        kind = numbers(float) if isinstance(default, tuple) else type(default)
+        text = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        note = f"{field.metadata['help']} (default: {text})"
+        _add_flag(group, "train", field.name, kind, note, choices)
+
+
+def _add_model_flags(group: Any) -> None:
+    for name, (kind, note) in MODEL_FLAGS.items():
+        _add_flag(group, "model", name, kind, note)
+
+
+def _add_diffusion_flags(group: Any) -> None:
+    for name, kind, note, choices in (
+        ("diffusion_steps", int, "number of noise levels T", ()),
+        ("noise_schedule", str, "linear, cosine, quad, warmup10, warmup50, const or jsd", ()),
+        ("learn_sigma", bool, "learn the variance's interpolation, with the hybrid loss", ()),
+        ("variance", str, "of the reverse process", VAR_TYPES),
+        ("predict", str, "what the network predicts", MEAN_TYPES),
+        ("loss", str, "what is minimised", LOSS_TYPES),
+        ("rescale_timesteps", bool, "give the network timesteps scaled to 0 ... 1000", ()),
+        ("zero_terminal_snr", bool, "rescale the schedule to end without signal", ()),
+    ):
+        _add_flag(group, "diffusion", name, kind, note, choices)
+    group.add_argument(
+        "--min-snr",
+        dest="diffusion.min_snr",
+        type=float,
+        metavar="GAMMA",
+        help="min-SNR loss weighting with this gamma, usually 5 (0: none)",
+    )
+
+
+def _add_flag(
+    group: Any, part: str, name: str, kind: Any, note: str, choices: tuple[str, ...] = ()
+) -> None:
+    options: dict[str, Any] = {"dest": f"{part}.{name}", "help": note.replace("%", "%%")}
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif choices:
+        options |= {"type": kind, "choices": choices}
+    else:
+        options |= {"type": kind, "metavar": METAVARS.get(kind, "A,B")}
+    group.add_argument("--" + name.replace("_", "-"), **options)
+
+
+def part_of(given: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """The flags of one destination that were given."""
+    head = part + "."
+    return {key.removeprefix(head): value for key, value in given.items() if key.startswith(head)}

@@ -1,0 +1,108 @@
+"""Opening a set of images by its name or its folder."""
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastdiff.data.arrays import (
+    cifar10_files,
+    load_cifar10,
+    load_digits,
+    load_npz,
+)
+from fastdiff.data.dataset import ImageDataset
+from fastdiff.data.folder import CACHE_BYTES, load_folder
+from fastdiff.data.labels import WAYS
+from fastdiff.errors import InputError
+
+
+def load_dataset(
+    spec: str | os.PathLike[str],
+    *,
+    image_size: int | None = None,
+    class_cond: bool | None = False,
+    random_flip: bool = False,
+    channels: int | None = None,
+    cache_bytes: int = CACHE_BYTES,
+    labels: str | None = None,
+    known_classes: Collection[str] = (),
+    skip_broken: bool = False,
+    max_pixels: int | None = None,
+) -> ImageDataset:
+    """Open a set of images.
+
+    spec: ``"digits"`` (the 1,797 8x8 images inside scikit-learn); a folder of images, searched
+        with its sub-folders; a ``.npz`` of uint8 (N, H, W, C) ``arr_0``, optional (N,) integer
+        ``arr_1`` and optional names ``class_names`` for its numbers; CIFAR-10 as it is
+        distributed (``cifar-10-batches-py`` or ``cifar-10-batches-bin``: the training batches, or
+        one batch file by its path).
+    image_size: side in pixels to resize and centre-crop to, as improved-diffusion's loader does;
+        None keeps the images as they are, and then they must share one size.
+    class_cond: True demands labels, False ignores them (``num_classes`` is then None and every
+        label ``NO_LABEL``), None takes them where there are at least two and no doubt about them.
+    random_flip: what a BatchStream over the set does unless told; items here are never flipped.
+    channels: 1, 3 or 4; None keeps an array's own count and, for a folder, takes 1 when every
+        image is greyscale and 3 otherwise (an alpha channel is dropped, as published).
+    cache_bytes: a folder whose decoded images fit is kept in memory after the first read.
+    labels: what a folder's classes are read from: ``"folders"`` (the first level),
+        ``"subfolders"`` (the second), ``"parents"`` (the folder that an image lies in) or
+        ``"prefixes"`` (file names before "_"). None takes the one reading there is, and refuses
+        where there are two (``fastdiff.data.labels``).
+    known_classes: names of a network's classes, which choose a reading where there are two. The
+        labels keep the data's own numbers; ``match_classes`` brings them to the network's.
+    skip_broken: leave out a folder's files that cannot be used, which ``describe()`` counts and
+        names; every file is decoded once now, so that the set stays what it is. Otherwise such a
+        file is an error, now or when it is read.
+    max_pixels: the most pixels of an image file; None: Pillow's limit, 178,956,970 unless
+        ``PIL.Image.MAX_IMAGE_PIXELS`` was changed.
+
+    Pictures stand upright, as their EXIF says. ``describe()`` of the set says what was found.
+    Items are (uint8 tensor (C, H, W), int label). Raises InputError for what cannot be used.
+    """
+    if image_size is not None and not _is_size(image_size):
+        raise InputError(f"image_size is {image_size!r}, expected a positive number of pixels")
+    if channels not in (None, 1, 3, 4):
+        raise InputError(f"channels is {channels!r}, expected 1 (grey), 3 (RGB) or 4 (RGBA)")
+    if labels is not None and labels not in WAYS:
+        raise InputError(f"labels is {labels!r}, expected one of {', '.join(WAYS)}")
+    if max_pixels is not None and not _is_size(max_pixels):
+        raise InputError(f"max_pixels is {max_pixels!r}, expected a positive number of pixels")
+    options: dict[str, Any] = {
+        "image_size": image_size,
+        "class_cond": class_cond,
+        "random_flip": random_flip,
+        "channels": channels,
+    }
+    if spec == "digits":
+        return load_digits(**options)
+    path = Path(spec).expanduser()
+    if not path.exists():
+        raise InputError(
+            f"no data at '{path}': expected 'digits', a folder of images, a .npz file "
+            "or a CIFAR-10 folder"
+        )
+    if files := cifar10_files(path):
+        return load_cifar10(files, **options)
+    if path.is_dir():
+        return load_folder(
+            path,
+            cache_bytes=cache_bytes,
+            labels=labels,
+            known_classes=known_classes,
+            skip_broken=skip_broken,
+            max_pixels=max_pixels,
+            **options,
+        )
+    if path.suffix.lower() == ".npz":
+        return load_npz(path, **options)
+    raise InputError(
+        f"'{path}' is a file of an unknown kind: expected a folder of images, a .npz file "
+        "or a CIFAR-10 batch"
+    )
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 1

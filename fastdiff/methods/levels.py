@@ -1,0 +1,129 @@
+"""What a sampling method derives its rows from: a process's noise levels and what its network says.
+
+The equation of a row, its notation and the sources stand in fastdiff/methods/table.py.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdiff.errors import InputError
+
+Float64Array = npt.NDArray[np.float64]
+Columns = dict[str, Float64Array]  # names of COLUMNS (table.py) to (K,), t ascending
+
+MEAN_TYPES = ("epsilon", "x_start", "v", "previous_x")
+VAR_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
+
+
+@dataclass(frozen=True)
+class Levels:
+    """q(x_t | x_0), transition q(x_t | x_prev) and posterior q(x_prev | x_t, x_0); t ascending.
+
+    Before t = 0 stands the data itself: signal 1, noise 0.
+    """
+
+    signal: Float64Array
+    noise: Float64Array
+    signal_prev: Float64Array
+    noise_prev: Float64Array
+    transition_variance: Float64Array
+    posterior_variance: Float64Array
+    posterior_mean_coef1: Float64Array
+    posterior_mean_coef2: Float64Array
+
+    @classmethod
+    def of(cls, signal_scale: npt.ArrayLike, noise_scale: npt.ArrayLike) -> "Levels":
+        signal = np.asarray(signal_scale, dtype=np.float64)
+        noise = np.asarray(noise_scale, dtype=np.float64)
+        _check_levels(signal, noise)
+        signal_prev = np.append(1.0, signal[:-1])
+        noise_prev = np.append(0.0, noise[:-1])
+        shrink = signal / signal_prev  # mean of x_t given x_prev
+        # noise² − (shrink·noise_prev)², factored so that close levels do not cancel.
+        transition = (noise - shrink * noise_prev) * (noise + shrink * noise_prev)
+        return cls(
+            signal=signal,
+            noise=noise,
+            signal_prev=signal_prev,
+            noise_prev=noise_prev,
+            transition_variance=transition,
+            posterior_variance=transition * (noise_prev / noise) ** 2,
+            posterior_mean_coef1=signal_prev * transition / noise**2,
+            posterior_mean_coef2=shrink * (noise_prev / noise) ** 2,
+        )
+
+
+def _check_levels(signal: Float64Array, noise: Float64Array) -> None:
+    if signal.ndim != 1 or signal.shape != noise.shape or signal.size == 0:
+        raise InputError(
+            "signal_scale and noise_scale must be 1-D, of one length and not empty; "
+            f"they have shapes {signal.shape} and {noise.shape}"
+        )
+    if not (np.isfinite(signal).all() and np.isfinite(noise).all()):
+        raise InputError("signal_scale and noise_scale must be finite")
+    if (noise <= 0).any() or (signal < 0).any() or (signal[:-1] == 0).any():
+        raise InputError(
+            "noise_scale must be positive at every step, and signal_scale too "
+            "(it may be zero at the last step only)"
+        )
+    # signal/noise falls strictly  ⇔  signal_t·noise_{t−1} < signal_{t−1}·noise_t
+    if (signal[1:] * noise[:-1] >= signal[:-1] * noise[1:]).any():
+        t = int(np.argmax(signal[1:] * noise[:-1] >= signal[:-1] * noise[1:])) + 1
+        raise InputError(
+            f"the signal-to-noise ratio must fall from step to step; it does not at step {t}"
+        )
+
+
+def is_learned(var_type: str) -> bool:
+    if var_type not in VAR_TYPES:
+        raise InputError(f"var_type is {var_type!r}; expected one of {', '.join(VAR_TYPES)}")
+    return var_type in ("learned", "learned_range")
+
+
+def x_start_coefficients(levels: Levels, mean_type: str) -> tuple[Float64Array, Float64Array]:
+    """(a, b) with x_0 = a·x_t + b·output before clipping."""
+    signal, noise = levels.signal, levels.noise
+    if mean_type == "epsilon":
+        with np.errstate(divide="ignore", over="ignore"):
+            unusable = not np.isfinite(np.float32(noise[-1] / signal[-1]))
+        if unusable:
+            raise InputError(
+                "mean_type 'epsilon' cannot recover x_0 at the last timestep, where no signal is "
+                "left (zero terminal SNR): train with mean_type 'v' or 'x_start'"
+            )
+        return 1 / signal, -noise / signal
+    if mean_type == "x_start":
+        return np.zeros_like(signal), np.ones_like(signal)
+    if mean_type == "v":
+        # v = cos φ·ε − sin φ·x_0 with (cos φ, sin φ) = (signal, noise)/r. For VP r = 1; for VE this
+        # is EDM's skip and output scaling with unit data variance (Karras et al. 2022, table 1),
+        # sign apart.
+        r = np.hypot(signal, noise)
+        return signal / r**2, -noise / r
+    if mean_type == "previous_x":
+        coef1, coef2 = levels.posterior_mean_coef1, levels.posterior_mean_coef2
+        return -coef2 / coef1, 1 / coef1
+    raise InputError(f"mean_type is {mean_type!r}; expected one of {', '.join(MEAN_TYPES)}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the rows of every method follow from.
+
+    x_0 = a·x_t + b·output before clipping, (K,) each; ``mean_type`` and ``var_type`` say what the
+    network predicts.
+    """
+
+    levels: Levels
+    a: Float64Array
+    b: Float64Array
+    mean_type: str
+    var_type: str
+
+    @classmethod
+    def of(cls, levels: Levels, mean_type: str, var_type: str) -> "Source":
+        """InputError for an unknown type, and for ε-prediction from a step without signal."""
+        is_learned(var_type)
+        return cls(levels, *x_start_coefficients(levels, mean_type), mean_type, var_type)

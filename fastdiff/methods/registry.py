@@ -1,0 +1,52 @@
+"""The sampling methods by name. Each file beside this one adds its own; no list names them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+from fastdiff.errors import InputError
+from fastdiff.methods.levels import Columns
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method derives its columns of a step table, and what it takes.
+
+    columns: from a Source and the options that it names; float64 (K,) each, t ascending.
+    learned_variance: the rows use the variance that the network learnt, where it learnt one.
+    options: the names of Sampler's arguments that are this method's alone.
+    """
+
+    name: str
+    columns: Callable[..., Columns]
+    learned_variance: bool
+    options: tuple[str, ...]
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(name: str, *, learned_variance: bool = False) -> Callable[..., Any]:
+    """Register the decorated function; its keyword arguments are the method's options."""
+
+    def register(columns: Callable[..., Columns]) -> Callable[..., Columns]:
+        assert name not in METHODS, f"two methods are named {name!r}"
+        _, *options = signature(columns).parameters
+        METHODS[name] = Method(name, columns, learned_variance, tuple(options))
+        return columns
+
+    return register
+
+
+def find(name: str) -> Method:
+    """InputError for a name that no file registers."""
+    try:
+        return METHODS[name]
+    except (KeyError, TypeError):
+        raise InputError(f"method is {name!r}; expected one of {', '.join(METHODS)}") from None
+
+
+def taking(option: str) -> list[str]:
+    """The names of the methods that have this option."""
+    return [known.name for known in METHODS.values() if option in known.options]

@@ -1,0 +1,1 @@
+"""Running a network on other weights or another layout without touching it."""

@@ -1,0 +1,1 @@
+"""GroupNorm, FiLM and SiLU in one pass."""

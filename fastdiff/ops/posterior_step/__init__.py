@@ -1,0 +1,1 @@
+"""One sampler step from one row of a step table."""

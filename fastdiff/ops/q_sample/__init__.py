@@ -1,0 +1,1 @@
+"""Noising images to their timesteps."""

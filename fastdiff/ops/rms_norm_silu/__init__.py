@@ -1,0 +1,1 @@
+"""RMSNorm over channels, FiLM and SiLU in one pass."""

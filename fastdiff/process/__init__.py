@@ -1,0 +1,1 @@
+"""Diffusion processes: their schedules, losses, likelihood and published loops."""

@@ -1,0 +1,252 @@
+"""The variance-exploding process: x_t = x_0 + sigma_t·ε, beside the variance-preserving one.
+
+Song et al. 2021 (arXiv:2011.13456) section 3.4 and appendix C; in its notation the SMLD of Song &
+Ermon 2019. Sampling it needs nothing of its own: Sampler reads the process through a StepTable.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastdiff.checks import check_float, is_finite
+from fastdiff.errors import InputError
+from fastdiff.ops.normal.op import draw_like
+from fastdiff.ops.q_sample.op import q_sample
+from fastdiff.process.forward import mean_flat
+from fastdiff.process.respacing import chosen_timesteps
+from fastdiff.process.reverse import Model, check_choice, network_output
+from fastdiff.process.tables import FloatArray, ProcessTables, TablesAt, check_timestep_map
+
+PROCESS = "variance_exploding"
+MEAN_TYPES = ("epsilon", "x_start", "v")
+VAR_TYPES = ("fixed_small", "fixed_large")
+CONDITIONINGS = ("timestep", "log_sigma")
+LOSS_WEIGHTINGS = ("inverse_variance", "edm", "min_snr")
+
+
+def geometric_sigmas(
+    num_steps: int, sigma_min: float = 0.01, sigma_max: float = 50.0
+) -> FloatArray:
+    """``num_steps`` noise levels in geometric progression, smallest first; float64 (num_steps,).
+
+    Song et al. 2021, eq. 6; sigma_max should be near the largest distance between two data points
+    (Song & Ermon 2020, technique 1). Raises InputError unless 0 < sigma_min < sigma_max and
+    num_steps ≥ 2.
+    """
+    if not isinstance(num_steps, int | np.integer) or num_steps < 2:
+        raise InputError(f"num_steps is {num_steps!r}; expected an integer, at least 2")
+    if not (is_finite(sigma_min) and is_finite(sigma_max) and 0 < sigma_min < sigma_max):
+        raise InputError(
+            f"sigma_min is {sigma_min} and sigma_max {sigma_max}; "
+            "expected 0 < sigma_min < sigma_max"
+        )
+    return np.geomspace(sigma_min, sigma_max, num_steps, dtype=np.float64)
+
+
+class VarianceExploding(ProcessTables):
+    """q(x_t | x_0) = N(x_0, sigma_t²·I), its training losses, and what a StepTable reads of it.
+
+    Args:
+        sigmas: (T,) rising noise levels; see :func:`geometric_sigmas`.
+        mean_type: what the network predicts: "epsilon", "x_start", or "v" =
+            (ε − sigma·x_0)/√(1 + sigma²), which is EDM's target with unit data variance, sign apart
+            (Karras et al. 2022, table 1).
+        var_type: the reverse step's variance: "fixed_small", the posterior's (annealed ancestral
+            sampling, Song et al. 2021 eq. 47), or "fixed_large", sigma_t² − sigma_{t−1}².
+        scale_input: the network sees x_t/√(1 + sigma_t²), of about unit variance at every level.
+        conditioning: what the network is told of the level: "timestep", the index in the unstrided
+            process, or "log_sigma", the natural logarithm of sigma.
+        loss_weighting: weight of the squared error of x_0 at each level: "inverse_variance"
+            1/sigma² (the same as plain ε), "edm" 1 + 1/sigma² (the same as plain v), "min_snr"
+            min(1/sigma², ``min_snr_gamma``); None is the plain mean squared error of what is
+            predicted.
+        timestep_map, original_num_steps: of a strided process, as :meth:`respace` sets them.
+
+    Attributes: ``sigmas``, ``signal_scale`` (ones), ``noise_scale`` (sigmas), ``input_scale``,
+    float64 (K,); ``model_timesteps``, float32 (K,); ``timestep_map``, int64 (K,);
+    ``num_timesteps`` K; ``prior_std``, the standard deviation x_T is drawn with.
+
+    Raises InputError for noise levels that do not rise and unknown types.
+    """
+
+    def __init__(
+        self,
+        sigmas: npt.ArrayLike,
+        *,
+        mean_type: str = "epsilon",
+        var_type: str = "fixed_small",
+        scale_input: bool = True,
+        conditioning: str = "timestep",
+        loss_weighting: str | None = None,
+        min_snr_gamma: float = 5.0,
+        timestep_map: Sequence[int] | npt.NDArray[np.int64] | None = None,
+        original_num_steps: int | None = None,
+    ):
+        super().__init__()
+        self.sigmas = _check_sigmas(sigmas)
+        self.mean_type = check_choice("mean_type", mean_type, MEAN_TYPES)
+        self.var_type = check_choice("var_type", var_type, VAR_TYPES)
+        self.conditioning = check_choice("conditioning", conditioning, CONDITIONINGS)
+        if loss_weighting is not None:
+            check_choice("loss_weighting", loss_weighting, LOSS_WEIGHTINGS)
+        if not (is_finite(min_snr_gamma) and min_snr_gamma > 0):
+            raise InputError(f"min_snr_gamma must be a positive number, got {min_snr_gamma!r}")
+        self.scale_input = bool(scale_input)
+        self.loss_weighting = loss_weighting
+        self.min_snr_gamma = float(min_snr_gamma)
+
+        self.num_timesteps = len(self.sigmas)
+        self.timestep_map, self.original_num_steps = check_timestep_map(
+            timestep_map, original_num_steps, self.num_timesteps
+        )
+
+        self.signal_scale = np.ones_like(self.sigmas)
+        self.noise_scale = self.sigmas
+        total_std = np.hypot(1.0, self.sigmas)
+        self.input_scale = 1 / total_std if scale_input else np.ones_like(self.sigmas)
+        told = np.log(self.sigmas) if conditioning == "log_sigma" else self.timestep_map
+        self.model_timesteps = told.astype(np.float32)
+        self.prior_std = float(self.sigmas[-1])
+        self.loss_weights = self._loss_weights(total_std)
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Draw x_t ~ N(x_start, sigma_t²·I): like x_start.
+
+        ``x_start`` (N, ...) float, ``t`` (N,) integer in 0 … K − 1, ``noise`` N(0, I) like x_start,
+        drawn when None. Raises InputError for what does not fit; off the CPU a t out of range gives
+        NaN instead.
+        """
+        check_float(x_start, "x_start")
+        tables = self._tables(x_start)
+        noise = draw_like(x_start) if noise is None else noise
+        signal, sigma = tables["signal"][:-1], tables["sigma"][:-1]
+        return q_sample(x_start, t, signal, sigma, noise=noise)[0]
+
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log variance of q(x_t | x_0), each of x_start's shape (N, ...).
+
+        Float32, or float64 for float64 x_start. Arguments and errors: :meth:`q_sample`.
+        """
+        at = self._at(t, x_start, "x_start")
+        variance = (at["sigma"] ** 2).expand(x_start.shape)
+        return x_start.to(at.dtype), variance, variance.log()
+
+    def training_losses(
+        self,
+        model: Model,
+        x_start: Tensor,
+        t: Tensor,
+        model_kwargs: dict[str, Any] | None = None,
+        noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """{"loss", "mse"}, each (N,) float: the weighted and the plain squared error, averaged.
+
+        ``model`` is called ``model(x, timesteps, **model_kwargs)`` with x = input_scale_t·x_t and
+        float32 (N,) timesteps, and answers x's shape. Arguments and errors: :meth:`q_sample`.
+        """
+        at = self._at(t, x_start, "x_start")
+        noise = draw_like(x_start) if noise is None else noise
+        x_t = self.q_sample(x_start, t, noise)
+        network_input = (at["input_scale"] * x_t).to(x_start.dtype)
+        timesteps = at["model_timesteps"].flatten().float()
+        output = network_output(
+            model, network_input, timesteps, model_kwargs, x_start.shape, f"a {PROCESS} process"
+        )
+        mse = mean_flat((self._target(x_start, noise, at) - output.to(at.dtype)) ** 2)
+        return {"loss": at["loss_weight"].flatten() * mse, "mse": mse}
+
+    def respace(
+        self,
+        sections: str | int | Sequence[int] | None = None,
+        *,
+        spacing: str = "uniform",
+        timesteps: Sequence[int] | npt.NDArray[np.int64] | None = None,
+    ) -> "VarianceExploding":
+        """The strided process; arguments and errors: :meth:`GaussianDiffusion.respace`."""
+        steps = chosen_timesteps(self, sections, spacing, timesteps)
+        return VarianceExploding.from_config(
+            self.to_config()
+            | {
+                "sigmas": self.sigmas[steps],
+                "timestep_map": self.timestep_map[steps],
+                "original_num_steps": self.original_num_steps,
+            }
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        """A JSON dictionary from which :meth:`from_config` makes an equal process."""
+        return {
+            "process": PROCESS,
+            "sigmas": self.sigmas.tolist(),
+            "mean_type": self.mean_type,
+            "var_type": self.var_type,
+            "scale_input": self.scale_input,
+            "conditioning": self.conditioning,
+            "loss_weighting": self.loss_weighting,
+            "min_snr_gamma": self.min_snr_gamma,
+            "timestep_map": self.timestep_map.tolist(),
+            "original_num_steps": self.original_num_steps,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "VarianceExploding":
+        """The process :meth:`to_config` described. Raises InputError for any other dictionary."""
+        came = config.get("process") if isinstance(config, dict) else config
+        if came != PROCESS:
+            raise InputError(f"config has process {came!r}, expected {PROCESS!r}")
+        arguments = {name: value for name, value in config.items() if name != "process"}
+        try:
+            return cls(**arguments)
+        except TypeError as error:
+            raise InputError(f"the config of a {PROCESS} process does not fit: {error}") from None
+
+    def _target(self, x_start: Tensor, noise: Tensor, at: TablesAt) -> Tensor:
+        if self.mean_type == "epsilon":
+            return noise.to(at.dtype)
+        if self.mean_type == "x_start":
+            return x_start.to(at.dtype)
+        sigma = at["sigma"]
+        return (noise - sigma * x_start) / torch.sqrt(1 + sigma**2)
+
+    def _loss_weights(self, total_std: FloatArray) -> FloatArray:
+        """(K,): weight of x_0's squared error × how x_0's error follows from the output's."""
+        snr = self.sigmas**-2
+        weights = {
+            "inverse_variance": snr,
+            "edm": 1 + snr,
+            "min_snr": np.minimum(snr, self.min_snr_gamma),
+        }
+        if self.loss_weighting is None:
+            return np.ones_like(snr)
+        # |b| of x_0 = a·x_t + b·output, in step_table's words.
+        b = {
+            "epsilon": self.sigmas,
+            "x_start": np.ones_like(snr),
+            "v": self.sigmas / total_std,
+        }
+        return weights[self.loss_weighting] * b[self.mean_type] ** 2
+
+    def _named_tables(self) -> dict[str, FloatArray]:
+        return {
+            "signal": self.signal_scale,
+            "sigma": self.sigmas,
+            "input_scale": self.input_scale,
+            "loss_weight": self.loss_weights,
+            "model_timesteps": self.model_timesteps.astype(np.float64),
+        }
+
+
+def _check_sigmas(sigmas: npt.ArrayLike) -> FloatArray:
+    try:
+        array = np.array(sigmas, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError(f"sigmas must be an array of numbers, got {sigmas!r}") from None
+    if array.ndim != 1 or array.size == 0:
+        raise InputError(f"sigmas must be 1-D and not empty, got shape {array.shape}")
+    if not np.isfinite(array).all() or array[0] <= 0 or (np.diff(array) <= 0).any():
+        raise InputError("sigmas must be finite, positive and rising: smallest noise first")
+    return array

@@ -1,1 +1,0 @@
-"""Each operation as the papers write it, in plain PyTorch: what every kernel is checked against."""

@@ -1,0 +1,1 @@
+"""The network as a sampler calls it: its weights, their layout, its buffers."""

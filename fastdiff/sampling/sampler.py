@@ -1,0 +1,370 @@
+"""Sampler: draw samples with a network, by any method a StepTable describes.
+
+One step is: run the network at row i's timestep, apply row i, i ← i + 1. On a GPU it is captured
+once as a CUDA graph and replayed for every row.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.checks import check_device
+from fastdiff.errors import InputError
+from fastdiff.methods.table import StepTable, noise_levels
+from fastdiff.optional import require
+from fastdiff.process.published_loops import StepNoise
+from fastdiff.sampling.call import Call, Inputs
+from fastdiff.sampling.capture import CapturedStep, Graphs
+from fastdiff.sampling.conditions import ClassifierGuidance, CondFn, DenoisedFn
+from fastdiff.sampling.network.network import Model, Network
+from fastdiff.sampling.out_of_memory import memory_told
+from fastdiff.sampling.settings import Settings
+from fastdiff.sampling.stats import Stats
+from fastdiff.sampling.step import Run
+
+Step = dict[str, Any]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Sampler:
+    """Samples from ``model`` by strided DDPM, DDIM or DPM-Solver++(2M).
+
+    Args:
+        model: called ``model(x, timesteps, **model_kwargs)`` with x (N, C, ...) and float32 (N,)
+            timesteps; answers (N, C, ...), or (N, 2C, ...) where the process learns its variance,
+            or an object whose ``sample`` is that (diffusers).
+            A module is run in eval mode, whatever mode it is in; so are the modules that a function
+            calls, as far as its closure, its globals or its object name them. Weights are read anew
+            at every call.
+        diffusion: the GaussianDiffusion or VarianceExploding process the model was trained with; or
+            a StepTable, whose rows are then taken as they are (``image``, ``known`` and ``cond_fn``
+            need a process).
+        steps: an int or a respacing string ("50", "10,15,20", "ddim25"), counted in the process's
+            own steps; None takes all of them.
+        spacing: of ``steps``: "uniform", "quadratic", "trailing" or "logsnr"
+            (fastdiff.process.respacing).
+        timesteps: the process's steps to take, ascending, in place of ``steps``.
+        method: "ddpm" (with the process's variance), "ddim", "dpmsolver++" or "sde-dpmsolver++".
+        eta: of DDIM: 0 deterministic, 1 the DDPM posterior's variance.
+        guidance_scale: s of classifier-free guidance, unconditional + s·(conditional −
+            unconditional); the network then sees a batch of 2N. None is no guidance.
+        guidance_interval: (low, high), the network's timesteps between which (inclusive) guidance
+            is used; elsewhere the network runs on the condition alone (Kynkäänniemi et al. 2024,
+            arXiv:2404.07724). None is everywhere.
+        clip_denoised: clip the predicted x_0 to [−1, 1].
+        dynamic_threshold: a quantile such as 0.995: dynamic thresholding of x_0 (Saharia et al.
+            2022) in place of the clip.
+        denoised_fn: applied to the predicted x_0 before it is clipped.
+        cond_fn: classifier guidance: cond_fn(x, timesteps, **model_kwargs) answers
+            ∇ log p(y | x_t), like x (Dhariwal & Nichol 2021). Such steps run eagerly.
+        dtype: the network runs under autocast of this dtype (torch.bfloat16, ...), with weights
+            that are cast when a call begins; x_t stays float32. None runs it in the dtype of its
+            parameters.
+        channels_last: the layout of x and of the weights of plain 2-D convolutions; None: as they
+            are.
+        rng: "counter": sample i of a seed is the same in any batch. "torch": torch.randn from a
+            generator of that seed, x_T first and then step by step: the samples of the published
+            improved-diffusion loops.
+        capture: "auto": on CUDA the step is captured as a graph, measured beside the eager one, and
+            the faster is kept. True insists on the graph, False never takes one. New values of
+            weights, moved weights, hooks, and attributes of the model's modules (an adapter
+            switched off, a processor's scale) are seen when a call begins; of Python state
+            elsewhere the graphs are told by ``close()``.
+        self_condition: the name of a keyword argument by which the network is given the x_0 that it
+            predicted a step before, zeros first (Chen et al. 2022, arXiv:2208.04202).
+        compile: run the network through torch.compile: True, or its keyword arguments. Inductor's
+            freezing makes the weights constants: after a change of them make a new sampler.
+        device: where to sample; by default that of the model's parameters, else of ``noise``, else
+            the CPU.
+
+    Attributes: ``table``, the StepTable; ``diffusion``, the strided process; ``stats``, where the
+    last call's time went (:class:`fastdiff.sampling.stats.Stats`).
+
+    Raises InputError for arguments that do not fit each other.
+
+    What runs is a replica of the model (fastdiff/models/replicas), which shares its parameters:
+    while a sampler samples others may call the model, train it, and sample from it, in any thread,
+    with other samplers or this one. Samples are those of the weights that a call begins with where
+    these are cast or laid out anew, else of the weights as each step finds them. What a forward
+    writes to its module's attributes the module has when the call is over. Modules that cannot be
+    replicated (scripted or compiled ones, FSDP, classes with ``__slots__``) run as they are, in
+    eval mode for as long as some sampler uses them.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        diffusion: Any,
+        *,
+        steps: int | str | None = None,
+        spacing: str = "uniform",
+        timesteps: Sequence[int] | None = None,
+        method: str = "ddpm",
+        eta: float = 0.0,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        clip_denoised: bool = True,
+        dynamic_threshold: float | None = None,
+        denoised_fn: DenoisedFn | None = None,
+        cond_fn: CondFn | None = None,
+        dtype: torch.dtype | None = None,
+        channels_last: bool | None = None,
+        rng: str = "counter",
+        capture: bool | str = "auto",
+        compile: bool | dict[str, Any] = False,
+        self_condition: str | None = None,
+        device: torch.device | str | None = None,
+    ):
+        if not callable(model):
+            raise InputError(f"model is a {type(model).__name__}; expected a module or a function")
+        if rng not in ("counter", "torch"):
+            raise InputError(f"rng is {rng!r}; expected 'counter' or 'torch'")
+        if not (isinstance(capture, bool) or capture == "auto"):
+            raise InputError(f"capture is {capture!r}; expected 'auto', True or False")
+        if not isinstance(compile, bool | dict):
+            raise InputError(f"compile is {compile!r}; expected True, False or a dict of options")
+        if dtype is not None and dtype not in DTYPES:
+            raise InputError(f"dtype is {dtype!r}; expected torch.float32, bfloat16 or float16")
+        if capture is True and cond_fn is not None:
+            raise InputError("cond_fn needs autograd, so capture must be 'auto' or False")
+        self.model = model
+        self.denoised_fn, self.cond_fn, self.rng = denoised_fn, cond_fn, rng
+        self.self_condition = self_condition
+        self.device = None if device is None else check_device(device)
+        self.stats = Stats()
+        self._network = Network(model, dtype, channels_last, compile)
+        self._graphs = Graphs(capture)
+        self._ran = "nothing was sampled yet"
+        self._set(
+            diffusion,
+            Settings(
+                steps=steps,
+                spacing=spacing,
+                timesteps=timesteps,
+                method=method,
+                eta=eta,
+                guidance_scale=guidance_scale,
+                guidance_interval=guidance_interval,
+                clip_denoised=clip_denoised,
+                dynamic_threshold=dynamic_threshold,
+            ),
+        )
+
+    def configure(self, *, diffusion: Any = None, **changes: Any) -> "Sampler":
+        """Change steps, spacing, timesteps, method, eta, guidance_scale, guidance_interval,
+        clip_denoised, dynamic_threshold or the process (or table) itself, as in the constructor;
+        the rest stays. Returns itself.
+
+        What was captured stays too: a graph reads all of these from device memory, but for the
+        order of the method, whether there is guidance, and dynamic_threshold.
+        """
+        process = self.process if diffusion is None else diffusion
+        self._set(process, self.settings.changed(changes))
+        return self
+
+    def _set(self, process: Any, settings: Settings) -> None:
+        if not isinstance(process, StepTable):
+            noise_levels(process)  # raises for what is no process
+        strided = settings.strided(process)
+        table = settings.table(strided)
+        if self.cond_fn is not None:
+            ClassifierGuidance(self.cond_fn, strided, table)  # raises where there can be none
+        with self._network.lock:
+            self.process, self.settings = process, settings
+            self.diffusion, self.table = strided, table
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        seed: int = 0,
+        first_sample: int = 0,
+        noise: Tensor | None = None,
+        image: Tensor | None = None,
+        strength: float = 0.8,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        step_noise: StepNoise | None = None,
+        progress: bool | Callable[[], object] = False,
+        callback: Callable[[Step], None] | None = None,
+    ) -> Tensor:
+        """Samples of ``shape`` (N, C, ...), float32 on the sampling device.
+
+        ``progress`` True shows a bar over the steps (needs tqdm); a function is called after each.
+        ``callback`` gets what :meth:`iterate` yields. The rest, and the errors, as :meth:`iterate`.
+        """
+        sources = (seed, first_sample, noise, image, strength, known, known_mask)
+        call = self._call(Inputs(shape, *sources, model_kwargs, uncond_kwargs, step_noise))
+        # Closed whatever happens: what a callback raises finds the model as it was.
+        with closing(self._iterate(call, watched=callback is not None)) as steps:
+            shown: Any = steps
+            if progress is True:
+                bar = require("tqdm.auto", "train").tqdm
+                shown = bar(steps, total=len(call.timesteps), leave=False)
+            for step in shown:
+                if callback is not None:
+                    callback(step)
+                if callable(progress):
+                    progress()
+        return step["sample"]
+
+    def iterate(
+        self,
+        shape: Sequence[int],
+        *,
+        seed: int = 0,
+        first_sample: int = 0,
+        noise: Tensor | None = None,
+        image: Tensor | None = None,
+        strength: float = 0.8,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        step_noise: StepNoise | None = None,
+    ) -> Iterator[Step]:
+        """Yield every step: {"step", "timestep", "sample", "pred_xstart"}.
+
+        ``step`` counts from 0, ``timestep`` is what the network was given (a number), the tensors
+        are (N, C, ...) float32 copies: x after the step, and the x_0 it predicted.
+
+        Args:
+            shape: (N, C, ...).
+            seed: of all that is drawn.
+            first_sample: with rng="counter", the number of the batch's first sample: batches that
+                continue the numbering give what one large batch would.
+            noise: x_T, (N, C, ...), in place of a draw.
+            image: image-to-image: x_0 (N, C, ...), noised to the level from which the last
+                ``strength`` (0 < strength ≤ 1) of the steps lead back; only these are taken.
+            known, known_mask: inpainting: x_0, and a mask that is true (not 0) where it is known,
+                both broadcastable to ``shape``. The known region is put into x at its noise level
+                after every step, and comes back as it was given.
+            model_kwargs: passed to the network. For guidance, tensors whose first dimension is N
+                are doubled with their unconditional counterpart.
+            uncond_kwargs: what replaces ``model_kwargs`` in the unconditional half; by default the
+                model's ``null_label`` replaces the labels ``y`` (also that of a network inside
+                torch.compile, DataParallel and their like).
+            step_noise: the N(0, I) draw of every step: one tensor for all, or a callable that gets
+                the index t (K − 1 first, 0 last).
+
+        Raises InputError for arguments or a network output that do not fit and for a batch that
+        does not fit into memory, TrainingError when the samples stop being finite (it names the
+        step; on a CPU at that step, elsewhere after the last one).
+        """
+        sources = (seed, first_sample, noise, image, strength, known, known_mask)
+        call = self._call(Inputs(shape, *sources, model_kwargs, uncond_kwargs, step_noise))
+        return self._iterate(call, watched=True)
+
+    def explain(self) -> str:
+        """How the last call ran: as a CUDA graph or eagerly, and why."""
+        return self._ran
+
+    def close(self) -> None:
+        """Drop all captured graphs and their memory. The sampler can be used again."""
+        self._graphs.close()
+
+    def _call(self, inputs: Inputs) -> Call:
+        device = self._device_of(inputs.image if inputs.noise is None else inputs.noise)
+        stats = self.stats.begin(inputs.shape[0], splits=device.type == "cpu")
+        with self._network.lock:  # another thread may configure the sampler meanwhile
+            settings, process, table = self.settings, self.diffusion, self.table
+        with stats.phase("prepare"):
+            return Call(
+                inputs,
+                settings,
+                process,
+                table,
+                self._network,
+                denoised_fn=self.denoised_fn,
+                cond_fn=self.cond_fn,
+                rng=self.rng,
+                self_condition=self.self_condition,
+                device=device,
+                stats=stats,
+            )
+
+    def _iterate(self, call: Call, watched: bool) -> Generator[Step, None, None]:
+        """The steps; unwatched, only the last one has its tensors."""
+        engine: _Replayed | _Eager = _Eager(call.plain, call.x, None)
+        last = len(call.timesteps) - 1
+        looked_at = watched or self.denoised_fn is not None or self.cond_fn is not None
+        with ExitStack() as stack:
+            with call.stats.phase("prepare"):
+                stack.enter_context(self._network.sampling(looked_at))
+                self._graphs.begin(self._network)
+            for i, timestep in enumerate(call.timesteps):
+                run = call.run_of(i)
+                # The caller's own gradient mode is back while the generator waits at the yield.
+                with torch.no_grad(), memory_told(run, engine.x, i):
+                    if looked_at and i > 0:  # somebody had a chance to change the model
+                        self._network.follow()
+                    if i == 0 or watched or call.changes_at(i):
+                        engine = self._engine(run, engine)
+                    with call.stats.phase("sampling"):
+                        # Copies: the next replay writes over what a graph has made.
+                        made = engine.step(i, copied=watched or i == last)
+                        call.stats.steps += 1
+                        run.check_finite(made[0], i)
+                step: Step = {"step": i, "timestep": timestep}
+                if watched or i == last:
+                    step |= {"sample": made[0], "pred_xstart": made[1]}
+                yield step
+
+    def _engine(self, run: Run, before: "_Replayed | _Eager") -> "_Replayed | _Eager":
+        """What does row i, and those after it until something changes."""
+        found = self._graphs.find(run, before.x)
+        if not isinstance(found, CapturedStep):
+            self._ran = f"eager: {found}"
+            return _Eager(run, *before.position())
+        self._ran = f"a captured CUDA graph: {found.figures}"
+        if isinstance(before, _Replayed) and before.graph is found and before.run is run:
+            return before
+        return _Replayed(run, *before.position(), found)
+
+    def _device_of(self, tensor: Tensor | None) -> torch.device:
+        if self.device is not None:
+            return self.device
+        if self._network.device is not None:
+            return self._network.device
+        return torch.device("cpu") if tensor is None else tensor.device
+
+
+class _Eager:
+    """A call's steps, run one after the other; ``x``, ``x_start``: where it is."""
+
+    def __init__(self, run: Run, x: Tensor, x_start: Tensor | None):
+        self.run, self.x, self.x_start = run, x, x_start
+
+    def position(self) -> tuple[Tensor, Tensor | None]:
+        """x and x_0, which stay what they are."""
+        return self.x, self.x_start
+
+    def step(self, i: int, copied: bool) -> tuple[Tensor, Tensor]:
+        self.x, x_start = self.run.advance(self.x, self.x_start, i)
+        self.x_start = x_start
+        return (self.x.clone(), x_start.clone()) if copied else (self.x, x_start)
+
+
+class _Replayed(_Eager):
+    """A call's steps, replayed. Its tensors are the graph's, as long as no other call wants the
+    graph: it then keeps copies of them, and goes on from these."""
+
+    def __init__(self, run: Run, x: Tensor, x_start: Tensor | None, graph: CapturedStep):
+        super().__init__(run, x, x_start)
+        self.graph = graph
+
+    def position(self) -> tuple[Tensor, Tensor | None]:
+        with self.graph.lock:
+            return self.x.clone(), None if self.x_start is None else self.x_start.clone()
+
+    def step(self, i: int, copied: bool) -> tuple[Tensor, Tensor]:
+        with self.graph.lock:
+            self.graph.serve(self, i)
+            self.x, x_start = self.graph.step(i)
+            self.x_start = x_start
+            return (self.x.clone(), x_start.clone()) if copied else (self.x, x_start)

@@ -1,0 +1,132 @@
+"""One sampling step: the network, the fused update, and what else was asked for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.errors import InputError, TrainingError
+from fastdiff.methods.table import Index, StepTable
+from fastdiff.ops.posterior_step.op import check_tensors, posterior_step
+from fastdiff.sampling.conditions import Conditions, x_start_table
+from fastdiff.sampling.network.network import Network
+from fastdiff.sampling.stats import Stats
+
+
+@dataclass
+class Run:
+    """What a call's steps are made of; every tensor is on the sampling device.
+
+    ``kwargs``: of the network, for the batch of N, or of 2N where ``guidance_scale`` is given;
+    ``given_kwargs``: for the batch of N always.
+    ``timesteps``: (K,) numbers. ``failed``: an int64 element, −1 or the first row whose x is not
+    finite; None on the CPU, where x is looked at itself. ``mean_is_output``: the update reads the
+    network's output in place of x_0 (DDPM by previous-x prediction). ``self_condition``: the
+    keyword argument that is the x_0 of the row before.
+    """
+
+    network: Network
+    table: StepTable
+    timesteps: list[float]
+    kwargs: Mapping[str, Any]
+    given_kwargs: Mapping[str, Any]
+    guidance_scale: float | Tensor | None
+    noise: Any
+    conditions: Conditions
+    stats: Stats
+    failed: Tensor | None = None
+    mean_is_output: bool = False
+    self_condition: str | None = None
+
+    def __post_init__(self) -> None:
+        transforms = self.conditions.x_start and not self.mean_is_output
+        self.of_x_start = x_start_table(self.table) if transforms else None
+
+    def advance(self, x: Tensor, x_start: Tensor | None, i: Index) -> tuple[Tensor, Tensor]:
+        """(x_{t−1}, predicted x_0) of row i from x_t and the x_0 of the row before.
+
+        ``i`` is a number, or a tensor that is read where it is: nothing then depends on the row but
+        through tensors.
+        """
+        timesteps = self.table.at("timesteps", i)
+        output = self.stats.timed("network", self.run_network, x, x_start, timesteps, i)
+        x_prev, x_start = self.stats.timed("update", self._update, x, x_start, output, timesteps, i)
+        if self.failed is not None:
+            bad = ~torch.isfinite(x_prev).all() & (self.failed < 0)
+            self.failed.copy_(torch.where(bad, i, self.failed))
+        return x_prev, x_start
+
+    def run_network(self, x: Tensor, before: Tensor | None, timesteps: Tensor, i: Index) -> Tensor:
+        """The network's output for row i; ``before``: the x_0 of the row before."""
+        kwargs = self.kwargs
+        if self.self_condition is not None:
+            before = torch.zeros_like(x) if before is None else before
+            if self.guidance_scale is not None:
+                before = torch.cat([before, before])
+            kwargs = {**kwargs, self.self_condition: before}
+        if self.table.scales_input:
+            x = x * self.table.at("input_scale", i)
+        if self.guidance_scale is not None:
+            x = torch.cat([x, x])
+        timesteps = timesteps.expand(len(x))
+        try:
+            return self.stats.compiling(self.network, x, timesteps, kwargs)
+        except Exception as error:
+            if not isinstance(error, InputError):
+                error.add_note(f"(while fastdiff sampled: step {i}, x of shape {tuple(x.shape)})")
+            raise
+
+    def _update(
+        self, x: Tensor, before: Tensor | None, output: Tensor, timesteps: Tensor, i: Index
+    ) -> tuple[Tensor, Tensor]:
+        table, scale, conditions = self.table, self.guidance_scale, self.conditions
+        step_output, step_table, step_scale = output, table, scale
+        if self.of_x_start is not None:
+            check_tensors(x, output, table, scale)  # whoever reads the output first
+            step_output = conditions.x_start.output(x, output, table, i, scale)
+            step_table, step_scale = self.of_x_start, None
+        noisy = table.noisy_rows[i] if isinstance(i, int) else table.is_noisy
+        x_prev, x_start = posterior_step(
+            x,
+            step_output,
+            step_table,
+            i,
+            prev_x_start=before,
+            guidance_scale=step_scale,
+            **self.noise.of_step(i, noisy),
+        )
+        assert x_start is not None
+        if conditions.x_start and self.mean_is_output:
+            x_start = conditions.x_start.output(x, output, table, i, scale)[:, : x.shape[1]]
+        if conditions.classifier is not None:
+            assert isinstance(i, int)
+            x_prev, x_start = conditions.classifier.apply(
+                x, timesteps.expand(len(x)), self.given_kwargs, output, i, x_prev, x_start
+            )
+        if conditions.known is not None:
+            x_prev = conditions.known.put(x_prev, i, self.noise.of_known(i))
+        return x_prev, x_start
+
+    def check_finite(self, x: Tensor, i: int) -> None:
+        """TrainingError for samples that are not finite: on a CPU after each row, elsewhere after
+        the last, because reading a value would make every step wait for the device."""
+        if self.failed is not None:
+            i = int(self.failed) if i == len(self.timesteps) - 1 else -1
+            finite = i < 0
+        else:
+            finite = bool(torch.isfinite(x).all())
+        if not finite:
+            raise TrainingError(
+                f"the samples are not finite after step {i} (timestep {self.timesteps[i]:g}): the "
+                "network answered NaN or infinity there or before; use an earlier checkpoint, or "
+                "another dtype"
+            )
+
+
+def failure_flag(device: torch.device) -> Tensor | None:
+    """``Run.failed`` of a new call."""
+    if device.type == "cpu":
+        return None
+    return torch.full((1,), -1, dtype=torch.int64, device=device)

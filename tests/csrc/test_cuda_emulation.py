@@ -1,0 +1,41 @@
+"""The CUDA kernels without a GPU: the accuracy suites on emulated threads, under the sanitizers."""
+
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+SUITES = {  # the longest first
+    "group_norm_silu": [
+        "tests/ops/test_group_norm_silu.py",
+        "tests/ops/test_group_norm_silu_backward.py",
+    ],
+    "group_norm_silu, cut": ["tests/ops/test_group_norm_silu_cuda.py"],
+    "elementwise kernels": ["tests/ops/test_elementwise_cuda.py"],
+    "q_sample": ["tests/ops/test_q_sample.py", "tests/ops/test_q_sample_kernels.py"],
+    "posterior_step": [
+        "tests/ops/test_posterior_step.py",
+        "tests/ops/test_posterior_step_kernels.py",
+    ],
+    "normal": ["tests/ops/test_rng_cuda.py"],
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(sanitized):
+    """Every suite's process when it has ended; as many run at a time as there are processors."""
+
+    def run(files):
+        return sanitized.run_tests("-m", "any_backend", *files)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(SUITES, pool.map(run, SUITES.values()), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_suite_holds_in_the_emulation(outcomes, suite):
+    done = outcomes[suite]
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 10

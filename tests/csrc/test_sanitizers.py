@@ -1,0 +1,23 @@
+"""The native CPU code under AddressSanitizer and UBSan, every operation and instruction set."""
+
+import pytest
+
+from fastdiff.ops import native
+from paths import TOOLS
+
+CHECK = str(TOOLS / "sanitizer_check.py")
+
+
+@pytest.mark.slow
+def test_no_operation_leaves_its_memory(sanitized):
+    done = sanitized.run(CHECK)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-6000:]
+    for isa in native.library().supported_isas():
+        for threads in (1, 3):
+            assert f"ran group_norm_silu {isa} {threads}" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_sanitizer_is_awake(sanitized):
+    done = sanitized.run(CHECK, "overflow")
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr[-3000:]

@@ -1,0 +1,375 @@
+import copy
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdiff.errors import InputError
+from fastdiff.methods.levels import MEAN_TYPES, VAR_TYPES
+from fastdiff.methods.registry import METHODS
+from fastdiff.methods.table import COLUMNS, StepTable
+from fastdiff.process.gaussian import GaussianDiffusion
+from fastdiff.process.schedules import get_named_beta_schedule, rescale_zero_terminal_snr
+from fastdiff.process.variance_exploding import VarianceExploding, geometric_sigmas
+
+
+def levels(signal, noise, mean_type="epsilon", var_type="fixed_small", **extra):
+    """Any Gaussian process, by its two scales."""
+    return SimpleNamespace(
+        signal_scale=np.asarray(signal, dtype=np.float64),
+        noise_scale=np.asarray(noise, dtype=np.float64),
+        model_timesteps=np.arange(len(signal), dtype=np.float32),
+        mean_type=mean_type,
+        var_type=var_type,
+        **extra,
+    )
+
+
+def cosine(steps=40, **types):
+    return GaussianDiffusion(get_named_beta_schedule("cosine", steps), **types)
+
+
+def ascending(column):
+    """A column of the table in the order of t, as float64."""
+    return column.flip(0).double().numpy()
+
+
+@pytest.mark.parametrize("schedule, steps", [("linear", 1000), ("cosine", 4000), ("cosine", 7)])
+@pytest.mark.parametrize("respacing", ["", "5"])
+def test_ddpm_rows_are_the_posterior_and_the_prediction(schedule, steps, respacing):
+    diffusion = GaussianDiffusion(get_named_beta_schedule(schedule, steps)).respace(respacing)
+    table = StepTable.from_process(diffusion)
+    assert len(table) == diffusion.num_timesteps
+    expected = {
+        "a": 1 / diffusion.sqrt_alphas_cumprod,
+        "b": -np.sqrt(1 / diffusion.alphas_cumprod - 1),
+        "c": diffusion.posterior_mean_coef1,
+        "d": diffusion.posterior_mean_coef2,
+        "o": np.zeros(len(table)),
+        "e": np.zeros(len(table)),
+        "sigma": np.sqrt(diffusion.posterior_variance),
+        "clip": np.ones(len(table)),
+        "timesteps": diffusion.model_timesteps,
+        "input_scale": np.ones(len(table)),
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(
+            ascending(getattr(table, name)), values, rtol=1e-6, atol=1e-12, err_msg=name
+        )
+    assert table.sigma[-1] == 0 and table.noisy_rows == (True,) * (len(table) - 1) + (False,)
+
+
+def test_fixed_large_learned_and_learned_range_variances():
+    large = StepTable.from_process(cosine(var_type="fixed_large"))
+    diffusion = cosine(var_type="learned_range")
+    np.testing.assert_allclose(ascending(large.sigma)[1:], np.sqrt(diffusion.betas[1:]), rtol=1e-6)
+    assert large.sigma[-1] == 0 and not large.doubled_output
+
+    ranged = StepTable.from_process(diffusion)
+    assert ranged.learned_variance and ranged.doubled_output
+    np.testing.assert_allclose(ascending(ranged.log_max), np.log(diffusion.betas), rtol=1e-6)
+    np.testing.assert_allclose(
+        ascending(ranged.log_min), diffusion.posterior_log_variance_clipped, rtol=1e-6
+    )
+    assert ranged.sigma.tolist() == [1.0] * 39 + [0.0]
+
+    learned = StepTable.from_process(cosine(var_type="learned"))
+    assert learned.log_max.unique().tolist() == [1.0] and learned.log_min.unique().tolist() == [
+        -1.0
+    ]
+
+
+def test_ddim_rows_follow_equation_12():
+    diffusion = cosine()
+    ac, prev = diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev
+    for eta in (0.0, 0.3, 1.0):
+        table = StepTable.from_process(diffusion, method="ddim", eta=eta)
+        sigma = eta * np.sqrt((1 - prev) / (1 - ac) * (1 - ac / prev))
+        towards_x_t = np.sqrt(np.maximum(1 - prev - sigma**2, 0))  # the coefficient of ε
+        d = towards_x_t / np.sqrt(1 - ac)
+        np.testing.assert_allclose(ascending(table.sigma), sigma, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(ascending(table.d), d, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(
+            ascending(table.c), np.sqrt(prev) - d * np.sqrt(ac), rtol=1e-6, atol=1e-7
+        )
+        assert any(table.noisy_rows) == (eta > 0)
+
+
+def test_ddim_with_eta_one_is_ddpm_with_the_small_variance():
+    for process in (cosine(), VarianceExploding(geometric_sigmas(30))):
+        ddim = StepTable.from_process(process, method="ddim", eta=1.0)
+        ddpm = StepTable.from_process(process)
+        torch.testing.assert_close(ddim.packed, ddpm.packed, rtol=1e-6, atol=1e-6)
+
+
+def test_ddim_with_the_networks_own_eps_differs_only_where_x_start_is_clipped():
+    rng = np.random.default_rng(0)
+    x_t, output = rng.normal(size=(2, 50))
+    for mean_type in MEAN_TYPES:
+        process = cosine(mean_type=mean_type)
+        plain = StepTable.from_process(process, method="ddim", eta=0.4)
+        own = StepTable.from_process(process, method="ddim", eta=0.4, clipped_eps=False)
+        for i in range(len(plain)):
+            answers = []
+            for table in (plain, own):
+                row = {name: float(getattr(table, name)[i]) for name in COLUMNS}
+                x_0 = row["a"] * x_t + row["b"] * output
+                answers.append(row["c"] * x_0 + row["d"] * x_t + row["o"] * output)
+            np.testing.assert_allclose(*answers, rtol=2e-4, atol=2e-4 * np.abs(x_0).max())
+        if mean_type == "epsilon":  # then ε is the output itself
+            assert not own.d.any()
+
+
+def test_previous_x_takes_the_output_as_the_mean():
+    diffusion = cosine(mean_type="previous_x")
+    table = StepTable.from_process(diffusion)
+    assert table.o.unique().tolist() == [1.0]
+    assert not table.c.any() and not table.d.any()
+    # x_0 = (x_prev − coef2·x_t)/coef1 undoes the posterior mean coef1·x_0 + coef2·x_t.
+    coef1, coef2 = diffusion.posterior_mean_coef1, diffusion.posterior_mean_coef2
+    np.testing.assert_allclose(ascending(table.b) * coef1, 1, rtol=1e-6)
+    np.testing.assert_allclose(ascending(table.a) + ascending(table.b) * coef2, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mean_type", MEAN_TYPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_true_prediction_returns_x_start_and_arrives_at_it(mean_type, method):
+    """With the network's exact answer for one x_0, every row recovers x_0 and keeps to its line."""
+    for process in (
+        cosine(30, mean_type=mean_type),
+        levels(np.ones(30), geometric_sigmas(30), mean_type),
+    ):
+        table = StepTable.from_process(process, method=method, clip_denoised=False)
+        if isinstance(process, GaussianDiffusion):
+            signal, noise = process.sqrt_alphas_cumprod, process.sqrt_one_minus_alphas_cumprod
+        else:
+            signal, noise = process.signal_scale, process.noise_scale
+        x_0, eps = 0.7, -0.4
+        posterior = StepTable.from_process(levels(signal, noise))
+        for i in range(len(table)):
+            t = len(table) - 1 - i
+            x_t = signal[t] * x_0 + noise[t] * eps
+            r = np.hypot(signal[t], noise[t])
+            previous_mean = float(posterior.c[i]) * x_0 + float(posterior.d[i]) * x_t
+            output = {
+                "epsilon": eps,
+                "x_start": x_0,
+                "v": (signal[t] * eps - noise[t] * x_0) / r,
+                "previous_x": previous_mean,
+            }[mean_type]
+            row = {name: float(getattr(table, name)[i]) for name in COLUMNS}
+            pred = row["a"] * x_t + row["b"] * output
+            scale = abs(row["a"] * x_t) + abs(row["b"] * output)
+            assert pred == pytest.approx(x_0, abs=1e-6 * scale)
+            x_prev = row["c"] * x_0 + row["d"] * x_t + row["o"] * output + row["e"] * x_0
+            signal_prev, noise_prev = (signal[t - 1], noise[t - 1]) if t else (1.0, 0.0)
+            if method in ("ddpm", "sde-dpmsolver++"):  # the posterior's mean; at the end, x_0
+                assert x_prev == pytest.approx(previous_mean, abs=1e-5)
+            else:  # deterministic: the same ε at the next level
+                line = signal_prev * x_0 + noise_prev * eps
+                assert x_prev == pytest.approx(line, abs=1e-6 * max(1, noise[t]))
+        assert x_prev == pytest.approx(x_0, abs=1e-5)
+
+
+@pytest.mark.parametrize("mean_type", ["v", "x_start", "previous_x"])
+@pytest.mark.parametrize("var_type", VAR_TYPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_zero_terminal_snr_gives_finite_rows(mean_type, var_type, method):
+    betas = rescale_zero_terminal_snr(get_named_beta_schedule("linear", 1000))
+    diffusion = GaussianDiffusion(betas, mean_type=mean_type, var_type=var_type).respace("10")
+    assert diffusion.alphas_cumprod[-1] == 0
+    table = StepTable.from_process(diffusion, method=method, clip_denoised=False)
+    assert torch.isfinite(table.packed[:, : COLUMNS.index("clip")]).all()
+    if mean_type == "v":  # at no signal, v is −x_0
+        assert (table.a[0], table.b[0]) == (0, -1)
+    if "dpmsolver++" in method:  # λ = −∞ before row 1 makes it first order; the next is second
+        assert table.multistep_rows[:3] == (False, False, True)
+
+
+def test_zero_terminal_snr_refuses_epsilon():
+    with pytest.raises(InputError, match="zero terminal SNR.*'v' or 'x_start'"):
+        StepTable.from_process(levels([0.9, 0.0], [0.4, 1.0]))
+    with pytest.raises(InputError, match="zero terminal SNR"):  # 1/signal overflows float32
+        StepTable.from_process(levels([0.9, 1e-42], [0.4, 1.0]))
+
+
+def test_dpmsolver_orders_and_its_agreement_with_ddim_at_first_order():
+    process = cosine(12)
+    solver = StepTable.from_process(process, method="dpmsolver++")
+    ddim = StepTable.from_process(process, method="ddim")
+    assert solver.multistep_rows == (False,) + (True,) * 10 + (False,)
+    assert not any(solver.noisy_rows)
+    # Taking both x_0 as equal leaves the first-order step, which is DDIM's.
+    torch.testing.assert_close(solver.c + solver.e, ddim.c, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(solver.d, ddim.d, rtol=1e-6, atol=1e-7)
+
+
+def test_the_sde_solver_is_the_posterior_at_first_order():
+    for process in (cosine(12, var_type="learned_range"), VarianceExploding(geometric_sigmas(12))):
+        sde = StepTable.from_process(process, method="sde-dpmsolver++")
+        solver = StepTable.from_process(process, method="dpmsolver++")
+        ddpm = StepTable.from_process(process, method="ddim", eta=1.0)
+        assert sde.multistep_rows == (False,) + (True,) * 10 + (False,)
+        assert sde.noisy_rows == (True,) * 11 + (False,)  # the last arrives at noise 0
+        assert not sde.learned_variance
+        torch.testing.assert_close(sde.c + sde.e, ddpm.c, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(sde.d, ddpm.d, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(sde.sigma, ddpm.sigma, rtol=1e-6, atol=1e-7)
+        # Both solvers extrapolate x_0 alike.
+        torch.testing.assert_close(sde.e * solver.c, solver.e * sde.c, rtol=1e-5, atol=1e-7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    method=st.sampled_from(list(METHODS)),
+    steps=st.integers(1, 30),
+    var_type=st.sampled_from(VAR_TYPES),
+    data=st.data(),
+)
+def test_a_later_start_changes_the_first_row_alone(method, steps, var_type, data):
+    table = StepTable.from_process(cosine(steps, var_type=var_type), method=method)
+    whole = table.packed.clone()
+    row = data.draw(st.integers(0, steps - 1))
+    later = table.starting_at(row)
+    assert torch.equal(table.packed, whole) and len(later) == steps - row
+    assert later.packed.is_contiguous() and torch.equal(later.packed[1:], whole[row + 1 :])
+    assert later.noisy_rows == table.noisy_rows[row:]
+    assert later.multistep_rows == (False, *table.multistep_rows[row + 1 :])
+    assert later.multistep_rows == tuple((later.e != 0).tolist())
+    assert (later.c[0], later.e[0]) == (table.c[row] + table.e[row], 0)
+    kept = [i for i, name in enumerate(COLUMNS) if name not in ("c", "e")]
+    assert torch.equal(later.packed[0, kept], whole[row, kept])
+    assert (later.method, later.doubled_output) == (method, table.doubled_output)
+    assert later.starting_at(0).packed.equal(later.packed)
+
+
+def test_a_later_start_is_the_table_of_a_process_that_ends_there():
+    """What a start in the middle means: the rows of the same steps without the noisier ones."""
+    process = cosine(20)
+    for method in METHODS:
+        later = StepTable.from_process(process, method=method).starting_at(8)
+        shorter = GaussianDiffusion(process.betas[:12])
+        expected = StepTable.from_process(shorter, method=method)
+        torch.testing.assert_close(later.packed, expected.packed, rtol=1e-6, atol=1e-6)
+        assert later.is_multistep == expected.is_multistep == ("dpmsolver" in method)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (40, "row is 40; the table has rows 0 … 39"),
+        (-1, "row is -1; the table has rows 0 … 39"),
+        (1.0, "row must be an integer, got 1.0"),
+        (None, "row must be an integer, got None"),
+    ],
+)
+def test_a_start_that_is_no_row(row, message):
+    with pytest.raises(InputError, match=message):
+        StepTable.from_process(cosine()).starting_at(row)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("var_type", VAR_TYPES)
+def test_one_step_process(method, var_type):
+    table = StepTable.from_process(cosine(1, var_type=var_type), method=method)
+    assert len(table) == 1 and not table.noisy_rows[0]
+    assert torch.isfinite(table.packed).all()
+    assert (table.c[0], table.d[0]) == (1, 0)  # straight to x_0
+
+
+def test_learned_variance_is_read_by_ddpm_only():
+    process = cosine(var_type="learned_range")
+    for method in ("ddim", "dpmsolver++", "sde-dpmsolver++"):
+        table = StepTable.from_process(process, method=method)
+        assert table.doubled_output and not table.learned_variance
+        assert not table.log_max.any() and not table.log_min.any()
+
+
+def test_clip_and_input_scale_columns():
+    assert StepTable.from_process(cosine(), clip_denoised=False).clip.isinf().all()
+    ve = VarianceExploding(geometric_sigmas(5))
+    table = StepTable.from_process(ve)
+    assert table.scales_input
+    np.testing.assert_allclose(ascending(table.input_scale), (1 + ve.sigmas**2) ** -0.5, rtol=1e-6)
+    assert not StepTable.from_process(cosine()).scales_input
+
+
+def test_packed_rows_copies_and_devices():
+    table = StepTable.from_process(cosine())
+    assert table.packed.shape == (40, 12) and table.packed.dtype == torch.float32
+    assert table.packed.is_contiguous()
+    for i, name in enumerate(COLUMNS):
+        assert torch.equal(getattr(table, name), table.packed[:, i])
+    moved = table.to("meta")
+    assert moved.device.type == "meta" and moved.noisy_rows == table.noisy_rows
+    for twin in (copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
+        assert torch.equal(twin.packed, table.packed) and twin.method == table.method
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    log_snr_drops=st.lists(st.floats(0.01, 4.0), min_size=1, max_size=12),
+    start=st.floats(-3.0, 8.0),
+    radii=st.lists(st.floats(0.3, 20.0), min_size=12, max_size=12),
+    eta=st.floats(0.0, 1.0),
+)
+def test_every_gaussian_process_keeps_its_marginals(log_snr_drops, start, radii, eta):
+    """A step must carry q(x_t | x_0) exactly into q(x_prev | x_0): mean and variance, any eta."""
+    half_log_snr = start - np.cumsum(log_snr_drops)
+    angle = np.arctan(np.exp(-half_log_snr))
+    radius = np.array(radii[: len(angle)])
+    signal, noise = radius * np.cos(angle), radius * np.sin(angle)
+    process = levels(signal, noise, "x_start")
+    for table in (
+        StepTable.from_process(process),
+        StepTable.from_process(process, method="ddim", eta=eta),
+        StepTable.from_process(process, method="sde-dpmsolver++"),
+    ):
+        signal_prev = np.append(1.0, signal[:-1])
+        noise_prev = np.append(0.0, noise[:-1])
+        c, d, e, sigma = (ascending(getattr(table, name)) for name in ("c", "d", "e", "sigma"))
+        scale = np.abs(c) + np.abs(e) + np.abs(d * signal) + signal_prev
+        c = c + e  # the row before has the same x_0
+        np.testing.assert_array_less(np.abs(c + d * signal - signal_prev), 1e-6 * scale + 1e-12)
+        np.testing.assert_allclose(
+            (d * noise) ** 2 + sigma**2, noise_prev**2, rtol=1e-5, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"method": "euler"}, "method is 'euler'; expected one of ddpm, ddim, dpmsolver"),
+        ({"method": "ddpm", "eta": 0.5}, "eta=0.5 belongs to method 'ddim'"),
+        ({"method": "ddim", "eta": -0.1}, "eta is -0.1"),
+        ({"method": "ddim", "eta": float("nan")}, "eta is nan"),
+        ({"method": "ddim", "eta": 3.0}, "allows at most"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(InputError, match=message):
+        StepTable.from_process(cosine(), **arguments)
+
+
+@pytest.mark.parametrize(
+    "process, message",
+    [
+        (levels([0.9, 0.95], [0.1, 0.2], "score"), "mean_type is 'score'"),
+        (levels([0.9, 0.8], [0.1, 0.2], var_type="tiny"), "var_type is 'tiny'"),
+        (levels([0.9, 0.8], [0.1, 0.05]), "does not at step 1"),
+        (levels([0.9, 0.8], [0.0, 0.1]), "must be positive"),
+        (levels([0.9, 0.0, 0.0], [0.1, 0.5, 1.0]), "must be positive"),
+        (levels([0.9, np.nan], [0.1, 0.5]), "must be finite"),
+        (levels([0.9, 0.8], [0.1, 0.2, 0.3]), "of one length"),
+        (levels([], []), "not empty"),
+        (levels([0.9, 0.8], [0.1, 0.2], input_scale=np.ones(3)), "input_scale has shape"),
+        (SimpleNamespace(mean_type="v", var_type="learned"), "has no noise levels"),
+    ],
+)
+def test_bad_processes(process, message):
+    with pytest.raises(InputError, match=message):
+        StepTable.from_process(process)

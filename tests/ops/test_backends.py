@@ -1,0 +1,204 @@
+"""Naming backends, and asking whether a kernel may be launched past PyTorch's dispatcher."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+
+import fastdiff
+from fastdiff.errors import InputError
+from fastdiff.ops import backends, native
+
+
+@pytest.fixture(autouse=True)
+def nothing_named():
+    with fastdiff.backend(None):
+        yield
+
+
+# --- Naming -----------------------------------------------------------------------------------
+
+
+def test_set_backend():
+    fastdiff.set_backend("reference")
+    assert backends.named() == "reference"
+    fastdiff.set_backend(None)
+    assert backends.named() is None
+
+
+def test_backend_restores_what_was_named():
+    with fastdiff.backend("reference"):
+        with fastdiff.backend("native"):
+            assert backends.named() == "native"
+        assert backends.named() == "reference"
+        with fastdiff.backend(None):
+            assert backends.named() is None
+        with pytest.raises(ZeroDivisionError), fastdiff.backend("triton"):
+            1 / 0  # noqa: B018
+        assert backends.named() == "reference"
+    assert backends.named() is None
+
+
+def test_a_name_holds_in_every_thread():
+    seen = []
+    with fastdiff.backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(backends.named()))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
+
+
+@pytest.mark.parametrize("name", ["cpu", "", "Native", 3])
+def test_an_unknown_name(name):
+    with pytest.raises(InputError, match="expected one of reference, native, triton, cuda or None"):
+        fastdiff.set_backend(name)
+    with pytest.raises(InputError, match=f"^backend is {name!r}; "), fastdiff.backend(name):
+        pass
+    assert backends.named() is None
+
+
+def from_environment(value):
+    code = "from fastdiff.ops import backends; print(backends.named())"
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env={**os.environ, backends.VARIABLE: value},
+    )  # fmt: skip
+
+
+def test_the_environment_names_one():
+    assert from_environment("triton").stdout == "triton\n"
+    assert from_environment("").stdout == "None\n"
+    last = from_environment("fast").stderr.strip().splitlines()[-1]
+    assert "FASTDIFF_BACKEND is 'fast'; expected one of reference, native" in last
+
+
+# --- The plan, and what a named backend serves -------------------------------------------------
+
+
+@pytest.mark.parametrize("has_triton", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_default(monkeypatch, dtype, has_triton):
+    monkeypatch.setattr(backends, "HAS_TRITON", has_triton)
+    kernels = dtype in backends.KERNEL_DTYPES
+    monkeypatch.setattr(native, "cuda_serves", lambda device: False)
+    cpu, cuda, mps, meta = map(torch.device, ("cpu", "cuda", "mps", "meta"))
+    assert backends.default(cpu, dtype) == ("native" if kernels else "reference")
+    gpu = kernels and has_triton
+    assert backends.default(cuda, dtype, "q_sample") == ("triton" if gpu else "reference")
+    assert backends.default(mps, dtype) == backends.default(meta, dtype) == "reference"
+    for device in (cpu, cuda, mps):
+        assert "\n" not in backends.default_reason(device, dtype)
+    assert ("not float64" in backends.default_reason(cpu, dtype)) == (not kernels)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "serves"),
+    [
+        ("reference", "cpu", torch.float64, True),
+        ("reference", "mps", torch.float32, True),
+        ("native", "cpu", torch.float16, True),
+        ("native", "cpu", torch.float64, False),
+        ("native", "cuda", torch.float32, False),
+        ("triton", "cuda", torch.bfloat16, True),
+        ("triton", "cuda", torch.float64, False),
+        ("triton", "cpu", torch.float32, False),
+        ("cuda", "cuda", torch.float32, False),
+    ],
+)
+def test_require(monkeypatch, name, device, dtype, serves):
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if serves:
+        assert backends.require("op", name, torch.device(device), dtype) == name
+        return
+    with pytest.raises(InputError, match=f"^op: the backend '{name}' was named, but ") as caught:
+        backends.require("op", name, torch.device(device), dtype)
+    assert "\n" not in str(caught.value)
+
+
+def test_triton_on_the_cpu_needs_its_interpreter(monkeypatch):
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backends.require("op", "triton", torch.device("cpu"), torch.float32) == "triton"
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
+    with pytest.raises(InputError, match="the package triton is not installed"):
+        backends.require("op", "triton", torch.device("cpu"), torch.float32)
+
+
+# --- Past the dispatcher ----------------------------------------------------------------------
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_plain_tensors_are_launched_directly():
+    x = torch.zeros(2)
+    assert backends.launches_directly(x, None, torch.nn.Parameter(x))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert backends.launches_directly(x)
+    with torch.inference_mode():
+        assert backends.launches_directly(x)
+    assert not backends.launches_directly(x, x.as_subclass(Subclass))
+
+
+def test_nobody_who_listens_is_passed_by():
+    x = torch.zeros(2)
+    seen = []
+
+    def ask(x):
+        seen.append((backends.launches_directly(x), backends.transforms()))
+        return x.sum()
+
+    with FakeTensorMode():
+        ask(torch.zeros(2))
+    with torch.profiler.profile():
+        ask(x)
+    torch.jit.trace(ask, (x,), check_trace=False)
+    assert seen and set(seen) == {(False, False)}
+    seen.clear()
+    torch.func.grad(ask)(x)
+    torch.vmap(ask)(x[None])
+    with forward_ad.dual_level():
+        ask(x)
+    assert seen == [(False, True)] * 3
+    assert backends.launches_directly(x) and not backends.transforms()
+
+
+def test_the_compiler_is_not_passed_by():
+    @torch.compile(fullgraph=True, backend="eager")
+    def ask(x):
+        return x + 1 if backends.launches_directly(x) else x
+
+    assert ask(torch.zeros(2)).sum() == 0
+
+
+def test_transforms_refuse_a_named_kernel():
+    assert backends.under_transforms("op") == "reference"
+    for name in ("native", "triton"):
+        with fastdiff.backend(name), pytest.raises(InputError, match=f"^op: the backend '{name}'"):
+            backends.under_transforms("op")
+
+
+def test_a_batch_of_gradients_is_not_launched_directly():
+    seen = []
+
+    class Watch(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            seen.append(backends.launches_backward_directly(dy))
+            return dy
+
+    x = torch.zeros(2, requires_grad=True)
+    torch.autograd.grad(Watch.apply(x), x, torch.ones(2))
+    torch.autograd.grad(Watch.apply(x), x, torch.ones(3, 2), is_grads_batched=True)
+    assert seen == [True, False]

@@ -1,0 +1,114 @@
+"""What the kernels' tests share."""
+
+import contextlib
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from fastdiff.ops import backends, native
+
+EMULATED = native.emulates_cuda()  # a thousand times slower than the kernels of the CPU
+ISAS = native.library().supported_isas()[-1 if EMULATED else 0 :]
+
+
+def _misaligned(x):
+    buffer = x.new_empty(x.numel() + 1)
+    buffer[1:] = x.flatten()
+    return buffer[1:].view(x.shape)
+
+
+def _rows(x):
+    wider = x.new_full((*x.shape[:-1], x.shape[-1] + 3), float("nan"))
+    wider[..., 1:-2] = x
+    return wider[..., 1:-2]
+
+
+def _channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+# The same numbers, laid out in memory as named.
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": _channels_last,
+    "misaligned": _misaligned,
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "strided": lambda x: torch.stack([x, x], dim=-1)[..., 0],
+    "rows": _rows,
+}
+
+
+def examples(count):
+    """How many examples hypothesis draws."""
+    return count // 4 if EMULATED else count
+
+
+@contextlib.contextmanager
+def forced_isa(name):
+    """One of ``ISAS`` is in use; a test with the argument ``isa`` runs with each (conftest.py)."""
+    library = native.library()
+    before = library.current_isa()
+    library.set_isa(name)
+    try:
+        yield
+    finally:
+        library.set_isa(before)
+
+
+def each_isa():
+    """``ISAS``, each being in use while it is looped over; where a backend is named that has none,
+    its name."""
+    if backends.named() not in (None, "native"):
+        yield backends.named()
+        return
+    for name in ISAS:
+        with forced_isa(name):
+            yield name
+
+
+@contextlib.contextmanager
+def poisoned_outputs():
+    """What torch.empty_like returns is full of NaN."""
+    original = torch.empty_like
+
+    def poisoned(*args, **kwargs):
+        return original(*args, **kwargs).fill_(float("nan"))
+
+    torch.empty_like = poisoned
+    try:
+        yield
+    finally:
+        torch.empty_like = original
+
+
+def compile_for(capability, kernel, types, constants):
+    """A Triton kernel compiled with no GPU. ``types``: what is no int32; None is absent."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {"BLOCK": 256} | constants
+    constants |= {name: None for name, kind in types.items() if kind is None}
+    signature = dict.fromkeys(kernel.arg_names, "i32") | types
+    signature |= dict.fromkeys(constants, "constexpr")
+    return triton.compile(
+        ASTSource(kernel, signature, constants),
+        target=GPUTarget("cuda", capability, 32),
+        options={"enable_fp_fusion": False},
+    )
+
+
+def spilled(compiled, folder):
+    """The bytes of local memory that ptxas gave a thread: registers that did not suffice."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = subprocess.run(
+        [tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    stack, local = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", usage).groups()
+    return int(stack) + int(local)
