@@ -3,22 +3,26 @@
 import errno
 import warnings
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING
 
 from fastdiff.errors import InputError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 NAME = ".lock"  # an empty file that stays: deleted, two processes could hold two files of its name
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
-def take(folder: Path, refusal: str) -> FileLock:
+def take(folder: Path, refusal: str) -> "FileLock":
     """Lock a folder that exists; what ``release`` takes. The lock dies with this process, however
     it ends. A file system without locks gets a warning and none.
 
     InputError with ``refusal`` when someone else holds it, and when nothing may be written there.
     """
+    from filelock import FileLock, Timeout  # a third of a second
+
     lock = FileLock(folder / NAME, thread_local=False)
     try:
         lock.acquire(timeout=0)
@@ -39,5 +43,5 @@ def take(folder: Path, refusal: str) -> FileLock:
     return lock
 
 
-def release(lock: FileLock) -> None:
+def release(lock: "FileLock") -> None:
     lock.release()

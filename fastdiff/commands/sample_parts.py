@@ -16,10 +16,9 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock
 from torch import Tensor
 
 from fastdiff.errors import InputError
@@ -33,6 +32,9 @@ from fastdiff.images import (
 )
 from fastdiff.locks import NAME as LOCK
 from fastdiff.locks import release, take
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 FOLDER = "parts"
 REMOVED = ".parts.removed"  # the folder's name while its files are deleted
