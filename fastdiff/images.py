@@ -1,24 +1,23 @@
-"""Between floats and bytes, and onto the disk: grids, PNGs, .npz samples, loss curves.
+"""Between floats and bytes, and onto the disk: grids, PNGs, .npz samples.
 
 Pictures take uint8 images (N, C, H, W), as tensors or arrays, with C = 1, 3 or 4; .npz files hold
 (N, H, W, C), as improved-diffusion writes them. Every file is written beside its place and renamed
 into it, so a reader never meets half a file and a full disk leaves the older one.
 """
 
-import json
 import math
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError
+from fastdiff.files import replacing
 from fastdiff.optional import require
 
 MIN_GRID_WIDTH = 600  # pixels: small images are enlarged until one can look at them
@@ -210,71 +209,6 @@ def read_samples(path: Pathlike) -> Samples:
     )
 
 
-def plot_loss(metrics: Pathlike, out: Pathlike) -> Path:
-    """Draw the loss, and the losses of the four quarters of the timesteps, over the steps.
-
-    metrics: a file of JSON lines with ``step``, ``loss`` and, where they were measured,
-        ``loss_q0`` … ``loss_q3``; a last line cut short by a kill is passed over, and of two
-        lines for one step the later one counts (a resumed run).
-    """
-    rows = _read_metrics(Path(metrics))
-    figure = require("matplotlib.figure", "demo").Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.add_subplot()
-    steps, loss = _series(rows, "loss")
-    if not len(steps):
-        raise InputError(f"'{metrics}' holds no positive loss to draw")
-    axes.plot(steps, loss, color="0.8", linewidth=0.8, label="loss, as logged")
-    axes.plot(steps, _smooth(loss), color="black", linewidth=1.8, label="loss, smoothed")
-    for quarter, note in enumerate([" (least noise)", "", "", " (most noise)"]):
-        quarter_steps, values = _series(rows, f"loss_q{quarter}")
-        if len(quarter_steps):
-            label = f"timesteps, quarter {quarter + 1}{note}"
-            axes.plot(quarter_steps, _smooth(values), linewidth=1.2, label=label)
-    axes.set_yscale("log")
-    axes.set_xlabel("training step")
-    axes.set_ylabel("loss")
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend(fontsize="small")
-    file = Path(out)
-    with replacing(file) as stream:
-        figure.savefig(stream, format="png", dpi=110)
-    return file
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise InputError(f"no metrics file '{path}'")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    by_step = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            by_step[row["step"]] = row
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines):
-                raise InputError(
-                    f"'{path}' line {number} is not a JSON object with a step: {line[:60]!r}"
-                ) from error
-    return [by_step[step] for step in sorted(by_step)]
-
-
-def _series(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values where ``key`` was logged and a logarithm exists."""
-    pairs = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-    pairs = [(step, value) for step, value in pairs if 0 < value < math.inf]
-    return np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Exponential mean over about a thirtieth of the curve, without a bias at its start."""
-    keep = 1 - 1 / max(1.0, len(values) / 30)
-    smoothed, mean, weight = np.empty(len(values)), 0.0, 0.0
-    for i, value in enumerate(values):
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        smoothed[i] = mean / weight
-    return smoothed
-
-
 def _nchw(images: Tensor | np.ndarray) -> np.ndarray:
     array = images.cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] not in MODES or not array.size:
@@ -385,25 +319,3 @@ def is_our_png(path: Path) -> bool:
     """Whether ``save_grid`` or another of these functions wrote this file (in this version)."""
     with path.open("rb") as stream:
         return "\0".join(SOFTWARE).encode() in stream.read(200)  # it precedes the pixels
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A stream whose bytes become ``path`` when the block ends without an exception."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_unfinished(path: Path) -> None:
-    """Delete what killed processes left of ``path``, whose name may hold wildcards.
-
-    For a caller who knows that no process writes it now.
-    """
-    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
-        temporary.unlink(missing_ok=True)

@@ -12,22 +12,7 @@ from torch import Tensor, nn
 
 from fastdiff.acceleration.autocast import under_autocast
 from fastdiff.acceleration.example_inputs import example_inputs
-from fastdiff.acceleration.families import (
-    compvis,
-    traced,
-)
-from fastdiff.acceleration.families import (
-    denoising_diffusion_pytorch as lucidrains,
-)
-from fastdiff.acceleration.families import (
-    diffusers as diffusers_blocks,
-)
-from fastdiff.acceleration.families import (
-    improved_diffusion as openai,
-)
-from fastdiff.acceleration.families import (
-    sequential as generic,
-)
+from fastdiff.acceleration.families import FAMILIES
 from fastdiff.acceleration.fused_class import (
     Fused,
     Fusion,
@@ -41,7 +26,7 @@ from fastdiff.acceleration.fused_class import (
     put_back,
 )
 from fastdiff.acceleration.outcome import Part, Report
-from fastdiff.acceleration.pieces import is_group_norm, seed
+from fastdiff.acceleration.pieces import seed
 from fastdiff.checks import check_float
 from fastdiff.errors import InputError
 from fastdiff.models.layouts import plain_convolutions
@@ -49,7 +34,6 @@ from fastdiff.models.replicas.replica import replica_of
 
 M = TypeVar("M", bound=nn.Module)
 F = TypeVar("F", bound=Callable[..., Any])
-KNOWN = (openai, diffusers_blocks, compvis, lucidrains, generic)
 LAST = torch.channels_last
 LINEAR = "linearattention"
 DTYPES = (torch.bfloat16, torch.float16)
@@ -277,7 +261,7 @@ def _without_operation(model: nn.Module, inside: set[nn.Module], told: Report) -
 def _fusion_of(module: nn.Module) -> tuple[Fusion | None, Kinds | None, str]:
     """How to fuse it and for what arguments, or why not ("" for what has nothing to fuse)."""
     reason = ""
-    for family in KNOWN:
+    for family in FAMILIES:
         try:
             for fusion, trials in family.fusions(module):
                 try:
@@ -285,13 +269,7 @@ def _fusion_of(module: nn.Module) -> tuple[Fusion | None, Kinds | None, str]:
                 except Refused as refused:
                     reason = str(refused)
         except Refused as refused:
-            reason = str(refused)
-    holds_norm = any(is_group_norm(child) for child in module.children())
-    if holds_norm and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        try:
-            return traced.fusion(module), None, ""
-        except Refused as refused:
-            reason = reason or f"{refused}; its norms are fused one by one"
+            reason = reason or str(refused)
     return None, None, reason
 
 

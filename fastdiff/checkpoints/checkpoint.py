@@ -36,10 +36,10 @@ from fastdiff.checkpoints.weights import (
     load_json,
     load_tensors,
     load_weights,
-    previous_directory,
-    replace_directory,
+    write_directory,
 )
 from fastdiff.errors import InputError
+from fastdiff.files import previous_directory
 from fastdiff.models.ema import EMA, rate_name
 from fastdiff.models.unet import UNet
 from fastdiff.models.wrappers import plain_state, unwrapped
@@ -138,7 +138,7 @@ def save(
     extras = dict(extra_tensors or {})
     check_extra_names(extras, tensors, "extra_tensors")
     check_extra_names(extra_json or {}, {"config"}, "extra_json")
-    replace_directory(target, {**tensors, **extras}, {"config": config, **(extra_json or {})})
+    write_directory(target, {**tensors, **extras}, {"config": config, **(extra_json or {})})
     return target
 
 

@@ -21,7 +21,7 @@ from fastdiff.checkpoints.weights import (
     check_target,
     load_json,
     load_tensors,
-    replace_directory,
+    write_directory,
 )
 from fastdiff.errors import InputError
 from fastdiff.models.blocks import AttentionBlock, Downsample, ResBlock, Upsample
@@ -118,7 +118,7 @@ def save_unet(directory: str | os.PathLike[str], model: UNet) -> Path:
     config = {"_class_name": CLASS, **diffusers_config(network)}
     state = plain_state(network)
     check_described(network, network.config, state)
-    replace_directory(target, {WEIGHTS: diffusers_state(network, state)}, {"config": config})
+    write_directory(target, {WEIGHTS: diffusers_state(network, state)}, {"config": config})
     return target
 
 

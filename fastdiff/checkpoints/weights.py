@@ -1,11 +1,9 @@
-"""Directories of .safetensors and .json files: one-line errors, and written whole or not at all."""
+"""Directories of .safetensors and .json files: read and written, with one-line errors."""
 
 import errno
 import json
 import os
 import re
-import shutil
-import socket
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastdiff.errors import InputError, first_line
+from fastdiff.files import replace_directory
 
 CONFIG_FILE = "config.json"
 # What building from a file's values may raise.
 UNBUILDABLE = (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError)
-_in_progress: set[Path] = set()  # temporary directories that threads of this process write
 
 
 # Reading
@@ -176,17 +174,13 @@ def check_target(target: Path, strangers: Callable[[Path], Iterable[str]]) -> No
         )
 
 
-def replace_directory(
+def write_directory(
     target: Path, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]
 ) -> None:
     """Make ``target`` a directory of these files, all of it or nothing.
 
-    The files go to a hidden directory beside it, are flushed to the disk, and only then renamed
-    into place; an older directory of that name stays until the new one is complete. What a killed
-    save left behind is removed by the next one.
-
     Args:
-        target: its parent is made if missing.
+        target: its parent is made if missing; an older directory of that name is replaced.
         tensors: file name without ``.safetensors`` -> tensors by name.
         documents: file name without ``.json`` -> a JSON value.
 
@@ -200,29 +194,9 @@ def replace_directory(
         for stem, group in tensors.items():
             _write_tensors(folder / f"{stem}.safetensors", group)
         for stem, text in texts.items():
-            _write_json(folder / f"{stem}.json", text)
+            (folder / f"{stem}.json").write_text(text, encoding="utf-8")
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _recover(target)
-    _remove_stale(target.parent)
-    temporary = target.parent / f".{target.name}.saving-{socket.gethostname()}-{os.getpid()}"
-    _in_progress.add(temporary)
-    try:
-        _write_directory(temporary, write)
-        previous = previous_directory(target)
-        if target.exists():
-            # Between the two renames nothing has this name; ``_recover`` undoes the first.
-            target.rename(previous)
-        temporary.rename(target)
-    finally:
-        _in_progress.discard(temporary)
-    _sync_directory(target.parent)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def previous_directory(target: Path) -> Path:
-    """Where ``target`` is while its successor takes its place."""
-    return target.parent / f".{target.name}.previous"
+    replace_directory(target, write)
 
 
 def to_json(name: str, document: Any) -> str:
@@ -254,62 +228,3 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         number = re.search(r"os error (\d+)", str(error))
         code = int(number.group(1)) if number else errno.EIO
         raise OSError(code, os.strerror(code), str(path)) from error
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _write_json(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_directory(path: Path, write: Callable[[Path], None]) -> None:
-    path.mkdir()
-    try:
-        write(path)
-        _sync_directory(path)
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
-
-
-def _recover(target: Path) -> None:
-    """Undo or finish the renames of a save that was killed between them."""
-    previous = previous_directory(target)
-    if not previous.is_dir():
-        return
-    if target.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-    else:
-        previous.rename(target)
-
-
-def _remove_stale(parent: Path) -> None:
-    """Remove temporary directories of processes of this machine that are gone."""
-    pattern = re.compile(rf"\..+\.saving-{re.escape(socket.gethostname())}-(\d+)")
-    for entry in parent.iterdir():
-        match = pattern.fullmatch(entry.name)
-        if match and entry not in _in_progress and not _is_running(int(match.group(1))):
-            shutil.rmtree(entry, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    if pid == os.getpid():
-        return False  # a dead process had this number; ours are in _in_progress
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

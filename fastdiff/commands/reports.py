@@ -7,7 +7,7 @@ from typing import Any
 
 from fastdiff.commands.checkpoint_options import writable_folder
 from fastdiff.errors import InputError
-from fastdiff.images import replacing
+from fastdiff.files import replace_text
 
 
 def check_report(out: str | Path, parts: Collection[str]) -> None:
@@ -33,8 +33,7 @@ def write_report(out: str | Path, document: Mapping[str, Any]) -> None:
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
         return
-    with replacing(path.resolve()) as stream:
-        stream.write(text.encode())
+    replace_text(path.resolve(), text)
 
 
 def _is_report(path: Path, parts: Collection[str]) -> bool:

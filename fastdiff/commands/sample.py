@@ -28,10 +28,10 @@ from fastdiff.commands.class_options import choose_classes, class_names
 from fastdiff.commands.sample_parts import Batch, Merged, Parts, split
 from fastdiff.commands.workers import join
 from fastdiff.errors import InputError
+from fastdiff.files import remove_unfinished
 from fastdiff.images import (
     MAX_TRAJECTORY_COLUMNS,
     MODES,
-    remove_unfinished,
     save_grid,
     save_pngs,
     save_trajectory,

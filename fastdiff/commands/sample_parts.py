@@ -22,11 +22,10 @@ import numpy as np
 from torch import Tensor
 
 from fastdiff.errors import InputError
+from fastdiff.files import remove_unfinished, replace_text
 from fastdiff.images import (
     is_our_png,
     read_samples,
-    remove_unfinished,
-    replacing,
     samples_file_name,
     write_samples,
 )
@@ -249,13 +248,10 @@ class Parts:
 
     def _write_manifest(self) -> None:
         path = self.folder / MANIFEST
-        if path.exists():
-            return
-        with self.keeping(), replacing(path) as stream:
-            stream.write((json.dumps(self.settings, indent=2) + "\n").encode())
-            # A part lost with the power is drawn again; without this all would be lost.
-            stream.flush()
-            os.fsync(stream.fileno())
+        if not path.exists():
+            # A part lost with the power is drawn again; without this one file all would be lost.
+            with self.keeping():
+                replace_text(path, json.dumps(self.settings, indent=2) + "\n", durable=True)
 
     def _check_manifest(self) -> None:
         """InputError when the folder is another run's, or no run's; nothing is changed."""

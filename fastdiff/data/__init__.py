@@ -2,7 +2,7 @@
 
 from fastdiff.data.classes import match_classes
 from fastdiff.data.dataset import NO_LABEL, ArrayDataset, ImageDataset
-from fastdiff.data.folder import FolderDataset
+from fastdiff.data.formats.folder import FolderDataset
 from fastdiff.data.load import load_dataset
 from fastdiff.data.stream import BatchStream, iterate_once
 

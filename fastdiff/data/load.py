@@ -7,14 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fastdiff.data.arrays import (
-    cifar10_files,
-    load_cifar10,
-    load_digits,
-    load_npz,
-)
 from fastdiff.data.dataset import ImageDataset
-from fastdiff.data.folder import CACHE_BYTES, load_folder
+from fastdiff.data.formats.registry import CACHE_BYTES, FORMATS, Options
 from fastdiff.data.labels import WAYS
 from fastdiff.errors import InputError
 
@@ -70,38 +64,24 @@ def load_dataset(
         raise InputError(f"labels is {labels!r}, expected one of {', '.join(WAYS)}")
     if max_pixels is not None and not _is_size(max_pixels):
         raise InputError(f"max_pixels is {max_pixels!r}, expected a positive number of pixels")
-    options: dict[str, Any] = {
-        "image_size": image_size,
-        "class_cond": class_cond,
-        "random_flip": random_flip,
-        "channels": channels,
-    }
-    if spec == "digits":
-        return load_digits(**options)
-    path = Path(spec).expanduser()
-    if not path.exists():
-        raise InputError(
-            f"no data at '{path}': expected 'digits', a folder of images, a .npz file "
-            "or a CIFAR-10 folder"
-        )
-    if files := cifar10_files(path):
-        return load_cifar10(files, **options)
-    if path.is_dir():
-        return load_folder(
-            path,
-            cache_bytes=cache_bytes,
-            labels=labels,
-            known_classes=known_classes,
-            skip_broken=skip_broken,
-            max_pixels=max_pixels,
-            **options,
-        )
-    if path.suffix.lower() == ".npz":
-        return load_npz(path, **options)
-    raise InputError(
-        f"'{path}' is a file of an unknown kind: expected a folder of images, a .npz file "
-        "or a CIFAR-10 batch"
+    options = Options(
+        image_size=image_size,
+        class_cond=class_cond,
+        random_flip=random_flip,
+        channels=channels,
+        cache_bytes=cache_bytes,
+        labels=labels,
+        known_classes=known_classes,
+        skip_broken=skip_broken,
+        max_pixels=max_pixels,
     )
+    path = Path(spec).expanduser()
+    for known in FORMATS:
+        if known.recognises(spec, path):
+            return known.load(path, options)
+    problem = f"'{path}' is a file of an unknown kind" if path.exists() else f"no data at '{path}'"
+    *others, last = [known.name for known in FORMATS]
+    raise InputError(f"{problem}: expected {', '.join(others)} or {last}")
 
 
 def _is_size(value: Any) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError
+from fastdiff.files import replace_text
 from fastdiff.optional import require
 
 QUARTILES = 4
@@ -147,19 +148,24 @@ def open_tensorboard(directory: Path, step: int) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The records of a metrics.jsonl, without a last line that a killed process left unfinished."""
+    """The records of a metrics.jsonl by their steps, of two for one step the later (a resumed run).
+
+    None where there is no file. A last line that a killed process left unfinished is passed over.
+    """
     if not path.exists():
         return []
-    records = []
+    records = {}
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number == len(lines):
-                break
-            raise InputError(f"{path}, line {number}: not a JSON object") from None
-    return records
+            record = json.loads(line)
+            records[record["step"]] = record
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise InputError(
+                    f"{path}, line {number}: not a JSON object with a step: {line[:60]!r}"
+                ) from None
+    return [records[step] for step in sorted(records)]
 
 
 def truncate_metrics(path: Path, step: int) -> None:
@@ -168,10 +174,3 @@ def truncate_metrics(path: Path, step: int) -> None:
         return
     kept = [record for record in read_metrics(path) if record["step"] <= step]
     replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old text or the new one."""
-    replacement = path.with_name(path.name + ".new")
-    replacement.write_text(text, encoding="utf-8")
-    os.replace(replacement, path)

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from fastdiff.data import ImageDataset, iterate_once
-from fastdiff.images import plot_loss, to_float, to_uint8
+from fastdiff.images import to_float, to_uint8
 from fastdiff.models.replicas.replica import replica_of
 from fastdiff.models.unet import UNet
 from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.process.likelihood import summarize_bpd
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.training.config import TrainConfig
+from fastdiff.training.loss_curve import plot_loss
 from fastdiff.training.metrics import read_metrics
 
 

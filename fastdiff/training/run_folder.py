@@ -8,7 +8,7 @@ from typing import Any
 
 from fastdiff.checkpoints.run_directory import RUN_KIND, held, list_checkpoints, require_run
 from fastdiff.errors import InputError
-from fastdiff.training.metrics import replace_text
+from fastdiff.files import replace_text
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastdiff.data import NO_LABEL, ArrayDataset, BatchStream, iterate_once, load_dataset
-from fastdiff.data.arrays import CIFAR10_CLASSES
+from fastdiff.data.formats import registry
+from fastdiff.data.formats.cifar10 import CIFAR10_CLASSES
 from fastdiff.errors import InputError
 from paths import RECORDED
 
@@ -524,3 +525,29 @@ def test_iterate_once_visits_in_order():
 def test_bad_stream_arguments(options, message):
     with pytest.raises(InputError, match=message):
         BatchStream(numbered(4), **({"batch_size": 4} | options))
+
+
+def test_a_folder_named_digits_is_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "digits").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "digits" / "a.png")
+    monkeypatch.chdir(tmp_path)
+    assert len(load_dataset("digits")) == 1797
+    assert len(load_dataset("./digits")) == len(load_dataset(tmp_path / "digits")) == 1
+
+
+def test_a_format_is_added_by_registering_it(tmp_path):
+    known = len(registry.FORMATS)
+
+    @registry.image_format("a text of grey levels", lambda path: path.suffix == ".grey")
+    def load(path, options):
+        levels = np.array(path.read_text().split(), np.uint8)
+        return ArrayDataset(levels[:, None, None, None], random_flip=options.random_flip)
+
+    try:
+        (tmp_path / "a.grey").write_text("1 2 3")
+        assert load_dataset(tmp_path / "a.grey")[1][0].item() == 2
+        with pytest.raises(InputError, match="a text of grey levels or a folder of images"):
+            load_dataset(tmp_path / "nowhere")
+    finally:
+        registry.FORMATS[:] = [f for f in registry.FORMATS if f.load is not load]
+    assert len(registry.FORMATS) == known

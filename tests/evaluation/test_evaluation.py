@@ -12,7 +12,7 @@ from scipy import linalg
 from fastdiff import evaluation
 from fastdiff.data import ArrayDataset, load_dataset
 from fastdiff.errors import InputError
-from fastdiff.evaluation import distances, threads
+from fastdiff.evaluation import distances, scores, threads
 from fastdiff.evaluation.classifier import train_classifier
 
 
@@ -219,7 +219,7 @@ def test_the_halves_distance_is_stable(digits):
     """The mean over the draws moves little with the seed; a single halving moves a lot."""
     judge = train_classifier(digits.images, torch.from_numpy(digits.labels), 10, steps=60)
     features = judge(digits.images)[1]
-    halves = [evaluation._frechet(features, features, features, seed) for seed in range(4)]
+    halves = [scores._frechet(features, features, features, seed) for seed in range(4)]
     means = [result["halves"] for result in halves]
     assert np.std(means) < 0.1 * np.mean(means)
     assert halves[0]["count"] == 898
@@ -252,7 +252,7 @@ def test_classes_of_too_few_images(digits):
 
 
 def test_large_images_are_averaged_down_and_large_sets_sampled(monkeypatch):
-    monkeypatch.setattr(evaluation, "MAX_REAL", 50)
+    monkeypatch.setattr(scores, "MAX_REAL", 50)
     rng = np.random.default_rng(0)
     dataset = ArrayDataset(rng.integers(0, 256, (80, 20, 24, 3), np.uint8))
     report = evaluation.evaluate(rng.integers(0, 256, (30, 20, 24, 3), np.uint8), dataset)

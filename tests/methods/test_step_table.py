@@ -138,7 +138,7 @@ def test_previous_x_takes_the_output_as_the_mean():
 @pytest.mark.parametrize("mean_type", MEAN_TYPES)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_true_prediction_returns_x_start_and_arrives_at_it(mean_type, method):
-    """With the network's exact answer for one x_0, every row recovers x_0 and keeps to its line."""
+    """With the network's exact answer for one x_0, every row recovers x_0 and keeps the marginals."""
     for process in (
         cosine(30, mean_type=mean_type),
         levels(np.ones(30), geometric_sigmas(30), mean_type),
@@ -167,11 +167,10 @@ def test_a_true_prediction_returns_x_start_and_arrives_at_it(mean_type, method):
             assert pred == pytest.approx(x_0, abs=1e-6 * scale)
             x_prev = row["c"] * x_0 + row["d"] * x_t + row["o"] * output + row["e"] * x_0
             signal_prev, noise_prev = (signal[t - 1], noise[t - 1]) if t else (1.0, 0.0)
-            if method in ("ddpm", "sde-dpmsolver++"):  # the posterior's mean; at the end, x_0
-                assert x_prev == pytest.approx(previous_mean, abs=1e-5)
-            else:  # deterministic: the same ε at the next level
-                line = signal_prev * x_0 + noise_prev * eps
-                assert x_prev == pytest.approx(line, abs=1e-6 * max(1, noise[t]))
+            # The marginal q(x_prev | x_0): what is left of ε and the fresh noise make its variance.
+            left = np.sqrt(max(noise_prev**2 - row["sigma"] ** 2, 0))
+            line = signal_prev * x_0 + left * eps
+            assert x_prev == pytest.approx(line, abs=1e-5 * max(1, noise[t]))
         assert x_prev == pytest.approx(x_0, abs=1e-5)
 
 
@@ -343,7 +342,7 @@ def test_every_gaussian_process_keeps_its_marginals(log_snr_drops, start, radii,
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"method": "euler"}, "method is 'euler'; expected one of ddpm, ddim, dpmsolver"),
+        ({"method": "eulr"}, "method is 'eulr'; expected one of ddim, ddpm, dpmsolver"),
         ({"method": "ddpm", "eta": 0.5}, "eta=0.5 belongs to method 'ddim'"),
         ({"method": "ddim", "eta": -0.1}, "eta is -0.1"),
         ({"method": "ddim", "eta": float("nan")}, "eta is nan"),

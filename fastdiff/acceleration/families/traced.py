@@ -8,7 +8,7 @@ import copy
 import dis
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fastdiff.acceleration.calls import PLAIN
-from fastdiff.acceleration.fused_class import Fusion, Refused
+from fastdiff.acceleration.fused_class import Fusion, Refused, Trials
 from fastdiff.acceleration.pieces import is_group_norm, is_normed, is_silu
 from fastdiff.errors import first_line
 from fastdiff.models.blocks import apply_norm
@@ -32,8 +32,23 @@ OPERATIONS = frozenset(
 )
 
 
-def fusion(module: nn.Module) -> Fusion:
-    """The fused forward of a module that owns a GroupNorm. Refused where there is none."""
+CONTAINERS = nn.Sequential | nn.ModuleList | nn.ModuleDict
+
+
+def fusions(module: nn.Module) -> Iterator[tuple[Fusion, Trials]]:
+    """What fuses a module that owns a GroupNorm: its own forward, so there is nothing to try."""
+    if any(map(is_group_norm, module.children())) and not isinstance(module, CONTAINERS):
+        yield _fusion(module), ()
+
+
+def _fusion(module: nn.Module) -> Fusion:
+    try:
+        return _traced(module)
+    except Refused as refused:
+        raise Refused(f"{refused}; its norms are fused one by one") from None
+
+
+def _traced(module: nn.Module) -> Fusion:
     _check_straight(module)
     graph = _trace(module)
     bypassed = tuple(name for node in list(graph.nodes) for name in _fuse(module, graph, node))

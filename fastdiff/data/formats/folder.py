@@ -1,7 +1,6 @@
 """A folder of image files."""
 
 from collections import Counter
-from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.data.dataset import ImageDataset
+from fastdiff.data.formats.registry import CACHE_BYTES, Options, image_format
 from fastdiff.data.labels import Reading, Refusal, read_labels
 from fastdiff.data.listing import SUFFIXES, list_folder
 from fastdiff.data.pictures import Header, check_pixels, decode, pixel_limit, read_header
@@ -18,7 +18,6 @@ from fastdiff.data.summary import NOT_ASKED, Found
 from fastdiff.data.text import plain
 from fastdiff.errors import InputError, first_line
 
-CACHE_BYTES = 1 << 30  # a decoded set of at most this size stays in memory
 READ_THREADS = 8
 KINDS = {
     "1": "greyscale",
@@ -87,19 +86,8 @@ class FolderDataset(ImageDataset):
         return array.transpose(2, 0, 1)
 
 
-def load_folder(
-    root: Path,
-    *,
-    image_size: int | None,
-    class_cond: bool | None,
-    random_flip: bool,
-    channels: int | None,
-    cache_bytes: int = CACHE_BYTES,
-    labels: str | None = None,
-    known_classes: Collection[str] = (),
-    skip_broken: bool = False,
-    max_pixels: int | None = None,
-) -> FolderDataset:
+@image_format("a folder of images", Path.is_dir, general=True)
+def load_folder(root: Path, options: Options) -> FolderDataset:
     """Open a folder and its sub-folders; every file's header is read now, its pixels later.
 
     With ``skip_broken`` the pixels are decoded now too, once, to know which files are whole.
@@ -111,7 +99,7 @@ def load_folder(
         raise InputError(
             f"'{plain(root)}' holds no image files ({', '.join(sorted(SUFFIXES))}){passed_over}"
         )
-    headers, broken = _read_headers(listing.files, image_size, skip_broken, max_pixels)
+    headers, broken = _read_headers(listing.files, options)
     if not headers:
         raise InputError(
             f"'{plain(root)}' holds no image file that is whole; the first is {broken[0]}"
@@ -124,34 +112,30 @@ def load_folder(
         skipped=skipped,
         broken=[line.replace(f"'{plain(root)}/", "'", 1) for line in broken],
     )
-    if channels is None:
-        channels = _choose_channels(headers)
-    if image_size is None:
-        width, height = _one_size(headers)
-    else:
-        width = height = image_size
+    channels = options.channels or _choose_channels(headers)
+    side = options.image_size
+    width, height = _one_size(headers) if side is None else (side, side)
     files = [header.file for header in headers]
-    reading = _read_classes(root, files, class_cond, labels, known_classes, found)
+    reading = _read_classes(root, files, options, found)
     numbers, class_names = (None, None) if reading is None else _number(reading)
     return FolderDataset(
         files,
         (height, width),
         channels,
-        resize=image_size,
-        cache_bytes=cache_bytes,
-        max_pixels=max_pixels,
+        resize=side,
+        cache_bytes=options.cache_bytes,
+        max_pixels=options.max_pixels,
         labels=numbers,
         class_names=class_names,
-        random_flip=random_flip,
+        random_flip=options.random_flip,
         reading=None if reading is None else reading.way,
         found=found,
     )
 
 
-def _read_headers(
-    files: list[Path], image_size: int | None, skip_broken: bool, max_pixels: int | None
-) -> tuple[list[Header], list[str]]:
+def _read_headers(files: list[Path], options: Options) -> tuple[list[Header], list[str]]:
     """Headers of the files that can be used; with ``skip_broken``, what the others suffer from."""
+    image_size, max_pixels = options.image_size, options.max_pixels
 
     def read(file: Path) -> Header | InputError:
         try:
@@ -163,7 +147,7 @@ def _read_headers(
                 )
             if image_size is not None:
                 _check_resized(header, image_size, max_pixels)
-            if skip_broken:
+            if options.skip_broken:
                 check_pixels(file, max_pixels)
             return header
         except InputError as error:
@@ -174,7 +158,7 @@ def _read_headers(
     with ThreadPoolExecutor(READ_THREADS) as pool:
         results = list(pool.map(read, files))
     broken = [result for result in results if isinstance(result, InputError)]
-    if broken and not skip_broken:
+    if broken and not options.skip_broken:
         raise InputError(
             f"{broken[0]}; --skip-broken leaves out what cannot be used ({len(broken)} of "
             f"{len(files)} files)"
@@ -216,21 +200,14 @@ def _one_size(headers: list[Header]) -> tuple[int, int]:
     return first.size
 
 
-def _read_classes(
-    root: Path,
-    files: list[Path],
-    class_cond: bool | None,
-    way: str | None,
-    known_classes: Collection[str],
-    found: Found,
-) -> Reading | None:
+def _read_classes(root: Path, files: list[Path], options: Options, found: Found) -> Reading | None:
     """The class of every file. Where none is demanded, why there are none goes to ``found``."""
-    if class_cond is False:
+    if options.class_cond is False:
         found.no_classes = NOT_ASKED
         return None
     parts = [file.relative_to(root).parts for file in files]
-    reading = read_labels(parts, way, known_classes)
-    demanded = class_cond or way is not None
+    reading = read_labels(parts, options.labels, options.known_classes)
+    demanded = options.class_cond or options.labels is not None
     if isinstance(reading, Refusal):
         if demanded:
             raise InputError(f"'{plain(root)}': {reading.reason}")

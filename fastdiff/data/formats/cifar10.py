@@ -1,62 +1,27 @@
-"""Sets that are arrays already: scikit-learn's digits, .npz files, CIFAR-10's own files."""
+"""CIFAR-10 as it is distributed: python (pickle) or binary batches."""
 
 import pickle
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastdiff.data.classes import numbers
 from fastdiff.data.dataset import ArrayDataset
-from fastdiff.data.summary import NOT_ASKED, Found
-from fastdiff.data.transforms import convert_arrays
+from fastdiff.data.formats.registry import Options, image_format
+from fastdiff.data.in_memory import in_memory
 from fastdiff.errors import InputError
-from fastdiff.images import check_channels_last, read_samples
-from fastdiff.optional import require
 
 CIFAR10_CLASSES = (
     "airplane automobile bird cat deer dog frog horse ship truck".split()
 )  # label i is name i
 CIFAR10_BATCH = re.compile(r"(data_batch_(\d+)|test_batch)(\.bin)?")
-MAX_CLASSES = 1_000_000  # beyond, labels are something else: names and embeddings grow with them
 CIFAR10_PIXELS = 3 * 32 * 32
-
-
-def load_digits(**options: Any) -> ArrayDataset:
-    """The 1,797 handwritten digits of scikit-learn: 8x8, values 0..16 brought to 0..255."""
-    bunch = require("sklearn.datasets", "demo").load_digits()
-    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, :, :, None]
-    names = [str(name) for name in bunch.target_names]
-    return _array_dataset(images, bunch.target.astype(np.int64), names, "digits", **options)
-
-
-def load_npz(path: Path, **options: Any) -> ArrayDataset:
-    """A .npz of uint8 (N, H, W, C) ``arr_0`` and, optionally, (N,) integer ``arr_1``, and the
-    names of the classes, ``class_names``, by their numbers."""
-    images, labels, names = read_samples(path)
-    check_channels_last(images, f"'{path}': arr_0")
-    if labels is not None and len(labels):
-        wrong = labels[(labels < 0) | (labels >= MAX_CLASSES)]
-        if len(wrong):
-            raise InputError(
-                f"'{path}': arr_1 holds the label {wrong[0]}, "
-                f"expected class numbers from 0, below {MAX_CLASSES:,}"
-            )
-    if images.size == 0:
-        raise InputError(f"'{path}' holds no images: arr_0 has shape {images.shape}")
-    numbered = names is None
-    if labels is None:
-        names = None
-    elif names is None:
-        names = numbers(int(labels.max()) + 1)
-    return _array_dataset(images, labels, names, f"'{path}'", numbered=numbered, **options)
 
 
 def cifar10_files(path: Path) -> list[Path]:
     """CIFAR-10's training batches in a folder, or the one batch that ``path`` is; else nothing."""
-    if path.is_file():
+    if not path.is_dir():
         return [path] if CIFAR10_BATCH.fullmatch(path.name) else []
     for suffix in ("", ".bin"):
         found = {}
@@ -71,8 +36,10 @@ def cifar10_files(path: Path) -> list[Path]:
     return []
 
 
-def load_cifar10(files: list[Path], **options: Any) -> ArrayDataset:
-    """CIFAR-10 batches in their python (pickle) or binary form: 32x32 RGB, 10 classes."""
+@image_format("a CIFAR-10 folder or batch", lambda path: bool(cifar10_files(path)))
+def load_cifar10(path: Path, options: Options) -> ArrayDataset:
+    """The training batches of a folder, or one batch: 32x32 RGB, 10 classes."""
+    files = cifar10_files(path)
     parts = [_read_binary(file) if file.suffix == ".bin" else _read_pickle(file) for file in files]
     planes = np.concatenate([pixels for pixels, _ in parts])  # (N, 3072): red, green, blue planes
     labels = np.concatenate([labels for _, labels in parts]).astype(np.int64)
@@ -82,43 +49,7 @@ def load_cifar10(files: list[Path], **options: Any) -> ArrayDataset:
             f"expected 0 to {len(CIFAR10_CLASSES) - 1}"
         )
     images = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return _array_dataset(images, labels, list(CIFAR10_CLASSES), f"'{files[0].parent}'", **options)
-
-
-def _array_dataset(
-    images: np.ndarray,
-    labels: np.ndarray | None,
-    class_names: list[str] | None,
-    name: str,
-    *,
-    image_size: int | None,
-    class_cond: bool | None,
-    random_flip: bool,
-    channels: int | None,
-    numbered: bool = False,
-) -> ArrayDataset:
-    if class_cond and labels is None:
-        raise InputError(f"{name} has no labels (arr_1), which class_cond needs")
-    no_classes = NOT_ASKED if class_cond is False and labels is not None else ""
-    if class_cond is False:
-        labels = class_names = None
-    if len(images) == 0:
-        raise InputError(f"{name} holds no images")
-    count, height, width, found = images.shape
-    images = convert_arrays(images, image_size, channels, name)
-    return ArrayDataset(
-        images,
-        labels=labels,
-        class_names=class_names,
-        random_flip=random_flip,
-        numbered=numbered and labels is not None,
-        found=Found(
-            name.strip("'"),
-            sizes=Counter({f"{width}x{height}": count}),
-            modes=Counter({f"{found}-channel": count}),
-            no_classes=no_classes,
-        ),
-    )
+    return in_memory(images, labels, list(CIFAR10_CLASSES), f"'{files[0].parent}'", options)
 
 
 def _read_binary(file: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,49 @@
+"""Arrays that a format has read, as a data set."""
+
+from collections import Counter
+
+import numpy as np
+
+from fastdiff.data.dataset import ArrayDataset
+from fastdiff.data.formats.registry import Options
+from fastdiff.data.summary import NOT_ASKED, Found
+from fastdiff.data.transforms import convert_arrays
+from fastdiff.errors import InputError
+
+
+def in_memory(
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    class_names: list[str] | None,
+    name: str,
+    options: Options,
+    *,
+    numbered: bool = False,
+) -> ArrayDataset:
+    """uint8 (N, H, W, C) and, where there are classes, labels (N,) and names as a data set.
+
+    name: of the set, for messages. numbered: the classes have numbers alone.
+    """
+    class_cond = options.class_cond
+    if class_cond and labels is None:
+        raise InputError(f"{name} has no labels (arr_1), which class_cond needs")
+    no_classes = NOT_ASKED if class_cond is False and labels is not None else ""
+    if class_cond is False:
+        labels = class_names = None
+    if len(images) == 0:
+        raise InputError(f"{name} holds no images")
+    count, height, width, found = images.shape
+    images = convert_arrays(images, options.image_size, options.channels, name)
+    return ArrayDataset(
+        images,
+        labels=labels,
+        class_names=class_names,
+        random_flip=options.random_flip,
+        numbered=numbered and labels is not None,
+        found=Found(
+            name.strip("'"),
+            sizes=Counter({f"{width}x{height}": count}),
+            modes=Counter({f"{found}-channel": count}),
+            no_classes=no_classes,
+        ),
+    )
