@@ -19,18 +19,17 @@ __version__ = "0.1.0"  # the only place: pyproject.toml reads it here
 if TYPE_CHECKING:
     from fastdiff.public import *
     from fastdiff.public import __all__ as __all__
+else:  # where a type checker would take every name to exist
 
-
-def __getattr__(name: str) -> Any:
-    """The public names on first use, so that ``fastdiff --help`` does not wait for torch."""
-    if name.startswith("__") and name != "__all__":
-        raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
-    public = importlib.import_module("fastdiff.public")
-    if name == "__all__" or name in getattr(public, "__all__", ()):
-        globals()[name] = getattr(public, name)
-    if name not in globals():  # a submodule that the import above has loaded is there by now
-        raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
-    return globals()[name]
+    def __getattr__(name: str) -> Any:
+        """The public names on first use, so that ``fastdiff --help`` does not wait for torch."""
+        if not name.startswith("__") or name == "__all__":
+            public = importlib.import_module("fastdiff.public")
+            if name == "__all__" or name in getattr(public, "__all__", ()):
+                globals()[name] = getattr(public, name)
+        if name not in globals():  # a submodule that the import above has loaded is there by now
+            raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
+        return globals()[name]
 
 
 def __dir__() -> list[str]:
