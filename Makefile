@@ -27,8 +27,11 @@ demo test: export OMP_NUM_THREADS ?= 1
 .PHONY: demo test test-nightly lint bench docs gpu clean
 
 demo: $(VENV)/demo.installed
+	@echo "== Training on 1,797 digits"
 	$(BIN)/fastdiff train --preset digits --data digits --out $(DEMO) --resume
+	@echo "== Sampling 1,000 images"
 	$(BIN)/fastdiff sample --checkpoint $(DEMO) --out $(DEMO) --num 1000 --steps 50
+	@echo "== Scoring them"
 	$(BIN)/fastdiff evaluate --samples $(DEMO)/samples_1000x8x8x1.npz --data digits --out $(DEMO)/evaluation.json
 	@echo "Look at $(DEMO)/grid.png (the samples) and $(DEMO)/loss_curve.png."
 
@@ -54,16 +57,27 @@ docs: $(VENV)/docs.installed
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py
 
-$(VENV)/%.installed: pyproject.toml setup.py CMakeLists.txt $(NATIVE) | $(VENV)/torch.installed
-	$(BIN)/pip install --quiet --editable '.[$*]'
-	$(if $(filter test,$*),$(BIN)/pip install --quiet --no-deps $(WITHOUT_DEPENDENCIES))
+# The build tools stand in the environment, so that what is compiled once stays compiled: make test
+# after make demo compiles nothing, and after a change only what changed.
+$(VENV)/%.installed: pyproject.toml setup.py | $(VENV)/native.built
+	@echo "== Installing fastdiff and the packages of its extra '$*'"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --no-build-isolation --editable '.[$*]'
+	$(if $(filter test,$*),$(BIN)/pip install --no-deps $(WITHOUT_DEPENDENCIES))
+	@touch $@
+
+$(VENV)/native.built: setup.py CMakeLists.txt $(NATIVE) | $(VENV)/torch.installed
+	@echo "== Compiling the native library"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
 $(VENV)/torch.installed:
 	@test -n "$(PYTHON)" || { echo "fastdiff needs Python 3.11 or newer with venv; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "== Making $(VENV) with $(TORCH) and the build tools"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install '$(TORCH)'
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' > $(VENV)/build-tools.txt
+	$(BIN)/pip install --requirement $(VENV)/build-tools.txt
 	@touch $@
 
 clean:

@@ -2,9 +2,9 @@
 
 Environment variables read at build time:
   FASTDIFF_CUDA      1 compiles the CUDA kernels (an error without nvcc), 0 leaves them out;
-                     unset, they are compiled when nvcc is found; "emulate" compiles them for
-                     the CPU, where the backend "cuda" then takes CPU tensors: slow, for tests.
-                     The build prints its decision.
+                     unset, they are compiled where there are an NVIDIA driver and nvcc, which
+                     takes minutes; "emulate" compiles them for the CPU, where the backend
+                     "cuda" then takes CPU tensors: slow, for tests. The build prints its decision.
   CMAKE_BUILD_TYPE   "Debug" compiles without optimisation, in a third of the time.
   FASTDIFF_SANITIZE  passed to -fsanitize=, for example "address,undefined"; a debugging build.
 """
@@ -15,12 +15,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from sysconfig import get_platform
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
+DRIVERS = ("/proc/driver/nvidia/version", "/dev/dxg")  # Linux, and Linux under Windows
 
 
 class CMakeBuild(build_ext):
@@ -28,37 +30,57 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
-        options = cmake_options(module)
-        build_dir = Path(self.build_temp).resolve() / "native"
+        build_dir = self.build_folder() / "native"
+        options = cmake_options(module.name.removeprefix("_native"))
         discard_stale_build(build_dir, options)
 
         cmake = program("cmake")
         run([cmake, "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja", *options])
         run([cmake, "--build", str(build_dir), "--parallel", str(os.cpu_count() or 1)])
+        replace(build_dir / module.name, module)
+
+    def build_folder(self) -> Path:
+        """One that stays, so that the next build compiles only what changed."""
+        if not self.editable_mode:
+            return Path(self.build_temp).resolve()
+        # An editable install has a new build_temp every time: take where the others build.
+        return ROOT / "build" / f"temp.{get_platform()}-{sys.implementation.cache_tag}"
 
 
-def cmake_options(module: Path) -> list[str]:
+def cmake_options(suffix: str) -> list[str]:
     import pybind11
 
+    cuda, why = cuda_choice()
     options = {
         "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE", "Release"),
         "CMAKE_MAKE_PROGRAM": program("ninja"),
-        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(module.parent),
-        "FASTDIFF_MODULE_SUFFIX": module.name.removeprefix("_native"),
+        "FASTDIFF_MODULE_SUFFIX": suffix,
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
-        "FASTDIFF_CUDA": cuda_choice(),
+        "FASTDIFF_CUDA": cuda,
+        "FASTDIFF_CUDA_WHY": why,
         "FASTDIFF_SANITIZE": os.environ.get("FASTDIFF_SANITIZE", ""),
     }
     return [f"-D{name}={value}" for name, value in options.items()]
 
 
-def cuda_choice() -> str:
+def cuda_choice() -> tuple[str, str]:
+    """FASTDIFF_CUDA of CMakeLists.txt, and why the kernels are left out where they are."""
     asked = os.environ.get("FASTDIFF_CUDA", "")
     choices = {"": "AUTO", "0": "OFF", "1": "ON", "emulate": "EMULATE"}
     if asked not in choices:
         raise SetupError(f"FASTDIFF_CUDA is {asked!r}: expected 0, 1, emulate or unset")
-    return choices[asked]
+    if not asked and not any(map(os.path.exists, DRIVERS)):
+        return "OFF", "no NVIDIA driver here (FASTDIFF_CUDA=1 compiles them all the same)"
+    return choices[asked], f"FASTDIFF_CUDA={asked}"
+
+
+def replace(built: Path, module: Path) -> None:
+    """Put the module there whole: a process may have loaded the one before."""
+    module.parent.mkdir(parents=True, exist_ok=True)
+    new = module.with_name(f".{module.name}.{os.getpid()}.tmp")
+    shutil.copy2(built, new)
+    os.replace(new, module)
 
 
 def discard_stale_build(build_dir: Path, options: list[str]) -> None:

@@ -1,6 +1,6 @@
 """fastdiff: fast training and sampling of DDPM-family diffusion models.
 
-The names below are the public ones; each module's docstring says where it comes from.
+The public names stand in fastdiff/public.py; each module's docstring says where it comes from.
 
 On a CPU that other programs keep busy, set ``GOMP_SPINCOUNT=1000`` in the environment before torch
 is imported (the ``fastdiff`` command does so by itself): OpenMP's threads, which otherwise spin
@@ -11,53 +11,26 @@ from fastdiff import wait_policy
 
 wait_policy.choose_for_command()  # before torch is imported
 
-from fastdiff import ops
-from fastdiff.acceleration import accelerate, report, restore
-from fastdiff.checkpoints.checkpoint import Checkpoint, load, save
-from fastdiff.errors import InputError, TrainingError
-from fastdiff.methods.table import StepTable
-from fastdiff.models.ema import EMA
-from fastdiff.models.unet import UNet
-from fastdiff.ops.backends import backend, set_backend
-from fastdiff.ops.explain import explain
-from fastdiff.process.best_timesteps import best_timesteps
-from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
-from fastdiff.process.respacing import space_timesteps
-from fastdiff.process.schedules import (
-    cosine_betas,
-    get_named_beta_schedule,
-    linear_betas,
-    rescale_zero_terminal_snr,
-)
-from fastdiff.process.variance_exploding import VarianceExploding
-from fastdiff.sampling.sampler import Sampler
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # the only place: pyproject.toml reads it here
 
-__all__ = [
-    "EMA",
-    "Checkpoint",
-    "GaussianDiffusion",
-    "InputError",
-    "Sampler",
-    "StepTable",
-    "TrainingError",
-    "UNet",
-    "VarianceExploding",
-    "accelerate",
-    "backend",
-    "best_timesteps",
-    "cosine_betas",
-    "create_diffusion",
-    "explain",
-    "get_named_beta_schedule",
-    "linear_betas",
-    "load",
-    "ops",
-    "report",
-    "rescale_zero_terminal_snr",
-    "restore",
-    "save",
-    "set_backend",
-    "space_timesteps",
-]
+if TYPE_CHECKING:
+    from fastdiff.public import *
+    from fastdiff.public import __all__ as __all__
+else:  # where a type checker would take every name to exist
+
+    def __getattr__(name: str) -> Any:
+        """The public names on first use, so that ``fastdiff --help`` does not wait for torch."""
+        if not name.startswith("__") or name == "__all__":
+            public = importlib.import_module("fastdiff.public")
+            if name == "__all__" or name in getattr(public, "__all__", ()):
+                globals()[name] = getattr(public, name)
+        if name not in globals():  # a submodule that the import above has loaded is there by now
+            raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
+        return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *importlib.import_module("fastdiff.public").__all__})

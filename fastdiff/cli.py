@@ -6,28 +6,41 @@ import os
 import sys
 from collections.abc import Sequence
 
+from fastdiff import __version__
 from fastdiff.errors import InputError, TrainingError
 
-COMMANDS = ("train", "sample", "nll", "evaluate", "convert", "bench", "info")
+COMMANDS = {
+    "train": "train a diffusion model on images",
+    "sample": "draw images from a checkpoint",
+    "nll": "score a checkpoint: bits per dimension of images, with its terms",
+    "evaluate": "score samples against real images: recognition, class shares, Fréchet, memorising",
+    "convert": "turn a published .pt checkpoint into one that describes itself",
+    "bench": "time the fused operations against eager PyTorch on this machine",
+    "info": "print versions, devices, instruction sets and what was compiled for what",
+}
 # These may be started as one of several processes: they share their work, or have none to do.
 SHARING = ("sample", "info")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The parser for ``argv`` (None: for any). Of the commands it loads those named there alone,
+    and torch with them."""
     parser = argparse.ArgumentParser(
         prog="fastdiff", description="Train, sample and score DDPM-family diffusion models."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        module = importlib.import_module(f"fastdiff.commands.{name}")
+    for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(
             name,
-            help=module.HELP,
-            description=module.HELP,
+            help=summary,
+            description=summary,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        module.add_arguments(subparser)
-        subparser.set_defaults(run=module.run)
+        if argv is None or name in argv:
+            module = importlib.import_module(f"fastdiff.commands.{name}")
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
     return parser
 
 
@@ -44,11 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    given = sys.argv[1:] if argv is None else argv
+    args = build_parser(given).parse_args(given)
+
     from torch import OutOfMemoryError
 
     from fastdiff.commands.workers import refuse_several
 
-    args = build_parser().parse_args(argv)
     try:
         if args.command not in SHARING:
             refuse_several()

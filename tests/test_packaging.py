@@ -16,9 +16,12 @@ from pathlib import Path
 
 import pytest
 
+import fastdiff
 from paths import ROOT
 
 OFFLINE = ("No matching distribution found", "Could not find a version", "Connection", "resolve")
+
+VERSION = fastdiff.__version__
 
 pytestmark = pytest.mark.slow
 
@@ -86,7 +89,7 @@ def installed(wheel, tmp_path_factory):
 def test_the_sdist_has_what_a_build_needs(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for needed in ("CMakeLists.txt", "setup.py", "pyproject.toml", "README.md"):
+    for needed in ("CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         assert needed in names
     sources = [p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.is_file()]
     assert sources and set(sources) <= names
@@ -94,7 +97,9 @@ def test_the_sdist_has_what_a_build_needs(sdist):
 
 
 def test_pip_wheel_gives_one_wheel_for_this_python(wheel):
-    assert wheel.name.startswith(f"fastdiff-0.1.0-cp{sys.version_info[0]}{sys.version_info[1]}-")
+    assert wheel.name.startswith(
+        f"fastdiff-{VERSION}-cp{sys.version_info[0]}{sys.version_info[1]}-"
+    )
 
 
 def test_the_build_prints_what_it_decided(wheel_build):
@@ -105,9 +110,10 @@ def test_the_build_prints_what_it_decided(wheel_build):
 def test_the_wheel_holds_one_package(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"fastdiff", "fastdiff-0.1.0.dist-info"}
+    assert tops == {"fastdiff", f"fastdiff-{VERSION}.dist-info"}
     assert sum(name.startswith("fastdiff/_native.") and name.endswith(".so") for name in names) == 1
     packaged = {name.removeprefix("fastdiff/") for name in names}
+    assert "py.typed" in packaged
     for folder, prefix in (("fastdiff", ""), ("kernels", "kernels/")):
         for path in (ROOT / folder).rglob("*.py"):
             assert prefix + path.relative_to(ROOT / folder).as_posix() in packaged
@@ -115,16 +121,21 @@ def test_the_wheel_holds_one_package(wheel):
 
 def test_the_wheel_does_not_require_the_build_tools(wheel):
     archive = zipfile.ZipFile(wheel)
-    metadata = archive.read("fastdiff-0.1.0.dist-info/METADATA").decode()
+    metadata = archive.read(f"fastdiff-{VERSION}.dist-info/METADATA").decode()
     core = [
         line.removeprefix("Requires-Dist: ")
         for line in metadata.splitlines()
         if line.startswith("Requires-Dist:") and "extra ==" not in line
     ]
-    assert sorted(core) == ["numpy", "safetensors", "torch>=2.11"]
+    assert sorted(core) == ["filelock>=3.12", "numpy", "safetensors", "torch>=2.11"]
+    assert (
+        f"\nVersion: {VERSION}\n" in metadata and "\nLicense-Expression: Apache-2.0\n" in metadata
+    )
+    licence = archive.read(f"fastdiff-{VERSION}.dist-info/licenses/LICENSE")
+    assert licence == (ROOT / "LICENSE").read_bytes()
     assert (
         "fastdiff = fastdiff.cli:main"
-        in archive.read("fastdiff-0.1.0.dist-info/entry_points.txt").decode()
+        in archive.read(f"fastdiff-{VERSION}.dist-info/entry_points.txt").decode()
     )
 
 
@@ -181,3 +192,74 @@ def test_a_build_that_found_no_nvcc_is_not_kept_when_one_is_named(tmp_path, monk
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     discard(build, ["-DA=1"])
     assert build.exists() and not kept.exists()
+
+
+def test_cuda_is_compiled_where_there_is_a_driver_or_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    choice = runpy.run_path(str(ROOT / "setup.py"))["cuda_choice"]
+    driver = tmp_path / "version"
+    monkeypatch.setitem(choice.__globals__, "DRIVERS", (str(driver),))
+    monkeypatch.delenv("FASTDIFF_CUDA", raising=False)
+    assert choice()[0] == "OFF" and choice()[1].startswith("no NVIDIA driver here")
+    monkeypatch.setenv("FASTDIFF_CUDA", "1")
+    assert choice()[0] == "ON"
+    driver.touch()
+    monkeypatch.delenv("FASTDIFF_CUDA")
+    assert choice()[0] == "AUTO"
+    monkeypatch.setenv("FASTDIFF_CUDA", "0")
+    assert choice() == ("OFF", "FASTDIFF_CUDA=0")
+
+
+def test_every_kind_of_build_finds_what_another_compiled(monkeypatch):
+    """`setup.py build_ext`, `pip install -e` and `pip wheel` of a clone: one folder."""
+    from setuptools.dist import Distribution
+
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    monkeypatch.chdir(ROOT)
+    build = runpy.run_path(str(ROOT / "setup.py"))["CMakeBuild"]
+    plain, editable = build(Distribution()), build(Distribution())
+    plain.ensure_finalized()
+    editable.ensure_finalized()
+    editable.editable_mode, editable.build_temp = True, "/tmp/new"
+    assert plain.build_folder() == editable.build_folder()
+
+
+def test_a_module_in_use_is_replaced_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    replace = runpy.run_path(str(ROOT / "setup.py"))["replace"]
+    built, module = tmp_path / "built.so", tmp_path / "fastdiff" / "_native.so"
+    built.write_text("one")
+    replace(built, module)
+    with module.open() as loaded:
+        built.write_text("other")
+        replace(built, module)
+        assert (loaded.read(), module.read_text()) == ("one", "other")
+    assert os.listdir(module.parent) == [module.name]
+
+
+@pytest.mark.exhaustive
+def test_a_build_with_cuda_imports_without_a_driver(tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    command += ["--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "build"]
+    done = run(command, cwd=ROOT, FASTDIFF_CUDA="1", CMAKE_BUILD_TYPE="Debug")
+    assert done.returncode == 0, done.stdout[-3000:]
+    (library,) = (tmp_path / "lib").rglob("_native*")
+    code = f"""
+import importlib.util, torch
+spec = importlib.util.spec_from_file_location("fastdiff._native", {str(library)!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+assert module.build_info()["cuda"]
+assert torch.version.cuda or "libcudart" not in open("/proc/self/maps").read()
+"""
+    done = run([sys.executable, "-c", code], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.exhaustive
+def test_one_wheel_serves_several_versions_of_torch(wheel):
+    check = ROOT / ".ci" / "check_wheel.py"
+    command = [sys.executable, check, "--torch", "2.11.0", "2.13.0", wheel]
+    assert "one wheel serves them all" in run_or_skip_offline(command, cwd=wheel.parent)

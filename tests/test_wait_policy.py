@@ -27,6 +27,7 @@ class Watch:
 
 sys.meta_path.insert(0, Watch())
 import fastdiff.cli
+import torch
 say()
 """
 

@@ -1,7 +1,8 @@
 """What a folder is (a training run's, a checkpoint, something else), and a run's checkpoints.
 
 A run leaves config.json, checkpoints/step_XXXXXXXX (the newest of them last), metrics.jsonl,
-tensorboard/, samples/ and loss_curve.png. Only a folder that shows it is a run is written into.
+tensorboard/, samples/, loss_curve.png and .lock. Only a folder that shows it is a run is written
+into.
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff.errors import InputError
+from fastdiff.locks import NAME as LOCK
 from fastdiff.locks import release, take
 
 RUN_KIND = "fastdiff run"  # what config.json says of itself; those of older versions do not
@@ -26,7 +28,7 @@ _OUR_LINE = re.compile(r'\{"step": \d+, "(grad_norm|bits_per_dim)": ')  # of met
 _RUN_PARTS = {"train", "model", "diffusion", "info"}  # of a run's config.json
 _RUN_ENTRIES = {"checkpoints", "metrics.jsonl", "tensorboard", "samples", "loss_curve.png"}
 # What a run that was killed in its first moments leaves, and what a file system puts everywhere.
-_NOTHING = {"config.json.new", "metrics.jsonl.new", ".DS_Store", ".gitkeep", "lost+found"}
+_NOTHING = {LOCK, "config.json.new", "metrics.jsonl.new", ".DS_Store", ".gitkeep", "lost+found"}
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,7 @@ def require_run(path: str | os.PathLike[str], *, or_empty: bool = False) -> None
 def held(run_dir: Path) -> Iterator[None]:
     """Inside, no other process trains into this folder, which exists.
 
-    InputError when another one does. The lock dies with its process, however that ends; a file
-    system without locks has none.
+    InputError when another one does. The lock dies with its process, however that ends.
     """
     lock = take(
         run_dir,

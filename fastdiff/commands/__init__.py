@@ -1,1 +1,1 @@
-"""One module per subcommand: HELP, add_arguments(parser), run(args) -> exit code."""
+"""One module per subcommand: add_arguments(parser), run(args) -> exit code."""

@@ -21,7 +21,6 @@ from fastdiff.methods.table import StepTable
 from fastdiff.ops.dispatch import OPERATIONS
 from fastdiff.process.gaussian import create_diffusion
 
-HELP = "time the fused operations against eager PyTorch on this machine"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MIN_ROUNDS, MAX_ROUNDS = 5, 101
 STEP = 500  # a row of the table that draws noise

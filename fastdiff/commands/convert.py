@@ -17,8 +17,6 @@ from fastdiff.models.ema import EMA, rate_name
 from fastdiff.models.unet import UNet
 from fastdiff.process.gaussian import create_diffusion
 
-HELP = "turn a published .pt checkpoint into one that describes itself"
-
 ORDERS = {"heads_first": False, "qkv_first": True}
 # The files' names in the published training loop: model500000.pt, ema_0.9999_500000.pt.
 MODEL_NAME = re.compile(r"model(\d+)\.pt")

@@ -13,8 +13,6 @@ from fastdiff.evaluation import evaluate, format_report
 from fastdiff.images import Samples, check_channels_last, read_samples
 from fastdiff.training.checks import choose_device
 
-HELP = "score samples against real images: recognition, class shares, Fréchet, memorising"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(

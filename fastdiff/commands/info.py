@@ -13,8 +13,6 @@ from typing import Any
 
 from fastdiff import wait_policy
 
-HELP = "print versions, devices, instruction sets and what was compiled for what"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")

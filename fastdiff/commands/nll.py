@@ -27,8 +27,6 @@ from fastdiff.optional import require
 from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.process.likelihood import BitsPerDim, rate_distortion, summarize_bpd
 
-HELP = "score a checkpoint: bits per dimension of images, with its terms"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_arguments(parser)

@@ -42,8 +42,6 @@ from fastdiff.optional import require
 from fastdiff.process.respacing import SPACINGS
 from fastdiff.sampling.sampler import Sampler
 
-HELP = "draw images from a checkpoint"
-
 DEFAULT_STEPS = 50
 GRID_IMAGES = 100  # more than these no longer make a picture one can look at
 

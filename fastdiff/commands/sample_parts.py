@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -29,7 +29,11 @@ from fastdiff.images import (
     samples_file_name,
     write_samples,
 )
+from fastdiff.locks import NAME as LOCK
 from fastdiff.locks import release, take
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 FOLDER = "parts"
 REMOVED = ".parts.removed"  # the folder's name while its files are deleted
@@ -86,7 +90,7 @@ class Parts:
         count = sum(batch.size for batch in batches)
         self.file = out / samples_file_name((count, *shape))
         self.settings: dict[str, Any] = {}
-        self.lock: int | None = None
+        self.lock: FileLock | None = None
 
     def check_targets(self) -> None:
         """InputError when --out holds a file that this run would replace and no run has written.
@@ -122,8 +126,10 @@ class Parts:
         if not self.folder.exists() and self.is_merged():
             return []
         self.folder.mkdir(exist_ok=True)
+        self._check_manifest()  # a folder of something else gets no lock, which is a file
         self._lock()
-        self._check_manifest()
+        self._check_manifest()  # another process may have been there first
+        self._write_manifest()
         remove_unfinished(self.folder / "*")
         return [batch for batch in self.batches if not self._is_whole(batch)]
 
@@ -240,17 +246,21 @@ class Parts:
             f"another process draws into {self.folder} now; wait for it, or give another --out",
         )
 
-    def _check_manifest(self) -> None:
-        """Write it into a new folder; in one that has it, raise InputError if the run differs."""
+    def _write_manifest(self) -> None:
         path = self.folder / MANIFEST
-        remedy = f"give another --out, or delete {self.folder} to start over"
         if not path.exists():
-            others = sorted(entry.name for entry in self.folder.iterdir())
-            if any(not name.endswith(".tmp") for name in others):
-                raise InputError(f"{self.folder} holds files of something else; {remedy}")
             # A part lost with the power is drawn again; without this one file all would be lost.
             with self.keeping():
                 replace_text(path, json.dumps(self.settings, indent=2) + "\n", durable=True)
+
+    def _check_manifest(self) -> None:
+        """InputError when the folder is another run's, or no run's; nothing is changed."""
+        path = self.folder / MANIFEST
+        remedy = f"give another --out, or delete {self.folder} to start over"
+        if not path.exists():
+            others = {entry.name for entry in self.folder.iterdir()} - {LOCK}
+            if any(not name.endswith(".tmp") for name in others):
+                raise InputError(f"{self.folder} holds files of something else; {remedy}")
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))

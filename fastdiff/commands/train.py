@@ -22,9 +22,7 @@ from fastdiff.training import TrainConfig, Trainer
 from fastdiff.training.init import Init, describe_init, fit_to_init, read_init
 from fastdiff.training.saved import SavedRun
 
-__all__ = ["HELP", "add_arguments", "run"]
-
-HELP = "train a diffusion model on images"
+__all__ = ["add_arguments", "run"]
 
 # Of the network's arguments: what a trained network computes the same with.
 TRAINING_ONLY = {"dropout", "use_checkpoint"}

@@ -1,0 +1,50 @@
+"""The public names: what ``fastdiff.<name>`` is. Loaded, with torch, when the first is used."""
+
+from fastdiff import ops
+from fastdiff.acceleration import accelerate, report, restore
+from fastdiff.checkpoints.checkpoint import Checkpoint, load, save
+from fastdiff.errors import InputError, TrainingError
+from fastdiff.methods.table import StepTable
+from fastdiff.models.ema import EMA
+from fastdiff.models.unet import UNet
+from fastdiff.ops.backends import backend, set_backend
+from fastdiff.ops.explain import explain
+from fastdiff.process.best_timesteps import best_timesteps
+from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
+from fastdiff.process.respacing import space_timesteps
+from fastdiff.process.schedules import (
+    cosine_betas,
+    get_named_beta_schedule,
+    linear_betas,
+    rescale_zero_terminal_snr,
+)
+from fastdiff.process.variance_exploding import VarianceExploding
+from fastdiff.sampling.sampler import Sampler
+
+__all__ = [
+    "EMA",
+    "Checkpoint",
+    "GaussianDiffusion",
+    "InputError",
+    "Sampler",
+    "StepTable",
+    "TrainingError",
+    "UNet",
+    "VarianceExploding",
+    "accelerate",
+    "backend",
+    "best_timesteps",
+    "cosine_betas",
+    "create_diffusion",
+    "explain",
+    "get_named_beta_schedule",
+    "linear_betas",
+    "load",
+    "ops",
+    "report",
+    "rescale_zero_terminal_snr",
+    "restore",
+    "save",
+    "set_backend",
+    "space_timesteps",
+]
