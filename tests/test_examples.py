@@ -46,6 +46,7 @@ def test_every_script_is_listed():
     assert all(f"`{name}.py`" in readme for name in scripts)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", TABLES)
 def test_quick_run(name, tmp_path):
     out = tmp_path / "plots"

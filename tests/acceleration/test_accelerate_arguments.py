@@ -111,6 +111,7 @@ def with_extras(module, names, defaults, by_keyword):
     return [p.name for p in known], scope["calls"]
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("family", FAMILIES)
 @given(data=st.data())
 @settings(max_examples=12, deadline=None)

@@ -300,6 +300,7 @@ KILLED_IN = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("moment", KILLED_IN)
 def test_kill_in_mid_write_keeps_the_older_checkpoint(tmp_path, moment):
     model = tiny()

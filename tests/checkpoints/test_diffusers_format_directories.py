@@ -143,6 +143,7 @@ def test_an_average_of_the_training_script(tmp_path):
     assert_same_output(fastdiff.load(tmp_path).model, model)  # the pipeline's own
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("field", sorted(BOOKKEEPING) + ["_name_or_path", "_use_default_values"])
 def test_fields_that_change_nothing_are_passed_over(saved, field):
     path, model = saved

@@ -247,6 +247,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     ("given", "suffix"),
     [(given, "pt") for given in LAYOUTS]

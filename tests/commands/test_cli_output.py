@@ -78,6 +78,7 @@ def run(arguments: list[str]) -> int:
         return 0
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("name", ["nll", "evaluate", "sample", "info", "help"])
 def test_no_encoding_ends_a_command(folder, tmp_path, terminal, name, encoding):

@@ -235,6 +235,7 @@ def test_a_damaged_checkpoint_is_one_line(small_run, tmp_path, capsys):
     assert str(weights) in message and f"delete {path}" in message
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)]
 )

@@ -33,9 +33,18 @@ def outcomes(sanitized):
         return dict(zip(SUITES, pool.map(run, SUITES.values()), strict=True))
 
 
-@pytest.mark.slow
+def passed(done) -> int:
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return int(re.search(r"(\d+) passed", done.stdout)[1])
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("suite", SUITES)
 def test_the_suite_holds_in_the_emulation(outcomes, suite):
-    done = outcomes[suite]
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 10
+    assert passed(outcomes[suite]) >= 10
+
+
+@pytest.mark.seconds
+def test_the_first_case_of_every_test_holds_in_the_emulation(sanitized):
+    done = sanitized.run_tests("--quick", "-m", "any_backend", *sum(SUITES.values(), []))
+    assert passed(done) >= 40

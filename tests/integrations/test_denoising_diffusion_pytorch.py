@@ -39,6 +39,7 @@ def sampled(diffusion, method="sample", *args, **options):
 ETA, DDPM = {"ddim_sampling_eta": 0.5}, {"timesteps": 50}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "objective, self_condition, steps",
     [
@@ -60,6 +61,7 @@ def test_the_same_images(ddpm, objective, self_condition, steps):
     assert torch.equal(again, expected)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "method, schedule",
     [("ddim_sample", "linear"), ("p_sample_loop", "cosine"), ("ddim_sample", "sigmoid")],

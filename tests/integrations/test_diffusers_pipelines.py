@@ -73,6 +73,7 @@ def assert_same(pipe, **options):
     return actual
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "kind, config, options",
     [

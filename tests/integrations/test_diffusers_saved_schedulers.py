@@ -70,7 +70,7 @@ print(type(pipe.scheduler).__module__, alone.config == pipe.scheduler.config, im
 """
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_what_is_saved_loads_without_fastdiff(tmp_path):
     pipe = diffusers.DDPMPipeline(tiny_unet(), diffusers.DDPMScheduler())
     pipe.scheduler = ours.DDPMScheduler.from_config(pipe.scheduler.config, clip_sample_range=2.0)

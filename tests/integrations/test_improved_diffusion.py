@@ -49,6 +49,7 @@ def assert_same(stock, name, *args, atol=1e-3, **kwargs):
 # --- Loops ---
 
 
+@pytest.mark.sample(36)
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("spaced,rescaled", [(True, False), (True, True), (False, True)])
 @pytest.mark.parametrize("mean,variance", TYPES)

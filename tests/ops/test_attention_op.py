@@ -54,6 +54,7 @@ def test_opcheck(dtype, layout):
     )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("dtype", "order", "dynamic"),
     [
@@ -77,7 +78,7 @@ def test_compiled_is_eager(backend, dtype, order, dynamic):
         assert torch.equal(found, gradient(function, qkv, HEADS, order, upstream))
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_inductor():
     def function(x, heads, order):
         return torch.tanh(attention(x + 1, heads, order=order))

@@ -113,6 +113,7 @@ def test_mean_far_above_the_deviation(isa, ratio, add, channels_last):
     check({**tensors, "x": tensors["x"] * 1e-2}, 4)
 
 
+@pytest.mark.sample(36)
 @pytest.mark.any_backend
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("channels", [2, 3, 8, 64])

@@ -49,6 +49,7 @@ CALLS = [
 ]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("options", CALLS)
 @pytest.mark.parametrize(
     ("op", "gradient"),
@@ -104,6 +105,7 @@ def test_shapes_are_remembered_per_backend():
 # --- torch.compile ----------------------------------------------------------------------------
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("film", [None, "chunks"])
 @pytest.mark.parametrize("add", [None, "embedding", "residual"])
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -151,9 +153,21 @@ def test_a_compiled_unet():
     check_unet("aot_eager")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_unet_through_inductor():
     check_unet("inductor")
+
+
+@pytest.mark.seconds
+def test_inductor():
+    leaf = X.clone().requires_grad_()
+    compiled = torch.compile(lambda x: torch.tanh(norm(x + 1)), fullgraph=True)
+    found = compiled(leaf)
+    expected = torch.tanh(norm(leaf + 1))
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn_like(expected)
+    (of_compiled,) = torch.autograd.grad(found, leaf, upstream)
+    torch.testing.assert_close(of_compiled, torch.autograd.grad(expected, leaf, upstream)[0])
 
 
 def test_exported():

@@ -59,6 +59,7 @@ def test_a_library_of_other_sources_is_refused(unloaded, monkeypatch):
         native.library()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ISAS)
 def test_the_environment_forces_an_instruction_set(name):
     assert in_fresh_process(PRINT_ISA, FASTDIFF_ISA=name) == name

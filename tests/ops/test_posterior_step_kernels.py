@@ -303,6 +303,7 @@ def test_the_plan():
 # --- Triton -------------------------------------------------------------------------------------
 
 
+@pytest.mark.seconds
 def test_triton_interpreter_agrees_with_the_cpu():
     pytest.importorskip("triton")
     done = subprocess.run(
@@ -314,7 +315,9 @@ def test_triton_interpreter_agrees_with_the_cpu():
     assert done.stdout.count("agrees") == 5
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.seconds
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("capability", [90, 80, 100])
 def test_triton_compiles_without_a_gpu_and_without_spills(capability, tmp_path, monkeypatch):
     pytest.importorskip("triton")
     from fastdiff.kernels.posterior_step import posterior_step_kernel

@@ -367,6 +367,7 @@ def test_bad_shapes_are_named(shape):
 # --- Triton and CUDA --------------------------------------------------------------------------
 
 
+@pytest.mark.seconds
 def test_triton_interpreter_agrees_with_the_cpu():
     pytest.importorskip("triton")
     done = subprocess.run(
@@ -376,7 +377,8 @@ def test_triton_interpreter_agrees_with_the_cpu():
     assert done.stdout.count("agrees") == 8
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("capability", [90, 80, 100])
 def test_triton_kernels_compile_without_a_gpu(capability, tmp_path, monkeypatch):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget

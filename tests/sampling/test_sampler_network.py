@@ -188,11 +188,12 @@ print(json.dumps([interrupted, whole, same]))
 # --- torch.compile, what is told --------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_compiled_network_gives_the_same_samples_and_its_compile_time():
+@pytest.mark.seconds
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_a_compiled_network_gives_the_same_samples_and_its_compile_time(backend):
     model = Tiny().eval()
     expected = Sampler(model, PROCESS, steps=3).sample(SHAPE, seed=1)
-    sampler = Sampler(model, PROCESS, steps=3, compile={"backend": "inductor"})
+    sampler = Sampler(model, PROCESS, steps=3, compile={"backend": backend})
     actual = sampler.sample(SHAPE, seed=1)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     first = sampler.stats.compile_seconds
