@@ -26,6 +26,10 @@ def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="the tests marked long too")
 
 
+def pytest_configure(config):
+    extent.everything = config.getoption("--all")
+
+
 @pytest.hookimpl(trylast=True)  # after -m and -k
 def pytest_collection_modifyitems(config, items):
     options = {"quick": config.getoption("--quick"), "everything": config.getoption("--all")}

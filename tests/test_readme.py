@@ -10,6 +10,7 @@ from page_tools import ROOT, blocks, parse_commands, run
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.seconds
 def test_the_examples_run_as_printed():
     ten_lines, sampler, function, fused = (
         run("README.md", example) for example in blocks("README.md", "python")

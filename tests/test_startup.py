@@ -16,6 +16,7 @@ print("loaded:", *loaded)
 """
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     "start",
     ["import fastdiff", "from fastdiff.cli import build_parser; build_parser().format_help()"],

@@ -73,6 +73,7 @@ STATES = {
 }
 
 
+@pytest.mark.seconds
 @settings(max_examples=25, deadline=None)
 @given(
     state=st.sampled_from(sorted(STATES)),

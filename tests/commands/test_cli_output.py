@@ -148,6 +148,7 @@ def test_closed_streams(folder, tmp_path, monkeypatch):
     assert (tmp_path / "nll.json").exists()
 
 
+@pytest.mark.seconds
 def test_real_pipes_and_locales(folder, tmp_path):
     """The example: latin-1 has ± but not …; and a reader that takes one line and leaves."""
     words = [sys.executable, "-m", "fastdiff", *command("nll", folder, tmp_path / "nll.json")]
@@ -168,6 +169,7 @@ def test_real_pipes_and_locales(folder, tmp_path):
 # Where reports go
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("name", ["nll", "evaluate"])
 def test_a_report_replaces_a_report_and_nothing_else(folder, tmp_path, capsys, name):
     other = {"nll": "evaluate", "evaluate": "nll"}[name]
@@ -246,6 +248,7 @@ def test_one_process_of_torchrun_and_info(monkeypatch, capsys):
     assert "WORLD_SIZE is 'four', expected a number" in capsys.readouterr().err
 
 
+@pytest.mark.seconds
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_help_that_could_not_be_written_is_no_success():
     with open("/dev/full", "w") as full:

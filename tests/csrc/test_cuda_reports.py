@@ -17,7 +17,6 @@ import pytest
 from fastdiff.ops import native
 from paths import ROOT
 
-pytestmark = pytest.mark.slow
 SOURCES = ROOT / "csrc" / "cuda"
 ARCHITECTURES = ("sm_90a", "sm_80", "sm_100")
 REGISTERS = 65536  # of a multiprocessor

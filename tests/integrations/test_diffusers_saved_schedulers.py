@@ -157,6 +157,7 @@ def test_the_figures_of_diffusers_own_tests(name, config, steps, start, total):
     assert float(x.abs().sum()) == pytest.approx(total, abs=1e-2)
 
 
+@pytest.mark.seconds
 def test_diffusers_is_optional():
     code = """
 import sys

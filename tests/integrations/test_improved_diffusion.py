@@ -60,6 +60,7 @@ def test_samples_are_those_of_the_stock_loop(codebase, mean, variance, spaced, r
     assert_same(stock, loop, Network(variance), SHAPE)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("loop", LOOPS)
 def test_samples_of_a_unet(codebase, loop):
     torch.manual_seed(0)

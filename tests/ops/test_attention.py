@@ -83,6 +83,7 @@ def test_the_reference_is_the_equation(order):
     )
 
 
+@pytest.mark.seconds
 @settings(deadline=None, max_examples=60)
 @given(
     n=st.integers(1, 3),

@@ -34,6 +34,7 @@ on_any_cpu = pytest.mark.parametrize("backend", ["native", None, "baseline"], in
 # --- torch.library ----------------------------------------------------------------------------
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["token_major", "channel_major"])
 def test_opcheck(dtype, layout):
@@ -54,6 +55,7 @@ def test_opcheck(dtype, layout):
     )
 
 
+@pytest.mark.seconds
 @pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("dtype", "order", "dynamic"),

@@ -44,6 +44,7 @@ def check(tensors, num_groups, rounds=2.0, **options):
 # --- Against the equations --------------------------------------------------------------------
 
 
+@pytest.mark.seconds
 @pytest.mark.any_backend
 @settings(deadline=None, max_examples=examples(150))
 @given(
@@ -75,6 +76,7 @@ def test_any_shape(
     assert result.stride() == torch.empty_like(tensors["x"]).stride()
 
 
+@pytest.mark.sample(16)
 @pytest.mark.any_backend
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("film", [None, "chunks"])

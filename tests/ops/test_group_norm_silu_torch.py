@@ -49,6 +49,7 @@ CALLS = [
 ]
 
 
+@pytest.mark.seconds
 @pytest.mark.sample(5)
 @pytest.mark.parametrize("options", CALLS)
 @pytest.mark.parametrize(
@@ -149,6 +150,7 @@ def check_unet(backend):
         assert (parameter.grad - gradient).abs().max() <= 1e-3 * size + 1e-5, name
 
 
+@pytest.mark.seconds
 def test_a_compiled_unet():
     check_unet("aot_eager")
 
@@ -297,6 +299,7 @@ def test_a_batch_of_upstream_gradients():
     assert torch.allclose(batched_gradients(X), expected, atol=1e-5)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("name", ["grad", "vmap", "grad of vmap"])
 def test_compiled_transforms(name):
     compiled = torch.compile(TRANSFORMS[name], fullgraph=True, backend="aot_eager")

@@ -56,6 +56,7 @@ def exact(rows, i, x_t, output, noise, before, scale=None):
     return *direct(rows, i, x_t, output, v=v, z=noise, before=before), cancels
 
 
+@pytest.mark.seconds
 @pytest.mark.any_backend
 @given(
     shape=st.one_of(
@@ -258,6 +259,8 @@ def test_gradients_choose_the_reference():
     assert (tangent != 0).all()
 
 
+@pytest.mark.sample(2)
+@pytest.mark.seconds
 @pytest.mark.any_backend
 @pytest.mark.parametrize("name", ["learned_range", "dpmsolver++"])
 @pytest.mark.parametrize("step", [2, torch.tensor(2)])

@@ -142,6 +142,7 @@ def test_half_precision_is_the_rounded_float32_draw(isa, dtype):
     )
 
 
+@pytest.mark.seconds
 def test_ten_million_draws_are_standard_normal():
     z = rng.normal((10, 1_000_000), seed=20240607, step=rng.training_step(12)).numpy()
     n = z.size
@@ -377,6 +378,7 @@ def test_triton_interpreter_agrees_with_the_cpu():
     assert done.stdout.count("agrees") == 8
 
 
+@pytest.mark.seconds
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("capability", [90, 80, 100])
 def test_triton_kernels_compile_without_a_gpu(capability, tmp_path, monkeypatch):

@@ -3,6 +3,13 @@
 import random
 from collections.abc import Iterator
 
+everything = False  # set by conftest.py, before the tests are imported
+
+
+def examples(some: int, of: int) -> int:
+    """How many examples hypothesis draws: ``some`` in make test, all in make test-all."""
+    return of if everything else some
+
 
 def ordered(items: list) -> list:
     """Files with long tests first: of two processes none then waits for the other's at the end."""
@@ -28,7 +35,7 @@ def function(item) -> str:
 
 
 def beyond_sample(items: list) -> Iterator:
-    """The cases of functions marked sample(n) that are not among its n, of which the first is one."""
+    """The cases of functions marked sample(n) but n: the first, and others by chance."""
     cases: dict[str, list] = {}
     for item in items:
         if item.get_closest_marker("sample"):

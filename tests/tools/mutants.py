@@ -46,7 +46,8 @@ MUTANTS = [
         FORWARD,
         "group_norm_silu.cu",
         "  if constexpr (kPass == Pass::kWhole) {\n    sync_parts(tile);",
-        "  if constexpr (kPass == Pass::kWhole) {\n    BROKEN ? __syncthreads() : sync_parts(tile);",
+        "  if constexpr (kPass == Pass::kWhole) {\n"
+        "    BROKEN ? __syncthreads() : sync_parts(tile);",
         NORM,
     ),
     Mutant(

@@ -51,7 +51,7 @@ class Build:
         assert done.returncode == 0, done.stdout[-5000:]
         done = command("cmake", "--build", build, "--parallel", os.cpu_count() or 1)
         assert done.returncode == 0, done.stdout[-5000:]
-        self.library = folder / "lib" / "_native.so"
+        (self.library,) = (folder / "lib").glob("_native*.so")
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         """Python with the sanitizers' runtime, and FASTDIFF_TEST_LIBRARY naming this build."""

@@ -1,7 +1,7 @@
 """Drives every native operation in a library built with AddressSanitizer and UBSan.
 
-``python sanitizer_check.py complete | short | overflow``, as test_sanitizers.py runs it. Every instruction
-set, odd shapes, all dtypes and layouts, misaligned storage, one and three threads; torch's own
+``python sanitizer_check.py complete | short | overflow``, as test_sanitizers.py runs it. Every
+instruction set, odd shapes, all dtypes and layouts, misaligned storage, one and three threads; torch's own
 allocations have guard zones too. With "overflow" it hands a kernel too little memory, which must
 not go unnoticed.
 """
