@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from page_tools import ROOT, blocks, parse_commands, run

@@ -1,6 +1,7 @@
 """Our schedulers' steps against those of diffusers, whatever the configuration."""
 
 import diffusers
+import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 

@@ -1,9 +1,9 @@
 """Drives every native operation in a library built with AddressSanitizer and UBSan.
 
 ``python sanitizer_check.py complete | short | overflow``, as test_sanitizers.py runs it. Every
-instruction set, odd shapes, all dtypes and layouts, misaligned storage, one and three threads; torch's own
-allocations have guard zones too. With "overflow" it hands a kernel too little memory, which must
-not go unnoticed.
+instruction set, odd shapes, all dtypes and layouts, misaligned storage, one and three threads;
+torch's own allocations have guard zones too; "short" takes fewer shapes and dtypes. With "overflow"
+it hands a kernel too little memory, which must not go unnoticed.
 """
 
 import itertools
