@@ -2,8 +2,8 @@
 
 from fastdiff.evaluation.classifier import Classifier, train_classifier
 from fastdiff.evaluation.distances import frechet_distance, frechet_from_moments, nearest_distances
-from fastdiff.evaluation.scores import evaluate
 from fastdiff.evaluation.report import format_report
+from fastdiff.evaluation.scores import evaluate
 
 __all__ = [
     "Classifier",
