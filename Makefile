@@ -1,6 +1,8 @@
 # make demo          train a small DDPM on handwritten digits, sample it, score the samples (runs/demo/)
-# make test          lint, types and every test
-# make test-nightly  every test as other CPUs run it, and the exhaustive ones, for hours (.ci/nightly)
+# make check         lint, types and of every test function a case, in two minutes: while you work
+# make test          lint, types and the tests, in twelve minutes: before you push
+# make test-all      the long tests too: sanitizers, broken kernels, every compilation, for hours
+# make test-nightly  make test-all's as other CPUs run them, for many hours (.ci/nightly)
 # make bench         compare with other libraries (pytest-benchmark)
 # make docs          all pages and the API reference (site/)
 # make gpu           on a machine with an NVIDIA GPU: build, test and measure there in nine minutes
@@ -22,9 +24,9 @@ WITHOUT_DEPENDENCIES := denoising-diffusion-pytorch einops
 
 # How OpenMP's threads wait is chosen by fastdiff itself (fastdiff/wait_policy.py), in the tests too.
 # For 8x8 images one thread is faster than two; the tests have a process to each core.
-demo test: export OMP_NUM_THREADS ?= 1
+demo check test test-all: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-nightly lint bench docs gpu clean
+.PHONY: demo check test test-all test-nightly lint bench docs gpu clean
 
 demo: $(VENV)/demo.installed
 	@echo "== Training on 1,797 digits"
@@ -35,9 +37,17 @@ demo: $(VENV)/demo.installed
 	$(BIN)/fastdiff evaluate --samples $(DEMO)/samples_1000x8x8x1.npz --data digits --out $(DEMO)/evaluation.json
 	@echo "Look at $(DEMO)/grid.png (the samples) and $(DEMO)/loss_curve.png."
 
-# A process to each core, a file's tests in one of them.
+# A process to each core, a file's tests in one of them. pyproject.toml says which test is in which.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=25
+
+check: lint
+	$(PYTEST) -q --quick
+
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=25
+	$(PYTEST)
+
+test-all: lint
+	$(PYTEST) --all
 
 test-nightly: lint
 	PYTHON=$(BIN)/python .ci/nightly

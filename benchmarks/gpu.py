@@ -78,7 +78,7 @@ def phases(results: Path) -> list[Phase]:
         Phase("tests that need a GPU", (*pytest, *spread, "-m", "cuda", "tests"), 100),
         Phase(
             "tests of the operations",
-            (*pytest, *spread, "-m", "not cuda and not slow", *op_tests),
+            (*pytest, *spread, "-m", "not cuda", *op_tests),
             60,
         ),
         Phase("q_sample", (*quick, "benchmarks/bench_q_sample.py"), 40),

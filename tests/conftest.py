@@ -5,9 +5,7 @@ error there would stop the whole run.
 """
 
 import ast
-import fcntl
 import importlib.util
-import os
 from pathlib import Path
 from runpy import run_path
 
@@ -16,6 +14,7 @@ run_path(str(Path(__file__).parents[1] / "fastdiff" / "wait_policy.py"))["choose
 
 import pytest
 
+import extent
 from kernel_tools import ISAS, forced_isa
 
 OPTIONAL = {"build", "diffusers", "hypothesis", "matplotlib", "PIL", "scipy", "sklearn"}
@@ -23,31 +22,29 @@ OPTIONAL |= {"tensorboard", "tqdm", "triton"}
 
 
 def pytest_addoption(parser):
-    parser.addoption("--exhaustive", action="store_true", help="run the tests marked exhaustive")
+    parser.addoption("--quick", action="store_true", help="of every test function the first case")
+    parser.addoption("--all", action="store_true", help="the tests marked long too")
 
 
+def pytest_configure(config):
+    extent.everything = config.getoption("--all")
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
 def pytest_collection_modifyitems(config, items):
-    # Long files first: of two processes none then waits for the other's at the end.
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
-    if not config.getoption("--exhaustive"):
-        skip = pytest.mark.skip(reason="takes minutes; run with --exhaustive")
-        for item in items:
-            if item.get_closest_marker("exhaustive"):
-                item.add_marker(skip)
+    options = {"quick": config.getoption("--quick"), "everything": config.getoption("--all")}
+    chosen = extent.chosen(extent.ordered(items), **options)
+    kept = set(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = chosen
 
 
 @pytest.fixture(scope="session")
-def sanitized(tmp_path_factory):
+def sanitized(request):
     """The native library with AddressSanitizer and UBSan, and CUDA on emulated threads."""
     import sanitized
 
-    # Of pytest-xdist's processes the first builds, in the folder that they share.
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    with open(shared / "sanitized.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return sanitized.make(shared / "sanitized")
+    return sanitized.make(complete=request.config.getoption("--all"))
 
 
 @pytest.fixture(params=ISAS)

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,17 @@ def test_every_script_is_listed():
     assert all(f"`{name}.py`" in readme for name in scripts)
 
 
+@pytest.mark.parametrize("name", TABLES)
+def test_it_loads_and_says_what_it_takes(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.syspath_prepend(EXAMPLES)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert ended.value.code == 0 and "--quick" in capsys.readouterr().out
+
+
+@pytest.mark.seconds
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", TABLES)
 def test_quick_run(name, tmp_path):
     out = tmp_path / "plots"

@@ -1,7 +1,8 @@
 """The sdist, the wheel built from it in isolation, and what an install of that wheel holds.
 
 One sdist and one wheel serve every test: each is built as a user's pip would, in an environment
-of its own that has the build requirements and no torch.
+of its own that has the build requirements and no torch. `make test` compiles nothing again: its
+wheel is given the native library of this install.
 """
 
 import json
@@ -17,13 +18,14 @@ from pathlib import Path
 import pytest
 
 import fastdiff
+from fastdiff.ops import native
 from paths import ROOT
 
 OFFLINE = ("No matching distribution found", "Could not find a version", "Connection", "resolve")
 
 VERSION = fastdiff.__version__
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.seconds
 
 
 def run(command, *, cwd, **environment):
@@ -70,9 +72,46 @@ def wheel_build(sdist, tmp_path_factory):
     return folder, output
 
 
+# setup.py with a copy of the library (argv[1]) in place of the build.
+COPYING = """
+import runpy, shutil, sys
+import setuptools
+from setuptools.command.build_ext import build_ext
+
+class Copy(build_ext):
+    def build_extension(self, extension):
+        shutil.copy(sys.argv[1], self.get_ext_fullpath(extension.name))
+
+def setup(real=setuptools.setup, **options):
+    real(**options | {"cmdclass": {"build_ext": Copy}, "script_args": ["-q", "bdist_wheel"]})
+
+setuptools.setup = setup
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
 @pytest.fixture(scope="session")
-def wheel(wheel_build):
-    (path,) = wheel_build[0].iterdir()  # exactly one
+def wheel_of_copies(sdist, tmp_path_factory):
+    """The folder of a wheel from the sdist and the library that is installed here."""
+    pytest.importorskip("setuptools")
+    folder = tmp_path_factory.mktemp("unpacked")
+    shutil.unpack_archive(sdist, folder)
+    (source,) = folder.iterdir()
+    library = native.library().__file__
+    done = run([sys.executable, "-c", COPYING, library], cwd=source)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return source / "dist"
+
+
+@pytest.fixture(
+    scope="session", params=["copied library", pytest.param("built", marks=pytest.mark.long)]
+)
+def wheel(request):
+    if request.param == "built":
+        folder = request.getfixturevalue("wheel_build")[0]
+    else:
+        folder = request.getfixturevalue("wheel_of_copies")
+    (path,) = folder.iterdir()  # exactly one
     return path
 
 
@@ -102,6 +141,7 @@ def test_pip_wheel_gives_one_wheel_for_this_python(wheel):
     )
 
 
+@pytest.mark.long
 def test_the_build_prints_what_it_decided(wheel_build):
     assert "fastdiff: CUDA kernels are left out: FASTDIFF_CUDA=0" in wheel_build[1]
     assert "fastdiff: OpenMP is on" in wheel_build[1]
@@ -139,7 +179,7 @@ def test_the_wheel_does_not_require_the_build_tools(wheel):
     )
 
 
-def test_the_installed_wheel_works(installed):
+def test_the_installed_wheel_works(installed, request):
     code = """
 import importlib.util, json, sys
 import fastdiff.kernels
@@ -158,7 +198,8 @@ print(json.dumps({
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["kernels"] == str(installed / "fastdiff" / "kernels" / "__init__.py")
     assert Path(found["native"]).parent == installed / "fastdiff"
-    assert found["cuda"] is None
+    built = request.node.callspec.params["wheel"] == "built"
+    assert found["cuda"] == (None if built else native.build_info()["cuda"])
     assert not found["top"]
 
 

@@ -51,6 +51,7 @@ def test_links_files_and_commands(page):
             owner = getattr(owner, part)
 
 
+@pytest.mark.seconds
 def test_diffusers(tmp_path, monkeypatch):
     diffusers = pytest.importorskip("diffusers")
     save_pipeline(tmp_path / "path/to/ddpm-cifar10")
@@ -89,6 +90,7 @@ def test_diffusers(tmp_path, monkeypatch):
         torch.testing.assert_close(again(x, t).sample, unet(x, t).sample)
 
 
+@pytest.mark.seconds
 def test_denoising_diffusion_pytorch(monkeypatch):
     monkeypatch.setitem(sys.modules, "denoising_diffusion_pytorch", package())
     images, kinds = [], []

@@ -10,6 +10,7 @@ from page_tools import ROOT, blocks, parse_commands, run, save_pipeline, smaller
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.seconds
 def test_the_first_example_runs_as_printed():
     ten_lines, _ = blocks("README.md", "python")
     done = run("README.md", ten_lines)
@@ -17,6 +18,7 @@ def test_the_first_example_runs_as_printed():
     assert torch.isfinite(done["images"]).all()
 
 
+@pytest.mark.seconds
 def test_the_drop_in_example_runs_as_printed_but_for_sizes(tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
     save_pipeline(tmp_path / "path/to/ddpm-cifar10")

@@ -68,7 +68,7 @@ def test_the_reference_shows_every_public_name():
                 assert any(value is other for other in shown), f"{module.__name__}.{name}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_site_builds_without_warnings(tmp_path):
     pytest.importorskip("mkdocstrings")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]

@@ -29,6 +29,7 @@ print("loaded:", *loaded)
 CLI = "from fastdiff.cli import build_parser; "
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("start", "later"),
     [

@@ -113,6 +113,7 @@ def test_parameters_names_and_state_dict_stay(channels_last):
     model.load_state_dict(after)
 
 
+@pytest.mark.seconds
 def test_a_pickle_is_the_stock_model_and_a_deep_copy_is_accelerated(tmp_path):
     model = network()
     expected = model(X, T)
@@ -278,6 +279,7 @@ def test_bad_input():
         fastdiff.accelerate(model)
 
 
+@pytest.mark.seconds
 def test_torch_compile_passes_over_it():
     model = network(film=True)
     expected = model(X, T)
@@ -315,6 +317,7 @@ def _block(model):
     return model.block1(torch.ones(2, 16, 8, 8), torch.ones(2, 24))
 
 
+@pytest.mark.seconds
 def test_torchs_generator_and_a_model_without_memory_are_left_alone():
     before = torch.get_rng_state()
     fastdiff.accelerate(network_on_meta())

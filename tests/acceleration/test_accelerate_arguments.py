@@ -111,6 +111,7 @@ def with_extras(module, names, defaults, by_keyword):
     return [p.name for p in known], scope["calls"]
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("family", FAMILIES)
 @given(data=st.data())
 @settings(max_examples=12, deadline=None)
@@ -252,6 +253,7 @@ def test_attributes_that_change_afterwards_count(name, value):
     assert_close(actual, module(x, emb))
 
 
+@pytest.mark.seconds
 def test_torch_fx_and_torch_compile_see_the_originals_calls():
     model = nn.ModuleDict({"block": resnet_block_2d(), "attention": attention()}).eval()
     fastdiff.accelerate(model)

@@ -97,6 +97,7 @@ def test_the_table_says_when_nothing_was_measured(tmp_path, capsys):
     assert "build" in printed and "cut after 120 s" in printed and "nothing was measured" in printed
 
 
+@pytest.mark.seconds
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_so_in_one_line():
     command = [sys.executable, "benchmarks/gpu.py"]

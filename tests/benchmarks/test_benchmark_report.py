@@ -124,6 +124,7 @@ def test_the_text_names_every_operation_and_what_is_below_its_target():
     assert summary.others_as_text(rows) == ""
 
 
+@pytest.mark.seconds
 def test_the_report_fills_the_page_and_draws_the_roofline(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     page = tmp_path / "benchmarks.md"

@@ -166,6 +166,7 @@ def test_no_directory(tmp_path):
     damaged(tmp_path / "none", "there is no such directory")
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -245,6 +246,7 @@ def in_a_new_process(code: str, *arguments: Path, **options) -> subprocess.Compl
     )
 
 
+@pytest.mark.seconds
 def test_full_disk_costs_nothing(tmp_path):
     """No file may grow past 16 KiB: every write fails as on a full disk."""
     model = tiny()
@@ -300,6 +302,8 @@ KILLED_IN = {
 }
 
 
+@pytest.mark.seconds
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("moment", KILLED_IN)
 def test_kill_in_mid_write_keeps_the_older_checkpoint(tmp_path, moment):
     model = tiny()
@@ -318,6 +322,7 @@ def test_kill_in_mid_write_keeps_the_older_checkpoint(tmp_path, moment):
     assert entries(tmp_path) == ["c", "d"] and load(path).step == 3
 
 
+@pytest.mark.seconds
 def test_kill_between_rename_and_clean_up_keeps_the_newer_checkpoint(tmp_path):
     model = tiny()
     path = save(tmp_path / "c", model, step=1)

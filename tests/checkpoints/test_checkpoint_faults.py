@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from extent import examples
 from fastdiff import EMA, Checkpoint, UNet, load, save
 from fastdiff.errors import InputError
 from json_values import json_values
@@ -104,6 +105,7 @@ KILL_EVERYWHERE = """
 """
 
 
+@pytest.mark.seconds
 def test_a_save_killed_at_any_call_leaves_the_older_or_the_newer_whole(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(KILL_EVERYWHERE), str(tmp_path)],
@@ -248,8 +250,11 @@ def test_weights_cut_anywhere_name_the_file(intact, tmp_path_factory, size):
     assert str(folder / "model.safetensors") in one_line(caught.value)
 
 
+@pytest.mark.seconds
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(50, of=150),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     part=st.sampled_from(["format", "model", "diffusion", "step", "info", "ema"]),

@@ -73,6 +73,7 @@ STATES = {
 }
 
 
+@pytest.mark.seconds
 @settings(max_examples=25, deadline=None)
 @given(
     state=st.sampled_from(sorted(STATES)),
@@ -162,6 +163,7 @@ REWRITTEN = [
 ]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(("words", "rewrite"), REWRITTEN)
 def test_a_network_that_its_config_does_not_describe_is_refused(tmp_path, words, rewrite):

@@ -17,6 +17,7 @@ from diffusers_format_tools import (
     randomized,
     theirs,
 )
+from extent import examples
 from fastdiff import UNet
 from fastdiff.checkpoints.diffusers_unet import diffusers_state, load_unet, save_unet
 from fastdiff.checkpoints.diffusers_unet_config import FIELDS, diffusers_config, unet_arguments
@@ -114,8 +115,11 @@ def test_fields_and_defaults_are_those_of_the_real_constructor():
 # Both ways
 
 
+@pytest.mark.seconds
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(12, of=40),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(config=configs(), seed=st.integers(0, 2**31))
 def test_from_diffusers_and_back(tmp_path, config, seed):
@@ -168,8 +172,11 @@ def arguments(draw) -> dict:
     }
 
 
+@pytest.mark.seconds
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(12, of=40),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(arguments=arguments(), seed=st.integers(0, 2**31))
 def test_to_diffusers_and_back(tmp_path, arguments, seed):

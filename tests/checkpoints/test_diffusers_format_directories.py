@@ -143,6 +143,8 @@ def test_an_average_of_the_training_script(tmp_path):
     assert_same_output(fastdiff.load(tmp_path).model, model)  # the pipeline's own
 
 
+@pytest.mark.seconds
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("field", sorted(BOOKKEEPING) + ["_name_or_path", "_use_default_values"])
 def test_fields_that_change_nothing_are_passed_over(saved, field):
     path, model = saved
@@ -320,6 +322,7 @@ def test_shards_that_are_not_there(tmp_path):
     refused(tmp_path, INDEX, "has no weight_map")
 
 
+@pytest.mark.seconds
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -340,6 +343,7 @@ def test_any_value_in_config_json_loads_or_names_the_file(saved, field, value):
         (path / "config.json").write_text(original)
 
 
+@pytest.mark.seconds
 def test_diffusers_is_not_needed(saved):
     path, _ = saved
     script = (

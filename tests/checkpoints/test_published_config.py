@@ -8,6 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from extent import examples
 from fastdiff import UNet
 from fastdiff.checkpoints.published import unet_config_from_state
 from fastdiff.errors import InputError
@@ -49,7 +50,8 @@ def configs(draw):
     }
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.seconds
+@settings(max_examples=examples(15, of=60), deadline=None)
 @given(configs())
 def test_the_configuration_comes_back(arguments):
     config, state = shapes(**arguments)
@@ -70,6 +72,7 @@ def test_the_configuration_comes_back(arguments):
     }
 
 
+@pytest.mark.seconds
 @settings(max_examples=20, deadline=None)
 @given(configs())
 def test_super_resolution_is_seen_where_one_reading_fits(arguments):
@@ -131,7 +134,8 @@ def test_what_is_no_such_state_dict():
         assert words in str(error.value) and "\n" not in str(error.value)
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.seconds
+@settings(max_examples=examples(30, of=100), deadline=None)
 @given(st.data())
 def test_broken_state_dicts_raise_one_error_only(data):
     """Whatever is missing, renamed or misshapen: InputError, or a network to compare with."""

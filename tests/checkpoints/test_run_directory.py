@@ -109,6 +109,8 @@ def test_what_shows_no_run_is_left_alone(tmp_path, capsys, kind, how):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder"]
 
 
+@pytest.mark.sample(4)
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("spoil", "kind"),
     [
@@ -174,6 +176,7 @@ def test_a_link_to_a_checkpoint_stays_a_link(tmp_path):
     assert (tmp_path / "link").is_symlink() and checkpoint.load(tmp_path / "one").step == 7
 
 
+@pytest.mark.seconds
 def test_a_young_average_to_begin_with_is_said(tmp_path):
     make_trainer(tmp_path / "run", steps=2, ema=(0.999,), ema_warmup=False).fit()
     config = TrainConfig(**SETTINGS)
@@ -232,6 +235,7 @@ def training(tmp_path):
     process.wait()
 
 
+@pytest.mark.seconds
 def test_a_second_process_is_refused_and_touches_nothing(tmp_path, training, capsys):
     run = tmp_path / "run"
     before = contents(run)
@@ -249,6 +253,7 @@ def test_a_second_process_is_refused_and_touches_nothing(tmp_path, training, cap
     assert resume_trainer(run, steps=4).fit() == 4
 
 
+@pytest.mark.seconds
 def test_a_run_that_went_on_after_it_was_read_is_not_taken_back(tmp_path):
     make_trainer(tmp_path, steps=2).fit()
     late = resume_trainer(tmp_path, steps=9)
@@ -259,6 +264,7 @@ def test_a_run_that_went_on_after_it_was_read_is_not_taken_back(tmp_path):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.seconds
 def test_two_trainers_of_one_process(tmp_path):
     trainer = make_trainer(tmp_path, steps=3)
     refused = []
@@ -276,6 +282,7 @@ def test_two_trainers_of_one_process(tmp_path):
 # Beginning with a checkpoint's weights
 
 
+@pytest.mark.seconds
 def test_a_run_from_a_checkpoint(tmp_path, run):
     options = {"device": "cpu", "progress": False}
     config = TrainConfig(**{**SETTINGS, "steps": 1, "warmup": 0, "lr": 1e-9})

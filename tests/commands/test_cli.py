@@ -41,6 +41,7 @@ def test_bad_input_is_one_line_and_exit_code_2(args, words, tmp_path, capsys, mo
     assert list(tmp_path.iterdir()) == [], "bad input must leave nothing behind"
 
 
+@pytest.mark.seconds
 def test_a_process_exits_with_2_and_no_traceback():
     result = run_command("nll", "--checkpoint", "nowhere", "--data", "digits")
     assert result.returncode == 2
@@ -48,6 +49,7 @@ def test_a_process_exits_with_2_and_no_traceback():
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.seconds
 def test_unknown_command_and_flag_exit_with_2():
     assert run_command("draw").returncode == 2
     assert run_command("info", "--nonsense").returncode == 2

@@ -131,6 +131,7 @@ def networks(draw):
     return config, flags
 
 
+@pytest.mark.seconds
 @settings(max_examples=25, deadline=None)
 @given(networks())
 def test_any_network_comes_back_with_its_outputs(tmp_path_factory, drawn):
@@ -163,6 +164,7 @@ def test_averages_and_step(folder, capsys):
             assert torch.equal(found.model.state_dict()[name], tensor)
 
 
+@pytest.mark.seconds
 def test_a_rate_can_be_given(folder):
     saved(small())
     saved(small(1), "average.pt")
@@ -247,6 +249,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     ("given", "suffix"),
     [(given, "pt") for given in LAYOUTS]
@@ -483,6 +486,7 @@ def test_an_average_of_another_network(folder, capsys):
     assert "ema_0.9_000100.pt holds the weights of another network" in message
 
 
+@pytest.mark.seconds
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

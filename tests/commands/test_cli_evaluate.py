@@ -19,6 +19,7 @@ def run(*arguments):
     return evaluate.run(parser.parse_args([str(argument) for argument in arguments]))
 
 
+@pytest.mark.seconds
 def test_digits(tmp_path, capsys):
     data = load_dataset("digits", class_cond=True)
     images = data.images[:300].permute(0, 2, 3, 1).numpy()
@@ -38,6 +39,7 @@ def test_digits(tmp_path, capsys):
         assert line in printed
 
 
+@pytest.mark.seconds
 def test_a_folder_resized_to_the_samples(tmp_path, capsys):
     rng = np.random.default_rng(0)
     for i in range(12):

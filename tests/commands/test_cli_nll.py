@@ -58,6 +58,7 @@ def nll(checkpoint, data, *options):
     return main(["nll", "--checkpoint", str(checkpoint), "--data", str(data), *options])
 
 
+@pytest.mark.seconds
 def test_the_figures_and_where_they_go(checkpoint, images, tmp_path, capsys):
     out = tmp_path / "deep" / "nll.json"
     assert nll(checkpoint, images, "--batch-size", "4", "--seed", "5", "--out", str(out)) == 0
@@ -91,6 +92,7 @@ def test_the_figures_and_where_they_go(checkpoint, images, tmp_path, capsys):
     assert "36/36" in printed.err  # three batches of twelve steps
 
 
+@pytest.mark.seconds
 def test_batches_do_not_change_the_figures(checkpoint, images, tmp_path):
     totals = []
     for size in ("1", "7", "64"):

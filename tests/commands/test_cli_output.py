@@ -78,6 +78,7 @@ def run(arguments: list[str]) -> int:
         return 0
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("name", ["nll", "evaluate", "sample", "info", "help"])
 def test_no_encoding_ends_a_command(folder, tmp_path, terminal, name, encoding):
@@ -147,6 +148,7 @@ def test_closed_streams(folder, tmp_path, monkeypatch):
     assert (tmp_path / "nll.json").exists()
 
 
+@pytest.mark.seconds
 def test_real_pipes_and_locales(folder, tmp_path):
     """The example: latin-1 has ± but not …; and a reader that takes one line and leaves."""
     words = [sys.executable, "-m", "fastdiff", *command("nll", folder, tmp_path / "nll.json")]
@@ -167,6 +169,7 @@ def test_real_pipes_and_locales(folder, tmp_path):
 # Where reports go
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("name", ["nll", "evaluate"])
 def test_a_report_replaces_a_report_and_nothing_else(folder, tmp_path, capsys, name):
     other = {"nll": "evaluate", "evaluate": "nll"}[name]
@@ -245,6 +248,7 @@ def test_one_process_of_torchrun_and_info(monkeypatch, capsys):
     assert "WORLD_SIZE is 'four', expected a number" in capsys.readouterr().err
 
 
+@pytest.mark.seconds
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_help_that_could_not_be_written_is_no_success():
     with open("/dev/full", "w") as full:

@@ -112,6 +112,7 @@ def test_first_sample_continues_a_run(plain, tmp_path):
     assert not (tmp_path / "whole" / "trajectory.png").exists()
 
 
+@pytest.mark.seconds
 def test_options_reach_the_sampler(plain, tmp_path):
     runs = {
         "ddpm": [],
@@ -200,6 +201,7 @@ def test_many_images_make_a_grid_of_the_first_hundred(tmp_path):
     assert (tmp_path / "samples_101x8x8x1.npz").exists()
 
 
+@pytest.mark.seconds
 def test_two_channels_have_no_picture(tmp_path, capsys):
     model = unet(in_channels=2, out_channels=2)
     diffusion = create_diffusion(steps=2, noise_schedule="cosine")

@@ -157,6 +157,7 @@ def test_another_checkpoint_is_refused_wherever_it_lies(checkpoint, tmp_path, ca
     assert part(tmp_path / "out", 9).exists()
 
 
+@pytest.mark.seconds
 def test_the_same_command_once_more_draws_nothing(checkpoint, tmp_path, drawn, capsys):
     assert sample(checkpoint, tmp_path, *SMALL) == 0
     before = files(tmp_path)
@@ -175,6 +176,7 @@ def test_the_same_command_once_more_draws_nothing(checkpoint, tmp_path, drawn, c
     assert files(tmp_path)[name] != before[name]
 
 
+@pytest.mark.seconds
 def test_killed_between_the_final_file_and_the_end(checkpoint, whole, tmp_path, drawn, monkeypatch):
     def killed(*args, **options):
         raise KeyboardInterrupt
@@ -254,6 +256,7 @@ def test_spacing_reaches_the_sampler(checkpoint, tmp_path, monkeypatch):
 # Disks that fill
 
 
+@pytest.mark.seconds
 def test_a_full_disk_keeps_the_finished_batches(checkpoint, tmp_path, drawn, capsys):
     disk = tmp_path / "disk"
     disk.mkdir()

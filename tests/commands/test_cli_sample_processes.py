@@ -188,6 +188,7 @@ def torchrun(argv: list[str]) -> list[str]:
     return [*launcher, "--nproc-per-node", "2", "-m", "--", "fastdiff", *argv]
 
 
+@pytest.mark.seconds
 def test_a_process_killed_under_torchrun_and_the_restart(checkpoint, tmp_path):
     out, alone = tmp_path / "out", tmp_path / "alone"
     options = ["--num", "79", "--batch-size", "2", "--steps", "3", "--no-pngs"]

@@ -51,6 +51,7 @@ def refused(capsys, *arguments: object) -> str:
     return message
 
 
+@pytest.mark.seconds
 def test_flags_reach_network_process_and_trainer(tmp_path, images, capsys):
     run = tmp_path / "run"
     flags = (
@@ -115,6 +116,7 @@ def test_a_preset_fits_itself_to_the_images(tmp_path, images):
     assert config["info"]["preset"] == "iddpm-imagenet64-cond"
 
 
+@pytest.mark.seconds
 def test_the_digits_are_the_default(tmp_path, capsys):
     run = tmp_path / "run"
     assert train("--data digits --steps 1 --batch-size 2 --device cpu --out", run) == 0
@@ -125,6 +127,7 @@ def test_the_digits_are_the_default(tmp_path, capsys):
     assert re.search(r"1/1 .*(step/s|s/step).*loss=", capsys.readouterr().err)
 
 
+@pytest.mark.seconds
 def test_resuming_through_the_command_line_is_exact(tmp_path, images):
     settings = f"{QUICK} --learn-sigma --save-every 2 --data {images} --device cpu --dropout 0.1"
     settings += " --ema 0.9 --lr-schedule constant"  # another schedule would follow --steps
@@ -235,6 +238,8 @@ def test_a_damaged_checkpoint_is_one_line(small_run, tmp_path, capsys):
     assert str(weights) in message and f"delete {path}" in message
 
 
+@pytest.mark.seconds
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)]
 )
@@ -295,6 +300,7 @@ def test_min_snr_can_be_taken_back():
 # Beginning with weights, and going on with other images
 
 
+@pytest.mark.seconds
 def test_a_run_begins_with_a_checkpoint(small_run, tmp_path, capsys):
     images, run = small_run.parent / "images.npz", tmp_path / "run"
     begin = f"--init {small_run} --data {images} --batch-size 8 --device cpu --quiet --out {run}"
@@ -351,6 +357,7 @@ def test_init_needs_a_checkpoint(tmp_path, images, capsys):
     assert "--init-weights chooses among the weights of --init" in message
 
 
+@pytest.mark.seconds
 def test_a_resumed_run_goes_on_with_other_images(tmp_path, images, capsys):
     run, fewer = tmp_path / "run", tmp_path / "fewer.npz"
     train(QUICK, "--steps 1 --device cpu --data", images, "--out", run)
@@ -366,6 +373,7 @@ def test_a_resumed_run_goes_on_with_other_images(tmp_path, images, capsys):
 # Averages
 
 
+@pytest.mark.seconds
 def test_a_young_average_is_said_to_be_one(tmp_path, images, capsys):
     def told(run: Path, *options: str) -> str:
         capsys.readouterr()

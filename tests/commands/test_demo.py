@@ -43,24 +43,34 @@ def test_the_demo_that_ran_here_meets_its_scores():
     assert Image.open(DEMO / "loss_curve.png").size[0] >= 400
 
 
-@pytest.mark.slow
-def test_a_short_demo_meets_bounds_to_match(tmp_path, capsys):
-    run = str(tmp_path / "run")
-    samples = str(tmp_path / "samples")
-    train = ["train", "--preset", "digits", "--data", "digits", "--out", run, "--steps", "700"]
-    assert main(train) == 0
-    assert (
-        main(["sample", "--checkpoint", run, "--out", samples, "--num", "400", "--steps", "50"])
-        == 0
-    )
-    npz = f"{samples}/samples_400x8x8x1.npz"
-    scores = tmp_path / "evaluation.json"
-    assert main(["evaluate", "--samples", npz, "--data", "digits", "--out", str(scores)]) == 0
-
-    check_scores(json.loads(scores.read_text()), confidence=0.75, frechet_ratio=10.0, share=0.30)
-    assert checkpoint.load(newest_checkpoint(run)).step == 700
+def run_demo(folder: Path, *, training: int, number: int, steps: int) -> dict:
+    """What evaluate says after so many steps of training, samples, and steps to each of them."""
+    run, samples, scores = (str(folder / name) for name in ("run", "samples", "evaluation.json"))
+    train = ["train", "--preset", "digits", "--data", "digits", "--out", run]
+    assert main([*train, "--steps", str(training)]) == 0
+    sample = ["sample", "--checkpoint", run, "--out", samples]
+    assert main([*sample, "--num", str(number), "--steps", str(steps)]) == 0
+    npz = f"{samples}/samples_{number}x8x8x1.npz"
+    assert main(["evaluate", "--samples", npz, "--data", "digits", "--out", scores]) == 0
+    assert checkpoint.load(newest_checkpoint(run)).step == training
     assert Image.open(f"{samples}/grid.png").size[0] >= 400
     assert Image.open(f"{run}/loss_curve.png").size[0] >= 400
     losses = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
     assert losses[-1]["loss"] < 0.5 * losses[0]["loss"]
+    return json.loads(Path(scores).read_text())
+
+
+@pytest.mark.long
+def test_a_shorter_demo_meets_bounds_to_match(tmp_path, capsys):
+    scores = run_demo(tmp_path, training=700, number=400, steps=50)
+    check_scores(scores, confidence=0.75, frechet_ratio=10.0, share=0.30)
+    assert "mean confidence" in capsys.readouterr().out
+
+
+@pytest.mark.seconds
+def test_after_a_minute_samples_are_nearer_to_digits_than_noise(tmp_path, capsys):
+    scores = run_demo(tmp_path, training=100, number=100, steps=10)
+    assert scores["classifier"]["held_out_accuracy"] >= 0.95
+    assert scores["confidence"]["samples"] > scores["confidence"]["noise"]
+    assert scores["frechet"]["samples"] < 0.5 * scores["frechet"]["noise"]
     assert "mean confidence" in capsys.readouterr().out

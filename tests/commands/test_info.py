@@ -83,6 +83,7 @@ def test_devices_are_listed(monkeypatch):
     assert cuda["driver serves"] == "CUDA 12.8"
 
 
+@pytest.mark.seconds
 def test_the_command_line_prints_it():
     done = subprocess.run(
         [sys.executable, "-m", "fastdiff", "info", "--json"],

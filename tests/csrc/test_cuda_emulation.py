@@ -33,9 +33,19 @@ def outcomes(sanitized):
         return dict(zip(SUITES, pool.map(run, SUITES.values()), strict=True))
 
 
-@pytest.mark.slow
+def passed(done) -> int:
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return int(re.search(r"(\d+) passed", done.stdout)[1])
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("suite", SUITES)
 def test_the_suite_holds_in_the_emulation(outcomes, suite):
-    done = outcomes[suite]
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 10
+    assert passed(outcomes[suite]) >= 10
+
+
+@pytest.mark.seconds
+def test_the_first_cases_of_the_kernels_own_suites_hold_in_the_emulation(sanitized):
+    own = ("group_norm_silu, cut", "elementwise kernels", "normal")
+    files = [file for suite in own for file in SUITES[suite]]
+    assert passed(sanitized.run_tests("--quick", "-m", "any_backend", *files)) >= 12

@@ -318,6 +318,7 @@ def info(run):
     return json.loads((run / "config.json").read_text())["info"]
 
 
+@pytest.mark.seconds
 def test_a_run_says_what_it_found_and_remembers_how_it_read(tmp_path, capsys):
     run = tmp_path / "run"
     data = folder_of(tmp_path / "data", "part0/cat_0.png", "part1/dog_1.png", "part1/cat_2.png")
@@ -342,6 +343,7 @@ def test_a_run_says_what_it_found_and_remembers_how_it_read(tmp_path, capsys):
     assert "--labels is 'folders', but" in capsys.readouterr().err
 
 
+@pytest.mark.seconds
 def test_a_run_resumes_on_the_names_it_knows(tmp_path, capsys):
     run = tmp_path / "run"
     data = folder_of(tmp_path / "data", "ant/x_0.png", "bee/y_1.png")
@@ -359,6 +361,7 @@ def test_a_run_resumes_on_the_names_it_knows(tmp_path, capsys):
     assert "does not know: wasp" in capsys.readouterr().err
 
 
+@pytest.mark.seconds
 def test_images_for_evaluation_are_matched(tmp_path, monkeypatch, capsys):
     data = folder_of(tmp_path / "data", "ant/0.png", "bee/1.png", "cow/2.png")
     some = folder_of(tmp_path / "some", "bee_0.png", "cow_1.png")

@@ -416,6 +416,7 @@ def draw(stream, batches):
     ]
 
 
+@pytest.mark.seconds
 @settings(deadline=None, max_examples=60)
 @given(streams, st.integers(0, 20))
 def test_position_alone_resumes(arguments, position):

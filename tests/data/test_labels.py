@@ -177,6 +177,7 @@ tree = st.lists(
 PARTS = {"train", "val", "part0", "part1"}
 
 
+@pytest.mark.seconds
 @settings(deadline=None, max_examples=300)
 @given(tree, st.randoms())
 @example([("part0", "cat_0.png"), ("part1", "dog_1.png")], None)

@@ -135,6 +135,7 @@ def test_nearest_refuses_other_sizes():
 # --- the classifier -------------------------------------------------------------------------
 
 
+@pytest.mark.seconds
 def test_classifier_is_reproducible_and_leaves_the_global_generator_alone():
     data = load_dataset("digits", class_cond=True)
     labels = torch.from_numpy(data.labels)
@@ -151,6 +152,7 @@ def test_classifier_is_reproducible_and_leaves_the_global_generator_alone():
     assert len(first.held_out) == 359 and len(np.unique(first.held_out)) == 359
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("shape", [(3, 33, 20), (4, 8, 8), (1, 3, 5), (1, 64, 64)])
 def test_classifier_takes_any_size(shape):
     images = bytes_of(np.random.default_rng(0), 30, *shape)
@@ -182,6 +184,7 @@ def report(digits, jittered):
     return evaluation.evaluate(samples, digits, labels=labels)
 
 
+@pytest.mark.seconds
 def test_good_samples_are_recognised(report):
     assert report["classifier"]["held_out_accuracy"] >= 0.97
     confidence = report["confidence"]
@@ -215,6 +218,7 @@ def test_report_can_be_stored_and_printed(report):
         assert part in text
 
 
+@pytest.mark.seconds
 def test_the_halves_distance_is_stable(digits):
     """The mean over the draws moves little with the seed; a single halving moves a lot."""
     judge = train_classifier(digits.images, torch.from_numpy(digits.labels), 10, steps=60)
@@ -225,6 +229,7 @@ def test_the_halves_distance_is_stable(digits):
     assert halves[0]["count"] == 898
 
 
+@pytest.mark.seconds
 def test_one_class_only_is_noticed(digits):
     zeros = digits.images[digits.labels == 0].permute(0, 2, 3, 1).numpy()
     report = evaluation.evaluate(zeros, digits, classifier_steps=60)
@@ -234,6 +239,7 @@ def test_one_class_only_is_noticed(digits):
     assert report["label_agreement"] is None
 
 
+@pytest.mark.seconds
 def test_data_without_labels(jittered):
     report = evaluation.evaluate(jittered[0], load_dataset("digits"))
     assert report["classifier"] is None and report["confidence"] is None
@@ -251,6 +257,7 @@ def test_classes_of_too_few_images(digits):
     assert "a class has only" in report["no_classifier"]
 
 
+@pytest.mark.seconds
 def test_large_images_are_averaged_down_and_large_sets_sampled(monkeypatch):
     monkeypatch.setattr(scores, "MAX_REAL", 50)
     rng = np.random.default_rng(0)

@@ -39,6 +39,8 @@ def sampled(diffusion, method="sample", *args, **options):
 ETA, DDPM = {"ddim_sampling_eta": 0.5}, {"timesteps": 50}
 
 
+@pytest.mark.seconds
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "objective, self_condition, steps",
     [
@@ -60,6 +62,8 @@ def test_the_same_images(ddpm, objective, self_condition, steps):
     assert torch.equal(again, expected)
 
 
+@pytest.mark.seconds
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "method, schedule",
     [("ddim_sample", "linear"), ("p_sample_loop", "cosine"), ("ddim_sample", "sigmoid")],
@@ -77,6 +81,7 @@ def test_its_other_entrances(ddpm, schedule, method):
     assert torch.equal(last, actual[:, -1])
 
 
+@pytest.mark.seconds
 def test_bfloat16_is_close(ddpm):
     diffusion = made(ddpm, objective="pred_v")
     expected, _ = sampled(diffusion, batch_size=2)
@@ -94,6 +99,7 @@ def test_its_blocks_are_fused(ddpm):
     assert {part.kind for part in told.others} == {"LinearAttention"}
 
 
+@pytest.mark.seconds
 def test_training_goes_on(ddpm):
     diffusion = made(ddpm)
     images = torch.rand(2, 3, 8, 8)
@@ -112,6 +118,7 @@ def test_training_goes_on(ddpm):
     assert not torch.equal(before, after)
 
 
+@pytest.mark.seconds
 def test_copies_and_pickles(ddpm):
     diffusion = made(ddpm)
     stock = type(diffusion)

@@ -73,6 +73,8 @@ def assert_same(pipe, **options):
     return actual
 
 
+@pytest.mark.seconds
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "kind, config, options",
     [
@@ -96,11 +98,13 @@ def test_dpm_solver_in_a_ddpm_pipeline(algorithm, steps):
     assert_same(pipeline("ddpm", scheduler), num_inference_steps=steps)
 
 
+@pytest.mark.seconds
 def test_a_learned_variance():
     scheduler = diffusers.DDPMScheduler(variance_type="learned_range", **MILD)
     assert_same(pipeline("ddpm", scheduler, out_channels=6))
 
 
+@pytest.mark.seconds
 def test_class_labels():
     pipe = accelerate_pipeline(pipeline("ddim", num_class_embeds=4))
     one, _ = drawn(pipe, class_labels=[1, 1])
@@ -122,6 +126,7 @@ def test_class_labels():
         drawn(accelerate_pipeline(pipeline()), class_labels=[1, 2])
 
 
+@pytest.mark.seconds
 def test_what_comes_back():
     pipe = accelerate_pipeline(pipeline("ddim"))
     call = {"batch_size": 2, "num_inference_steps": 5}
@@ -137,6 +142,7 @@ def test_what_comes_back():
         pipe(batch_size=3, generator=generators)
 
 
+@pytest.mark.seconds
 def test_bfloat16_is_close_and_the_unet_may_be_cast_too():
     pipe = pipeline("ddim")
     expected, _ = drawn(pipe)
@@ -153,6 +159,7 @@ def test_bfloat16_is_close_and_the_unet_may_be_cast_too():
 # --- What changes afterwards ------------------------------------------------------------------
 
 
+@pytest.mark.seconds
 def test_everything_set_afterwards_counts():
     pipe, plain = accelerate_pipeline(pipeline("ddim")), pipeline("ddim")
     drawn(pipe, num_inference_steps=20)
@@ -213,6 +220,7 @@ def _wrap_linear(pipe):
             part.time_emb_proj = Adapted(part.time_emb_proj)
 
 
+@pytest.mark.seconds
 def test_what_fastdiff_cannot_express_runs_as_before_and_says_so():
     schedulers = (
         diffusers.DDIMScheduler(thresholding=True, **MILD),
@@ -235,6 +243,7 @@ def test_what_fastdiff_cannot_express_runs_as_before_and_says_so():
 # --- Saving, undoing --------------------------------------------------------------------------
 
 
+@pytest.mark.seconds
 def test_a_saved_pipeline_is_a_stock_one(tmp_path):
     pipe = accelerate_pipeline(pipeline("ddim"))
     expected, _ = drawn(pipe)
@@ -255,6 +264,7 @@ numpy.save(sys.argv[2], images)
     assert np.abs(np.load(tmp_path / "images.npy") - expected).max() <= 1e-3
 
 
+@pytest.mark.seconds
 def test_restore():
     pipe = pipeline("ddim")
     expected, _ = drawn(pipe)
@@ -280,6 +290,7 @@ def test_a_schedulers_own_changes_stay(tmp_path):
     assert pipe.scheduler is given
 
 
+@pytest.mark.seconds
 def test_copies_of_an_accelerated_pipeline():
     pipe = accelerate_pipeline(pipeline("ddim"))
     call = {"num_inference_steps": 5}

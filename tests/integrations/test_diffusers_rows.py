@@ -259,6 +259,8 @@ def test_before_set_timesteps(stock):
     check_equal(results[1], results[0], draw(1))
 
 
+@pytest.mark.seconds
+@pytest.mark.sample(1)
 @every_class
 def test_under_torch_compile(stock):
     """Traced, the step is diffusers' own."""

@@ -70,7 +70,7 @@ print(type(pipe.scheduler).__module__, alone.config == pipe.scheduler.config, im
 """
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_what_is_saved_loads_without_fastdiff(tmp_path):
     pipe = diffusers.DDPMPipeline(tiny_unet(), diffusers.DDPMScheduler())
     pipe.scheduler = ours.DDPMScheduler.from_config(pipe.scheduler.config, clip_sample_range=2.0)
@@ -157,6 +157,7 @@ def test_the_figures_of_diffusers_own_tests(name, config, steps, start, total):
     assert float(x.abs().sum()) == pytest.approx(total, abs=1e-2)
 
 
+@pytest.mark.seconds
 def test_diffusers_is_optional():
     code = """
 import sys

@@ -1,6 +1,7 @@
 """Our schedulers' steps against those of diffusers, whatever the configuration."""
 
 import diffusers
+import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -77,6 +78,7 @@ def both(form, scheduler, mine):
     return list(zip(scheduler.timesteps, AS[form](t, list(t)), strict=True))
 
 
+@pytest.mark.seconds
 @many
 @given(DDPM, st.integers(1, 12), forms, st.sampled_from([None, "steps", "custom"]), flags)
 def test_ddpm(config, steps, form, way, doubles):
@@ -97,6 +99,7 @@ def test_ddpm(config, steps, form, way, doubles):
         assert (reason is not None) == (left or no_signal)
 
 
+@pytest.mark.seconds
 @many
 @given(
     DDIM, st.integers(1, 12), forms, st.sampled_from([0.0, 0.0, 0.3, 1, 2.0, -0.3]), flags, flags
@@ -114,6 +117,7 @@ def test_ddim(config, steps, form, eta, use_clipped, noise):
             assert (reason is not None) == (config["thresholding"] or no_signal)
 
 
+@pytest.mark.seconds
 @many
 @given(MULTISTEP, st.integers(1, 18), st.sampled_from([None, 0, 2]), flags, flags)
 def test_dpmsolver_multistep(config, steps, begin, noise, custom):

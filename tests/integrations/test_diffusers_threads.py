@@ -36,6 +36,7 @@ def drawn(pipe, steps, seed):
     return pipe(num_inference_steps=steps, generator=generator, output_type="pt").images
 
 
+@pytest.mark.seconds
 def test_pipelines_of_one_unet_in_threads_of_their_own(unet):
     parameters = list(unet.parameters())
     dtypes = (torch.bfloat16, torch.bfloat16, None)
@@ -54,6 +55,7 @@ def test_pipelines_of_one_unet_in_threads_of_their_own(unet):
     assert not any(part.training for part in unet.modules())
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("shares", ["pipeline", "scheduler"])
 def test_a_pipeline_or_a_scheduler_in_several_threads(unet, shares):
     scheduler = DDIMScheduler()
@@ -68,6 +70,7 @@ def test_a_pipeline_or_a_scheduler_in_several_threads(unet, shares):
     assert all(at_once(*map(again, range(3))))
 
 
+@pytest.mark.seconds
 def test_pipelines_made_and_restored_at_once(unet):
     before = {name: p.stride() for name, p in unet.named_parameters()}
     kept = pipeline(unet)

@@ -49,6 +49,7 @@ def assert_same(stock, name, *args, atol=1e-3, **kwargs):
 # --- Loops ---
 
 
+@pytest.mark.sample(36)
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("spaced,rescaled", [(True, False), (True, True), (False, True)])
 @pytest.mark.parametrize("mean,variance", TYPES)
@@ -59,6 +60,7 @@ def test_samples_are_those_of_the_stock_loop(codebase, mean, variance, spaced, r
     assert_same(stock, loop, Network(variance), SHAPE)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("loop", LOOPS)
 def test_samples_of_a_unet(codebase, loop):
     torch.manual_seed(0)

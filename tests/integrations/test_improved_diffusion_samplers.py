@@ -13,6 +13,7 @@ from fastdiff.integrations.improved_diffusion import accelerate
 from improved_diffusion_tools import CODEBASES, LOOPS, SHAPE, Network, drawn
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("loop", LOOPS)
 def test_one_graph_serves_every_call(made, loop):
     stock, network = CODEBASES["guided"].diffusion(), Network().eval()
@@ -40,6 +41,7 @@ def test_a_method_s_graph_is_kept_too(made):
     assert made() == 1
 
 
+@pytest.mark.seconds
 def test_samplers_live_as_long_as_their_model():
     fast, network = accelerate(CODEBASES["improved"].diffusion()), Network()
     fast.p_sample_loop(network, SHAPE)
@@ -49,6 +51,7 @@ def test_samplers_live_as_long_as_their_model():
     assert gone() is None
 
 
+@pytest.mark.seconds
 def test_a_model_keeps_a_few_samplers_only():
     network = Network().eval()
     made = [accelerate(CODEBASES["improved"].diffusion()) for _ in range(6)]

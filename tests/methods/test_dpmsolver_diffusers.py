@@ -80,6 +80,7 @@ def equal_steps(actual, expected):
     ]
 
 
+@pytest.mark.sample(28)
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("method", ["dpmsolver++", "sde-dpmsolver++"])

@@ -244,6 +244,7 @@ def test_a_replica_follows_its_model():
         assert not torch.equal(seen[-1], seen[-2])
 
 
+@pytest.mark.seconds
 def test_a_replica_holds_nothing_that_its_model_dropped():
     model = nn.Sequential(Part(), Part())
     replica = Replica(model)
@@ -275,6 +276,7 @@ class Stateful(nn.Module):
         return self.proj(x)
 
 
+@pytest.mark.seconds
 def test_what_a_forward_writes_the_model_has_afterwards():
     model = Stateful()
     sampler = Sampler(model, PROCESS, steps=3)

@@ -83,6 +83,7 @@ def test_the_reference_is_the_equation(order):
     )
 
 
+@pytest.mark.seconds
 @settings(deadline=None, max_examples=60)
 @given(
     n=st.integers(1, 3),
@@ -113,6 +114,7 @@ def test_the_gradient_through_one_token(head_dim):
         assert grad.abs().max() <= 4 * torch.finfo(torch.float32).eps * terms * other.abs().max()
 
 
+@pytest.mark.sample(90)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["token_major", "channel_major"])
 @pytest.mark.parametrize(("heads", "tokens", "head_dim"), EDGES)
@@ -123,6 +125,7 @@ def test_every_instruction_set_at_the_edges(isa, heads, tokens, head_dim, layout
     check_gradient(natively, qkv, heads, "qkv_first", upstream)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "tokens", "head_dim"), PUBLISHED)
 def test_the_published_shapes(heads, tokens, head_dim, dtype):

@@ -34,6 +34,7 @@ on_any_cpu = pytest.mark.parametrize("backend", ["native", None, "baseline"], in
 # --- torch.library ----------------------------------------------------------------------------
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["token_major", "channel_major"])
 def test_opcheck(dtype, layout):
@@ -56,6 +57,8 @@ def test_opcheck(dtype, layout):
     )
 
 
+@pytest.mark.seconds
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("dtype", "order", "dynamic"),
     [
@@ -79,7 +82,7 @@ def test_compiled_is_eager(backend, dtype, order, dynamic):
         assert torch.equal(found, gradient(function, qkv, HEADS, order, upstream))
 
 
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_inductor():
     def function(x, heads, order):
         return torch.tanh(attention(x + 1, heads, order=order))

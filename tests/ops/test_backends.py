@@ -71,6 +71,7 @@ def from_environment(value):
     )  # fmt: skip
 
 
+@pytest.mark.seconds
 def test_the_environment_names_one():
     assert from_environment("triton").stdout == "triton\n"
     assert from_environment("").stdout == "None\n"

@@ -42,6 +42,7 @@ def check(tensors, num_groups, rounds=2.0, **options):
 # --- Against the equations --------------------------------------------------------------------
 
 
+@pytest.mark.seconds
 @pytest.mark.any_backend
 @settings(deadline=None, max_examples=examples(150))
 @given(
@@ -73,6 +74,7 @@ def test_any_shape(
     assert result.stride() == torch.empty_like(tensors["x"]).stride()
 
 
+@pytest.mark.sample(16)
 @pytest.mark.any_backend
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("film", [None, "chunks"])
@@ -111,6 +113,7 @@ def test_mean_far_above_the_deviation(isa, ratio, add, channels_last):
     check({**tensors, "x": tensors["x"] * 1e-2}, 4)
 
 
+@pytest.mark.sample(36)
 @pytest.mark.any_backend
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("channels", [2, 3, 8, 64])

@@ -72,6 +72,7 @@ def test_explain(capsys):
     assert choice.backend == "reference" and "torch.func" in choice.reason
 
 
+@pytest.mark.seconds
 def test_the_environment_names_a_backend():
     code = """
 import torch, fastdiff

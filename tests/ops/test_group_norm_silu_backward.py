@@ -44,6 +44,7 @@ def check(tensors, num_groups, rounds=4.0, upstream=None, **options):
     return found
 
 
+@pytest.mark.seconds
 @pytest.mark.any_backend
 @settings(deadline=None, max_examples=examples(120))
 @given(
@@ -287,6 +288,7 @@ def test_one_tensor_in_two_places():
     assert error(leaf.grad, exact.grad) < 1e-5
 
 
+@pytest.mark.seconds
 def test_the_reference_passes_gradcheck():
     torch.manual_seed(0)
     for add in ("embedding", "residual"):

@@ -30,6 +30,7 @@ def tile_of(shape, device, backward=False, aligned=True):
 # --- The plan: pure, without a GPU ---------------------------------------------------------------
 
 
+@pytest.mark.seconds
 @settings(deadline=None, max_examples=500)
 @given(
     n=st.integers(1, 300),

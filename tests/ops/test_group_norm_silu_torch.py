@@ -48,6 +48,8 @@ CALLS = [
 ]
 
 
+@pytest.mark.seconds
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("options", CALLS)
 @pytest.mark.parametrize(("keep", "gradient"), [(True, False), (True, True), (False, False)])
 def test_opcheck(keep, options, gradient):
@@ -102,6 +104,7 @@ def test_shapes_are_remembered_per_backend():
 # --- torch.compile ----------------------------------------------------------------------------
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("film", [None, "chunks"])
 @pytest.mark.parametrize("add", [None, "embedding", "residual"])
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -145,13 +148,26 @@ def check_unet(backend):
         assert (parameter.grad - gradient).abs().max() <= 1e-3 * size + 1e-5, name
 
 
+@pytest.mark.seconds
 def test_a_compiled_unet():
     check_unet("aot_eager")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_unet_through_inductor():
     check_unet("inductor")
+
+
+@pytest.mark.seconds
+def test_inductor():
+    leaf = X.clone().requires_grad_()
+    compiled = torch.compile(lambda x: torch.tanh(norm(x + 1)), fullgraph=True)
+    found = compiled(leaf)
+    expected = torch.tanh(norm(leaf + 1))
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn_like(expected)
+    (of_compiled,) = torch.autograd.grad(found, leaf, upstream)
+    torch.testing.assert_close(of_compiled, torch.autograd.grad(expected, leaf, upstream)[0])
 
 
 def test_exported():
@@ -278,6 +294,7 @@ def test_a_batch_of_upstream_gradients():
     assert torch.allclose(batched_gradients(X), expected, atol=1e-5)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("name", ["grad", "vmap", "grad of vmap"])
 def test_compiled_transforms(name):
     compiled = torch.compile(TRANSFORMS[name], fullgraph=True, backend="aot_eager")

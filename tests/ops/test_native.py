@@ -59,11 +59,14 @@ def test_a_library_of_other_sources_is_refused(unloaded, monkeypatch):
         native.library()
 
 
+@pytest.mark.seconds
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ISAS)
 def test_the_environment_forces_an_instruction_set(name):
     assert in_fresh_process(PRINT_ISA, FASTDIFF_ISA=name) == name
 
 
+@pytest.mark.seconds
 def test_the_fastest_instruction_set_is_the_default():
     assert in_fresh_process(PRINT_ISA, FASTDIFF_ISA="") == ISAS[-1]
 
@@ -81,6 +84,7 @@ def test_the_library_itself_refuses_an_unknown_instruction_set():
     assert native.library().current_isa() == before
 
 
+@pytest.mark.seconds
 def test_wide_instructions_stay_in_their_own_namespaces():
     """A -march=native, or a function merged across namespaces, would end an older CPU's process."""
     if shutil.which("objdump") is None or "avx2" not in native.build_info()["isas"]:
@@ -105,6 +109,7 @@ def test_wide_instructions_stay_in_their_own_namespaces():
 # --- OpenMP -----------------------------------------------------------------------------------
 
 
+@pytest.mark.seconds
 def test_one_openmp_runtime_is_loaded():
     code = """
 import json
@@ -120,6 +125,7 @@ print(json.dumps(sorted(p for p in paths if p.rsplit("/", 1)[-1].startswith(name
     assert len(runtimes) == 1, runtimes
 
 
+@pytest.mark.seconds
 def test_torch_set_num_threads_is_obeyed():
     code = """
 import json, os

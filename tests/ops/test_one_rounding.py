@@ -61,6 +61,7 @@ def norm_terms(tensors, groups, eps):
     return spread * gain + offset
 
 
+@pytest.mark.seconds
 @settings(deadline=None, max_examples=100)
 @given(
     served=served,

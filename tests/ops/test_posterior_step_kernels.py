@@ -58,6 +58,7 @@ def exact(rows, i, x_t, output, noise, before, scale=None):
     return *direct(rows, i, x_t, output, v=v, z=noise, before=before), cancels
 
 
+@pytest.mark.seconds
 @pytest.mark.any_backend
 @given(
     shape=st.one_of(
@@ -260,6 +261,8 @@ def test_gradients_choose_the_reference():
     assert (tangent != 0).all()
 
 
+@pytest.mark.sample(2)
+@pytest.mark.seconds
 @pytest.mark.any_backend
 @pytest.mark.parametrize("name", ["learned_range", "dpmsolver++"])
 @pytest.mark.parametrize("step", [2, torch.tensor(2)])
@@ -319,6 +322,7 @@ def test_the_plan():
 # --- Triton -------------------------------------------------------------------------------------
 
 
+@pytest.mark.seconds
 def test_triton_interpreter_agrees_with_the_cpu():
     pytest.importorskip("triton")
     done = subprocess.run(
@@ -330,7 +334,9 @@ def test_triton_interpreter_agrees_with_the_cpu():
     assert done.stdout.count("agrees") == 5
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.seconds
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("capability", [90, 80, 100])
 def test_triton_compiles_without_a_gpu_and_without_spills(capability, tmp_path, monkeypatch):
     pytest.importorskip("triton")
     from fastdiff.kernels.posterior_step import PLACE, posterior_step_kernel

@@ -234,6 +234,7 @@ def test_higher_derivatives_and_transforms():
             call(x_start)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.any_backend
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
@@ -259,7 +260,7 @@ def test_it_compiles_as_one_graph(given, return_noise):
 
 
 @pytest.mark.any_backend
-@pytest.mark.slow
+@pytest.mark.seconds
 def test_inductor_compiles_it():
     x_start, t, _ = inputs((2, 3, 4, 4), torch.float32)
     torch.compiler.reset()
@@ -310,6 +311,7 @@ def test_the_plan():
 # --- Triton -------------------------------------------------------------------------------------
 
 
+@pytest.mark.seconds
 def test_triton_interpreter_agrees_with_the_cpu():
     pytest.importorskip("triton")
     done = subprocess.run(
@@ -321,7 +323,9 @@ def test_triton_interpreter_agrees_with_the_cpu():
     assert done.stdout.count("agrees") == 16
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.seconds
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("capability", [90, 80, 100])
 def test_triton_compiles_without_a_gpu_and_without_spills(capability, tmp_path, monkeypatch):
     pytest.importorskip("triton")
     from fastdiff.kernels.q_sample import q_sample_kernel

@@ -18,6 +18,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # --- Against the equations --------------------------------------------------------------------
 
 
+@pytest.mark.seconds
 @settings(deadline=None, max_examples=examples(150))
 @given(
     n=st.integers(0, 3),
@@ -40,6 +41,7 @@ def test_any_shape(n, c, spatial, dtype, parameters, film, channels_last, activa
     assert result.stride() == torch.empty_like(tensors["x"]).stride()
 
 
+@pytest.mark.sample(60)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("film", [None, "chunks"])
 @pytest.mark.parametrize("dtype", DTYPES)

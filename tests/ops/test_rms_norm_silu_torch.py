@@ -33,6 +33,8 @@ def test_opcheck(film, channels_last):
     assert set(results.values()) == {"SUCCESS"}, results
 
 
+@pytest.mark.sample(1)
+@pytest.mark.seconds
 @pytest.mark.parametrize("film", [None, "chunks"])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled(film, dynamic):

@@ -146,6 +146,7 @@ def test_half_precision_is_the_rounded_float32_draw(isa, dtype):
     )
 
 
+@pytest.mark.seconds
 def test_ten_million_draws_are_standard_normal():
     z = normal((10, 1_000_000), seed=20240607, step=training_step(12)).numpy()
     n = z.size
@@ -369,6 +370,7 @@ def test_bad_shapes_are_named(shape):
 # --- Triton and CUDA --------------------------------------------------------------------------
 
 
+@pytest.mark.seconds
 def test_triton_interpreter_agrees_with_the_cpu():
     pytest.importorskip("triton")
     done = subprocess.run(
@@ -378,7 +380,9 @@ def test_triton_interpreter_agrees_with_the_cpu():
     assert done.stdout.count("agrees") == 8
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.seconds
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("capability", [90, 80, 100])
 def test_triton_kernels_compile_without_a_gpu(capability, tmp_path, monkeypatch):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget

@@ -56,6 +56,7 @@ def processes(draw):
     return VarianceExploding(0.01 * np.cumprod(factors), var_type=var_type)
 
 
+@pytest.mark.seconds
 @settings(max_examples=100, deadline=None)
 @given(process=processes(), data=st.data())
 def test_no_other_choice_has_a_smaller_bound(process, data):

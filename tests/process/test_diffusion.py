@@ -127,6 +127,7 @@ def test_create_diffusion_reads_the_published_flags():
 # --- the forward process ---
 
 
+@pytest.mark.seconds
 @settings(deadline=None)
 @given(shape=st.lists(st.integers(0, 4), min_size=1, max_size=5), data=st.data())
 def test_forward_methods_keep_any_shape(shape, data):

@@ -208,6 +208,7 @@ def test_training_reads_nothing_back_from_the_device(loss_type):
     assert terms["loss"].device.type == "meta" and terms["loss"].shape == (4,)
 
 
+@pytest.mark.seconds
 def test_losses_compile_as_one_graph():
     diffusion = GaussianDiffusion(linear_betas(30), var_type="learned_range")
     x_start, noise, t = images(3, 2, 4), gaussian(3, 2, 4), torch.tensor([0, 10, 29])

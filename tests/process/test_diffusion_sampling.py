@@ -230,6 +230,7 @@ def test_perfect_networks_sample_their_image_whatever_the_sampler():
         torch.testing.assert_close(sample, x_start)
 
 
+@pytest.mark.seconds
 def test_ddim_needs_fewer_steps_than_ddpm_on_a_gaussian():
     # Data N(0, ½²): the best ε is known, so only the sampler's own error shows.
     diffusion = create_diffusion(steps=1000)

@@ -100,6 +100,7 @@ def test_the_bound_of_a_perfect_network_is_all_decoder():
     )
 
 
+@pytest.mark.seconds
 def test_the_bound_is_tight_where_the_reverse_process_is_known():
     # Pixels N(0, ¼²): the reverse process is Gaussian, its mean and variance known, so the bound
     # is the data's own likelihood but for the rounding to grey levels.

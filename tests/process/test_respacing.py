@@ -22,6 +22,7 @@ def test_a_count_spreads_evenly_and_takes_both_ends(num_timesteps, data):
     assert chosen == space_timesteps(num_timesteps, [count])
 
 
+@pytest.mark.seconds
 @given(st.integers(1, 500), st.lists(st.integers(0, 60), min_size=1, max_size=8))
 def test_sections_take_their_counts_from_their_own_part(num_timesteps, counts):
     size, extra = divmod(num_timesteps, len(counts))

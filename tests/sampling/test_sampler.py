@@ -25,6 +25,7 @@ SPACED = [
 CLIPPED = [(spaced, True) for spaced in SPACED] + [(spaced, False) for spaced in SPACED[:4]]
 
 
+@pytest.mark.sample(64)
 @pytest.mark.parametrize("mean_type", MEAN_TYPES)
 @pytest.mark.parametrize("var_type", VAR_TYPES)
 @pytest.mark.parametrize("spaced, clip", CLIPPED)

@@ -58,6 +58,7 @@ class Doubled(Attributed):
         return 2 * super().forward(x, timesteps, y)
 
 
+@pytest.mark.seconds
 def test_attributes_are_seen(made):
     model = Attributed().eval()
     captured, eager = pair(model, steps=3)

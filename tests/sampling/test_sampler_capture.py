@@ -24,6 +24,7 @@ LABELS = torch.tensor([0, 2, 1])
 # --- One graph for all rows -------------------------------------------------------------------
 
 
+@pytest.mark.seconds
 @given(
     method=st.sampled_from([("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.6), ("dpmsolver++", 0.0)]),
     var_type=st.sampled_from(["fixed_small", "fixed_large", "learned", "learned_range"]),
@@ -227,6 +228,7 @@ def test_numbers_in_arguments_are_part_of_the_key(made):
     assert made() == 2
 
 
+@pytest.mark.seconds
 def test_graphs_are_bounded_and_given_back(made):
     captured, eager = pair(steps=2)
     for count in range(1, capture.MOST_GRAPHS + 3):

@@ -94,6 +94,7 @@ def test_what_is_yielded_is_a_copy():
 # --- Memory, interruptions --------------------------------------------------------------------
 
 
+@pytest.mark.seconds
 def test_the_loop_allocates_nothing_that_stays():
     sampler = Sampler(closed_form(), diffusion(1000), method="ddim")
     steps = sampler.iterate((1, 2, 4, 4))
@@ -131,6 +132,7 @@ def test_running_out_of_memory_names_a_batch_that_fits(largest, fits, guided, er
         sampler.sample((11, 2, 4, 4), **arguments)
 
 
+@pytest.mark.seconds
 def test_memory_that_is_really_too_small():
     """In a process of its own, whose memory is limited."""
     script = """
@@ -153,6 +155,7 @@ print(sampler.sample((4, 3, 64, 64)).shape)
     assert "torch.Size([4, 3, 64, 64])" in done.stdout
 
 
+@pytest.mark.seconds
 def test_an_interrupt_from_outside_leaves_the_model_as_it_was(tmp_path):
     script = """
 import json, os, signal, sys, threading, time, torch
@@ -188,11 +191,12 @@ print(json.dumps([interrupted, whole, same]))
 # --- torch.compile, what is told --------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_compiled_network_gives_the_same_samples_and_its_compile_time():
+@pytest.mark.seconds
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_a_compiled_network_gives_the_same_samples_and_its_compile_time(backend):
     model = Tiny().eval()
     expected = Sampler(model, PROCESS, steps=3).sample(SHAPE, seed=1)
-    sampler = Sampler(model, PROCESS, steps=3, compile={"backend": "inductor"})
+    sampler = Sampler(model, PROCESS, steps=3, compile={"backend": backend})
     actual = sampler.sample(SHAPE, seed=1)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     first = sampler.stats.compile_seconds

@@ -96,6 +96,7 @@ COUNT = 3000
 SLACK = 4.0  # standard errors, of twenty figures at most
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("data", [GAUSSIAN, MIXTURE], ids=["Gaussian", "mixture"])
 def test_samples_have_the_datas_weights_means_and_covariances(data, name):

@@ -1,5 +1,6 @@
 """The native library built with AddressSanitizer and UBSan, its CUDA kernels emulated."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -8,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from mutants import with_switches
 from paths import ROOT, TOOLS
+
+COMPLETE = {"FASTDIFF_SANITIZE": "address,undefined"}
+# Most of UBSan's checks are of every access and double the code; of the instruction sets one.
+SHORT = {"FASTDIFF_SANITIZE": "address,alignment", "FASTDIFF_BASELINE_ONLY": "ON"}
 
 
 def runtime(name: str) -> str | None:
@@ -23,23 +29,29 @@ def runtime(name: str) -> str | None:
 
 
 class Build:
-    """The repository's sources, built in ``folder``: the library, and objects to link anew."""
+    """csrc/ with the switches of mutants.py, built in ``folder``; what is there is built on."""
 
-    def __init__(self, folder: Path):
-        lib = folder / "lib"
-        if not lib.exists():  # another process of this run may have built it
-            self._build(folder, lib)
-        (self.library,) = lib.rglob("_native*.so")
-        self.objects = sorted((folder / "build").rglob("*.o"))
+    def __init__(self, folder: Path, options: dict[str, str]):
+        import pybind11
 
-    def _build(self, folder: Path, lib: Path) -> None:
-        environment = {"FASTDIFF_SANITIZE": "address,undefined", "FASTDIFF_CUDA": "emulate"}
-        done = subprocess.run(
-            [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(lib),
-             "--build-temp", str(folder / "build")],
-            cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+        source, build = folder / "source", folder / "build"
+        copy_sources(source)
+        options = {
+            "CMAKE_BUILD_TYPE": "Debug",
+            # ASan's checks are calls, a third of the code that they are inline.
+            "CMAKE_CXX_FLAGS": "--param asan-instrumentation-with-call-threshold=0",
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(folder / "lib"),
+            "FASTDIFF_CUDA": "EMULATE",
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            **options,
+        }
+        given = [f"-D{name}={value}" for name, value in options.items()]
+        done = command("cmake", "-S", source, "-B", build, "-G", "Ninja", *given)
+        assert done.returncode == 0, done.stdout[-5000:]
+        done = command("cmake", "--build", build, "--parallel", os.cpu_count() or 1)
+        assert done.returncode == 0, done.stdout[-5000:]
+        (self.library,) = (folder / "lib").glob("_native*.so")
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         """Python with the sanitizers' runtime, and FASTDIFF_TEST_LIBRARY naming this build."""
@@ -63,29 +75,52 @@ class Build:
         )
 
     def run_tests(
-        self, *arguments: str, backend: str = "cuda", library: Path | None = None
+        self, *arguments: str, backend: str = "cuda", **environment: str
     ) -> subprocess.CompletedProcess:
-        """pytest in which ``backend`` serves every call, by this build or another library of its
-        kind (emulated_cuda.py)."""
+        """pytest in which ``backend`` serves every call, by this build (emulated_cuda.py)."""
         # A sanitizer ends the process: what it says must not be held back by pytest.
         options = ["-q", "-x", "--tb=short", "--capture=sys"]
         options += ["-p", "emulated_cuda", "-p", "no:cacheprovider"]
         return self.run(
             "-m", "pytest", *options, *arguments,
-            FASTDIFF_BACKEND=backend, FASTDIFF_TEST_LIBRARY=str(library or self.library),
-            PYTHONPATH=str(TOOLS),
+            FASTDIFF_BACKEND=backend, PYTHONPATH=str(TOOLS), **environment,
         )  # fmt: skip
 
 
-def make(folder: Path) -> Build:
-    """Build in ``folder``, or skip the test where the tools are missing."""
+def command(*words: object) -> subprocess.CompletedProcess:
+    done = [str(word) for word in words]
+    return subprocess.run(done, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def copy_sources(folder: Path) -> None:
+    """CMakeLists.txt and csrc/ with the mutants' switches; a file that is the same stays as old as
+    it is, so that ninja compiles what changed."""
+    texts = {Path("CMakeLists.txt"): (ROOT / "CMakeLists.txt").read_text()}
+    for path in (p for p in (ROOT / "csrc").rglob("*") if p.is_file()):
+        name = path.relative_to(ROOT)
+        texts[name] = with_switches(name.relative_to("csrc").as_posix(), path.read_text())
+    for name, text in texts.items():
+        copy = folder / name
+        if not copy.exists() or copy.read_text() != text:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(text)
+
+
+def make(complete: bool) -> Build:
+    """The short or the complete build, of now; skips the test where the tools are missing.
+
+    Both stay in build/, where a later run compiles only what has changed.
+    """
     from fastdiff.ops import native
 
     if not native.build_info()["compiler"].startswith("GNU") or runtime("libasan.so") is None:
         pytest.skip("needs GCC with libasan")
-    for module in ("setuptools", "pybind11"):
-        pytest.importorskip(module)
+    pytest.importorskip("pybind11")
     for program in ("cmake", "ninja"):
         if shutil.which(program) is None:
             pytest.skip(f"needs {program}")
-    return Build(folder)
+    folder = ROOT / "build" / ("sanitized-complete" if complete else "sanitized-short")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of pytest-xdist's processes the first builds
+        return Build(folder, COMPLETE if complete else SHORT)

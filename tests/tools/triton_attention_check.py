@@ -5,6 +5,7 @@ which is chosen at import.
 """
 
 import os
+import sys
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
@@ -82,19 +83,22 @@ def check(
 
 def main():
     half, brain = torch.float16, torch.bfloat16
+    short = sys.argv[1:] == ["short"]
     check(2, 1, 33, 8)
-    check(1, 2, 17, 24, order="qkv_first")
     check(1, 1, 40, 40, order="qkv_first", token_major=True)
-    check(1, 1, 34, 96)
-    check(1, 1, 20, 144, token_major=True)
-    check(1, 1, 18, 512)
     check(1, 2, 1, 64)
+    if not short:
+        check(1, 2, 17, 24, order="qkv_first")
+        check(1, 1, 34, 96)
+        check(1, 1, 20, 144, token_major=True)
+        check(1, 1, 18, 512)
     print("shapes: agree")
 
     for dtype in (half, brain):
-        check(1, 1, 130, 64, dtype=dtype)
-        check(1, 1, 20, 300, order="qkv_first", dtype=dtype)
         check(1, 1, 40, 128, dtype=dtype, token_major=True)
+        if not short:
+            check(1, 1, 130, 64, dtype=dtype)
+            check(1, 1, 20, 300, order="qkv_first", dtype=dtype)
     print("halves: agree")
 
     check(1, 1, 80, 32, spread=8.0)  # one key takes nearly everything

@@ -5,6 +5,7 @@ interpreter, which is chosen at import, with tiles made small so that small shap
 """
 
 import os
+import sys
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
@@ -139,6 +140,9 @@ def main():
         ((1, 96, 3, 2, 3), 32),
         ((1, 200, 9, 3), 1),
     ]
+    short = sys.argv[1:] == ["short"]
+    if short:
+        del shapes[2:-3]
     paths = set()
     for i, (shape, groups) in enumerate(shapes):
         add = (None, EMBEDDING, RESIDUAL)[i % 3]
@@ -151,11 +155,13 @@ def main():
     for dtype in (half, brain):
         for channels_last in (False, True):
             check((2, 12, 9, 8), 3, dtype=dtype, channels_last=channels_last, affine=dtype)
+            if short:
+                continue
             check((1, 8, 32, 16), 2, dtype=dtype, channels_last=channels_last, misaligned=True)
     print("halves: agree")
 
     for mean in (300.0, 1e4):  # std is 1
-        for shape in ((1, 4, 12, 10), (1, 4, 33, 31)):
+        for shape in ((1, 4, 12, 10), (1, 4, 33, 31))[: 1 if short else 2]:
             for channels_last in (False, True):
                 check(shape, 2, mean=mean, channels_last=channels_last)
     print("mean far above std: agrees")
