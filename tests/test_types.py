@@ -10,7 +10,7 @@ import fastdiff
 from paths import ROOT, TOOLS
 
 pytest.importorskip("mypy")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.seconds
 
 PROGRAM = TOOLS / "typed_program.py"
 WRONG = """
