@@ -2,6 +2,7 @@
 # make test          lint, types and every test
 # make test-nightly  every test as other CPUs run it, and the exhaustive ones, for hours (.ci/nightly)
 # make bench         compare with other libraries (pytest-benchmark)
+# make docs          all pages and the API reference (site/)
 # make gpu           on a machine with an NVIDIA GPU: build, test and measure there in nine minutes
 # Each but the last makes the virtual environment .venv and installs fastdiff there first, where that is still to do.
 
@@ -23,7 +24,7 @@ WITHOUT_DEPENDENCIES := denoising-diffusion-pytorch einops
 # For 8x8 images one thread is faster than two; the tests have a process to each core.
 demo test: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-nightly lint bench gpu clean
+.PHONY: demo test test-nightly lint bench docs gpu clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/fastdiff train --preset digits --data digits --out $(DEMO) --resume
@@ -45,6 +46,9 @@ lint: $(VENV)/test.installed
 
 bench: $(VENV)/test.installed
 	$(BIN)/python -m pytest benchmarks -rs --benchmark-quiet --results
+
+docs: $(VENV)/docs.installed
+	$(BIN)/python -m mkdocs build --strict
 
 # With that machine's own Python and packages: it needs no network.
 gpu:

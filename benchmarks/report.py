@@ -1,9 +1,9 @@
-"""Results files -> the README's tables and the roofline plots.
+"""Results files -> the tables of docs/benchmarks.md and the roofline plots.
 
     python benchmarks/report.py [results.json ...]
 
 Without files it takes all of benchmarks/results/. The tables replace what stands between the two
-markers in README.md; each file's plot becomes docs/roofline_<file>.png.
+markers in that page; each file's plot becomes docs/roofline_<file>.png.
 """
 
 import argparse
@@ -30,7 +30,7 @@ STYLE = {
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("files", nargs="*", type=Path, help="default: benchmarks/results/*.json")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the plots go")
     args = parser.parse_args(argv)
     files = args.files or sorted(results.FOLDER.glob("*.json"))
@@ -44,19 +44,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw_roofline(data, plot)
         print(f"written: {plot}")
         sections.append(table(data))
-    replace_between_markers(args.readme, "\n\n".join(sections))
-    print(f"written: {args.readme}")
+    replace_between_markers(args.page, "\n\n".join(sections))
+    print(f"written: {args.page}")
     return 0
 
 
-def replace_between_markers(readme: Path, text: str) -> None:
+def replace_between_markers(page: Path, text: str) -> None:
     """Raises ValueError where the markers are not there, once each and in order."""
-    content = readme.read_text(encoding="utf-8")
+    content = page.read_text(encoding="utf-8")
     head, start, rest = content.partition(START)
     _, end, tail = rest.partition(END)
     if not (start and end) or START in rest or END in tail:
-        raise ValueError(f"{readme} must have {START} and then {END}, once each")
-    readme.write_text(f"{head}{START}\n\n{text}\n\n{END}{tail}", encoding="utf-8")
+        raise ValueError(f"{page} must have {START} and then {END}, once each")
+    page.write_text(f"{head}{START}\n\n{text}\n\n{END}{tail}", encoding="utf-8")
 
 
 def table(data: dict[str, Any]) -> str:

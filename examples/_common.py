@@ -30,7 +30,7 @@ def parse_arguments(doc: str | None, name: str) -> argparse.Namespace:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     # Networks this small gain nothing from a second thread, and with one the figures are the same
-    # on any number of cores; on another kind of CPU they need not be (README.md).
+    # on any number of cores; on another kind of CPU they need not be (examples/README.md).
     torch.set_num_threads(1)
     return args
 

@@ -17,18 +17,11 @@ from ddpm_pytorch_package import package
 from fastdiff.acceleration.fused_class import Fused
 from fastdiff.process.schedules import linear_betas
 from improved_diffusion_tools import CODEBASES
-from page_tools import ROOT, blocks, parse_commands, run
+from page_tools import ROOT, blocks, parse_commands, run, save_pipeline, smaller
 from sampler_tools import closed_form
 
+FOLDERS = "fastdiff|kernels|csrc|tests|benchmarks|examples|docs"
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
-
-
-def smaller(example, **changes):
-    """The example with other values for these arguments, each of which it has."""
-    for name, value in changes.items():
-        example, count = re.subn(rf"\b{name}=[\w.]+", f"{name}={value}", example)
-        assert count, name
-    return example
 
 
 def assert_same(actual, expected):
@@ -39,17 +32,17 @@ def assert_same(actual, expected):
 
 def test_there_is_a_page_for_every_codebase():
     names = ("any_model", "denoising_diffusion_pytorch", "diffusers", "improved_diffusion")
-    assert PAGES == [f"docs/{name}.md" for name in names]
+    assert {f"docs/{name}.md" for name in names} <= set(PAGES)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_files_and_commands(page):
     text = (ROOT / page).read_text()
     assert parse_commands(page) == len(re.findall(r"^(?:fastdiff|torchrun) ", text, re.MULTILINE))
-    for name in re.findall(r"\b(?:fastdiff|tests|docs)/[\w/]+\.(?:py|md)\b", text):
+    for name in re.findall(rf"(?<![\w/])(?:{FOLDERS})/[\w/]+(?:\.\w+)?", text):
         assert (ROOT / name).exists(), name
     named = re.findall(r"`(?:[\w.]+ = )?(fastdiff(?:\.\w+)+)", text)
-    assert named
+    assert named or page == "docs/benchmarks.md"
     for name in named:
         owner: object = fastdiff
         for part in name.split(".")[1:]:
@@ -60,19 +53,7 @@ def test_links_files_and_commands(page):
 
 def test_diffusers(tmp_path, monkeypatch):
     diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=32,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=None,
-    ).eval()
-    # The usual schedule makes chaos of a random network's ε (test_diffusers_pipelines.py).
-    scheduler = diffusers.DDIMScheduler(beta_end=0.004)
-    diffusers.DDIMPipeline(unet, scheduler).save_pretrained(tmp_path / "path/to/ddpm-cifar10")
+    save_pipeline(tmp_path / "path/to/ddpm-cifar10")
     monkeypatch.chdir(tmp_path)
     before, after, exchanged, fused, loaded = (
         example.replace('"cuda"', '"cpu"') for example in blocks("docs/diffusers.md", "python")
@@ -102,6 +83,7 @@ def test_diffusers(tmp_path, monkeypatch):
     assert names["images"].shape == (2, 3, 32, 32)
     assert names["checkpoint"].diffusion.betas[-1] == pytest.approx(0.004)
     again = diffusers.UNet2DModel.from_pretrained(tmp_path / "path/to/unet")
+    unet = diffusers.UNet2DModel.from_pretrained(tmp_path / "path/to/ddpm-cifar10/unet")
     x, t = torch.randn(2, 3, 32, 32), torch.tensor([3, 700])
     with torch.no_grad():
         torch.testing.assert_close(again(x, t).sample, unet(x, t).sample)
@@ -157,3 +139,27 @@ def test_any_model(capsys):
     fastdiff.restore(model)
     done = run("docs/any_model.md", sampling, model=closed_form(), betas=linear_betas(1000))
     assert done["images"].shape == (16, 3, 32, 32) and torch.isfinite(done["images"]).all()
+
+
+def test_sampling():
+    sampler, function = (
+        run("docs/sampling.md", example) for example in blocks("docs/sampling.md", "python")
+    )
+    filled, known = sampler["filled"], sampler["photo"][..., :4]
+    assert torch.equal(filled[..., :4], known) and sampler["step"]["step"] == 7
+    assert function["images"].shape == (4, 3, 32, 32)
+
+
+def test_operations():
+    (fused,) = (
+        run("docs/operations.md", example) for example in blocks("docs/operations.md", "python")
+    )
+    torch.testing.assert_close(fused["y"], fused["plain"])
+
+
+def test_training(tmp_path, monkeypatch):
+    pytest.importorskip("tqdm")  # the bar of a run
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks("docs/training.md", "python")
+    done = run("docs/training.md", smaller(example, steps=2))
+    assert (done["checkpoint"].step, done["checkpoint"].weights) == (2, "0.999")

@@ -1,29 +1,46 @@
-"""The README is true: its example runs, its files exist, its commands know their flags."""
+"""The README is true: its examples run, its files exist, its commands know their flags."""
 
 import re
-from pathlib import Path
 
+import pytest
 import torch
 
-from page_tools import ROOT, blocks, parse_commands, run
+from page_tools import ROOT, blocks, parse_commands, run, save_pipeline, smaller
 
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_examples_run_as_printed():
-    ten_lines, sampler, function, fused = (
-        run("README.md", example) for example in blocks("README.md", "python")
-    )
-    assert ten_lines["images"].shape == ten_lines["x"].shape
-    assert torch.isfinite(ten_lines["images"]).all()
-    filled, known = sampler["filled"], sampler["photo"][..., :4]
-    assert torch.equal(filled[..., :4], known) and sampler["step"]["step"] == 7
-    assert function["images"].shape == (4, 3, 32, 32)
-    torch.testing.assert_close(fused["y"], fused["plain"])
+def test_the_first_example_runs_as_printed():
+    ten_lines, _ = blocks("README.md", "python")
+    done = run("README.md", ten_lines)
+    assert done["images"].shape == done["x"].shape
+    assert torch.isfinite(done["images"]).all()
+
+
+def test_the_drop_in_example_runs_as_printed_but_for_sizes(tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    save_pipeline(tmp_path / "path/to/ddpm-cifar10")
+    monkeypatch.chdir(tmp_path)
+    _, example = blocks("README.md", "python")
+    example = smaller(example, batch_size="2, output_type='np'", num_inference_steps=10)
+    stock = re.sub(r"accelerate_pipeline\((.*)\)$", r"\1", example, flags=re.MULTILINE)
+    assert stock != example
+    images, expected = (torch.as_tensor(run("README.md", e)["images"]) for e in (example, stock))
+    assert images.shape == (2, 32, 32, 3)
+    torch.testing.assert_close(images, expected, atol=1e-3, rtol=0)
 
 
 def test_the_commands_parse():
-    assert parse_commands("README.md") >= 4
+    written = re.findall(r"^(?:fastdiff|torchrun) ", README, flags=re.MULTILINE)
+    assert parse_commands("README.md") == len(written) >= 2
+
+
+def test_what_make_is_asked_for_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"\bmake ([\w-]+)\b(?=[` ])", README))
+    assert {"demo", "test"} <= targets
+    for target in targets:
+        assert re.search(rf"^(?:[\w-]+ )*{target}\b[^:=\n]*:", makefile, flags=re.MULTILINE), target
 
 
 def test_every_file_it_names_exists():
@@ -33,9 +50,18 @@ def test_every_file_it_names_exists():
     for path in linked:
         assert (ROOT / path).exists(), path
     for row in table:
-        folder = Path()
         for name in re.findall(r"`([^`]+)`", row):
-            # "fastdiff/a.py, b.py": the later names stand beside the first.
-            folder = Path(name).parent if name.startswith(("fastdiff/", "csrc")) else folder
-            candidates = (ROOT / name, ROOT / folder / name)
-            assert any(path.exists() for path in candidates), name
+            assert (ROOT / name).is_dir(), name
+
+
+def test_every_folder_of_the_package_stands_in_the_table():
+    folders = {p.parent.name for p in (ROOT / "fastdiff").glob("*/__init__.py")}
+    assert {name for name in folders if f"`fastdiff/{name}/`" not in README} == set()
+
+
+def test_its_measurements_are_those_of_the_benchmarks():
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    figures = re.findall(r"^\| \*\*([\d.]+)×\*\*", README, flags=re.MULTILINE)
+    assert len(figures) == 2
+    for figure in figures:
+        assert re.search(rf"\| {re.escape(figure)}×? \|", page), figure

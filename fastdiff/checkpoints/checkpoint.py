@@ -62,6 +62,7 @@ class Checkpoint:
         config: the whole of config.json; of a diffusers network, as ``save`` would write it.
         path: the checkpoint's directory: of a run's, the one inside that was read.
         weights: ``"model"`` or the rate of the average that was loaded.
+        ema_rates: the averages that the checkpoint has, by name.
     """
 
     model: UNet
@@ -99,7 +100,8 @@ def save(
             AveragedModel and their like, whose network is saved.
         diffusion: anything with ``to_config()``.
         ema: all of its rates are saved.
-        step, info: recorded in config.json.
+        step: optimizer steps taken, for config.json.
+        info: facts about the data, for config.json.
         extra_tensors: file name without ``.safetensors`` -> tensors by name; see ``load_tensors``.
         extra_json: file name without ``.json`` -> a JSON value; see ``load_json``.
 

@@ -26,11 +26,17 @@ def match_classes(
 ) -> ImageDataset:
     """The data set with its labels numbered as the network's classes are.
 
-    names: the network's classes in their order, None if it has numbers alone. count: how many it
-        has; None for a network without classes. data: what to call the data set in an error.
+    Args:
+        dataset: the data set; it stays as it is.
+        names: the network's classes in their order; None if it has numbers alone.
+        count: how many classes the network has; None for a network without.
+        data: what to call the data set in an error.
 
-    Without labels, or without classes in the network, the data set itself. Raises InputError for
-    classes that the network does not know.
+    Returns:
+        The data set itself without labels, or without classes in the network.
+
+    Raises:
+        InputError: classes that the network does not know.
     """
     if count is None or dataset.labels is None or dataset.class_names is None:
         return dataset

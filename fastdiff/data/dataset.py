@@ -16,10 +16,22 @@ NO_LABEL = -1  # no valid class: an embedding table refuses it instead of using 
 class ImageDataset:
     """Images of one size, by index.
 
-    image_size: (H, W). channels: C. num_classes, class_names: None without labels.
-    labels: int64 array (N,), or None. random_flip: the default of a BatchStream over the set.
-    numbered: the classes have numbers alone; class_names repeats them.
-    reading: how a folder's classes were read: one of ``labels.WAYS``.
+    A set of your own is a subclass with a ``gather``, which several threads may call at a time;
+    training and evaluation need no more of it.
+
+    Args:
+        count: N, how many images.
+        image_size: (H, W) in pixels.
+        channels: C.
+        labels: int64 array (N,), or None.
+        class_names: of the labels' numbers in their order; None without labels.
+        random_flip: the default of a BatchStream over the set.
+        numbered: the classes have numbers alone; ``class_names`` repeats them.
+        reading: how a folder's classes were read: one of ``fastdiff.data.labels.WAYS``.
+        found: what ``describe`` says.
+
+    Attributes: those arguments but the first and the last, and ``num_classes``, None without
+    labels. Raises InputError for a set without images.
     """
 
     def __init__(
@@ -82,14 +94,18 @@ class ImageDataset:
 
 
 class ArrayDataset(ImageDataset):
-    """Images held in memory, given as a uint8 array (N, H, W, C)."""
+    """Images held in memory.
+
+    Args:
+        images: uint8 (N, H, W, C); copied.
+        **options: the keyword arguments of :class:`ImageDataset`.
+    """
 
     def __init__(
         self,
         images: np.ndarray,
         **options: Any,
     ) -> None:
-        """``options``: the keyword arguments of ImageDataset."""
         count, height, width, channels = images.shape
         super().__init__(count, (height, width), channels, **options)
         self.images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))

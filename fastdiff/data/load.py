@@ -28,30 +28,32 @@ def load_dataset(
 ) -> ImageDataset:
     """Open a set of images.
 
-    spec: ``"digits"`` (the 1,797 8x8 images inside scikit-learn); a folder of images, searched
-        with its sub-folders; a ``.npz`` of uint8 (N, H, W, C) ``arr_0``, optional (N,) integer
-        ``arr_1`` and optional names ``class_names`` for its numbers; CIFAR-10 as it is
-        distributed (``cifar-10-batches-py`` or ``cifar-10-batches-bin``: the training batches, or
-        one batch file by its path).
-    image_size: side in pixels to resize and centre-crop to, as improved-diffusion's loader does;
-        None keeps the images as they are, and then they must share one size.
-    class_cond: True demands labels, False ignores them (``num_classes`` is then None and every
-        label ``NO_LABEL``), None takes them where there are at least two and no doubt about them.
-    random_flip: what a BatchStream over the set does unless told; items here are never flipped.
-    channels: 1, 3 or 4; None keeps an array's own count and, for a folder, takes 1 when every
-        image is greyscale and 3 otherwise (an alpha channel is dropped, as published).
-    cache_bytes: a folder whose decoded images fit is kept in memory after the first read.
-    labels: what a folder's classes are read from: ``"folders"`` (the first level),
-        ``"subfolders"`` (the second), ``"parents"`` (the folder that an image lies in) or
-        ``"prefixes"`` (file names before "_"). None takes the one reading there is, and refuses
-        where there are two (``fastdiff.data.labels``).
-    known_classes: names of a network's classes, which choose a reading where there are two. The
-        labels keep the data's own numbers; ``match_classes`` brings them to the network's.
-    skip_broken: leave out a folder's files that cannot be used, which ``describe()`` counts and
-        names; every file is decoded once now, so that the set stays what it is. Otherwise such a
-        file is an error, now or when it is read.
-    max_pixels: the most pixels of an image file; None: Pillow's limit, 178,956,970 unless
-        ``PIL.Image.MAX_IMAGE_PIXELS`` was changed.
+    Args:
+        spec: ``"digits"`` (the 1,797 8x8 images inside scikit-learn); a folder of images, searched
+            with its sub-folders; a ``.npz`` of uint8 (N, H, W, C) ``arr_0``, optional (N,) integer
+            ``arr_1`` and optional names ``class_names`` for its numbers; CIFAR-10 as it is
+            distributed (``cifar-10-batches-py`` or ``cifar-10-batches-bin``: the training batches,
+            or one batch file by its path).
+        image_size: side in pixels to resize and centre-crop to, as improved-diffusion's loader
+            does; None keeps the images as they are, and then they must share one size.
+        class_cond: True demands labels, False ignores them (``num_classes`` is then None and every
+            label ``NO_LABEL``), None takes them where there are at least two and no doubt about
+            them.
+        random_flip: what a BatchStream over the set does unless told; items here are never flipped.
+        channels: 1, 3 or 4; None keeps an array's own count and, for a folder, takes 1 when every
+            image is greyscale and 3 otherwise (an alpha channel is dropped, as published).
+        cache_bytes: a folder whose decoded images fit is kept in memory after the first read.
+        labels: what a folder's classes are read from: ``"folders"`` (the first level),
+            ``"subfolders"`` (the second), ``"parents"`` (the folder that an image lies in) or
+            ``"prefixes"`` (file names before "_"). None takes the one reading there is, and refuses
+            where there are two (``fastdiff.data.labels``).
+        known_classes: names of a network's classes, which choose a reading where there are two. The
+            labels keep the data's own numbers; ``match_classes`` brings them to the network's.
+        skip_broken: leave out a folder's files that cannot be used, which ``describe()`` counts and
+            names; every file is decoded once now, so that the set stays what it is. Otherwise such
+            a file is an error, now or when it is read.
+        max_pixels: the most pixels of an image file; None: Pillow's limit, 178,956,970 unless
+            ``PIL.Image.MAX_IMAGE_PIXELS`` was changed.
 
     Pictures stand upright, as their EXIF says. ``describe()`` of the set says what was found.
     Items are (uint8 tensor (C, H, W), int label). Raises InputError for what cannot be used.

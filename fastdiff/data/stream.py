@@ -28,13 +28,19 @@ class BatchStream:
     been drawn exactly e times, whatever the batch size. ``position`` is the number of batches
     drawn; a stream made (or set) at position k goes on exactly as one that drew k batches.
 
-    batch_size: images of the global batch; rank r of ``world_size`` gets the r-th slice of
-        batch_size / world_size images.
-    random_flip: mirror every image with probability 1/2, anew in each epoch; None does what the
-        data set says.
-    workers: threads that prepare batches ahead (Pillow decodes outside Python's lock); 0 prepares
-        them in the caller.
-    pin_memory: page-locked batches, for copies to a GPU that do not wait.
+    Args:
+        dataset: what is drawn from.
+        batch_size: images of the global batch; rank r of ``world_size`` gets the r-th slice of
+            batch_size / world_size images.
+        random_flip: mirror every image with probability 1/2, anew in each epoch; None does what the
+            data set says.
+        seed: of the order and of the flips.
+        position: batches that count as drawn already.
+        workers: threads that prepare batches ahead (Pillow decodes outside Python's lock); 0
+            prepares them in the caller.
+        rank: of this process, 0 … world_size − 1.
+        world_size: how many processes share each batch.
+        pin_memory: page-locked batches, for copies to a GPU that do not wait.
 
     Raises InputError for arguments that make no sense, and passes on what reading a file raises.
     """
@@ -164,7 +170,9 @@ def iterate_once(
 ) -> Iterator[Batch]:
     """Every image once and unflipped, in the set's order; the last batch may be smaller.
 
-    Rank r of ``world_size`` gets images r, r + world_size, r + 2·world_size, …
+    Batches of ``batch_size`` images of the ``dataset`` are as :class:`BatchStream`'s. Rank r of
+    ``world_size`` gets images r, r + world_size, r + 2·world_size, … Raises InputError for a size
+    or a rank that makes no sense.
     """
     _check_rank(rank, world_size)
     if batch_size < 1:

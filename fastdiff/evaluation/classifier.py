@@ -21,7 +21,9 @@ class Classifier:
     One network alone is 0.9 sure of pure noise (digits, measured), the committee 0.7: members
     that learned from different starts disagree about what none of them has seen.
 
-    held_out: indices of the labelled images that training did not use.
+    Args:
+        members: networks of uint8 images scaled to [-1, 1], whose last layer gives the logits.
+        held_out: indices of the labelled images that training did not use.
     """
 
     def __init__(self, members: list[nn.Sequential], held_out: np.ndarray) -> None:
@@ -54,8 +56,13 @@ def train_classifier(
 ) -> Classifier:
     """Train on four fifths of uint8 ``images`` (N, C, H, W) with int64 ``labels`` (N,).
 
-    steps: of each member; by default 20 passes over the data, at least 200 and at most 500
-        steps. The same seed gives the same classifier on the same kind of machine.
+    Args:
+        images: uint8 (N, C, H, W).
+        labels: int64 (N,), in 0 … num_classes − 1.
+        num_classes: K, the classes of the answer.
+        seed: the same one gives the same classifier on the same kind of machine.
+        steps: of each member; by default 20 passes over the data, at least 200 and at most 500.
+        device: where it is trained.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     held_out, kept = order[: len(images) // HELD_OUT], order[len(images) // HELD_OUT :]

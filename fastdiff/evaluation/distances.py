@@ -11,10 +11,11 @@ CHUNK_BYTES = 1 << 27  # of float64 images held at a time
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Fréchet distance of the Gaussians fitted to two sets of features (n, D), (m, D).
+    """Squared Fréchet distance of the Gaussians fitted to features ``a`` (n, D) and ``b`` (m, D).
 
     Heusel et al. 2017, eq. 6 (Dowson & Landau 1982). It falls as n and m grow even when both sets
-    come from one source, so only distances of equal counts can be compared.
+    come from one source, so only distances of equal counts can be compared. Raises
+    InputError for shapes that do not fit, and below two of either.
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise InputError(
@@ -43,10 +44,13 @@ def nearest_distances(
 ) -> np.ndarray:
     """Euclidean distance of each query to its nearest reference, float64 (n,).
 
-    queries, references: uint8 (n, C, H, W), (m, C, H, W); distances are in units of [-1, 1].
-    leave_out: int64 (n,), a reference that query i must not match (itself, for leave-one-out).
+    Args:
+        queries: uint8 (n, C, H, W); distances are in units of [-1, 1].
+        references: uint8 (m, C, H, W).
+        leave_out: int64 (n,), a reference that query i must not match (itself, for leave-one-out).
 
-    Exact: |q|² + |r|² - 2 q·r runs over integers below 2^53, so a copy is at distance 0.
+    Exact: |q|² + |r|² - 2 q·r runs over integers below 2^53, so a copy is at distance 0. Raises
+    InputError for images of different sizes.
     """
     queries, references = queries.flatten(1), references.flatten(1)
     if queries.shape[1] != references.shape[1]:

@@ -34,27 +34,35 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score samples against a data set; returns a dictionary that JSON can hold.
 
-    samples: uint8 (N, H, W, C), N >= 2. labels: the classes the samples were asked to show, or
-    None. The data set's own labels (opened with ``class_cond=True`` or None) train a classifier
-    that knows nothing of the samples; without labels the parts that need it are None.
+    The data set's own labels (opened with ``class_cond=True`` or None) train a classifier that
+    knows nothing of the samples; without labels the parts that need it are None. The parts:
 
-    ``confidence``: mean largest class probability of samples, held-out real images and pure noise
-        (standard Gaussian, clipped): the last two say what the first is worth.
-    ``classes``: each class' share of the samples, the largest share, the classes that are absent.
-    ``label_agreement``: share of samples recognised as what ``labels`` asks for.
-    ``frechet``: squared Fréchet distances (``frechet_distance``) on the classifier's hidden
-        features, or, without a classifier, on pixels averaged down to at most 8x8.
-        ``samples``: samples to real images; ``noise``: noise to real images; ``halves``: real to
-        other real images. All three compare ``count`` with ``count`` images (half the real
-        images, or all samples if those are fewer), because the distance depends on how many
-        there are. Each is the mean over 100 random draws: the distance between two halves of
-        the 1,797 digits scatters by a third from one halving to the next (measured: 9.1 ± 3.1),
-        their mean by 3 %. ``ratio`` is samples / halves (1: as close as real images are to each
-        other); the scale of the features, which changes with the classifier, cancels in it.
-    ``nearest``: Euclidean distance, in units of [-1, 1], to the nearest real image: of samples,
-        of real images (themselves left out) and of noise. Samples much nearer than real images
-        are remembered, not generated; ``closer_than_real`` is the share of samples nearer than
-        all but 1 % of the real images, ``copies`` the number at distance 0.
+    - ``confidence``: mean largest class probability of samples, held-out real images and pure
+      noise (standard Gaussian, clipped): the last two say what the first is worth.
+    - ``classes``: each class' share of the samples, the largest share, the classes that are
+      absent.
+    - ``label_agreement``: share of samples recognised as what ``labels`` asks for.
+    - ``frechet``: squared Fréchet distances (``frechet_distance``) on the classifier's hidden
+      features, or, without a classifier, on pixels averaged down to at most 8x8. ``samples``:
+      samples to real images; ``noise``: noise to real images; ``halves``: real to other real
+      images. All three compare ``count`` with ``count`` images (half the real images, or all
+      samples if those are fewer), because the distance depends on how many there are. Each is the
+      mean over 100 random draws: the distance between two halves of the 1,797 digits scatters by
+      a third from one halving to the next (measured: 9.1 ± 3.1), their mean by 3 %. ``ratio`` is
+      samples / halves (1: as close as real images are to each other); the scale of the features,
+      which changes with the classifier, cancels in it.
+    - ``nearest``: Euclidean distance, in units of [-1, 1], to the nearest real image: of samples,
+      of real images (themselves left out) and of noise. Samples much nearer than real images are
+      remembered, not generated; ``closer_than_real`` is the share of samples nearer than all but
+      1 % of the real images, ``copies`` the number at distance 0.
+
+    Args:
+        samples: uint8 (N, H, W, C), N ≥ 2.
+        dataset: the real images.
+        labels: integers (N,), the classes the samples were asked to show, or None.
+        seed: of the classifier, the noise and the draws.
+        classifier_steps: of each of the classifier's members; None: by the number of images.
+        device: where the classifier runs.
 
     Raises InputError when the samples have another size or channel count than the data.
     """

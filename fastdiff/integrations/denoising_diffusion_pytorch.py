@@ -41,12 +41,19 @@ def accelerate(
     ``sample``, ``ddim_sample`` and ``p_sample_loop`` keep their signatures and, for the same
     torch seed, their images, in [0, 1] or as ``unnormalize`` says; they leave torch's generator
     where the stock ones do. Self-conditioning and all three objectives are served. The network's
-    norms and attention are fused (:func:`fastdiff.accelerate`, ``channels_last``), and the loop is
-    a :class:`fastdiff.Sampler`, whose options the others are; like it, it runs the network in eval
-    mode. Training goes on as before, and a Trainer, an EMA copy, ``state_dict`` and pickles too.
-    :func:`restore` undoes it.
+    norms and attention are fused (:func:`fastdiff.accelerate`), and the loop is a
+    :class:`fastdiff.Sampler`; like it, it runs the network in eval mode. Training goes on as
+    before, and a Trainer, an EMA copy, ``state_dict`` and pickles too. :func:`restore` undoes it.
 
-    InputError for an object of another class: what a subclass does differently is not known.
+    Args:
+        diffusion: a GaussianDiffusion of the package, changed in place.
+        dtype: the network runs under autocast of it, as the Sampler's argument says.
+        channels_last: the layout of the weights of plain 2-D convolutions.
+        capture: "auto", True or False: whether a step becomes a CUDA graph.
+        compile: whether the network runs through torch.compile, or its keyword arguments.
+
+    Raises:
+        InputError: an object of another class: what a subclass does differently is not known.
     """
     kind: Any = type(diffusion)
     if kind.__name__ != "GaussianDiffusion" or kind.__module__ != HOME:

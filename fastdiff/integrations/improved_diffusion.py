@@ -56,7 +56,10 @@ def accelerate(
     Args:
         diffusion: a GaussianDiffusion or SpacedDiffusion of improved-diffusion, guided-diffusion,
             DiT, or of a codebase that took it over. It is left as it is.
-        dtype, channels_last, capture, compile: of the sampling loops: :class:`fastdiff.Sampler`.
+        dtype: of the sampling loops, as are the others: see :class:`fastdiff.Sampler`.
+        channels_last: the layout of x and of the weights.
+        capture: whether a step becomes a CUDA graph.
+        compile: whether the network runs through torch.compile.
 
     Raises InputError for an object that computes, asks for or draws something else than these
     codebases do, naming the method: a subclass with a p_mean_variance of its own, for one.

@@ -12,8 +12,14 @@ from fastdiff.methods.registry import method
 def ddim(source: Source, *, eta: float, clipped_eps: bool) -> Columns:
     """x_prev = signal_prev·x_0 + √(noise_prev² − σ²)·ε + σ·z with ε = (x_t − signal·x_0)/noise.
 
-    eta: σ is eta times the posterior's standard deviation: 0 deterministic, 1 the DDPM variance.
-    clipped_eps: ε from the clipped x_0, as published; False: from the network's own output.
+    Args:
+        source: the process's levels and what the network predicts.
+        eta: σ is eta times the posterior's standard deviation: 0 deterministic, 1 the DDPM
+            variance.
+        clipped_eps: ε from the clipped x_0, as published; False: from the network's own output.
+
+    Raises:
+        InputError: a negative ``eta``, or one that leaves no room for ε.
     """
     levels = source.levels
     if not (is_finite(eta) and eta >= 0):

@@ -28,7 +28,14 @@ METHODS: dict[str, Method] = {}
 
 
 def method(name: str, *, learned_variance: bool = False) -> Callable[..., Any]:
-    """Register the decorated function; its keyword arguments are the method's options."""
+    """Register the decorated function, which derives a method's columns from a Source.
+
+    Its keyword arguments are the method's options: arguments of Sampler that are its alone.
+
+    Args:
+        name: of the method, for ``Sampler(method=…)``; no two are alike.
+        learned_variance: whether its rows use the variance that a network learnt.
+    """
 
     def register(columns: Callable[..., Columns]) -> Callable[..., Columns]:
         assert name not in METHODS, f"two methods are named {name!r}"

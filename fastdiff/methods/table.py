@@ -91,6 +91,7 @@ class StepTable:
     ``packed`` is a float32 (K, 12) tensor whose columns are named in ``COLUMNS``; each is also an
     attribute, a (K,) view. ``clip`` is inf where x_0 is not clipped. ``timesteps`` is what the
     network is given and ``input_scale`` what x_t is multiplied by before the network sees it.
+    ``method`` is what wrote the rows.
 
     What a program must know without reading the device: ``doubled_output``, the network returns 2C
     channels; ``learned_variance``, the second C of them set the standard deviation;

@@ -69,7 +69,7 @@ class EMA:
 
     @property
     def highest_rate(self) -> str:
-        """The slowest average: the one the published systems sample from."""
+        """The slowest average: the one the published systems sample from. InputError for none."""
         if not self.shadows:
             raise InputError("EMA: it was made with no rates, so there is no average")
         return max(self.shadows, key=float)
@@ -88,7 +88,11 @@ class EMA:
         return min(float(name), _warm(self.updates)) if self.warmup else float(name)
 
     def state_dict(self, rate: float | str) -> dict[str, Tensor]:
-        """The averages of one rate under the parameters' names (float32, not copied)."""
+        """The averages of one rate under the parameters' names (float32, not copied).
+
+        Raises:
+            InputError: there is no average with that rate.
+        """
         return dict(zip(self.names, self._shadow(rate), strict=True))
 
     @torch.no_grad()
@@ -96,7 +100,7 @@ class EMA:
         """Put back what ``state_dict`` gave.
 
         Raises:
-            InputError: names or shapes that are not this model's.
+            InputError: no such rate; names or shapes in ``state`` that are not this model's.
         """
         shadow = self._shadow(rate)
         if set(state) != set(self.names):
@@ -120,7 +124,8 @@ class EMA:
         """Write one rate's averages into the parameters of ``model``, in place.
 
         Raises:
-            InputError: ``model`` has a parameter of another name or shape; it is unchanged.
+            InputError: no such rate, or ``model`` has a parameter of another name or shape; it is
+                unchanged.
         """
         state = self.state_dict(rate)
         parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
@@ -137,6 +142,9 @@ class EMA:
         Afterwards it holds what it held before, bit for bit. The values move, not the storage, so
         captured graphs stay valid. They are the model's own: another thread that runs or trains
         it meanwhile sees them too, and what it trains is lost.
+
+        Raises:
+            InputError: there is no average with that rate, or none at all.
         """
         shadow = self._shadow(self.highest_rate if rate is None else rate)
         kept = [parameter.detach().clone() for parameter in self.parameters]

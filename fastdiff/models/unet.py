@@ -148,7 +148,11 @@ class UNet(nn.Module):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "UNet":
-        """A published configuration by name, with some arguments changed. See ``presets``."""
+        """A published configuration by name, with some arguments changed.
+
+        Raises:
+            InputError: no preset of that name; the message lists them all.
+        """
         from fastdiff.models import presets
 
         return cls(**{**presets.get(name).model, **overrides})

@@ -43,7 +43,7 @@ _lock = threading.Lock()
 def set_backend(name: str | None) -> None:
     """Name the backend of every fused operation in this process; None lets the plans choose.
 
-    Raises InputError for a name that is not one of ``BACKENDS``.
+    ``name``: "reference", "native", "triton" or "cuda". Raises InputError for another.
     """
     global _named
     with _lock:
@@ -52,7 +52,10 @@ def set_backend(name: str | None) -> None:
 
 @contextlib.contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """``set_backend(name)`` for the length of a ``with`` block, in every thread of the process."""
+    """``set_backend(name)`` for the length of a ``with`` block, in every thread of the process.
+
+    Raises InputError for an unknown name.
+    """
     global _named
     block = [_checked(name, "backend")]
     with _lock:

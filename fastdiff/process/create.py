@@ -27,14 +27,26 @@ def create_diffusion(
 ) -> GaussianDiffusion:
     """Build a :class:`GaussianDiffusion` and remember how (``to_config``).
 
-    The first nine options are the published ones: ``learn_sigma`` chooses the variance
-    ``"learned_range"``, else ``"fixed_small"`` or, without ``sigma_small``, ``"fixed_large"``;
-    ``use_kl`` the loss ``"rescaled_kl"``, else ``rescale_learned_sigmas`` ``"rescaled_mse"``, else
-    ``"mse"``; ``predict_xstart`` the prediction ``"x_start"``, else ``"epsilon"``.
-    ``mean_type``, ``var_type`` and ``loss_type`` name the choice outright, for what the flags
-    cannot say. ``timestep_respacing``: see :func:`fastdiff.process.respacing.space_timesteps`.
-    ``zero_terminal_snr`` rescales the schedule (Lin et al. 2023) and needs ``mean_type`` "v" or
-    "x_start".
+    The first nine options are the published ones; the names outright are for what the flags cannot
+    say.
+
+    Args:
+        steps: K, of the process the network is trained on.
+        noise_schedule: see :func:`fastdiff.get_named_beta_schedule`.
+        learn_sigma: var_type "learned_range"; else it is as ``sigma_small`` says.
+        sigma_small: var_type "fixed_small" in place of "fixed_large".
+        use_kl: loss_type "rescaled_kl"; else it is as ``rescale_learned_sigmas`` says.
+        predict_xstart: mean_type "x_start" in place of "epsilon".
+        rescale_timesteps: give the network timesteps scaled to 0 … 1000.
+        rescale_learned_sigmas: loss_type "rescaled_mse" in place of "mse".
+        timestep_respacing: see :func:`fastdiff.space_timesteps`; "" takes every step.
+        mean_type: one of GaussianDiffusion's, in place of ``predict_xstart``.
+        var_type: one of its, in place of ``learn_sigma`` and ``sigma_small``.
+        loss_type: one of its, in place of ``use_kl`` and ``rescale_learned_sigmas``.
+        loss_weighting: None or "min_snr", as GaussianDiffusion's.
+        min_snr_gamma: the γ of that weighting.
+        zero_terminal_snr: rescale the schedule so that the last step has no signal (Lin et al.
+            2023), which ε-prediction does not allow.
 
     Raises InputError for unknown names, for a flag that contradicts a name, and for a respacing
     that does not fit.

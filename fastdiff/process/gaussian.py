@@ -25,20 +25,23 @@ LOSS_TYPES = ("mse", "rescaled_mse", "kl", "rescaled_kl")
 class GaussianDiffusion(SamplingLoops):
     """A diffusion process over K steps, and what a network that reverses it is asked to predict.
 
-    ``betas``: (K,) in (0, 1], the variances of the steps, step 0 the least noisy.
-    ``mean_type``: what the network predicts: ``"epsilon"``, ``"x_start"``,
-    ``"v"`` = √ᾱ ε − √(1−ᾱ) x_0, or ``"previous_x"``, the mean of x_{t-1}.
-    ``var_type``: the reverse variance: ``"fixed_small"`` (β̃), ``"fixed_large"`` (β), ``"learned"``
-    (the network's log-variance), ``"learned_range"`` (its interpolation between log β̃ and log β,
-    Nichol & Dhariwal 2021 eq. 15).
-    ``loss_type``: ``"mse"`` (L_simple; with a learned variance plus the bound's term),
-    ``"rescaled_mse"`` (L_hybrid: that term × K/1000), ``"kl"`` (the bound's term, bits/dim),
-    ``"rescaled_kl"`` (× K, an estimate of the whole bound).
-    ``loss_weighting``: None, or ``"min_snr"`` (Hang et al. 2023, arXiv:2303.09556) for the MSE
-    losses: x_0's squared error weighs min(SNR, ``min_snr_gamma``), whatever is predicted.
-    ``rescale_timesteps``: give the network timesteps scaled to 0 … 1000.
-    ``timestep_map``, ``original_num_steps``: for a respaced process, the (K,) timesteps of the
-    process it was taken from and that one's length: what the network was trained with.
+    Args:
+        betas: (K,) in (0, 1], the variances of the steps, step 0 the least noisy.
+        mean_type: what the network predicts: ``"epsilon"``, ``"x_start"``, ``"v"`` =
+            √ᾱ ε − √(1−ᾱ) x_0, or ``"previous_x"``, the mean of x_{t-1}.
+        var_type: the reverse variance: ``"fixed_small"`` (β̃), ``"fixed_large"`` (β), ``"learned"``
+            (the network's log-variance), ``"learned_range"`` (its interpolation between log β̃ and
+            log β, Nichol & Dhariwal 2021 eq. 15).
+        loss_type: ``"mse"`` (L_simple; with a learned variance plus the bound's term),
+            ``"rescaled_mse"`` (L_hybrid: that term × K/1000), ``"kl"`` (the bound's term,
+            bits/dim), ``"rescaled_kl"`` (× K, an estimate of the whole bound).
+        rescale_timesteps: give the network timesteps scaled to 0 … 1000.
+        loss_weighting: None, or ``"min_snr"`` (Hang et al. 2023, arXiv:2303.09556) for the MSE
+            losses: x_0's squared error weighs min(SNR, ``min_snr_gamma``), whatever is predicted.
+        min_snr_gamma: the γ of that weighting, 5 as published.
+        timestep_map: for a respaced process, the (K,) timesteps of the process it was taken from:
+            what the network was trained with.
+        original_num_steps: for a respaced process, the length of that one.
 
     Attributes, float64 (K,) unless said: ``betas, alphas_cumprod, alphas_cumprod_prev,
     alphas_cumprod_next, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, posterior_variance,

@@ -42,7 +42,8 @@ def linear_betas(num_steps: int) -> FloatArray:
 def cosine_betas(num_steps: int, s: float = 0.008, max_beta: float = 0.999) -> FloatArray:
     """Betas for alphas_cumprod(u) = cos²((u + s) / (1 + s) · π/2), u in [0, 1], capped at max_beta.
 
-    Nichol & Dhariwal 2021 eq. 17. Returns float64 (num_steps,).
+    Nichol & Dhariwal 2021 eq. 17. Returns float64 (num_steps,). Raises InputError for a negative
+    ``s`` and a ``max_beta`` outside (0, 1].
     """
     num_steps = _check_steps(num_steps)
     if not (is_finite(s) and s >= 0):
@@ -130,9 +131,11 @@ SCHEDULES: dict[str, Callable[[int], FloatArray]] = {
 
 
 def get_named_beta_schedule(name: str, num_steps: int) -> FloatArray:
-    """The betas of a schedule by name: one of :data:`SCHEDULES`.
+    """The betas of a schedule by its published name.
 
-    Returns float64 (num_steps,). Raises InputError for an unknown name.
+    "linear" (:func:`linear_betas`), "cosine" (:func:`cosine_betas`), "quad", "warmup10",
+    "warmup50", "const" or "jsd", the last five as in the code of Ho et al. 2020. Returns float64
+    (num_steps,). Raises InputError for another name and for a number of steps that does not fit.
     """
     if not isinstance(name, str) or name not in SCHEDULES:
         raise InputError(f"unknown noise schedule {name!r}: choose one of {', '.join(SCHEDULES)}")

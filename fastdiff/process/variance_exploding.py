@@ -64,7 +64,8 @@ class VarianceExploding(ProcessTables):
             1/sigma² (the same as plain ε), "edm" 1 + 1/sigma² (the same as plain v), "min_snr"
             min(1/sigma², ``min_snr_gamma``); None is the plain mean squared error of what is
             predicted.
-        timestep_map, original_num_steps: of a strided process, as :meth:`respace` sets them.
+        timestep_map: of a strided process, the steps of the unstrided one: :meth:`respace` sets it.
+        original_num_steps: of a strided process, the length of the unstrided one.
 
     Attributes: ``sigmas``, ``signal_scale`` (ones), ``noise_scale`` (sigmas), ``input_scale``,
     float64 (K,); ``model_timesteps``, float32 (K,); ``timestep_map``, int64 (K,);

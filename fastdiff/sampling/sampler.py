@@ -156,7 +156,7 @@ class Sampler:
     def configure(self, *, diffusion: Any = None, **changes: Any) -> "Sampler":
         """Change steps, spacing, timesteps, method, eta, guidance_scale, guidance_interval,
         clip_denoised, dynamic_threshold or the process (or table) itself, as in the constructor;
-        the rest stays. Returns itself.
+        the rest stays. Returns itself. Raises InputError as the constructor does.
 
         What was captured stays too: a graph reads all of these from device memory, but for the
         order of the method, whether there is guidance, and dynamic_threshold.
@@ -241,9 +241,9 @@ class Sampler:
             noise: x_T, (N, C, ...), in place of a draw.
             image: image-to-image: x_0 (N, C, ...), noised to the level from which the last
                 ``strength`` (0 < strength ≤ 1) of the steps lead back; only these are taken.
-            known, known_mask: inpainting: x_0, and a mask that is true (not 0) where it is known,
-                both broadcastable to ``shape``. The known region is put into x at its noise level
-                after every step, and comes back as it was given.
+            known: inpainting: x_0 where ``known_mask`` is true. That region is put into x at its
+                noise level after every step, and comes back as it was given.
+            known_mask: true (not 0) where x_0 is known; both are broadcastable to ``shape``.
             model_kwargs: passed to the network. For guidance, tensors whose first dimension is N
                 are doubled with their unconditional counterpart.
             uncond_kwargs: what replaces ``model_kwargs`` in the unconditional half; by default the

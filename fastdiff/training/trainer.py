@@ -195,7 +195,10 @@ class Trainer:
         info: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> "Trainer":
-        """``resume`` for a checkpoint that was read already; ``info`` is added to its facts."""
+        """:meth:`resume` for a checkpoint that :meth:`read_run` has read already.
+
+        ``info`` is added to its facts; arguments and errors otherwise as there.
+        """
         config = saved.config.resumed_with(dict(changes or {}))
         facts = {**saved.info, **(info or {})}
         matched = match_classes(dataset, saved.info.get("class_names"), saved.model.num_classes)
@@ -348,6 +351,7 @@ class Trainer:
             raise OSError(f"checkpoint not saved: {error}; {self.advice()}") from error
 
     def write_checkpoint(self) -> Path:
+        """:meth:`save` without advice in the message of an OSError."""
         path = checkpoint_path(self.run_dir, self.step)
         if self._saved_as == (self.step, self._reported):
             return path

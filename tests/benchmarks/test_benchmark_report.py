@@ -124,16 +124,16 @@ def test_the_text_names_every_operation_and_what_is_below_its_target():
     assert summary.others_as_text(rows) == ""
 
 
-def test_the_report_fills_the_readme_and_draws_the_roofline(tmp_path, capsys):
+def test_the_report_fills_the_page_and_draws_the_roofline(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.START}\nold numbers\n{report.END}\nafter\n")
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"before\n{report.START}\nold numbers\n{report.END}\nafter\n")
     rows = [row(op, 2.5, dtype=dtype) for op in report.STYLE for dtype in ("float32", "bfloat16")]
     rows[0]["times_faster"]["compiled"] = 1.25
     path = file_with(tmp_path, [*rows, row("unet_forward")])
-    args = [str(path), "--readme", str(readme), "--docs", str(tmp_path)]
+    args = [str(path), "--page", str(page), "--docs", str(tmp_path)]
     assert report.main(args) == 0
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith(f"before\n{report.START}\n\n**Test CPU, 2 threads, torch 2.13.0, avx2")
     assert text.endswith(f"\n\n{report.END}\nafter\n")
     assert "old numbers" not in text and "unet_forward" not in text
@@ -141,22 +141,22 @@ def test_the_report_fills_the_readme_and_draws_the_roofline(tmp_path, capsys):
     assert f"| group_norm_silu | float32 | NCHW | forward {cells}" in text
     assert text.count("| forward |") == 2 * len(report.STYLE)
     assert (tmp_path / "roofline_test-cpu.png").read_bytes().startswith(b"\x89PNG")
-    assert report.main(args) == 0 and readme.read_text() == text  # again: the same
+    assert report.main(args) == 0 and page.read_text() == text  # again: the same
 
 
-def test_a_readme_without_markers_and_a_file_of_another_kind_are_refused(tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{report.END} {report.START}")
+def test_a_page_without_markers_and_a_file_of_another_kind_are_refused(tmp_path, capsys):
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"{report.END} {report.START}")
     with pytest.raises(ValueError, match="once each"):
-        report.replace_between_markers(readme, "text")
+        report.replace_between_markers(page, "text")
     other = tmp_path / "plan.json"
     other.write_text('{"rows": []}')
-    assert report.main([str(other), "--readme", str(readme)]) == 1
+    assert report.main([str(other), "--page", str(page)]) == 1
     assert "no results" in capsys.readouterr().err
 
 
-def test_the_readme_has_the_markers():
-    text = (report.ROOT / "README.md").read_text()
+def test_the_page_of_benchmarks_has_the_markers():
+    text = (report.ROOT / "docs" / "benchmarks.md").read_text()
     assert text.count(report.START) == text.count(report.END) == 1
 
 

@@ -138,7 +138,7 @@ def test_previous_x_takes_the_output_as_the_mean():
 @pytest.mark.parametrize("mean_type", MEAN_TYPES)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_true_prediction_returns_x_start_and_arrives_at_it(mean_type, method):
-    """With the network's exact answer for one x_0, every row recovers x_0 and keeps the marginals."""
+    """With the network's exact answer for one x_0, every row finds x_0 and keeps the marginals."""
     for process in (
         cosine(30, mean_type=mean_type),
         levels(np.ones(30), geometric_sigmas(30), mean_type),

@@ -36,7 +36,16 @@ class FolderDataset(ImageDataset):
     """Image files decoded on demand; a small set is kept in memory once read.
 
     Reading is safe from several threads. A file that cannot be decoded raises InputError with
-    its name.
+    its name. ``load_dataset`` finds the files and makes this of them.
+
+    Args:
+        files: N paths of images.
+        image_size: (H, W) in pixels that all have, after ``resize``.
+        channels: 1, 3 or 4: grey, RGB or RGBA.
+        resize: side to resize and centre-crop to; None leaves the images as they are.
+        cache_bytes: the decoded images are kept if they are no more than this.
+        max_pixels: the most pixels of a file; None: Pillow's limit.
+        **options: the keyword arguments of :class:`ImageDataset`.
     """
 
     def __init__(

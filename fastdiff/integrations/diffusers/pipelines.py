@@ -52,8 +52,8 @@ def accelerate_pipeline(
     Its call keeps its signature, its result and, for the same generator, its images; class labels
     of a conditional U-Net are a further argument, ``class_labels`` (N,). The U-Net is accelerated
     (:func:`fastdiff.accelerate`), the scheduler becomes the fused one of the same class, and the
-    loop a :class:`fastdiff.Sampler`, whose options the others are. x_t stays float32 in the loop,
-    where diffusers rounds it to the U-Net's dtype.
+    loop a :class:`fastdiff.Sampler`. x_t stays float32 in the loop, where diffusers rounds it to
+    the U-Net's dtype.
 
     What is set afterwards counts: another U-Net is accelerated and another scheduler exchanged at
     the next call; a moved or cast U-Net, other weights, LoRA layers and attention processors are
@@ -64,7 +64,15 @@ def accelerate_pipeline(
     Pipelines may share a U-Net or a scheduler, also in several threads; a U-Net that pipelines have
     accelerated is put back when the last of them is restored.
 
-    InputError for other pipelines.
+    Args:
+        pipe: a DDPMPipeline or a DDIMPipeline, changed in place.
+        dtype: the network runs under autocast of it, as the Sampler's argument says.
+        channels_last: the layout of x and of the weights of plain 2-D convolutions.
+        capture: "auto", True or False: whether a step becomes a CUDA graph.
+        compile: whether the network runs through torch.compile, or its keyword arguments.
+
+    Raises:
+        InputError: another pipeline, or options that do not fit.
     """
     if type(pipe) not in PIPELINES:
         known = ", ".join(kind.__name__ for kind in PIPELINES)

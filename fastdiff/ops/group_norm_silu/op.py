@@ -40,9 +40,11 @@ def group_norm_silu(
     Args:
         x: (N, C, *spatial), any number of spatial dimensions and any layout; the result has both.
         num_groups: divides C; each group of C / num_groups channels of one sample is normalised.
-        weight, bias: (C,), or None for a norm without parameters.
+        weight: (C,), or None for a norm without parameters.
+        bias: likewise.
         eps: added to the variance.
-        scale, shift: (N, C), or both None for no FiLM.
+        scale: (N, C), or None, like shift, for no FiLM.
+        shift: (N, C), given exactly when scale is.
         add: added to x before the norm: (N, C), an embedding, or a residual of x's own shape.
         activation: ``"silu"``, or None for the norm (and FiLM) alone.
 

@@ -42,14 +42,17 @@ def q_sample(
         x_start: (N, ...) of any floating dtype. The arithmetic is float32 (float64 for float64
             input) whatever the storage dtype. Gradients reach it, and ``noise``.
         t: (N,) integer, the tables' row of each sample.
-        sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod: (K,).
-        noise: N(0, I) like x_start. Or
+        sqrt_alphas_cumprod: (K,), √ᾱ_t, the scale of the signal.
+        sqrt_one_minus_alphas_cumprod: (K,), √(1 − ᾱ_t), that of the noise.
+        noise: N(0, I) like x_start; not with ``seed``.
         seed: the noise is drawn from the counter-based generator, in the pass that uses it, in
             x_start's dtype: to the bit what ``fastdiff.ops.normal`` draws. Sample i of the batch
             takes the stream of sample ``first_sample + i`` at training step ``step``. Each of the
             three may be an int64 tensor of one element on x_start's device, which is read where the
             noise is drawn. With neither noise nor seed, torch.randn draws in logical order, so that
             channels_last changes no number.
+        first_sample: with ``seed``, the number of the batch's first sample.
+        step: with ``seed``, the training step.
         return_noise: False: the second result is None, and with ``seed`` no noise is written.
 
     Raises InputError for both noise and seed, a shape, dtype or device that does not fit, and, on

@@ -31,7 +31,8 @@ def rms_norm_silu(
         x: (N, C, *spatial), any number of spatial dimensions and any layout; the result has both.
         weight: C elements in any shape, (C,) and (1, C, 1, 1) among them.
         eps: the least norm to divide by.
-        scale, shift: (N, C) or (N, C, 1, ...), or both None for no FiLM.
+        scale: (N, C) or (N, C, 1, ...), or None, like shift, for no FiLM.
+        shift: likewise, given exactly when scale is.
         activation: ``"silu"``, or None for the norm (and FiLM) alone.
 
     Returns:
