@@ -14,6 +14,7 @@ from norm_cases import (
     eager,
     equations,
     error,
+    kernels_at_any_size,  # noqa: F401
     native_shape,
     poison,
     run,

@@ -1,5 +1,7 @@
 """group_norm_silu, backward: every gradient against the equations' in float64."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from norm_cases import (
     equations,
     error,
     gradients,
+    kernels_at_any_size,  # noqa: F401
     native_shape,
     poison,
     threads,
@@ -302,3 +305,24 @@ def test_the_reference_passes_gradcheck():
         with fastdiff.backend("reference"):
             assert torch.autograd.gradcheck(call, leaves)
             assert torch.autograd.gradgradcheck(call, leaves)
+
+
+def test_small_contiguous_tensors_train_on_pytorch(monkeypatch):
+    """The plan's exception, and its limits: what is slower, and what PyTorch gets wrong."""
+    module = sys.modules["fastdiff.ops.group_norm_silu.op"]
+    monkeypatch.setattr(module, "SMALL", 64 * 16)
+    weight, bias = torch.ones(64, requires_grad=True), torch.zeros(64)
+
+    def backend(x):
+        return module.choose(x, 32, weight, bias).backend
+
+    small = torch.randn(1, 64, 4, 4)
+    assert backend(small) == "reference"
+    assert backend(small.contiguous(memory_format=torch.channels_last)) == "native"
+    assert backend(torch.randn(1, 64, 4, 5)) == "native"
+    assert backend(small.bfloat16()) == "native"  # the reference would copy it to float32
+    assert backend(small[:0]) == "native"  # where PyTorch's gradients of weight and bias are NaN
+    with torch.no_grad():
+        assert backend(small) == "native"
+    with fastdiff.backend("native"):
+        assert backend(small) == "native"

@@ -12,7 +12,7 @@ from test_group_norm_silu_backward import check as check_backward
 import fastdiff
 from fastdiff.ops import group_norm_silu, native
 from fastdiff.ops.group_norm_silu import launch as launch
-from norm_cases import case, gradients, native_shape, run
+from norm_cases import case, gradients, kernels_at_any_size, native_shape, run  # noqa: F401
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 # multiprocessors, shared bytes of a block, blocks of a cluster, bytes of L2

@@ -15,6 +15,7 @@ from norm_cases import (
     equations,
     error,
     gradients,
+    kernels_at_any_size,  # noqa: F401
     run,
 )
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError
@@ -15,6 +16,11 @@ from fastdiff.ops.group_norm_silu.launch import Arguments, Backward
 from fastdiff.ops.layouts import Maybe
 
 OP = "group_norm_silu"
+# Contiguous float32 tensors up to this size train on PyTorch's operations: a call of autograd's
+# Python side costs more than the kernels save (benchmarks/results, the smallest shapes of
+# forward+backward). Not channels_last ones and not those in half precision, which the reference
+# copies to float32 and back.
+SMALL = 32768
 
 
 def group_norm_silu(
@@ -52,13 +58,13 @@ def group_norm_silu(
     Source: Wu & He 2018, equation 1; FiLM as in Nichol & Dhariwal 2021, section 3.
     """
     _check(x, num_groups, weight, bias, scale, shift, add, activation)
-    backend = dispatch.choose(OPERATION, x).backend
+    training = dispatch.wants_gradient(x, weight, bias, scale, shift, add)
+    backend = _choose(x, training).backend
     if backend == "reference":
         return reference.group_norm_silu(
             x, num_groups, weight, bias, eps, scale=scale, shift=shift, add=add,
             activation=activation,
         )  # fmt: skip
-    training = dispatch.wants_gradient(x, weight, bias, scale, shift, add)
     silu = activation is not None
     call = Arguments(
         x, weight, bias, scale, shift, add, num_groups, eps, silu, backend, keep=training
@@ -68,12 +74,24 @@ def group_norm_silu(
     return y
 
 
-def choose(x: Tensor, *_: Any, **__: Any) -> Choice:
+def choose(x: Tensor, *others: Any, **options: Any) -> Choice:
     """Which backend serves this call, and why (``fastdiff.explain``)."""
-    return dispatch.choose(OPERATION, x)
+    tensors = (v for v in (*others, *options.values()) if isinstance(v, Tensor))
+    return _choose(x, dispatch.wants_gradient(x, *tensors))
 
 
 OPERATION = dispatch.register(OP, choose, kernels=("native", "triton", "cuda"))
+
+
+def _choose(x: Tensor, training: bool) -> Choice:
+    small = training and x.is_cpu and x.dtype == torch.float32 and 0 < x.numel() <= SMALL
+    if small and x.is_contiguous():
+        return dispatch.choose(OPERATION, x, rule=_pytorch_trains)
+    return dispatch.choose(OPERATION, x)
+
+
+def _pytorch_trains() -> tuple[str, str]:
+    return "reference", f"PyTorch's operations train up to {SMALL} float32 elements faster"
 
 
 def _check(
