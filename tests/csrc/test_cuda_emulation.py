@@ -27,7 +27,7 @@ def outcomes(sanitized):
     """Every suite's process when it has ended; as many run at a time as there are processors."""
 
     def run(files):
-        return sanitized.run_tests("-m", "any_backend", *files)
+        return sanitized.run_tests("--all", "-m", "any_backend", *files)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(SUITES, pool.map(run, SUITES.values()), strict=True))

@@ -10,12 +10,15 @@ from mutants import MUTANTS, environment
 
 @pytest.fixture(scope="module")
 def outcomes(request, sanitized):
-    """Of every mutant its suite's process; as many run at a time as there are processors."""
+    """Of every mutant its suite's process, in make test with the first case of every test; as many
+    run at a time as there are processors."""
     complete = request.config.getoption("--all")
     chosen = [mutant for mutant in MUTANTS if mutant.short or complete]
+    extent = "--all" if complete else "--quick"
 
     def run(mutant):
-        return sanitized.run_tests("-m", "any_backend", *mutant.suite, **environment(mutant))
+        arguments = (extent, "-m", "any_backend", *mutant.suite)
+        return sanitized.run_tests(*arguments, **environment(mutant))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(chosen, pool.map(run, chosen), strict=True))
