@@ -278,7 +278,7 @@ def test_a_module_in_use_is_replaced_whole(tmp_path, monkeypatch):
     assert os.listdir(module.parent) == [module.name]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_a_build_with_cuda_imports_without_a_driver(tmp_path):
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
@@ -299,7 +299,7 @@ assert torch.version.cuda or "libcudart" not in open("/proc/self/maps").read()
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_one_wheel_serves_several_versions_of_torch(wheel):
     check = ROOT / ".ci" / "check_wheel.py"
     command = [sys.executable, check, "--torch", "2.11.0", "2.13.0", wheel]
