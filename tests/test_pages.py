@@ -143,6 +143,7 @@ def test_any_model(capsys):
     assert done["images"].shape == (16, 3, 32, 32) and torch.isfinite(done["images"]).all()
 
 
+@pytest.mark.seconds
 def test_sampling():
     sampler, function = (
         run("docs/sampling.md", example) for example in blocks("docs/sampling.md", "python")
@@ -159,6 +160,7 @@ def test_operations():
     torch.testing.assert_close(fused["y"], fused["plain"])
 
 
+@pytest.mark.seconds
 def test_training(tmp_path, monkeypatch):
     pytest.importorskip("tqdm")  # the bar of a run
     monkeypatch.chdir(tmp_path)

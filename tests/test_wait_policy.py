@@ -42,6 +42,7 @@ def at_torch(program, **settings):
     return first
 
 
+@pytest.mark.seconds
 def test_the_command_chooses_before_torch_is_loaded(tmp_path):
     script = tmp_path / "fastdiff"  # as the one that an install makes
     script.write_text(WATCHING)
@@ -49,6 +50,7 @@ def test_the_command_chooses_before_torch_is_loaded(tmp_path):
     assert at_torch(script, OMP_WAIT_POLICY="active") == "[None, None, 'active']"
 
 
+@pytest.mark.seconds
 def test_a_program_of_its_own_keeps_its_environment(tmp_path):
     program = tmp_path / "fastdiff_study.py"
     program.write_text(WATCHING)

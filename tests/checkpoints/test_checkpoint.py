@@ -106,6 +106,7 @@ def test_minimal_checkpoint(tmp_path):
     assert (loaded.diffusion, loaded.step, loaded.info) == (None, None, {})
 
 
+@pytest.mark.seconds
 def test_variance_exploding_process_comes_back(tmp_path):
     process = VarianceExploding(geometric_sigmas(10))
     loaded = load(save(tmp_path / "c", tiny(out_channels=1), diffusion=process))

@@ -194,6 +194,7 @@ class Wider(UNet):
         self.head = nn.Conv2d(1, 1, 1)
 
 
+@pytest.mark.seconds
 def test_a_subclass_is_a_unet_if_its_weights_are(tmp_path):
     model = Logged(*TINY, channel_mult=(1,))
     loaded = load(save(tmp_path / "c", model)).model

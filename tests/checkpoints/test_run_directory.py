@@ -158,6 +158,7 @@ def leftover(run: Path) -> None:
     (run / "checkpoints" / ".step_00000002.saving-host-1").mkdir(parents=True)
 
 
+@pytest.mark.seconds
 def test_a_checkpoint_of_a_run_names_its_run(run):
     path = list_checkpoints(run)[-1]
     with pytest.raises(InputError, match=f"to resume its run, name the run's folder, '{run}'"):

@@ -148,6 +148,7 @@ def test_any_network_comes_back_with_its_outputs(tmp_path_factory, drawn):
     assert torch.equal(found(x, t, y), model(x, t, y))
 
 
+@pytest.mark.seconds
 def test_averages_and_step(folder, capsys):
     models = [small(seed) for seed in range(3)]
     saved(models[0])
@@ -172,6 +173,7 @@ def test_a_rate_can_be_given(folder):
     assert load("out").weights == "0.999"
 
 
+@pytest.mark.seconds
 def test_a_preset_says_the_rest(folder):
     model = UNet.from_preset("digits", image_size=8).eval()
     saved(model)
@@ -249,6 +251,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.seconds
 @pytest.mark.sample(5)
 @pytest.mark.parametrize(
     ("given", "suffix"),
@@ -297,6 +300,7 @@ def test_a_network_and_its_average_in_one_file(folder, capsys):
         assert all(torch.equal(found[k], tensor) for k, tensor in one.state_dict().items())
 
 
+@pytest.mark.seconds
 def test_averages_lie_where_the_network_does_unless_said(folder, capsys):
     models = [small(seed) for seed in range(3)]
     names = ["theirs.pt", "ema_0.9_000100.pt", "ema_0.99_000100.pt"]

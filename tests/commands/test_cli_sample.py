@@ -211,6 +211,7 @@ def test_two_channels_have_no_picture(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["samples_2x8x6x2.npz"]
 
 
+@pytest.mark.seconds
 def test_an_interrupted_run_keeps_its_finished_batches(plain, tmp_path, monkeypatch, capsys):
     draw = Sampler.sample
 

@@ -37,6 +37,7 @@ def transformed(operation):
     yield "jvp", jvp(operation, (x,), (torch.ones_like(x),))[1]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_transforms_give_what_the_reference_gives(name):
     actual = dict(transformed(OPERATIONS[name]))

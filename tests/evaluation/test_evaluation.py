@@ -195,6 +195,7 @@ def test_good_samples_are_recognised(report):
     assert sum(report["classes"]["shares"].values()) == pytest.approx(1)
 
 
+@pytest.mark.seconds
 def test_frechet_puts_good_samples_with_the_real_and_noise_far_away(report):
     frechet = report["frechet"]
     assert frechet["count"] == 600  # all samples, fewer than half the real images

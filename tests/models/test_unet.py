@@ -148,6 +148,7 @@ def test_options_in_one_two_and_three_dimensions(dims, options):
     assert not unused
 
 
+@pytest.mark.seconds
 @settings(deadline=None, max_examples=25)
 @given(
     height=st.integers(1, 13),
@@ -176,6 +177,7 @@ def test_any_image_size_and_channel_count(
     assert out.shape == (2, 2 * channels, height, width) and out.isfinite().all()
 
 
+@pytest.mark.seconds
 @settings(deadline=None, max_examples=25)
 @given(
     size=st.lists(st.integers(1, 9), min_size=1, max_size=3),
@@ -398,6 +400,7 @@ def test_config_describes_the_network():
     assert (model.in_channels, model.out_channels, model.num_classes, model.dims) == (3, 3, 3, 2)
 
 
+@pytest.mark.seconds
 def test_compiles_without_a_graph_break():
     model = small_unet(num_classes=3, use_scale_shift_norm=True, resblock_updown=True)
     compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -73,6 +73,7 @@ def test_every_norm_has_the_groups_and_the_epsilon():
     assert len(norms) > 20 and all((n.num_groups, n.eps) == (4, 1e-3) for n in norms)
 
 
+@pytest.mark.seconds
 @settings(max_examples=20, deadline=None)
 @given(dims=st.integers(1, 3), size=st.lists(st.integers(4, 9), min_size=3, max_size=3))
 def test_any_size_with_padding_after_the_image(dims, size):

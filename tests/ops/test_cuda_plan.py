@@ -23,6 +23,7 @@ def faster(data):
     return found
 
 
+@pytest.mark.seconds
 def test_the_table_is_what_was_measured():
     files = [data for path in results.FOLDER.glob("*.json") if (data := results.load(path))]
     assert files

@@ -69,6 +69,7 @@ def test_opcheck(keep, options, gradient):
     assert set(results.values()) == {"SUCCESS"}, results
 
 
+@pytest.mark.seconds
 def test_the_backward_operator_passes_opcheck():
     torch.manual_seed(0)
     t = case(2, 8, (3, 4), film="chunks", add="embedding")
@@ -105,6 +106,7 @@ def test_shapes_are_remembered_per_backend():
 # --- torch.compile ----------------------------------------------------------------------------
 
 
+@pytest.mark.seconds
 @pytest.mark.sample(4)
 @pytest.mark.parametrize("film", [None, "chunks"])
 @pytest.mark.parametrize("add", [None, "embedding", "residual"])

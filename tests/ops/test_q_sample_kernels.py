@@ -43,6 +43,7 @@ def coefficients(t, dimensions):
     return SIGNAL[t].double().view(rows), SIGMA[t].double().view(rows)
 
 
+@pytest.mark.seconds
 @pytest.mark.any_backend
 @given(
     shape=shapes,

@@ -75,6 +75,7 @@ def test_moments_of_gaussian_data_arrive(name, method, eta):
     assert (variance.sqrt() / STD - 1).abs().max() < 0.05
 
 
+@pytest.mark.seconds
 @pytest.mark.sample(5)
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def test_weights_are_the_root_of_the_mean_square():
     torch.testing.assert_close(sampler.weights(), expected)
 
 
+@pytest.mark.seconds
 def test_draws_follow_the_weights_and_the_expected_loss_is_unchanged():
     losses = [0.5, 4.0, 1.0, 0.01, 2.5]
     sampler = warmed(losses)
@@ -80,6 +81,7 @@ class Published:
         self.losses[t] = [*self.losses[t], loss][-self.history :]
 
 
+@pytest.mark.seconds
 @settings(deadline=None)
 @given(
     timesteps=st.integers(1, 5),

@@ -72,6 +72,7 @@ def test_three_steps_written_out(tmp_path, ema_warmup):
             torch.testing.assert_close(mine, a, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("microbatch", [1, 3, 4])
 def test_microbatches_average_to_the_full_batch(tmp_path, microbatch):
     gradients, losses = [], []
@@ -96,6 +97,7 @@ def test_gradients_are_clipped_and_logged_unclipped(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["grad_norm"] > 0.1
 
 
+@pytest.mark.seconds
 def test_training_fits_the_images(tmp_path):
     trainer = make_trainer(tmp_path, steps=120, log_every=20, save_every=0, lr=3e-3, warmup=0)
     trainer.fit()
@@ -103,6 +105,7 @@ def test_training_fits_the_images(tmp_path):
     assert lines[-1]["mse"] < 0.8 * lines[0]["mse"]
 
 
+@pytest.mark.seconds
 def test_bfloat16_computes_the_same_to_its_precision(tmp_path):
     norms, losses, seen = [], [], []
     for dtype in ("float32", "bfloat16"):
@@ -122,6 +125,7 @@ def test_bfloat16_computes_the_same_to_its_precision(tmp_path):
     assert norms[1] == pytest.approx(norms[0], rel=0.05)
 
 
+@pytest.mark.seconds
 def test_labels_are_hidden_at_the_given_rate(tmp_path):
     trainer = make_trainer(tmp_path, batch_size=2000, label_dropout=0.3)
     torch.manual_seed(0)
@@ -143,6 +147,7 @@ def test_a_network_without_classes_gets_no_labels(tmp_path):
     assert trainer.fit() == 1
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("sampler", ["uniform", "loss-second-moment"])
 def test_a_step_waits_for_nothing(tmp_path, sampler):
     """On the meta device no tensor has values, so reading one fails: .item(), bool(), nonzero."""
@@ -250,6 +255,7 @@ def test_interval_means(seed, num_timesteps, sizes):
     assert meter.summary() == {}  # the interval is over
 
 
+@pytest.mark.seconds
 def test_metrics_file_and_tensorboard_say_the_same(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -276,6 +282,7 @@ def test_metrics_file_and_tensorboard_say_the_same(tmp_path):
     assert (tmp_path / "loss_curve.png").stat().st_size > 1000
 
 
+@pytest.mark.seconds
 def test_nll_is_that_of_the_slowest_average_on_the_evaluation_images(tmp_path):
     from fastdiff.process.likelihood import summarize_bpd
 
@@ -306,6 +313,7 @@ def test_nll_is_that_of_the_slowest_average_on_the_evaluation_images(tmp_path):
 # What is left behind
 
 
+@pytest.mark.seconds
 def test_checkpoints_describe_themselves_and_old_ones_go(tmp_path):
     trainer = make_trainer(tmp_path, steps=9, save_every=2, keep=2)
     trainer.fit()
@@ -322,6 +330,7 @@ def test_checkpoints_describe_themselves_and_old_ones_go(tmp_path):
     assert settings["model"] == loaded.model.config
 
 
+@pytest.mark.seconds
 def test_keep_zero_keeps_all(tmp_path):
     make_trainer(tmp_path, steps=4, save_every=1, keep=0).fit()
     assert len(list_checkpoints(tmp_path)) == 4

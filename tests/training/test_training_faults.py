@@ -52,6 +52,7 @@ def assert_finite(run: Path) -> None:
             assert not tensor.is_floating_point() or tensor.isfinite().all(), (path, name)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, value):
     trainer = make_trainer(tmp_path)
@@ -65,6 +66,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, value):
     assert resume_trainer(tmp_path).fit() == 25
 
 
+@pytest.mark.seconds
 def test_the_same_where_the_loss_is_looked_at_only_now_and_then(tmp_path):
     """As on a GPU, where looking at every step would cost time: here, before the next save."""
     trainer = make_trainer(tmp_path, log_every=100, save_every=5)
@@ -112,6 +114,7 @@ def test_the_guard_names_the_first_of_several_bad_steps():
         guard.check("")
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("stem", ["model", "ema_0.99", "trainer"])
 def test_a_truncated_file_is_named(tmp_path, stem):
     make_trainer(tmp_path, steps=2, save_every=1).fit()
@@ -193,6 +196,7 @@ def fill_disk(run: Path, how: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.seconds
 def test_a_write_that_fails_keeps_the_earlier_checkpoint(tmp_path):
     done = fill_disk(tmp_path, "limit")
     assert done.returncode == 2, done.stderr
@@ -203,6 +207,7 @@ def test_a_write_that_fails_keeps_the_earlier_checkpoint(tmp_path):
     assert resume_trainer(tmp_path, steps=7).fit() == 7
 
 
+@pytest.mark.seconds
 def test_a_full_disk_keeps_the_earlier_checkpoints(tmp_path):
     size = 4 * sum(p.numel() for p in make_model().parameters())
     # Weights, two averages and two moments: two checkpoints of five sizes fit, a third does not.
@@ -302,6 +307,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
         trainer.fit()
 
 
+@pytest.mark.seconds
 def test_any_betas_can_be_trained_and_resumed(tmp_path):
     diffusion = GaussianDiffusion(np.linspace(0.01, 0.2, 8), var_type="fixed_small")
     trainer = Trainer(

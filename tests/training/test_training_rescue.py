@@ -66,6 +66,7 @@ def failing_once(function, error: BaseException, when):
     return wrapped
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("error", "workers"),
     [(InputError("'a.png' is damaged"), 0), (OSError(errno.EIO, "I/O"), 2), (MemoryError(), 0)],
@@ -84,6 +85,7 @@ def test_a_picture_that_cannot_be_read(tmp_path, uninterrupted, error, workers):
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("place", ["timesteps.sample", "_predict", "optimizer.zero_grad"])
 def test_an_error_inside_a_step_before_the_update(tmp_path, uninterrupted, place):
     """The random numbers of the step that failed are drawn again."""
@@ -100,6 +102,7 @@ def test_an_error_inside_a_step_before_the_update(tmp_path, uninterrupted, place
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("place", ["write", "after the line", "nll", "grid", "bar"])
 def test_an_error_in_the_report(tmp_path, uninterrupted, place, monkeypatch):
     """The report is made up for: no line is lost, none is there twice."""
@@ -145,6 +148,7 @@ def test_an_error_in_the_report(tmp_path, uninterrupted, place, monkeypatch):
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.seconds
 def test_at_the_very_last_report(tmp_path, uninterrupted, monkeypatch):
     from fastdiff.training import metrics
 
@@ -219,6 +223,7 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
 # Other images
 
 
+@pytest.mark.seconds
 def test_a_changed_data_set_says_how_to_go_on(tmp_path):
     make_trainer(tmp_path, steps=2).fit()
     with pytest.raises(InputError, match=r"has 23 images, .* on 24: .*--data-changed"):
@@ -242,6 +247,7 @@ def test_a_changed_data_set_says_how_to_go_on(tmp_path):
     assert resumed.fit() == 5
 
 
+@pytest.mark.seconds
 def test_a_run_of_an_older_version_keeps_its_constant_rates(tmp_path):
     make_trainer(tmp_path, steps=2, ema_warmup=False).fit()
     path = list_checkpoints(tmp_path)[-1]

@@ -68,6 +68,7 @@ def run_until_killed(
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
+@pytest.mark.seconds
 def test_the_compared_state_is_complete(uninterrupted):
     tensors = safetensors.torch.load_file(
         uninterrupted / "checkpoints/step_00000025/trainer.safetensors"
@@ -80,6 +81,7 @@ def test_the_compared_state_is_complete(uninterrupted):
     assert [line["step"] for line in read_lines(uninterrupted)] == [4, 8, 12, 16, 20, 24, 25]
 
 
+@pytest.mark.seconds
 def test_killed_in_mid_run(tmp_path, uninterrupted):
     run_until_killed(tmp_path, "step", "#19#")
     assert [line["step"] for line in read_lines(tmp_path)] == [4, 8, 12, 16]
@@ -88,6 +90,7 @@ def test_killed_in_mid_run(tmp_path, uninterrupted):
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("event", "pattern", "count"),
     [
@@ -104,6 +107,7 @@ def test_killed_while_a_checkpoint_is_written(tmp_path, uninterrupted, event, pa
     assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.seconds
 def test_killed_while_an_old_checkpoint_is_deleted(tmp_path, uninterrupted):
     # With keep=1, step 10 goes when step 20 is complete; the second of its files never does.
     run_until_killed(tmp_path, "os.remove", r"safetensors|json", 2, {"keep": 1})
@@ -114,6 +118,7 @@ def test_killed_while_an_old_checkpoint_is_deleted(tmp_path, uninterrupted):
     assert left == ["step_00000020", "step_00000025"]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
@@ -140,6 +145,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path):
     assert trainer.step == 6 and not list_checkpoints(tmp_path)
 
 
+@pytest.mark.seconds
 def test_stopped_by_the_clock(tmp_path, uninterrupted, monkeypatch):
     from fastdiff.training import stop
 
@@ -152,6 +158,7 @@ def test_stopped_by_the_clock(tmp_path, uninterrupted, monkeypatch):
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.seconds
 def test_previews_do_not_disturb_the_run(tmp_path, uninterrupted):
     settings = {"sample_every": 5, "sample_count": 4, "nll_every": 5, "nll_images": 3}
     make_trainer(tmp_path, **settings, sample_steps=3).fit()
@@ -163,11 +170,13 @@ def test_previews_do_not_disturb_the_run(tmp_path, uninterrupted):
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.seconds
 def test_another_seed_gives_another_run(tmp_path, uninterrupted):
     make_trainer(tmp_path, seed=1).fit()
     assert read_lines(tmp_path)[-1]["loss"] != read_lines(uninterrupted)[-1]["loss"]
 
 
+@pytest.mark.seconds
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
     make_trainer(tmp_path, steps=5).fit()
     before = {p: p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*.safetensors")}
@@ -192,6 +201,7 @@ def test_what_decides_the_batches_cannot_change(tmp_path, change):
         resume_trainer(tmp_path, **change)
 
 
+@pytest.mark.seconds
 def test_other_settings_can_change(tmp_path):
     make_trainer(tmp_path, steps=1).fit()
     trainer = resume_trainer(tmp_path, steps=2, lr=5e-4, microbatch=4)
@@ -210,6 +220,7 @@ def test_lines_past_the_checkpoint_are_dropped(tmp_path):
         truncate_metrics(path, 8)
 
 
+@pytest.mark.seconds
 def test_tensorboard_shows_every_step_once(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
