@@ -52,6 +52,10 @@ class ImageDataset:
         self._count = count
         self.image_size = image_size
         self.channels = channels
+        if labels is not None:
+            labels = _checked_labels(labels, count)
+            if class_names is None:
+                class_names, numbered = [str(n) for n in range(labels.max() + 1)], True
         self.labels = labels
         self.class_names = class_names
         self.num_classes = None if class_names is None else len(class_names)
@@ -106,9 +110,22 @@ class ArrayDataset(ImageDataset):
         images: np.ndarray,
         **options: Any,
     ) -> None:
+        if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
+            came = getattr(images, "dtype", type(images).__name__), getattr(images, "shape", "")
+            raise InputError(f"images are {came[0]} {came[1]}; expected a uint8 array (N, H, W, C)")
         count, height, width, channels = images.shape
         super().__init__(count, (height, width), channels, **options)
         self.images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
     def gather(self, indices: np.ndarray) -> Tensor:
         return self.images[torch.from_numpy(indices)]
+
+
+def _checked_labels(labels: np.ndarray, count: int) -> np.ndarray:
+    labels = np.asarray(labels)
+    if labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise InputError(
+            f"labels are {labels.dtype} {labels.shape}; expected class numbers from 0, one for "
+            f"each of {count} images"
+        )
+    return labels.astype(np.int64)

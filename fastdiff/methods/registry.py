@@ -15,7 +15,7 @@ class Method:
 
     columns: from a Source and the options that it names; float64 (K,) each, t ascending.
     learned_variance: the rows use the variance that the network learnt, where it learnt one.
-    options: the names of Sampler's arguments that are this method's alone.
+    options: the names of ``StepTable.from_process``'s arguments that are such methods' alone.
     """
 
     name: str
@@ -30,7 +30,8 @@ METHODS: dict[str, Method] = {}
 def method(name: str, *, learned_variance: bool = False) -> Callable[..., Any]:
     """Register the decorated function, which derives a method's columns from a Source.
 
-    Its keyword arguments are the method's options: arguments of Sampler that are its alone.
+    Its keyword arguments are the method's options, which ``StepTable.from_process`` passes on: all
+    but ``eta`` and ``clipped_eps`` need a default.
 
     Args:
         name: of the method, for ``Sampler(method=…)``; no two are alike.

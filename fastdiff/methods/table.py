@@ -20,7 +20,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -99,23 +99,25 @@ class StepTable:
         clip_denoised: bool = True,
         clipped_eps: bool = True,
         dtype: torch.dtype = torch.float32,
+        **options: Any,
     ) -> "StepTable":
         """The table by which ``method`` samples a GaussianDiffusion or a VarianceExploding process.
 
         ``eta`` is DDIM's (0 deterministic, 1 the DDPM posterior's variance). ``clip_denoised``
         clips x_0 to [−1, 1]. ``clipped_eps=True`` re-derives DDIM's ε from the clipped x_0, as the
         published code does; False leaves it as the network said, as diffusers does by default.
-        ``dtype`` float64 is for arithmetic in float64, which no kernel does.
-        Raises InputError for an unknown method or type, an ``eta`` the process does not allow,
-        noise levels that do not rise, and ε-prediction from a step without signal.
+        ``dtype`` float64 is for arithmetic in float64, which no kernel does. ``options``: of a
+        method of your own.
+        Raises InputError for an unknown method, option or type, an ``eta`` the process does not
+        allow, noise levels that do not rise, and ε-prediction from a step without signal.
         """
         chosen = registry.find(method)
-        options = {"eta": eta, "clipped_eps": clipped_eps}
-        if eta != 0.0 and "eta" not in chosen.options:
-            owners = [repr(m.name) for m in registry.METHODS.values() if "eta" in m.options]
-            raise InputError(
-                f"eta={eta} belongs to method {' or '.join(owners)}, not to {method!r}"
-            )
+        for name, value in {**options, **({} if eta == 0.0 else {"eta": eta})}.items():
+            if name not in chosen.options:
+                owners = " or ".join(map(repr, registry.taking(name))) or "none that there is"
+                raise InputError(f"{name}={value} belongs to method {owners}, not to {method!r}")
+        shared = {"eta": eta, "clipped_eps": clipped_eps}
+        options |= {name: shared[name] for name in shared.keys() & chosen.options}
         levels = Levels.of(*noise_levels(process))
         source = Source.of(levels, process.mean_type, process.var_type)
         steps = len(levels.signal)
@@ -126,7 +128,7 @@ class StepTable:
             "timesteps": process.model_timesteps,
             "input_scale": process.input_scale,
         }
-        columns |= chosen.columns(source, **{name: options[name] for name in chosen.options})
+        columns |= chosen.columns(source, **options)
         for name, values in columns.items():
             if np.shape(values) != (steps,):
                 raise InputError(

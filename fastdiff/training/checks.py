@@ -18,6 +18,12 @@ def check_fit(model: UNet, diffusion: Any, dataset: ImageDataset, config: TrainC
             f"Trainer needs a GaussianDiffusion, which its checkpoints can describe; "
             f"got a {type(diffusion).__name__}"
         )
+    if not isinstance(dataset, ImageDataset):
+        raise InputError(
+            f"Trainer needs a fastdiff.data.ImageDataset, got a {type(dataset).__name__}: "
+            "fastdiff.data.ArrayDataset(images, labels=labels) makes one of a uint8 array "
+            "(N, H, W, C)"
+        )
     check_images(model, dataset, "training")
     if model.dims != 2 or model.super_res:
         raise InputError("Trainer trains 2-D networks of whole images; write a loop for others")

@@ -319,3 +319,25 @@ def test_a_format_is_added_by_registering_it(tmp_path):
     finally:
         registry.FORMATS[:] = [f for f in registry.FORMATS if f.load is not load]
     assert len(registry.FORMATS) == known
+
+
+def test_labels_without_names_are_numbers():
+    dataset = ArrayDataset(np.zeros((3, 2, 2, 1), np.uint8), labels=np.array([0, 2, 2], np.int32))
+    assert dataset.class_names == ["0", "1", "2"] and dataset.numbered
+    assert dataset.num_classes == 3 and dataset[1][1] == 2
+
+
+@pytest.mark.parametrize(
+    "images, labels, message",
+    [
+        (np.zeros((2, 4, 4, 1), np.float32), None, "images are float32 .*expected a uint8 array"),
+        (np.zeros((2, 4, 4), np.uint8), None, r"images are uint8 \(2, 4, 4\); expected"),
+        (torch.zeros(2, 4, 4, 1, dtype=torch.uint8), None, "expected a uint8 array"),
+        (np.zeros((2, 4, 4, 1), np.uint8), np.array([0]), r"labels are int64 \(1,\); expected"),
+        (np.zeros((2, 4, 4, 1), np.uint8), np.array([0, -1]), "expected class numbers from 0"),
+        (np.zeros((2, 4, 4, 1), np.uint8), np.array([0.0, 1.0]), "labels are float64"),
+    ],
+)
+def test_arrays_that_are_no_images(images, labels, message):
+    with pytest.raises(InputError, match=message):
+        ArrayDataset(images, labels=labels)

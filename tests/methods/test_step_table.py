@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdiff.errors import InputError
+from fastdiff.methods import registry
 from fastdiff.methods.levels import MEAN_TYPES, VAR_TYPES
 from fastdiff.methods.registry import METHODS
 from fastdiff.methods.table import COLUMNS, StepTable
@@ -255,7 +256,7 @@ def test_a_later_start_is_the_table_of_a_process_that_ends_there():
         shorter = GaussianDiffusion(process.betas[:12])
         expected = StepTable.from_process(shorter, method=method)
         torch.testing.assert_close(later.packed, expected.packed, rtol=1e-6, atol=1e-6)
-        assert later.is_multistep == expected.is_multistep == ("dpmsolver" in method)
+        assert later.is_multistep == expected.is_multistep
 
 
 @pytest.mark.parametrize(
@@ -373,3 +374,25 @@ def test_bad_arguments(arguments, message):
 def test_bad_processes(process, message):
     with pytest.raises(InputError, match=message):
         StepTable.from_process(process)
+
+
+def test_a_method_of_ones_own_with_an_option(monkeypatch):
+    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
+
+    @registry.method("half-noise")
+    def half_noise(source, *, share=0.5):
+        levels = source.levels
+        left = levels.noise_prev * np.sqrt(1 - share**2)
+        return {
+            "c": levels.signal_prev - left * levels.signal / levels.noise,
+            "d": left / levels.noise,
+            "sigma": levels.noise_prev * share,
+        }
+
+    table = StepTable.from_process(cosine(10), method="half-noise")
+    stronger = StepTable.from_process(cosine(10), method="half-noise", share=0.6)
+    torch.testing.assert_close(stronger.sigma, table.sigma * 1.2)
+    with pytest.raises(InputError, match="share=0.6 belongs to method 'half-noise', not to 'ddim'"):
+        StepTable.from_process(cosine(10), method="ddim", share=0.6)
+    with pytest.raises(InputError, match="shar=0.6 belongs to method none that there is"):
+        StepTable.from_process(cosine(10), method="half-noise", shar=0.6)
