@@ -7,7 +7,7 @@ from typing import Any
 
 from fastdiff.commands.data_options import add_reading_arguments
 from fastdiff.models import presets
-from fastdiff.process.likelihood import LOSS_TYPES
+from fastdiff.process.losses import LOSS_TYPES
 from fastdiff.process.reverse import MEAN_TYPES, VAR_TYPES
 from fastdiff.training import TrainConfig
 

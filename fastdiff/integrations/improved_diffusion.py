@@ -37,7 +37,7 @@ from fastdiff.sampling.network.network import module_of
 from fastdiff.sampling.sampler import Sampler
 
 LOOPS = {"p_sample_loop": "ddpm", "ddim_sample_loop": "ddim"}
-METHODS = (
+SERVED = (
     *("q_mean_variance", "q_sample", "q_posterior_mean_variance"),
     *("p_mean_variance", "p_sample", "ddim_sample", "ddim_reverse_sample"),
     *("training_losses", "calc_bpd_loop"),
@@ -74,7 +74,7 @@ class AcceleratedDiffusion:
     """What :func:`accelerate` answers.
 
     ``p_sample_loop``, ``ddim_sample_loop`` and their ``_progressive`` forms run through a
-    ``fastdiff.Sampler``; ``METHODS`` are those of ``fastdiff.GaussianDiffusion``; every other
+    ``fastdiff.Sampler``; ``SERVED`` are those of ``fastdiff.GaussianDiffusion``; every other
     attribute is the given object's. Arguments have the names and the order of the given object's.
 
     Equal seeds of PyTorch's global generators give equal samples, up to rounding, and leave the
@@ -91,7 +91,7 @@ class AcceleratedDiffusion:
         self.process = process_of(diffusion)
         check_loops(diffusion)
         self.gives_integers = gives_integers(diffusion, self.process)
-        for name in METHODS:
+        for name in SERVED:
             self._replace(name, self._on_process(name))
         for name, method in LOOPS.items():
             self._replace(name, functools.partial(self._sample, method))

@@ -1,6 +1,6 @@
 """GaussianDiffusion: the variance-preserving diffusion process; create_diffusion, which makes one.
 
-The equations stand in forward.py, reverse.py and likelihood.py; a sampling step is a table's row.
+The equations stand in forward.py, reverse.py, losses.py, likelihood.py; a step is a table's row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from fastdiff.methods.levels import Float64Array
 from fastdiff.methods.table import StepTable
 from fastdiff.ops.normal import draw_like
 from fastdiff.ops.q_sample.op import q_sample
-from fastdiff.process import likelihood, reverse, schedules
+from fastdiff.process import likelihood, losses, reverse, schedules
 from fastdiff.process.forward import forward_tables, posterior_mean
 from fastdiff.process.published_loops import DDIMLoopArguments, LoopArguments, StepNoise, last, loop
 from fastdiff.process.respacing import chosen_timesteps
@@ -95,8 +95,8 @@ class GaussianDiffusion:
         self.mean_type = reverse.check_choice("mean_type", mean_type, reverse.MEAN_TYPES)
         self.var_type = reverse.check_choice("var_type", var_type, reverse.VAR_TYPES)
         self.learns_variance = var_type in ("learned", "learned_range")
-        self.loss_type = reverse.check_choice("loss_type", loss_type, likelihood.LOSS_TYPES)
-        likelihood.check_weighting(loss_type, loss_weighting, min_snr_gamma)
+        self.loss_type = reverse.check_choice("loss_type", loss_type, losses.LOSS_TYPES)
+        losses.check_weighting(loss_type, loss_weighting, min_snr_gamma)
         self.loss_weighting, self.min_snr_gamma = loss_weighting, float(min_snr_gamma)
 
         # As fastdiff.methods.protocol.Process names them.
@@ -107,7 +107,7 @@ class GaussianDiffusion:
 
         tables |= reverse.reverse_tables(tables, mean_type, var_type)
         tables["model_timesteps"] = self.model_timesteps.astype(np.float64)
-        tables["min_snr_weight"] = likelihood.min_snr_weight(tables, mean_type, self.min_snr_gamma)
+        tables["min_snr_weight"] = losses.min_snr_weight(tables, mean_type, self.min_snr_gamma)
         self._tables = Tables(tables)
         self._step_tables: dict[tuple, tuple[StepTable, Tensor]] = {}
         self._recipe: dict[str, Any] | None = None  # create_diffusion's arguments, if it was that
@@ -246,7 +246,7 @@ class GaussianDiffusion:
         (Nichol & Dhariwal 2021 section 3.1), and x_0 is never clipped.
         """
         options = (model_kwargs, noise, generator)
-        return likelihood.training_losses(self, model, x_start, t, *options)
+        return losses.training_losses(self, model, x_start, t, *options)
 
     def prior_bpd(self, x_start: Tensor) -> Tensor:
         """KL(q(x_T | x_0) ‖ N(0, 1)) in bits/dim, (N,): the term that no network changes."""

@@ -228,7 +228,7 @@ class VarianceExploding:
         }
         if self.loss_weighting is None:
             return np.ones_like(snr)
-        # |b| of x_0 = a·x_t + b·output, in step_table's words.
+        # |b| of x_0 = a·x_t + b·output, as methods/table.py has it.
         b = {
             "epsilon": self.sigmas,
             "x_start": np.ones_like(snr),

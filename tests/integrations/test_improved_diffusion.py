@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastdiff.errors import InputError
-from fastdiff.integrations.improved_diffusion import METHODS, accelerate
+from fastdiff.integrations.improved_diffusion import SERVED, accelerate
 from fastdiff.process.schedules import cosine_betas, linear_betas
 from improved_diffusion_tools import (
     CODEBASES,
@@ -100,7 +100,7 @@ def test_arguments_stand_in_the_order_of_the_given_object(codebase):
     assert_same(stock, "p_sample_loop", network, SHAPE, *positional)
     assert_same(stock, "ddim_sample_loop", network, SHAPE, *positional, 0.5)
     fast = accelerate(stock)
-    for name in (*METHODS, *LOOPS):
+    for name in (*SERVED, *LOOPS):
         if name not in ("p_mean_variance", "training_losses"):  # SpacedDiffusion's take *args
             assert inspect.signature(getattr(fast, name)) == inspect.signature(getattr(stock, name))
     with pytest.raises(TypeError, match="missing a required argument: 'shape'"):

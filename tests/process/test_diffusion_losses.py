@@ -9,7 +9,8 @@ import torch
 from diffusion_tools import gaussian, images, output_for
 from fastdiff.process.forward import mean_flat
 from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
-from fastdiff.process.likelihood import LOSS_TYPES, vb_terms_bpd
+from fastdiff.process.likelihood import vb_terms_bpd
+from fastdiff.process.losses import LOSS_TYPES
 from fastdiff.process.reverse import MEAN_TYPES, VAR_TYPES
 from fastdiff.process.schedules import (
     cosine_betas,
