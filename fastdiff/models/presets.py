@@ -195,7 +195,7 @@ _ALL = (
             "out_channels": 2,
             "model_channels": 32,
             "num_res_blocks": 1,
-            "channel_mult": (1, 2, 4),
+            "channel_mult": (1, 2),
             "attention_resolutions": (2,),
             "num_heads": 4,
             "use_scale_shift_norm": True,
@@ -215,7 +215,7 @@ _ALL = (
             "warmup": 100,
             "ema": (0.995,),
         },
-        params="2.7",
+        params="0.8",
     ),
 )
 
