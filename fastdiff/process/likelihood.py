@@ -7,7 +7,7 @@ grey levels.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +18,10 @@ from fastdiff.checks import check_float, check_like
 from fastdiff.errors import InputError
 from fastdiff.ops.normal import draw_like
 from fastdiff.process.forward import mean_flat, posterior_mean
+from fastdiff.process.protocol import Gaussian
 from fastdiff.process.published_loops import StepNoise, countdown, noise_of_step
 from fastdiff.process.reverse import Model, eps_from_xstart
 from fastdiff.process.tables import TablesAt
-
-if TYPE_CHECKING:
-    from fastdiff.process.gaussian import GaussianDiffusion
 
 
 def normal_kl(
@@ -107,7 +105,7 @@ def bound_term(out: dict[str, Tensor], x_start: Tensor, x_t: Tensor, at: TablesA
     return torch.where(at.rows == 0, mean_flat(nll), mean_flat(kl)) / math.log(2.0)
 
 
-def prior_bpd(process: "GaussianDiffusion", x_start: Tensor) -> Tensor:
+def prior_bpd(process: Gaussian, x_start: Tensor) -> Tensor:
     """``GaussianDiffusion.prior_bpd``."""
     check_float(x_start, "x_start")
     t = torch.full(x_start.shape[:1], process.num_timesteps - 1, device=x_start.device)
@@ -116,7 +114,7 @@ def prior_bpd(process: "GaussianDiffusion", x_start: Tensor) -> Tensor:
 
 
 def vb_terms_bpd(
-    process: "GaussianDiffusion",
+    process: Gaussian,
     model: Model,
     x_start: Tensor,
     x_t: Tensor,
@@ -133,7 +131,7 @@ def vb_terms_bpd(
 
 @torch.no_grad()
 def bpd_loop(
-    process: "GaussianDiffusion",
+    process: Gaussian,
     model: Model,
     x_start: Tensor,
     clip_denoised: bool,

@@ -1,7 +1,7 @@
 """What a network is trained by: the published losses of a GaussianDiffusion, and their weights."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,17 +13,15 @@ from fastdiff.methods.levels import Float64Array
 from fastdiff.ops.normal import draw_like
 from fastdiff.process.forward import mean_flat, posterior_mean
 from fastdiff.process.likelihood import bound_term
+from fastdiff.process.protocol import Gaussian
 from fastdiff.process.reverse import Model, call_model, interpret
 from fastdiff.process.tables import TablesAt
-
-if TYPE_CHECKING:
-    from fastdiff.process.gaussian import GaussianDiffusion
 
 LOSS_TYPES = ("mse", "rescaled_mse", "kl", "rescaled_kl")
 
 
 def training_losses(
-    process: "GaussianDiffusion",
+    process: Gaussian,
     model: Model,
     x_start: Tensor,
     t: Tensor,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +11,9 @@ from fastdiff.checks import check_device, check_float, check_shape
 from fastdiff.errors import InputError
 from fastdiff.ops.normal import draw_like
 from fastdiff.optional import require
+from fastdiff.process.protocol import Gaussian
 from fastdiff.process.reverse import Model, ReverseStep
 from fastdiff.process.update import CondFn, DenoisedFn
-
-if TYPE_CHECKING:
-    from fastdiff.process.gaussian import GaussianDiffusion
 
 StepNoise = Tensor | Callable[[int], Tensor]
 
@@ -59,7 +57,7 @@ class DDIMLoopArguments(LoopArguments):
 
 
 def loop(
-    process: "GaussianDiffusion", method: str, given: LoopArguments, eta: float = 0.0
+    process: Gaussian, method: str, given: LoopArguments, eta: float = 0.0
 ) -> Iterator[dict[str, Tensor]]:
     """{"sample", "pred_xstart"} after every step. x_T is drawn at once."""
     x = initial_x(given.model, given.shape, given.noise, given.device, given.generator)

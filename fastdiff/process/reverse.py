@@ -6,7 +6,7 @@ Equations: DDPM, Ho et al. 2020; learned variances, Nichol & Dhariwal 2021 eq. 1
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from fastdiff.methods.table import COLUMNS, Index, StepTable
 from fastdiff.ops.normal import draw_like
 from fastdiff.ops.posterior_step.reference import log_variance
 from fastdiff.process.forward import posterior_mean
+from fastdiff.process.protocol import Gaussian
 from fastdiff.process.tables import TablesAt, arithmetic_dtype
 from fastdiff.process.update import (
     ClassifierGuidance,
@@ -29,10 +30,6 @@ from fastdiff.process.update import (
     at_row,
     classifier_gain,
 )
-
-if TYPE_CHECKING:
-    from fastdiff.process.gaussian import GaussianDiffusion
-    from fastdiff.process.published_loops import LoopArguments
 
 MEAN_TYPES = ("epsilon", "x_start", "v", "previous_x")
 VAR_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
@@ -76,7 +73,7 @@ def reverse_tables(
 
 
 def interpret(
-    process: "GaussianDiffusion",
+    process: Gaussian,
     output: Tensor,
     x: Tensor,
     at: TablesAt,
@@ -125,7 +122,7 @@ def eps_from_xstart(at: TablesAt, x_t: Tensor, x_start: Tensor) -> Tensor:
 
 
 def call_model(
-    process: "GaussianDiffusion",
+    process: Gaussian,
     model: Model,
     x: Tensor,
     timesteps: Tensor,
@@ -228,7 +225,7 @@ class DDIMStepArguments(StepArguments):
 
 
 def step_at(
-    process: "GaussianDiffusion", method: str, given: StepArguments, eta: float = 0.0
+    process: Gaussian, method: str, given: StepArguments, eta: float = 0.0
 ) -> dict[str, Tensor]:
     """One step from ``given.t``, each sample's own: {"sample", "pred_xstart"}, like x."""
     step = ReverseStep(process, method, given.x, given, eta)
@@ -237,14 +234,17 @@ def step_at(
 
 class ReverseStep:
     """One step of a published method, by the rows of its step table: "ddpm", "ddim", or
-    "ddim_reverse", which is DDIM's the other way. A loop makes it once."""
+    "ddim_reverse", which is DDIM's the other way. A loop makes it once.
+
+    ``given``: StepArguments, or a loop's, which has the same.
+    """
 
     def __init__(
         self,
-        process: "GaussianDiffusion",
+        process: Gaussian,
         method: str,
         x: Tensor,
-        given: "StepArguments | LoopArguments",
+        given: Any,
         eta: float = 0.0,
     ):
         check_float(x, "x")
@@ -293,7 +293,7 @@ def rows_of(t: Tensor, x: Tensor, num_timesteps: int) -> Index:
     return num_timesteps - 1 - t
 
 
-def _upward(process: "GaussianDiffusion", ddim: StepTable) -> StepTable:
+def _upward(process: Gaussian, ddim: StepTable) -> StepTable:
     """The deterministic DDIM table's steps the other way, to x_{t+1}:
     √ᾱ_{t+1}·x_0 + √(1 − ᾱ_{t+1})·ε with ε = (x_t − √ᾱ_t·x_0) / √(1 − ᾱ_t)."""
     d = np.sqrt(1.0 - process.alphas_cumprod_next) / process.noise_scale

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,15 +12,33 @@ from fastdiff.errors import InputError
 from fastdiff.methods.protocol import noise_levels
 from fastdiff.methods.table import StepTable
 from fastdiff.process.published_loops import StepNoise
-from fastdiff.process.update import ClassifierGuidance, XStart, classifier_gain
+from fastdiff.process.update import (
+    ClassifierGuidance,
+    CondFn,
+    DenoisedFn,
+    XStart,
+    classifier_gain,
+)
 from fastdiff.sampling.conditions import Conditions, Known
 from fastdiff.sampling.kwargs import doubled_kwargs
+from fastdiff.sampling.network.network import Network
 from fastdiff.sampling.noise import noise_source
+from fastdiff.sampling.settings import Settings
 from fastdiff.sampling.stats import Stats
 from fastdiff.sampling.step import Run, failure_flag
 
-if TYPE_CHECKING:
-    from fastdiff.sampling.sampler import Sampler
+
+class Parts(Protocol):
+    """What a call reads of its Sampler."""
+
+    network: Network
+    settings: Settings
+    diffusion: Any
+    table: StepTable
+    denoised_fn: DenoisedFn | None
+    cond_fn: CondFn | None
+    rng: Any
+    self_condition: str | None
 
 
 @dataclass(frozen=True)
@@ -67,7 +85,7 @@ class WatchedInputs(Inputs):
 class Call:
     """``x``, (N, C, ...) to start from; ``timesteps``, (K,) numbers, one for each row."""
 
-    def __init__(self, sampler: "Sampler", inputs: Inputs, device: torch.device, stats: Stats):
+    def __init__(self, sampler: Parts, inputs: Inputs, device: torch.device, stats: Stats):
         network = sampler.network
         with network.lock:  # another thread may configure the sampler meanwhile
             settings, process, table = sampler.settings, sampler.diffusion, sampler.table
