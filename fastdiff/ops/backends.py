@@ -76,7 +76,7 @@ def named() -> str | None:
 
 def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """CUDA kernels are launched on the current device: make that the tensor's."""
-    if x.device.type != "cuda" or torch.cuda.current_device() == x.device.index:
+    if not x.is_cuda or torch.cuda.current_device() == x.device.index:
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
 

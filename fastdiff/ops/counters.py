@@ -115,3 +115,14 @@ def check_counter(name: str, value: Counter, limit: int, device: torch.device) -
 def check_first_sample(value: Counter, samples: int, device: torch.device) -> Counter:
     """``value`` if it is a counter from which ``samples`` numbers stay below 2⁶⁴, or a tensor."""
     return check_counter("first_sample", value, 2**64 + min(1 - samples, 0), device)
+
+
+def check_counters(
+    step: Counter, seed: Counter, first_sample: Counter, steps: int, x: Tensor
+) -> Counters:
+    """The counters of a call whose noise is x's: its step is less than ``steps``."""
+    return Counters(
+        check_counter("step", step, steps, x.device),
+        check_counter("seed", seed, 2**64, x.device),
+        check_first_sample(first_sample, x.shape[0], x.device),
+    )

@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError
-from fastdiff.ops import dispatch, norms
-from fastdiff.ops.backends import short
-from fastdiff.ops.differentiable import Kernel, differentiable_once
+from fastdiff.ops import dispatch
+from fastdiff.ops.checks import check_activation, check_pair, check_tensor, check_x, refusal
 from fastdiff.ops.dispatch import Choice
-from fastdiff.ops.group_norm_silu import launch as launch
 from fastdiff.ops.group_norm_silu import reference as reference
-from fastdiff.ops.group_norm_silu.launch import Arguments, Backward
+from fastdiff.ops.group_norm_silu.launch import Arguments, kernel
 from fastdiff.ops.layouts import Maybe
 
 OP = "group_norm_silu"
@@ -61,17 +59,13 @@ def group_norm_silu(
     training = dispatch.wants_gradient(x, weight, bias, scale, shift, add)
     backend = _choose(x, training).backend
     if backend == "reference":
+        film: dict[str, Any] = {"scale": scale, "shift": shift, "add": add}
         return reference.group_norm_silu(
-            x, num_groups, weight, bias, eps, scale=scale, shift=shift, add=add,
-            activation=activation,
-        )  # fmt: skip
+            x, num_groups, weight, bias, eps, **film, activation=activation
+        )
     silu = activation is not None
-    call = Arguments(
-        x, weight, bias, scale, shift, add, num_groups, eps, silu, backend, keep=training
-    )
-    y = _kernel(call, training)[0]
-    assert y is not None
-    return y
+    call = Arguments(x, weight, bias, scale, shift, add, num_groups, eps, silu, backend, training)
+    return kernel(call, training)[0]
 
 
 def choose(x: Tensor, *others: Any, **options: Any) -> Choice:
@@ -85,9 +79,9 @@ OPERATION = dispatch.register(OP, choose, kernels=("native", "triton", "cuda"))
 
 def _choose(x: Tensor, training: bool) -> Choice:
     small = training and x.is_cpu and x.dtype == torch.float32 and 0 < x.numel() <= SMALL
-    if small and x.is_contiguous():
-        return dispatch.choose(OPERATION, x, rule=_pytorch_trains)
-    return dispatch.choose(OPERATION, x)
+    return dispatch.choose(
+        OPERATION, x, rule=_pytorch_trains if small and x.is_contiguous() else None
+    )
 
 
 def _pytorch_trains() -> tuple[str, str]:
@@ -95,54 +89,19 @@ def _pytorch_trains() -> tuple[str, str]:
 
 
 def _check(
-    x: Tensor,
-    num_groups: int,
-    weight: Maybe,
-    bias: Maybe,
-    scale: Maybe,
-    shift: Maybe,
-    add: Maybe,
+    x: Tensor, num_groups: int, weight: Maybe, bias: Maybe, scale: Maybe, shift: Maybe, add: Maybe,
     activation: str | None,
-) -> None:
-    norms.check_x(OP, x)
+) -> None:  # fmt: skip
+    check_x(OP, x)
     rows = x.shape[:2]
-    channels = rows[1]
-    if not isinstance(num_groups, int):
-        raise InputError(f"{OP}: num_groups={num_groups!r}; expected an int")
-    if num_groups < 1 or channels % num_groups:
+    if not isinstance(num_groups, int) or num_groups < 1 or rows[1] % num_groups:
         raise InputError(
-            f"{OP}: num_groups={num_groups} does not divide the {channels} channels of x"
+            f"{OP}: num_groups={num_groups!r}; expected an int that divides x's {rows[1]} channels"
         )
-    if (weight is None) != (bias is None):
-        raise InputError(f"{OP}: give both weight and bias, or neither")
-    norms.check_film_and_activation(OP, scale, shift, activation)
-    if weight is not None:
-        norms.check_like(OP, "weight", weight, x, rows[1:])
-        norms.check_like(OP, "bias", bias, x, rows[1:])
-    if scale is not None:
-        norms.check_like(OP, "scale", scale, x, rows)
-        norms.check_like(OP, "shift", shift, x, rows)
+    check_pair(OP, ("weight", "bias"), weight, bias, x, rows[1:])
+    check_pair(OP, ("scale", "shift"), scale, shift, x, rows)
+    check_activation(OP, activation)
     if add is not None:
-        if not isinstance(add, Tensor):
-            raise norms.no_tensor(OP, "add", add)
-        if add.shape != x.shape:
-            norms.check_like(OP, "add", add, x, rows, x.shape, "x's own ")
-        elif add.dtype != x.dtype or add.device != x.device:
-            raise InputError(
-                f"{OP}: add is {norms.describe(add)} on {add.device}; a residual must have x's "
-                f"dtype and device, {short(x.dtype)} on {x.device}"
-            )
-
-
-_kernel = Kernel(
-    OP, Arguments, launch.allocate, launch.forward, outputs=2, readable=launch.readable
-)
-_backward = Kernel(
-    f"{OP}_backward",
-    Backward,
-    launch.allocate_gradients,
-    launch.backward,
-    outputs=6,
-    readable=lambda given: given._replace(call=launch.readable(given.call)),
-)
-differentiable_once(_kernel, _backward, keeps=(1,))
+        check_tensor(OP, "add", add, x, rows, x.shape)
+        if add.shape == x.shape and add.dtype != x.dtype:
+            raise refusal(OP, "add", add, f"{x.dtype}, as a residual has the dtype of x")

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError
-from fastdiff.ops import backends, native
+from fastdiff.ops import native
 from fastdiff.ops.counters import Counters, sampling_step, value_or_address
 from fastdiff.ops.differentiable import Kernel
-from fastdiff.ops.layouts import Maybe, address, call_elementwise, common_layout, dense
+from fastdiff.ops.layouts import Maybe, address, common_layout, launch_elementwise
 from fastdiff.ops.plans import plan_of
 
 FIRST_COUNTER_STEP = sampling_step(0)
@@ -29,57 +29,33 @@ class Arguments(NamedTuple):
     backend: str
 
 
-def allocate(call: Arguments) -> tuple[Tensor, Maybe]:
+def _allocate(call: Arguments) -> tuple[Tensor, Maybe]:
     """x_prev, and x_start where it is wanted."""
     x_start = torch.empty_like(call.x_t) if call.returns_x_start else None
     return torch.empty_like(call.x_t), x_start
 
 
-def launch(call: Arguments, x_prev: Tensor, x_start: Maybe) -> bool | None:
-    """Fill both."""
-    x_t, model_output, packed, noise, before, guidance, number, learned, counters, _, backend = call
+def _launch(call: Arguments, plan: Any, x_prev: Tensor, x_start: Maybe) -> None:
+    x_t, output, packed, noise, before, guidance, number, _, counters, _, backend = call
     step, seed, first_sample = counters
-    rows, guided = packed.shape[0], number is not None or guidance is not None
-    as_read = packed.is_contiguous() and (guidance is None or guidance.dtype == torch.float32)
-    layouts = (x_t, model_output, noise, before)
-    plan = plan_of(_plan, layouts, rows, learned, guided, seed is not None, backend)
-    if plan is None or not as_read:
-        return False
-    tensors = (x_t, model_output, packed, noise, before, x_prev, x_start)
+    packed = packed.contiguous()
+    guidance = None if guidance is None else guidance.float()
+    tensors = (x_t, output, packed, noise, before, x_prev, x_start)
     if backend == "triton":
         from fastdiff.kernels import posterior_step as kernels
 
-        with backends.device_of(x_t):
-            kernels.launch(plan, tensors, counters, number if guidance is None else guidance)
-        return None
-    arguments = (
-        plan,
-        *map(address, tensors),
-        *value_or_address(step),
-        type(step) is not int and step.dtype == torch.int64,  # type: ignore[union-attr]
-        number or 0.0,
-        address(guidance),
-        seed is not None,
-    )
-    served = call_elementwise(
-        "posterior_step", backend, x_t, arguments, seed, (FIRST_COUNTER_STEP,), first_sample
+        kernels.launch(plan, tensors, counters, number if guidance is None else guidance)
+        return
+    wide_step = isinstance(step, Tensor) and step.dtype == torch.int64
+    row = (*value_or_address(step), wide_step)
+    scale = (number or 0.0, address(guidance))
+    arguments = (plan, *map(address, tensors), *row, *scale, seed is not None)
+    counted = (FIRST_COUNTER_STEP,)
+    served = launch_elementwise(
+        "posterior_step", backend, x_t, arguments, seed, counted, first_sample
     )
     if served is False:
-        raise step_error(int(step), rows)
-    return None
-
-
-def _readable(call: Arguments) -> Arguments:
-    """On contiguous copies in dtypes that the kernels read."""
-    guidance = call.guidance_tensor
-    return call._replace(
-        x_t=call.x_t.contiguous(),
-        model_output=call.model_output.contiguous(),
-        packed=call.packed.contiguous(),
-        noise=dense(call.noise),
-        prev_x_start=dense(call.prev_x_start),
-        guidance_tensor=None if guidance is None else guidance.float(),
-    )
+        raise step_error(int(step), packed.shape[0])
 
 
 def _plan(
@@ -94,9 +70,6 @@ def _plan(
     backend: str,
 ) -> Any:
     """The kernel's description of these layouts; None where it reads none of the kind."""
-    extras = [v for v in (noise, prev_x_start) if v is not None]
-    if not all(v.dtype in native.DTYPE_CODES for v in extras):
-        return None
     batch, channels = x_t.shape[:2]
     x_prev = torch.empty_like(x_t)
     given = (x_t if v is None else v for v in (noise, prev_x_start))
@@ -105,16 +78,22 @@ def _plan(
     if common is None:
         return None
     shape, layouts = common
-    offsets = (
-        channels * model_output.stride(1) if learned_variance else -1,
-        batch * model_output.stride(0) if guided else -1,
-    )
-    arguments = (shape, rows, *layouts[:2], *offsets, *layouts[2:])
+    variance = channels * model_output.stride(1) if learned_variance else -1
+    unconditional = batch * model_output.stride(0) if guided else -1
+    arguments = (shape, rows, *layouts[:2], variance, unconditional, *layouts[2:])
     return arguments if backend == "triton" else native.library().PosteriorStep(*arguments)
+
+
+def _plan_of(call: Arguments) -> Any:
+    layouts = (call.x_t, call.model_output, call.noise, call.prev_x_start)
+    guided = call.guidance_scale is not None or call.guidance_tensor is not None
+    draws = call.counters.seed is not None
+    options = (call.packed.shape[0], call.learned_variance, guided, draws, call.backend)
+    return plan_of(_plan, layouts, *options)
 
 
 def step_error(step: int, rows: int) -> InputError:
     return InputError(f"step is {step}; the table has rows 0 … {rows - 1}")
 
 
-kernel = Kernel("posterior_step", Arguments, allocate, launch, outputs=2, readable=_readable)
+kernel = Kernel("posterior_step", Arguments, _allocate, _launch, outputs=2, plan=_plan_of)

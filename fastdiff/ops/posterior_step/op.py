@@ -9,13 +9,15 @@ from fastdiff.checks import is_finite
 from fastdiff.errors import InputError
 from fastdiff.methods.table import COLUMNS, StepTable
 from fastdiff.ops import dispatch
+from fastdiff.ops.backends import KERNEL_DTYPES as DTYPES
+from fastdiff.ops.checks import Maybe, check_tensor, refusal
 from fastdiff.ops.counters import Counters, check_counter, check_first_sample, sampling_step
 from fastdiff.ops.dispatch import Choice
 from fastdiff.ops.normal import normal
 from fastdiff.ops.posterior_step import reference as reference
 from fastdiff.ops.posterior_step.launch import Arguments, kernel, step_error
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OP = "posterior_step"
 
 
 def posterior_step(
@@ -54,8 +56,11 @@ def posterior_step(
     that do not fit. Equations: fastdiff/methods/table.py.
     """
     check_tensors(x_t, model_output, table, guidance_scale)
-    _check_step(step, table, x_t.device)
-    noisy, multistep = _reads(table, step)
+    _check_step(step, table, x_t)
+    if isinstance(step, int):
+        noisy, multistep = table.noisy_rows[step], table.multistep_rows[step]
+    else:  # a tensor counts as any row
+        noisy, multistep = table.is_noisy, table.is_multistep
     _check_extras(x_t, noisy, multistep, noise, seed, prev_x_start)
     if seed is not None:
         seed = check_counter("seed", seed, 2**64, x_t.device) if noisy else None
@@ -72,44 +77,35 @@ def posterior_step(
     if backend == "reference":
         arguments = (table, counters, noise, prev_x_start, guidance_scale)
         x_prev, x_start = _reference(x_t, model_output, *arguments)
-        return x_prev, x_start if return_x_start else None
-    by_tensor = guidance_scale is not None and isinstance(guidance_scale, Tensor)
-    scale: Any = None if guidance_scale is None or by_tensor else float(guidance_scale)
-    guidance: Any = guidance_scale if by_tensor else None
-    tensors = (x_t, model_output, table.packed, noise, prev_x_start, guidance)
-    variance = table.learned_variance
-    result, predicted = kernel(
-        Arguments(*tensors, scale, variance, counters, return_x_start, backend)
-    )
-    assert result is not None
-    return result, predicted if return_x_start else None
+    else:
+        by_tensor = isinstance(guidance_scale, Tensor)
+        scale: Any = None if guidance_scale is None or by_tensor else float(guidance_scale)
+        guidance: Any = guidance_scale if by_tensor else None
+        tensors = (x_t, model_output, table.packed, noise, prev_x_start, guidance)
+        variance = table.learned_variance
+        call = Arguments(*tensors, scale, variance, counters, return_x_start, backend)
+        x_prev, x_start = kernel(call)
+    return x_prev, x_start if return_x_start else None
 
 
 def choose(
     x_t: Tensor,
     model_output: Tensor,
     *_: Any,
-    noise: Tensor | None = None,
-    prev_x_start: Tensor | None = None,
+    noise: Maybe = None,
+    prev_x_start: Maybe = None,
     **__: Any,
 ) -> Choice:
     """Which backend serves this call, and why (``fastdiff.explain``)."""
     return _choose(x_t, model_output, noise, prev_x_start)
 
 
-OPERATION = dispatch.register("posterior_step", choose, kernels=("native", "triton", "cuda"))
+OPERATION = dispatch.register(OP, choose, kernels=("native", "triton", "cuda"))
 
 
-def _choose(x_t: Tensor, *others: Tensor | None) -> Choice:
+def _choose(x_t: Tensor, *others: Maybe) -> Choice:
     wanted = dispatch.wants_gradient(x_t, *others)
-    return dispatch.choose(OPERATION, x_t, dispatch.NOT_DIFFERENTIABLE if wanted else None)
-
-
-def _reads(table: StepTable, step: int | Tensor) -> tuple[bool, bool]:
-    """Whether the step draws noise and reads prev_x_start; a tensor counts as any row."""
-    if isinstance(step, int):
-        return table.noisy_rows[step], table.multistep_rows[step]
-    return table.is_noisy, table.is_multistep
+    return dispatch.choose(OPERATION, x_t, dispatch.NO_GRADIENTS if wanted else "")
 
 
 def _reference(
@@ -117,8 +113,8 @@ def _reference(
     model_output: Tensor,
     table: StepTable,
     counters: Counters,
-    noise: Tensor | None,
-    before: Tensor | None,
+    noise: Maybe,
+    before: Maybe,
     guidance_scale: float | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     step, seed, first = counters
@@ -146,98 +142,67 @@ def _reference(
 
 
 def check_tensors(
-    x_t: Tensor,
-    model_output: Tensor,
-    table: StepTable,
-    guidance_scale: float | Tensor | None,
+    x_t: Tensor, model_output: Tensor, table: StepTable, guidance_scale: float | Tensor | None
 ) -> None:
     """InputError for tensors that do not fit each other."""
     for name, tensor in (("x_t", x_t), ("model_output", model_output)):
-        if not isinstance(tensor, Tensor):
-            raise InputError(f"{name} is a {type(tensor).__name__}; expected a tensor")
-        if tensor.dtype not in DTYPES:
-            raise InputError(f"{name} is {tensor.dtype}; expected float32, bfloat16 or float16")
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES or tensor.dim() < 2:
+            raise refusal(OP, name, tensor, "(N, C, ...) in float32, bfloat16 or float16")
     if not isinstance(table, StepTable):
-        raise InputError(f"table is a {type(table).__name__}; expected a StepTable")
-    expected = tuple(x_t.shape)
-    if len(expected) < 2:
-        raise InputError(f"x_t has shape {expected}; expected (N, C, ...)")
-    if guidance_scale is not None:
-        expected = (2 * expected[0], *expected[1:])
-    if table.doubled_output:
-        expected = (expected[0], 2 * expected[1], *expected[2:])
+        raise refusal(OP, "table", table, "a StepTable")
+    guided, doubled = guidance_scale is not None, table.doubled_output
+    n, channels, *spatial = x_t.shape
+    expected = (2 * n if guided else n, 2 * channels if doubled else channels, *spatial)
     if model_output.shape != expected:
-        why = [
-            *(["two halves of the batch for guidance"] if guidance_scale is not None else []),
-            *(["2C channels for the learned variance"] if table.doubled_output else []),
-        ]
-        raise InputError(
-            f"model_output has shape {tuple(model_output.shape)}; expected "
-            f"{expected} for x_t of shape {tuple(x_t.shape)}"
-            + (f" ({' and '.join(why)})" if why else "")
-        )
-    where = x_t.device
-    for name, device in (("model_output", model_output.device), ("table", table.packed.device)):
-        if device != where:
-            raise InputError(f"{name} is on {device}, x_t on {where}; move one to the other")
-    if guidance_scale is None:
-        return
+        why = "; two halves of the batch for guidance" if guided else ""
+        why += "; 2C channels for the learned variance" if doubled else ""
+        fits = f"{expected} for x_t of shape {tuple(x_t.shape)}{why}"
+        raise refusal(OP, "model_output", model_output, fits)
+    for name, tensor in (("model_output", model_output), ("table", table.packed)):
+        if tensor.device != x_t.device:
+            raise refusal(OP, name, tensor, f"it on {x_t.device}, where x_t is")
     if isinstance(guidance_scale, Tensor):
         if guidance_scale.numel() != 1 or guidance_scale.device != x_t.device:
-            raise InputError(
-                f"guidance_scale is a tensor of shape {tuple(guidance_scale.shape)} on "
-                f"{guidance_scale.device}; expected one element on {x_t.device}"
-            )
-    elif not is_finite(guidance_scale):
-        raise InputError(f"guidance_scale is {guidance_scale!r}; expected a finite number")
+            raise refusal(OP, "guidance_scale", guidance_scale, f"one element on {x_t.device}")
+    elif guided and not is_finite(guidance_scale):
+        raise InputError(f"{OP}: guidance_scale is {guidance_scale!r}; expected a finite number")
 
 
-def _check_step(step: int | Tensor, table: StepTable, device: torch.device) -> None:
-    if type(step) is int and 0 <= step < len(table.noisy_rows):
-        return
-    if isinstance(step, Tensor):
-        if step.numel() != 1 or step.dtype not in (torch.int32, torch.int64):
-            raise InputError(
-                f"step is a {step.dtype} tensor of shape {tuple(step.shape)}; "
-                "expected one int32 or int64 element"
-            )
-        if step.device != device:
-            raise InputError(f"step is on {step.device}, x_t on {device}; move one to the other")
-        return  # its value is read where the step is computed
-    if not isinstance(step, int) or isinstance(step, bool):
-        raise InputError(f"step is {step!r}; expected an int or an integer tensor of one element")
-    if not 0 <= step < len(table):
+def _check_step(step: int | Tensor, table: StepTable, x_t: Tensor) -> None:
+    if isinstance(step, Tensor):  # its value is read where the step is computed
+        integer = step.dtype in (torch.int32, torch.int64)
+        if step.numel() != 1 or not integer or step.device != x_t.device:
+            raise refusal(OP, "step", step, f"one int32 or int64 element on {x_t.device}")
+    elif not isinstance(step, int) or isinstance(step, bool):
+        raise InputError(f"{OP}: step is {step!r}; expected an int or a tensor of one element")
+    elif not 0 <= step < len(table.noisy_rows):
         raise step_error(step, len(table))
 
 
 def _look_at_step(step: int | Tensor, table: StepTable) -> None:
     """InputError for a step tensor on the CPU that names no row; elsewhere looking would stall."""
-    if not isinstance(step, Tensor) or step.device.type != "cpu":
-        return
-    if not torch.compiler.is_compiling() and not 0 <= int(step) < len(table):
-        raise step_error(int(step), len(table))
+    if isinstance(step, Tensor) and step.is_cpu and not torch.compiler.is_compiling():
+        if not 0 <= int(step) < len(table):
+            raise step_error(int(step), len(table))
 
 
 def _check_extras(
     x_t: Tensor,
     noisy: bool,
     multistep: bool,
-    noise: Tensor | None,
+    noise: Maybe,
     seed: int | Tensor | None,
-    prev_x_start: Tensor | None,
+    prev_x_start: Maybe,
 ) -> None:
     if noise is not None and seed is not None:
-        raise InputError("noise and seed are both given; expected one of them")
+        raise InputError(f"{OP}: noise and seed are both given; expected one of them")
     if noisy and noise is None and seed is None:
-        raise InputError("this step draws noise; give noise=, or seed= to have it drawn")
+        raise InputError(f"{OP}: this step draws noise; give noise=, or seed= to have it drawn")
     if multistep and prev_x_start is None:
         raise InputError(
-            "this step is a second-order multistep one; give prev_x_start=, the pred_x_start that "
-            "the step before returned"
+            f"{OP}: this step is a second-order multistep one; give prev_x_start=, the "
+            "pred_x_start that the step before returned"
         )
     for name, tensor in (("noise", noise), ("prev_x_start", prev_x_start)):
-        if tensor is not None and (tensor.shape != x_t.shape or tensor.device != x_t.device):
-            raise InputError(
-                f"{name} has shape {tuple(tensor.shape)} on {tensor.device}; "
-                f"expected {tuple(x_t.shape)} on {x_t.device}, like x_t"
-            )
+        if tensor is not None:
+            check_tensor(OP, name, tensor, x_t, x_t.shape)
