@@ -77,11 +77,19 @@ def low_bits(counter: Counter, bits: int) -> int:
     return int(counter) & ((1 << bits) - 1)
 
 
-def value_or_address(counter: Counter, bits: int = 64) -> tuple[int, int]:
+def value_or_address(counter: Counter) -> tuple[int, int]:
     """A number and no address, or a tensor's address: its value is read on the device."""
-    if isinstance(counter, Tensor):
-        return 0, counter.data_ptr()
-    return low_bits(counter, bits), 0
+    return (0, counter.data_ptr()) if isinstance(counter, Tensor) else (counter, 0)
+
+
+def arguments(backend: str, counter: Counter | None, bits: int = 64, base: int = 0) -> tuple:
+    """What compiled kernels take for ``base`` + a counter (None is 0): the CPU's its low bits,
+    CUDA's these and the address of a tensor whose value they add."""
+    counter = 0 if counter is None else counter
+    if backend == "native":
+        return (low_bits(base + int(counter), bits),)
+    number, address = value_or_address(counter)
+    return low_bits(base + number, bits), address
 
 
 # --- Checks -----------------------------------------------------------------------------------

@@ -154,10 +154,10 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for a gradient of one of them."""
+def wants_gradient(*arguments: Any) -> bool:
+    """Whether autograd will ask for a gradient of one of them, as far as they are tensors."""
     if torch.is_grad_enabled():
-        for tensor in tensors:  # half the time of any()
-            if tensor is not None and tensor.requires_grad:
+        for argument in arguments:  # half the time of any()
+            if isinstance(argument, Tensor) and argument.requires_grad:
                 return True
     return False

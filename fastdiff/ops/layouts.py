@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fastdiff.ops import native
 from fastdiff.ops.backends import KERNEL_DTYPES
-from fastdiff.ops.counters import Counter, low_bits, value_or_address
 
 Maybe = Tensor | None
 
@@ -123,24 +122,10 @@ def _split(layout: Layout, channels: int) -> Layout:
     return Layout(channels, spatial, layout.sample_stride, spatial * step, step)
 
 
-def launch_elementwise(
-    name: str,
-    backend: str,
-    x: Tensor,
-    arguments: tuple[Any, ...],
-    seed: Counter | None,
-    step: tuple[int, ...],
-    first_sample: Counter,
-) -> Any:
-    """The C++ kernel of the CPU, or CUDA's, to which tensors of counters go as addresses; ``step``
-    as that takes it: the counter's number and, for some, an address."""
-    seed = 0 if seed is None else seed
-    if backend == "native":
-        counters: tuple = low_bits(seed, 64), step[0], low_bits(first_sample, 64)
-    else:
-        counters = *value_or_address(seed), *step, *value_or_address(first_sample)
-        counters = *counters, native.multiprocessors(x.device)
-    return native.launch(name, backend, x.device, *arguments, *counters)
+def launch_elementwise(name: str, backend: str, device: torch.device, *arguments: Any) -> Any:
+    """The C++ kernel of the CPU, or CUDA's, whose grid strides over its work."""
+    grid = () if backend == "native" else (native.multiprocessors(device),)
+    return native.launch(name, backend, device, *arguments, *grid)
 
 
 # --- Norms ------------------------------------------------------------------------------------
@@ -151,12 +136,12 @@ def is_channels_last(x: Tensor) -> bool:
     return x.dim() > 2 and x.movedim(1, -1).is_contiguous()
 
 
-def dense_like(x: Tensor) -> Tensor:
-    """An empty tensor in the layout that a norm's kernel takes x in."""
+def in_kernels_layout(tensor: Tensor, x: Tensor) -> Tensor:
+    """``tensor`` in the layout that a norm's kernel takes x in: x's own where it is dense."""
     like = torch.empty_like(x)
     if like.is_contiguous() or is_channels_last(like):
-        return like
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+        return in_layout_of(like, tensor)
+    return tensor.contiguous()
 
 
 def in_layout_of(like: Tensor, tensor: Tensor) -> Tensor:

@@ -18,12 +18,14 @@ def described(tensor: Tensor | None) -> tuple | None:
     return tensor.shape, strides, tensor.dtype
 
 
-def plan_of(make: Callable[..., Any], tensors: Sequence[Tensor | None], *options: Any) -> Any:
-    """``make(*tensors, *options)``, remembered by what ``described`` says of the tensors."""
+def plan_of(
+    make: Callable[[Any], Any], call: Any, tensors: Sequence[Tensor | None], *options: Any
+) -> Any:
+    """``make(call)``, remembered by ``options`` and by what ``described`` says of ``tensors``."""
     key = (make, *map(described, tensors), options)
     plan = _plans.get(key, _NONE)
     if plan is _NONE:
-        plan = make(*tensors, *options)
+        plan = make(call)
         if len(_plans) >= LARGEST_CACHE:
             _plans.clear()
         _plans[key] = plan

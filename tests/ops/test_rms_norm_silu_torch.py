@@ -183,7 +183,7 @@ def test_named_backends_agree():
         (
             "native",
             X.clone().requires_grad_(),
-            "only 'reference' has gradients and a tensor requires",
+            "only 'reference' has gradients and a tensor",
         ),
     ],
 )
@@ -218,26 +218,26 @@ def test_explain(capsys):
     [
         (
             {"x": torch.zeros(3)},
-            "x is (3,) float32 on cpu; expected floating-point (N, C, *spatial)",
+            "x is (3,) float32 on cpu; expected floating-point (N, C",
         ),
         (
             {"x": torch.zeros(2, 8, 3).long()},
-            "x is (2, 8, 3) int64 on cpu; expected floating-point",
+            "x is (2, 8, 3) int64 on cpu; expected",
         ),
         ({"x": [[1.0, 2.0]]}, "x is a list; expected floating-point (N, C, *spatial)"),
         ({"weight": 1.0}, "weight is a float; expected 8 elements"),
         ({"weight": None}, "weight is a NoneType; expected 8 elements"),
         (
             {"weight": torch.ones(7)},
-            "weight is (7,) float32 on cpu; expected 8 elements, one for each",
+            "weight is (7,) float32 on cpu; expected 8 elements, one",
         ),
         (
             {"weight": torch.ones(8).int()},
-            "weight is (8,) int32 on cpu; expected floating-point (8,) on cpu",
+            "weight is (8,) int32 on cpu; expected floating-point",
         ),
         (
             {"weight": torch.ones(8, device=META)},
-            "weight is (8,) float32 on meta; expected floating-point (8,) on cpu",
+            "weight is (8,) float32 on meta; expected",
         ),
         ({"scale": torch.ones(2, 8)}, "give both scale and shift, or neither"),
         ({"shift": torch.ones(2, 8)}, "give both scale and shift, or neither"),
@@ -255,7 +255,7 @@ def test_explain(capsys):
         ),
         (
             {"scale": torch.ones(2, 8), "shift": torch.ones(2, 8, device=META)},
-            "shift is (2, 8) float32 on meta; expected floating-point (2, 8) or (2, 8, 1, 1) on cpu",
+            "shift is (2, 8) float32 on meta; expected floating-point (2, 8) or (2, 8, 1, 1)",
         ),
         ({"activation": "relu"}, "activation='relu'; expected 'silu' or None"),
     ],

@@ -1,24 +1,16 @@
 """Launching group_norm_silu's kernels: tensors to memory layouts, row strides and addresses."""
 
+import functools
 import operator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdiff.ops import native
+from fastdiff.ops import layouts, native
 from fastdiff.ops.differentiable import Kernel, differentiable_once
-from fastdiff.ops.layouts import (
-    Maybe,
-    address,
-    code,
-    dense_like,
-    in_layout_of,
-    norm_shape,
-    row_stride,
-    rows,
-)
-from fastdiff.ops.plans import plan_of
+from fastdiff.ops.layouts import Maybe, address, code, row_stride, rows
+from fastdiff.ops.plans import LARGEST_CACHE, plan_of
 
 
 class Arguments(NamedTuple):
@@ -55,8 +47,7 @@ def _allocate_gradients(given: Backward) -> tuple[Maybe, ...]:
     x, *small, add = given.call[:6]
     if add is not None and add.shape == x.shape:
         add = None
-    contiguous = {"memory_format": torch.contiguous_format}
-    rest = (None if v is None else torch.empty_like(v, **contiguous) for v in (*small, add))
+    rest = (None if v is None else v.new_empty(v.shape) for v in (*small, add))
     return torch.empty_like(x), *rest
 
 
@@ -74,7 +65,7 @@ def _forward(call: Arguments, shape: Any, y: Tensor, statistics: Maybe) -> None:
 def _backward(given: Backward, shape: Any, dx: Tensor, *small: Maybe) -> None:
     """Fill the gradients of x, and of weight, bias, scale, shift and add where there is room."""
     dy, statistics, call = given
-    dy = in_layout_of(dx, dy)
+    dy = layouts.in_layout_of(dx, dy)
     if call.backend == "triton":
         _triton_backward(dy, statistics, call, dx, small)
     else:
@@ -87,19 +78,20 @@ def _call(
 ) -> None:
     """The C++ kernel of the CPU, or CUDA's; ``read_wide``: with x, what is read or written by 16
     bytes where all begin at a multiple of these."""
-    x, plan = call.x, (shape,)
+    x, plan = call.x, [shape]
     if call.backend == "cuda":
         aligned = all(v is None or v.data_ptr() % 16 == 0 for v in (x, *read_wide))
         tile = tile_of(shape, native.cuda_limits(x.device), name.endswith("backward"), aligned)
         # From torch's allocator, which a graph's capture knows: it lives as long as it is needed.
         workspace = x.new_empty(tile.workspace_floats, dtype=torch.float32)
-        plan, tensors = (shape, tile), (*tensors, workspace)
+        plan, tensors = [shape, tile], (*tensors, workspace)
     native.launch(name, call.backend, x.device, *plan, *map(address, tensors))
 
 
+@functools.lru_cache(LARGEST_CACHE)
 def tile_of(shape: Any, limits: tuple[int, int, int, int], is_backward: bool, aligned: bool) -> Any:
     """How CUDA cuts a call into blocks (csrc/cuda/group_norm_tile.h)."""
-    return plan_of(native.library().group_norm_tile, (), shape, limits, is_backward, aligned)
+    return native.library().group_norm_tile(shape, limits, is_backward, aligned)
 
 
 def _triton_backward(
@@ -132,11 +124,10 @@ def _triton_backward(
 
 def shape_of(call: Arguments) -> Any:
     """What the kernel is told of the shapes; None for arguments that it does not read."""
-    return plan_of(_plan, call[:6], *call[6:10], False)  # what is kept changes no plan
+    return plan_of(_plan, call, call[:6], call[6:10])  # what is kept changes no plan
 
 
-def _plan(*arguments: Any) -> Any:
-    call = Arguments(*arguments)
+def _plan(call: Arguments) -> Any:
     if not all(map(operator.is_, call, _readable(call))):
         return None
     if call.backend == "triton":
@@ -144,7 +135,7 @@ def _plan(*arguments: Any) -> Any:
     x, add = call.x, call.add
     embedding = add is not None and add.shape != x.shape
     return native.library().GroupNormShape(
-        **norm_shape(x, call.scale, call.shift),
+        **layouts.norm_shape(x, call.scale, call.shift),
         groups=call.num_groups,
         silu=call.silu,
         eps=call.eps,
@@ -157,13 +148,13 @@ def _plan(*arguments: Any) -> Any:
 
 def _readable(call: Arguments) -> Arguments:
     """With copies of what no kernel reads as it stands (strange strides, mixed and wide dtypes)."""
-    x, add, like = call.x, call.add, dense_like(call.x)
+    x, add = call.x, call.add
     weight, bias = rows(call.weight, call.bias)
     scale, shift = rows(call.scale, call.shift)
     if add is not None:
-        add = in_layout_of(like, add) if add.shape == x.shape else rows(add)[0]
-    x = in_layout_of(like, x)
-    return call._replace(x=x, weight=weight, bias=bias, scale=scale, shift=shift, add=add)
+        add = layouts.in_kernels_layout(add, x) if add.shape == x.shape else rows(add)[0]
+    x = layouts.in_kernels_layout(x, x)
+    return Arguments(x, weight, bias, scale, shift, add, *call[6:])
 
 
 kernel = Kernel(

@@ -70,8 +70,7 @@ def group_norm_silu(
 
 def choose(x: Tensor, *others: Any, **options: Any) -> Choice:
     """Which backend serves this call, and why (``fastdiff.explain``)."""
-    tensors = (v for v in (*others, *options.values()) if isinstance(v, Tensor))
-    return _choose(x, dispatch.wants_gradient(x, *tensors))
+    return _choose(x, dispatch.wants_gradient(x, *others, *options.values()))
 
 
 OPERATION = dispatch.register(OP, choose, kernels=("native", "triton", "cuda"))
@@ -79,9 +78,8 @@ OPERATION = dispatch.register(OP, choose, kernels=("native", "triton", "cuda"))
 
 def _choose(x: Tensor, training: bool) -> Choice:
     small = training and x.is_cpu and x.dtype == torch.float32 and 0 < x.numel() <= SMALL
-    return dispatch.choose(
-        OPERATION, x, rule=_pytorch_trains if small and x.is_contiguous() else None
-    )
+    rule = _pytorch_trains if small and x.is_contiguous() else None
+    return dispatch.choose(OPERATION, x, rule=rule)
 
 
 def _pytorch_trains() -> tuple[str, str]:

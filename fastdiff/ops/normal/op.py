@@ -16,6 +16,7 @@ the native CPU, CUDA and Triton fills then agree bit for bit too, and the refere
 computes in float64 from the same u, agrees with them to a few float32 ulps.
 """
 
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from torch import Tensor
 from fastdiff.checks import check_device
 from fastdiff.errors import InputError
 from fastdiff.ops import backends, dispatch, native
-from fastdiff.ops.counters import X_T_STEP, Counters, check_counters, low_bits, value_or_address
+from fastdiff.ops.counters import X_T_STEP, Counters, arguments, check_counters, low_bits
 from fastdiff.ops.dispatch import Operation
 from fastdiff.ops.layouts import Layout, code, sample_layout
 from fastdiff.ops.normal.reference import reference_sample
@@ -122,14 +123,11 @@ def _launch(backend: str, out: Tensor, layout: Layout, counters: Counters) -> No
 
         kernels.fill(out, layout, counters)
         return
-    addresses: tuple[int, ...] = ()
-    if backend == "native":
-        numbers = low_bits(seed, 64), low_bits(step, 32), low_bits(first_sample, 64)
-    else:
-        numbers, addresses = zip(*map(value_or_address, (seed, step, first_sample)), strict=True)
+    given = arguments(backend, seed), arguments(backend, step, 32), arguments(backend, first_sample)
+    numbers, *addresses = zip(*given, strict=True)
     place = (out.data_ptr(), code(out), out.shape[0])
     fill = native.library().NormalFill(*place, *layout, *numbers)
-    native.launch("normal", backend, out.device, fill, *addresses)
+    native.launch("normal", backend, out.device, fill, *itertools.chain(*addresses))
 
 
 def _fill_by_reference(out: Tensor, counters: Counters) -> None:

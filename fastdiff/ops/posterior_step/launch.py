@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastdiff.errors import InputError
 from fastdiff.ops import native
-from fastdiff.ops.counters import Counters, sampling_step, value_or_address
+from fastdiff.ops.counters import Counters, arguments, sampling_step, value_or_address
 from fastdiff.ops.differentiable import Kernel
 from fastdiff.ops.layouts import Maybe, address, common_layout, launch_elementwise
 from fastdiff.ops.plans import plan_of
@@ -28,6 +28,10 @@ class Arguments(NamedTuple):
     returns_x_start: bool
     backend: str
 
+    @property
+    def guidance(self) -> float | Tensor | None:
+        return self.guidance_scale if self.guidance_tensor is None else self.guidance_tensor
+
 
 def _allocate(call: Arguments) -> tuple[Tensor, Maybe]:
     """x_prev, and x_start where it is wanted."""
@@ -47,49 +51,37 @@ def _launch(call: Arguments, plan: Any, x_prev: Tensor, x_start: Maybe) -> None:
         kernels.launch(plan, tensors, counters, number if guidance is None else guidance)
         return
     wide_step = isinstance(step, Tensor) and step.dtype == torch.int64
-    row = (*value_or_address(step), wide_step)
-    scale = (number or 0.0, address(guidance))
-    arguments = (plan, *map(address, tensors), *row, *scale, seed is not None)
-    counted = (FIRST_COUNTER_STEP,)
-    served = launch_elementwise(
-        "posterior_step", backend, x_t, arguments, seed, counted, first_sample
-    )
+    row, scale = (*value_or_address(step), wide_step), (number or 0.0, address(guidance))
+    noise_of = *arguments(backend, seed), FIRST_COUNTER_STEP, *arguments(backend, first_sample)
+    given = (plan, *map(address, tensors), *row, *scale, seed is not None, *noise_of)
+    served = launch_elementwise("posterior_step", backend, x_t.device, *given)
     if served is False:
         raise step_error(int(step), packed.shape[0])
 
 
-def _plan(
-    x_t: Tensor,
-    model_output: Tensor,
-    noise: Maybe,
-    prev_x_start: Maybe,
-    rows: int,
-    learned_variance: bool,
-    guided: bool,
-    draws: bool,
-    backend: str,
-) -> Any:
-    """The kernel's description of these layouts; None where it reads none of the kind."""
+def _plan(call: Arguments) -> Any:
+    """The kernel's description of the layouts; None where it reads none of the kind."""
+    x_t, output = call.x_t, call.model_output
     batch, channels = x_t.shape[:2]
     x_prev = torch.empty_like(x_t)
-    given = (x_t if v is None else v for v in (noise, prev_x_start))
-    operands = [x_t, model_output[:batch, :channels], *given, x_prev, x_prev]
-    common = common_layout(operands, counted=draws)
+    given = (x_t if v is None else v for v in (call.noise, call.prev_x_start))
+    operands = [x_t, output[:batch, :channels], *given, x_prev, x_prev]
+    common = common_layout(operands, counted=call.counters.seed is not None)
     if common is None:
         return None
     shape, layouts = common
-    variance = channels * model_output.stride(1) if learned_variance else -1
-    unconditional = batch * model_output.stride(0) if guided else -1
-    arguments = (shape, rows, *layouts[:2], variance, unconditional, *layouts[2:])
-    return arguments if backend == "triton" else native.library().PosteriorStep(*arguments)
+    variance = channels * output.stride(1) if call.learned_variance else -1
+    unconditional = batch * output.stride(0) if call.guidance is not None else -1
+    rows = call.packed.shape[0]
+    plan = (shape, rows, *layouts[:2], variance, unconditional, *layouts[2:])
+    return plan if call.backend == "triton" else native.library().PosteriorStep(*plan)
 
 
 def _plan_of(call: Arguments) -> Any:
     layouts = (call.x_t, call.model_output, call.noise, call.prev_x_start)
-    guided = call.guidance_scale is not None or call.guidance_tensor is not None
-    draws = call.counters.seed is not None
+    guided, draws = call.guidance is not None, call.counters.seed is not None
     options = (call.packed.shape[0], call.learned_variance, guided, draws, call.backend)
-    return plan_of(_plan, layouts, *options)
+    return plan_of(_plan, call, layouts, *options)
 
 
 def step_error(step: int, rows: int) -> InputError:

@@ -56,17 +56,13 @@ def posterior_step(
     that do not fit. Equations: fastdiff/methods/table.py.
     """
     check_tensors(x_t, model_output, table, guidance_scale)
-    _check_step(step, table, x_t)
-    if isinstance(step, int):
-        noisy, multistep = table.noisy_rows[step], table.multistep_rows[step]
-    else:  # a tensor counts as any row
-        noisy, multistep = table.is_noisy, table.is_multistep
+    noisy, multistep = _what_is_read(step, table, x_t)
     _check_extras(x_t, noisy, multistep, noise, seed, prev_x_start)
     if seed is not None:
         seed = check_counter("seed", seed, 2**64, x_t.device) if noisy else None
     first_sample = check_first_sample(first_sample, x_t.shape[0], x_t.device)
     counters = Counters(step, seed, first_sample)
-    backend = _choose(x_t, model_output, noise, prev_x_start).backend
+    backend = choose(x_t, model_output, noise, prev_x_start, guidance_scale).backend
     noise = noise if noisy else None
     prev_x_start = prev_x_start if multistep else None
     # The native kernel looks at a step tensor by itself, where it runs at all; those for GPUs
@@ -74,64 +70,43 @@ def posterior_step(
     if backend == "reference" or x_t.numel() == 0:
         _look_at_step(step, table)
 
-    if backend == "reference":
-        arguments = (table, counters, noise, prev_x_start, guidance_scale)
-        x_prev, x_start = _reference(x_t, model_output, *arguments)
-    else:
-        by_tensor = isinstance(guidance_scale, Tensor)
-        scale: Any = None if guidance_scale is None or by_tensor else float(guidance_scale)
-        guidance: Any = guidance_scale if by_tensor else None
-        tensors = (x_t, model_output, table.packed, noise, prev_x_start, guidance)
-        variance = table.learned_variance
-        call = Arguments(*tensors, scale, variance, counters, return_x_start, backend)
-        x_prev, x_start = kernel(call)
+    by_tensor = isinstance(guidance_scale, Tensor)
+    scale = None if guidance_scale is None or by_tensor else float(guidance_scale)
+    guidance = guidance_scale if by_tensor else None
+    tensors: Any = (x_t, model_output, table.packed, noise, prev_x_start, guidance)
+    variance = table.learned_variance
+    call = Arguments(*tensors, scale, variance, counters, return_x_start, backend)
+    x_prev, x_start = _reference(call) if backend == "reference" else kernel(call)
     return x_prev, x_start if return_x_start else None
 
 
-def choose(
-    x_t: Tensor,
-    model_output: Tensor,
-    *_: Any,
-    noise: Maybe = None,
-    prev_x_start: Maybe = None,
-    **__: Any,
-) -> Choice:
+def choose(x_t: Tensor, *others: Any, **named: Any) -> Choice:
     """Which backend serves this call, and why (``fastdiff.explain``)."""
-    return _choose(x_t, model_output, noise, prev_x_start)
+    wanted = dispatch.wants_gradient(x_t, *others, *named.values())
+    return dispatch.choose(OPERATION, x_t, dispatch.NO_GRADIENTS if wanted else "")
 
 
 OPERATION = dispatch.register(OP, choose, kernels=("native", "triton", "cuda"))
 
 
-def _choose(x_t: Tensor, *others: Maybe) -> Choice:
-    wanted = dispatch.wants_gradient(x_t, *others)
-    return dispatch.choose(OPERATION, x_t, dispatch.NO_GRADIENTS if wanted else "")
-
-
-def _reference(
-    x_t: Tensor,
-    model_output: Tensor,
-    table: StepTable,
-    counters: Counters,
-    noise: Maybe,
-    before: Maybe,
-    guidance_scale: float | Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    step, seed, first = counters
+def _reference(call: Arguments) -> tuple[Tensor, Tensor]:
+    x_t, packed, noise, before = call.x_t, call.packed, call.noise, call.prev_x_start
+    step, seed, first = call.counters
     if isinstance(step, Tensor):  # a gather on the device: no synchronisation
-        row, step = table.packed.index_select(0, step.reshape(1))[0], step.long()
+        row, step = packed.index_select(0, step.reshape(1))[0], step.long()
     else:
-        row = table.packed[step]
+        row = packed[step]
     if seed is not None:
         counted = step + sampling_step(0)
         noise = normal(x_t.shape, seed=seed, step=counted, first_sample=first, device=x_t.device)
     n, channels = x_t.shape[:2]
-    output = model_output[:, :channels].float()
+    output = call.model_output[:, :channels].float()
+    variance = call.model_output[:n, channels:].float() if call.learned_variance else None
     x_prev, x_start = reference.posterior_step(
         x_t.float(),
-        output if guidance_scale is None else reference.guide(output, guidance_scale),
+        output if call.guidance is None else reference.guide(output, call.guidance),
         dict(zip(COLUMNS, row.unbind(), strict=True)),
-        variance_output=model_output[:n, channels:].float() if table.learned_variance else None,
+        variance_output=variance,
         z=None if noise is None else noise.float(),
         x_start_before=None if before is None else before.float(),
     )
@@ -168,15 +143,18 @@ def check_tensors(
         raise InputError(f"{OP}: guidance_scale is {guidance_scale!r}; expected a finite number")
 
 
-def _check_step(step: int | Tensor, table: StepTable, x_t: Tensor) -> None:
-    if isinstance(step, Tensor):  # its value is read where the step is computed
+def _what_is_read(step: int | Tensor, table: StepTable, x_t: Tensor) -> tuple[bool, bool]:
+    """Whether a step, which is checked, draws noise and reads prev_x_start."""
+    if isinstance(step, Tensor):  # its value is read where the step is computed: any row
         integer = step.dtype in (torch.int32, torch.int64)
         if step.numel() != 1 or not integer or step.device != x_t.device:
             raise refusal(OP, "step", step, f"one int32 or int64 element on {x_t.device}")
-    elif not isinstance(step, int) or isinstance(step, bool):
+        return table.is_noisy, table.is_multistep
+    if not isinstance(step, int) or isinstance(step, bool):
         raise InputError(f"{OP}: step is {step!r}; expected an int or a tensor of one element")
-    elif not 0 <= step < len(table.noisy_rows):
+    if not 0 <= step < len(table.noisy_rows):
         raise step_error(step, len(table))
+    return table.noisy_rows[step], table.multistep_rows[step]
 
 
 def _look_at_step(step: int | Tensor, table: StepTable) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastdiff.checks import check_float, check_like, check_timesteps
 from fastdiff.errors import InputError
 from fastdiff.ops import dispatch, native
-from fastdiff.ops.counters import TRAINING_STEP_BASE, Counters, check_counters, value_or_address
+from fastdiff.ops.counters import TRAINING_STEP_BASE, Counters, arguments, check_counters
 from fastdiff.ops.differentiable import Kernel, Outputs
 from fastdiff.ops.dispatch import Choice
 from fastdiff.ops.layouts import Maybe, address, common_layout, launch_elementwise
@@ -146,10 +146,10 @@ def _launch(call: Arguments, plan: Any, x_t: Tensor, drawn: Maybe) -> None:
 
         kernels.launch(plan, tensors, counters)
         return
-    number, place = value_or_address(step, 32) if backend == "cuda" else (int(step), 0)
-    counted = ((number + TRAINING_STEP_BASE) & 0xFFFFFFFF, place)
-    arguments = (plan, *map(address, tensors), draws)
-    bad = launch_elementwise("q_sample", backend, x_t, arguments, seed, counted, first_sample)
+    numbers = *arguments(backend, seed), *arguments(backend, step, 32, TRAINING_STEP_BASE)
+    numbers = *numbers, *arguments(backend, first_sample)
+    given = (plan, *map(address, tensors), draws, *numbers)
+    bad = launch_elementwise("q_sample", backend, x_t.device, *given)
     if bad is not None and bad >= 0:
         rows = signal.shape[0]
         raise InputError(
@@ -157,19 +157,20 @@ def _launch(call: Arguments, plan: Any, x_t: Tensor, drawn: Maybe) -> None:
         )
 
 
-def _plan(x_start: Tensor, noise: Maybe, rows: int, draws: bool, backend: str) -> Any:
-    """The kernel's description of these layouts; None where it reads none of the kind."""
-    x_t = torch.empty_like(x_start)
-    common = common_layout([x_start, x_t if noise is None else noise, x_t], counted=draws)
+def _plan(call: Arguments) -> Any:
+    """The kernel's description of the layouts; None where it reads none of the kind."""
+    x_t = torch.empty_like(call.x_start)
+    operands = [call.x_start, x_t if call.noise is None else call.noise, x_t]
+    common = common_layout(operands, counted=call.counters.seed is not None)
     if common is None:
         return None
-    arguments = (common[0], rows, *common[1])
-    return arguments if backend == "triton" else native.library().QSample(*arguments)
+    plan = (common[0], call.signal.shape[0], *common[1])
+    return plan if call.backend == "triton" else native.library().QSample(*plan)
 
 
 def _plan_of(call: Arguments) -> Any:
     draws = call.counters.seed is not None
-    return plan_of(_plan, call[:2], call.signal.shape[0], draws, call.backend)
+    return plan_of(_plan, call, call[:2], call.signal.shape[0], draws, call.backend)
 
 
 _kernel = Kernel("q_sample", Arguments, _allocate, _launch, outputs=2, plan=_plan_of)

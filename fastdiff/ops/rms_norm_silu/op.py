@@ -10,7 +10,7 @@ from fastdiff.ops import checks, dispatch, native
 from fastdiff.ops.backends import KERNEL_DTYPES
 from fastdiff.ops.differentiable import Kernel
 from fastdiff.ops.dispatch import Choice
-from fastdiff.ops.layouts import Maybe, address, code, dense_like, in_layout_of, norm_shape, rows
+from fastdiff.ops.layouts import Maybe, address, code, in_kernels_layout, norm_shape, rows
 from fastdiff.ops.plans import plan_of
 from fastdiff.ops.rms_norm_silu import reference as reference
 
@@ -45,27 +45,18 @@ def rms_norm_silu(
     Source: Zhang & Sennrich 2019, equation 4, over the channels as denoising-diffusion-pytorch has
     it; FiLM as in Nichol & Dhariwal 2021, section 3.
     """
-    _check(x, weight, scale, shift, activation)
-    backend = choose(x, weight, scale=scale, shift=shift).backend
+    film: dict[str, Any] = {"scale": scale, "shift": shift, "activation": activation}
+    backend = choose(x, weight, **film).backend
     if backend == "reference":
-        return reference.rms_norm_silu(
-            x, weight, eps=eps, scale=scale, shift=shift, activation=activation
-        )
+        return reference.rms_norm_silu(x, weight, eps=eps, **film)
     return _kernel(Arguments(x, weight, scale, shift, eps, activation is not None, backend))[0]
 
 
 def choose(
-    x: Tensor, weight: Tensor, *, scale: Maybe = None, shift: Maybe = None, **_: Any
-) -> Choice:
-    """Which backend serves this call, and why (``fastdiff.explain``)."""
-    wanted = dispatch.wants_gradient(x, weight, scale, shift)
-    return dispatch.choose(OPERATION, x, dispatch.NO_GRADIENTS if wanted else "")
-
-
-OPERATION = dispatch.register(OP, choose, kernels=("native", "triton"))
-
-
-def _check(x: Tensor, weight: Tensor, scale: Maybe, shift: Maybe, activation: str | None) -> None:
+    x: Tensor, weight: Tensor, *, scale: Maybe = None, shift: Maybe = None,
+    activation: str | None = "silu", **_: Any,
+) -> Choice:  # fmt: skip
+    """Which backend serves this call, once checked, and why (``fastdiff.explain``)."""
     checks.check_x(OP, x)
     rows = x.shape[:2]
     if not isinstance(weight, Tensor) or weight.numel() != rows[1]:
@@ -74,6 +65,11 @@ def _check(x: Tensor, weight: Tensor, scale: Maybe, shift: Maybe, activation: st
     broadcast = rows + (1,) * (x.dim() - 2)
     checks.check_pair(OP, ("scale", "shift"), scale, shift, x, rows, broadcast)
     checks.check_activation(OP, activation)
+    wanted = dispatch.wants_gradient(x, weight, scale, shift)
+    return dispatch.choose(OPERATION, x, dispatch.NO_GRADIENTS if wanted else "")
+
+
+OPERATION = dispatch.register(OP, choose, kernels=("native", "triton"))
 
 
 # --- Launching --------------------------------------------------------------------------------
@@ -104,14 +100,13 @@ def _readable(call: Arguments) -> Arguments:
     x, weight = call.x, call.weight
     if weight.dtype not in KERNEL_DTYPES:
         weight = weight.float()
-    x = in_layout_of(dense_like(x), x)
+    x = in_kernels_layout(x, x)
     scale, shift = rows(call.scale, call.shift)
     return call._replace(x=x, weight=weight.contiguous(), scale=scale, shift=shift)
 
 
-def _plan(*arguments: Any) -> Any:
+def _plan(call: Arguments) -> Any:
     """What the kernel is told of the shapes; None for arguments that it does not read."""
-    call = Arguments(*arguments)
     if not all(map(operator.is_, call, _readable(call))):
         return None
     if call.backend == "triton":
@@ -128,6 +123,6 @@ _kernel = Kernel(
     lambda call: (torch.empty_like(call.x),),
     _launch,
     outputs=1,
-    plan=lambda call: plan_of(_plan, call[:4], *call[4:]),
+    plan=lambda call: plan_of(_plan, call, call[:4], *call[4:]),
     readable=_readable,
 )
