@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {  # files to pages of the site
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
     "examples/README.md": "studies.md",
 }
 WIDTH = "90"  # columns of the help

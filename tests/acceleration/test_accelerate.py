@@ -62,8 +62,11 @@ def test_any_sequential(groups, width, size, dims, before, dtype):
     model = nn.Sequential(*layers).to(dtype)
     x = torch.randn(2, width, *[size] * dims, dtype=dtype)
     expected = model(x)
+    # A norm of two numbers that are nearly equal magnifies float32's rounding, anybody's.
+    exact = copy.deepcopy(model).double()(x.double())
+    rounding = (expected - exact).abs().max() / exact.abs().max()
     fastdiff.accelerate(model)
-    assert_close(model(x), expected)
+    assert_close(model(x), expected, tolerance=1e-5 + 4 * rounding.item())
 
 
 class Disguised(ResBlock):

@@ -101,7 +101,14 @@ def test_flags_reach_network_process_and_trainer(tmp_path, images, capsys):
         tensorboard=False,
     )
     names = {path.name for path in run.iterdir()}
-    assert names == {"checkpoints", "config.json", "loss_curve.png", "metrics.jsonl", "samples"}
+    assert names == {
+        ".lock",
+        "checkpoints",
+        "config.json",
+        "loss_curve.png",
+        "metrics.jsonl",
+        "samples",
+    }
 
 
 def test_a_preset_fits_itself_to_the_images(tmp_path, images):

@@ -23,11 +23,20 @@ served = st.sampled_from(
 )
 
 
-def check(result, truth, largest):
+# Relative error of the C++ kernels' SiLU in half precision, where AVX-512 has a reciprocal of its
+# own (csrc/cpu/vector.h): an eighth of what rounding to float16 may cost.
+HALF_SILU = 2.0**-14
+
+
+def silu_error(served, activation):
+    return HALF_SILU if served[0] == "native" and served[1] in HALF and activation else 0.0
+
+
+def check(result, truth, largest, relative=0.0):
     """``truth`` in float64, and the size of what was added and cancels on the way to it."""
     dtype = result.dtype
     arithmetic = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
-    on_the_way = ROUNDINGS * arithmetic.eps * largest + arithmetic.tiny
+    on_the_way = ROUNDINGS * arithmetic.eps * largest + arithmetic.tiny + relative * truth.abs()
     stored = torch.finfo(dtype)
     once = stored.eps / 2 * (truth.abs() + on_the_way) + stored.smallest_normal * stored.eps
     result = result.double()
@@ -96,7 +105,7 @@ def test_group_norm_silu(
         result = run(group_norm_silu, tensors, groups, activation=activation)
     assert result.dtype == dtype
     truth = run(equations, tensors, groups, activation=activation)
-    check(result, truth, norm_terms(tensors, groups, 1e-5))
+    check(result, truth, norm_terms(tensors, groups, 1e-5), silu_error(served, activation))
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -166,7 +175,7 @@ def test_rms_norm_silu(
         rows = (n, c, *[1] * len(spatial))
         scale, shift = (tensors[k].double().reshape(rows) for k in ("scale", "shift"))
         terms = terms * (1 + scale).abs() + shift.abs()
-    check(result, truth, terms)
+    check(result, truth, terms, silu_error(served, activation))
 
 
 @settings(deadline=None, max_examples=40)
