@@ -99,7 +99,7 @@ def _private(path: str) -> Callable[..., Any]:
 
 _LISTENERS = (
     torch.compiler.is_compiling,
-    torch.jit.is_tracing,
+    _private("_is_tracing"),  # torch.jit.trace
     _private("_len_torch_dispatch_stack"),  # FakeTensorMode, make_fx, flop counters, …
     _private("_are_functorch_transforms_active"),  # torch.func
     _private("_autograd._profiler_enabled"),

@@ -129,8 +129,9 @@ def check_counters(
     step: Counter, seed: Counter, first_sample: Counter, steps: int, x: Tensor
 ) -> Counters:
     """The counters of a call whose noise is x's: its step is less than ``steps``."""
-    return Counters(
-        check_counter("step", step, steps, x.device),
-        check_counter("seed", seed, 2**64, x.device),
-        check_first_sample(first_sample, x.shape[0], x.device),
+    device = x.device
+    step, seed = (
+        check_counter("step", step, steps, device),
+        check_counter("seed", seed, 2**64, device),
     )
+    return Counters(step, seed, check_first_sample(first_sample, x.shape[0], device))

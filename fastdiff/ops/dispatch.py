@@ -39,7 +39,7 @@ class Choice(NamedTuple):
         return f"{self.op}: {self.backend} ({self.reason})"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Operation:
     """A fused operation: the backends beside the reference that have kernels of it, and
     ``choose``, which takes the operation's own arguments."""
@@ -47,6 +47,9 @@ class Operation:
     name: str
     kernels: tuple[str, ...]
     choose: Callable[..., Choice]
+
+    def __post_init__(self) -> None:
+        self.on_cpu = Choice(self.name, "native", "the C++ kernel serves every CPU call")
 
 
 OPERATIONS: dict[str, Operation] = {}
@@ -89,6 +92,8 @@ def choose(
         return Choice(op.name, name, NAMED_REASON)
     if missing:
         return Choice(op.name, "reference", missing)
+    if rule is None and x.is_cpu and x.dtype in KERNEL_DTYPES:
+        return op.on_cpu  # as ``default`` says, at half the cost
     return Choice(op.name, *(rule() if rule else default(op, x.device, x.dtype)))
 
 
@@ -97,7 +102,7 @@ def default(op: Operation, device: torch.device, dtype: torch.dtype) -> tuple[st
     if dtype not in KERNEL_DTYPES:
         return "reference", f"the kernels take float32, bfloat16 and float16, not {short(dtype)}"
     if device.type == "cpu":
-        return "native", "the C++ kernel serves every CPU call"
+        return op.on_cpu[1:]
     if device.type != "cuda":
         return "reference", f"there are no kernels for {device.type} devices"
     triton = backends.HAS_TRITON

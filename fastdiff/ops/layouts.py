@@ -122,10 +122,11 @@ def _split(layout: Layout, channels: int) -> Layout:
     return Layout(channels, spatial, layout.sample_stride, spatial * step, step)
 
 
-def launch_elementwise(name: str, backend: str, device: torch.device, *arguments: Any) -> Any:
+def launch_elementwise(name: str, backend: str, x: Tensor, *arguments: Any) -> Any:
     """The C++ kernel of the CPU, or CUDA's, whose grid strides over its work."""
-    grid = () if backend == "native" else (native.multiprocessors(device),)
-    return native.launch(name, backend, device, *arguments, *grid)
+    if backend == "cuda":
+        arguments = *arguments, native.multiprocessors(x.device)
+    return native.launch(name, backend, x, *arguments)
 
 
 # --- Norms ------------------------------------------------------------------------------------

@@ -127,11 +127,11 @@ def multiprocessors(device: torch.device) -> int:
     return cuda_limits(device)[0]
 
 
-def launch(name: str, backend: str, device: torch.device, *arguments: Any) -> Any:
-    """The library's kernel ``name``: the CPU's in torch's threads, CUDA's on the current stream."""
+def launch(name: str, backend: str, x: torch.Tensor, *arguments: Any) -> Any:
+    """The library's kernel ``name``: the CPU's in torch's threads, CUDA's on x's current stream."""
     if backend == "native":
-        return getattr(library(), f"{name}_cpu")(*arguments, torch.get_num_threads())
-    return getattr(library(), f"{name}_cuda")(*arguments, cuda_stream(device))
+        return getattr(library(), name + "_cpu")(*arguments, torch.get_num_threads())
+    return getattr(library(), name + "_cuda")(*arguments, cuda_stream(x.device))
 
 
 def cuda_stream(device: torch.device) -> int:

@@ -183,7 +183,7 @@ def _native(name: str, call: Arguments, out: Tensor, lse: Maybe, *gradients: Ten
     floats = native.library().attention_workspace(problem, bool(gradients), torch.get_num_threads())
     workspace = _borrow(floats)
     places = (value for v in gradients for value in (v.data_ptr(), v.stride()))
-    native.launch(name, "native", qkv.device, problem, *places, workspace.data_ptr())
+    native.launch(name, "native", qkv, problem, *places, workspace.data_ptr())
     if workspace.numel() <= _KEPT_FLOATS:
         _IDLE.append(workspace)
 

@@ -85,7 +85,7 @@ def _call(
         # From torch's allocator, which a graph's capture knows: it lives as long as it is needed.
         workspace = x.new_empty(tile.workspace_floats, dtype=torch.float32)
         plan, tensors = [shape, tile], (*tensors, workspace)
-    native.launch(name, call.backend, x.device, *plan, *map(address, tensors))
+    native.launch(name, call.backend, x, *plan, *map(address, tensors))
 
 
 @functools.lru_cache(LARGEST_CACHE)

@@ -127,7 +127,7 @@ def _launch(backend: str, out: Tensor, layout: Layout, counters: Counters) -> No
     numbers, *addresses = zip(*given, strict=True)
     place = (out.data_ptr(), code(out), out.shape[0])
     fill = native.library().NormalFill(*place, *layout, *numbers)
-    native.launch("normal", backend, out.device, fill, *itertools.chain(*addresses))
+    native.launch("normal", backend, out, fill, *itertools.chain(*addresses))
 
 
 def _fill_by_reference(out: Tensor, counters: Counters) -> None:

@@ -54,7 +54,7 @@ def _launch(call: Arguments, plan: Any, x_prev: Tensor, x_start: Maybe) -> None:
     row, scale = (*value_or_address(step), wide_step), (number or 0.0, address(guidance))
     noise_of = *arguments(backend, seed), FIRST_COUNTER_STEP, *arguments(backend, first_sample)
     given = (plan, *map(address, tensors), *row, *scale, seed is not None, *noise_of)
-    served = launch_elementwise("posterior_step", backend, x_t.device, *given)
+    served = launch_elementwise("posterior_step", backend, x_t, *given)
     if served is False:
         raise step_error(int(step), packed.shape[0])
 

@@ -72,10 +72,11 @@ def posterior_step(
 
     by_tensor = isinstance(guidance_scale, Tensor)
     scale = None if guidance_scale is None or by_tensor else float(guidance_scale)
-    guidance = guidance_scale if by_tensor else None
-    tensors: Any = (x_t, model_output, table.packed, noise, prev_x_start, guidance)
-    variance = table.learned_variance
-    call = Arguments(*tensors, scale, variance, counters, return_x_start, backend)
+    guidance: Any = guidance_scale if by_tensor else None
+    call = Arguments(
+        *(x_t, model_output, table.packed, noise, prev_x_start, guidance, scale),
+        *(table.learned_variance, counters, return_x_start, backend),
+    )
     x_prev, x_start = _reference(call) if backend == "reference" else kernel(call)
     return x_prev, x_start if return_x_start else None
 

@@ -149,7 +149,7 @@ def _launch(call: Arguments, plan: Any, x_t: Tensor, drawn: Maybe) -> None:
     numbers = *arguments(backend, seed), *arguments(backend, step, 32, TRAINING_STEP_BASE)
     numbers = *numbers, *arguments(backend, first_sample)
     given = (plan, *map(address, tensors), draws, *numbers)
-    bad = launch_elementwise("q_sample", backend, x_t.device, *given)
+    bad = launch_elementwise("q_sample", backend, x_t, *given)
     if bad is not None and bad >= 0:
         rows = signal.shape[0]
         raise InputError(

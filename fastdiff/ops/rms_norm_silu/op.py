@@ -88,7 +88,7 @@ class Arguments(NamedTuple):
 def _launch(call: Arguments, shape: Any, y: Tensor) -> None:
     x, weight, scale, shift, eps, silu, backend = call
     if backend == "native":
-        native.launch(OP, backend, x.device, shape, *map(address, (*call[:4], y)))
+        native.launch(OP, backend, x, shape, *map(address, (*call[:4], y)))
         return
     from fastdiff.kernels import rms_norm_silu as kernels
 
