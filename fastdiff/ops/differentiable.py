@@ -145,17 +145,34 @@ class Kernel:
         self.eager = Eager.apply
 
 
-def differentiable_once(forward: Kernel, backward: Kernel, *, keeps: tuple[int, ...]) -> None:
-    """Give ``forward`` the gradients that ``backward`` computes, and refuse those of gradients.
+def differentiable_once(
+    forward: Kernel,
+    allocate: Callable[..., Outputs],
+    launch: Callable[..., None],
+    *,
+    keeps: dict[str, int],
+) -> None:
+    """Give ``forward`` the gradients that a kernel ``forward.name``_backward computes, and refuse
+    those of gradients.
 
-    ``backward``'s record is the first output's gradient, the outputs numbered ``keeps`` and
-    ``forward``'s record. Its outputs are the gradients of ``forward``'s tensors, None for a tensor
-    whose gradient is that of the first (a residual).
+    That kernel's record is ``grad``, the first output's gradient, the outputs that ``keeps`` names
+    and numbers, and ``call``, ``forward``'s record. Its outputs are the gradients of ``forward``'s
+    tensors, None for a tensor whose gradient is that of the first (a residual).
     """
-    count = forward.tensors
+    count, places = forward.tensors, keeps.values()
+    fields = [(name, Tensor) for name in ("grad", *keeps)]
+    backward = Kernel(
+        f"{forward.name}_backward",
+        typing.NamedTuple("Backward", [*fields, ("call", forward.record)]),  # type: ignore[misc]
+        allocate,
+        launch,
+        outputs=count,
+        plan=lambda given: forward.plan(given.call),
+        readable=lambda given: given._replace(call=forward.readable(given.call)),
+    )
 
     def setup(ctx: Any, call: Any, outputs: Outputs) -> None:
-        ctx.save_for_backward(*(outputs[i] for i in keeps), *call[:count])
+        ctx.save_for_backward(*(outputs[i] for i in places), *call[:count])
         ctx.rest = call[count:]
 
     def gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:

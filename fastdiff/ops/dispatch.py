@@ -52,13 +52,7 @@ class Operation:
         self.on_cpu = Choice(self.name, "native", "the C++ kernel serves every CPU call")
 
 
-OPERATIONS: dict[str, Operation] = {}
-
-
-def register(name: str, choose: Callable[..., Choice], *, kernels: tuple[str, ...]) -> Operation:
-    """Each operation's op.py calls this; ``explain`` and the benchmarks find it by its name."""
-    OPERATIONS[name] = Operation(name, kernels, choose)
-    return OPERATIONS[name]
+OPERATIONS: dict[str, Operation] = {}  # by name; each op.py adds its own
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
@@ -149,14 +143,10 @@ def problem(op: Operation, name: str, device: torch.device, dtype: torch.dtype) 
         return "" if kind == "cpu" else f"it runs on the CPU, not on {kind}"
     if not backends.HAS_TRITON:
         return "the package triton is not installed"
-    if kind == "cuda" or (kind == "cpu" and triton_interprets()):
+    interprets = kind == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if kind == "cuda" or interprets:  # Triton's interpreter takes CPU tensors
         return ""
     return f"it runs on CUDA devices, not on {kind}"
-
-
-def triton_interprets() -> bool:
-    """Whether Triton kernels run in its interpreter, which takes CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def wants_gradient(*arguments: Any) -> bool:

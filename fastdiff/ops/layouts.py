@@ -132,15 +132,11 @@ def launch_elementwise(name: str, backend: str, x: Tensor, *arguments: Any) -> A
 # --- Norms ------------------------------------------------------------------------------------
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """Whether x (N, C, *spatial) is dense in the order N, *spatial, C."""
-    return x.dim() > 2 and x.movedim(1, -1).is_contiguous()
-
-
 def in_kernels_layout(tensor: Tensor, x: Tensor) -> Tensor:
-    """``tensor`` in the layout that a norm's kernel takes x in: x's own where it is dense."""
+    """``tensor`` in the layout that a norm's kernel takes x (N, C, *spatial) in: dense in x's own
+    order where that is N, C, *spatial or N, *spatial, C."""
     like = torch.empty_like(x)
-    if like.is_contiguous() or is_channels_last(like):
+    if like.is_contiguous() or (x.dim() > 2 and like.movedim(1, -1).is_contiguous()):
         return in_layout_of(like, tensor)
     return tensor.contiguous()
 

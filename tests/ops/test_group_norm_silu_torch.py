@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import fastdiff
 from fastdiff.errors import InputError
 from fastdiff.ops import group_norm_silu
-from fastdiff.ops.group_norm_silu.launch import Arguments, shape_of
+from fastdiff.ops.group_norm_silu.op import Arguments, shape_of
 from norm_cases import (
     case,
     equations,

@@ -13,7 +13,7 @@ from fastdiff.ops.attention.reference import attention as reference_attention
 from fastdiff.ops.attention.reference import join_heads, split_heads
 from fastdiff.ops.checks import refusal
 from fastdiff.ops.differentiable import Kernel, differentiable_once
-from fastdiff.ops.dispatch import Choice
+from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
 from fastdiff.ops.layouts import Maybe, address
 
 OP = "attention"
@@ -70,7 +70,7 @@ def choose(qkv: Tensor, num_heads: int, *, order: str = "heads_first") -> Choice
     return choice if choice.backend in backends.BACKENDS else choice._replace(backend="reference")
 
 
-OPERATION = dispatch.register(OP, choose, kernels=("native", "triton"))
+OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton"), choose)
 
 
 def _choose(qkv: Tensor, num_heads: int) -> Choice:
@@ -133,13 +133,6 @@ class Arguments(NamedTuple):
     keep: bool  # lse = log Σ exp(scores), for a backward to come
 
 
-class Backward(NamedTuple):
-    grad: Tensor
-    out: Tensor
-    lse: Tensor
-    call: Arguments
-
-
 def _allocate(call: Arguments) -> tuple[Tensor, Maybe]:
     n, width, tokens = call.qkv.shape
     out = call.qkv.new_empty(n, tokens, width // 3).transpose(1, 2)
@@ -157,7 +150,7 @@ def _forward(call: Arguments, _: Any, out: Tensor, lse: Maybe) -> None:
     kernels.forward(call.qkv, call.num_heads, call.order, out, lse)
 
 
-def _backward(given: Backward, _: Any, grad_qkv: Tensor) -> None:
+def _backward(given: Any, _: Any, grad_qkv: Tensor) -> None:
     grad, out, lse, call = given
     if 1 not in grad.stride()[1:]:  # an expanded one, from a sum
         grad = grad.contiguous()
@@ -203,11 +196,9 @@ def _borrow(floats: int) -> Tensor:
 
 
 _kernel = Kernel(OP, Arguments, _allocate, _forward, outputs=2)
-_gradient = Kernel(
-    "attention_backward",
-    Backward,
+differentiable_once(
+    _kernel,
     lambda given: (torch.empty_like(given.call.qkv),),
     _backward,
-    outputs=1,
+    keeps={"out": 0, "lse": 1},
 )
-differentiable_once(_kernel, _gradient, keeps=(0, 1))

@@ -1,6 +1,6 @@
 """posterior_step: one sampler step (DDPM, DDIM, DPM-Solver++) from one row of a StepTable."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,16 +8,26 @@ from torch import Tensor
 from fastdiff.checks import is_finite
 from fastdiff.errors import InputError
 from fastdiff.methods.table import COLUMNS, StepTable
-from fastdiff.ops import dispatch
+from fastdiff.ops import dispatch, native
 from fastdiff.ops.backends import KERNEL_DTYPES as DTYPES
 from fastdiff.ops.checks import Maybe, check_tensor, refusal
-from fastdiff.ops.counters import Counters, check_counter, check_first_sample, sampling_step
-from fastdiff.ops.dispatch import Choice
+from fastdiff.ops.counters import (
+    Counters,
+    arguments,
+    check_counter,
+    check_first_sample,
+    sampling_step,
+    value_or_address,
+)
+from fastdiff.ops.differentiable import Kernel
+from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
+from fastdiff.ops.layouts import address, common_layout, launch_elementwise
 from fastdiff.ops.normal import normal
+from fastdiff.ops.plans import plan_of
 from fastdiff.ops.posterior_step import reference as reference
-from fastdiff.ops.posterior_step.launch import Arguments, kernel, step_error
 
 OP = "posterior_step"
+FIRST_COUNTER_STEP = sampling_step(0)
 
 
 def posterior_step(
@@ -57,7 +67,18 @@ def posterior_step(
     """
     check_tensors(x_t, model_output, table, guidance_scale)
     noisy, multistep = _what_is_read(step, table, x_t)
-    _check_extras(x_t, noisy, multistep, noise, seed, prev_x_start)
+    if noise is not None and seed is not None:
+        raise InputError(f"{OP}: noise and seed are both given; expected one of them")
+    if noisy and noise is None and seed is None:
+        raise InputError(f"{OP}: this step draws noise; give noise=, or seed= to have it drawn")
+    if multistep and prev_x_start is None:
+        raise InputError(
+            f"{OP}: this step is a second-order multistep one; give prev_x_start=, the "
+            "pred_x_start that the step before returned"
+        )
+    for name, tensor in (("noise", noise), ("prev_x_start", prev_x_start)):
+        if tensor is not None:
+            check_tensor(OP, name, tensor, x_t, x_t.shape)
     if seed is not None:
         seed = check_counter("seed", seed, 2**64, x_t.device) if noisy else None
     first_sample = check_first_sample(first_sample, x_t.shape[0], x_t.device)
@@ -77,7 +98,7 @@ def posterior_step(
         *(x_t, model_output, table.packed, noise, prev_x_start, guidance, scale),
         *(table.learned_variance, counters, return_x_start, backend),
     )
-    x_prev, x_start = _reference(call) if backend == "reference" else kernel(call)
+    x_prev, x_start = _reference(call) if backend == "reference" else _kernel(call)
     return x_prev, x_start if return_x_start else None
 
 
@@ -87,31 +108,7 @@ def choose(x_t: Tensor, *others: Any, **named: Any) -> Choice:
     return dispatch.choose(OPERATION, x_t, dispatch.NO_GRADIENTS if wanted else "")
 
 
-OPERATION = dispatch.register(OP, choose, kernels=("native", "triton", "cuda"))
-
-
-def _reference(call: Arguments) -> tuple[Tensor, Tensor]:
-    x_t, packed, noise, before = call.x_t, call.packed, call.noise, call.prev_x_start
-    step, seed, first = call.counters
-    if isinstance(step, Tensor):  # a gather on the device: no synchronisation
-        row, step = packed.index_select(0, step.reshape(1))[0], step.long()
-    else:
-        row = packed[step]
-    if seed is not None:
-        counted = step + sampling_step(0)
-        noise = normal(x_t.shape, seed=seed, step=counted, first_sample=first, device=x_t.device)
-    n, channels = x_t.shape[:2]
-    output = call.model_output[:, :channels].float()
-    variance = call.model_output[:n, channels:].float() if call.learned_variance else None
-    x_prev, x_start = reference.posterior_step(
-        x_t.float(),
-        output if call.guidance is None else reference.guide(output, call.guidance),
-        dict(zip(COLUMNS, row.unbind(), strict=True)),
-        variance_output=variance,
-        z=None if noise is None else noise.float(),
-        x_start_before=None if before is None else before.float(),
-    )
-    return x_prev.to(x_t.dtype), x_start.to(x_t.dtype)
+OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton", "cuda"), choose)
 
 
 # --- Checks -----------------------------------------------------------------------------------
@@ -165,23 +162,104 @@ def _look_at_step(step: int | Tensor, table: StepTable) -> None:
             raise step_error(int(step), len(table))
 
 
-def _check_extras(
-    x_t: Tensor,
-    noisy: bool,
-    multistep: bool,
-    noise: Maybe,
-    seed: int | Tensor | None,
-    prev_x_start: Maybe,
-) -> None:
-    if noise is not None and seed is not None:
-        raise InputError(f"{OP}: noise and seed are both given; expected one of them")
-    if noisy and noise is None and seed is None:
-        raise InputError(f"{OP}: this step draws noise; give noise=, or seed= to have it drawn")
-    if multistep and prev_x_start is None:
-        raise InputError(
-            f"{OP}: this step is a second-order multistep one; give prev_x_start=, the "
-            "pred_x_start that the step before returned"
-        )
-    for name, tensor in (("noise", noise), ("prev_x_start", prev_x_start)):
-        if tensor is not None:
-            check_tensor(OP, name, tensor, x_t, x_t.shape)
+def step_error(step: int, rows: int) -> InputError:
+    return InputError(f"step is {step}; the table has rows 0 … {rows - 1}")
+
+
+# --- Launching --------------------------------------------------------------------------------
+
+
+class Arguments(NamedTuple):
+    x_t: Tensor
+    model_output: Tensor
+    packed: Tensor  # the table's
+    noise: Maybe
+    prev_x_start: Maybe
+    guidance_tensor: Maybe
+    guidance_scale: float | None  # where no tensor says it
+    learned_variance: bool
+    counters: Counters  # their step is the table's row
+    returns_x_start: bool
+    backend: str
+
+    @property
+    def guidance(self) -> float | Tensor | None:
+        return self.guidance_scale if self.guidance_tensor is None else self.guidance_tensor
+
+
+def _reference(call: Arguments) -> tuple[Tensor, Tensor]:
+    x_t, packed, noise, before = call.x_t, call.packed, call.noise, call.prev_x_start
+    step, seed, first = call.counters
+    if isinstance(step, Tensor):  # a gather on the device: no synchronisation
+        row, step = packed.index_select(0, step.reshape(1))[0], step.long()
+    else:
+        row = packed[step]
+    if seed is not None:
+        counted = step + FIRST_COUNTER_STEP
+        noise = normal(x_t.shape, seed=seed, step=counted, first_sample=first, device=x_t.device)
+    n, channels = x_t.shape[:2]
+    output = call.model_output[:, :channels].float()
+    variance = call.model_output[:n, channels:].float() if call.learned_variance else None
+    x_prev, x_start = reference.posterior_step(
+        x_t.float(),
+        output if call.guidance is None else reference.guide(output, call.guidance),
+        dict(zip(COLUMNS, row.unbind(), strict=True)),
+        variance_output=variance,
+        z=None if noise is None else noise.float(),
+        x_start_before=None if before is None else before.float(),
+    )
+    return x_prev.to(x_t.dtype), x_start.to(x_t.dtype)
+
+
+def _allocate(call: Arguments) -> tuple[Tensor, Maybe]:
+    """x_prev, and x_start where it is wanted."""
+    x_start = torch.empty_like(call.x_t) if call.returns_x_start else None
+    return torch.empty_like(call.x_t), x_start
+
+
+def _launch(call: Arguments, plan: Any, x_prev: Tensor, x_start: Maybe) -> None:
+    x_t, output, packed, noise, before, guidance, number, _, counters, _, backend = call
+    step, seed, first_sample = counters
+    packed = packed.contiguous()
+    guidance = None if guidance is None else guidance.float()
+    tensors = (x_t, output, packed, noise, before, x_prev, x_start)
+    if backend == "triton":
+        from fastdiff.kernels import posterior_step as kernels
+
+        kernels.launch(plan, tensors, counters, number if guidance is None else guidance)
+        return
+    wide_step = isinstance(step, Tensor) and step.dtype == torch.int64
+    row, scale = (*value_or_address(step), wide_step), (number or 0.0, address(guidance))
+    noise_of = *arguments(backend, seed), FIRST_COUNTER_STEP, *arguments(backend, first_sample)
+    given = (plan, *map(address, tensors), *row, *scale, seed is not None, *noise_of)
+    served = launch_elementwise(OP, backend, x_t, *given)
+    if served is False:
+        raise step_error(int(step), packed.shape[0])
+
+
+def _plan(call: Arguments) -> Any:
+    """The kernel's description of the layouts; None where it reads none of the kind."""
+    x_t, output = call.x_t, call.model_output
+    batch, channels = x_t.shape[:2]
+    x_prev = torch.empty_like(x_t)
+    given = (x_t if v is None else v for v in (call.noise, call.prev_x_start))
+    operands = [x_t, output[:batch, :channels], *given, x_prev, x_prev]
+    common = common_layout(operands, counted=call.counters.seed is not None)
+    if common is None:
+        return None
+    shape, layouts = common
+    variance = channels * output.stride(1) if call.learned_variance else -1
+    unconditional = batch * output.stride(0) if call.guidance is not None else -1
+    rows = call.packed.shape[0]
+    plan = (shape, rows, *layouts[:2], variance, unconditional, *layouts[2:])
+    return plan if call.backend == "triton" else native.library().PosteriorStep(*plan)
+
+
+def _plan_of(call: Arguments) -> Any:
+    layouts = (call.x_t, call.model_output, call.noise, call.prev_x_start)
+    guided, draws = call.guidance is not None, call.counters.seed is not None
+    options = (call.packed.shape[0], call.learned_variance, guided, draws, call.backend)
+    return plan_of(_plan, call, layouts, *options)
+
+
+_kernel = Kernel(OP, Arguments, _allocate, _launch, outputs=2, plan=_plan_of)

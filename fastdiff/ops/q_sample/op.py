@@ -10,7 +10,7 @@ from fastdiff.errors import InputError
 from fastdiff.ops import dispatch, native
 from fastdiff.ops.counters import TRAINING_STEP_BASE, Counters, arguments, check_counters
 from fastdiff.ops.differentiable import Kernel, Outputs
-from fastdiff.ops.dispatch import Choice
+from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
 from fastdiff.ops.layouts import Maybe, address, common_layout, launch_elementwise
 from fastdiff.ops.normal import draw_like, normal
 from fastdiff.ops.plans import plan_of
@@ -53,7 +53,13 @@ def q_sample(
     """
     signal, sigma = sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod
     check_float(x_start, "x_start")
-    _check_tables(signal, sigma, x_start)
+    check_float(signal, "sqrt_alphas_cumprod")
+    check_like(sigma, "sqrt_one_minus_alphas_cumprod", signal, "sqrt_alphas_cumprod")
+    if signal.dim() != 1 or signal.shape[0] == 0 or signal.device != x_start.device:
+        raise InputError(
+            "the coefficient tables must have shape (K,) with K >= 1 on x_start's device "
+            f"{x_start.device}, got {tuple(signal.shape)} on {signal.device}"
+        )
     backend = choose(x_start, t, signal, sigma).backend
     # The native kernel looks at t by itself, where it runs at all; the CUDA kernel answers NaN,
     # emulated or not.
@@ -93,17 +99,7 @@ def choose(
     return dispatch.choose(OPERATION, x_start, missing)
 
 
-OPERATION = dispatch.register("q_sample", choose, kernels=("native", "triton", "cuda"))
-
-
-def _check_tables(signal: Tensor, sigma: Tensor, x_start: Tensor) -> None:
-    check_float(signal, "sqrt_alphas_cumprod")
-    check_like(sigma, "sqrt_one_minus_alphas_cumprod", signal, "sqrt_alphas_cumprod")
-    if signal.dim() != 1 or signal.shape[0] == 0 or signal.device != x_start.device:
-        raise InputError(
-            "the coefficient tables must have shape (K,) with K >= 1 on x_start's device "
-            f"{x_start.device}, got {tuple(signal.shape)} on {signal.device}"
-        )
+OPERATION = OPERATIONS["q_sample"] = Operation("q_sample", ("native", "triton", "cuda"), choose)
 
 
 def _drawn(x_start: Tensor, counters: Counters) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastdiff.ops import checks, dispatch, native
 from fastdiff.ops.backends import KERNEL_DTYPES
 from fastdiff.ops.differentiable import Kernel
-from fastdiff.ops.dispatch import Choice
+from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
 from fastdiff.ops.layouts import Maybe, address, code, in_kernels_layout, norm_shape, rows
 from fastdiff.ops.plans import plan_of
 from fastdiff.ops.rms_norm_silu import reference as reference
@@ -69,7 +69,7 @@ def choose(
     return dispatch.choose(OPERATION, x, dispatch.NO_GRADIENTS if wanted else "")
 
 
-OPERATION = dispatch.register(OP, choose, kernels=("native", "triton"))
+OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton"), choose)
 
 
 # --- Launching --------------------------------------------------------------------------------
