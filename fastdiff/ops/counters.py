@@ -87,7 +87,7 @@ def arguments(backend: str, counter: Counter | None, bits: int = 64, base: int =
     CUDA's these and the address of a tensor whose value they add."""
     counter = 0 if counter is None else counter
     if backend == "native":
-        return (low_bits(base + int(counter), bits),)
+        return ((base + int(counter)) & ((1 << bits) - 1),)
     number, address = value_or_address(counter)
     return low_bits(base + number, bits), address
 

@@ -122,6 +122,11 @@ def _split(layout: Layout, channels: int) -> Layout:
     return Layout(channels, spatial, layout.sample_stride, spatial * step, step)
 
 
+def one_or_two_like(x: Tensor, two: bool) -> tuple[Tensor, Maybe]:
+    """Room for what comes out: x's successor, and a second of its kind where it is wanted."""
+    return torch.empty_like(x), torch.empty_like(x) if two else None
+
+
 def launch_elementwise(name: str, backend: str, x: Tensor, *arguments: Any) -> Any:
     """The C++ kernel of the CPU, or CUDA's, whose grid strides over its work."""
     if backend == "cuda":

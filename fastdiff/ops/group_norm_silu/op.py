@@ -73,7 +73,7 @@ def group_norm_silu(
             raise refusal(OP, "add", add, f"{x.dtype}, as a residual has the dtype of x")
 
     training = dispatch.wants_gradient(x, weight, bias, scale, shift, add)
-    backend = _choose(x, training).backend
+    backend = choose(x, weight, bias, scale, shift, add).backend
     if backend == "reference":
         film: dict[str, Any] = {"scale": scale, "shift": shift, "add": add}
         return reference.group_norm_silu(
@@ -86,20 +86,16 @@ def group_norm_silu(
 
 def choose(x: Tensor, *others: Any, **options: Any) -> Choice:
     """Which backend serves this call, and why (``fastdiff.explain``)."""
-    return _choose(x, dispatch.wants_gradient(x, *others, *options.values()))
-
-
-OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton", "cuda"), choose)
-
-
-def _choose(x: Tensor, training: bool) -> Choice:
-    small = training and x.is_cpu and x.dtype == torch.float32 and 0 < x.numel() <= SMALL
-    rule = _pytorch_trains if small and x.is_contiguous() else None
-    return dispatch.choose(OPERATION, x, rule=rule)
+    small = x.is_cpu and x.dtype == torch.float32 and 0 < x.numel() <= SMALL and x.is_contiguous()
+    trains = small and dispatch.wants_gradient(x, *others, *options.values())
+    return dispatch.choose(OPERATION, x, rule=_pytorch_trains if trains else None)
 
 
 def _pytorch_trains() -> tuple[str, str]:
     return "reference", f"PyTorch's operations train up to {SMALL} float32 elements faster"
+
+
+OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton", "cuda"), choose)
 
 
 # --- Launching --------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from fastdiff.ops.counters import (
 )
 from fastdiff.ops.differentiable import Kernel
 from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
-from fastdiff.ops.layouts import address, common_layout, launch_elementwise
+from fastdiff.ops.layouts import address, common_layout, launch_elementwise, one_or_two_like
 from fastdiff.ops.normal import normal
 from fastdiff.ops.plans import plan_of
 from fastdiff.ops.posterior_step import reference as reference
@@ -87,9 +87,10 @@ def posterior_step(
     noise = noise if noisy else None
     prev_x_start = prev_x_start if multistep else None
     # The native kernel looks at a step tensor by itself, where it runs at all; those for GPUs
-    # answer NaN, emulated or not.
-    if backend == "reference" or x_t.numel() == 0:
-        _look_at_step(step, table)
+    # answer NaN, emulated or not: looking would stall.
+    if (backend == "reference" or x_t.numel() == 0) and isinstance(step, Tensor) and step.is_cpu:
+        if not torch.compiler.is_compiling() and not 0 <= int(step) < len(table):
+            raise step_error(int(step), len(table))
 
     by_tensor = isinstance(guidance_scale, Tensor)
     scale = None if guidance_scale is None or by_tensor else float(guidance_scale)
@@ -155,13 +156,6 @@ def _what_is_read(step: int | Tensor, table: StepTable, x_t: Tensor) -> tuple[bo
     return table.noisy_rows[step], table.multistep_rows[step]
 
 
-def _look_at_step(step: int | Tensor, table: StepTable) -> None:
-    """InputError for a step tensor on the CPU that names no row; elsewhere looking would stall."""
-    if isinstance(step, Tensor) and step.is_cpu and not torch.compiler.is_compiling():
-        if not 0 <= int(step) < len(table):
-            raise step_error(int(step), len(table))
-
-
 def step_error(step: int, rows: int) -> InputError:
     return InputError(f"step is {step}; the table has rows 0 … {rows - 1}")
 
@@ -211,12 +205,6 @@ def _reference(call: Arguments) -> tuple[Tensor, Tensor]:
     return x_prev.to(x_t.dtype), x_start.to(x_t.dtype)
 
 
-def _allocate(call: Arguments) -> tuple[Tensor, Maybe]:
-    """x_prev, and x_start where it is wanted."""
-    x_start = torch.empty_like(call.x_t) if call.returns_x_start else None
-    return torch.empty_like(call.x_t), x_start
-
-
 def _launch(call: Arguments, plan: Any, x_prev: Tensor, x_start: Maybe) -> None:
     x_t, output, packed, noise, before, guidance, number, _, counters, _, backend = call
     step, seed, first_sample = counters
@@ -262,4 +250,7 @@ def _plan_of(call: Arguments) -> Any:
     return plan_of(_plan, call, layouts, *options)
 
 
-_kernel = Kernel(OP, Arguments, _allocate, _launch, outputs=2, plan=_plan_of)
+_kernel = Kernel(
+    OP, Arguments, lambda call: one_or_two_like(call.x_t, call.returns_x_start), _launch,
+    outputs=2, plan=_plan_of,
+)  # fmt: skip

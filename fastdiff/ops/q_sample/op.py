@@ -11,7 +11,7 @@ from fastdiff.ops import dispatch, native
 from fastdiff.ops.counters import TRAINING_STEP_BASE, Counters, arguments, check_counters
 from fastdiff.ops.differentiable import Kernel, Outputs
 from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
-from fastdiff.ops.layouts import Maybe, address, common_layout, launch_elementwise
+from fastdiff.ops.layouts import Maybe, address, common_layout, launch_elementwise, one_or_two_like
 from fastdiff.ops.normal import draw_like, normal
 from fastdiff.ops.plans import plan_of
 from fastdiff.ops.q_sample.reference import q_sample as reference_q_sample
@@ -125,12 +125,6 @@ class Arguments(NamedTuple):
     backend: str
 
 
-def _allocate(call: Arguments) -> tuple[Tensor, Maybe]:
-    """x_t, and the noise where it is drawn and wanted."""
-    drawn = torch.empty_like(call.x_start) if call.returns_drawn else None
-    return torch.empty_like(call.x_start), drawn
-
-
 def _launch(call: Arguments, plan: Any, x_t: Tensor, drawn: Maybe) -> None:
     x_start, noise, t, signal, sigma, counters, _, backend = call
     step, seed, first_sample = counters
@@ -169,7 +163,10 @@ def _plan_of(call: Arguments) -> Any:
     return plan_of(_plan, call, call[:2], call.signal.shape[0], draws, call.backend)
 
 
-_kernel = Kernel("q_sample", Arguments, _allocate, _launch, outputs=2, plan=_plan_of)
+_kernel = Kernel(
+    "q_sample", Arguments, lambda call: one_or_two_like(call.x_start, call.returns_drawn), _launch,
+    outputs=2, plan=_plan_of,
+)  # fmt: skip
 
 
 # --- Gradients: the operation is its own derivative ---------------------------------------------
