@@ -8,7 +8,7 @@ from fastdiff.methods.table import StepTable
 from fastdiff.models.ema import EMA
 from fastdiff.models.unet import UNet
 from fastdiff.ops.backends import backend, set_backend
-from fastdiff.ops.explain import explain
+from fastdiff.ops.dispatch import explain
 from fastdiff.process.best_timesteps import best_timesteps
 from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
 from fastdiff.process.respacing import space_timesteps

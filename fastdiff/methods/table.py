@@ -18,8 +18,7 @@ Each method's columns stand in its own file beside this one.
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import numpy as np
@@ -75,6 +74,12 @@ class StepTable:
     scales_input: bool
     noisy_rows: tuple[bool, ...]
     multistep_rows: tuple[bool, ...]
+    is_noisy: bool = field(init=False)  # any row; no cached_property, which takes a lock in Python
+    is_multistep: bool = field(init=False)  # 3.11 that torch.compile cannot
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_noisy", any(self.noisy_rows))
+        object.__setattr__(self, "is_multistep", any(self.multistep_rows))
 
     a = _Column()
     b = _Column()
@@ -195,16 +200,6 @@ class StepTable:
         """A column's value at row ``i``, where the table is: () for a number, else (1,)."""
         values = getattr(self, column)
         return values[i] if isinstance(i, int) else values.index_select(0, i)
-
-    @cached_property
-    def is_noisy(self) -> bool:
-        """Whether any row draws noise."""
-        return any(self.noisy_rows)
-
-    @cached_property
-    def is_multistep(self) -> bool:
-        """Whether any row reads the x_0 of the row before."""
-        return any(self.multistep_rows)
 
     def to(self, device: torch.device | str) -> "StepTable":
         """The same table on ``device``."""

@@ -76,7 +76,7 @@ def named() -> str | None:
 
 def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """CUDA kernels are launched on the current device: make that the tensor's."""
-    if x.device.type != "cuda" or torch.cuda.current_device() == x.device.index:
+    if not x.is_cuda or torch.cuda.current_device() == x.device.index:
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
 
@@ -99,7 +99,7 @@ def _private(path: str) -> Callable[..., Any]:
 
 _LISTENERS = (
     torch.compiler.is_compiling,
-    torch.jit.is_tracing,
+    _private("_is_tracing"),  # torch.jit.trace
     _private("_len_torch_dispatch_stack"),  # FakeTensorMode, make_fx, flop counters, …
     _private("_are_functorch_transforms_active"),  # torch.func
     _private("_autograd._profiler_enabled"),

@@ -77,11 +77,19 @@ def low_bits(counter: Counter, bits: int) -> int:
     return int(counter) & ((1 << bits) - 1)
 
 
-def value_or_address(counter: Counter, bits: int = 64) -> tuple[int, int]:
+def value_or_address(counter: Counter) -> tuple[int, int]:
     """A number and no address, or a tensor's address: its value is read on the device."""
-    if isinstance(counter, Tensor):
-        return 0, counter.data_ptr()
-    return low_bits(counter, bits), 0
+    return (0, counter.data_ptr()) if isinstance(counter, Tensor) else (counter, 0)
+
+
+def arguments(backend: str, counter: Counter | None, bits: int = 64, base: int = 0) -> tuple:
+    """What compiled kernels take for ``base`` + a counter (None is 0): the CPU's its low bits,
+    CUDA's these and the address of a tensor whose value they add."""
+    counter = 0 if counter is None else counter
+    if backend == "native":
+        return ((base + int(counter)) & ((1 << bits) - 1),)
+    number, address = value_or_address(counter)
+    return low_bits(base + number, bits), address
 
 
 # --- Checks -----------------------------------------------------------------------------------
@@ -115,3 +123,15 @@ def check_counter(name: str, value: Counter, limit: int, device: torch.device) -
 def check_first_sample(value: Counter, samples: int, device: torch.device) -> Counter:
     """``value`` if it is a counter from which ``samples`` numbers stay below 2⁶⁴, or a tensor."""
     return check_counter("first_sample", value, 2**64 + min(1 - samples, 0), device)
+
+
+def check_counters(
+    step: Counter, seed: Counter, first_sample: Counter, steps: int, x: Tensor
+) -> Counters:
+    """The counters of a call whose noise is x's: its step is less than ``steps``."""
+    device = x.device
+    step, seed = (
+        check_counter("step", step, steps, device),
+        check_counter("seed", seed, 2**64, device),
+    )
+    return Counters(step, seed, check_first_sample(first_sample, x.shape[0], device))

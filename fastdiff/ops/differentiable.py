@@ -17,8 +17,9 @@ from torch import Tensor
 from fastdiff.errors import InputError
 from fastdiff.ops import backends, counters
 from fastdiff.ops.counters import Counters
+from fastdiff.ops.layouts import dense
 
-Outputs = tuple[Tensor | None, ...]
+Outputs = tuple[Any, ...]  # tensors, or None where one is not wanted
 
 _LIBRARY = torch.library.Library("fastdiff", "FRAGMENT")
 _SCHEMAS: dict[Any, str] = {
@@ -31,10 +32,10 @@ class Kernel:
     """An operation's kernels: ``fastdiff::name`` for PyTorch, and a launch of its own beside it.
 
     ``record`` is a NamedTuple of tensors, then of numbers, names, Counters or another such record.
-    ``allocate(call)`` makes the outputs (N of them, None where one is not wanted: the operator
-    returns an empty tensor then), ``launch(call, *outputs)`` fills them. It does nothing and
-    answers False where some argument has a layout or dtype that no kernel reads; ``readable(call)``
-    is the same call on copies.
+    ``allocate(call)`` makes the outputs (N of them; the operator returns an empty tensor in the
+    place of None), ``launch(call, plan, *outputs)`` fills them. ``plan(call)`` is what the launch
+    needs to know of layouts, or None where some argument has a layout or dtype that no kernel
+    reads: ``readable(call)``, the same call on copies, runs then.
     """
 
     def __init__(
@@ -42,21 +43,24 @@ class Kernel:
         name: str,
         record: Any,
         allocate: Callable[..., Outputs],
-        launch: Callable[..., bool | None],
+        launch: Callable[..., None],
         *,
         outputs: int,
-        readable: Callable[[Any], Any] | None = None,
+        plan: Callable[[Any], Any] = lambda call: (),
+        readable: Callable[[Any], Any] = dense,
     ) -> None:
         self.name, self.record, self.allocate = name, record, allocate
-        self.launch, self.readable = launch, readable
+        self.launch, self.plan, self.readable = launch, plan, readable
         kinds = typing.get_type_hints(record).values()
-        self.tensors = sum(1 for _ in itertools.takewhile(lambda k: _is_tensor(k), kinds))
+        tensors = itertools.takewhile(lambda kind: kind in (Tensor, Tensor | None), kinds)
+        self.tensors = len(list(tensors))
         self.eager: Any = None  # an autograd Function's apply, where there are gradients
         returns = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
         _LIBRARY.define(f"{name}({', '.join(_fields(record))}) -> {returns}")
         for key in ("CPU", "CUDA"):
-            _LIBRARY.impl(name, self._operate, key)
-        torch.library.register_fake(f"fastdiff::{name}", self._fake, lib=_LIBRARY)
+            _LIBRARY.impl(name, lambda *values: self._operate(self.run, values), key)
+        fake = lambda *values: self._operate(self.allocate, values)  # noqa: E731
+        torch.library.register_fake(f"fastdiff::{name}", fake, lib=_LIBRARY)
         self.operator = getattr(torch.ops.fastdiff, name).default
 
     def __call__(self, call: Any, wants_gradient: bool = False) -> Outputs:
@@ -67,38 +71,33 @@ class Kernel:
 
     def run(self, call: Any) -> Outputs:
         outputs = self.allocate(call)
-        if outputs[0].numel() == 0:  # type: ignore[union-attr]
+        if outputs[0].numel() == 0:
             for output in outputs:
                 if output is not None:
                     output.zero_()
-        elif self.launch(call, *outputs) is False:
-            self._run_on_copies(call, outputs)
+            return outputs
+        plan = self.plan(call)
+        if plan is None:
+            copies = zip(outputs, self.run(self.readable(call)), strict=True)
+            return tuple(None if output is None else output.copy_(copy) for output, copy in copies)
+        if outputs[0].is_cpu:
+            self.launch(call, plan, *outputs)
+        else:
+            with backends.device_of(outputs[0]):
+                self.launch(call, plan, *outputs)
         return outputs
-
-    def _run_on_copies(self, call: Any, outputs: Outputs) -> None:
-        assert self.readable is not None
-        call = self.readable(call)
-        made: Any = zip(outputs, self.allocate(call), strict=True)
-        targets = [
-            b if a is not None and (a.dtype, a.stride()) != (b.dtype, b.stride()) else a
-            for a, b in made
-        ]
-        if self.launch(call, *targets) is False:
-            raise AssertionError(f"{self.name} cannot read its own copies")
-        for output, target in zip(outputs, targets, strict=True):
-            if output is not None and target is not output:
-                output.copy_(target)
 
     def dispatch(self, call: Any) -> Outputs:
         """The outputs through PyTorch's dispatcher."""
         outputs = self.operator(*_flat(call))
         return (outputs,) if isinstance(outputs, Tensor) else outputs
 
-    def _operate(self, *values: Any) -> Any:
-        return _as_tensors(self.run(_built(self.record, iter(values))))
-
-    def _fake(self, *values: Any) -> Any:
-        return _as_tensors(self.allocate(_built(self.record, iter(values))))
+    def _operate(self, function: Callable[[Any], Outputs], values: tuple[Any, ...]) -> Any:
+        """``function`` as an operator has it: of flat values, to tensors."""
+        first, *others = function(_built(self.record, iter(values)))
+        if not others:
+            return first
+        return first, *(first.new_empty(0) if other is None else other for other in others)
 
     def differentiate(
         self, setup: Callable[..., None], backward: Callable[..., Any], *, returns: int
@@ -146,17 +145,34 @@ class Kernel:
         self.eager = Eager.apply
 
 
-def differentiable_once(forward: Kernel, backward: Kernel, *, keeps: tuple[int, ...]) -> None:
-    """Give ``forward`` the gradients that ``backward`` computes, and refuse those of gradients.
+def differentiable_once(
+    forward: Kernel,
+    allocate: Callable[..., Outputs],
+    launch: Callable[..., None],
+    *,
+    keeps: dict[str, int],
+) -> None:
+    """Give ``forward`` the gradients that a kernel ``forward.name``_backward computes, and refuse
+    those of gradients.
 
-    ``backward``'s record is the first output's gradient, the outputs numbered ``keeps`` and
-    ``forward``'s record. Its outputs are the gradients of ``forward``'s tensors, None for a tensor
-    whose gradient is that of the first (a residual).
+    That kernel's record is ``grad``, the first output's gradient, the outputs that ``keeps`` names
+    and numbers, and ``call``, ``forward``'s record. Its outputs are the gradients of ``forward``'s
+    tensors, None for a tensor whose gradient is that of the first (a residual).
     """
-    count = forward.tensors
+    count, places = forward.tensors, keeps.values()
+    fields = [(name, Tensor) for name in ("grad", *keeps)]
+    backward = Kernel(
+        f"{forward.name}_backward",
+        typing.NamedTuple("Backward", [*fields, ("call", forward.record)]),  # type: ignore[misc]
+        allocate,
+        launch,
+        outputs=count,
+        plan=lambda given: forward.plan(given.call),
+        readable=lambda given: given._replace(call=forward.readable(given.call)),
+    )
 
     def setup(ctx: Any, call: Any, outputs: Outputs) -> None:
-        ctx.save_for_backward(*(outputs[i] for i in keeps), *call[:count])
+        ctx.save_for_backward(*(outputs[i] for i in places), *call[:count])
         ctx.rest = call[count:]
 
     def gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
@@ -167,7 +183,7 @@ def differentiable_once(forward: Kernel, backward: Kernel, *, keeps: tuple[int, 
             found = backward.run(call)
         else:  # the operator refuses the derivative that whoever keeps the backward's graph may ask
             pairs = zip(backward.dispatch(call), tensors, strict=True)
-            found = tuple(g if t is not None and g.shape == t.shape else None for g, t in pairs)  # type: ignore[union-attr]
+            found = tuple(g if t is not None and g.shape == t.shape else None for g, t in pairs)
         first = found[0]
         return [first if g is None and t is not None else g for g, t in zip(found, tensors)]  # noqa: B905
 
@@ -182,11 +198,7 @@ def differentiable_once(forward: Kernel, backward: Kernel, *, keeps: tuple[int, 
     torch.library.register_autograd(f"fastdiff::{backward.name}", refuse, lib=_LIBRARY)
 
 
-# --- Records and schemas ----------------------------------------------------------------------
-
-
-def _is_tensor(kind: Any) -> bool:
-    return kind in (Tensor, Tensor | None)
+# --- Records and operators' arguments ---------------------------------------------------------
 
 
 def _fields(record: Any) -> Iterator[str]:
@@ -219,12 +231,3 @@ def _built(record: Any, values: Iterator[Any]) -> Any:
         return Counters.joined(*itertools.islice(values, 4))
     kinds = typing.get_type_hints(record).values()
     return record(*(_built(k, values) if hasattr(k, "_fields") else next(values) for k in kinds))
-
-
-def _as_tensors(outputs: Outputs) -> Any:
-    """Outputs as an operator returns them: an empty tensor in the place of None."""
-    first = outputs[0]
-    assert first is not None
-    if len(outputs) == 1:
-        return first
-    return tuple(first.new_empty(0) if output is None else output for output in outputs)

@@ -8,7 +8,7 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from fastdiff.ops import backends, native
 from fastdiff.ops.backends import KERNEL_DTYPES, short
 
 NAMED_REASON = f"named by set_backend, backend() or {backends.VARIABLE}"
-TRANSFORMS_REASON = "only plain PyTorch serves torch.func and forward-mode differentiation"
+# Why no kernel can serve a call: the reason for the reference, or against a backend that is named.
+TRANSFORMS = "only 'reference' serves torch.func and forward-mode differentiation"
+NO_GRADIENTS = "only 'reference' has gradients and a tensor requires one (use torch.no_grad())"
 
 # (operation, GPU's name) where benchmarks/results has the CUDA C++ kernel faster than Triton's, in
 # the geometric mean over the cases; tests/ops/test_cuda_plan.py holds the two together. No GPU has
@@ -37,22 +39,7 @@ class Choice(NamedTuple):
         return f"{self.op}: {self.backend} ({self.reason})"
 
 
-class MissingGradient(NamedTuple):
-    """A gradient that a call wants and no kernel has: why the reference serves it, and what is
-    wrong with another backend that is named."""
-
-    reason: str
-    problem: str
-
-
-NOT_DIFFERENTIABLE = MissingGradient(
-    "only it is differentiable, and a gradient is wanted",
-    "its kernel has no gradients and a tensor requires grad; use torch.no_grad(), or name "
-    "'reference'",
-)
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Operation:
     """A fused operation: the backends beside the reference that have kernels of it, and
     ``choose``, which takes the operation's own arguments."""
@@ -61,62 +48,60 @@ class Operation:
     kernels: tuple[str, ...]
     choose: Callable[..., Choice]
 
+    def __post_init__(self) -> None:
+        self.on_cpu = Choice(self.name, "native", "the C++ kernel serves every CPU call")
 
-OPERATIONS: dict[str, Operation] = {}
+
+OPERATIONS: dict[str, Operation] = {}  # by name; each op.py adds its own
 
 
-def register(name: str, choose: Callable[..., Choice], *, kernels: tuple[str, ...]) -> Operation:
-    """Each operation's op.py calls this; ``explain`` and the benchmarks find it by its name."""
-    OPERATIONS[name] = Operation(name, kernels, choose)
-    return OPERATIONS[name]
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
+    """Print, and return, which backend would serve ``op(*args, **kwargs)`` now and why.
+
+    ``op`` is one of ``fastdiff.ops`` or its name: ``explain("attention", qkv, 4)``. Nothing is
+    computed. Raises InputError for an unknown operation and for a named backend that cannot serve.
+    For what ``accelerate`` did to a model see ``fastdiff.report``.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in OPERATIONS:
+        raise InputError(f"op is {name!r}; expected one of {', '.join(OPERATIONS)}")
+    choice = OPERATIONS[name].choose(*args, **kwargs)
+    print(choice)
+    return choice
 
 
 def choose(
-    op: Operation,
-    x: Tensor,
-    missing: MissingGradient | None = None,
-    rule: Callable[[], tuple[str, str]] | None = None,
+    op: Operation, x: Tensor, missing: str = "", rule: Callable[[], tuple[str, str]] | None = None
 ) -> Choice:
-    """The backend for a call on ``x``; ``missing``: a gradient it wants and no kernel has; ``rule``
-    gives (backend, reason) in place of ``default``.
+    """The backend for a call on ``x``; ``missing``: what it wants and no kernel has; ``rule`` gives
+    (backend, reason) in place of ``default``.
 
     Raises InputError where the backend that is named cannot serve.
     """
     name = backends.named()
     if backends.transforms():
-        refuse_under_transforms(op.name)
-        return Choice(op.name, "reference", TRANSFORMS_REASON)
-    if name is None:
-        if missing is not None:
-            return Choice(op.name, "reference", missing.reason)
-        return Choice(op.name, *(rule() if rule else default(op, x.device, x.dtype)))
-    if missing is not None and name != "reference":
-        raise InputError(f"{op.name}: the backend {name!r} was named, but {missing.problem}")
-    require(op, name, x.device, x.dtype)
-    return Choice(op.name, name, NAMED_REASON)
-
-
-def refuse_under_transforms(op: str) -> None:
-    """InputError where a backend is named that torch.func and forward mode cannot use."""
-    if backends.named() not in (None, "reference"):
-        raise InputError(
-            f"{op}: the backend {backends.named()!r} was named, but only 'reference' serves "
-            "torch.func and forward-mode differentiation; name that, or None for the plan's choice"
-        )
+        missing = TRANSFORMS
+    if name is not None:
+        require(op, name, x.device, x.dtype, missing)
+        return Choice(op.name, name, NAMED_REASON)
+    if missing:
+        return Choice(op.name, "reference", missing)
+    if rule is None and x.is_cpu and x.dtype in KERNEL_DTYPES:
+        return op.on_cpu  # as ``default`` says, at half the cost
+    return Choice(op.name, *(rule() if rule else default(op, x.device, x.dtype)))
 
 
 def default(op: Operation, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """(backend, reason): the kernels of the device, CUDA C++ where it is measured faster."""
     if dtype not in KERNEL_DTYPES:
         return "reference", f"the kernels take float32, bfloat16 and float16, not {short(dtype)}"
-    kind = device.type
-    if kind == "cpu":
-        return "native", "the C++ kernel serves every CPU call"
-    if kind != "cuda":
-        return "reference", f"there are no kernels for {kind} devices"
+    if device.type == "cpu":
+        return op.on_cpu[1:]
+    if device.type != "cuda":
+        return "reference", f"there are no kernels for {device.type} devices"
     triton = backends.HAS_TRITON
     if "cuda" in op.kernels and (not triton or faster_in_cuda(op.name, device)):
-        if native.cuda_serves(device):
+        if not native.cuda_problem(device):
             why = "measured faster than Triton's" if triton else "Triton is not installed"
             return "cuda", f"the CUDA C++ kernel serves this GPU: {why}"
     if triton:
@@ -130,41 +115,44 @@ def faster_in_cuda(op: str, device: torch.device) -> bool:
     return bool(FASTER_IN_CUDA) and (op, torch.cuda.get_device_name(device)) in FASTER_IN_CUDA
 
 
-def require(op: Operation, name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """InputError where the kernel of ``op`` in the backend ``name`` cannot serve such a tensor."""
-    if name == "reference":
-        return
-    kind = device.type
-    if name == "cuda" and name not in op.kernels:
-        problem = f"there is no CUDA C++ kernel of {op.name}"
-    elif dtype not in KERNEL_DTYPES:
-        problem = f"its kernels take float32, bfloat16 and float16, not {short(dtype)}"
-    elif name == "cuda":
-        problem = native.cuda_problem(device)
-    elif name == "native":
-        problem = "" if kind == "cpu" else f"it runs on the CPU, not on {kind}"
-    elif not backends.HAS_TRITON:
-        problem = "the package triton is not installed"
-    elif kind == "cuda" or (kind == "cpu" and triton_interprets()):
-        problem = ""
-    else:
-        problem = f"it runs on CUDA devices, not on {kind}"
-    if problem:
+def require(
+    op: Operation, name: str, device: torch.device, dtype: torch.dtype, missing: str = ""
+) -> None:
+    """InputError where the backend ``name`` has not got what ``missing`` says, or cannot serve such
+    a tensor of ``op``."""
+    why = (name != "reference" and missing) or problem(op, name, device, dtype)
+    if why:
         raise InputError(
-            f"{op.name}: the backend {name!r} was named, but {problem}; name another, or None for "
-            "the plan's choice"
+            f"{op.name}: the backend {name!r} was named, but {why}; name another, or None for the "
+            "plan's choice"
         )
 
 
-def triton_interprets() -> bool:
-    """Whether Triton kernels run in its interpreter, which takes CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+def problem(op: Operation, name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why the backend ``name`` cannot serve such a tensor of ``op``, in words; "" where it can."""
+    kind = device.type
+    if name == "reference":
+        return ""
+    if name not in op.kernels:
+        return f"there is no CUDA C++ kernel of {op.name}"
+    if dtype not in KERNEL_DTYPES:
+        return f"its kernels take float32, bfloat16 and float16, not {short(dtype)}"
+    if name == "cuda":
+        return native.cuda_problem(device)
+    if name == "native":
+        return "" if kind == "cpu" else f"it runs on the CPU, not on {kind}"
+    if not backends.HAS_TRITON:
+        return "the package triton is not installed"
+    interprets = kind == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if kind == "cuda" or interprets:  # Triton's interpreter takes CPU tensors
+        return ""
+    return f"it runs on CUDA devices, not on {kind}"
 
 
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for a gradient of one of them."""
+def wants_gradient(*arguments: Any) -> bool:
+    """Whether autograd will ask for a gradient of one of them, as far as they are tensors."""
     if torch.is_grad_enabled():
-        for tensor in tensors:  # half the time of any()
-            if tensor is not None and tensor.requires_grad:
+        for argument in arguments:  # half the time of any()
+            if isinstance(argument, Tensor) and argument.requires_grad:
                 return True
     return False

@@ -1,6 +1,8 @@
-"""Where a tensor's elements stand in memory, as the elementwise kernels are told it.
+"""Where a tensor's elements stand in memory, as kernels are told it.
 
-They read any strides that are (samples, channels, spatial). Whatever else comes is copied first.
+The elementwise ones read any strides that are (samples, channels, spatial), the norms dense
+tensors, contiguous or channels_last, beside rows of neighbouring channels. Whatever else comes is
+copied first.
 """
 
 import math
@@ -11,10 +13,36 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops import native
-from fastdiff.ops.backends import KERNEL_DTYPES, device_of
-from fastdiff.ops.counters import Counter, low_bits, value_or_address
+from fastdiff.ops.backends import KERNEL_DTYPES
 
 Maybe = Tensor | None
+
+
+def address(tensor: Maybe) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def code(tensor: Maybe) -> int:
+    """The dtype's number in csrc/common/dtype.h."""
+    return 0 if tensor is None else native.DTYPE_CODES[tensor.dtype]
+
+
+def row_stride(tensor: Maybe) -> int:
+    return 0 if tensor is None else tensor.stride(0)
+
+
+def dense(call: Any) -> Any:
+    """A record with contiguous copies of its tensors, in dtypes that kernels read."""
+    return call._make(_dense(value) if isinstance(value, Tensor) else value for value in call)
+
+
+def _dense(x: Tensor) -> Tensor:
+    if x.is_floating_point() and x.dtype not in KERNEL_DTYPES:
+        x = x.float()
+    return x.contiguous()
+
+
+# --- Elementwise kernels ----------------------------------------------------------------------
 
 
 class Layout(NamedTuple):
@@ -54,49 +82,33 @@ def _merged_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
     return merged
 
 
-# A sample's (samples, channels, spatial), and each operand's (dtype code, sample stride, channel
-# stride, spatial stride): csrc/common/elementwise.h.
-Shape = tuple[int, int, int]
-Strides = tuple[int, int, int, int]
-
-
-def common_layout(
-    operands: Sequence[Tensor], *, counted: bool
-) -> tuple[Shape, list[Strides]] | None:
-    """One shape for (N, C, ...) tensors of one size, with each one's strides.
+def common_layout(operands: Sequence[Tensor], *, counted: bool) -> tuple[tuple, list[tuple]] | None:
+    """(samples, channels, spatial) of (N, C, ...) tensors of one size, with each one's (dtype code,
+    sample stride, channel stride, spatial stride): csrc/common/elementwise.h.
 
     ``counted``: the kernel needs the elements' places in the logical order, because it draws noise;
     otherwise dense operands of one layout are one run in memory's order. None where some operand's
-    samples are not (channels, spatial) with strides.
+    samples are not (channels, spatial) with strides, or its dtype is not the kernels'.
     """
-    layouts = [sample_layout(operand) for operand in operands]
-    known = [layout for layout in layouts if layout is not None]
-    if len(known) < len(layouts):
+    known = [v for operand in operands if (v := sample_layout(operand)) is not None]
+    if len(known) < len(operands) or any(v.dtype not in KERNEL_DTYPES for v in operands):
         return None
-    samples, first = operands[0].shape[0], operands[0]
-    if any(layout.channels > 1 for layout in known):
-        if not counted and all(_same_dense(first, operand) for operand in operands):
-            elements = first[0].numel()
-            known = [Layout(1, elements, layout.sample_stride, 0, 1) for layout in known]
-        else:
-            channels = max(layout.channels for layout in known)
-            known = [_split(layout, channels) for layout in known]
-    strides = [
-        (native.DTYPE_CODES[operand.dtype], layout[2], layout[3], layout[4])
-        for operand, layout in zip(operands, known, strict=True)
-    ]
-    return (samples, known[0].channels, known[0].spatial), strides
+    channels = max(layout.channels for layout in known)
+    if channels > 1 and not counted and all(_same_dense(operands[0], v) for v in operands):
+        elements = math.prod(operands[0].shape[1:])
+        known = [Layout(1, elements, layout.sample_stride, 0, 1) for layout in known]
+    elif channels > 1:
+        known = [_split(layout, channels) for layout in known]
+    strides = [(code(v), *layout[2:]) for v, layout in zip(operands, known, strict=True)]
+    return (operands[0].shape[0], known[0].channels, known[0].spatial), strides
 
 
 def _same_dense(first: Tensor, operand: Tensor) -> bool:
     """Whether both samples fill one stretch of memory, in the same order."""
-    sizes = first.shape[1:]
-    pairs = zip(sizes, first.stride()[1:], operand.stride()[1:], strict=True)
-    if any(n > 1 and a != b for n, a, b in pairs):
-        return False
+    dimensions = zip(first.stride()[1:], operand.stride()[1:], first.shape[1:], strict=True)
     reached = 1
-    for stride, size in sorted(zip(first.stride()[1:], sizes, strict=True)):
-        if size > 1 and stride != reached:
+    for stride, other, size in sorted(d for d in dimensions if d[2] > 1):
+        if not stride == other == reached:
             return False
         reached *= size
     return True
@@ -110,46 +122,61 @@ def _split(layout: Layout, channels: int) -> Layout:
     return Layout(channels, spatial, layout.sample_stride, spatial * step, step)
 
 
-def dense(x: Maybe) -> Maybe:
-    """Contiguous, in a dtype that kernels read."""
-    if x is None or x.dtype in KERNEL_DTYPES:
-        return None if x is None else x.contiguous()
-    return x.float().contiguous()
+def one_or_two_like(x: Tensor, two: bool) -> tuple[Tensor, Maybe]:
+    """Room for what comes out: x's successor, and a second of its kind where it is wanted."""
+    return torch.empty_like(x), torch.empty_like(x) if two else None
 
 
-# --- What a launch passes ---------------------------------------------------------------------
+def launch_elementwise(name: str, backend: str, x: Tensor, *arguments: Any) -> Any:
+    """The C++ kernel of the CPU, or CUDA's, whose grid strides over its work."""
+    if backend == "cuda":
+        arguments = *arguments, native.multiprocessors(x.device)
+    return native.launch(name, backend, x, *arguments)
 
 
-def address(tensor: Maybe) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+# --- Norms ------------------------------------------------------------------------------------
 
 
-def code(tensor: Maybe) -> int:
-    """The dtype's number in csrc/common/dtype.h."""
-    return 0 if tensor is None else native.DTYPE_CODES[tensor.dtype]
+def in_kernels_layout(tensor: Tensor, x: Tensor) -> Tensor:
+    """``tensor`` in the layout that a norm's kernel takes x (N, C, *spatial) in: dense in x's own
+    order where that is N, C, *spatial or N, *spatial, C."""
+    like = torch.empty_like(x)
+    if like.is_contiguous() or (x.dim() > 2 and like.movedim(1, -1).is_contiguous()):
+        return in_layout_of(like, tensor)
+    return tensor.contiguous()
 
 
-def row_stride(tensor: Maybe) -> int:
-    return 0 if tensor is None else tensor.stride(0)
+def in_layout_of(like: Tensor, tensor: Tensor) -> Tensor:
+    """``tensor`` in the memory layout of ``like``."""
+    if tensor.stride() == like.stride() or (tensor.is_contiguous() and like.is_contiguous()):
+        return tensor
+    return torch.empty_like(like).copy_(tensor)
 
 
-def call_elementwise(
-    name: str,
-    backend: str,
-    x: Tensor,
-    arguments: tuple[Any, ...],
-    seed: Counter | None,
-    step: tuple[int, ...],
-    first_sample: Counter,
-) -> Any:
-    """The C++ kernel of the CPU, or CUDA's, to which tensors of counters go as addresses; ``step``
-    as that takes it: the counter's number and, for some, an address."""
-    seed = 0 if seed is None else seed
-    library = native.library()
-    if backend == "native":
-        numbers = low_bits(seed, 64), step[0], low_bits(first_sample, 64)
-        return getattr(library, f"{name}_cpu")(*arguments, *numbers, torch.get_num_threads())
-    counters = *value_or_address(seed), *step, *value_or_address(first_sample)
-    on = native.multiprocessors(x.device), native.cuda_stream(x.device)
-    with device_of(x):
-        return getattr(library, f"{name}_cuda")(*arguments, *counters, *on)
+def rows(*tensors: Maybe) -> list[Maybe]:
+    """(C,) or (N, C, 1, …) each, in one dtype that kernels read, neighbouring channels adjacent."""
+    given = [v for v in tensors if v is not None]
+    if any(v.dtype != given[0].dtype or v.dtype not in KERNEL_DTYPES for v in given):
+        given = [v.float() for v in given]
+    adjacent = (
+        v if v.stride(at := min(1, v.dim() - 1)) == 1 or v.shape[at] == 1 else v.contiguous()
+        for v in given
+    )
+    return [None if v is None else next(adjacent) for v in tensors]
+
+
+def norm_shape(x: Tensor, scale: Maybe, shift: Maybe) -> dict[str, Any]:
+    """What the norms' kernels are told of x and FiLM."""
+    n, channels = x.shape[:2]
+    positions = x.numel() // (n * channels)
+    return dict(
+        samples=n,
+        channels=channels,
+        positions=positions,
+        # One position: channels are neighbours, which only the channels_last kernel vectorises.
+        channels_last=positions == 1 or not x.is_contiguous(),
+        dtype=code(x),
+        film_dtype=code(scale),
+        scale_stride=row_stride(scale),
+        shift_stride=row_stride(shift),
+    )

@@ -127,6 +127,13 @@ def multiprocessors(device: torch.device) -> int:
     return cuda_limits(device)[0]
 
 
+def launch(name: str, backend: str, x: torch.Tensor, *arguments: Any) -> Any:
+    """The library's kernel ``name``: the CPU's in torch's threads, CUDA's on x's current stream."""
+    if backend == "native":
+        return getattr(library(), name + "_cpu")(*arguments, torch.get_num_threads())
+    return getattr(library(), name + "_cuda")(*arguments, cuda_stream(x.device))
+
+
 def cuda_stream(device: torch.device) -> int:
     """The address of the device's current stream; 0, the default stream, in the emulation."""
     if device.type != "cuda":

@@ -10,20 +10,20 @@ _plans: dict[tuple, Any] = {}
 _NONE = object()
 
 
-def described(tensor: Tensor | None) -> tuple | None:
-    """All of a tensor that a plan may depend on."""
-    if tensor is None:
-        return None
-    strides = None if tensor.is_contiguous() else tensor.stride()  # the first costs less
-    return tensor.shape, strides, tensor.dtype
-
-
-def plan_of(make: Callable[..., Any], tensors: Sequence[Tensor | None], *options: Any) -> Any:
-    """``make(*tensors, *options)``, remembered by what ``described`` says of the tensors."""
-    key = (make, *map(described, tensors), options)
+def plan_of(
+    make: Callable[[Any], Any], call: Any, tensors: Sequence[Tensor | None], *options: Any
+) -> Any:
+    """``make(call)``, remembered by ``options`` and all of ``tensors`` that it may depend on."""
+    described: list[Any] = [make, options]
+    for v in tensors:
+        if v is None:
+            described.append(None)
+        else:  # to ask whether it is contiguous costs less than its strides
+            described.append((v.shape, None if v.is_contiguous() else v.stride(), v.dtype))
+    key = tuple(described)
     plan = _plans.get(key, _NONE)
     if plan is _NONE:
-        plan = make(*tensors, *options)
+        plan = make(call)
         if len(_plans) >= LARGEST_CACHE:
             _plans.clear()
         _plans[key] = plan

@@ -219,8 +219,18 @@ def test_empty(backend, shape):
     ("qkv", "heads", "order", "message"),
     [
         (None, 2, "heads_first", "qkv is a NoneType; expected a floating-point (N, 3C, T)"),
-        (torch.zeros(24, 5), 2, "heads_first", "qkv is (24, 5) float32"),
-        (torch.zeros(1, 24, 5, dtype=torch.int64), 2, "heads_first", "int64; expected a floating"),
+        (
+            torch.zeros(24, 5),
+            2,
+            "heads_first",
+            "qkv is (24, 5) float32 on cpu; expected a floating-point (N, 3C, T)",
+        ),
+        (
+            torch.zeros(1, 24, 5, dtype=torch.int64),
+            2,
+            "heads_first",
+            "int64 on cpu; expected a floating",
+        ),
         (torch.zeros(1, 24, 5), 5, "heads_first", "24 rows, which is not 3 × num_heads=5"),
         (torch.zeros(1, 0, 5), 5, "heads_first", "0 rows, which is not 3 × num_heads=5"),
         (torch.zeros(1, 24, 5), 0, "heads_first", "num_heads=0; expected a positive integer"),

@@ -87,7 +87,7 @@ def test_the_environment_names_one():
 def test_default(monkeypatch, dtype, has_triton):
     monkeypatch.setattr(backends, "HAS_TRITON", has_triton)
     kernels = dtype in backends.KERNEL_DTYPES
-    monkeypatch.setattr(native, "cuda_serves", lambda device: False)
+    monkeypatch.setattr(native, "cuda_problem", lambda device: "it has none")
     cpu, cuda, mps, meta = map(torch.device, ("cpu", "cuda", "mps", "meta"))
 
     def default(device):

@@ -55,7 +55,7 @@ def test_a_results_file_decides():
 def test_the_plan_on_gpus(monkeypatch, has_triton, measured, serves, expected):
     dispatch.faster_in_cuda.cache_clear()
     monkeypatch.setattr(backends, "HAS_TRITON", has_triton)
-    monkeypatch.setattr(native, "cuda_serves", lambda device: serves)
+    monkeypatch.setattr(native, "cuda_problem", lambda device: "" if serves else "too old")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     table = {("q_sample", "some GPU")} if measured else {("q_sample", "another")}
     monkeypatch.setattr(dispatch, "FASTER_IN_CUDA", frozenset(table))

@@ -11,7 +11,7 @@ from test_group_norm_silu_backward import check as check_backward
 
 import fastdiff
 from fastdiff.ops import group_norm_silu, native
-from fastdiff.ops.group_norm_silu import launch as launch
+from fastdiff.ops.group_norm_silu import op
 from norm_cases import case, gradients, kernels_at_any_size, native_shape, run  # noqa: F401
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -136,13 +136,13 @@ def on_device(served, monkeypatch):
         monkeypatch.setattr(native, "cuda_limits", lambda device: limits)
         return tiles
 
-    original = launch.tile_of
+    original = op.tile_of
 
     def recorded(*arguments):
         tiles.append((original(*arguments), *arguments[2:]))
         return tiles[-1][0]
 
-    monkeypatch.setattr(launch, "tile_of", recorded)
+    monkeypatch.setattr(op, "tile_of", recorded)
     yield pretend
     if native.emulates_cuda():
         native.library().emulate_device(2, 227 * 1024, 16, 2**20)

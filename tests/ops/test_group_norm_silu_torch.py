@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import fastdiff
 from fastdiff.errors import InputError
 from fastdiff.ops import group_norm_silu
-from fastdiff.ops.group_norm_silu.launch import Arguments, _shape_of
+from fastdiff.ops.group_norm_silu.op import Arguments, shape_of
 from norm_cases import (
     case,
     equations,
@@ -97,7 +97,7 @@ def test_shapes_are_remembered_per_backend():
     """One plan for Triton's call and the C++ kernels' would hand these Triton's empty shape."""
     for _ in range(2):
         triton, native = (
-            _shape_of(Arguments(X, None, None, None, None, None, 2, 1e-5, True, name, False))
+            shape_of(Arguments(X, None, None, None, None, None, 2, 1e-5, True, name, False))
             for name in ("triton", "native")
         )
         assert triton == () and native != ()

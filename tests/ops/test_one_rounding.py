@@ -36,7 +36,9 @@ def check(result, truth, largest, relative=0.0):
     """``truth`` in float64, and the size of what was added and cancels on the way to it."""
     dtype = result.dtype
     arithmetic = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
-    on_the_way = ROUNDINGS * arithmetic.eps * largest + arithmetic.tiny + relative * truth.abs()
+    on_the_way = ROUNDINGS * arithmetic.eps * largest + arithmetic.tiny
+    if relative:  # times infinity it is no number
+        on_the_way = on_the_way + relative * truth.abs()
     stored = torch.finfo(dtype)
     once = stored.eps / 2 * (truth.abs() + on_the_way) + stored.smallest_normal * stored.eps
     result = result.double()

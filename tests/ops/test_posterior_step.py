@@ -237,11 +237,17 @@ X = torch.zeros(2, 3, 4, 4)
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"x_t": X.int()}, "x_t is torch.int32; expected float32, bfloat16 or float16"),
-        ({"x_t": X.double()}, "x_t is torch.float64"),
-        ({"x_t": X[0, 0, 0]}, r"x_t has shape \(4,\); expected \(N, C, ...\)"),
-        ({"model_output": [1.0]}, "model_output is a list; expected a tensor"),
-        ({"model_output": X[:1]}, r"has shape \(1, 3, 4, 4\); expected \(2, 3, 4, 4\)"),
+        (
+            {"x_t": X.int()},
+            r"x_t is .* int32 on cpu; expected \(N, C, ...\) in float32, bfloat16 or float16",
+        ),
+        ({"x_t": X.double()}, "x_t is .* float64"),
+        ({"x_t": X[0, 0, 0]}, r"x_t is \(4,\) float32 on cpu; expected \(N, C, ...\)"),
+        ({"model_output": [1.0]}, r"model_output is a list; expected \(N, C, ...\)"),
+        (
+            {"model_output": X[:1]},
+            r"model_output is \(1, 3, 4, 4\) float32 on cpu; expected \(2, 3, 4, 4\)",
+        ),
         ({"model_output": torch.zeros(2, 6, 4, 4)}, r"expected \(2, 3, 4, 4\)"),
         ({"table": table(5, var_type="learned")}, "2C channels for the learned variance"),
         ({"guidance_scale": 2.0}, "two halves of the batch for guidance"),
@@ -258,13 +264,19 @@ X = torch.zeros(2, 3, 4, 4)
         ({"step": True}, "expected an int"),
         ({"step": torch.tensor(1.0)}, "expected one int32 or int64 element"),
         ({"step": torch.tensor([0, 1])}, "expected one int32 or int64 element"),
-        ({"step": torch.tensor(1, device="meta")}, "step is on meta, x_t on cpu"),
-        ({"table": table(5).to("meta")}, "table is on meta, x_t on cpu"),
-        ({"model_output": X.to("meta")}, "model_output is on meta"),
+        (
+            {"step": torch.tensor(1, device="meta")},
+            "int64 on meta; expected one int32 or int64 element on cpu",
+        ),
+        ({"table": table(5).to("meta")}, "table is .* on meta; expected it on cpu, where x_t is"),
+        ({"model_output": X.to("meta")}, "model_output is .* on meta; expected it on cpu"),
         ({"noise": None}, "draws noise; give noise=, or seed="),
         ({"seed": 1}, "noise and seed are both given"),
-        ({"noise": X[:, :1]}, r"noise has shape \(2, 1, 4, 4\)"),
-        ({"prev_x_start": X[:1]}, r"prev_x_start has shape \(1, 3, 4, 4\)"),
+        (
+            {"noise": X[:, :1]},
+            r"noise is \(2, 1, 4, 4\) .*; expected floating-point \(2, 3, 4, 4\)",
+        ),
+        ({"prev_x_start": X[:1]}, r"prev_x_start is \(1, 3, 4, 4\) .*; expected"),
     ],
 )
 def test_bad_arguments(changes, message):

@@ -202,7 +202,7 @@ def test_a_call_like_the_last_one_is_checked_again_where_it_may_differ():
         ((x_t, output, rows, 2), plain | {"guidance_scale": float("nan")}, "a finite number"),
         ((x_t, output, rows, 2), plain | {"prev_x_start": None}, "second-order multistep"),
         ((x_t, output, rows, 6), plain, "step is 6"),
-        ((x_t, output[:2], rows, 2), plain, r"has shape \(2, 3, 5, 4\); expected \(4, 3, 5, 4\)"),
+        ((x_t, output[:2], rows, 2), plain, r"is \(2, 3, 5, 4\) .*; expected \(4, 3, 5, 4\)"),
         ((x_t, output[:2], TABLES["learned"], 2), {"seed": 1}, "2C channels"),
         ((x_t, output[:2], TABLES["ddpm"], 2), {}, "draws noise; give noise="),
         ((x_t, output[:2], TABLES["ddpm"], 2), {"seed": -1}, "seed is -1"),
@@ -243,10 +243,10 @@ def test_gradients_choose_the_reference():
     x_t, output, noise, _ = inputs((2, 3, 4), rows, torch.float32)
     x_t.requires_grad_()
     choice = fastdiff.explain("posterior_step", x_t, output, rows, 1, noise=noise)
-    assert choice.backend == "reference" and "only it is differentiable" in choice.reason
+    assert choice.backend == "reference" and "only 'reference' has gradients" in choice.reason
     assert posterior_step(x_t, output, rows, 1, noise=noise)[0].requires_grad
     with fastdiff.backend("native"):
-        with pytest.raises(InputError, match="no gradients.*use torch.no_grad()"):
+        with pytest.raises(InputError, match="has gradients .*use torch.no_grad()"):
             posterior_step(x_t, output, rows, 1, noise=noise)
         with torch.no_grad():
             assert not posterior_step(x_t, output, rows, 1, noise=noise)[0].requires_grad

@@ -200,7 +200,7 @@ BAD_CALLS = {
     "sqrt_alphas_cumprod must be a floating-point tensor": lambda: q_sample(
         X, T, SIGNAL.numpy(), SIGMA
     ),
-    "tables are on meta but x_start is on cpu": lambda: q_sample(
+    "tables must have .* on x_start's device cpu, got .* on meta": lambda: q_sample(
         X, T, SIGNAL.to("meta"), SIGMA.to("meta")
     ),
     "seed": lambda: q_sample(X, T, SIGNAL, SIGMA, seed=-1),

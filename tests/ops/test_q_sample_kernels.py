@@ -14,7 +14,7 @@ import fastdiff
 from fastdiff import ops
 from fastdiff.errors import InputError
 from fastdiff.ops import native
-from fastdiff.ops.counters import Counters, training_step
+from fastdiff.ops.counters import Counters, known_step, training_step
 from fastdiff.ops.normal import normal
 from kernel_tools import LAYOUTS, compile_for, each_isa, examples, poisoned_outputs, spilled
 from paths import TOOLS
@@ -137,6 +137,16 @@ def test_the_first_samples_number_may_be_a_tensor(layout):
             x, row = x_start[one], t[one]
             alone = ops.q_sample(x, row, SIGNAL, SIGMA, seed=1, first_sample=number)
             assert torch.equal(actual[0][one], alone[0]) and torch.equal(actual[1][one], alone[1])
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_every_step_behind_the_training_steps_base_counts(backend):
+    """Those of known regions too, which come behind the training steps."""
+    x_start, t, _ = inputs((2, 3, 5), torch.float32)
+    for step in (known_step(0), 2**32 - 1):
+        with fastdiff.backend(backend):
+            _, noise = ops.q_sample(x_start, t, SIGNAL, SIGMA, seed=1, step=step - 2**31)
+        torch.testing.assert_close(noise, normal((2, 3, 5), seed=1, step=step))
 
 
 @pytest.mark.any_backend
@@ -300,7 +310,10 @@ def test_the_plan():
     x_t, _ = ops.q_sample(x_start, t, tracked, SIGMA, seed=1)
     x_t.sum().backward()
     assert tracked.grad is not None
-    with fastdiff.backend("native"), pytest.raises(InputError, match="no gradients for the tables"):
+    with (
+        fastdiff.backend("native"),
+        pytest.raises(InputError, match="only .reference. has gradients for the tables"),
+    ):
         ops.q_sample(x_start, t, tracked, SIGMA, seed=1)
     with (
         fastdiff.backend("cuda"),

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +13,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fastdiff.errors import InputError
-from fastdiff.ops import native
+from fastdiff.ops import backends, native
 from fastdiff.ops.counters import X_T_STEP, known_step, sampling_step, training_step
 from fastdiff.ops.layouts import sample_layout
 from fastdiff.ops.normal import normal
-from fastdiff.ops.normal.op import default
+from fastdiff.ops.normal.op import _choose
 from fastdiff.ops.normal.reference import philox4x32
 from kernel_tools import each_isa
 from paths import TOOLS
@@ -325,8 +326,11 @@ def test_numpy_integers_are_integers():
         ("mps", torch.float32, False, False, "reference"),
     ],
 )
-def test_plan(device_type, dtype, cuda_kernel, triton, expected):
-    assert default(device_type, dtype, cuda_kernel=cuda_kernel, triton=triton) == expected
+def test_plan(monkeypatch, device_type, dtype, cuda_kernel, triton, expected):
+    monkeypatch.setattr(native, "cuda_problem", lambda device: "" if cuda_kernel else "too old")
+    monkeypatch.setattr(backends, "HAS_TRITON", triton)
+    out = SimpleNamespace(device=torch.device(device_type), dtype=dtype)
+    assert _choose(out, None) == expected
 
 
 @pytest.mark.parametrize(
@@ -350,9 +354,15 @@ def test_plan(device_type, dtype, cuda_kernel, triton, expected):
         (dict(seed=0, out=torch.empty(2, 8, requires_grad=True)), "requires grad"),
         (dict(seed=0, out=torch.empty(2, 1).expand(2, 8)), "share memory"),
         (dict(seed=0, device="gpu"), "device is 'gpu'; expected 'cpu'"),
-        (dict(seed=0, backend="numpy"), "backend is 'numpy': expected one of native, cuda"),
-        (dict(seed=0, backend="cuda"), "backend 'cuda' cannot draw torch.float32 on cpu"),
-        (dict(seed=0, backend="native", dtype=torch.float64), "cannot draw torch.float64"),
+        (dict(seed=0, backend="numpy"), "backend is 'numpy': expected one of reference, native"),
+        (
+            dict(seed=0, backend="cuda"),
+            "the backend 'cuda' was named, but .*(without CUDA|not on cpu)",
+        ),
+        (
+            dict(seed=0, backend="native", dtype=torch.float64),
+            "the backend 'native' was named, but .* not float64",
+        ),
     ],
 )
 def test_bad_arguments_are_named(options, message):

@@ -8,7 +8,7 @@ a CPU with AMX multiplies bfloat16 matrices several times faster than float32 ve
 channel-major inputs, which PyTorch copies first, the kernel is the faster one.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,8 +18,7 @@ IMPLEMENTATIONS = ("native", "triton", "sdpa", "matmuls", "reference")
 FLASH_HEAD_DIM = 256  # where FlashAttention and cuDNN stop
 
 
-@dataclass(frozen=True)
-class Workload:
+class Workload(NamedTuple):
     """What decides.
 
     training: a backward will follow; token_major: the channels of a token are neighbours;

@@ -11,11 +11,12 @@ from fastdiff.ops import backends, dispatch, native
 from fastdiff.ops.attention.fastest import Workload, fastest
 from fastdiff.ops.attention.reference import attention as reference_attention
 from fastdiff.ops.attention.reference import join_heads, split_heads
+from fastdiff.ops.checks import refusal
 from fastdiff.ops.differentiable import Kernel, differentiable_once
-from fastdiff.ops.dispatch import Choice
+from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
 from fastdiff.ops.layouts import Maybe, address
 
-ORDERS = ("heads_first", "qkv_first")
+OP = "attention"
 
 
 def attention(qkv: Tensor, num_heads: int, *, order: str = "heads_first") -> Tensor:
@@ -46,24 +47,17 @@ def attention(qkv: Tensor, num_heads: int, *, order: str = "heads_first") -> Ten
 
 
 def _check(qkv: Tensor, num_heads: int, order: str) -> None:
-    if not isinstance(qkv, Tensor):
-        raise InputError(
-            f"attention: qkv is a {type(qkv).__name__}; expected a floating-point (N, 3C, T) tensor"
-        )
-    if qkv.dim() != 3 or not qkv.is_floating_point():
-        raise InputError(
-            f"attention: qkv is {tuple(qkv.shape)} {backends.short(qkv.dtype)}; "
-            "expected a floating-point (N, 3C, T) tensor"
-        )
+    if not isinstance(qkv, Tensor) or qkv.dim() != 3 or not qkv.is_floating_point():
+        raise refusal(OP, "qkv", qkv, "a floating-point (N, 3C, T) tensor")
     if not isinstance(num_heads, int) or num_heads < 1:
-        raise InputError(f"attention: num_heads={num_heads!r}; expected a positive integer")
-    if qkv.shape[1] == 0 or qkv.shape[1] % (3 * num_heads):
+        raise InputError(f"{OP}: num_heads={num_heads!r}; expected a positive integer")
+    width = qkv.shape[1]
+    if width == 0 or width % (3 * num_heads):
         raise InputError(
-            f"attention: qkv has {qkv.shape[1]} rows, which is not 3 × num_heads={num_heads} "
-            "× a whole head_dim"
+            f"{OP}: qkv has {width} rows, which is not 3 × num_heads={num_heads} × a whole head_dim"
         )
-    if order not in ORDERS:
-        raise InputError(f"attention: order={order!r}; expected 'heads_first' or 'qkv_first'")
+    if order not in ("heads_first", "qkv_first"):
+        raise InputError(f"{OP}: order={order!r}; expected 'heads_first' or 'qkv_first'")
 
 
 # --- Choosing ---------------------------------------------------------------------------------
@@ -76,7 +70,7 @@ def choose(qkv: Tensor, num_heads: int, *, order: str = "heads_first") -> Choice
     return choice if choice.backend in backends.BACKENDS else choice._replace(backend="reference")
 
 
-OPERATION = dispatch.register("attention", choose, kernels=("native", "triton"))
+OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton"), choose)
 
 
 def _choose(qkv: Tensor, num_heads: int) -> Choice:
@@ -85,16 +79,11 @@ def _choose(qkv: Tensor, num_heads: int) -> Choice:
 
 
 def _workload(qkv: Tensor, num_heads: int) -> Workload:
-    isa, amx = cpu() if qkv.device.type == "cpu" else ("", False)
+    isa, amx = cpu() if qkv.is_cpu else ("", False)
+    head_dim = qkv.shape[1] // (3 * num_heads)
+    training, token_major = dispatch.wants_gradient(qkv), qkv.stride(1) == 1
     return Workload(
-        qkv.device.type,
-        qkv.dtype,
-        tokens=qkv.shape[2],
-        head_dim=qkv.shape[1] // (3 * num_heads),
-        training=dispatch.wants_gradient(qkv),
-        token_major=qkv.stride(1) == 1,
-        isa=isa,
-        amx=amx,
+        qkv.device.type, qkv.dtype, qkv.shape[2], head_dim, training, token_major, isa, amx
     )
 
 
@@ -119,9 +108,7 @@ def run(implementation: str, qkv: Tensor, num_heads: int, order: str) -> Tensor:
     if implementation == "matmuls":
         return written_out(qkv, num_heads, order)
     training = dispatch.wants_gradient(qkv)
-    out = _kernel(Arguments(qkv, num_heads, order, implementation, training), training)[0]
-    assert out is not None
-    return out
+    return _kernel(Arguments(qkv, num_heads, order, implementation, training), training)[0]
 
 
 def scaled_dot_product(qkv: Tensor, num_heads: int, order: str) -> Tensor:
@@ -146,13 +133,6 @@ class Arguments(NamedTuple):
     keep: bool  # lse = log Σ exp(scores), for a backward to come
 
 
-class Backward(NamedTuple):
-    grad: Tensor
-    out: Tensor
-    lse: Tensor
-    call: Arguments
-
-
 def _allocate(call: Arguments) -> tuple[Tensor, Maybe]:
     n, width, tokens = call.qkv.shape
     out = call.qkv.new_empty(n, tokens, width // 3).transpose(1, 2)
@@ -161,67 +141,44 @@ def _allocate(call: Arguments) -> tuple[Tensor, Maybe]:
     return out, call.qkv.new_empty(n, call.num_heads, tokens, dtype=torch.float32)
 
 
-def _launch(call: Arguments, out: Tensor, lse: Maybe) -> None:
-    if call.backend == "triton":
-        import fastdiff.kernels.attention as kernels
-
-        with backends.device_of(out):
-            kernels.forward(call.qkv, call.num_heads, call.order, out, lse)
+def _forward(call: Arguments, _: Any, out: Tensor, lse: Maybe) -> None:
+    if call.backend == "native":
+        _native("attention_forward", call, out, lse)
         return
-    library, threads = native.library(), torch.get_num_threads()
-    problem = _problem(library, call, out, lse)
-    workspace = _borrow(library.attention_workspace(problem, False, threads))
-    library.attention_forward_cpu(problem, workspace.data_ptr(), threads)
-    _give_back(workspace)
+    import fastdiff.kernels.attention as kernels
+
+    kernels.forward(call.qkv, call.num_heads, call.order, out, lse)
 
 
-def _launch_backward(call: Backward, grad_qkv: Tensor) -> None:
-    grad, out, lse, forward = call
+def _backward(given: Any, _: Any, grad_qkv: Tensor) -> None:
+    grad, out, lse, call = given
     if 1 not in grad.stride()[1:]:  # an expanded one, from a sum
         grad = grad.contiguous()
-    if forward.backend == "triton":
-        import fastdiff.kernels.attention as kernels
-
-        with backends.device_of(out):
-            kernels.backward(
-                forward.qkv, forward.num_heads, forward.order, out, lse, grad, grad_qkv
-            )
+    if call.backend == "native":
+        _native("attention_backward", call, out, lse, grad, grad_qkv)
         return
-    library, threads = native.library(), torch.get_num_threads()
-    problem = _problem(library, forward, out, lse)
-    workspace = _borrow(library.attention_workspace(problem, True, threads))
-    library.attention_backward_cpu(
-        problem,
-        grad.data_ptr(),
-        grad.stride(),
-        grad_qkv.data_ptr(),
-        grad_qkv.stride(),
-        workspace.data_ptr(),
-        threads,
-    )
-    _give_back(workspace)
+    import fastdiff.kernels.attention as kernels
+
+    kernels.backward(call.qkv, call.num_heads, call.order, out, lse, grad, grad_qkv)
 
 
-def _problem(library: Any, call: Arguments, out: Tensor, lse: Maybe) -> Any:
-    """``Attention`` of csrc/common/attention.h."""
+def _native(name: str, call: Arguments, out: Tensor, lse: Maybe, *gradients: Tensor) -> None:
+    """``attention_forward``, or ``attention_backward`` with the gradients of out and qkv."""
     qkv, heads = call.qkv, call.num_heads
     n, width, tokens = qkv.shape
     head_dim = width // (3 * heads)
-    heads_first = call.order == "heads_first"
-    return library.Attention(
-        native.DTYPE_CODES[qkv.dtype],
-        n,
-        heads,
-        tokens,
-        head_dim,
-        3 * head_dim if heads_first else head_dim,  # rows from a head's q to the next head's
-        head_dim if heads_first else heads * head_dim,  # rows from q to k, and on to v
-        qkv.data_ptr(),
-        qkv.stride(),
-        out.data_ptr(),
-        out.stride(),
-        address(lse),
+    # Rows from a head's q to the next head's, and from q to k, and on to v.
+    rows = (3 * head_dim, head_dim) if call.order == "heads_first" else (head_dim, heads * head_dim)
+    problem = native.library().Attention(
+        *(native.DTYPE_CODES[qkv.dtype], n, heads, tokens, head_dim, *rows),
+        *(qkv.data_ptr(), qkv.stride(), out.data_ptr(), out.stride(), address(lse)),
     )
+    floats = native.library().attention_workspace(problem, bool(gradients), torch.get_num_threads())
+    workspace = _borrow(floats)
+    places = (value for v in gradients for value in (v.data_ptr(), v.stride()))
+    native.launch(name, "native", qkv, problem, *places, workspace.data_ptr())
+    if workspace.numel() <= _KEPT_FLOATS:
+        _IDLE.append(workspace)
 
 
 # Scratch memory that no call uses now: a fresh one may come from the system page by page, zeroed,
@@ -234,23 +191,14 @@ def _borrow(floats: int) -> Tensor:
     try:
         workspace = _IDLE.pop()
     except IndexError:
-        workspace = None
-    if workspace is None or workspace.numel() < floats:
-        workspace = torch.empty(floats, dtype=torch.float32)
-    return workspace
+        return torch.empty(floats, dtype=torch.float32)
+    return workspace if workspace.numel() >= floats else torch.empty(floats, dtype=torch.float32)
 
 
-def _give_back(workspace: Tensor) -> None:
-    if workspace.numel() <= _KEPT_FLOATS:
-        _IDLE.append(workspace)
-
-
-_kernel = Kernel("attention", Arguments, _allocate, _launch, outputs=2)
-_backward = Kernel(
-    "attention_backward",
-    Backward,
-    lambda call: (torch.empty_like(call.call.qkv),),
-    _launch_backward,
-    outputs=1,
+_kernel = Kernel(OP, Arguments, _allocate, _forward, outputs=2)
+differentiable_once(
+    _kernel,
+    lambda given: (torch.empty_like(given.call.qkv),),
+    _backward,
+    keeps={"out": 0, "lse": 1},
 )
-differentiable_once(_kernel, _backward, keeps=(0, 1))

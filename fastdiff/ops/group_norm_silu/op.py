@@ -1,19 +1,20 @@
 """GroupNorm + FiLM + SiLU in one call, forward and backward."""
 
-from typing import Any
+import functools
+import operator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError
-from fastdiff.ops import dispatch, norms
-from fastdiff.ops.backends import short
+from fastdiff.ops import dispatch, layouts, native
+from fastdiff.ops.checks import check_activation, check_pair, check_tensor, check_x, refusal
 from fastdiff.ops.differentiable import Kernel, differentiable_once
-from fastdiff.ops.dispatch import Choice
-from fastdiff.ops.group_norm_silu import launch as launch
+from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
 from fastdiff.ops.group_norm_silu import reference as reference
-from fastdiff.ops.group_norm_silu.launch import Arguments, Backward
-from fastdiff.ops.layouts import Maybe
+from fastdiff.ops.layouts import Maybe, address, code, row_stride, rows
+from fastdiff.ops.plans import LARGEST_CACHE, plan_of
 
 OP = "group_norm_silu"
 # Contiguous float32 tensors up to this size train on PyTorch's operations: a call of autograd's
@@ -57,92 +58,186 @@ def group_norm_silu(
 
     Source: Wu & He 2018, equation 1; FiLM as in Nichol & Dhariwal 2021, section 3.
     """
-    _check(x, num_groups, weight, bias, scale, shift, add, activation)
+    check_x(OP, x)
+    nc = x.shape[:2]
+    if not isinstance(num_groups, int) or num_groups < 1 or nc[1] % num_groups:
+        raise InputError(
+            f"{OP}: num_groups={num_groups!r}; expected an int that divides x's {nc[1]} channels"
+        )
+    check_pair(OP, ("weight", "bias"), weight, bias, x, nc[1:])
+    check_pair(OP, ("scale", "shift"), scale, shift, x, nc)
+    check_activation(OP, activation)
+    if add is not None:
+        check_tensor(OP, "add", add, x, nc, x.shape)
+        if add.shape == x.shape and add.dtype != x.dtype:
+            raise refusal(OP, "add", add, f"{x.dtype}, as a residual has the dtype of x")
+
     training = dispatch.wants_gradient(x, weight, bias, scale, shift, add)
-    backend = _choose(x, training).backend
+    backend = choose(x, weight, bias, scale, shift, add).backend
     if backend == "reference":
+        film: dict[str, Any] = {"scale": scale, "shift": shift, "add": add}
         return reference.group_norm_silu(
-            x, num_groups, weight, bias, eps, scale=scale, shift=shift, add=add,
-            activation=activation,
-        )  # fmt: skip
+            x, num_groups, weight, bias, eps, **film, activation=activation
+        )
     silu = activation is not None
-    call = Arguments(
-        x, weight, bias, scale, shift, add, num_groups, eps, silu, backend, keep=training
-    )
-    y = _kernel(call, training)[0]
-    assert y is not None
-    return y
+    call = Arguments(x, weight, bias, scale, shift, add, num_groups, eps, silu, backend, training)
+    return _kernel(call, training)[0]
 
 
 def choose(x: Tensor, *others: Any, **options: Any) -> Choice:
     """Which backend serves this call, and why (``fastdiff.explain``)."""
-    tensors = (v for v in (*others, *options.values()) if isinstance(v, Tensor))
-    return _choose(x, dispatch.wants_gradient(x, *tensors))
-
-
-OPERATION = dispatch.register(OP, choose, kernels=("native", "triton", "cuda"))
-
-
-def _choose(x: Tensor, training: bool) -> Choice:
-    small = training and x.is_cpu and x.dtype == torch.float32 and 0 < x.numel() <= SMALL
-    if small and x.is_contiguous():
-        return dispatch.choose(OPERATION, x, rule=_pytorch_trains)
-    return dispatch.choose(OPERATION, x)
+    small = x.is_cpu and x.dtype == torch.float32 and 0 < x.numel() <= SMALL and x.is_contiguous()
+    trains = small and dispatch.wants_gradient(x, *others, *options.values())
+    return dispatch.choose(OPERATION, x, rule=_pytorch_trains if trains else None)
 
 
 def _pytorch_trains() -> tuple[str, str]:
     return "reference", f"PyTorch's operations train up to {SMALL} float32 elements faster"
 
 
-def _check(
-    x: Tensor,
-    num_groups: int,
-    weight: Maybe,
-    bias: Maybe,
-    scale: Maybe,
-    shift: Maybe,
-    add: Maybe,
-    activation: str | None,
+OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton", "cuda"), choose)
+
+
+# --- Launching --------------------------------------------------------------------------------
+
+
+class Arguments(NamedTuple):
+    x: Tensor
+    weight: Maybe
+    bias: Maybe
+    scale: Maybe
+    shift: Maybe
+    add: Maybe
+    num_groups: int
+    eps: float
+    silu: bool
+    backend: str
+    keep: bool  # the groups' mean and rstd, for a backward to come
+
+
+def _allocate(call: Arguments) -> tuple[Tensor, Maybe]:
+    """y, and room for the groups' mean and rstd, (2, N, G)."""
+    return torch.empty_like(call.x), _statistics(call) if call.keep else None
+
+
+def _statistics(call: Arguments) -> Tensor:
+    return call.x.new_empty((2, call.x.shape[0], call.num_groups), dtype=torch.float32)
+
+
+def _allocate_gradients(given: Any) -> tuple[Maybe, ...]:
+    """Those of the call's tensors. A residual's is that of x."""
+    x, *small, add = given.call[:6]
+    if add is not None and add.shape == x.shape:
+        add = None
+    rest = (None if v is None else v.new_empty(v.shape) for v in (*small, add))
+    return torch.empty_like(x), *rest
+
+
+def _forward(call: Arguments, shape: Any, y: Tensor, statistics: Maybe) -> None:
+    if call.backend != "triton":
+        _call(OP, shape, call, (*call[:6], y, statistics), (call.add, y))
+        return
+    from fastdiff.kernels import group_norm_silu as kernels
+
+    x, weight, bias, scale, shift, add, num_groups, eps, silu, _, _ = call
+    mean, rstd = (_statistics(call) if statistics is None else statistics).unbind()
+    kernels.forward(x, num_groups, weight, bias, eps, scale, shift, add, silu, y, mean, rstd)
+
+
+def _backward(given: Any, shape: Any, dx: Tensor, *small: Maybe) -> None:
+    """Fill the gradients of x, and of weight, bias, scale, shift and add where there is room."""
+    dy, statistics, call = given
+    dy = layouts.in_layout_of(dx, dy)
+    if call.backend == "triton":
+        _triton_backward(dy, statistics, call, dx, small)
+    else:
+        tensors = (dy, *call[:6], statistics, dx, *small)
+        _call(f"{OP}_backward", shape, call, tensors, (dy, call.add, dx))
+
+
+def _call(
+    name: str, shape: Any, call: Arguments, tensors: tuple[Maybe, ...], read_wide: tuple[Maybe, ...]
 ) -> None:
-    norms.check_x(OP, x)
-    rows = x.shape[:2]
-    channels = rows[1]
-    if not isinstance(num_groups, int):
-        raise InputError(f"{OP}: num_groups={num_groups!r}; expected an int")
-    if num_groups < 1 or channels % num_groups:
-        raise InputError(
-            f"{OP}: num_groups={num_groups} does not divide the {channels} channels of x"
-        )
-    if (weight is None) != (bias is None):
-        raise InputError(f"{OP}: give both weight and bias, or neither")
-    norms.check_film_and_activation(OP, scale, shift, activation)
-    if weight is not None:
-        norms.check_like(OP, "weight", weight, x, rows[1:])
-        norms.check_like(OP, "bias", bias, x, rows[1:])
-    if scale is not None:
-        norms.check_like(OP, "scale", scale, x, rows)
-        norms.check_like(OP, "shift", shift, x, rows)
+    """The C++ kernel of the CPU, or CUDA's; ``read_wide``: with x, what is read or written by 16
+    bytes where all begin at a multiple of these."""
+    x, plan = call.x, [shape]
+    if call.backend == "cuda":
+        aligned = all(v is None or v.data_ptr() % 16 == 0 for v in (x, *read_wide))
+        tile = tile_of(shape, native.cuda_limits(x.device), name.endswith("backward"), aligned)
+        # From torch's allocator, which a graph's capture knows: it lives as long as it is needed.
+        workspace = x.new_empty(tile.workspace_floats, dtype=torch.float32)
+        plan, tensors = [shape, tile], (*tensors, workspace)
+    native.launch(name, call.backend, x, *plan, *map(address, tensors))
+
+
+@functools.lru_cache(LARGEST_CACHE)
+def tile_of(shape: Any, limits: tuple[int, int, int, int], is_backward: bool, aligned: bool) -> Any:
+    """How CUDA cuts a call into blocks (csrc/cuda/group_norm_tile.h)."""
+    return native.library().group_norm_tile(shape, limits, is_backward, aligned)
+
+
+def _triton_backward(
+    dy: Tensor, statistics: Tensor, call: Arguments, dx: Tensor, small: tuple[Maybe, ...]
+) -> None:
+    """The kernel gives Σ dv, Σ dv·x̂ and Σ dx over the positions; the rest is (N, C) arithmetic."""
+    from fastdiff.kernels import group_norm_silu as kernels
+
+    x, weight, bias, scale, shift, add, num_groups, _, silu, _, _ = call
+    mean, rstd = statistics.unbind()
+    sums = x.new_empty((3, *x.shape[:2]), dtype=torch.float32)
+    kernels.backward(dy, x, num_groups, weight, bias, mean, rstd, scale, shift, add, silu, dx, sums)
+    dv, dv_xhat, dx_sum = sums.unbind()
+    dweight, dbias, dscale, dshift, dadd = small
+    if dweight is not None and dbias is not None:
+        share = 1.0 if scale is None else 1 + scale.float()
+        dweight.copy_((dv_xhat * share).sum(0))
+        dbias.copy_((dv * share).sum(0))
+    if dscale is not None and dshift is not None:  # v = u·(1 + scale) + shift, u = x̂·weight + bias
+        if weight is not None and bias is not None:
+            dv_xhat = dv_xhat * weight.float() + dv * bias.float()
+        dscale.copy_(dv_xhat)
+        dshift.copy_(dv)
+    if dadd is not None:
+        dadd.copy_(dx_sum)
+
+
+# --- Plans ------------------------------------------------------------------------------------
+
+
+def shape_of(call: Arguments) -> Any:
+    """What the kernel is told of the shapes; None for arguments that it does not read."""
+    return plan_of(_plan, call, call[:6], call[6:10])  # what is kept changes no plan
+
+
+def _plan(call: Arguments) -> Any:
+    if not all(map(operator.is_, call, _readable(call))):
+        return None
+    if call.backend == "triton":
+        return ()  # its launcher derives its own
+    x, add = call.x, call.add
+    embedding = add is not None and add.shape != x.shape
+    return native.library().GroupNormShape(
+        **layouts.norm_shape(x, call.scale, call.shift),
+        groups=call.num_groups,
+        silu=call.silu,
+        eps=call.eps,
+        add=0 if add is None else 1 if embedding else 2,
+        affine_dtype=code(call.weight),
+        add_dtype=code(add),
+        add_stride=row_stride(add) if embedding else 0,
+    )
+
+
+def _readable(call: Arguments) -> Arguments:
+    """With copies of what no kernel reads as it stands (strange strides, mixed and wide dtypes)."""
+    x, add = call.x, call.add
+    weight, bias = rows(call.weight, call.bias)
+    scale, shift = rows(call.scale, call.shift)
     if add is not None:
-        if not isinstance(add, Tensor):
-            raise norms.no_tensor(OP, "add", add)
-        if add.shape != x.shape:
-            norms.check_like(OP, "add", add, x, rows, x.shape, "x's own ")
-        elif add.dtype != x.dtype or add.device != x.device:
-            raise InputError(
-                f"{OP}: add is {norms.describe(add)} on {add.device}; a residual must have x's "
-                f"dtype and device, {short(x.dtype)} on {x.device}"
-            )
+        add = layouts.in_kernels_layout(add, x) if add.shape == x.shape else rows(add)[0]
+    x = layouts.in_kernels_layout(x, x)
+    return Arguments(x, weight, bias, scale, shift, add, *call[6:])
 
 
-_kernel = Kernel(
-    OP, Arguments, launch.allocate, launch.forward, outputs=2, readable=launch.readable
-)
-_backward = Kernel(
-    f"{OP}_backward",
-    Backward,
-    launch.allocate_gradients,
-    launch.backward,
-    outputs=6,
-    readable=lambda given: given._replace(call=launch.readable(given.call)),
-)
-differentiable_once(_kernel, _backward, keeps=(1,))
+_kernel = Kernel(OP, Arguments, _allocate, _forward, outputs=2, plan=shape_of, readable=_readable)
+differentiable_once(_kernel, _allocate_gradients, _backward, keeps={"statistics": 1})

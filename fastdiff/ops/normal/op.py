@@ -16,6 +16,7 @@ the native CPU, CUDA and Triton fills then agree bit for bit too, and the refere
 computes in float64 from the same u, agrees with them to a few float32 ulps.
 """
 
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -26,20 +27,16 @@ from torch import Tensor
 
 from fastdiff.checks import check_device
 from fastdiff.errors import InputError
-from fastdiff.ops import backends, native
-from fastdiff.ops.counters import (
-    X_T_STEP,
-    Counters,
-    check_counter,
-    check_first_sample,
-    low_bits,
-    value_or_address,
-)
-from fastdiff.ops.layouts import Layout, sample_layout
+from fastdiff.ops import backends, dispatch, native
+from fastdiff.ops.counters import X_T_STEP, Counters, arguments, check_counters, low_bits
+from fastdiff.ops.dispatch import Operation
+from fastdiff.ops.layouts import Layout, code, sample_layout
 from fastdiff.ops.normal.reference import reference_sample
 
 MAX_SAMPLE_ELEMENTS = 2**34  # a 32-bit counter word of four elements each
-BACKENDS = ("native", "cuda", "triton", "reference")
+# The first that serves is chosen. Not among the OPERATIONS: it is no function of tensors.
+KERNELS = ("native", "cuda", "triton")
+OPERATION = Operation("normal", KERNELS, choose=lambda *_: NotImplemented)
 
 
 def normal(
@@ -62,7 +59,7 @@ def normal(
     dtype: float32, bfloat16, float16, or float64, which only the reference draws.
     out: filled and returned; it gives dtype and device and may have any memory format: the values
     depend on logical positions alone.
-    backend: "native" (CPU), "cuda", "triton" or "reference"; None lets ``default`` choose.
+    backend: "native" (CPU), "cuda", "triton" or "reference"; None: the first of them that serves.
 
     Raises InputError for a bad argument or a named backend that cannot serve the call, and
     NativeLibraryError where the native library is needed and cannot be loaded.
@@ -72,12 +69,8 @@ def normal(
         out = torch.empty(shape, dtype=_checked_dtype(dtype), device=check_device(device))
     else:
         _check_out(out, shape)
-    counters = Counters(
-        seed=check_counter("seed", seed, 2**64, out.device),
-        step=check_counter("step", step, 2**32, out.device),
-        first_sample=check_first_sample(first_sample, shape[0], out.device),
-    )
-    launch = _LAUNCHERS[_choose(out, backend)]
+    counters = check_counters(step, seed, first_sample, 2**32, out)
+    backend = _choose(out, backend)
     if out.numel() == 0:
         return out
     layout = sample_layout(out)
@@ -85,7 +78,11 @@ def normal(
         dense = torch.empty_like(out, memory_format=torch.contiguous_format)
         numbers: dict[str, Any] = {"seed": seed, "step": step, "first_sample": first_sample}
         return out.copy_(normal(shape, **numbers, out=dense, backend=backend))
-    launch(out, layout, counters)
+    if backend == "reference":
+        _fill_by_reference(out, counters)
+    else:
+        with backends.device_of(out):
+            _launch(backend, out, layout, counters)
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)  # written behind autograd's back
     return out
@@ -106,78 +103,34 @@ def draw_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return noise if x.is_contiguous() else torch.empty_like(x).copy_(noise)
 
 
-def default(device_type: str, dtype: torch.dtype, *, cuda_kernel: bool, triton: bool) -> str:
-    """The backend for a call: a pure function of the output and of what is installed.
-
-    cuda_kernel: compiled kernels serve the device; triton: the package is installed.
-    """
-    if dtype == torch.float64:
-        return "reference"
-    if device_type == "cpu":
-        return "native"
-    if device_type == "cuda" and cuda_kernel:
-        return "cuda"
-    if device_type == "cuda" and triton:
-        return "triton"
-    return "reference"
-
-
 def _choose(out: Tensor, backend: str | None) -> str:
+    tensor = (out.device, out.dtype)
     if backend is None:
-        on_cuda = out.device.type == "cuda"
-        return default(
-            out.device.type,
-            out.dtype,
-            cuda_kernel=on_cuda and native.cuda_serves(out.device),
-            triton=on_cuda and backends.HAS_TRITON,
-        )
-    device_type = out.device.type
-    serves = {
-        "native": device_type == "cpu" and out.dtype != torch.float64,
-        "cuda": out.dtype != torch.float64 and native.cuda_serves(out.device),
-        # Triton's interpreter takes CPU tensors; without it Triton refuses them by itself.
-        "triton": out.dtype != torch.float64 and backends.HAS_TRITON,
-        "reference": True,
-    }
-    if backend not in serves:
-        raise InputError(f"backend is {backend!r}: expected one of {', '.join(BACKENDS)} or None")
-    if not serves[backend]:
-        raise InputError(
-            f"backend {backend!r} cannot draw {out.dtype} on {out.device}: "
-            "name another, or None to let fastdiff choose"
-        )
+        serving = (k for k in KERNELS if not dispatch.problem(OPERATION, k, *tensor))
+        return next(serving, "reference")
+    if backend not in backends.BACKENDS:
+        expected = ", ".join(backends.BACKENDS)
+        raise InputError(f"backend is {backend!r}: expected one of {expected} or None")
+    dispatch.require(OPERATION, backend, *tensor)
     return backend
 
 
-# --- Launching --------------------------------------------------------------------------------
-
-
-def _launch_native(out: Tensor, layout: Layout, counters: Counters) -> None:
+def _launch(backend: str, out: Tensor, layout: Layout, counters: Counters) -> None:
     step, seed, first_sample = counters
     assert seed is not None
-    numbers = low_bits(seed, 64), low_bits(step, 32), low_bits(first_sample, 64)
-    native.library().normal_cpu(_fill(out, layout, *numbers), torch.get_num_threads())
+    if backend == "triton":
+        from fastdiff.kernels import normal as kernels
 
-
-def _launch_cuda(out: Tensor, layout: Layout, counters: Counters) -> None:
-    step, seed, first_sample = counters
-    assert seed is not None
-    pairs = value_or_address(seed), value_or_address(step), value_or_address(first_sample)
-    numbers, addresses = zip(*pairs, strict=True)
-    with backends.device_of(out):
-        native.library().normal_cuda(
-            _fill(out, layout, *numbers), *addresses, native.cuda_stream(out.device)
-        )
-
-
-def _launch_triton(out: Tensor, layout: Layout, counters: Counters) -> None:
-    from fastdiff.kernels import normal as kernels
-
-    with backends.device_of(out):
         kernels.fill(out, layout, counters)
+        return
+    given = arguments(backend, seed), arguments(backend, step, 32), arguments(backend, first_sample)
+    numbers, *addresses = zip(*given, strict=True)
+    place = (out.data_ptr(), code(out), out.shape[0])
+    fill = native.library().NormalFill(*place, *layout, *numbers)
+    native.launch("normal", backend, out, fill, *itertools.chain(*addresses))
 
 
-def _launch_reference(out: Tensor, layout: Layout, counters: Counters) -> None:
+def _fill_by_reference(out: Tensor, counters: Counters) -> None:
     # float64 arithmetic, which some accelerators lack: those are served from the CPU.
     device = out.device if out.device.type in ("cpu", "cuda") else torch.device("cpu")
     assert counters.seed is not None
@@ -189,26 +142,6 @@ def _launch_reference(out: Tensor, layout: Layout, counters: Counters) -> None:
             sample.numel(), seed=seed, step=step, sample=number, dtype=out.dtype, device=device
         )
         sample.copy_(values.view(sample.shape))
-
-
-_LAUNCHERS = {
-    "native": _launch_native,
-    "cuda": _launch_cuda,
-    "triton": _launch_triton,
-    "reference": _launch_reference,
-}
-
-
-def _fill(out: Tensor, layout: Layout, seed: int, step: int, first_sample: int) -> Any:
-    return native.library().NormalFill(
-        out=out.data_ptr(),
-        dtype=native.DTYPE_CODES[out.dtype],
-        samples=out.shape[0],
-        **layout._asdict(),
-        seed=seed,
-        step=step,
-        first_sample=first_sample,
-    )
 
 
 # --- Checks -----------------------------------------------------------------------------------

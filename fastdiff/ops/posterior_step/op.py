@@ -1,6 +1,6 @@
 """posterior_step: one sampler step (DDPM, DDIM, DPM-Solver++) from one row of a StepTable."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,14 +8,26 @@ from torch import Tensor
 from fastdiff.checks import is_finite
 from fastdiff.errors import InputError
 from fastdiff.methods.table import COLUMNS, StepTable
-from fastdiff.ops import dispatch
-from fastdiff.ops.counters import Counters, check_counter, check_first_sample, sampling_step
-from fastdiff.ops.dispatch import Choice
+from fastdiff.ops import dispatch, native
+from fastdiff.ops.backends import KERNEL_DTYPES as DTYPES
+from fastdiff.ops.checks import Maybe, check_tensor, refusal
+from fastdiff.ops.counters import (
+    Counters,
+    arguments,
+    check_counter,
+    check_first_sample,
+    sampling_step,
+    value_or_address,
+)
+from fastdiff.ops.differentiable import Kernel
+from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
+from fastdiff.ops.layouts import address, common_layout, launch_elementwise, one_or_two_like
 from fastdiff.ops.normal import normal
+from fastdiff.ops.plans import plan_of
 from fastdiff.ops.posterior_step import reference as reference
-from fastdiff.ops.posterior_step.launch import Arguments, kernel, step_error
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OP = "posterior_step"
+FIRST_COUNTER_STEP = sampling_step(0)
 
 
 def posterior_step(
@@ -54,190 +66,191 @@ def posterior_step(
     that do not fit. Equations: fastdiff/methods/table.py.
     """
     check_tensors(x_t, model_output, table, guidance_scale)
-    _check_step(step, table, x_t.device)
-    noisy, multistep = _reads(table, step)
-    _check_extras(x_t, noisy, multistep, noise, seed, prev_x_start)
+    noisy, multistep = _what_is_read(step, table, x_t)
+    if noise is not None and seed is not None:
+        raise InputError(f"{OP}: noise and seed are both given; expected one of them")
+    if noisy and noise is None and seed is None:
+        raise InputError(f"{OP}: this step draws noise; give noise=, or seed= to have it drawn")
+    if multistep and prev_x_start is None:
+        raise InputError(
+            f"{OP}: this step is a second-order multistep one; give prev_x_start=, the "
+            "pred_x_start that the step before returned"
+        )
+    for name, tensor in (("noise", noise), ("prev_x_start", prev_x_start)):
+        if tensor is not None:
+            check_tensor(OP, name, tensor, x_t, x_t.shape)
     if seed is not None:
         seed = check_counter("seed", seed, 2**64, x_t.device) if noisy else None
     first_sample = check_first_sample(first_sample, x_t.shape[0], x_t.device)
     counters = Counters(step, seed, first_sample)
-    backend = _choose(x_t, model_output, noise, prev_x_start).backend
+    backend = choose(x_t, model_output, noise, prev_x_start, guidance_scale).backend
     noise = noise if noisy else None
     prev_x_start = prev_x_start if multistep else None
     # The native kernel looks at a step tensor by itself, where it runs at all; those for GPUs
-    # answer NaN, emulated or not.
-    if backend == "reference" or x_t.numel() == 0:
-        _look_at_step(step, table)
+    # answer NaN, emulated or not: looking would stall.
+    if (backend == "reference" or x_t.numel() == 0) and isinstance(step, Tensor) and step.is_cpu:
+        if not torch.compiler.is_compiling() and not 0 <= int(step) < len(table):
+            raise step_error(int(step), len(table))
 
-    if backend == "reference":
-        arguments = (table, counters, noise, prev_x_start, guidance_scale)
-        x_prev, x_start = _reference(x_t, model_output, *arguments)
-        return x_prev, x_start if return_x_start else None
-    by_tensor = guidance_scale is not None and isinstance(guidance_scale, Tensor)
-    scale: Any = None if guidance_scale is None or by_tensor else float(guidance_scale)
+    by_tensor = isinstance(guidance_scale, Tensor)
+    scale = None if guidance_scale is None or by_tensor else float(guidance_scale)
     guidance: Any = guidance_scale if by_tensor else None
-    tensors = (x_t, model_output, table.packed, noise, prev_x_start, guidance)
-    variance = table.learned_variance
-    result, predicted = kernel(
-        Arguments(*tensors, scale, variance, counters, return_x_start, backend)
+    call = Arguments(
+        *(x_t, model_output, table.packed, noise, prev_x_start, guidance, scale),
+        *(table.learned_variance, counters, return_x_start, backend),
     )
-    assert result is not None
-    return result, predicted if return_x_start else None
+    x_prev, x_start = _reference(call) if backend == "reference" else _kernel(call)
+    return x_prev, x_start if return_x_start else None
 
 
-def choose(
-    x_t: Tensor,
-    model_output: Tensor,
-    *_: Any,
-    noise: Tensor | None = None,
-    prev_x_start: Tensor | None = None,
-    **__: Any,
-) -> Choice:
+def choose(x_t: Tensor, *others: Any, **named: Any) -> Choice:
     """Which backend serves this call, and why (``fastdiff.explain``)."""
-    return _choose(x_t, model_output, noise, prev_x_start)
+    wanted = dispatch.wants_gradient(x_t, *others, *named.values())
+    return dispatch.choose(OPERATION, x_t, dispatch.NO_GRADIENTS if wanted else "")
 
 
-OPERATION = dispatch.register("posterior_step", choose, kernels=("native", "triton", "cuda"))
-
-
-def _choose(x_t: Tensor, *others: Tensor | None) -> Choice:
-    wanted = dispatch.wants_gradient(x_t, *others)
-    return dispatch.choose(OPERATION, x_t, dispatch.NOT_DIFFERENTIABLE if wanted else None)
-
-
-def _reads(table: StepTable, step: int | Tensor) -> tuple[bool, bool]:
-    """Whether the step draws noise and reads prev_x_start; a tensor counts as any row."""
-    if isinstance(step, int):
-        return table.noisy_rows[step], table.multistep_rows[step]
-    return table.is_noisy, table.is_multistep
-
-
-def _reference(
-    x_t: Tensor,
-    model_output: Tensor,
-    table: StepTable,
-    counters: Counters,
-    noise: Tensor | None,
-    before: Tensor | None,
-    guidance_scale: float | Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    step, seed, first = counters
-    if isinstance(step, Tensor):  # a gather on the device: no synchronisation
-        row, step = table.packed.index_select(0, step.reshape(1))[0], step.long()
-    else:
-        row = table.packed[step]
-    if seed is not None:
-        counted = step + sampling_step(0)
-        noise = normal(x_t.shape, seed=seed, step=counted, first_sample=first, device=x_t.device)
-    n, channels = x_t.shape[:2]
-    output = model_output[:, :channels].float()
-    x_prev, x_start = reference.posterior_step(
-        x_t.float(),
-        output if guidance_scale is None else reference.guide(output, guidance_scale),
-        dict(zip(COLUMNS, row.unbind(), strict=True)),
-        variance_output=model_output[:n, channels:].float() if table.learned_variance else None,
-        z=None if noise is None else noise.float(),
-        x_start_before=None if before is None else before.float(),
-    )
-    return x_prev.to(x_t.dtype), x_start.to(x_t.dtype)
+OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton", "cuda"), choose)
 
 
 # --- Checks -----------------------------------------------------------------------------------
 
 
 def check_tensors(
-    x_t: Tensor,
-    model_output: Tensor,
-    table: StepTable,
-    guidance_scale: float | Tensor | None,
+    x_t: Tensor, model_output: Tensor, table: StepTable, guidance_scale: float | Tensor | None
 ) -> None:
     """InputError for tensors that do not fit each other."""
     for name, tensor in (("x_t", x_t), ("model_output", model_output)):
-        if not isinstance(tensor, Tensor):
-            raise InputError(f"{name} is a {type(tensor).__name__}; expected a tensor")
-        if tensor.dtype not in DTYPES:
-            raise InputError(f"{name} is {tensor.dtype}; expected float32, bfloat16 or float16")
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES or tensor.dim() < 2:
+            raise refusal(OP, name, tensor, "(N, C, ...) in float32, bfloat16 or float16")
     if not isinstance(table, StepTable):
-        raise InputError(f"table is a {type(table).__name__}; expected a StepTable")
-    expected = tuple(x_t.shape)
-    if len(expected) < 2:
-        raise InputError(f"x_t has shape {expected}; expected (N, C, ...)")
-    if guidance_scale is not None:
-        expected = (2 * expected[0], *expected[1:])
-    if table.doubled_output:
-        expected = (expected[0], 2 * expected[1], *expected[2:])
+        raise refusal(OP, "table", table, "a StepTable")
+    guided, doubled = guidance_scale is not None, table.doubled_output
+    n, channels, *spatial = x_t.shape
+    expected = (2 * n if guided else n, 2 * channels if doubled else channels, *spatial)
     if model_output.shape != expected:
-        why = [
-            *(["two halves of the batch for guidance"] if guidance_scale is not None else []),
-            *(["2C channels for the learned variance"] if table.doubled_output else []),
-        ]
-        raise InputError(
-            f"model_output has shape {tuple(model_output.shape)}; expected "
-            f"{expected} for x_t of shape {tuple(x_t.shape)}"
-            + (f" ({' and '.join(why)})" if why else "")
-        )
-    where = x_t.device
-    for name, device in (("model_output", model_output.device), ("table", table.packed.device)):
-        if device != where:
-            raise InputError(f"{name} is on {device}, x_t on {where}; move one to the other")
-    if guidance_scale is None:
-        return
+        why = "; two halves of the batch for guidance" if guided else ""
+        why += "; 2C channels for the learned variance" if doubled else ""
+        fits = f"{expected} for x_t of shape {tuple(x_t.shape)}{why}"
+        raise refusal(OP, "model_output", model_output, fits)
+    for name, tensor in (("model_output", model_output), ("table", table.packed)):
+        if tensor.device != x_t.device:
+            raise refusal(OP, name, tensor, f"it on {x_t.device}, where x_t is")
     if isinstance(guidance_scale, Tensor):
         if guidance_scale.numel() != 1 or guidance_scale.device != x_t.device:
-            raise InputError(
-                f"guidance_scale is a tensor of shape {tuple(guidance_scale.shape)} on "
-                f"{guidance_scale.device}; expected one element on {x_t.device}"
-            )
-    elif not is_finite(guidance_scale):
-        raise InputError(f"guidance_scale is {guidance_scale!r}; expected a finite number")
+            raise refusal(OP, "guidance_scale", guidance_scale, f"one element on {x_t.device}")
+    elif guided and not is_finite(guidance_scale):
+        raise InputError(f"{OP}: guidance_scale is {guidance_scale!r}; expected a finite number")
 
 
-def _check_step(step: int | Tensor, table: StepTable, device: torch.device) -> None:
-    if type(step) is int and 0 <= step < len(table.noisy_rows):
-        return
-    if isinstance(step, Tensor):
-        if step.numel() != 1 or step.dtype not in (torch.int32, torch.int64):
-            raise InputError(
-                f"step is a {step.dtype} tensor of shape {tuple(step.shape)}; "
-                "expected one int32 or int64 element"
-            )
-        if step.device != device:
-            raise InputError(f"step is on {step.device}, x_t on {device}; move one to the other")
-        return  # its value is read where the step is computed
+def _what_is_read(step: int | Tensor, table: StepTable, x_t: Tensor) -> tuple[bool, bool]:
+    """Whether a step, which is checked, draws noise and reads prev_x_start."""
+    if isinstance(step, Tensor):  # its value is read where the step is computed: any row
+        integer = step.dtype in (torch.int32, torch.int64)
+        if step.numel() != 1 or not integer or step.device != x_t.device:
+            raise refusal(OP, "step", step, f"one int32 or int64 element on {x_t.device}")
+        return table.is_noisy, table.is_multistep
     if not isinstance(step, int) or isinstance(step, bool):
-        raise InputError(f"step is {step!r}; expected an int or an integer tensor of one element")
-    if not 0 <= step < len(table):
+        raise InputError(f"{OP}: step is {step!r}; expected an int or a tensor of one element")
+    if not 0 <= step < len(table.noisy_rows):
         raise step_error(step, len(table))
+    return table.noisy_rows[step], table.multistep_rows[step]
 
 
-def _look_at_step(step: int | Tensor, table: StepTable) -> None:
-    """InputError for a step tensor on the CPU that names no row; elsewhere looking would stall."""
-    if not isinstance(step, Tensor) or step.device.type != "cpu":
+def step_error(step: int, rows: int) -> InputError:
+    return InputError(f"step is {step}; the table has rows 0 … {rows - 1}")
+
+
+# --- Launching --------------------------------------------------------------------------------
+
+
+class Arguments(NamedTuple):
+    x_t: Tensor
+    model_output: Tensor
+    packed: Tensor  # the table's
+    noise: Maybe
+    prev_x_start: Maybe
+    guidance_tensor: Maybe
+    guidance_scale: float | None  # where no tensor says it
+    learned_variance: bool
+    counters: Counters  # their step is the table's row
+    returns_x_start: bool
+    backend: str
+
+    @property
+    def guidance(self) -> float | Tensor | None:
+        return self.guidance_scale if self.guidance_tensor is None else self.guidance_tensor
+
+
+def _reference(call: Arguments) -> tuple[Tensor, Tensor]:
+    x_t, packed, noise, before = call.x_t, call.packed, call.noise, call.prev_x_start
+    step, seed, first = call.counters
+    if isinstance(step, Tensor):  # a gather on the device: no synchronisation
+        row, step = packed.index_select(0, step.reshape(1))[0], step.long()
+    else:
+        row = packed[step]
+    if seed is not None:
+        counted = step + FIRST_COUNTER_STEP
+        noise = normal(x_t.shape, seed=seed, step=counted, first_sample=first, device=x_t.device)
+    n, channels = x_t.shape[:2]
+    output = call.model_output[:, :channels].float()
+    variance = call.model_output[:n, channels:].float() if call.learned_variance else None
+    x_prev, x_start = reference.posterior_step(
+        x_t.float(),
+        output if call.guidance is None else reference.guide(output, call.guidance),
+        dict(zip(COLUMNS, row.unbind(), strict=True)),
+        variance_output=variance,
+        z=None if noise is None else noise.float(),
+        x_start_before=None if before is None else before.float(),
+    )
+    return x_prev.to(x_t.dtype), x_start.to(x_t.dtype)
+
+
+def _launch(call: Arguments, plan: Any, x_prev: Tensor, x_start: Maybe) -> None:
+    x_t, output, packed, noise, before, guidance, number, _, counters, _, backend = call
+    step, seed, first_sample = counters
+    packed = packed.contiguous()
+    guidance = None if guidance is None else guidance.float()
+    tensors = (x_t, output, packed, noise, before, x_prev, x_start)
+    if backend == "triton":
+        from fastdiff.kernels import posterior_step as kernels
+
+        kernels.launch(plan, tensors, counters, number if guidance is None else guidance)
         return
-    if not torch.compiler.is_compiling() and not 0 <= int(step) < len(table):
-        raise step_error(int(step), len(table))
+    wide_step = isinstance(step, Tensor) and step.dtype == torch.int64
+    row, scale = (*value_or_address(step), wide_step), (number or 0.0, address(guidance))
+    noise_of = *arguments(backend, seed), FIRST_COUNTER_STEP, *arguments(backend, first_sample)
+    given = (plan, *map(address, tensors), *row, *scale, seed is not None, *noise_of)
+    served = launch_elementwise(OP, backend, x_t, *given)
+    if served is False:
+        raise step_error(int(step), packed.shape[0])
 
 
-def _check_extras(
-    x_t: Tensor,
-    noisy: bool,
-    multistep: bool,
-    noise: Tensor | None,
-    seed: int | Tensor | None,
-    prev_x_start: Tensor | None,
-) -> None:
-    if noise is not None and seed is not None:
-        raise InputError("noise and seed are both given; expected one of them")
-    if noisy and noise is None and seed is None:
-        raise InputError("this step draws noise; give noise=, or seed= to have it drawn")
-    if multistep and prev_x_start is None:
-        raise InputError(
-            "this step is a second-order multistep one; give prev_x_start=, the pred_x_start that "
-            "the step before returned"
-        )
-    for name, tensor in (("noise", noise), ("prev_x_start", prev_x_start)):
-        if tensor is not None and (tensor.shape != x_t.shape or tensor.device != x_t.device):
-            raise InputError(
-                f"{name} has shape {tuple(tensor.shape)} on {tensor.device}; "
-                f"expected {tuple(x_t.shape)} on {x_t.device}, like x_t"
-            )
+def _plan(call: Arguments) -> Any:
+    """The kernel's description of the layouts; None where it reads none of the kind."""
+    x_t, output = call.x_t, call.model_output
+    batch, channels = x_t.shape[:2]
+    x_prev = torch.empty_like(x_t)
+    given = (x_t if v is None else v for v in (call.noise, call.prev_x_start))
+    operands = [x_t, output[:batch, :channels], *given, x_prev, x_prev]
+    common = common_layout(operands, counted=call.counters.seed is not None)
+    if common is None:
+        return None
+    shape, layouts = common
+    variance = channels * output.stride(1) if call.learned_variance else -1
+    unconditional = batch * output.stride(0) if call.guidance is not None else -1
+    rows = call.packed.shape[0]
+    plan = (shape, rows, *layouts[:2], variance, unconditional, *layouts[2:])
+    return plan if call.backend == "triton" else native.library().PosteriorStep(*plan)
+
+
+def _plan_of(call: Arguments) -> Any:
+    layouts = (call.x_t, call.model_output, call.noise, call.prev_x_start)
+    guided, draws = call.guidance is not None, call.counters.seed is not None
+    options = (call.packed.shape[0], call.learned_variance, guided, draws, call.backend)
+    return plan_of(_plan, call, layouts, *options)
+
+
+_kernel = Kernel(
+    OP, Arguments, lambda call: one_or_two_like(call.x_t, call.returns_x_start), _launch,
+    outputs=2, plan=_plan_of,
+)  # fmt: skip

@@ -7,18 +7,11 @@ from torch import Tensor
 
 from fastdiff.checks import check_float, check_like, check_timesteps
 from fastdiff.errors import InputError
-from fastdiff.ops import backends, dispatch, native
-from fastdiff.ops.counters import (
-    TRAINING_STEP_BASE,
-    Counters,
-    check_counter,
-    check_first_sample,
-    training_step,
-    value_or_address,
-)
+from fastdiff.ops import dispatch, native
+from fastdiff.ops.counters import TRAINING_STEP_BASE, Counters, arguments, check_counters
 from fastdiff.ops.differentiable import Kernel, Outputs
-from fastdiff.ops.dispatch import Choice, MissingGradient
-from fastdiff.ops.layouts import Maybe, address, call_elementwise, common_layout, dense
+from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
+from fastdiff.ops.layouts import Maybe, address, common_layout, launch_elementwise, one_or_two_like
 from fastdiff.ops.normal import draw_like, normal
 from fastdiff.ops.plans import plan_of
 from fastdiff.ops.q_sample.reference import q_sample as reference_q_sample
@@ -60,36 +53,37 @@ def q_sample(
     """
     signal, sigma = sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod
     check_float(x_start, "x_start")
-    rows = _table_length(signal, sigma, x_start)
+    check_float(signal, "sqrt_alphas_cumprod")
+    check_like(sigma, "sqrt_one_minus_alphas_cumprod", signal, "sqrt_alphas_cumprod")
+    if signal.dim() != 1 or signal.shape[0] == 0 or signal.device != x_start.device:
+        raise InputError(
+            "the coefficient tables must have shape (K,) with K >= 1 on x_start's device "
+            f"{x_start.device}, got {tuple(signal.shape)} on {signal.device}"
+        )
     backend = choose(x_start, t, signal, sigma).backend
     # The native kernel looks at t by itself, where it runs at all; the CUDA kernel answers NaN,
     # emulated or not.
     looks = x_start.numel() == 0 or backend not in ("native", "cuda")
-    t = check_timesteps(t, x_start, rows, "x_start", look=looks)
+    t = check_timesteps(t, x_start, signal.shape[0], "x_start", look=looks)
+    counters = Counters()
     if noise is not None:
         if seed is not None:
             raise InputError("q_sample takes noise or seed, not both")
         check_like(noise, "noise", x_start, "x_start")
     elif seed is None:
         noise = draw_like(x_start)
-    counters = Counters() if seed is None else _counters(x_start, seed, step, first_sample)
+    else:
+        counters = check_counters(step, seed, first_sample, 2**32 - TRAINING_STEP_BASE, x_start)
 
     if backend == "reference":
-        if noise is None:
-            noise = _drawn(x_start, counters)
+        noise = _drawn(x_start, counters) if noise is None else noise
         x_t = reference_q_sample(x_start, t, signal, sigma, noise)
-        return x_t, noise if return_noise else None
-    returns_drawn = noise is None and return_noise
-    call = Arguments(x_start, noise, t, signal, sigma, counters, returns_drawn, backend)
-    result, drawn = _kernel(call, dispatch.wants_gradient(x_start, noise))
-    assert result is not None
-    return result, (drawn if noise is None else noise) if return_noise else None
-
-
-_TABLES = MissingGradient(
-    "only it has gradients for the tables",
-    "its kernels have no gradients for the tables; name 'reference', or None for the plan's choice",
-)
+    else:
+        returns_drawn = noise is None and return_noise
+        call = Arguments(x_start, noise, t, signal, sigma, counters, returns_drawn, backend)
+        x_t, drawn = _kernel(call, dispatch.wants_gradient(x_start, noise))
+        noise = drawn if noise is None else noise
+    return x_t, noise if return_noise else None
 
 
 def choose(
@@ -101,48 +95,20 @@ def choose(
 ) -> Choice:
     """Which backend serves this call, and why (``fastdiff.explain``)."""
     tracked = sqrt_alphas_cumprod.requires_grad or sqrt_one_minus_alphas_cumprod.requires_grad
-    return dispatch.choose(OPERATION, x_start, _TABLES if tracked else None)
+    missing = "only 'reference' has gradients for the tables" if tracked else ""
+    return dispatch.choose(OPERATION, x_start, missing)
 
 
-OPERATION = dispatch.register("q_sample", choose, kernels=("native", "triton", "cuda"))
-
-
-def _table_length(first: Tensor, second: Tensor, x_start: Tensor) -> int:
-    check_float(first, "sqrt_alphas_cumprod")
-    check_like(second, "sqrt_one_minus_alphas_cumprod", first, "sqrt_alphas_cumprod")
-    shape = first.shape
-    if len(shape) != 1 or shape[0] == 0:
-        raise InputError(
-            f"the coefficient tables must have shape (K,) with K >= 1, got {tuple(shape)}"
-        )
-    if first.device != x_start.device:
-        raise InputError(
-            f"the coefficient tables are on {first.device} but x_start is on {x_start.device}"
-        )
-    return shape[0]
-
-
-def _counters(
-    x_start: Tensor, seed: int | Tensor, step: int | Tensor, first_sample: int | Tensor
-) -> Counters:
-    """The checked counters; ``step`` stays the training step's number."""
-    device = x_start.device
-    seed = check_counter("seed", seed, 2**64, device)
-    step = check_counter("step", step, 2**32 - TRAINING_STEP_BASE, device)
-    return Counters(step, seed, check_first_sample(first_sample, x_start.shape[0], device))
+OPERATION = OPERATIONS["q_sample"] = Operation("q_sample", ("native", "triton", "cuda"), choose)
 
 
 def _drawn(x_start: Tensor, counters: Counters) -> Tensor:
     """The noise by itself, in x_start's own dtype and layout."""
     step, seed, first_sample = counters
     assert seed is not None
-    return normal(
-        tuple(x_start.shape),
-        seed=seed,
-        step=step + TRAINING_STEP_BASE if isinstance(step, Tensor) else training_step(step),
-        first_sample=first_sample,
-        out=torch.empty_like(x_start, requires_grad=False),
-    )
+    out = torch.empty_like(x_start, requires_grad=False)
+    step = step + TRAINING_STEP_BASE
+    return normal(tuple(out.shape), seed=seed, step=step, first_sample=first_sample, out=out)
 
 
 # --- Launching --------------------------------------------------------------------------------
@@ -159,69 +125,48 @@ class Arguments(NamedTuple):
     backend: str
 
 
-def _allocate(call: Arguments) -> tuple[Tensor, Maybe]:
-    """x_t, and the noise where it is drawn and wanted."""
-    drawn = torch.empty_like(call.x_start) if call.returns_drawn else None
-    return torch.empty_like(call.x_start), drawn
-
-
-def _launch(call: Arguments, x_t: Tensor, drawn: Maybe) -> bool | None:
-    """Fill both."""
+def _launch(call: Arguments, plan: Any, x_t: Tensor, drawn: Maybe) -> None:
     x_start, noise, t, signal, sigma, counters, _, backend = call
     step, seed, first_sample = counters
     draws = seed is not None
-    noise = drawn if draws else noise  # written, or read
-    as_read = signal.dtype == sigma.dtype == torch.float32 and (
-        t.is_contiguous() and signal.is_contiguous() and sigma.is_contiguous()
-    )
-    rows = signal.shape[0]
-    plan = plan_of(_plan, (x_start, noise), rows, draws, backend)
-    if plan is None or not as_read:
-        return False
-    tensors = (x_start, t, signal, sigma, noise, x_t)
+    t, signal, sigma = t.contiguous(), signal.float().contiguous(), sigma.float().contiguous()
+    tensors = (x_start, t, signal, sigma, drawn if draws else noise, x_t)  # written, or read
     if backend == "triton":
         from fastdiff.kernels import q_sample as kernels
 
-        with backends.device_of(x_t):
-            kernels.launch(plan, tensors, counters)
-        return None
-    number, place = value_or_address(step, 32) if backend == "cuda" else (int(step), 0)
-    counted = (number + TRAINING_STEP_BASE) & 0xFFFFFFFF
-    arguments = (plan, *map(address, tensors), draws)
-    bad = call_elementwise(
-        "q_sample", backend, x_t, arguments, seed, (counted, place), first_sample
-    )
+        kernels.launch(plan, tensors, counters)
+        return
+    numbers = *arguments(backend, seed), *arguments(backend, step, 32, TRAINING_STEP_BASE)
+    numbers = *numbers, *arguments(backend, first_sample)
+    given = (plan, *map(address, tensors), draws, *numbers)
+    bad = launch_elementwise("q_sample", backend, x_t, *given)
     if bad is not None and bad >= 0:
+        rows = signal.shape[0]
         raise InputError(
             f"t must lie in 0 … {rows - 1} for a process of {rows} steps, got {int(t[bad])}"
         )
-    return None
 
 
-def _readable(call: Arguments) -> Arguments:
-    """On contiguous copies in dtypes that the kernels read."""
-    return call._replace(
-        x_start=call.x_start.contiguous(),
-        noise=dense(call.noise),
-        t=call.t.contiguous(),
-        signal=call.signal.float().contiguous(),
-        sigma=call.sigma.float().contiguous(),
-    )
-
-
-def _plan(x_start: Tensor, noise: Maybe, rows: int, draws: bool, backend: str) -> Any:
-    """The kernel's description of these layouts; None where it reads none of the kind."""
-    if noise is not None and noise.dtype not in native.DTYPE_CODES:
-        return None
-    operands = [x_start, x_start if noise is None else noise, torch.empty_like(x_start)]
-    common = common_layout(operands, counted=draws)
+def _plan(call: Arguments) -> Any:
+    """The kernel's description of the layouts; None where it reads none of the kind."""
+    x_t = torch.empty_like(call.x_start)
+    operands = [call.x_start, x_t if call.noise is None else call.noise, x_t]
+    common = common_layout(operands, counted=call.counters.seed is not None)
     if common is None:
         return None
-    arguments = (common[0], rows, *common[1])
-    return arguments if backend == "triton" else native.library().QSample(*arguments)
+    plan = (common[0], call.signal.shape[0], *common[1])
+    return plan if call.backend == "triton" else native.library().QSample(*plan)
 
 
-_kernel = Kernel("q_sample", Arguments, _allocate, _launch, outputs=2, readable=_readable)
+def _plan_of(call: Arguments) -> Any:
+    draws = call.counters.seed is not None
+    return plan_of(_plan, call, call[:2], call.signal.shape[0], draws, call.backend)
+
+
+_kernel = Kernel(
+    "q_sample", Arguments, lambda call: one_or_two_like(call.x_start, call.returns_drawn), _launch,
+    outputs=2, plan=_plan_of,
+)  # fmt: skip
 
 
 # --- Gradients: the operation is its own derivative ---------------------------------------------

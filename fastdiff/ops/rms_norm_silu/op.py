@@ -1,15 +1,16 @@
 """RMS norm over the channels + FiLM + SiLU in one call."""
 
+import operator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdiff.errors import InputError
-from fastdiff.ops import backends, dispatch, native, norms
+from fastdiff.ops import checks, dispatch, native
+from fastdiff.ops.backends import KERNEL_DTYPES
 from fastdiff.ops.differentiable import Kernel
-from fastdiff.ops.dispatch import Choice
-from fastdiff.ops.layouts import Maybe, address, code, row_stride
+from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
+from fastdiff.ops.layouts import Maybe, address, code, in_kernels_layout, norm_shape, rows
 from fastdiff.ops.plans import plan_of
 from fastdiff.ops.rms_norm_silu import reference as reference
 
@@ -44,46 +45,31 @@ def rms_norm_silu(
     Source: Zhang & Sennrich 2019, equation 4, over the channels as denoising-diffusion-pytorch has
     it; FiLM as in Nichol & Dhariwal 2021, section 3.
     """
-    _check(x, weight, scale, shift, activation)
-    backend = choose(x, weight, scale=scale, shift=shift).backend
+    film: dict[str, Any] = {"scale": scale, "shift": shift, "activation": activation}
+    backend = choose(x, weight, **film).backend
     if backend == "reference":
-        return reference.rms_norm_silu(
-            x, weight, eps=eps, scale=scale, shift=shift, activation=activation
-        )
-    y = _kernel(Arguments(x, weight, scale, shift, eps, activation is not None, backend))[0]
-    assert y is not None
-    return y
+        return reference.rms_norm_silu(x, weight, eps=eps, **film)
+    return _kernel(Arguments(x, weight, scale, shift, eps, activation is not None, backend))[0]
 
 
 def choose(
-    x: Tensor, weight: Tensor, *, scale: Maybe = None, shift: Maybe = None, **_: Any
-) -> Choice:
-    """Which backend serves this call, and why (``fastdiff.explain``)."""
-    wanted = dispatch.wants_gradient(x, weight, scale, shift)
-    return dispatch.choose(OPERATION, x, dispatch.NOT_DIFFERENTIABLE if wanted else None)
-
-
-OPERATION = dispatch.register(OP, choose, kernels=("native", "triton"))
-
-
-def _check(x: Tensor, weight: Tensor, scale: Maybe, shift: Maybe, activation: str | None) -> None:
-    norms.check_x(OP, x)
+    x: Tensor, weight: Tensor, *, scale: Maybe = None, shift: Maybe = None,
+    activation: str | None = "silu", **_: Any,
+) -> Choice:  # fmt: skip
+    """Which backend serves this call, once checked, and why (``fastdiff.explain``)."""
+    checks.check_x(OP, x)
     rows = x.shape[:2]
-    if not isinstance(weight, Tensor):
-        raise norms.no_tensor(OP, "weight", weight)
-    found = norms.describe(weight)
-    if not weight.is_floating_point():
-        raise InputError(f"{OP}: weight is {found}; expected a floating-point tensor")
-    norms.check_device(OP, "weight", weight, x)
-    if weight.numel() != rows[1]:
-        raise InputError(
-            f"{OP}: weight is {found}; expected {rows[1]} elements, one for each channel of x"
-        )
-    norms.check_film_and_activation(OP, scale, shift, activation)
-    if scale is not None:
-        broadcast = rows + (1,) * (x.dim() - 2)
-        norms.check_like(OP, "scale", scale, x, rows, broadcast)
-        norms.check_like(OP, "shift", shift, x, rows, broadcast)
+    if not isinstance(weight, Tensor) or weight.numel() != rows[1]:
+        raise checks.refusal(OP, "weight", weight, f"{rows[1]} elements, one for each channel of x")
+    checks.check_tensor(OP, "weight", weight, x, weight.shape)
+    broadcast = rows + (1,) * (x.dim() - 2)
+    checks.check_pair(OP, ("scale", "shift"), scale, shift, x, rows, broadcast)
+    checks.check_activation(OP, activation)
+    wanted = dispatch.wants_gradient(x, weight, scale, shift)
+    return dispatch.choose(OPERATION, x, dispatch.NO_GRADIENTS if wanted else "")
+
+
+OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton"), choose)
 
 
 # --- Launching --------------------------------------------------------------------------------
@@ -99,57 +85,35 @@ class Arguments(NamedTuple):
     backend: str
 
 
-def _launch(call: Arguments, y: Tensor) -> bool | None:
+def _launch(call: Arguments, shape: Any, y: Tensor) -> None:
     x, weight, scale, shift, eps, silu, backend = call
-    shape = plan_of(_plan, (x, weight, scale, shift), eps, silu, backend)
-    if shape is None:
-        return False
     if backend == "native":
-        native.library().rms_norm_silu_cpu(
-            shape, x.data_ptr(), weight.data_ptr(), address(scale), address(shift),
-            y.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-    else:
-        from fastdiff.kernels import rms_norm_silu as kernels
+        native.launch(OP, backend, x, shape, *map(address, (*call[:4], y)))
+        return
+    from fastdiff.kernels import rms_norm_silu as kernels
 
-        with backends.device_of(x):
-            kernels.forward(x, weight, eps, scale, shift, silu, y)
-    return None
+    kernels.forward(x, weight, eps, scale, shift, silu, y)
 
 
 def _readable(call: Arguments) -> Arguments:
     """With copies of what no kernel reads as it stands (strange strides, mixed and wide dtypes)."""
     x, weight = call.x, call.weight
-    if weight.dtype not in backends.KERNEL_DTYPES:
+    if weight.dtype not in KERNEL_DTYPES:
         weight = weight.float()
-    scale, shift = norms.rows(call.scale, call.shift)
-    x = norms.in_layout_of(norms.dense_like(x), x)
+    x = in_kernels_layout(x, x)
+    scale, shift = rows(call.scale, call.shift)
     return call._replace(x=x, weight=weight.contiguous(), scale=scale, shift=shift)
 
 
-def _plan(x: Tensor, weight: Tensor, scale: Maybe, shift: Maybe, *options: Any) -> Any:
+def _plan(call: Arguments) -> Any:
     """What the kernel is told of the shapes; None for arguments that it does not read."""
-    eps, silu, backend = options
-    call = Arguments(x, weight, scale, shift, *options)
-    if not norms.unchanged(call, _readable(call)):
+    if not all(map(operator.is_, call, _readable(call))):
         return None
-    if backend == "triton":
+    if call.backend == "triton":
         return ()  # its launcher derives its own
-    n, channels = x.shape[:2]
-    positions = x.numel() // (n * channels)
+    shape = norm_shape(call.x, call.scale, call.shift)
     return native.library().RmsNormShape(
-        samples=n,
-        channels=channels,
-        positions=positions,
-        # One position: channels are neighbours, which only the channels_last kernel vectorises.
-        channels_last=positions == 1 or not x.is_contiguous(),
-        silu=silu,
-        eps=eps,
-        dtype=code(x),
-        weight_dtype=code(weight),
-        film_dtype=code(scale),
-        scale_stride=row_stride(scale),
-        shift_stride=row_stride(shift),
+        **shape, silu=call.silu, eps=call.eps, weight_dtype=code(call.weight)
     )
 
 
@@ -159,5 +123,6 @@ _kernel = Kernel(
     lambda call: (torch.empty_like(call.x),),
     _launch,
     outputs=1,
+    plan=lambda call: plan_of(_plan, call, call[:4], *call[4:]),
     readable=_readable,
 )
