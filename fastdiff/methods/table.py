@@ -64,7 +64,8 @@ class StepTable:
     What a program must know without reading the device: ``doubled_output``, the network returns 2C
     channels; ``learned_variance``, the second C of them set the standard deviation;
     ``scales_input``, some ``input_scale`` is not one; ``noisy_rows``, which rows draw noise;
-    ``multistep_rows``, which rows read the x_0 of the row before.
+    ``multistep_rows``, which rows read the x_0 of the row before; ``is_noisy`` and
+    ``is_multistep``, whether any does.
     """
 
     packed: torch.Tensor
@@ -74,8 +75,9 @@ class StepTable:
     scales_input: bool
     noisy_rows: tuple[bool, ...]
     multistep_rows: tuple[bool, ...]
-    is_noisy: bool = field(init=False)  # any row; no cached_property, which takes a lock in Python
-    is_multistep: bool = field(init=False)  # 3.11 that torch.compile cannot
+    # Not cached properties, which take a lock in Python 3.11 that torch.compile cannot take.
+    is_noisy: bool = field(init=False)
+    is_multistep: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "is_noisy", any(self.noisy_rows))

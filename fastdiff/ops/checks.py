@@ -4,8 +4,8 @@ from torch import Tensor
 
 from fastdiff.errors import InputError
 from fastdiff.ops.backends import short
+from fastdiff.ops.layouts import Maybe
 
-Maybe = Tensor | None
 Sizes = tuple[int, ...]
 
 

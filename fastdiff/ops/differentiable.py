@@ -78,8 +78,8 @@ class Kernel:
             return outputs
         plan = self.plan(call)
         if plan is None:
-            copies = zip(outputs, self.run(self.readable(call)), strict=True)
-            return tuple(None if output is None else output.copy_(copy) for output, copy in copies)
+            pairs = zip(outputs, self.run(self.readable(call)), strict=True)
+            return tuple(v if v is None or _alike(v, room) else room.copy_(v) for room, v in pairs)
         if outputs[0].is_cpu:
             self.launch(call, plan, *outputs)
         else:
@@ -196,6 +196,10 @@ def differentiable_once(
         )
 
     torch.library.register_autograd(f"fastdiff::{backward.name}", refuse, lib=_LIBRARY)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.stride() == b.stride()
 
 
 # --- Records and operators' arguments ---------------------------------------------------------

@@ -66,7 +66,7 @@ def test_bad_model_or_process():
         ({"noise": np.zeros(SHAPE)}, "noise must be a floating-point tensor .* got ndarray"),
         ({"step_noise": lambda i: None}, "the noise of step 1 must be a tensor, got NoneType"),
         ({"step_noise": np.zeros(SHAPE)}, "the noise of step 1 must be a tensor, got ndarray"),
-        ({"step_noise": torch.zeros(1, 2, 4, 4)}, "noise has shape"),
+        ({"step_noise": torch.zeros(1, 2, 4, 4)}, r"noise is \(1, 2, 4, 4\)"),
         ({"seed": 1.5}, "seed"),
         ({"seed": -1}, "seed"),
         ({"first_sample": -1}, "first_sample"),
@@ -89,9 +89,9 @@ def test_torch_noise_has_no_numbering():
 @pytest.mark.parametrize(
     "model, message",
     [
-        (lambda x, t: x[:, :1], r"model_output has shape \(3, 1, 4, 4\); expected"),
-        (lambda x, t: x.long(), "model_output is torch.int64"),
-        (lambda x, t: (x,), "model_output is a tuple; expected a tensor"),
+        (lambda x, t: x[:, :1], r"model_output is \(3, 1, 4, 4\) .*; expected"),
+        (lambda x, t: x.long(), "model_output is .* int64"),
+        (lambda x, t: (x,), "model_output is a tuple; expected"),
     ],
 )
 def test_bad_network_outputs(model, message):

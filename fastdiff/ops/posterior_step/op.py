@@ -10,7 +10,7 @@ from fastdiff.errors import InputError
 from fastdiff.methods.table import COLUMNS, StepTable
 from fastdiff.ops import dispatch, native
 from fastdiff.ops.backends import KERNEL_DTYPES as DTYPES
-from fastdiff.ops.checks import Maybe, check_tensor, refusal
+from fastdiff.ops.checks import check_tensor, refusal
 from fastdiff.ops.counters import (
     Counters,
     arguments,
@@ -21,7 +21,13 @@ from fastdiff.ops.counters import (
 )
 from fastdiff.ops.differentiable import Kernel
 from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
-from fastdiff.ops.layouts import address, common_layout, launch_elementwise, one_or_two_like
+from fastdiff.ops.layouts import (
+    Maybe,
+    address,
+    common_layout,
+    launch_elementwise,
+    one_or_two_like,
+)
 from fastdiff.ops.normal import normal
 from fastdiff.ops.plans import plan_of
 from fastdiff.ops.posterior_step import reference as reference
