@@ -129,7 +129,8 @@ def _allocate_gradients(given: Any) -> tuple[Maybe, ...]:
     x, *small, add = given.call[:6]
     if add is not None and add.shape == x.shape:
         add = None
-    rest = (None if v is None else v.new_empty(v.shape) for v in (*small, add))
+    dense = torch.contiguous_format
+    rest = (None if v is None else torch.empty_like(v, memory_format=dense) for v in (*small, add))
     return torch.empty_like(x), *rest
 
 

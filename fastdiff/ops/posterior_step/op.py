@@ -101,10 +101,11 @@ def posterior_step(
     by_tensor = isinstance(guidance_scale, Tensor)
     scale = None if guidance_scale is None or by_tensor else float(guidance_scale)
     guidance: Any = guidance_scale if by_tensor else None
+    packed, learned = table.packed, table.learned_variance
     call = Arguments(
-        *(x_t, model_output, table.packed, noise, prev_x_start, guidance, scale),
-        *(table.learned_variance, counters, return_x_start, backend),
-    )
+        x_t, model_output, packed, noise, prev_x_start, guidance, scale,
+        learned, counters, return_x_start, backend,
+    )  # fmt: skip
     x_prev, x_start = _reference(call) if backend == "reference" else _kernel(call)
     return x_prev, x_start if return_x_start else None
 
@@ -251,7 +252,8 @@ def _plan(call: Arguments) -> Any:
 
 def _plan_of(call: Arguments) -> Any:
     layouts = (call.x_t, call.model_output, call.noise, call.prev_x_start)
-    guided, draws = call.guidance is not None, call.counters.seed is not None
+    guided = call.guidance_scale is not None or call.guidance_tensor is not None
+    draws = call.counters.seed is not None
     options = (call.packed.shape[0], call.learned_variance, guided, draws, call.backend)
     return plan_of(_plan, call, layouts, *options)
 
