@@ -17,6 +17,7 @@ from fastdiff.errors import InputError
 from fastdiff.ops import backends, native
 from fastdiff.ops.backends import KERNEL_DTYPES, short
 
+LANGUAGES = {"native": "C++", "triton": "Triton", "cuda": "CUDA C++"}  # of the kernels
 NAMED_REASON = f"named by set_backend, backend() or {backends.VARIABLE}"
 # Why no kernel can serve a call: the reason for the reference, or against a backend that is named.
 TRANSFORMS = "only 'reference' serves torch.func and forward-mode differentiation"
@@ -49,7 +50,9 @@ class Operation:
     choose: Callable[..., Choice]
 
     def __post_init__(self) -> None:
-        self.on_cpu = Choice(self.name, "native", "the C++ kernel serves every CPU call")
+        self.on_cpu = Choice(self.name, "reference", f"there is no C++ kernel of {self.name}")
+        if "native" in self.kernels:
+            self.on_cpu = Choice(self.name, "native", "the C++ kernel serves every CPU call")
 
 
 OPERATIONS: dict[str, Operation] = {}  # by name; each op.py adds its own
@@ -99,7 +102,9 @@ def default(op: Operation, device: torch.device, dtype: torch.dtype) -> tuple[st
         return op.on_cpu[1:]
     if device.type != "cuda":
         return "reference", f"there are no kernels for {device.type} devices"
-    triton = backends.HAS_TRITON
+    if not {"cuda", "triton"} & set(op.kernels):
+        return "reference", f"there is no kernel of {op.name} for GPUs"
+    triton = backends.HAS_TRITON and "triton" in op.kernels
     if "cuda" in op.kernels and (not triton or faster_in_cuda(op.name, device)):
         if not native.cuda_problem(device):
             why = "measured faster than Triton's" if triton else "Triton is not installed"
@@ -134,7 +139,7 @@ def problem(op: Operation, name: str, device: torch.device, dtype: torch.dtype) 
     if name == "reference":
         return ""
     if name not in op.kernels:
-        return f"there is no CUDA C++ kernel of {op.name}"
+        return f"there is no {LANGUAGES[name]} kernel of {op.name}"
     if dtype not in KERNEL_DTYPES:
         return f"its kernels take float32, bfloat16 and float16, not {short(dtype)}"
     if name == "cuda":

@@ -1,6 +1,7 @@
 """Naming backends, and asking whether a kernel may be launched past PyTorch's dispatcher."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -218,3 +219,21 @@ def test_a_batch_of_gradients_is_not_launched_directly():
     torch.autograd.grad(Watch.apply(x), x, torch.ones(2))
     torch.autograd.grad(Watch.apply(x), x, torch.ones(3, 2), is_grads_batched=True)
     assert seen == [True, False]
+
+
+@pytest.mark.parametrize(
+    "kernels, backend", [(("native",), "native"), (("triton",), "reference"), ((), "reference")]
+)
+def test_an_operation_is_served_by_the_kernels_that_it_has(kernels, backend):
+    """Where a backend has none, the plan passes it by, and naming it is an error."""
+    x = torch.zeros(2)
+    op = dispatch.Operation("twice", kernels, lambda x: dispatch.choose(op, x))
+    assert op.choose(x).backend == backend
+    for name, language in dispatch.LANGUAGES.items():
+        if name not in kernels:
+            message = f"there is no {language} kernel of twice"
+            with fastdiff.backend(name), pytest.raises(InputError, match=re.escape(message)):
+                op.choose(x)
+    on_gpu, reason = dispatch.default(op, torch.device("cuda"), x.dtype)
+    if "triton" not in kernels:
+        assert on_gpu == "reference" and reason == "there is no kernel of twice for GPUs"
