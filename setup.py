@@ -55,7 +55,8 @@ def cmake_options(suffix: str) -> list[str]:
         "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE", "Release"),
         "CMAKE_MAKE_PROGRAM": program("ninja"),
         "FASTDIFF_MODULE_SUFFIX": suffix,
-        "Python_EXECUTABLE": sys.executable,
+        # By one name: python and python3.11 of an environment would not share what was compiled.
+        "Python_EXECUTABLE": str(Path(sys.executable).resolve()),
         "pybind11_DIR": pybind11.get_cmake_dir(),
         "FASTDIFF_CUDA": cuda,
         "FASTDIFF_CUDA_WHY": why,
