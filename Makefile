@@ -68,27 +68,37 @@ gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py
 
 # The build tools stand in the environment, so that what is compiled once stays compiled: make test
-# after make demo compiles nothing, and after a change only what changed.
-$(VENV)/%.installed: pyproject.toml setup.py | $(VENV)/native.built
-	@echo "== Installing fastdiff and the packages of its extra '$*'"
+# after make demo compiles nothing, and after a change only what changed. Packages are fetched while
+# the library compiles.
+MAKEFLAGS += --jobs=2
+
+$(VENV)/%.installed: pyproject.toml setup.py | $(VENV)/native.built $(VENV)/%.packages
+	@echo "== Installing fastdiff with its extra '$*'"
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --no-build-isolation --editable '.[$*]'
 	$(if $(filter test,$*),$(BIN)/pip install --no-deps $(WITHOUT_DEPENDENCIES))
 	@touch $@
 
-$(VENV)/native.built: setup.py CMakeLists.txt $(NATIVE) | $(VENV)/torch.installed
+$(VENV)/native.built: setup.py CMakeLists.txt $(NATIVE) | $(VENV)/tools.installed
 	@echo "== Compiling the native library"
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-$(VENV)/torch.installed:
+$(VENV)/%.packages: pyproject.toml | $(VENV)/tools.installed
+	@echo "== Fetching $(TORCH) and the packages of the extra '$*'"
+	$(BIN)/python .ci/requirements.py $* > $@.txt
+	$(BIN)/pip install '$(TORCH)' --requirement $@.txt
+	@touch $@
+
+$(VENV)/tools.installed:
 	@test -n "$(PYTHON)" || { echo "fastdiff needs Python 3.11 or newer with venv; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
-	@echo "== Making $(VENV) with $(TORCH) and the build tools"
+	@echo "== Making $(VENV) with the build tools"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install '$(TORCH)'
-	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' > $(VENV)/build-tools.txt
+	$(BIN)/python .ci/requirements.py > $(VENV)/build-tools.txt
 	$(BIN)/pip install --requirement $(VENV)/build-tools.txt
 	@touch $@
+
+.PRECIOUS: $(VENV)/%.packages
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fastdiff/*.so
