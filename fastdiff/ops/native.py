@@ -97,7 +97,7 @@ def cuda_problem(device: torch.device) -> str:
 def _cuda_problem(device: torch.device) -> str:
     info = build_info()
     if info["cuda"] is None:
-        return "the native library was built without CUDA kernels (no driver or nvcc, or FASTDIFF_CUDA=0)"
+        return "the native library was built without CUDA kernels (FASTDIFF_CUDA=1 compiles them)"
     if emulates_cuda():
         return "" if device.type == "cpu" else "it was built for the emulation on CPU tensors"
     if device.type != "cuda":
