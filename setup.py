@@ -55,8 +55,7 @@ def cmake_options(suffix: str) -> list[str]:
         "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE", "Release"),
         "CMAKE_MAKE_PROGRAM": program("ninja"),
         "FASTDIFF_MODULE_SUFFIX": suffix,
-        # By one name: python and python3.11 of an environment would not share what was compiled.
-        "Python_EXECUTABLE": str(Path(sys.executable).resolve()),
+        "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
         "FASTDIFF_CUDA": cuda,
         "FASTDIFF_CUDA_WHY": why,
@@ -90,6 +89,9 @@ def discard_stale_build(build_dir: Path, options: list[str]) -> None:
     that found no nvcc never looks again."""
     variables = ("CXX", "CXXFLAGS", "CUDACXX", "CUDAFLAGS", "CUDA_HOME", "CUDA_PATH")
     chosen = [os.environ.get(name, "") for name in variables]
+    # python and python3.11 of an environment are one: what was compiled by one the other keeps.
+    named = f"-DPython_EXECUTABLE={sys.executable}"
+    options = [os.path.realpath(sys.executable) if o == named else o for o in options]
     fingerprint = json.dumps([program("cmake"), shutil.which("nvcc"), chosen, options])
     stamp = build_dir / "fastdiff_options.json"
     if not stamp.is_file() or stamp.read_text() != fingerprint:
