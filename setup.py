@@ -35,7 +35,8 @@ class CMakeBuild(build_ext):
         discard_stale_build(build_dir, options)
 
         cmake = program("cmake")
-        run([cmake, "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja", *options])
+        defined = [f"-D{name}={value}" for name, value in options.items()]
+        run([cmake, "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja", *defined])
         run([cmake, "--build", str(build_dir), "--parallel", str(os.cpu_count() or 1)])
         replace(build_dir / module.name, module)
 
@@ -47,11 +48,11 @@ class CMakeBuild(build_ext):
         return ROOT / "build" / f"temp.{get_platform()}-{sys.implementation.cache_tag}"
 
 
-def cmake_options(suffix: str) -> list[str]:
+def cmake_options(suffix: str) -> dict[str, str]:
     import pybind11
 
     cuda, why = cuda_choice()
-    options = {
+    return {
         "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE", "Release"),
         "CMAKE_MAKE_PROGRAM": program("ninja"),
         "FASTDIFF_MODULE_SUFFIX": suffix,
@@ -61,7 +62,6 @@ def cmake_options(suffix: str) -> list[str]:
         "FASTDIFF_CUDA_WHY": why,
         "FASTDIFF_SANITIZE": os.environ.get("FASTDIFF_SANITIZE", ""),
     }
-    return [f"-D{name}={value}" for name, value in options.items()]
 
 
 def cuda_choice() -> tuple[str, str]:
@@ -83,15 +83,14 @@ def replace(built: Path, module: Path) -> None:
     os.replace(new, module)
 
 
-def discard_stale_build(build_dir: Path, options: list[str]) -> None:
+def discard_stale_build(build_dir: Path, options: dict[str, str]) -> None:
     """Start afresh when a tool moved or came: with build isolation every build has its own ninja
     and pybind11, and a CMake cache that names those of an earlier build fails to configure; one
     that found no nvcc never looks again."""
     variables = ("CXX", "CXXFLAGS", "CUDACXX", "CUDAFLAGS", "CUDA_HOME", "CUDA_PATH")
     chosen = [os.environ.get(name, "") for name in variables]
     # python and python3.11 of an environment are one: what was compiled by one the other keeps.
-    named = f"-DPython_EXECUTABLE={sys.executable}"
-    options = [os.path.realpath(sys.executable) if o == named else o for o in options]
+    options = options | {"Python_EXECUTABLE": os.path.realpath(sys.executable)}
     fingerprint = json.dumps([program("cmake"), shutil.which("nvcc"), chosen, options])
     stamp = build_dir / "fastdiff_options.json"
     if not stamp.is_file() or stamp.read_text() != fingerprint:

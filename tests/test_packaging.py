@@ -225,13 +225,13 @@ def test_a_build_that_found_no_nvcc_is_not_kept_when_one_is_named(tmp_path, monk
     discard = runpy.run_path(str(ROOT / "setup.py"))["discard_stale_build"]
     monkeypatch.setitem(discard.__globals__, "program", lambda name: name)
     build = tmp_path / "native"
-    discard(build, ["-DA=1"])
+    discard(build, {"A": "1"})
     kept = build / "CMakeCache.txt"
     kept.touch()
-    discard(build, ["-DA=1"])
+    discard(build, {"A": "1"})
     assert kept.exists()
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    discard(build, ["-DA=1"])
+    discard(build, {"A": "1"})
     assert build.exists() and not kept.exists()
 
 

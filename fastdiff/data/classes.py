@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastdiff.data.dataset import ImageDataset
+from fastdiff.data.dataset import ImageDataset, numbers
 from fastdiff.data.text import listed, shown
 from fastdiff.errors import InputError
 
@@ -55,11 +55,6 @@ def match_classes(
     matched.labels = mapping[dataset.labels]
     matched.class_names, matched.num_classes = known, count
     return matched
-
-
-def numbers(count: int) -> list[str]:
-    """The names of classes that have none: their numbers."""
-    return [str(number) for number in range(count)]
 
 
 def renumber(

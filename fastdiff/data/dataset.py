@@ -55,7 +55,7 @@ class ImageDataset:
         if labels is not None:
             labels = _checked_labels(labels, count)
             if class_names is None:
-                class_names, numbered = [str(n) for n in range(labels.max() + 1)], True
+                class_names, numbered = numbers(labels.max() + 1), True
         self.labels = labels
         self.class_names = class_names
         self.num_classes = None if class_names is None else len(class_names)
@@ -119,6 +119,11 @@ class ArrayDataset(ImageDataset):
 
     def gather(self, indices: np.ndarray) -> Tensor:
         return self.images[torch.from_numpy(indices)]
+
+
+def numbers(count: int) -> list[str]:
+    """The names of classes that have none: their numbers."""
+    return [str(number) for number in range(count)]
 
 
 def _checked_labels(labels: np.ndarray, count: int) -> np.ndarray:

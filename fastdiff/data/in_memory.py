@@ -17,12 +17,10 @@ def in_memory(
     class_names: list[str] | None,
     name: str,
     options: Options,
-    *,
-    numbered: bool = False,
 ) -> ArrayDataset:
-    """uint8 (N, H, W, C) and, where there are classes, labels (N,) and names as a data set.
+    """uint8 (N, H, W, C) and, where there are classes, labels (N,) and perhaps names as a data set.
 
-    name: of the set, for messages. numbered: the classes have numbers alone.
+    name: of the set, for messages.
     """
     class_cond = options.class_cond
     if class_cond and labels is None:
@@ -39,7 +37,6 @@ def in_memory(
         labels=labels,
         class_names=class_names,
         random_flip=options.random_flip,
-        numbered=numbered and labels is not None,
         found=Found(
             name.strip("'"),
             sizes=Counter({f"{width}x{height}": count}),

@@ -119,7 +119,8 @@ class StepTable:
         allow, noise levels that do not rise, and ε-prediction from a step without signal.
         """
         chosen = registry.find(method)
-        for name, value in {**options, **({} if eta == 0.0 else {"eta": eta})}.items():
+        given = options if eta == 0.0 else {**options, "eta": eta}
+        for name, value in given.items():
             if name not in chosen.options:
                 owners = " or ".join(map(repr, registry.taking(name))) or "none that there is"
                 raise InputError(f"{name}={value} belongs to method {owners}, not to {method!r}")

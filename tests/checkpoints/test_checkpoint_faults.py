@@ -198,9 +198,9 @@ def test_values_without_a_json_form_are_refused_before_anything_is_written(tmp_p
 
 
 def test_threads_that_save_side_by_side_do_not_clear_each_other_away(tmp_path, monkeypatch):
-    from fastdiff.checkpoints import weights as files
+    from fastdiff.checkpoints import weights
 
-    write, first_writes, go_on = files._write_tensors, threading.Event(), threading.Event()
+    write, first_writes, go_on = weights._write_tensors, threading.Event(), threading.Event()
 
     def slow(path, tensors):
         write(path, tensors)
@@ -208,7 +208,7 @@ def test_threads_that_save_side_by_side_do_not_clear_each_other_away(tmp_path, m
             first_writes.set()
             assert go_on.wait(30)
 
-    monkeypatch.setattr(files, "_write_tensors", slow)
+    monkeypatch.setattr(weights, "_write_tensors", slow)
     first = threading.Thread(target=save, args=(tmp_path / "first", network()), kwargs={"step": 1})
     first.start()
     assert first_writes.wait(30)

@@ -20,7 +20,6 @@ from parts_tools import (
     STARTS,
     WAIT,
     arguments,
-    count_drawn,
     error_line,
     files,
     forkserver,
@@ -30,24 +29,6 @@ from parts_tools import (
     sample,
     save_network,
 )
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_network(tmp_path_factory.mktemp("network") / "ckpt", seed=0)
-
-
-@pytest.fixture(scope="module")
-def whole(checkpoint, tmp_path_factory):
-    """What one undisturbed run leaves, with a trajectory that reaches into the second batch."""
-    out = tmp_path_factory.mktemp("whole")
-    assert sample(checkpoint, out, *SMALL, "--trajectory", "6") == 0
-    return out
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    return count_drawn(monkeypatch)
 
 
 def test_nothing_of_the_parts_is_left(whole):

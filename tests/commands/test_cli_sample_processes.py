@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastdiff.commands import workers as _processes
+from fastdiff.commands import workers
 from fastdiff.errors import InputError
 from parts_tools import (
     SMALL,
@@ -19,34 +19,14 @@ from parts_tools import (
     WAIT,
     Group,
     arguments,
-    count_drawn,
     error_line,
     files,
     forkserver,
     interrupt,
     part,
     sample,
-    save_network,
 )
 from paths import ROOT
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_network(tmp_path_factory.mktemp("network") / "ckpt", seed=0)
-
-
-@pytest.fixture(scope="module")
-def whole(checkpoint, tmp_path_factory):
-    """What one undisturbed run leaves, with a trajectory that reaches into the second batch."""
-    out = tmp_path_factory.mktemp("whole")
-    assert sample(checkpoint, out, *SMALL, "--trajectory", "6") == 0
-    return out
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    return count_drawn(monkeypatch)
 
 
 @pytest.fixture
@@ -119,7 +99,7 @@ def test_each_process_takes_its_gpu(monkeypatch, device, gpus, backend, refusal,
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setattr("torch.cuda.set_device", lambda device: asked.update(device=device))
-    monkeypatch.setattr(_processes, "choose_device", lambda device: device)
+    monkeypatch.setattr(workers, "choose_device", lambda device: device)
     monkeypatch.setattr(
         "torch.distributed.init_process_group", lambda name, timeout: asked.update(backend=name)
     )
@@ -127,13 +107,13 @@ def test_each_process_takes_its_gpu(monkeypatch, device, gpus, backend, refusal,
     if refusal is not None:
         # One line a machine: from its first process.
         with pytest.raises((SystemExit, InputError)) as ended:
-            _processes.join(device)
+            workers.join(device)
         if local_rank == 0:
             assert refusal in str(ended.value)
         else:
             assert ended.type is SystemExit and ended.value.code == 2
         return
-    processes = _processes.join(device)
+    processes = workers.join(device)
     assert asked["backend"] == backend and (processes.rank, processes.count) == (6, 8)
     if backend == "nccl":
         assert processes.device == asked["device"] == f"cuda:{local_rank}"

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from fastdiff.data.classes import numbers
 from fastdiff.data.dataset import ArrayDataset
 from fastdiff.data.formats.registry import Options, image_format
 from fastdiff.data.in_memory import in_memory
@@ -27,9 +26,4 @@ def load_npz(path: Path, options: Options) -> ArrayDataset:
             )
     if images.size == 0:
         raise InputError(f"'{path}' holds no images: arr_0 has shape {images.shape}")
-    numbered = names is None
-    if labels is None:
-        names = None
-    elif names is None:
-        names = numbers(int(labels.max()) + 1)
-    return in_memory(images, labels, names, f"'{path}'", options, numbered=numbered)
+    return in_memory(images, labels, None if labels is None else names, f"'{path}'", options)

@@ -12,7 +12,7 @@ from fastdiff.ops import dispatch, layouts, native
 from fastdiff.ops.checks import check_activation, check_pair, check_tensor, check_x, refusal
 from fastdiff.ops.differentiable import Kernel, differentiable_once
 from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
-from fastdiff.ops.group_norm_silu import reference as reference
+from fastdiff.ops.group_norm_silu import reference
 from fastdiff.ops.layouts import Maybe, address, code, row_stride, rows
 from fastdiff.ops.plans import LARGEST_CACHE, plan_of
 

@@ -30,7 +30,7 @@ from fastdiff.ops.layouts import (
 )
 from fastdiff.ops.normal import normal
 from fastdiff.ops.plans import plan_of
-from fastdiff.ops.posterior_step import reference as reference
+from fastdiff.ops.posterior_step import reference
 
 OP = "posterior_step"
 FIRST_COUNTER_STEP = sampling_step(0)

@@ -12,7 +12,7 @@ from fastdiff.ops.differentiable import Kernel
 from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
 from fastdiff.ops.layouts import Maybe, address, code, in_kernels_layout, norm_shape, rows
 from fastdiff.ops.plans import plan_of
-from fastdiff.ops.rms_norm_silu import reference as reference
+from fastdiff.ops.rms_norm_silu import reference
 
 OP = "rms_norm_silu"
 
