@@ -31,8 +31,8 @@ struct Coefficients {
 
 // Call is GroupNormForward or GroupNormBackward.
 template <typename Call>
-FASTDIFF_VEC Coefficients read_coefficients(const GroupNormShape& shape, const Call& call,
-                                            Arena& arena) {
+static FASTDIFF_ONCE Coefficients read_coefficients(const GroupNormShape& shape, const Call& call,
+                                                    Arena& arena) {
   const int64_t channels = shape.channels, row = padded(channels);
   const bool film = call.scale != nullptr;
   const int64_t rows = film ? shape.samples : 1;
@@ -84,7 +84,7 @@ struct Range {
 // Into how many slabs of equal width each channels_last sample is cut so that whole slabs keep a
 // team busy; 0 where they cannot. A slab holds whole groups, vectors and cache lines. Measured, large
 // samples lose by it: rows cut between cores are prefetched by both.
-FASTDIFF_VEC int64_t slabs_of(const GroupNormShape& shape, int team) {
+static FASTDIFF_ONCE int64_t slabs_of(const GroupNormShape& shape, int team) {
   const int64_t samples = shape.samples, width = shape.channels / shape.groups;
   if (samples % team == 0 || samples >= 4 * team) return 1;
   const int64_t element = shape.dtype == DType::kFloat32 ? 4 : 2;

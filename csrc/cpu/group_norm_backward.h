@@ -27,9 +27,8 @@ FASTDIFF_VEC Vec through_activation(Vec dy, Vec xhat, const Channel& channel) {
   return dy * fma(v * s, splat(1.0f) - s, s);
 }
 
-template <typename T, bool kResidual, bool kSilu>
-struct Backward {
-  static constexpr bool kKeepsDv = kSilu && sizeof(T) == sizeof(float);
+// What the element type does not change.
+struct BackwardSums {
   const GroupNormShape& shape;
   const GroupNormBackward& call;
   const Coefficients& coefficients;
@@ -38,50 +37,14 @@ struct Backward {
   int64_t width = shape.channels / shape.groups;
   int64_t row = padded(shape.channels);
 
-  FASTDIFF_MEMBER const T* x_at(int64_t offset) const {
-    return static_cast<const T*>(call.x) + offset;
-  }
-  FASTDIFF_MEMBER const T* dy_at(int64_t offset) const {
-    return static_cast<const T*>(call.dy) + offset;
-  }
-  FASTDIFF_MEMBER const T* residual_at(int64_t offset) const {
-    return kResidual ? static_cast<const T*>(call.add) + offset : nullptr;
-  }
   FASTDIFF_MEMBER float* result(int which, int64_t sample) const {
     return totals + (which * shape.samples + sample) * row;
   }
 
-  FASTDIFF_MEMBER static Vec xhat_of(Vec x, const Channel& channel) {
-    return (x - channel.mean) * channel.rstd;
-  }
-  FASTDIFF_MEMBER static Vec x_of(const T* x, const T* residual, int64_t i) {
-    return kResidual ? load(x + i) + load(residual + i) : load(x + i);
-  }
-  FASTDIFF_MEMBER static Vec x_of_n(const T* x, const T* residual, int64_t i, int n) {
-    return kResidual ? load_n(x + i, n) + load_n(residual + i, n) : load_n(x + i, n);
-  }
-
-  FASTDIFF_MEMBER static Vec dv_of(Vec dy, Vec xhat, const Channel& channel) {
-    return through_activation<T, kSilu>(dy, xhat, channel);
-  }
-  FASTDIFF_MEMBER static Vec dx_of(Vec dv, Vec xhat, const Gradient& g) {
-    return fma(dv, g.scaled, -g.level) - xhat * g.slope;
-  }
-  // Beyond the end, where `lanes` and dy are zero, nothing is added.
-  FASTDIFF_MEMBER static Vec accumulate(Sums& to, Vec dy, Vec x, const Channel& channel,
-                                        Vec lanes) {
-    const Vec xhat = xhat_of(x, channel) * lanes;
-    const Vec dv = dv_of(dy, xhat, channel);
-    to.dv += dv;
-    to.dv_xhat = fma(dv, xhat, to.dv_xhat);
-    to.xhat += xhat;
-    return dv;
-  }
-
   // The group's c1·rstd and c2·rstd from its channels' sums, and Σ dx per channel.
-  FASTDIFF_MEMBER void finish_group(int64_t sample, int64_t group, const float* dv,
-                                    const float* dv_xhat, const float* xhat, float* level,
-                                    float* slope, bool keep) const {
+  FASTDIFF_ONCE void finish_group(int64_t sample, int64_t group, const float* dv,
+                                  const float* dv_xhat, const float* xhat, float* level,
+                                  float* slope, bool keep) const {
     const float* gain = coefficients.gain_of(sample) + group * width;
     const double elements = static_cast<double>(width * shape.positions);
     double total = 0, total_xhat = 0;
@@ -107,7 +70,7 @@ struct Backward {
   }
 
   // The small gradients from the totals; two rows of scratch.
-  FASTDIFF_MEMBER void write_parameters(float* scratch) const {
+  FASTDIFF_ONCE void write_parameters(float* scratch) const {
     const int64_t channels = shape.channels;
     const bool film = call.scale != nullptr;
     if (call.dweight != nullptr) {
@@ -145,6 +108,48 @@ struct Backward {
         write_row(shape.add_dtype, result(2, sample), call.dadd, at, channels);
       }
     }
+  }
+};
+
+template <typename T, bool kResidual, bool kSilu>
+struct Backward : BackwardSums {
+  static constexpr bool kKeepsDv = kSilu && sizeof(T) == sizeof(float);
+
+  FASTDIFF_MEMBER const T* x_at(int64_t offset) const {
+    return static_cast<const T*>(call.x) + offset;
+  }
+  FASTDIFF_MEMBER const T* dy_at(int64_t offset) const {
+    return static_cast<const T*>(call.dy) + offset;
+  }
+  FASTDIFF_MEMBER const T* residual_at(int64_t offset) const {
+    return kResidual ? static_cast<const T*>(call.add) + offset : nullptr;
+  }
+
+  FASTDIFF_MEMBER static Vec xhat_of(Vec x, const Channel& channel) {
+    return (x - channel.mean) * channel.rstd;
+  }
+  FASTDIFF_MEMBER static Vec x_of(const T* x, const T* residual, int64_t i) {
+    return kResidual ? load(x + i) + load(residual + i) : load(x + i);
+  }
+  FASTDIFF_MEMBER static Vec x_of_n(const T* x, const T* residual, int64_t i, int n) {
+    return kResidual ? load_n(x + i, n) + load_n(residual + i, n) : load_n(x + i, n);
+  }
+
+  FASTDIFF_MEMBER static Vec dv_of(Vec dy, Vec xhat, const Channel& channel) {
+    return through_activation<T, kSilu>(dy, xhat, channel);
+  }
+  FASTDIFF_MEMBER static Vec dx_of(Vec dv, Vec xhat, const Gradient& g) {
+    return fma(dv, g.scaled, -g.level) - xhat * g.slope;
+  }
+  // Beyond the end, where `lanes` and dy are zero, nothing is added.
+  FASTDIFF_MEMBER static Vec accumulate(Sums& to, Vec dy, Vec x, const Channel& channel,
+                                        Vec lanes) {
+    const Vec xhat = xhat_of(x, channel) * lanes;
+    const Vec dv = dv_of(dy, xhat, channel);
+    to.dv += dv;
+    to.dv_xhat = fma(dv, xhat, to.dv_xhat);
+    to.xhat += xhat;
+    return dv;
   }
 };
 

@@ -98,7 +98,7 @@ struct Scan {
     }
   }
 
-  FASTDIFF_MEMBER void finish_block() {
+  FASTDIFF_ONCE void finish_block() {
     const Vec none = splat(0.0f);
     const Vec n = count > none ? count : splat(1.0f);
     const Vec block_mean = shift + sum / n;
@@ -115,7 +115,7 @@ struct Scan {
     vectors = 0;
   }
 
-  FASTDIFF_MEMBER Moments moments() {
+  FASTDIFF_ONCE Moments moments() {
     if (vectors > 0) finish_block();
     const float elements = fastdiff::cpu::FASTDIFF_ISA::sum(total);
     const Vec seen = total > splat(0.0f) ? splat(1.0f) : splat(0.0f);

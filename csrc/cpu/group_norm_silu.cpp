@@ -133,8 +133,8 @@ void run_planar(const GroupNormShape& shape, const GroupNormForward& call,
 
 // --- channels_last ----------------------------------------------------------------------------
 
-template <typename T, bool kResidual, bool kSilu>
-struct ChannelsLast {
+// What the element type does not change.
+struct ChannelMoments {
   const GroupNormShape& shape;
   const GroupNormForward& call;
   const Coefficients& coefficients;
@@ -149,6 +149,75 @@ struct ChannelsLast {
     return smaller(block, shape.positions - index * block);
   }
 
+  // The affine map of a sample, (x − m)·a + b channel by channel, into this thread's scratch.
+  FASTDIFF_ONCE void prepare(int64_t sample, Range channels, bool keep) const {
+    float* mean = scratch + thread_index() * 4 * row;
+    float* m2 = mean + row;
+    merge_blocks(sample, channels, mean, m2);
+    const float* embedding = coefficients.embedding_of(sample);
+    if (embedding != nullptr) {
+      for (int64_t c = channels.first; c < channels.last; c += kWidth) {
+        store(mean + c, load(mean + c) + load(embedding + c));
+      }
+    }
+    float* a = m2 + row;
+    float* b = a + row;
+    const float* gain = coefficients.gain_of(sample);
+    const float* offset = coefficients.offset_of(sample);
+    const int64_t width = shape.channels / shape.groups;
+    for (int64_t group = channels.first / width; group * width < channels.last; ++group) {
+      const int64_t first = group * width;
+      double offset_sum = 0, group_m2 = 0;
+      const double from = mean[first];
+      for (int64_t c = first; c < first + width; ++c) offset_sum += mean[c] - from;
+      const double group_mean = from + offset_sum / static_cast<double>(width);
+      for (int64_t c = first; c < first + width; ++c) {
+        const double apart = mean[c] - group_mean;
+        group_m2 += m2[c] + apart * apart * static_cast<double>(shape.positions);
+      }
+      const float m = static_cast<float>(group_mean);
+      const float rstd = rstd_of(static_cast<float>(group_m2),
+                                 static_cast<double>(width * shape.positions), shape.eps);
+      for (int64_t c = first; c < first + width; ++c) {
+        mean[c] = m;
+        a[c] = gain[c] * rstd;
+        b[c] = offset[c];
+      }
+      if (keep && call.mean != nullptr) {
+        call.mean[sample * shape.groups + group] = m;
+        call.rstd[sample * shape.groups + group] = rstd;
+      }
+    }
+    if (embedding != nullptr) {
+      for (int64_t c = channels.first; c < channels.last; c += kWidth) {
+        store(mean + c, load(mean + c) - load(embedding + c));
+      }
+    }
+  }
+
+  FASTDIFF_ONCE void merge_blocks(int64_t sample, Range channels, float* mean, float* m2) const {
+    const float* part = parts + sample * blocks * 2 * row;
+    for (int64_t c = channels.first; c < channels.last; c += kWidth) {
+      store(mean + c, load(part + c));
+      store(m2 + c, load(part + row + c));
+    }
+    for (int64_t index = 1; index < blocks; ++index) {
+      part += 2 * row;
+      const float before = static_cast<float>(first_of(index));
+      const float count = static_cast<float>(count_of(index));
+      const Vec share = splat(count / (before + count));
+      const Vec weight = splat(before * (count / (before + count)));
+      for (int64_t c = channels.first; c < channels.last; c += kWidth) {
+        const Vec delta = load(part + c) - load(mean + c);
+        store(mean + c, fma(delta, share, load(mean + c)));
+        store(m2 + c, load(m2 + c) + fma(delta * delta, weight, load(part + row + c)));
+      }
+    }
+  }
+};
+
+template <typename T, bool kResidual, bool kSilu>
+struct ChannelsLast : ChannelMoments {
   // kVectors vectors of channels over all positions of a block: their sums stay in registers.
   template <int kVectors>
   FASTDIFF_MEMBER void scan_channels(const T* x, const T* residual, int64_t count, float* means,
@@ -217,72 +286,6 @@ struct ChannelsLast {
     }
   }
 
-  // The affine map of a sample, (x − m)·a + b channel by channel, into this thread's scratch.
-  FASTDIFF_MEMBER void prepare(int64_t sample, Range channels, bool keep) const {
-    float* mean = scratch + thread_index() * 4 * row;
-    float* m2 = mean + row;
-    merge_blocks(sample, channels, mean, m2);
-    const float* embedding = coefficients.embedding_of(sample);
-    if (embedding != nullptr) {
-      for (int64_t c = channels.first; c < channels.last; c += kWidth) {
-        store(mean + c, load(mean + c) + load(embedding + c));
-      }
-    }
-    float* a = m2 + row;
-    float* b = a + row;
-    const float* gain = coefficients.gain_of(sample);
-    const float* offset = coefficients.offset_of(sample);
-    const int64_t width = shape.channels / shape.groups;
-    for (int64_t group = channels.first / width; group * width < channels.last; ++group) {
-      const int64_t first = group * width;
-      double offset_sum = 0, group_m2 = 0;
-      const double from = mean[first];
-      for (int64_t c = first; c < first + width; ++c) offset_sum += mean[c] - from;
-      const double group_mean = from + offset_sum / static_cast<double>(width);
-      for (int64_t c = first; c < first + width; ++c) {
-        const double apart = mean[c] - group_mean;
-        group_m2 += m2[c] + apart * apart * static_cast<double>(shape.positions);
-      }
-      const float m = static_cast<float>(group_mean);
-      const float rstd = rstd_of(static_cast<float>(group_m2),
-                                 static_cast<double>(width * shape.positions), shape.eps);
-      for (int64_t c = first; c < first + width; ++c) {
-        mean[c] = m;
-        a[c] = gain[c] * rstd;
-        b[c] = offset[c];
-      }
-      if (keep && call.mean != nullptr) {
-        call.mean[sample * shape.groups + group] = m;
-        call.rstd[sample * shape.groups + group] = rstd;
-      }
-    }
-    if (embedding != nullptr) {
-      for (int64_t c = channels.first; c < channels.last; c += kWidth) {
-        store(mean + c, load(mean + c) - load(embedding + c));
-      }
-    }
-  }
-
-  FASTDIFF_MEMBER void merge_blocks(int64_t sample, Range channels, float* mean, float* m2) const {
-    const float* part = parts + sample * blocks * 2 * row;
-    for (int64_t c = channels.first; c < channels.last; c += kWidth) {
-      store(mean + c, load(part + c));
-      store(m2 + c, load(part + row + c));
-    }
-    for (int64_t index = 1; index < blocks; ++index) {
-      part += 2 * row;
-      const float before = static_cast<float>(first_of(index));
-      const float count = static_cast<float>(count_of(index));
-      const Vec share = splat(count / (before + count));
-      const Vec weight = splat(before * (count / (before + count)));
-      for (int64_t c = channels.first; c < channels.last; c += kWidth) {
-        const Vec delta = load(part + c) - load(mean + c);
-        store(mean + c, fma(delta, share, load(mean + c)));
-        store(m2 + c, load(m2 + c) + fma(delta * delta, weight, load(part + row + c)));
-      }
-    }
-  }
-
   FASTDIFF_MEMBER void apply(int64_t sample, int64_t index, Range range) const {
     const int64_t offset = (sample * shape.positions + first_of(index)) * shape.channels;
     const T* x = static_cast<const T*>(call.x) + offset;
@@ -311,7 +314,7 @@ struct ChannelsLast {
 template <typename T, bool kResidual, bool kSilu>
 void run_channels_last(const GroupNormShape& shape, const GroupNormForward& call,
                        const Coefficients& coefficients, float* parts, float* scratch, int team) {
-  const ChannelsLast<T, kResidual, kSilu> slab{shape, call, coefficients, parts, scratch};
+  const ChannelsLast<T, kResidual, kSilu> slab{{shape, call, coefficients, parts, scratch}};
   const int64_t samples = shape.samples, blocks = slab.blocks;
   const Range all = {0, shape.channels};
   const int64_t slabs = slabs_of(shape, team);
@@ -351,7 +354,7 @@ int64_t run(const GroupNormShape& shape, const GroupNormForward& call, float* wo
   Arena arena{workspace};
   const Coefficients coefficients = read_coefficients(shape, call, arena);
   if (shape.channels_last) {
-    const ChannelsLast<T, kResidual, kSilu> slab{shape, call, coefficients, nullptr, nullptr};
+    const ChannelsLast<T, kResidual, kSilu> slab{{shape, call, coefficients, nullptr, nullptr}};
     float* parts = arena.take(shape.samples * slab.blocks * 2 * slab.row);
     float* scratch = arena.take(team * 4 * slab.row);
     if (workspace != nullptr) {

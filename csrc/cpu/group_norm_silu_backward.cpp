@@ -24,7 +24,7 @@ int64_t run(const GroupNormShape& shape, const GroupNormBackward& call, float* w
   Arena arena{workspace};
   const Coefficients coefficients = read_coefficients(shape, call, arena);
   float* totals = arena.take(3 * shape.samples * padded(shape.channels));
-  const Backward<T, kResidual, kSilu> base{shape, call, coefficients, totals, nullptr};
+  const Backward<T, kResidual, kSilu> base{{shape, call, coefficients, totals, nullptr}};
   if (shape.channels_last) {
     ChannelsLastBackward<T, kResidual, kSilu> slab{base, nullptr};
     slab.sums = arena.take(shape.samples * slab.blocks * 3 * slab.row);

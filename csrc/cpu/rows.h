@@ -27,8 +27,8 @@ FASTDIFF_VEC void write_row(const float* from, T* to, int64_t count) {
 }
 
 // `from` is padded to whole vectors.
-FASTDIFF_VEC void write_row(DType dtype, const float* from, void* to, int64_t offset,
-                            int64_t count) {
+static FASTDIFF_ONCE void write_row(DType dtype, const float* from, void* to, int64_t offset,
+                                    int64_t count) {
   switch (dtype) {
     case DType::kFloat32:
       return write_row(from, static_cast<float*>(to) + offset, count);
@@ -46,8 +46,8 @@ FASTDIFF_VEC void read_row(const T* from, float* to, int64_t count) {
   if (i < count) store(to + i, load_n(from + i, static_cast<int>(count - i)));
 }
 
-FASTDIFF_VEC void read_row(DType dtype, const void* from, int64_t offset, float* to,
-                           int64_t count) {
+static FASTDIFF_ONCE void read_row(DType dtype, const void* from, int64_t offset, float* to,
+                                   int64_t count) {
   switch (dtype) {
     case DType::kFloat32:
       return read_row(static_cast<const float*>(from) + offset, to, count);

@@ -17,6 +17,8 @@
 
 #define FASTDIFF_VEC static inline __attribute__((always_inline))
 #define FASTDIFF_MEMBER inline __attribute__((always_inline))
+// Work per row or sample that no template's arguments change: compiled once, not with each of them.
+#define FASTDIFF_ONCE inline __attribute__((noinline))
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 
