@@ -73,6 +73,11 @@ gpu:
 # the library compiles.
 MAKEFLAGS += --jobs=2
 
+# pip would compile every file of every package to bytecode, for half a minute; what is imported is
+# compiled then, and kept.
+export PIP_NO_COMPILE = 1
+unexport PYTHONDONTWRITEBYTECODE
+
 $(VENV)/%.installed: pyproject.toml setup.py | $(VENV)/native.built $(VENV)/%.packages
 	@echo "== Installing fastdiff with its extra '$*'"
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --no-build-isolation --editable '.[$*]'
