@@ -73,15 +73,14 @@ gpu:
 # the library compiles.
 MAKEFLAGS += --jobs=2
 
-# pip would compile every file of every package to bytecode, for half a minute; what is imported is
-# compiled then, and kept.
-export PIP_NO_COMPILE = 1
+# pip would compile every file of every package to bytecode, for half a minute: --no-compile. What is
+# imported is compiled then, and kept.
 unexport PYTHONDONTWRITEBYTECODE
 
 $(VENV)/%.installed: pyproject.toml setup.py | $(VENV)/native.built $(VENV)/%.packages
 	@echo "== Installing fastdiff with its extra '$*'"
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --no-build-isolation --editable '.[$*]'
-	$(if $(filter test,$*),$(BIN)/pip install --no-deps $(WITHOUT_DEPENDENCIES))
+	$(if $(filter test,$*),$(BIN)/pip install --no-compile --no-deps $(WITHOUT_DEPENDENCIES))
 	@touch $@
 
 $(VENV)/native.built: setup.py CMakeLists.txt $(NATIVE) | $(VENV)/tools.installed
@@ -92,7 +91,7 @@ $(VENV)/native.built: setup.py CMakeLists.txt $(NATIVE) | $(VENV)/tools.installe
 $(VENV)/%.packages: pyproject.toml | $(VENV)/tools.installed
 	@echo "== Fetching $(TORCH) and the packages of the extra '$*'"
 	$(BIN)/python .ci/requirements.py $* > $@.txt
-	$(BIN)/pip install '$(TORCH)' --requirement $@.txt
+	$(BIN)/pip install --no-compile '$(TORCH)' --requirement $@.txt
 	@touch $@
 
 $(VENV)/tools.installed:
