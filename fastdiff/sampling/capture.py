@@ -22,6 +22,7 @@ from fastdiff.errors import InputError, TrainingError, first_line
 from fastdiff.methods.table import COLUMNS
 from fastdiff.ops import backends
 from fastdiff.ops.counters import signed
+from fastdiff.sampling.cuda_graph import CudaGraph
 from fastdiff.sampling.kwargs import Unknown, map_tensors, structure, tensors_of
 from fastdiff.sampling.network.network import Network
 from fastdiff.sampling.noise import CounterNoise, HeldNoise
@@ -30,56 +31,7 @@ from fastdiff.sampling.step import Run
 
 MOST_GRAPHS = 8
 LEAST_ROWS = 4096  # of a captured table; longer ones get a graph of their own
-WARM_UPS = 2
 MEASURED = 4  # steps at a time
-
-
-class CudaGraph:
-    """One call recorded as a CUDA graph; ``replay`` runs it again on the same memory.
-
-    ``place``: the memory pool and the stream of a device's captures, which then share memory.
-    """
-
-    def __init__(self, call: Callable[[], None], device: torch.device, place: Any):
-        self.graph = torch.cuda.CUDAGraph()
-        pool, stream = place
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):  # libraries and Triton set themselves up here
-            for _ in range(WARM_UPS):
-                call()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        # Out of a capture that failed torch.cuda.graph does not always find back to its stream.
-        with torch.cuda.stream(stream):
-            # "thread_local": other threads may go on using CUDA meanwhile.
-            with torch.cuda.graph(
-                self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-            ):
-                call()
-        self.device, self.last = device, stream
-        self.join()
-
-    def join(self) -> None:
-        """What the current stream does next comes after the last replay, on whatever stream."""
-        current = torch.cuda.current_stream(self.device)
-        if current != self.last:
-            current.wait_stream(self.last)
-            self.last = current
-
-    def replay(self) -> None:
-        self.join()
-        self.graph.replay()
-
-    @staticmethod
-    def serves(device: torch.device) -> bool:
-        return device.type == "cuda"
-
-    @staticmethod
-    def new_place(device: torch.device) -> Any:
-        return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
-
-    @staticmethod
-    def on(device: torch.device) -> Any:
-        return torch.cuda.device(device)
 
 
 class CapturedStep:
@@ -253,10 +205,12 @@ class Graphs:
                 self.places[device] = self.graph.new_place(device)
             try:
                 step = CapturedStep(run, x, self.graph, self.places[device])
-            except TrainingError:
-                raise
-            except RuntimeError as error:  # what CUDA and PyTorch say of what a graph cannot hold
-                # The end of a capture that failed says only that it did.
+            except BaseException as error:
+                self.places.pop(device, None)  # a pool in which a capture failed is not used again
+                if isinstance(error, TrainingError) or not isinstance(error, RuntimeError):
+                    raise
+                # What CUDA and PyTorch say of what a graph cannot hold; the end of a capture that
+                # failed says only that it did.
                 cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
                 return self._refused(first_line(cause))
             with torch.no_grad():

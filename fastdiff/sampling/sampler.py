@@ -73,7 +73,8 @@ class Sampler:
             the faster is kept. True insists on the graph, False never takes one. New values of
             weights, moved weights, hooks, and attributes of the model's modules (an adapter
             switched off, a processor's scale) are seen when a call begins; of Python state
-            elsewhere ``close()`` tells the graphs.
+            elsewhere ``close()`` tells the graphs. cuDNN measures its kernels for the graph
+            (``torch.backends.cudnn.benchmark``), unless asked for deterministic ones.
         self_condition: the name of a keyword argument by which the network is given the x_0 that it
             predicted a step before, zeros first (Chen et al. 2022, arXiv:2208.04202).
         compile: run the network through torch.compile: True, or its keyword arguments. Inductor's

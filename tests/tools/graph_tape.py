@@ -44,16 +44,7 @@ class Tape:
         pass  # there is one stream
 
     def replay(self):
-        new = {}  # by the identity of the tensor that the capture made
-
-        def current(value):
-            return new.get(id(value), value) if isinstance(value, torch.Tensor) else value
-
-        for func, args, kwargs, recorded in self.calls:
-            result = func(*tree_map(current, args), **tree_map(current, kwargs))
-            for before, now in zip(_tensors(recorded), _tensors(result), strict=True):
-                if before is not now and not any(before is a for a in _tensors(args)):
-                    new[id(before)] = now
+        repeat(self.calls)
 
     @staticmethod
     def serves(device):
@@ -66,6 +57,20 @@ class Tape:
     @staticmethod
     def on(device):
         return contextlib.nullcontext()
+
+
+def repeat(calls):
+    """What a replay does: the recorded calls on the memory that they were made on."""
+    new = {}  # by the identity of the tensor that the capture made
+
+    def current(value):
+        return new.get(id(value), value) if isinstance(value, torch.Tensor) else value
+
+    for func, args, kwargs, recorded in calls:
+        result = func(*tree_map(current, args), **tree_map(current, kwargs))
+        for before, now in zip(_tensors(recorded), _tensors(result), strict=True):
+            if before is not now and not any(before is a for a in _tensors(args)):
+                new[id(before)] = now
 
 
 def _tensors(value):
