@@ -90,10 +90,10 @@ class Sampler:
     What runs is a replica of the model (fastdiff/models/replicas), which shares its parameters:
     while a sampler samples others may call the model, train it, and sample from it, in any thread,
     with other samplers or this one. Samples are those of the weights that a call begins with where
-    these are cast or laid out anew, else of the weights as each step finds them. What a forward
-    writes to its module's attributes the module has when the call is over. Modules that cannot be
-    replicated (scripted or compiled ones, FSDP, classes with ``__slots__``) run as they are, in
-    eval mode for as long as some sampler uses them.
+    these are cast, padded or laid out anew, else of the weights as each step finds them. What a
+    forward writes to its module's attributes the module has when the call is over. Modules that
+    cannot be replicated (scripted or compiled ones, FSDP, classes with ``__slots__``) run as they
+    are, in eval mode for as long as some sampler uses them.
     """
 
     def __init__(

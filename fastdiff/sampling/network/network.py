@@ -11,8 +11,10 @@ from fastdiff.models.eval_mode import eval_mode
 from fastdiff.models.layouts import plain_convolutions
 from fastdiff.models.replicas.opening import modules_in
 from fastdiff.models.replicas.replica import Replica
+from fastdiff.models.replicas.twin import Twin
 from fastdiff.sampling.network.attributes import attributes_of
 from fastdiff.sampling.network.packing import PackedConvolution, packable
+from fastdiff.sampling.network.padding import PaddedConvolution, paddable
 from fastdiff.sampling.network.weights import Weights, signature
 
 Model = Callable[..., Tensor]
@@ -130,7 +132,7 @@ class Network:
                 self.watched -= watched
                 if not self.running:
                     self.replica.forget()
-                    self._forget_packed()
+                    self._end()
 
     def follow(self) -> None:
         """See what was done to the model since the call began, but for the values of weights of
@@ -151,13 +153,10 @@ class Network:
 
     def _refresh_weights(self) -> None:
         twins = self.replica.modules()
-        low, kept = self.weights.low, set()
-        packed = {}
-        for twin in twins:
-            if not self.compiles and packable(twin.original, low):
-                packed[twin] = twin.forward or PackedConvolution(twin.twin, low)
-                packed[twin].forget()
-                kept.add(twin.original.weight)  # read when it is packed, and not at every call
+        low = self.weights.low
+        forwards = {} if self.compiles else {twin: forward_of(twin, low) for twin in twins}
+        # Read when it is packed, and not at every call.
+        kept = {t.original.weight for t, f in forwards.items() if isinstance(f, PackedConvolution)}
         laid_out: set[nn.Module] = set()
         if self.asked_channels_last and self.module is not None:
             laid_out.update(plain_convolutions(self.module))
@@ -165,12 +164,25 @@ class Network:
         with torch.inference_mode(False), torch.no_grad():
             for twin in twins:
                 copies = self.weights.copies(twin, kept, twin.original in laid_out)
-                twin.put(copies, packed.get(twin))
+                twin.put(copies, forwards.get(twin))
+                if twin.forward is not None:
+                    twin.forward.begin()
 
-    def _forget_packed(self) -> None:
+    def _end(self) -> None:
         for twin in self.replica.modules():
             if twin.forward is not None:
-                twin.forward.forget()
+                twin.forward.end()
+
+
+def forward_of(twin: Twin, low: torch.dtype | None) -> PackedConvolution | PaddedConvolution | None:
+    """What runs in place of a module's own forward under autocast of ``low``: that of before, or a
+    new one; None where its own does."""
+    kept = twin.forward
+    if packable(twin.original, low):
+        return kept if type(kept) is PackedConvolution else PackedConvolution(twin.twin, low)
+    if paddable(twin.original, low):
+        return kept if type(kept) is PaddedConvolution else PaddedConvolution(twin.twin)
+    return None
 
 
 def module_of(model: Any) -> nn.Module | None:

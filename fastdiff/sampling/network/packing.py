@@ -67,8 +67,12 @@ class PackedConvolution:
             packed = self.packed = made_of, self._pack(live.detach(), dtype or live.dtype, x.shape)
         return _convolve(x if dtype is None else x.to(dtype), *packed[1])
 
-    def forget(self) -> None:
-        """Give the memory back; also of weights that may have changed unseen."""
+    def begin(self) -> None:
+        """Forget weights that may have changed unseen."""
+        self.packed = None
+
+    def end(self) -> None:
+        """Give the memory back."""
         self.packed = None
 
     def _pays(self, x: Tensor) -> bool:

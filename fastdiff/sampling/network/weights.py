@@ -77,6 +77,7 @@ def signature(replica: Replica) -> tuple[Any, ...]:
         parts.append((id(original), *hooks))
         tensors.extend(part._parameters.values())
         tensors.extend(part._buffers.values())
+        tensors.extend(getattr(vars(part).get("forward"), "tensors", ()))  # padded weights
     places = ((t.data_ptr(), t.shape, t.dtype, t.stride()) for t in tensors if t is not None)
     return tuple(parts), tuple(places)
 
