@@ -266,14 +266,15 @@ def key_of(run: Run, x: Tensor) -> tuple:
 
 def _seconds(call: Callable[[], None], device: torch.device) -> float:
     """The time of one call among several that the device works off one after the other."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else nullcontext
+    # Of the whole device nobody may wait while another thread captures.
+    wait = torch.cuda.current_stream(device).synchronize if device.type == "cuda" else nullcontext
     times = []
     for _ in range(3):
-        wait(device)
+        wait()
         started = time.perf_counter()
         for _ in range(MEASURED):
             call()
-        wait(device)
+        wait()
         times.append((time.perf_counter() - started) / MEASURED)
     return sorted(times)[1]
 

@@ -1,34 +1,79 @@
-"""The sampler on a GPU: real CUDA graphs, no waiting and no allocation in the loop."""
+"""The sampler on a GPU: real CUDA graphs, no waiting and no allocation in the loop.
 
+Every body that can runs on the CPU too, on the fake of fake_cuda.py.
+"""
+
+import contextlib
+import functools
+import gc
+import itertools
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from torch.backends import cudnn
 
-from fastdiff.errors import TrainingError
+import fastdiff
+from fake_cuda import faked
+from fastdiff import ops
+from fastdiff.errors import InputError, TrainingError
+from fastdiff.ops import native
+from fastdiff.sampling.cuda_graph import Side
 from fastdiff.sampling.sampler import Sampler
 from sampler_tools import SHAPE, Tiny, closed_form, diffusion, small_unet
 
-pytestmark = [
+ON_GPU = (
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
+)
 PROCESS = diffusion(40)
+SIZE = (1, 3, 16, 16)
 LABELS = torch.tensor([0, 2, 1])
 
 
-@pytest.fixture(scope="module")
-def unet():
+def on_both(names="", cpu=((),), gpu=()):
+    """Cases of a test: each of ``cpu`` on the fake, each of ``gpu``, or of ``cpu``, on a GPU."""
+    both = [("cpu", cpu, ()), ("cuda", gpu or cpu or [()], ON_GPU)]
+    cases = [
+        pytest.param(device, *case, marks=marks) for device, given, marks in both for case in given
+    ]
+    names = ["device", *names.replace(",", " ").split()]
+    return pytest.mark.parametrize(names, cases, indirect=["device"])
+
+
+@pytest.fixture
+def device(request, monkeypatch):
+    """``name``, and ``cuda``: torch.cuda or the fake. cuDNN takes the same kernels in a graph and
+    eagerly."""
+    monkeypatch.setattr(cudnn, "deterministic", True)
+    if request.param == "cuda":
+        draw = functools.partial(torch.randn, device="cuda")
+        yield SimpleNamespace(name="cuda", cuda=torch.cuda, draw=draw)
+        return
+    with faked() as cuda:
+        yield SimpleNamespace(name="cpu", cuda=cuda, draw=cuda.draw)
+
+
+@pytest.fixture
+def unet(device):
+    return unet_on(device.name)
+
+
+@functools.cache
+def unet_on(name):
     torch.manual_seed(0)
-    model = small_unet(3, model_channels=64, channel_mult=(1, 2), attention_resolutions=(2,))
+    width = 64 if name == "cuda" else 8
+    model = small_unet(3, model_channels=width, channel_mult=(1, 2), attention_resolutions=(2,))
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
-    return model.cuda().eval()
+    return model.to(name).eval()
 
 
-def pair(model, process=PROCESS, **options):
-    options = {"device": "cuda"} | options
+def pair(model, device, process=PROCESS, **options):
+    options = {"device": device.name} | options
     return (
         Sampler(model, process, capture=True, **options),
         Sampler(model, process, capture=False, **options),
@@ -42,11 +87,18 @@ def assert_close(captured, eager, shape=SHAPE, **arguments):
     return actual
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rng", ["counter", "torch"])
-@pytest.mark.parametrize("method", ["ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++"])
-def test_a_captured_run_is_the_eager_one(unet, method, rng, dtype):
-    captured, eager = pair(unet, method=method, rng=rng, dtype=dtype, steps=6)
+METHODS = ("ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++")
+DTYPES = (None, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.seconds
+@on_both(
+    "method, rng, dtype",
+    cpu=[("ddpm", "counter", None), ("dpmsolver++", "torch", torch.bfloat16)],
+    gpu=list(itertools.product(METHODS, ("counter", "torch"), DTYPES)),
+)
+def test_a_captured_run_is_the_eager_one(device, unet, method, rng, dtype):
+    captured, eager = pair(unet, device, method=method, rng=rng, dtype=dtype, steps=6)
     for seed in (1, 2**64 - 1):
         assert_close(captured, eager, (2, 3, 16, 16), seed=seed)
     for changes in ({"steps": 11}, {"clip_denoised": False}):
@@ -56,36 +108,37 @@ def test_a_captured_run_is_the_eager_one(unet, method, rng, dtype):
     assert len(captured._graphs.steps) == 1
 
 
-def test_conditions_are_captured():
-    model = Tiny().cuda().eval()
+@on_both()
+def test_conditions_are_captured(device):
+    model = Tiny().to(device.name).eval()
     options = {"guidance_scale": 3.0, "guidance_interval": (5, 30), "dynamic_threshold": 0.9}
-    captured, eager = pair(model, steps=8, **options)
-    image, mask = torch.rand(SHAPE).cuda(), torch.eye(4).cuda()
-    arguments = {"model_kwargs": {"y": LABELS.cuda()}, "image": image, "strength": 0.7}
+    captured, eager = pair(model, device, steps=8, **options)
+    image, mask = torch.rand(SHAPE).to(device.name), torch.eye(4).to(device.name)
+    arguments = {"model_kwargs": {"y": LABELS.to(device.name)}, "image": image, "strength": 0.7}
     assert_close(captured, eager, **arguments, known=image, known_mask=mask)
     assert len(captured._graphs.steps) == 2
 
 
-def test_the_loop_neither_waits_nor_allocates(unet):
-    for method, rng in (("ddpm", "counter"), ("ddim", "torch"), ("dpmsolver++", "counter")):
-        captured, eager = pair(unet, method=method, rng=rng, steps=20, dtype=torch.bfloat16)
-        for sampler in (captured, eager):
-            shape = (2, 3, 16, 16)
-            sampler.sample(shape)  # captured, compiled, cached
-            steps = sampler._iterate(_call(sampler, shape), watched=False)
-            next(steps)
-            torch.cuda.synchronize()
-            allocations = torch.cuda.memory_stats()["allocation.all.allocated"]
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                for _ in range(18):
-                    next(steps)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-            made = torch.cuda.memory_stats()["allocation.all.allocated"] - allocations
-            if sampler is captured:
-                assert made == 0
-            steps.close()
+@pytest.mark.seconds
+@on_both("method, rng", [("ddpm", "counter"), ("ddim", "torch"), ("dpmsolver++", "counter")])
+def test_the_loop_neither_waits_nor_allocates(device, unet, method, rng):
+    shape = (2, 3, 16, 16)
+    for sampler in pair(unet, device, method=method, rng=rng, steps=20, dtype=torch.bfloat16):
+        sampler.sample(shape)  # captured, compiled, cached
+        steps = sampler._iterate(_call(sampler, shape), watched=False)
+        next(steps)
+        device.cuda.synchronize()
+        allocations = device.cuda.memory_stats()["allocation.all.allocated"]
+        device.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(18):
+                next(steps)
+        finally:
+            device.cuda.set_sync_debug_mode("default")
+        made = device.cuda.memory_stats()["allocation.all.allocated"] - allocations
+        if sampler._graphs.capture is True:
+            assert made == 0
+        steps.close()
 
 
 def _call(sampler, shape):
@@ -100,38 +153,43 @@ def _call(sampler, shape):
     return kept[0]
 
 
-def test_samples_are_the_cpus_up_to_rounding():
-    captured, _ = pair(closed_form(), steps=6)
-    on_cpu = Sampler(closed_form(), PROCESS, steps=6, device="cpu").sample(SHAPE, seed=5)
-    torch.testing.assert_close(captured.sample(SHAPE, seed=5).cpu(), on_cpu, rtol=1e-3, atol=1e-3)
+@on_both()
+def test_samples_are_the_cpus_up_to_rounding(device):
+    captured, _ = pair(closed_form(), device, steps=6)
+    on_cpu = Sampler(closed_form(), PROCESS, steps=6, device="cpu", capture=False)
+    expected = on_cpu.sample(SHAPE, seed=5)
+    actual = captured.sample(SHAPE, seed=5).cpu()
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_weights_are_read_live(unet):
-    captured, eager = pair(unet, steps=3)
-    shape = (1, 3, 16, 16)
+@on_both()
+def test_weights_are_read_live(device, unet):
+    captured, eager = pair(unet, device, steps=3)
     kept = {name: value.clone() for name, value in unet.state_dict().items()}
-    samples = [assert_close(captured, eager, shape)]
+    samples = [assert_close(captured, eager, SIZE)]
     try:
         for parameter in unet.parameters():
             parameter.data.mul_(1.05)
-        samples.append(assert_close(captured, eager, shape))
+        samples.append(assert_close(captured, eager, SIZE))
         moved = {name: value * 0.9 for name, value in kept.items()}
         unet.load_state_dict(moved, assign=True)
-        samples.append(assert_close(captured, eager, shape))
+        samples.append(assert_close(captured, eager, SIZE))
         unet.to(memory_format=torch.channels_last)
-        samples.append(assert_close(captured, eager, shape))
+        samples.append(assert_close(captured, eager, SIZE))
     finally:
         unet.load_state_dict(kept, assign=True)
     assert not torch.equal(samples[0], samples[1]) and not torch.equal(samples[1], samples[2])
 
 
-def test_other_threads_may_use_the_gpu_during_a_capture(unet):
+@pytest.mark.seconds
+@on_both()
+def test_other_threads_may_use_the_gpu_during_a_capture(device, unet):
     stop, failed = threading.Event(), []
 
     def work():
         try:
             while not stop.is_set():
-                torch.zeros(1000, device="cuda").sum().item()
+                torch.zeros(1000, device=device.name).sum().item()
         except RuntimeError as error:
             failed.append(error)
 
@@ -139,7 +197,7 @@ def test_other_threads_may_use_the_gpu_during_a_capture(unet):
     thread.start()
     try:
         for size in (8, 16):
-            captured, eager = pair(unet, steps=3)
+            captured, eager = pair(unet, device, steps=3)
             assert_close(captured, eager, (1, 3, size, size))
     finally:
         stop.set()
@@ -147,60 +205,255 @@ def test_other_threads_may_use_the_gpu_during_a_capture(unet):
     assert not failed
 
 
-def test_another_stream_is_honoured(unet):
-    captured, eager = pair(unet, steps=4)
-    expected = eager.sample((1, 3, 16, 16), seed=2)
+@on_both()
+def test_another_stream_is_honoured(device, unet):
+    captured, eager = pair(unet, device, steps=4)
+    expected = eager.sample(SIZE, seed=2)
     for _ in range(3):  # a graph that another stream replayed last
-        captured.sample((1, 3, 16, 16), seed=1)
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            actual = captured.sample((1, 3, 16, 16), seed=2)
-        captured.sample((1, 3, 16, 16), seed=3)
-        torch.cuda.current_stream().wait_stream(stream)
+        captured.sample(SIZE, seed=1)
+        stream = device.cuda.Stream()
+        with device.cuda.stream(stream):
+            actual = captured.sample(SIZE, seed=2)
+        captured.sample(SIZE, seed=3)
+        device.cuda.current_stream().wait_stream(stream)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert len(captured._graphs.steps) == 1
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_device_that_is_not_current():
-    captured, eager = pair(Tiny().to("cuda:1").eval(), steps=3, device="cuda:1")
+@on_both(cpu=[])
+def test_a_device_that_is_not_current(device):
+    captured, eager = pair(Tiny().to("cuda:1").eval(), device, steps=3, device="cuda:1")
     assert assert_close(captured, eager).device == torch.device("cuda:1")
 
 
-def test_close_gives_the_memory_back(unet):
-    captured, _ = pair(unet, steps=2)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
-    captured.sample((16, 3, 32, 32))
-    assert torch.cuda.memory_reserved() > before
+@on_both()
+def test_close_gives_the_memory_back(device, unet):
+    captured, _ = pair(unet, device, steps=2)
+    device.cuda.synchronize()
+    device.cuda.empty_cache()
+    before = device.cuda.memory_reserved()
+    captured.sample((16, 3, 32, 32) if device.name == "cuda" else SIZE)
+    assert device.cuda.memory_reserved() > before
     captured.close()
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= before + (64 << 20)  # cuBLAS keeps workspaces
-    captured.sample((1, 3, 16, 16))
+    device.cuda.empty_cache()
+    assert device.cuda.memory_reserved() <= before + (64 << 20)  # cuBLAS keeps a workspace
+    captured.sample(SIZE)
 
 
-def test_a_model_that_waits_for_the_device_runs_eagerly():
-    sampler = Sampler(lambda x, t: x * float(x.mean() > 0), PROCESS, steps=3, device="cuda")
-    with pytest.warns(RuntimeWarning, match="cannot be captured as a CUDA graph"):
-        sampler.sample(SHAPE)
-    assert sampler.explain().startswith("eager: it cannot be captured")
-    torch.cuda.synchronize()  # the device is usable
-    captured, eager = pair(closed_form(), steps=2)
-    assert_close(captured, eager)
-
-
-def test_auto_says_what_it_measured(unet):
+@on_both()
+def test_auto_says_what_it_measured(device, unet):
     sampler = Sampler(unet, PROCESS, steps=3)
-    sampler.sample((1, 3, 16, 16))
+    sampler.sample(SIZE)
     assert "ms a step" in sampler.explain() or "ms eagerly" in sampler.explain()
     assert sampler.stats.seconds["capture"] > 0
 
 
-def test_a_network_that_answers_nan_is_named_with_its_step():
+@on_both()
+def test_a_network_that_answers_nan_is_named_with_its_step(device):
     def model(x, t):
         return torch.where((t <= 10).view(-1, 1, 1, 1), float("nan"), x)
 
-    for sampler in pair(model, diffusion(20), steps=3):
+    for sampler in pair(model, device, diffusion(20), steps=3):
         with pytest.raises(TrainingError, match=r"not finite after step 1 \(timestep 10\)"):
             sampler.sample(SHAPE)
+
+
+# --- What a capture rests on ------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """Convolutions, and norms as one kernel each."""
+
+    def __init__(self, channels=32):
+        super().__init__()
+        self.first = nn.Conv2d(3, channels, 3, padding=1)
+        self.norms = nn.ModuleList(nn.GroupNorm(8, channels) for _ in range(2))
+        self.last = nn.Conv2d(channels, 3, 3, padding=1)
+
+    def forward(self, x, t):
+        h = self.first(x)
+        for norm in self.norms:
+            h = ops.group_norm_silu(h, norm.num_groups, norm.weight, norm.bias)
+        return self.last(h)
+
+
+@on_both("channels_last, dtype", list(itertools.product((False, True), DTYPES[:2])))
+def test_cuda_norms_inside_of_a_captured_step(device, channels_last, dtype):
+    """Launched past PyTorch, on the stream that captures; on the CPU the C++ kernels."""
+    name = "cuda" if device.name == "cuda" else "native"
+    if name == "cuda" and native.cuda_problem(torch.device("cuda", 0)):
+        pytest.skip(f"no CUDA C++ kernels: {native.cuda_problem(torch.device('cuda', 0))}")
+    torch.manual_seed(0)
+    model = Normed().to(device.name).eval()
+    options = {"steps": 4, "channels_last": channels_last, "dtype": dtype}
+    captured, eager = pair(model, device, **options)
+    with fastdiff.backend(name):
+        for seed in (1, 2):
+            samples = assert_close(captured, eager, (2, 3, 16, 16), seed=seed)
+    assert len(captured._graphs.steps) == 1
+    with fastdiff.backend("reference"):
+        expected = eager.sample((2, 3, 16, 16), seed=2)
+    tolerance = 1e-3 if dtype is None else 0.1
+    torch.testing.assert_close(samples, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.seconds
+@on_both(
+    "batch, dtype",
+    cpu=[(64, None)],
+    gpu=[(64, None), (64, torch.bfloat16), (65, torch.bfloat16), (256, torch.bfloat16)],
+)
+def test_large_batches_through_upsampling(device, unet, batch, dtype):
+    shape = (batch, 3, 8, 8)
+    options = {"steps": 2, "dtype": dtype, "channels_last": True}
+    captured, eager = pair(unet, device, **options)
+    whole = assert_close(captured, eager, shape, seed=3)
+    last = eager.sample((2, *shape[1:]), seed=3, first_sample=batch - 2)
+    tolerance = 1e-3 if dtype is None else 0.1
+    torch.testing.assert_close(whole[-2:], last, rtol=tolerance, atol=tolerance)
+
+
+@on_both("dtype", [(None,), (torch.bfloat16,)])
+def test_cudnn_measures_for_the_graph_and_answers_the_same(device, unet, dtype, monkeypatch):
+    monkeypatch.setattr(cudnn, "deterministic", False)
+    monkeypatch.setattr(cudnn, "allow_tf32", False)
+    captured, eager = pair(unet, device, steps=3, dtype=dtype)
+    samples = (captured.sample((2, 3, 16, 16)), eager.sample((2, 3, 16, 16)))
+    tolerance = 1e-3 if dtype is None else 0.1
+    torch.testing.assert_close(*samples, rtol=tolerance, atol=tolerance)
+    assert captured.explain().startswith("a captured CUDA graph") and not cudnn.benchmark
+
+
+@on_both()
+def test_all_samplers_capture_on_one_stream(device):
+    before = len(Side._all)
+    for size in (4, 8):
+        assert_close(*pair(closed_form(), device, steps=2), (1, 2, size, size))
+    assert len(Side._all) <= before + 1
+
+
+@pytest.mark.seconds
+@on_both()
+def test_samplers_of_several_threads(device, unet):
+    """Their captures come one after the other, and so do replays on streams of their own."""
+    sizes = (8, 16, 8, 16)
+    expected = [
+        pair(unet, device, steps=3)[1].sample((1, 3, s, s), seed=i) for i, s in enumerate(sizes)
+    ]
+    actual, failed = {}, []
+
+    def work(i, size):
+        try:
+            # The fake knows one thread's streams.
+            own = contextlib.nullcontext()
+            if device.name == "cuda":
+                own = torch.cuda.stream(torch.cuda.Stream())
+            with own:
+                sampler = pair(unet, device, steps=3)[0]
+                for _ in range(3):
+                    actual[i] = sampler.sample((1, 3, size, size), seed=i)
+                device.cuda.current_stream().synchronize()
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=each) for each in enumerate(sizes)]
+    for thread in threads:
+        thread.start()
+        if device.name == "cpu":
+            thread.join()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    for i, samples in enumerate(expected):
+        torch.testing.assert_close(actual[i], samples, rtol=1e-4, atol=1e-4)
+
+
+# --- A capture that fails ---------------------------------------------------------------------
+
+
+def failing(how, device):
+    """A model that cannot be captured."""
+    capturing = device.cuda.is_current_stream_capturing
+
+    def model(x, t):
+        if how == "item":
+            return x * float(x.mean() > 0)
+        if how == "item in mid-capture":
+            return x * (float(x.mean() > 0) if capturing() else x.mean() > 0)
+        if how == "to the host":
+            return x * x.mean().cpu().to(x.device)
+        if how == "from the host":
+            return x * torch.tensor([0.5]).to(x.device)
+        if capturing():  # "error in mid-capture"
+            raise RuntimeError("in mid-capture")
+        return x
+
+    return model
+
+
+ON_ANY = ("item", "item in mid-capture", "error in mid-capture")
+
+
+@on_both(
+    "how, threads, capture",
+    cpu=list(itertools.product(ON_ANY, (False, True), ("auto", True))),
+    gpu=list(
+        itertools.product((*ON_ANY, "to the host", "from the host"), (False, True), ("auto", True))
+    ),
+)
+def test_after_a_capture_that_failed_all_is_as_before(device, how, threads, capture):
+    """``threads``: there is another one, so that the failure is found in the capture itself."""
+    before, eager = pair(closed_form(), device, steps=2)
+    kept = assert_close(before, eager)
+    sampler = Sampler(failing(how, device), PROCESS, steps=3, device=device.name, capture=capture)
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    if threads:
+        thread.start()
+    try:
+        for first in (True, False):
+            if capture is True:
+                with pytest.raises(InputError, match="cannot be captured as a CUDA graph"):
+                    sampler.sample(SHAPE)
+                continue
+            with (
+                pytest.warns(RuntimeWarning, match="eagerly") if first else contextlib.nullcontext()
+            ):
+                sampler.sample(SHAPE)
+            assert sampler.explain().startswith("eager: it cannot be captured as a CUDA graph")
+    finally:
+        over.set()
+        if threads:
+            thread.join()
+    assert device.cuda.get_sync_debug_mode() == 0 and not cudnn.benchmark
+    assert device.draw(3).isfinite().all()
+    device.cuda.synchronize()
+    device.cuda.empty_cache()
+    captured, eager = pair(closed_form(), device, steps=3)
+    assert_close(captured, eager, (2, 2, 6, 6))
+    assert torch.equal(assert_close(before, eager_of(before, device)), kept)
+    assert_close(before, eager_of(before, device), (5, 2, 4, 4))  # in the pool that it had
+    assert device.draw(3).isfinite().all()
+
+
+def eager_of(captured, device):
+    return Sampler(captured.model, PROCESS, steps=2, device=device.name, capture=False)
+
+
+@on_both(cpu=[])
+def test_captures_that_fail_keep_no_memory(device, unet):
+    def model(x, t):
+        return failing("item in mid-capture", device)(unet(x, t), t)
+
+    def fail():
+        sampler = Sampler(model, PROCESS, steps=2, device="cuda", capture=True)
+        with pytest.raises(InputError, match="cannot be captured"):
+            sampler.sample((16, 3, 32, 32))
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    fail()
+    before = fail()
+    assert max(fail() for _ in range(4)) <= before + (8 << 20)

@@ -18,8 +18,6 @@ class FakeCuda:
     """``recording``: pools that take a capture's allocations. ``uses``: captures that hold each
     pool. ``generator_captures``: torch.randn would fail. ``log``: what was done, in order."""
 
-    is_fake = True
-
     def __init__(self):
         self.recording, self.uses, self.pools = set(), Counter(), itertools.count(1)
         self.capturing, self.generator_captures = None, False
@@ -80,8 +78,15 @@ class FakeCuda:
     def synchronize(self, device=None):
         pass
 
+    def empty_cache(self):
+        if self.recording:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
     def memory_stats(self):
         return {"allocation.all.allocated": 0}
+
+    def memory_reserved(self):
+        return self.uses.total()
 
     # --- torch._C ---------------------------------------------------------------------------
 
@@ -115,6 +120,9 @@ class Stream:
     def __init__(self, cuda):
         self.cuda = cuda
 
+    def synchronize(self):
+        pass
+
     def wait_stream(self, other):
         if self is not other:
             self.cuda.log.append(("wait", self, other))
@@ -128,8 +136,7 @@ class Graph:
 
     def capture_begin(self, pool):
         cuda = self.cuda
-        if cuda.recording:  # what torch.cuda.empty_cache says then
-            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+        cuda.empty_cache()
         assert cuda.entered[-1] is not cuda.streams[0]
         self.pool, self.stream = pool, cuda.entered[-1]
         cuda.recording.add(pool)
