@@ -246,6 +246,22 @@ def test_what_is_replayed_on_another_stream_comes_after_what_was_before(cuda):
     assert replays[0] < cuda.log.index(("wait", default, other)) < replays[1]
 
 
+def test_every_replay_waits_for_the_one_before(cuda):
+    place = CudaGraph.new_place(CPU)
+    one, two = (CudaGraph(lambda: None, CPU, place) for _ in range(2))
+    default, other = cuda.streams[0], cuda.Stream()
+    cuda.log.clear()
+    with cuda.stream(other):
+        one.replay()
+    two.replay()
+    two.replay()
+    kinds = [(kind, stream) for kind, stream, _ in cuda.log]
+    assert kinds == [
+        *(("wait", other), ("replay", other)),
+        *(("wait", default), ("replay", default), ("replay", default)),
+    ]
+
+
 def test_the_memory_of_a_step_that_failed_is_not_given_away_too_early(cuda):
     sampled_eagerly(reads_back, "called a synchronizing")
     default, side = cuda.streams

@@ -162,6 +162,18 @@ def test_a_layout_that_changes_is_another_graph(made, padded):
     assert made() == 2
 
 
+def test_a_graph_does_not_outlive_the_padded_weights_that_it_reads(made, padded):
+    model = Ends().eval().to(torch.bfloat16)
+    captured, eager = pair(model, PROCESS, steps=2, dtype=torch.bfloat16)
+    assert_equal(captured, eager, *SHAPE)
+    hook = model.first.register_forward_pre_hook(lambda layer, args: None)
+    assert_equal(captured, eager, 1, *SHAPE[1:])  # another graph; the first one is kept
+    hook.remove()
+    model.first.weight.data.mul_(2)
+    assert_equal(captured, eager, *SHAPE)
+    assert made() == 3
+
+
 def test_a_model_whose_layers_come_to_be_packed_or_padded(padded, monkeypatch):
     """As one does that moves between the CPU and a GPU."""
     model = Ends().eval()
