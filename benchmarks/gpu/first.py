@@ -27,22 +27,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.dry:
         machine = replace(machine, gpu=None, capability=None, memory_gib=0.0)
     folders = [BUNDLE, state.library.parent, ROOT / "fastdiff"]
-    path, more = library.obtain(machine, folders, state.library, given.budget)
+    taken, more = library.obtain(machine, folders, state.library, given.budget)
     said += more
-    archs = library.examine(path, machine).archs if path is not None else ()
+    archs = taken.archs if taken is not None else ()
     has = sorted({*machine.packages, *machine.programs, *(["cuda kernels"] if archs else [])})
     said += notes(machine)
     lines.write(
         given.out,
         "import",
-        ok=path is not None,
+        ok=taken is not None,
         notes=said,
         has=has,
         machine=machine.as_fields(),
         archs=archs,
     )
     print("\n".join(said))
-    return 0 if path is not None else 1
+    return 0 if taken is not None else 1
 
 
 def install_peers(wheels: Path, target: Path) -> list[str]:

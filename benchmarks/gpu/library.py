@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpu.machine import Machine, program
@@ -165,24 +165,29 @@ def place(module: Path, target: Path) -> Path:
 
 def obtain(
     machine: Machine, folders: Sequence[Path], target: Path, limit_s: float
-) -> tuple[Path | None, list[str]]:
+) -> tuple[Library | None, list[str]]:
     """Put the library that the phases use at ``target``; a line on each step that was not plain."""
     now = sources()
     libraries = [examine(path, machine) for path in found_in(folders)]
     library, lines = choose(libraries, machine, now)
     if library is not None:
-        return place(library.path, target), lines
+        place(library.path, target)
+        return library, lines
     fallback = without_kernels(libraries, now)
     for options in builds(machine):
-        described = " ".join(f"{name}={value}" for name, value in options.items())
         if options["FASTDIFF_CUDA"] == "0" and fallback is not None:
             lines.append(f"{fallback.path} serves all the same, without CUDA kernels for this GPU")
-            return place(fallback.path, target), lines
+            place(fallback.path, target)
+            return replace(fallback, archs=()), lines
+        described = " ".join(f"{name}={value}" for name, value in options.items())
         try:
-            built = build(options, target.parent.parent / "native", limit_s)
+            place(build(options, target.parent.parent / "native", limit_s), target)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             lines.append(f"a build with {described} failed: {' '.join(str(error).split())[:200]}")
             continue
         lines.append(f"built here with {described}")
-        return place(built, target), lines
+        built = examine(target, machine)
+        if not built.broken:
+            return built, lines
+        lines.append(f"what was built does not load: {built.broken}")
     return None, lines
