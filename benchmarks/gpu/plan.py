@@ -12,7 +12,14 @@ from gpu.machine import program
 from gpu.places import ROOT
 
 STOP_S = 5.0  # from the request to stop to the end of the patience
-OPERATIONS = ("group_norm_silu", "attention", "q_sample", "posterior_step", "rms_norm_silu")
+# The seconds that each one's benchmark may take.
+OPERATIONS = {
+    "group_norm_silu": 40,
+    "attention": 30,
+    "q_sample": 20,
+    "posterior_step": 20,
+    "rms_norm_silu": 15,
+}
 SAMPLER_TESTS = "tests/sampling/test_sampler_cuda.py"  # of the first run alone
 
 
@@ -72,9 +79,10 @@ class Commands:
         return self.tests(name, limit_s, *arguments, needs=needs, environment=environment)
 
     def benchmark(self, operation: str, limit_s: float) -> Phase:
-        """An operation over its few most telling shapes, in a process of its own."""
-        device = ("--device", "cpu", "-k", "bfloat16 and NCHW", "--budget", "0") if self.dry else ()
-        arguments = ("--shapes", "quick", "--compiled", "none", "--budget", "0.05", *device)
+        """An operation over its few most telling shapes in bfloat16, in a process of its own."""
+        arguments = ("--shapes", "quick", "--compiled", "none", "-k", "bfloat16")
+        dry = ("--device", "cpu", "--budget", "0", "--first", "2")
+        arguments += dry if self.dry else ("--device", "cuda", "--budget", "0.05")
         results = ("--benchmark-quiet", "--results", str(self.out / "operations.json"))
         file = f"benchmarks/bench_{operation}.py"
         return self.tests(f"bench_{operation}", limit_s, *arguments, *results, file, measures=True)
@@ -122,7 +130,7 @@ def full(out: Path, dry: bool) -> Run:
         of.module("first", 120, phase="import"),
         of.module("compiled", 130, measures=True),
         of.module("eager", 45, measures=True, needs=("diffusers",)),
-        *(of.benchmark(operation, 25) for operation in OPERATIONS),
+        *(of.benchmark(operation, limit_s) for operation, limit_s in OPERATIONS.items()),
         of.accuracy("cuda", 30, "cuda kernels"),
         of.accuracy("triton", 30, "triton"),
         of.sanitizer("memcheck", 20),
