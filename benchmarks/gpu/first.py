@@ -6,7 +6,8 @@ It alone is needed by the others. Its line in rows.jsonl says what there is ("ha
 runner leaves out phases, and in words what is missing ("notes").
 """
 
-import importlib.util
+import importlib
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -46,28 +47,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def install_peers(wheels: Path, target: Path) -> list[str]:
-    """Unpack the wheels of what is not installed, beside what is: no package is replaced."""
-    missing = [w for w in sorted(wheels.glob("*.whl")) if not is_installed(w)]
-    if not missing:
+    """Unpack into ``target``, which comes before the machine's packages, the wheels of what these
+    lack, or have too old: nothing of theirs is replaced."""
+    if not wheels.is_dir():
         return []
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-    command += ["--no-compile", "--target", str(target), *map(str, missing)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    importlib.invalidate_caches()
-    names = ", ".join(wheel.name.split("-")[0] for wheel in missing)
+    offline = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index"]
+    asked = ["--dry-run", "--report", "-", "--find-links", str(wheels), "diffusers"]
+    done = subprocess.run([*offline, *asked], capture_output=True, text=True)
+    if done.returncode == 0:
+        missing = [item["download_info"]["url"] for item in json.loads(done.stdout)["install"]]
+        if not missing:
+            return []
+        into = ["--no-deps", "--no-compile", "--upgrade", "--target", str(target)]
+        done = subprocess.run([*offline, *into, *missing], capture_output=True, text=True)
     if done.returncode != 0:
-        return [f"the wheels of {names} were not installed: {done.stderr.strip()[-200:]}"]
-    return [f"installed beside the machine's packages: {names}"]
+        return [f"the wheels of diffusers were not installed: {last_line(done.stderr)}"]
+    importlib.invalidate_caches()
+    names = sorted(url.rsplit("/", 1)[1].split("-")[0] for url in missing)
+    return [f"installed beside the machine's packages: {', '.join(names)}"]
 
 
-def is_installed(wheel: Path) -> bool:
-    from importlib import metadata
-
-    try:
-        metadata.version(wheel.name.split("-")[0])
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+def last_line(text: str) -> str:
+    return text.strip().splitlines()[-1] if text.strip() else "pip does not say why"
 
 
 if __name__ == "__main__":

@@ -52,8 +52,7 @@ class Runner:
         if why_not:
             self._note(Outcome(phase.name, why_not))
             return
-        patience = 2 if self.dry else 1  # two cores, perhaps shared, are no sixteen
-        limit = min(patience * phase.limit_s, left - STOP_S)
+        limit = min(phase.limit_s, left - STOP_S)
         beside = ", in the background" if phase.background else ""
         print(f"=== {phase.name} (at most {limit:.0f} s{beside})", flush=True)
         running = Running(phase, limit, self.out / LOG, self.environment)

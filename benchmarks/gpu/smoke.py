@@ -47,7 +47,7 @@ def oversee(out: Path, command: Sequence[str], budget_s: float, call_s: float = 
     while not all_made and time.monotonic() < deadline:
         code, lost = watch(out, command, done, before, deadline, call_s)
         done, all_made = len(smoke_lines(out)) - before, code == 0
-        if not all_made and code != POISONED:
+        if not all_made and code != POISONED and time.monotonic() < deadline:
             lines.write(out, PHASE, call=done, ok=False, error=lost or f"the worker ended: {code}")
             done += 1
     rows = smoke_lines(out)[before:]
@@ -88,6 +88,8 @@ def work(given: Any, start: int) -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     import torch
 
+    from fastdiff.errors import first_line
+
     device = torch.device("cpu" if given.dry else "cuda")
     for number, (fields, measure) in enumerate(calls(device, given.dry)):
         if number < start:
@@ -96,7 +98,8 @@ def work(given: Any, start: int) -> int:
         try:
             fields |= measure()
         except Exception as error:
-            fields |= {"ok": False, "error": first_line(error)}
+            said = f"{type(error).__name__}: {first_line(error)}"
+            fields |= {"ok": False, "error": said[:300]}
         seconds = round(time.monotonic() - began, 3)
         lines.write(given.out, PHASE, call=number, **fields, seconds=seconds)
         if not serves(device):
@@ -176,11 +179,6 @@ def serves(device: Any) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:300]
 
 
 if __name__ == "__main__":

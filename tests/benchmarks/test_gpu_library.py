@@ -202,19 +202,29 @@ def test_a_library_is_placed_with_its_note_or_without_one(tmp_path):
 
 
 def test_only_wheels_of_what_is_missing_are_installed(tmp_path, monkeypatch):
-    for name in ("torch-2.0-py3-none-any.whl", "no_such_thing-1.0-py3-none-any.whl"):
-        (tmp_path / name).touch()
-    commands = []
+    url = f"file://{tmp_path}/no_such_thing-1.0-py3-none-any.whl"
+    answers, commands = [], []
 
     def run(command, **_):
         commands.append(command)
-        return subprocess.CompletedProcess(command, 1, stderr="no such wheel\n")
+        code, said = answers.pop(0)
+        return subprocess.CompletedProcess(command, code, stdout=said, stderr=said)
 
     monkeypatch.setattr(subprocess, "run", run)
-    (line,) = first.install_peers(tmp_path, tmp_path / "peers")
-    assert "no_such_thing were not installed: no such wheel" in line
-    (command,) = commands
-    assert [a for a in command if a.endswith(".whl")] == [str(sorted(tmp_path.glob("no*"))[0])]
+
+    def install(*given):
+        answers[:] = given
+        return first.install_peers(tmp_path, tmp_path / "peers")
+
+    wanted = json.dumps({"install": [{"download_info": {"url": url}}]})
+    assert install((0, json.dumps({"install": []}))) == []
+    assert install((0, wanted), (0, "")) == [
+        "installed beside the machine's packages: no_such_thing"
+    ]
+    assert commands[-1][-1] == url and "--dry-run" not in commands[-1]
+    refused = "the wheels of diffusers were not installed: no such wheel"
+    assert install((1, "why\nno such wheel\n")) == [refused]
+    assert install((0, wanted), (1, "no such wheel")) == [refused]
     assert first.install_peers(tmp_path / "no folder", tmp_path) == []
 
 
