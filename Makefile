@@ -5,12 +5,16 @@
 # make test-nightly  make test-all's as other CPUs run them, for many hours (.ci/nightly)
 # make bench         compare with other libraries (pytest-benchmark)
 # make docs          all pages and the API reference (site/)
-# make gpu           on a machine with an NVIDIA GPU: build, test and measure there in nine minutes
-# Each but the last makes the virtual environment .venv and installs fastdiff there first, where that is still to do.
+# make gpu-first     on a machine with an NVIDIA GPU: what works, what breaks, where the time goes; five minutes
+# make gpu-full      there too: against the compiled and the eager peers, and the tests; seven minutes
+# make gpu-bundle    beforehand, elsewhere: the library and the wheels that they use (PYTHON=python3.12)
+# Each but the gpu ones makes the virtual environment .venv and installs fastdiff there first, where that is still to do.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-GPU_PYTHON ?= python3
+# DRY=1 runs the phases on the CPU, with tiny sizes; ONLY=smoke,sampler or FROM=profile some of them.
+GPU_PYTHON ?= $(if $(DRY),$(BIN)/python,python3)
+OUT ?= runs/gpu
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
@@ -27,7 +31,7 @@ WITHOUT_DEPENDENCIES := denoising-diffusion-pytorch einops
 demo: export OMP_NUM_THREADS ?= 2
 check test test-all: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo check test test-all test-nightly lint bench docs gpu clean
+.PHONY: demo check test test-all test-nightly lint bench docs gpu-first gpu-full gpu-bundle clean
 
 demo: $(VENV)/demo.installed
 	@echo "== Training on 1,797 digits"
@@ -64,9 +68,15 @@ bench: $(VENV)/test.installed
 docs: $(VENV)/docs.installed
 	$(BIN)/python -m mkdocs build --strict
 
-# With that machine's own Python and packages: it needs no network.
-gpu:
-	$(GPU_PYTHON) benchmarks/gpu.py
+# With that machine's own Python and packages: they need no network.
+gpu-first gpu-full: $(if $(DRY),$(VENV)/test.installed)
+	PYTHONPATH=benchmarks $(GPU_PYTHON) -m gpu.run $(@:gpu-%=%) --out $(OUT) \
+		$(if $(ONLY),--only $(ONLY)) $(if $(FROM),--from $(FROM)) $(if $(DRY),--dry)
+
+gpu-bundle: PYTHON = python3.12
+gpu-bundle:
+	@$(PYTHON) -c '' 2>/dev/null || { echo "make gpu-bundle: there is no $(PYTHON) here: name the GPU machine's version, PYTHON=/path/to/python3.12" >&2; exit 1; }
+	PYTHONPATH=benchmarks $(PYTHON) -m gpu.bundle $(if $(CACHES),--caches $(CACHES))
 
 # The build tools stand in the environment, so that what is compiled once stays compiled: make test
 # after make demo compiles nothing, and after a change only what changed. Packages are fetched while

@@ -5,12 +5,15 @@ Environment variables read at build time:
                      unset, they are compiled where there are an NVIDIA driver and nvcc, which
                      takes minutes; "emulate" compiles them for the CPU, where the backend
                      "cuda" then takes CPU tensors: slow, for tests. The build prints its decision.
+  FASTDIFF_CUDA_ARCHS  what the CUDA kernels are compiled for, for example "80-real 90a-real";
+                     unset, for every generation of GPU that is served.
   CMAKE_BUILD_TYPE   "Debug" compiles without optimisation, in a third of the time.
   FASTDIFF_SANITIZE  passed to -fsanitize=, for example "address,undefined"; a debugging build.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -60,6 +63,7 @@ def cmake_options(suffix: str) -> dict[str, str]:
         "pybind11_DIR": pybind11.get_cmake_dir(),
         "FASTDIFF_CUDA": cuda,
         "FASTDIFF_CUDA_WHY": why,
+        "FASTDIFF_CUDA_ARCHS": ";".join(cuda_architectures()),
         "FASTDIFF_SANITIZE": os.environ.get("FASTDIFF_SANITIZE", ""),
     }
 
@@ -73,6 +77,18 @@ def cuda_choice() -> tuple[str, str]:
     if not asked and not any(map(os.path.exists, DRIVERS)):
         return "OFF", "no NVIDIA driver here (FASTDIFF_CUDA=1 compiles them all the same)"
     return choices[asked], f"FASTDIFF_CUDA={asked}"
+
+
+def cuda_architectures() -> list[str]:
+    """Those that are asked for by number, as the library is later asked what it serves."""
+    asked = os.environ.get("FASTDIFF_CUDA_ARCHS", "").replace(";", " ").split()
+    for name in asked:
+        if not re.fullmatch(r"\d{2,3}[af]?(-real|-virtual)?", name):
+            raise SetupError(
+                f"FASTDIFF_CUDA_ARCHS has {name!r}: expected architectures such as 80-real, "
+                "90a-real or 100, with spaces between them"
+            )
+    return asked
 
 
 def replace(built: Path, module: Path) -> None:

@@ -68,6 +68,7 @@ def pytest_addoption(parser):
         default="some",
         help="where torch.compile of the eager code is a peer (10 s of compilation each)",
     )
+    group.addoption("--first", type=int, metavar="N", help="of the chosen cases so many alone")
     group.addoption("--budget", type=float, default=0.1, help="seconds of rounds per case")
     group.addoption(
         "--results",
@@ -80,6 +81,13 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[RESULTS] = results.Results(None, {})
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("first") is not None:
+        config.hook.pytest_deselected(items=items[config.getoption("first") :])
+        del items[config.getoption("first") :]
 
 
 def pytest_generate_tests(metafunc):

@@ -251,6 +251,20 @@ def test_cuda_is_compiled_where_there_is_a_driver_or_it_is_asked_for(tmp_path, m
     assert choice() == ("OFF", "FASTDIFF_CUDA=0")
 
 
+def test_the_cuda_architectures_are_those_asked_for(monkeypatch):
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    monkeypatch.setenv("FASTDIFF_CUDA_ARCHS", "80-real  90a-real;100")
+    script = runpy.run_path(str(ROOT / "setup.py"))
+    monkeypatch.setitem(script["program"].__globals__, "program", lambda name: name)
+    assert script["cmake_options"](".so")["FASTDIFF_CUDA_ARCHS"] == "80-real;90a-real;100"
+    for name in ("native", "sm_90", "9.0", "90-fast"):
+        monkeypatch.setenv("FASTDIFF_CUDA_ARCHS", name)
+        with pytest.raises(script["SetupError"], match=f"FASTDIFF_CUDA_ARCHS has '{name}'"):
+            script["cuda_architectures"]()
+    monkeypatch.delenv("FASTDIFF_CUDA_ARCHS")
+    assert script["cuda_architectures"]() == []
+
+
 def test_every_kind_of_build_finds_what_another_compiled(monkeypatch):
     """`setup.py build_ext`, `pip install -e` and `pip wheel` of a clone: one folder."""
     from setuptools.dist import Distribution

@@ -1,4 +1,4 @@
-"""A pytest plugin: tests marked any_backend make their tensors on the GPU (``make gpu``)."""
+"""A pytest plugin: tests marked any_backend make their tensors on the GPU (``make gpu-full``)."""
 
 import torch
 
