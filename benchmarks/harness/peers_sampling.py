@@ -56,9 +56,9 @@ def fastdiff_sampling(
     dtype: torch.dtype,
     device: torch.device,
     steps: int = STEPS,
-    compile: bool | dict = False,
+    **options: Any,
 ) -> peers.Step:
-    sampler = fastdiff_sampler(name, dtype, device, steps, compile)
+    sampler = fastdiff_sampler(name, dtype, device, steps, **options)
     noise = peers.images(name, batch).to(device)
     return lambda: sampler.sample(noise.shape, noise=noise)
 
@@ -68,7 +68,7 @@ def fastdiff_sampler(
     dtype: torch.dtype,
     device: torch.device,
     steps: int = STEPS,
-    compile: bool | dict = False,
+    **options: Any,
 ) -> fastdiff.Sampler:
     return fastdiff.Sampler(
         peers.fastdiff_network(name).to(device),
@@ -76,7 +76,7 @@ def fastdiff_sampler(
         timesteps=timesteps(steps)[::-1],
         method="ddim",
         dtype=None if dtype == torch.float32 else dtype,
-        compile=compile,
+        **options,
     )
 
 
@@ -150,7 +150,9 @@ def _sampling(
     @torch.no_grad()
     def sample() -> torch.Tensor:
         x = noise
-        with products_in_tf32(setting.tf32):
+        # Where a peer is to be at its best, cuDNN looks for the fastest kernels, as in our captures.
+        search = switched((torch.backends.cudnn,), "benchmark", setting.channels_last or None)
+        with products_in_tf32(setting.tf32), search:
             for t, on_device in rows:
                 if setting.compiled is not None:
                     torch.compiler.cudagraph_mark_step_begin()
