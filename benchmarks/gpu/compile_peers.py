@@ -17,8 +17,7 @@ import torch
 from gpu import compiled, device
 from gpu.phase import Phase
 from gpu.sampling import chosen, modes, network
-from harness import peers
-from harness.peers_sampling import fastdiff_sampler
+from harness.peers_sampling import fastdiff_sampling
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,9 +57,8 @@ def work(phase: Phase) -> Iterator[tuple[dict, Callable[[], object]]]:
 
 def run_kernels(phase: Phase, name: str, batch: int) -> None:
     """One step, eagerly: a capture would only add its own time."""
-    sampler = fastdiff_sampler(network(phase, name), torch.bfloat16, phase.device, 1, capture=False)
-    noise = peers.images(network(phase, name), batch).to(phase.device)
-    sampler.sample(noise.shape, noise=noise)
+    how = (network(phase, name), batch, torch.bfloat16, phase.device)
+    fastdiff_sampling(*how, steps=1, capture=False)()
 
 
 def sample_once(phase: Phase, name: str, batch: int, contender: str) -> None:

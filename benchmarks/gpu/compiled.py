@@ -26,9 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_matmul_rate(phase)
     for name, batch in (("ddpm-cifar10", 2),) if phase.dry else CASES:
         rivals = [f"{peer} bfloat16 {mode}" for mode in modes(phase) for peer in PEERS]
-        race_samplers(
-            phase, name, batch, chosen(phase, name, batch, ["fastdiff bfloat16", *rivals])
-        )
+        makers = chosen(phase, name, batch, ["fastdiff bfloat16", *rivals])
+        race_samplers(phase, name, batch, makers)
     return phase.ended()
 
 

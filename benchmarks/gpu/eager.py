@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from gpu.phase import Phase
-from gpu.sampling import chosen, race_samplers, write_matmul_rate
+from gpu.sampling import STEPS, chosen, race_samplers, write_matmul_rate
 from harness.peers_sampling import EAGER
 
 CASES = (
@@ -16,6 +16,7 @@ CASES = (
     ("ddpm-cifar10", 64),
     ("iddpm-imagenet64", 64),
 )
+STEPS_ALONE = 20  # a call's own cost is then little beside that of its steps
 CONTENDERS = (
     "fastdiff bfloat16",
     EAGER,
@@ -29,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     phase = Phase.begin("eager", __doc__, argv)
     write_matmul_rate(phase)
     for name, batch in (("ddpm-cifar10", 1),) if phase.dry else CASES:
-        race_samplers(phase, name, batch, chosen(phase, name, batch, list(CONTENDERS)))
+        count = STEPS_ALONE if batch == 1 else STEPS
+        makers = chosen(phase, name, batch, list(CONTENDERS), count)
+        race_samplers(phase, name, batch, makers, count)
     return phase.ended()
 
 

@@ -63,14 +63,16 @@ def race_operation(phase: Phase, measured: Measured) -> None:
     """The copy goes first in every round, so that each row has its share."""
     inputs = input_sets(measured.inputs(), measured.inputs, phase.device)
     copied = 2 * inputs[0][0].nbytes
-    bandwidth = [0.0]
+    bandwidth: float | None = None
 
     def figures(name: str, seconds: float) -> dict[str, Any]:
+        nonlocal bandwidth
         if name == COPY:
-            bandwidth[0] = copied / seconds
-            return {"gbps": copied / seconds / 1e9}
+            bandwidth = copied / seconds
+            return {"gbps": bandwidth / 1e9}
         rate = measured.size_bytes / seconds
-        return {"gbps": rate / 1e9, "percent_of_copy": 100 * rate / bandwidth[0]}
+        share = None if bandwidth is None else 100 * rate / bandwidth
+        return {"gbps": rate / 1e9, "percent_of_copy": share}
 
     makers = {COPY: contenders.copy} | {
         name: partial(Contender, name, measured.call, name)

@@ -81,17 +81,17 @@ def race(
     """Time contenders turn by turn: a row of each turn as soon as it is taken.
 
     ``figures`` of (contender, seconds per call) and ``describe``, asked once outside of the timing,
-    go into the rows beside ``fields``. Round 0 is taken when a contender is made; the rest alternate.
+    go into the rows beside ``fields``. Round 0 is taken as contenders are made; the rest alternate.
     """
     before = backends.named()
     turns, described = {}, {}
 
-    def write(name: str, number: int, seconds: float) -> None:
+    def write(name: str, number: int, turn: Any, seconds: float) -> None:
         phase.write(
             contender=name,
             round=number,
             seconds=seconds,
-            timed_by=turns[name].how,
+            timed_by=turn.how,
             **figures(name, seconds),
             **described[name],
             **fields,
@@ -106,14 +106,16 @@ def race(
                 turn = turn_type(phase.device)(contender, list(inputs))
                 with fastdiff.backend(contender.backend):
                     described[name] = describe(contender)
+                write(name, 0, turn, turn.estimate)
                 turns[name] = turn
-                write(name, 0, turn.estimate)
         for number in range(1, rounds):
             for name in list(turns):
                 if not phase.time_left(contender=name, round=number, **fields):
                     return
+                turn = turns.pop(name)
                 with phase.attempt(contender=name, **fields):
-                    write(name, number, turns[name]())
+                    write(name, number, turn, turn())
+                    turns[name] = turn  # not one that has raised
     finally:
         turns.clear()
         fastdiff.set_backend(before)

@@ -57,6 +57,8 @@ def profile_steps(phase: Phase, batch: int) -> None:
     with (phase.out / FILE).open("a", encoding="utf-8") as file:
         file.write(f"{title}\n{table(events)}\n\n")
     total = sum(map(device.microseconds, events))
+    if not total:
+        raise RuntimeError("the profiler saw nothing run on the device")
     for kind in KINDS:
         of_kind = [event for event in events if kind_of(event.key) == kind]
         spent = sum(map(device.microseconds, of_kind))
@@ -65,7 +67,7 @@ def profile_steps(phase: Phase, batch: int) -> None:
             batch=batch,
             kind=kind,
             ms_per_step=spent / 1e3 / steps(phase),
-            percent=100 * spent / total if total else 0.0,
+            percent=100 * spent / total,
             calls_per_step=sum(event.count for event in of_kind) / steps(phase),
         )
 

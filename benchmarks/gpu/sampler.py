@@ -14,7 +14,8 @@ import torch
 
 from gpu.phase import Phase
 from gpu.sampling import network, peer, race_samplers, steps, write_matmul_rate
-from harness.peers_sampling import fastdiff_sampling, switched
+from harness.peers_sampling import fastdiff_sampling
+from harness.timing import Contender
 
 NETWORK = "ddpm-cifar10"
 BATCHES = (64, 1, 256)
@@ -25,28 +26,18 @@ SEARCH = {"off": "deterministic", "on": "benchmark"}
 def main(argv: Sequence[str] | None = None) -> int:
     phase = Phase.begin("sampler", __doc__, argv)
     write_matmul_rate(phase)
-    for batch in (2, 1) if phase.dry else BATCHES:
+    for batch in (2,) if phase.dry else BATCHES:
         race_samplers(phase, NETWORK, batch, dict(contenders(phase, batch)))
     return phase.ended()
 
 
-def contenders(phase: Phase, batch: int) -> Iterator[tuple[str, Callable]]:
+def contenders(phase: Phase, batch: int) -> Iterator[tuple[str, Callable[[], Contender]]]:
     """The plan's norms are Triton's until CUDA's are measured faster."""
+    how = (network(phase, NETWORK), batch, torch.bfloat16, phase.device, steps(phase))
     for norms, backend in (("plan", None), ("cuda", "reference" if phase.dry else "cuda")):
-        for search, attribute in SEARCH.items():
-            make = partial(sampling, phase, batch, attribute)
+        for search, switch in SEARCH.items():
+            make = partial(fastdiff_sampling, *how, cudnn=switch)
             yield f"fastdiff, {norms}, cudnn.benchmark {search}", partial(peer, make, backend)
-
-
-def sampling(phase: Phase, batch: int, attribute: str) -> Callable[[], torch.Tensor]:
-    name = network(phase, NETWORK)
-    sample = fastdiff_sampling(name, batch, torch.bfloat16, phase.device, steps(phase))
-
-    def switched_sample() -> torch.Tensor:
-        with switched((torch.backends.cudnn,), attribute, True):
-            return sample()
-
-    return switched_sample
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastdiff.ops.dispatch import OPERATIONS
+from gpu import device
 from gpu.phase import Phase, race
 from harness import peers_sampling as peers
 from harness.timing import Contender, matmul_tflops
@@ -24,8 +25,8 @@ def network(phase: Phase, name: str) -> str:
     return "tiny" if phase.dry else name
 
 
-def steps(phase: Phase) -> int:
-    return 2 if phase.dry else STEPS
+def steps(phase: Phase, at_most: int = STEPS) -> int:
+    return 2 if phase.dry else at_most
 
 
 def modes(phase: Phase) -> peers.Modes:
@@ -40,27 +41,40 @@ def peer(make: Callable[[], Callable[[], Any]], backend: str | None = None) -> C
     return Contender("", make(), backend, capturable=False)
 
 
-def chosen(phase: Phase, name: str, batch: int, wanted: list[str]) -> Makers:
+def chosen(phase: Phase, name: str, batch: int, wanted: list[str], at_most: int = STEPS) -> Makers:
     """Of harness.peers_sampling's contenders those that are wanted."""
-    made = peers.contenders(network(phase, name), batch, phase.device, steps(phase), modes(phase))
+    count = steps(phase, at_most)
+    made = peers.contenders(network(phase, name), batch, phase.device, count, modes(phase))
     return {one: partial(peer, made[one]) for one in wanted}
 
 
-def race_samplers(phase: Phase, name: str, batch: int, makers: Makers) -> None:
+def race_samplers(
+    phase: Phase, name: str, batch: int, makers: Makers, at_most: int = STEPS
+) -> None:
+    """``at_most``: steps."""
     fields = {"network": name, "batch": batch}
+    count, tried = steps(phase, at_most), network(phase, name)
+    flops = peers.network_flops(tried, batch)
+    compared: dict[str, torch.Tensor] = {}  # by who made them
     with phase.attempt(contender="float32 reference", **fields):
-        who, reference = peers.reference_images(network(phase, name), phase.device, steps(phase))
-        flops = peers.network_flops(network(phase, name), batch)
+        compared = dict([peers.reference_images(tried, phase.device, count)])
 
-        def figures(contender: str, seconds: float) -> dict[str, Any]:
-            step = seconds / steps(phase)
-            return {"ms_per_step": 1e3 * step, "tflops": flops / step / 1e12}
+    def figures(contender: str, seconds: float) -> dict[str, Any]:
+        step = seconds / count
+        return {"ms_per_step": 1e3 * step, "tflops": flops / step / 1e12}
 
-        def describe(contender: Contender) -> dict[str, Any]:
-            psnr = peers.psnr_db(contender.call(), reference)
-            return {"psnr_db": psnr, "psnr_against": who, "norms": norms(phase)}
+    def describe(contender: Contender) -> dict[str, Any]:
+        known: dict[str, Any] = {"peak_gib": device.peak_gib(phase.device)}
+        images = contender.call()
+        for who, reference in compared.items():
+            known |= {"psnr_db": peers.psnr_db(images, reference), "psnr_against": who}
+        if isinstance(contender.call, peers.Sampling):
+            sampler = contender.call.sampler
+            known |= {"norms": norms(phase), "ran": sampler.explain()}
+            known["seconds_of_a_call"] = sampler.stats.seconds
+        return known
 
-        race(phase, makers, figures, describe=describe, steps=steps(phase), **fields)
+    race(phase, makers, figures, describe=describe, steps=count, **fields)
 
 
 def norms(phase: Phase) -> str:

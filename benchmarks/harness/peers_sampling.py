@@ -50,27 +50,32 @@ class Setting:
     tf32: bool | None = None
 
 
+@dataclass
+class Sampling:
+    """Calls of a Sampler, each from the same x_T. ``cudnn``: a switch of torch.backends.cudnn that
+    is on meanwhile."""
+
+    sampler: fastdiff.Sampler
+    noise: torch.Tensor
+    cudnn: str | None = None
+
+    def __call__(self) -> torch.Tensor:
+        with switched((torch.backends.cudnn,) if self.cudnn else (), self.cudnn or "", True):
+            return self.sampler.sample(self.noise.shape, noise=self.noise)
+
+
 def fastdiff_sampling(
     name: str,
     batch: int,
     dtype: torch.dtype,
     device: torch.device,
     steps: int = STEPS,
+    *,
+    cudnn: str | None = None,
     **options: Any,
-) -> peers.Step:
-    sampler = fastdiff_sampler(name, dtype, device, steps, **options)
-    noise = peers.images(name, batch).to(device)
-    return lambda: sampler.sample(noise.shape, noise=noise)
-
-
-def fastdiff_sampler(
-    name: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    steps: int = STEPS,
-    **options: Any,
-) -> fastdiff.Sampler:
-    return fastdiff.Sampler(
+) -> Sampling:
+    """``options``: of the Sampler."""
+    sampler = fastdiff.Sampler(
         peers.fastdiff_network(name).to(device),
         process(name),
         timesteps=timesteps(steps)[::-1],
@@ -78,6 +83,7 @@ def fastdiff_sampler(
         dtype=None if dtype == torch.float32 else dtype,
         **options,
     )
+    return Sampling(sampler, peers.images(name, batch).to(device), cudnn)
 
 
 def diffusers_sampling(
@@ -150,7 +156,7 @@ def _sampling(
     @torch.no_grad()
     def sample() -> torch.Tensor:
         x = noise
-        # Where a peer is to be at its best, cuDNN looks for the fastest kernels, as in our captures.
+        # Where a peer is to be at its best, cuDNN looks for the fastest kernels, as in a capture.
         search = switched((torch.backends.cudnn,), "benchmark", setting.channels_last or None)
         with products_in_tf32(setting.tf32), search:
             for t, on_device in rows:
