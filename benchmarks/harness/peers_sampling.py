@@ -87,11 +87,7 @@ def fastdiff_sampling(
 
 
 def diffusers_sampling(
-    name: str,
-    batch: int,
-    setting: Setting,
-    device: torch.device,
-    steps: int = STEPS,
+    name: str, batch: int, setting: Setting, device: torch.device, steps: int = STEPS
 ) -> peers.Step:
     from diffusers import DDIMScheduler
 
@@ -108,11 +104,7 @@ def diffusers_sampling(
 
 
 def plain_sampling(
-    name: str,
-    batch: int,
-    setting: Setting,
-    device: torch.device,
-    steps: int = STEPS,
+    name: str, batch: int, setting: Setting, device: torch.device, steps: int = STEPS
 ) -> peers.Step:
     bars = process(name).alphas_cumprod.tolist()
 
