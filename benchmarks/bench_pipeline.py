@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from conftest import Case
+from harness import peers
 from harness.timing import Contender
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed here")
-peers = pytest.importorskip("peers")
 
 TARGETS = {"float32": 1.15, "bfloat16": 2.2}
 
@@ -19,7 +19,6 @@ def pipeline(device, **options):
     """The same weights in each; with options, accelerated."""
     from fastdiff.integrations.diffusers import accelerate_pipeline
 
-    torch.manual_seed(0)
     unet = peers.diffusers_network("ddpm-cifar10").eval()
     pipe = diffusers.DDIMPipeline(unet=unet, scheduler=diffusers.DDIMScheduler()).to(device)
     pipe.set_progress_bar_config(disable=True)

@@ -1,16 +1,17 @@
 """DDIM sampling: the Sampler against diffusers' UNet2DModel + DDIMScheduler of the same size.
 
-Diffusers runs in its default setting and in its best ones. 50 steps where they take seconds;
-elsewhere ten, which cost what the others do.
+Diffusers runs in its default setting and in its best ones, with the same weights. 50 steps where
+they take seconds; elsewhere ten, which cost what the others do.
 """
 
 import pytest
 import torch
 
 from conftest import Case
+from harness import peers_sampling as sampling
 from harness.timing import Contender
 
-sampling = pytest.importorskip("peers_sampling", reason="diffusers is not installed here")
+pytest.importorskip("diffusers", reason="diffusers is not installed here")
 
 TARGETS = {  # times faster than (eager float32, the best setting) by dtype and batch
     ("float32", 1): (1.35, 1.0),
@@ -62,11 +63,12 @@ def test_ddim_on_a_gpu(race, device, compiles, name, batch):
     if device.type != "cuda":
         pytest.skip("needs an NVIDIA GPU")
     steps = 50 if batch <= 16 else 10
-    made = sampling.contenders(name, batch, device, steps, compiles=compiles(None, batch))
-    peers = {peer: make for peer, make in made.items() if peer.startswith("diffusers")}
+    modes = sampling.MODES["cuda"] if compiles(None, batch) else {}
+    made = sampling.contenders(name, batch, device, steps, modes)
+    peers = {peer: make for peer, make in made.items() if not peer.startswith("fastdiff")}
     targets = {sampling.EAGER: 5.0} if batch == 1 else {}
     if batch == 64:
-        targets["diffusers bfloat16 compiled"] = 1.3
+        targets |= {f"{who} bfloat16 {how}": 1.3 for who in ("diffusers", "plain") for how in modes}
     race(
         Case(
             f"ddim_{steps}_steps",

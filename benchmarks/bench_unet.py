@@ -9,9 +9,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-import fastdiff
 from conftest import Case
-from harness import contenders
+from harness import contenders, peers
 from harness.timing import Contender
 
 NAME, SIZE = "ddpm-cifar10", 32
@@ -49,7 +48,7 @@ def test_unet_bfloat16(race, device, batch):
     One autocast is held open over the rounds, so that the weights are cast once, as in a Sampler's
     loop.
     """
-    peers = pytest.importorskip("peers", reason="diffusers is not installed here")
+    pytest.importorskip("diffusers", reason="diffusers is not installed here")
     model = peers.diffusers_network(NAME).eval().to(device)
     x, t = arguments(batch, device)
     case = Case(
@@ -80,7 +79,7 @@ def test_unet_bfloat16(race, device, batch):
 def fastdiff_forward(
     batch: int, device: torch.device, layout: str = "channels_last"
 ) -> Callable[[], object]:
-    model = fastdiff.UNet.from_preset(NAME).eval()
+    model = peers.fastdiff_network(NAME).eval()
     model = model.to(device, memory_format=LAYOUTS[layout])
     x, t = arguments(batch, device)
     x = x.contiguous(memory_format=LAYOUTS[layout])

@@ -18,7 +18,7 @@ import torch
 import fastdiff
 from fastdiff.ops import backends
 from harness import results, shapes, summary
-from harness.timing import Contender, CpuTurn, GpuTurn, Inputs, choose_calls, input_sets
+from harness.timing import Contender, Inputs, choose_calls, input_sets, turn_type
 
 RESULTS = pytest.StashKey[results.Results]()
 BATCHES = {"cpu": (1, 8), "cuda": (1, 8, 32)}
@@ -163,7 +163,6 @@ def race(benchmark, request, recorded):
     case's bytes over that bandwidth, or its flops over the matrix product's rate if longer.
     """
     device = _device(request.config)
-    turn_type = GpuTurn if device.type == "cuda" else CpuTurn
 
     def run(
         case: Case,
@@ -177,11 +176,12 @@ def race(benchmark, request, recorded):
         extra: dict[str, Any] | None = None,
     ) -> dict[str, float]:
         made = input_sets(inputs, more, device)
-        turns = {ours.name: turn_type(ours, made)}
+        make = turn_type(device)
+        turns = {ours.name: make(ours, made)}
         missing = {}
         for peer in peers:
             try:
-                turns[peer.name] = turn_type(peer, made)
+                turns[peer.name] = make(peer, made)
             except Exception as error:
                 if not peer.optional:
                     raise

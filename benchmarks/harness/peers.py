@@ -1,87 +1,88 @@
 """The same network and training step in fastdiff and in diffusers (sampling: peers_sampling.py).
 
-Both get the same size of network, batch, optimizer, autocast dtype and noise schedule; each runs as
-its own documentation has it: diffusers in its default layout, fastdiff in its default layout.
+One state_dict in both, and of every layer the values that PyTorch starts it with: a published U-Net
+starts the last layer of each block at zero, and zeros are multiplied at less power and a higher
+clock. Both get the same batch, optimizer, autocast dtype and noise schedule; each runs as its own
+documentation has it: diffusers in its default layout, fastdiff in its default layout.
+
+diffusers is imported where one of its parts is made, so that without it the others can be timed.
 """
 
+import copy
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, UNet2DModel
 
 import fastdiff
+from fastdiff.checkpoints.diffusers_unet import diffusers_state
+from fastdiff.checkpoints.diffusers_unet_config import diffusers_config
+from fastdiff.models import presets
 
 Step = Callable[[], object]
 
-# Arguments of fastdiff's network (or its preset), and those that give diffusers the same size.
-NETWORKS: dict[str, tuple[str | dict, dict]] = {
-    "ddpm-cifar10": (
-        "ddpm-cifar10",
-        {
-            "layers_per_block": 2,
-            "block_out_channels": (128, 256, 256, 256),
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-            "dropout": 0.1,
-        },
-    ),
-    "iddpm-imagenet64": (
-        "iddpm-imagenet64",
-        {
-            "sample_size": 64,
-            "out_channels": 6,
-            "layers_per_block": 3,
-            "block_out_channels": (128, 256, 384, 512),
-            "down_block_types": ("DownBlock2D", "DownBlock2D", *("AttnDownBlock2D",) * 2),
-            "up_block_types": (*("AttnUpBlock2D",) * 2, "UpBlock2D", "UpBlock2D"),
-            "resnet_time_scale_shift": "scale_shift",
-            "attention_head_dim": 64,  # theirs is one for all levels
-        },
-    ),
-    "small": (
-        {
-            "in_channels": 3,
-            "out_channels": 3,
-            "model_channels": 64,
-            "num_res_blocks": 1,
-            "channel_mult": (1, 2, 2),
-            "attention_resolutions": (2,),
-        },
-        {
-            "layers_per_block": 1,
-            "block_out_channels": (64, 128, 128),
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        },
-    ),
+# Arguments of fastdiff's network; diffusers' follow from them.
+NETWORKS: dict[str, dict[str, Any]] = {
+    "ddpm-cifar10": presets.get("ddpm-cifar10").model,
+    # Heads of one width at all levels, as UNet2DModel has them; the preset has four at each.
+    "iddpm-imagenet64": {**presets.get("iddpm-imagenet64").model, "num_head_channels": 64},
+    "small": {
+        "in_channels": 3,
+        "out_channels": 3,
+        "model_channels": 64,
+        "num_res_blocks": 1,
+        "channel_mult": (1, 2, 2),
+        "attention_resolutions": (2,),
+        "image_size": 32,
+    },
+    "tiny": {  # to try a script with
+        "in_channels": 3,
+        "out_channels": 3,
+        "model_channels": 32,
+        "num_res_blocks": 1,
+        "channel_mult": (1, 1),
+        "attention_resolutions": (2,),
+        "image_size": 8,
+    },
 }
-SIZE = 32
 
 
 def fastdiff_network(name: str) -> fastdiff.UNet:
-    own, _ = NETWORKS[name]
-    return fastdiff.UNet.from_preset(own) if isinstance(own, str) else fastdiff.UNet(**own)
+    """One of its own, with the same weights at every call, and no layer that starts at zero."""
+    return copy.deepcopy(_network(name))
 
 
-def diffusers_network(name: str) -> UNet2DModel:
-    _, theirs = NETWORKS[name]
-    one_head = {"sample_size": SIZE, "out_channels": 3, "attention_head_dim": None}
-    model = UNet2DModel(**{"in_channels": 3, "norm_eps": 1e-5, **one_head, **theirs})
-    theirs_count, ours = (count_parameters(m) for m in (model, fastdiff_network(name)))
-    assert abs(theirs_count - ours) <= 1e-4 * ours
+@functools.cache
+def _network(name: str) -> fastdiff.UNet:
+    """To be copied: of a hundred million weights that takes a tenth of the time to draw them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = fastdiff.UNet(**NETWORKS[name])
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Linear):
+                module.reset_parameters()
     return model
 
 
-def count_parameters(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def diffusers_network(name: str) -> Any:
+    """``fastdiff_network(name)`` as diffusers' UNet2DModel, with the same weights."""
+    from diffusers import UNet2DModel
+
+    ours = _network(name)
+    with torch.device("meta"):  # all that it has is in the state
+        model = UNet2DModel(**diffusers_config(ours))
+    assert not list(model.buffers())
+    model.to_empty(device="cpu").load_state_dict(diffusers_state(ours, ours.state_dict()))
+    return model
 
 
 def fastdiff_training_step(name: str, batch: int, dtype: torch.dtype) -> Step:
     model = fastdiff_network(name).train()
     diffusion = fastdiff.create_diffusion(steps=1000)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    x = images(batch).contiguous(memory_format=torch.channels_last)
+    x = images(name, batch).contiguous(memory_format=torch.channels_last)
 
     def network(*args):
         with autocast(dtype):
@@ -97,10 +98,12 @@ def fastdiff_training_step(name: str, batch: int, dtype: torch.dtype) -> Step:
 
 
 def diffusers_training_step(name: str, batch: int, dtype: torch.dtype) -> Step:
+    from diffusers import DDPMScheduler
+
     model = diffusers_network(name).train()
     scheduler = DDPMScheduler(num_train_timesteps=1000)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    x = images(batch)
+    x = images(name, batch)
 
     def step() -> None:
         t = torch.randint(1000, (batch,))
@@ -114,8 +117,15 @@ def diffusers_training_step(name: str, batch: int, dtype: torch.dtype) -> Step:
     return step
 
 
-def images(batch: int) -> torch.Tensor:
-    return torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+def size(name: str) -> int:
+    """Of the square images of a network of ``NETWORKS``."""
+    return NETWORKS[name]["image_size"]
+
+
+def images(name: str, batch: int) -> torch.Tensor:
+    """Normal values; an image is the same in every batch."""
+    side = size(name)
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
 def autocast(dtype: torch.dtype) -> torch.autocast:

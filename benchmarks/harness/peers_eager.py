@@ -132,3 +132,11 @@ class Process:
         nonzero = (t != 0).float().view(-1, *(1 for _ in x.shape[1:]))
         sample = out["mean"] + nonzero * torch.exp(0.5 * out["log_variance"]) * noise
         return {"sample": sample.to(x.dtype), "pred_xstart": out["pred_xstart"].to(x.dtype)}
+
+
+def ddim_step(x: Tensor, output: Tensor, bar: float, bar_prev: float) -> Tensor:
+    """GaussianDiffusion.ddim_sample with η = 0, from ᾱ to ᾱ_prev, which are numbers: on a GPU
+    nothing is copied and nothing waits."""
+    x_start = ((x - (1 - bar) ** 0.5 * output) / bar**0.5).clamp(-1, 1)
+    eps = (x - bar**0.5 * x_start) / (1 - bar) ** 0.5
+    return bar_prev**0.5 * x_start + (1 - bar_prev) ** 0.5 * eps

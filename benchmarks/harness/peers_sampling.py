@@ -1,31 +1,67 @@
-"""DDIM by fastdiff's Sampler, and by diffusers in the settings that its users reach for.
+"""DDIM by fastdiff's Sampler, and by others in the settings that their users reach for.
+
+One network for all, one x_T and the same timesteps, so that all make the same images: ``psnr_db``
+says how nearly. The others are diffusers (UNet2DModel and DDIMScheduler) and, named "plain",
+fastdiff's network on plain PyTorch operations: what torch.compile would make of our own code. They
+are given what costs them least: half-precision weights for half-precision products, timesteps that
+are on the device already.
 
     python -m harness.peers_sampling NAME BATCH CONTENDER
 
 in benchmarks/ runs one of them in a process of its own and prints the process's peak memory in MB.
 """
 
+import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch._inductor.config
-from diffusers import DDIMScheduler
+import torch._dynamo
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdiff
-from harness import peers
+from harness import peers, peers_eager
 
 STEPS = 50
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EAGER = "diffusers float32"  # its default
-TF32_PEERS = {
-    "diffusers float32 without tf32": (torch.float32, {"tf32": False}),
-    "diffusers float32 all tf32": (torch.float32, {"tf32": True}),
+COMPARED = 8  # images of a batch, where they are held to others
+
+Modes = Mapping[str, dict[str, Any]]  # torch.compile's arguments by name
+MODES: dict[str, Modes] = {
+    "cpu": {"compiled": {"options": {"freezing": True}}},  # weights as constants, in oneDNN's order
+    "cuda": {"compiled": {"mode": "default"}, "max-autotune": {"mode": "max-autotune"}},
 }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a peer runs: the dtype of its weights, their layout, torch.compile's arguments, and
+    whether float32 products run in tf32 (None: as PyTorch does, convolutions alone)."""
+
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+    compiled: dict[str, Any] | None = None
+    tf32: bool | None = None
+
+
+@dataclass
+class Sampling:
+    """Calls of a Sampler, each from the same x_T. ``cudnn``: a switch of torch.backends.cudnn that
+    is on meanwhile."""
+
+    sampler: fastdiff.Sampler
+    noise: torch.Tensor
+    cudnn: str | None = None
+
+    def __call__(self) -> torch.Tensor:
+        with switched((torch.backends.cudnn,) if self.cudnn else (), self.cudnn or "", True):
+            return self.sampler.sample(self.noise.shape, noise=self.noise)
 
 
 def fastdiff_sampling(
@@ -34,105 +70,184 @@ def fastdiff_sampling(
     dtype: torch.dtype,
     device: torch.device,
     steps: int = STEPS,
-    compile: bool | dict = False,
-) -> peers.Step:
-    model = peers.fastdiff_network(name).to(device)
+    *,
+    cudnn: str | None = None,
+    **options: Any,
+) -> Sampling:
+    """``options``: of the Sampler."""
     sampler = fastdiff.Sampler(
-        model,
+        peers.fastdiff_network(name).to(device),
         process(name),
-        steps=steps,
+        timesteps=timesteps(steps)[::-1],
         method="ddim",
         dtype=None if dtype == torch.float32 else dtype,
-        compile=compile,
+        **options,
     )
-    shape = (batch, 3, size(name), size(name))
-    return lambda: sampler.sample(shape)
+    return Sampling(sampler, peers.images(name, batch).to(device), cudnn)
 
 
 def diffusers_sampling(
-    name: str,
-    batch: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    steps: int = STEPS,
-    *,
-    channels_last: bool = False,
-    compiled: dict | None = None,
-    tf32: bool | None = None,
+    name: str, batch: int, setting: Setting, device: torch.device, steps: int = STEPS
 ) -> peers.Step:
-    """``tf32``: whether float32 products run in it; None: as PyTorch does, convolutions alone."""
-    model = peers.diffusers_network(name).eval().to(device)
-    if channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    network = model
-    if compiled is not None:
-        if device.type == "cpu":  # weights as constants, in oneDNN's order
-            torch._inductor.config.freezing = True
-        network = torch.compile(model, **compiled)
+    from diffusers import DDIMScheduler
+
     scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=True)
     scheduler.set_timesteps(steps)
-    generator = torch.Generator(device).manual_seed(0)
+    assert scheduler.timesteps.tolist() == timesteps(steps)
+
+    def update(x: torch.Tensor, output: torch.Tensor, t: int) -> torch.Tensor:
+        # ε from the clipped x_0, as published and as the Sampler does.
+        return scheduler.step(output, t, x, use_clipped_model_output=True).prev_sample
+
+    model = peers.diffusers_network(name)
+    return _sampling(model, update, name, batch, setting, device, steps)
+
+
+def plain_sampling(
+    name: str, batch: int, setting: Setting, device: torch.device, steps: int = STEPS
+) -> peers.Step:
+    bars = process(name).alphas_cumprod.tolist()
+
+    def update(x: torch.Tensor, output: torch.Tensor, t: int) -> torch.Tensor:
+        before = t - 1000 // steps
+        return peers_eager.ddim_step(x, output, bars[t], bars[before] if before >= 0 else 1.0)
+
+    model = peers.fastdiff_network(name)
+    if not setting.channels_last:
+        model = model.to(memory_format=torch.contiguous_format)
+    sample = _sampling(model, update, name, batch, setting, device, steps)
+
+    def on_plain_operations() -> object:
+        with fastdiff.backend("reference"):
+            return sample()
+
+    return on_plain_operations
+
+
+def _sampling(
+    model: torch.nn.Module,
+    update: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+    name: str,
+    batch: int,
+    setting: Setting,
+    device: torch.device,
+    steps: int,
+) -> peers.Step:
+    layout = torch.channels_last if setting.channels_last else torch.preserve_format
+    model = model.eval().to(device, setting.dtype)
+    if setting.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    network: Callable[..., Any] = model
+    if setting.compiled is not None:
+        # Of one line of code, for every peer that is compiled in this process.
+        torch._dynamo.config.recompile_limit = 64
+        network = torch.compile(model, dynamic=False, **setting.compiled)
+    noise = peers.images(name, batch).to(device, memory_format=layout)
+    rows = [(t, torch.full((batch,), t, device=device)) for t in timesteps(steps)]
 
     @torch.no_grad()
     def sample() -> torch.Tensor:
-        x = torch.randn(batch, 3, size(name), size(name), generator=generator, device=device)
-        low = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-        with low, products_in_tf32(tf32):
-            for t in scheduler.timesteps:
-                output = network(x, t).sample[:, :3]  # a learned variance is not DDIM's
-                x = scheduler.step(output.float(), t, x).prev_sample
+        x = noise
+        # Where a peer is to be at its best, cuDNN looks for the fastest kernels, as in a capture.
+        search = switched((torch.backends.cudnn,), "benchmark", setting.channels_last or None)
+        with products_in_tf32(setting.tf32), search:
+            for t, on_device in rows:
+                if setting.compiled is not None:
+                    torch.compiler.cudagraph_mark_step_begin()
+                output = network(x.to(setting.dtype, memory_format=layout), on_device)
+                eps = getattr(output, "sample", output)[:, :3]  # DDIM takes no learned variance
+                x = update(x, eps.float(), t)
         return x
 
     return sample
 
 
 @contextmanager
-def products_in_tf32(wanted: bool | None) -> Iterator[None]:
-    if wanted is None:
-        yield
-        return
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = wanted
+def switched(owners: tuple[Any, ...], attribute: str, value: bool | None) -> Iterator[None]:
+    """``owner.attribute = value`` for the length of a block; None leaves it as it is."""
+    before = [getattr(owner, attribute) for owner in owners]
     try:
+        for owner in owners if value is not None else ():
+            setattr(owner, attribute, value)
         yield
     finally:
-        for backend, was in zip(backends, before, strict=True):
-            backend.allow_tf32 = was
+        for owner, was in zip(owners, before, strict=True):
+            setattr(owner, attribute, was)
+
+
+def products_in_tf32(wanted: bool | None) -> Any:
+    return switched((torch.backends.cuda.matmul, torch.backends.cudnn), "allow_tf32", wanted)
+
+
+def settings(device: torch.device, modes: Modes) -> dict[str, Setting]:
+    """Of diffusers, by the name of the contender; the compiled ones in ``modes``."""
+    made = {
+        EAGER: Setting(),
+        "diffusers float32 channels_last": Setting(channels_last=True),
+        "diffusers bfloat16": Setting(torch.bfloat16),
+        "diffusers bfloat16 channels_last": Setting(torch.bfloat16, True),
+    }
+    if device.type != "cpu":
+        made["diffusers float32 without tf32"] = Setting(tf32=False)
+        made["diffusers float32 all tf32"] = Setting(tf32=True)
+    return made | compiled_settings("diffusers", modes)
+
+
+def compiled_settings(peer: str, modes: Modes) -> dict[str, Setting]:
+    return {
+        f"{peer} {dtype_name} {mode}": Setting(dtype, True, options)
+        for mode, options in modes.items()
+        for dtype_name, dtype in DTYPES.items()
+    }
 
 
 def contenders(
-    name: str, batch: int, device: torch.device, steps: int = STEPS, compiles: bool = True
+    name: str,
+    batch: int,
+    device: torch.device,
+    steps: int = STEPS,
+    modes: Modes | None = None,
 ) -> dict[str, Callable[[], peers.Step]]:
-    """By name, each made when it is called."""
-    how = {} if device.type == "cpu" else {"mode": "max-autotune"}
-    settings: dict[str, tuple[torch.dtype, dict]] = {
-        EAGER: (torch.float32, {}),
-        **({} if device.type == "cpu" else TF32_PEERS),
-        "diffusers float32 channels_last": (torch.float32, {"channels_last": True}),
-        "diffusers bfloat16": (torch.bfloat16, {}),
-        "diffusers bfloat16 channels_last": (torch.bfloat16, {"channels_last": True}),
-    }
-    if compiles:
-        last = {"channels_last": True, "compiled": how}
-        settings["diffusers float32 compiled"] = (torch.float32, last)
-        settings["diffusers bfloat16 compiled"] = (torch.bfloat16, last)
+    """By name, each made when it is called. ``modes``: of torch.compile; None: the device's."""
+    modes = MODES[device.type] if modes is None else modes
     made: dict[str, Callable[[], peers.Step]] = {
-        peer: lambda dtype=dtype, options=options: diffusers_sampling(
-            name, batch, dtype, device, steps, **options
-        )
-        for peer, (dtype, options) in settings.items()
+        peer: lambda setting=setting: diffusers_sampling(name, batch, setting, device, steps)
+        for peer, setting in settings(device, modes).items()
     }
+    for peer, setting in {"plain float32": Setting(), **compiled_settings("plain", modes)}.items():
+        made[peer] = lambda setting=setting: plain_sampling(name, batch, setting, device, steps)
     for dtype_name, dtype in DTYPES.items():
         made[f"fastdiff {dtype_name}"] = lambda dtype=dtype: fastdiff_sampling(
             name, batch, dtype, device, steps
         )
-        if compiles and device.type == "cpu":
-            made[f"fastdiff {dtype_name} compiled"] = lambda dtype=dtype: fastdiff_sampling(
-                name, batch, dtype, device, steps, compile={"options": {"freezing": True}}
+        for mode, options in modes.items() if device.type == "cpu" else ():
+            made[f"fastdiff {dtype_name} {mode}"] = lambda dtype=dtype, options=options: (
+                fastdiff_sampling(name, batch, dtype, device, steps, compile=options)
             )
     return made
+
+
+def reference_images(name: str, device: torch.device, steps: int) -> tuple[str, torch.Tensor]:
+    """(who made them, the first images of every batch): in float32 throughout, by diffusers where
+    it is installed."""
+    exact = Setting(tf32=False)
+    try:
+        who, sample = "diffusers", diffusers_sampling(name, COMPARED, exact, device, steps)
+    except ImportError:
+        who, sample = "plain", plain_sampling(name, COMPARED, exact, device, steps)
+    return f"{who} float32 without tf32", sample()
+
+
+def psnr_db(images: torch.Tensor, reference: torch.Tensor) -> float:
+    """Of images in [−1, 1], as far as both have them; 200 for equal ones."""
+    count = min(len(images), len(reference))
+    error = (images[:count].double() - reference[:count].double()).square().mean().item()
+    return 200.0 if error == 0 else 10 * math.log10(4 / error)
+
+
+def timesteps(steps: int) -> list[int]:
+    """Descending, as DDIMScheduler and DDIM's authors space them."""
+    return list(range(0, 1000, 1000 // steps))[::-1][-steps:]
 
 
 def process(name: str) -> fastdiff.GaussianDiffusion:
@@ -140,13 +255,9 @@ def process(name: str) -> fastdiff.GaussianDiffusion:
     return fastdiff.create_diffusion(steps=1000, learn_sigma=learned)
 
 
-def size(name: str) -> int:
-    return 64 if name.endswith("64") else 32
-
-
 def network_flops(name: str, batch: int) -> int:
     """Of the convolutions and matrix products of one call, two for each multiplication."""
-    side = size(name)
+    side = peers.size(name)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), fastdiff.backend("reference"):
         peers.fastdiff_network(name)(torch.zeros(1, 3, side, side), torch.zeros(1))
     return batch * counter.get_total_flops()

@@ -119,6 +119,10 @@ class GpuTurn:
         return self.start.elapsed_time(self.end) / 1e3 / self.calls
 
 
+def turn_type(device: torch.device) -> type[CpuTurn] | type[GpuTurn]:
+    return GpuTurn if device.type == "cuda" else CpuTurn
+
+
 def choose_calls(turns: list[CpuTurn] | list[GpuTurn], device: torch.device) -> None:
     """One number of calls per turn for all on the CPU, so that their timing costs the same."""
     if device.type == "cpu":
@@ -190,6 +194,5 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _best_of(call: Callable[[], object], device: torch.device, rounds: int = 15) -> float:
-    turn_type = GpuTurn if device.type == "cuda" else CpuTurn
-    turn = turn_type(Contender("", call), [()])
+    turn = turn_type(device)(Contender("", call), [()])
     return min(turn() for _ in range(rounds))

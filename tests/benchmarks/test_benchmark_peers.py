@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 import fastdiff
-from harness import peers_eager, results
+from fastdiff.checkpoints.diffusers_unet_config import diffusers_config
+from harness import peers, peers_eager, peers_sampling, results
 from paths import ROOT
 
 CPU = torch.device("cpu")
@@ -77,6 +79,88 @@ def test_a_step_is_the_same_function(device, learned, t, monkeypatch):
     sample, x_start = fastdiff.ops.posterior_step(x, output, table, 999 - t, noise=noise)
     torch.testing.assert_close(peer["sample"], sample, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(peer["pred_xstart"], x_start, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("before", [200, -200])
+def test_a_ddim_step_is_the_same_function(before):
+    bars = fastdiff.create_diffusion(steps=1000).alphas_cumprod
+    scheduler = pytest.importorskip("diffusers").DDIMScheduler()
+    scheduler.set_timesteps(5)
+    x, eps, t = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), before + 200
+    theirs = scheduler.step(eps, t, x, use_clipped_model_output=True).prev_sample
+    step = peers_eager.ddim_step(x, eps, bars[t], bars[before] if before >= 0 else 1.0)
+    torch.testing.assert_close(step, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", peers.NETWORKS)
+def test_diffusers_can_be_every_network(name):
+    with torch.device("meta"):
+        config = diffusers_config(fastdiff.UNet(**peers.NETWORKS[name]))
+    assert config["sample_size"] == peers.size(name)
+
+
+@pytest.mark.seconds
+def test_both_networks_have_the_same_weights_and_none_is_zero():
+    pytest.importorskip("diffusers")
+    ours, theirs = peers.fastdiff_network("tiny").eval(), peers.diffusers_network("tiny").eval()
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 900])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, t), theirs(x, t).sample, rtol=1e-4, atol=1e-5)
+    for model in (ours, theirs):
+        layers = [m for m in model.modules() if hasattr(m, "weight") and m.weight.dim() > 1]
+        assert layers and all(layer.weight.std() > 0 for layer in layers)
+
+
+TRACED = {"traced": {"backend": "eager"}}
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("modes", [{}, pytest.param(TRACED, marks=pytest.mark.long)])
+def test_all_that_sample_make_the_same_images(modes):
+    pytest.importorskip("diffusers")
+    who, reference = peers_sampling.reference_images("tiny", CPU, 3)
+    assert who == "diffusers float32 without tf32"
+    made = peers_sampling.contenders("tiny", 3, CPU, 3, modes=modes)
+    for name, make in made.items():
+        images = make()()
+        assert images.shape == (3, 3, 8, 8), name
+        assert peers_sampling.psnr_db(images, reference) > (90 if "float32" in name else 30), name
+
+
+def test_equal_images_have_the_highest_psnr():
+    images = torch.rand(2, 3, 4, 4)
+    assert peers_sampling.psnr_db(images, images) == 200
+    assert math.isclose(peers_sampling.psnr_db(images, images + 0.2), 20.0, abs_tol=1e-3)
+
+
+@pytest.mark.seconds
+def test_a_peer_has_weights_of_its_dtype_and_is_given_timesteps_on_its_device(monkeypatch):
+    pytest.importorskip("diffusers")
+    seen = []
+
+    def compiled(model, **options):
+        def network(x, t):
+            seen.append((options, model.conv_in.weight, x, t))
+            return model(x, t)
+
+        return network
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    peers_sampling.contenders("tiny", 2, CPU, 2)["diffusers bfloat16 compiled"]()()
+    assert len(seen) == 2
+    for options, weight, x, t in seen:
+        assert options["dynamic"] is False
+        assert weight.dtype == x.dtype == torch.bfloat16
+        assert all(v.is_contiguous(memory_format=torch.channels_last) for v in (weight, x))
+        assert t.shape == (2,) and t.device == x.device
+
+
+def test_what_a_benchmark_needs_is_a_package_and_no_file_of_ours():
+    """One that was moved would be taken for a package that is not installed."""
+    sources = [path.read_text() for path in (ROOT / "benchmarks").glob("bench_*.py")]
+    needed = {name for text in sources for name in re.findall(r'importorskip\("(\w+)"', text)}
+    assert needed == {"diffusers"}
 
 
 def run_benchmark(*args: str) -> subprocess.CompletedProcess:
