@@ -11,7 +11,7 @@ from fastdiff.ops import backends, rms_norm_silu
 from norm_cases import error
 from rms_norm_cases import case, eager, equations
 
-X = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
+X = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0), device="cpu")
 WEIGHT = torch.linspace(0.5, 1.5, 8)
 META = torch.device("meta")
 
