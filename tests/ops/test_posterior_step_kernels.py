@@ -18,7 +18,15 @@ from fastdiff.ops import backends
 from fastdiff.ops.counters import Counters, sampling_step
 from fastdiff.ops.normal import normal
 from fastdiff.ops.posterior_step.op import posterior_step
-from kernel_tools import LAYOUTS, compile_for, each_isa, examples, poisoned_outputs, spilled
+from kernel_tools import (
+    DEVICES,
+    LAYOUTS,
+    compile_for,
+    each_isa,
+    examples,
+    poisoned_outputs,
+    spilled,
+)
 from paths import ROOT, TOOLS
 
 DEVICE = torch.get_default_device()
@@ -382,24 +390,23 @@ def test_triton_compiles_without_a_gpu_and_without_spills(capability, tmp_path, 
         assert not spilled(compiled, tmp_path)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_gpu_agrees_with_the_cpu(name, layout):
+def test_gpu_agrees_with_the_cpu(name, layout, device):
     rows = TABLES[name]
     x_t, output, _, before = inputs((3, 3, 33, 32), rows, torch.float32, torch.bfloat16, layout)
-    on_gpu = [v.cuda() for v in (x_t, output)]
+    on_gpu = [v.to(device) for v in (x_t, output)]
     for i in range(6):
         given = {"seed": 3, "first_sample": 2**33, "prev_x_start": before}
         expected = posterior_step(x_t, output, rows, i, **given)
         actual = posterior_step(
             *on_gpu,
-            rows.to("cuda"),
-            torch.tensor(i, device="cuda"),
-            seed=torch.tensor(3, device="cuda"),
-            first_sample=torch.tensor(2**33, device="cuda"),
-            prev_x_start=before.cuda(),
+            rows.to(device),
+            torch.tensor(i, device=device),
+            seed=torch.tensor(3, device=device),
+            first_sample=torch.tensor(2**33, device=device),
+            prev_x_start=before.to(device),
         )
         for mine, theirs in zip(actual, expected, strict=True):
             torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-5, atol=2e-5)
