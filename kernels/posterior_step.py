@@ -41,11 +41,10 @@ PLACE = namedtuple("PLACE", COLUMNS)(*range(len(COLUMNS)))
 @triton.jit
 def exp(x):
     """e^x by the GPU's exp2, with what x·log2(e) rounds away put back."""
-    y = x * 1.4426950408889634
-    lost = tl.fma(x, tl.zeros_like(x) + 1.4426950408889634, -y)
-    lost = tl.where(tl.abs(lost) < 1.0, lost, 0.0)  # not of an infinite or NaN x
-    power = tl.exp2(y)
-    return power + power * (lost * 0.6931471805599453)
+    y = x * 1.4426950216293335  # log2(e) rounded, and what that lacks
+    lost = tl.fma(x, tl.zeros_like(x) + 1.4426950216293335, -y) + x * 1.9259629911266175e-08
+    lost = tl.where(tl.abs(lost) < 1.0, lost, 0.0)  # not of an infinite, NaN or enormous x
+    return tl.exp2(y) * (1.0 + lost * 0.6931471805599453)  # a sum would be inf - inf far out
 
 
 @triton.jit

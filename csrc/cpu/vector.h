@@ -197,12 +197,13 @@ FASTDIFF_VEC float to_float(T value) {
   return to_floats(VecHalf{} + value.bits, T{})[0];
 }
 
-// e^x to about 1 ulp; finite for every x, 0 < result: x is taken as if within [-87, 88].
+// e^x to about 1 ulp, NaN for NaN; else 0 < result < infinity: x is taken as if within [-87, 88].
 FASTDIFF_VEC Vec exp(Vec x) {
   x = x < splat(-87.0f) ? splat(-87.0f) : x;
   x = x > splat(88.0f) ? splat(88.0f) : x;
-  const Vec shifted = fma(x, splat(1.44269504f), splat(12582912.0f));  // rounds to an integer
-  const Vec n = shifted - splat(12582912.0f);
+  // Rounds to an integer, which stands in the low bits with the exponent's bias.
+  const Vec shifted = fma(x, splat(1.44269504f), splat(12582912.0f + 127.0f));
+  const Vec n = shifted - splat(12582912.0f + 127.0f);
   Vec r = fma(n, splat(-0.693359375f), x);
   r = fma(n, splat(2.12194440e-4f), r);  // |r| <= ln 2 / 2
   Vec p = splat(1.9875691500e-4f);
@@ -212,7 +213,7 @@ FASTDIFF_VEC Vec exp(Vec x) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p, r * r, r) + splat(1.0f);
-  return as_floats(as_bits(p) + (as_bits(shifted) << 23));
+  return p * as_floats(as_bits(shifted) << 23);  // a product, since NaN's bits are any
 }
 
 // 2^t for the sigmoid: no clamp, so that it overflows to infinity and underflows to zero. The

@@ -3,8 +3,8 @@
 ``"reference"`` is plain PyTorch and serves everything; ``"native"`` are the C++ kernels for the
 CPU; ``"triton"`` and ``"cuda"`` the kernels for NVIDIA GPUs. Nothing is named at the start, unless
 the environment's ``FASTDIFF_BACKEND`` does: each operation's plan then chooses, a pure function of
-shape, dtype and device. A named backend that cannot serve a call raises; only the plan may choose
-another.
+shape, dtype and device. It chooses too for an operation of which the named backend has no kernels;
+where that one has them and cannot serve a call, the call raises.
 """
 
 import contextlib
@@ -43,7 +43,8 @@ _lock = threading.Lock()
 def set_backend(name: str | None) -> None:
     """Name the backend of every fused operation in this process; None lets the plans choose.
 
-    ``name``: "reference", "native", "triton" or "cuda". Raises InputError for another.
+    ``name``: "reference", "native", "triton" or "cuda". Raises InputError for another. The plans
+    choose too for an operation of which it has no kernels ("cuda": attention, rms_norm_silu).
     """
     global _named
     with _lock:

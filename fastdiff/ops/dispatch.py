@@ -1,7 +1,8 @@
 """Which backend serves a call of a fused operation, and why: one rule for all of them.
 
-torch.func and forward mode get the reference; else the backend that is named serves, or raises;
-else the reference where a gradient is wanted that no kernel has; else the kernels of the device.
+torch.func and forward mode get the reference; else the backend that is named serves, or raises,
+where it has kernels of the operation at all; else the reference where a gradient is wanted that no
+kernel has; else the kernels of the device.
 """
 
 import functools
@@ -50,7 +51,7 @@ class Operation:
     choose: Callable[..., Choice]
 
     def __post_init__(self) -> None:
-        self.on_cpu = Choice(self.name, "reference", f"there is no C++ kernel of {self.name}")
+        self.on_cpu = Choice(self.name, "reference", no_kernel(self, "native"))
         if "native" in self.kernels:
             self.on_cpu = Choice(self.name, "native", "the C++ kernel serves every CPU call")
 
@@ -79,19 +80,27 @@ def choose(
     """The backend for a call on ``x``; ``missing``: what it wants and no kernel has; ``rule`` gives
     (backend, reason) in place of ``default``.
 
-    Raises InputError where the backend that is named cannot serve.
+    Raises InputError where the backend that is named has kernels of ``op`` and cannot serve.
     """
     name = backends.named()
     if backends.transforms():
         missing = TRANSFORMS
-    if name is not None:
+    if name is not None and (name == "reference" or name in op.kernels):
         require(op, name, x.device, x.dtype, missing)
         return Choice(op.name, name, NAMED_REASON)
     if missing:
-        return Choice(op.name, "reference", missing)
-    if rule is None and x.is_cpu and x.dtype in KERNEL_DTYPES:
+        backend, reason = "reference", missing
+    elif rule is None and name is None and x.is_cpu and x.dtype in KERNEL_DTYPES:
         return op.on_cpu  # as ``default`` says, at half the cost
-    return Choice(op.name, *(rule() if rule else default(op, x.device, x.dtype)))
+    else:
+        backend, reason = rule() if rule else default(op, x.device, x.dtype)
+    if name is not None:  # a whole network runs by a backend that has kernels of some operations
+        reason = f"{name!r} was named, {no_kernel(op, name)}: {reason}"
+    return Choice(op.name, backend, reason)
+
+
+def no_kernel(op: Operation, name: str) -> str:
+    return f"there is no {LANGUAGES[name]} kernel of {op.name}"
 
 
 def default(op: Operation, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -139,7 +148,7 @@ def problem(op: Operation, name: str, device: torch.device, dtype: torch.dtype) 
     if name == "reference":
         return ""
     if name not in op.kernels:
-        return f"there is no {LANGUAGES[name]} kernel of {op.name}"
+        return no_kernel(op, name)
     if dtype not in KERNEL_DTYPES:
         return f"its kernels take float32, bfloat16 and float16, not {short(dtype)}"
     if name == "cuda":

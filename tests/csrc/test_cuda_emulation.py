@@ -12,7 +12,10 @@ SUITES = {  # the longest first
         "tests/ops/test_group_norm_silu_backward.py",
     ],
     "group_norm_silu, cut": ["tests/ops/test_group_norm_silu_cuda.py"],
-    "elementwise kernels": ["tests/ops/test_elementwise_cuda.py"],
+    "elementwise kernels, a network": [
+        "tests/ops/test_elementwise_cuda.py",
+        "tests/ops/test_named_network.py",
+    ],
     "q_sample": ["tests/ops/test_q_sample.py", "tests/ops/test_q_sample_kernels.py"],
     "posterior_step": [
         "tests/ops/test_posterior_step.py",
@@ -20,6 +23,7 @@ SUITES = {  # the longest first
     ],
     "normal": ["tests/ops/test_rng_cuda.py"],
 }
+AS_ON_A_GPU = ("-p", "pretend_gpu", "-m", "any_backend")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,7 @@ def outcomes(sanitized):
     """Every suite's process when it has ended; as many run at a time as there are processors."""
 
     def run(files):
-        return sanitized.run_tests("--all", "-m", "any_backend", *files)
+        return sanitized.run_tests("--all", *AS_ON_A_GPU, *files)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(SUITES, pool.map(run, SUITES.values()), strict=True))
@@ -46,6 +50,6 @@ def test_the_suite_holds_in_the_emulation(outcomes, suite):
 
 @pytest.mark.seconds
 def test_the_first_cases_of_the_kernels_own_suites_hold_in_the_emulation(sanitized):
-    own = ("group_norm_silu, cut", "elementwise kernels", "normal")
+    own = ("group_norm_silu, cut", "elementwise kernels, a network", "normal")
     files = [file for suite in own for file in SUITES[suite]]
-    assert passed(sanitized.run_tests("--quick", "-m", "any_backend", *files)) >= 12
+    assert passed(sanitized.run_tests("--quick", *AS_ON_A_GPU, *files)) >= 12

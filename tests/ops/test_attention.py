@@ -164,16 +164,18 @@ def test_the_maximum_may_come_late(isa):
     check_values(natively, qkv, 1, "heads_first")
 
 
-def test_a_nan_stays_in_its_sample(isa):
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, -1])
+def test_a_nan_stays_in_its_sample(isa, bits):
     qkv = projection(3, 24, 20)
     clean = natively(qkv, 2, "heads_first")
-    qkv[1, 0, 3] = float("nan")  # of one query of the first head
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    qkv[1, 0, 3] = nan  # of one query of the first head
     result = natively(qkv, 2, "heads_first")
     assert result[1, :4, 3].isnan().all()
     assert result.isnan().sum() == 4
     keep = ~result.isnan()
     assert torch.equal(result[keep], clean[keep])
-    qkv[1, 4, 3] = float("nan")  # of a key: every query of that head
+    qkv[1, 4, 3] = nan  # of a key: every query of that head
     assert natively(qkv, 2, "heads_first")[1, :4].isnan().all()
 
 

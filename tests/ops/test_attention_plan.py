@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff.ops import native
+from fastdiff.ops import backends, native
 from fastdiff.ops.attention.fastest import IMPLEMENTATIONS, Workload, fastest
-from fastdiff.ops.attention.op import choose
+from fastdiff.ops.attention.op import _workload, choose
+from fastdiff.ops.attention.reference import split_heads
 from fastdiff.ops.dispatch import NAMED_REASON
 from paths import ROOT
 
@@ -72,16 +73,36 @@ def test_what_the_plan_says(changes, implementation, reason):
 
 
 @pytest.mark.parametrize(("head_dim", "implementation"), [(64, "sdpa"), (256, "sdpa")])
-def test_gpus_take_sdpa_up_to_its_widest_head(head_dim, implementation):
+def test_gpus_take_sdpa_up_to_its_widest_head(monkeypatch, head_dim, implementation):
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
     assert fastest(workload(device_type="cuda", head_dim=head_dim))[0] == implementation
 
 
-def test_gpus_take_triton_for_wider_heads(monkeypatch):
-    wide = workload(device_type="cuda", head_dim=512)
-    monkeypatch.setattr("fastdiff.ops.backends.HAS_TRITON", True)
-    assert fastest(wide) == ("triton", "head_dim 512 > 256, where PyTorch's fast SDPA ends")
-    monkeypatch.setattr("fastdiff.ops.backends.HAS_TRITON", False)
-    assert fastest(wide) == ("sdpa", "PyTorch's SDPA: Triton is not installed")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", backends.KERNEL_DTYPES)
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"head_dim": 512}, "head_dim 512 > 256, where PyTorch's fast SDPA ends"),
+        ({"token_major": False}, "channel-major, which PyTorch's fast SDPA does not read"),
+    ],
+)
+def test_gpus_take_triton_for_what_fast_sdpa_does_not_take(
+    monkeypatch, changes, reason, dtype, training
+):
+    work = workload(device_type="cuda", dtype=dtype, training=training, **changes)
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
+    assert fastest(work) == ("triton", reason)
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
+    assert fastest(work) == ("sdpa", "PyTorch's SDPA: Triton is not installed")
+
+
+def test_the_layout_is_that_of_a_heads_channels():
+    """SDPA gets views of qkv: their last stride is that of the channels."""
+    for qkv in (torch.zeros(2, 24, 5), torch.zeros(2, 5, 24).mT, torch.zeros(2, 24, 1)):
+        for order in ("heads_first", "qkv_first"):
+            views = split_heads(qkv, 2, order)
+            assert all((v.stride(3) == 1) == _workload(qkv, 2).token_major for v in views)
 
 
 def test_explain_tells_the_choice_and_why(capsys):

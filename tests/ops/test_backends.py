@@ -1,7 +1,6 @@
 """Naming backends, and asking whether a kernel may be launched past PyTorch's dispatcher."""
 
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -221,19 +220,63 @@ def test_a_batch_of_gradients_is_not_launched_directly():
     assert seen == [True, False]
 
 
+# --- Operations that a backend has no kernels of -----------------------------------------------
+
+
 @pytest.mark.parametrize(
     "kernels, backend", [(("native",), "native"), (("triton",), "reference"), ((), "reference")]
 )
-def test_an_operation_is_served_by_the_kernels_that_it_has(kernels, backend):
-    """Where a backend has none, the plan passes it by, and naming it is an error."""
+def test_the_plan_passes_by_the_kernels_that_an_operation_has_not(kernels, backend):
     x = torch.zeros(2)
-    op = dispatch.Operation("twice", kernels, lambda x: dispatch.choose(op, x))
-    assert op.choose(x).backend == backend
+    op = Operation("twice", kernels, lambda x: dispatch.choose(op, x))
+    planned = op.choose(x)
+    assert planned.backend == backend
     for name, language in dispatch.LANGUAGES.items():
         if name not in kernels:
-            message = f"there is no {language} kernel of twice"
-            with fastdiff.backend(name), pytest.raises(InputError, match=re.escape(message)):
-                op.choose(x)
+            with fastdiff.backend(name):
+                choice = op.choose(x)
+            assert choice.backend == backend
+            assert choice.reason == (
+                f"{name!r} was named, there is no {language} kernel of twice: {planned.reason}"
+            )
     on_gpu, reason = dispatch.default(op, torch.device("cuda"), x.dtype)
     if "triton" not in kernels:
         assert on_gpu == "reference" and reason == "there is no kernel of twice for GPUs"
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_named_backend_that_has_kernels_raises_where_they_do_not_serve(monkeypatch, name):
+    """By the device, the dtype, or what is asked for, as by gradients."""
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    op = Operation("twice", ("native", name), lambda x, missing="": dispatch.choose(op, x, missing))
+    for x, missing in (
+        (torch.zeros(2, device="meta"), ""),
+        (torch.zeros(2, dtype=torch.float64), ""),
+        (torch.zeros(2), dispatch.NO_GRADIENTS),
+    ):
+        with fastdiff.backend(name), pytest.raises(InputError, match=f"'{name}' was named, but "):
+            op.choose(x, missing)
+        assert op.choose(x, missing).backend == "reference"
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_what_cuda_has_no_kernels_of_is_served_as_the_plan_says(gradients):
+    qkv, x, weight = torch.zeros(1, 96, 256), torch.zeros(1, 8, 4), torch.ones(8)
+    x.requires_grad_(gradients)
+    calls = (("attention", (qkv, 1)), ("rms_norm_silu", (x, weight)))
+    for name, arguments in calls:
+        planned = OPERATIONS[name].choose(*arguments)
+        with fastdiff.backend("cuda"):
+            choice = fastdiff.explain(name, *arguments)
+            assert getattr(fastdiff.ops, name)(*arguments).shape[0] == 1
+        assert choice.backend == planned.backend
+        why = f"'cuda' was named, there is no CUDA C++ kernel of {name}: {planned.reason}"
+        assert choice.reason == why
+
+
+def test_transforms_get_the_reference_where_the_name_has_no_kernels():
+    qkv = torch.randn(1, 6, 4)
+    with fastdiff.backend("cuda"):
+        gradient = torch.func.grad(lambda x: fastdiff.ops.attention(x, 1).square().sum())(qkv)
+    assert gradient.any()

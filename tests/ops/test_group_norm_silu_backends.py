@@ -14,7 +14,7 @@ from fastdiff.ops import backends, group_norm_silu, native
 from kernel_tools import each_isa
 from norm_cases import equations
 
-X = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
+X = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0), device="cpu")
 WEIGHT = torch.linspace(0.5, 1.5, 8)
 BIAS = torch.linspace(-1, 1, 8)
 

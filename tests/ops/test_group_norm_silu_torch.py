@@ -19,7 +19,7 @@ from norm_cases import (
     run,
 )
 
-X = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
+X = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0), device="cpu")
 WEIGHT = torch.linspace(0.5, 1.5, 8)
 BIAS = torch.linspace(-1, 1, 8)
 TANGENT = torch.sin(torch.arange(80.0)).view(2, 8, 5)

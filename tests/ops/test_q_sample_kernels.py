@@ -16,7 +16,15 @@ from fastdiff.errors import InputError
 from fastdiff.ops import native
 from fastdiff.ops.counters import Counters, known_step, training_step
 from fastdiff.ops.normal import normal
-from kernel_tools import LAYOUTS, compile_for, each_isa, examples, poisoned_outputs, spilled
+from kernel_tools import (
+    DEVICES,
+    LAYOUTS,
+    compile_for,
+    each_isa,
+    examples,
+    poisoned_outputs,
+    spilled,
+)
 from paths import TOOLS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -361,16 +369,15 @@ def test_triton_compiles_without_a_gpu_and_without_spills(capability, tmp_path, 
             assert not spilled(compiled, tmp_path)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_gpu_agrees_with_the_cpu(dtype, layout):
+def test_gpu_agrees_with_the_cpu(dtype, layout, device):
     x_start, t, _ = inputs((3, 3, 33, 32), dtype, layout)
     expected = ops.q_sample(x_start, t, SIGNAL, SIGMA, seed=2**63 + 7, step=5, first_sample=2**33)
-    on_gpu = [v.cuda() for v in (x_start, t, SIGNAL, SIGMA)]
+    on_gpu = [v.to(device) for v in (x_start, t, SIGNAL, SIGMA)]
     counters = {"seed": 7 - 2**63, "step": 5, "first_sample": 2**33}
-    counters = {name: torch.tensor(value, device="cuda") for name, value in counters.items()}
+    counters = {name: torch.tensor(value, device=device) for name, value in counters.items()}
     x_t, noise = ops.q_sample(*on_gpu, **counters)
     assert torch.equal(noise.cpu(), expected[1])
     torch.testing.assert_close(x_t.cpu(), expected[0], rtol=torch.finfo(dtype).eps, atol=1e-6)

@@ -19,7 +19,7 @@ from fastdiff.ops.layouts import sample_layout
 from fastdiff.ops.normal import normal
 from fastdiff.ops.normal.op import _choose
 from fastdiff.ops.normal.reference import philox4x32
-from kernel_tools import each_isa
+from kernel_tools import ON_GPU, each_isa
 from paths import TOOLS
 
 # Random123's kat_vectors: philox4x32, 10 rounds: counter, key, result.
@@ -424,20 +424,21 @@ def test_triton_kernels_compile_without_a_gpu(capability, tmp_path, monkeypatch)
         assert "fma.rn.f32" not in compiled.asm["ptx"]  # one rounding per operation, as the CPU
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [("cpu", "native")] + [pytest.param("cuda:0", b, marks=ON_GPU) for b in ("cuda", "triton")],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(3, 3, 64, 64), (2, 3, 17, 19), (1, 4099), (70000, 2)])
-def test_gpu_agrees_with_the_cpu_bit_for_bit(backend, dtype, shape):
-    if backend == "cuda" and not native.cuda_serves(torch.device("cuda:0")):
+def test_gpu_agrees_with_the_cpu_bit_for_bit(device, backend, dtype, shape):
+    if backend == "cuda" and not native.cuda_serves(torch.device(device)):
         pytest.skip("no compiled CUDA kernel serves this device")
     options = dict(seed=2**63 + 7, step=5, first_sample=2**33)
     expected = normal(shape, dtype=dtype, **options)
-    drawn = normal(shape, dtype=dtype, device="cuda:0", backend=backend, **options)
+    drawn = normal(shape, dtype=dtype, device=device, backend=backend, **options)
     assert torch.equal(drawn.cpu(), expected)
     counters = dict(seed=7 - 2**63, step=5, first_sample=2**33)
-    tensors = {name: torch.tensor(value, device="cuda:0") for name, value in counters.items()}
+    tensors = {name: torch.tensor(value, device=device) for name, value in counters.items()}
     if len(shape) == 4:
         out = torch.full_like(drawn, float("nan"), memory_format=torch.channels_last)
         normal(shape, out=out, backend=backend, **tensors)

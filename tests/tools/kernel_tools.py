@@ -5,12 +5,21 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 from fastdiff.ops import backends, native
 
 EMULATED = native.emulates_cuda()  # a thousand times slower than the kernels of the CPU
 ISAS = native.library().supported_isas()[-1 if EMULATED else 0 :]
+
+
+# The body of a test for GPUs runs on the CPU as well: a fault of its own shows without one.
+ON_GPU = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
 
 
 def _misaligned(x):

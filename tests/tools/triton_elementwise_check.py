@@ -6,9 +6,12 @@ import sys
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
 
 import fastdiff  # noqa: E402
 from fastdiff import ops  # noqa: E402
+from fastdiff.kernels.posterior_step import exp  # noqa: E402
 from fastdiff.methods.table import StepTable  # noqa: E402
 from fastdiff.process.gaussian import GaussianDiffusion  # noqa: E402
 from fastdiff.process.schedules import cosine_betas  # noqa: E402
@@ -116,6 +119,25 @@ def check_posterior_step():
         assert x_prev.isnan().sum() == 1
         far = ops.posterior_step(x_t, output, table, torch.tensor(6), prev_x_start=before)
         assert far[0].isnan().all()
+    print("agrees")
+    check_exp()
+
+
+@triton.jit
+def exp_kernel(x, y, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, exp(tl.load(x + i)))
+
+
+def check_exp():
+    """posterior_step's exponential beside torch's, over all of float32."""
+    every = torch.arange(-(2**31), 2**31, 2**13).to(torch.int32).view(torch.float32)
+    ends = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1e-45, -1e-45])
+    x = torch.cat([every, ends, torch.linspace(88, 89, 30000), torch.linspace(-105, -86, 30000)])
+    x = torch.cat([x, x.new_zeros(-len(x) % 65536)])
+    y = torch.empty_like(x)
+    exp_kernel[(len(x) // 65536,)](x, y, BLOCK=65536)
+    torch.testing.assert_close(y, x.exp(), rtol=2**-21, atol=2**-126, equal_nan=True)
     print("agrees")
 
 

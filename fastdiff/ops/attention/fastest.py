@@ -54,6 +54,8 @@ def fastest(work: Workload) -> tuple[str, str]:
     if work.head_dim > FLASH_HEAD_DIM:
         reason = f"head_dim {work.head_dim} > {FLASH_HEAD_DIM}, where PyTorch's fast SDPA ends"
         return "triton", reason
+    if not work.token_major:  # SDPA would write all scores out: its math kernel reads any strides
+        return "triton", "channel-major, which PyTorch's fast SDPA does not read"
     return "sdpa", f"PyTorch's SDPA has fast kernels up to head_dim {FLASH_HEAD_DIM}"
 
 
