@@ -63,8 +63,8 @@ def forward_once_kernel(
     silu,
     ADD: tl.constexpr,
     EXACT: tl.constexpr,
-    FULL: tl.constexpr,
-    SEVERAL: tl.constexpr,
+    WIDTH: tl.constexpr,  # or 0
+    SPAN: tl.constexpr,
     ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
@@ -73,28 +73,28 @@ def forward_once_kernel(
 ):
     if EXACT:
         positions = SB  # a constant: no mask, and offsets that take no registers
-    if FULL:
-        width = CB
+    if WIDTH:
+        width = WIDTH
     else:
         width *= ALIGN
     sample, slab, chunk = split_program(tl.program_id(0), slabs, 1)
     channel, row, inside, start, offsets, mask = place(
         sample, slab, chunk, channels, positions, group, width, 1,
-        SEVERAL, False, CHANNELS_LAST, WIDE, CB, SB,
+        SPAN, False, CHANNELS_LAST, WIDE, CB, SB,
     )  # fmt: skip
     v = read(x, add, add_stride, sample, channel, inside, start, offsets, mask, ADD)
     a, b = coefficients(
         weight, bias, scale, shift, film, scale_stride, shift_stride, sample, channel, inside, CB
     )
     count = 1.0 * group * positions  # a float before it can overflow
-    d, rest, rough, m2 = moments(v, mask, count, group, SEVERAL, CB)
+    d, rest, rough, m2 = moments(v, mask, count, group, SPAN, CB)
     rstd = inverse_std(m2, count, eps)
 
     v = (d - rest[:, None]) * (rstd * a)[:, None] + b[:, None]
     if silu:
         v = apply_silu(v)
     tl.store(y + start + offsets, v.to(y.dtype.element_ty), mask=mask)
-    lead = leads(group, inside, SEVERAL, CB)
+    lead = leads(group, inside, SPAN, CB)
     tl.store(mean_out + row, rough + rest, mask=lead)
     tl.store(rstd_out + row, rstd, mask=lead)
 
@@ -114,7 +114,7 @@ def moments_kernel(
     parts,
     chunks,
     ADD: tl.constexpr,
-    SEVERAL: tl.constexpr,
+    SPAN: tl.constexpr,
     PARTED: tl.constexpr,
     ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -126,14 +126,14 @@ def moments_kernel(
     width *= ALIGN
     channel, row, inside, start, offsets, mask = place(
         sample, slab, chunk, channels, positions, group, width, parts,
-        SEVERAL, PARTED, CHANNELS_LAST, WIDE, CB, SB,
+        SPAN, PARTED, CHANNELS_LAST, WIDE, CB, SB,
     )  # fmt: skip
     v = read(x, add, add_stride, sample, channel, inside, start, offsets, mask, ADD)
     part = slab % parts
     count = part_count(part, chunk, positions, group, width, PARTED, SB)
-    d, rest, rough, m2 = moments(v, mask, count, group, SEVERAL, CB)
+    d, rest, rough, m2 = moments(v, mask, count, group, SPAN, CB)
 
-    lead = leads(group, inside, SEVERAL, CB)
+    lead = leads(group, inside, SPAN, CB)
     at = (row * parts + part) * chunks + chunk
     tl.store(partial + at, rough, mask=lead)
     tl.store(partial + plane + at, rest, mask=lead)
@@ -218,7 +218,7 @@ def forward_apply_kernel(
     chunks,
     silu,
     ADD: tl.constexpr,
-    SEVERAL: tl.constexpr,
+    SPAN: tl.constexpr,
     PARTED: tl.constexpr,
     ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -231,14 +231,14 @@ def forward_apply_kernel(
     width *= ALIGN
     channel, row, inside, start, offsets, mask = place(
         sample, slab, chunk, channels, positions, group, width, parts,
-        SEVERAL, PARTED, CHANNELS_LAST, WIDE, CB, SB,
+        SPAN, PARTED, CHANNELS_LAST, WIDE, CB, SB,
     )  # fmt: skip
     v = read(x, add, add_stride, sample, channel, inside, start, offsets, mask, ADD)
     a, b = coefficients(
         weight, bias, scale, shift, film, scale_stride, shift_stride, sample, channel, inside, CB
     )
-    mean = tl.load(mean_in + row, mask=inside, other=0.0)
-    a *= tl.load(rstd_in + row, mask=inside, other=0.0)
+    mean = tl.load(mean_in + row)
+    a *= tl.load(rstd_in + row)
     v = (v - mean[:, None]) * a[:, None] + b[:, None]
     if silu:
         v = apply_silu(v)

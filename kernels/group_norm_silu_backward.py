@@ -58,8 +58,8 @@ def gradient_tile(
     a, b = coefficients(
         weight, bias, scale, shift, film, scale_stride, shift_stride, sample, channel, inside, CB
     )
-    mean = tl.load(mean_in + row, mask=inside, other=0.0)
-    rstd = tl.load(rstd_in + row, mask=inside, other=0.0)
+    mean = tl.load(mean_in + row)
+    rstd = tl.load(rstd_in + row)
     normal = tl.where(mask, (v - mean[:, None]) * rstd[:, None], 0.0)
     if silu:
         dv = through_silu(dv, normal * a[:, None] + b[:, None])
@@ -92,8 +92,8 @@ def backward_once_kernel(
     silu,
     ADD: tl.constexpr,
     EXACT: tl.constexpr,
-    FULL: tl.constexpr,
-    SEVERAL: tl.constexpr,
+    WIDTH: tl.constexpr,  # or 0
+    SPAN: tl.constexpr,
     ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
@@ -102,14 +102,14 @@ def backward_once_kernel(
 ):
     if EXACT:
         positions = SB  # a constant: no mask, and offsets that take no registers
-    if FULL:
-        width = CB
+    if WIDTH:
+        width = WIDTH
     else:
         width *= ALIGN
     sample, slab, chunk = split_program(tl.program_id(0), slabs, 1)
     channel, row, inside, start, offsets, mask = place(
         sample, slab, chunk, channels, positions, group, width, 1,
-        SEVERAL, False, CHANNELS_LAST, WIDE, CB, SB,
+        SPAN, False, CHANNELS_LAST, WIDE, CB, SB,
     )  # fmt: skip
     dv, normal, a, rstd = gradient_tile(
         dy, x, weight, bias, scale, shift, film, scale_stride, shift_stride, add, add_stride,
@@ -119,8 +119,8 @@ def backward_once_kernel(
     sum_dv_normal = tl.sum(dv * normal, 1)
     sum_normal = tl.sum(normal, 1)
     count = 1.0 * group * positions  # a float before it can overflow
-    c1 = over_group(a * sum_dv, group, SEVERAL, CB) / count
-    c2 = over_group(a * sum_dv_normal, group, SEVERAL, CB) / count
+    c1 = over_group(a * sum_dv, group, SPAN, CB) / count
+    c2 = over_group(a * sum_dv_normal, group, SPAN, CB) / count
 
     grad = rstd[:, None] * (a[:, None] * dv - c1[:, None] - normal * c2[:, None])
     tl.store(dx + start + offsets, grad.to(dx.dtype.element_ty), mask=mask)
@@ -157,7 +157,7 @@ def gradient_sums_kernel(
     chunks,
     silu,
     ADD: tl.constexpr,
-    SEVERAL: tl.constexpr,
+    SPAN: tl.constexpr,
     PARTED: tl.constexpr,
     ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -169,7 +169,7 @@ def gradient_sums_kernel(
     width *= ALIGN
     channel, row, inside, start, offsets, mask = place(
         sample, slab, chunk, channels, positions, group, width, parts,
-        SEVERAL, PARTED, CHANNELS_LAST, WIDE, CB, SB,
+        SPAN, PARTED, CHANNELS_LAST, WIDE, CB, SB,
     )  # fmt: skip
     dv, normal, a, rstd = gradient_tile(
         dy, x, weight, bias, scale, shift, film, scale_stride, shift_stride, add, add_stride,
@@ -271,7 +271,7 @@ def backward_apply_kernel(
     chunks,
     silu,
     ADD: tl.constexpr,
-    SEVERAL: tl.constexpr,
+    SPAN: tl.constexpr,
     PARTED: tl.constexpr,
     ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -284,14 +284,14 @@ def backward_apply_kernel(
     width *= ALIGN
     channel, row, inside, start, offsets, mask = place(
         sample, slab, chunk, channels, positions, group, width, parts,
-        SEVERAL, PARTED, CHANNELS_LAST, WIDE, CB, SB,
+        SPAN, PARTED, CHANNELS_LAST, WIDE, CB, SB,
     )  # fmt: skip
     dv, normal, a, rstd = gradient_tile(
         dy, x, weight, bias, scale, shift, film, scale_stride, shift_stride, add, add_stride,
         mean_in, rstd_in, silu, sample, channel, row, inside, start, offsets, mask, ADD, CB,
     )  # fmt: skip
-    c1 = tl.load(constants + row, mask=inside, other=0.0)
-    c2 = tl.load(constants + constants_plane + row, mask=inside, other=0.0)
+    c1 = tl.load(constants + row)
+    c2 = tl.load(constants + constants_plane + row)
     grad = rstd[:, None] * (a[:, None] * dv - c1[:, None] - normal * c2[:, None])
     tl.store(dx + start + offsets, grad.to(dx.dtype.element_ty), mask=mask)
     if chunk == 0:

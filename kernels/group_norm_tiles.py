@@ -132,6 +132,7 @@ class Launch(NamedTuple):
     film: tuple  # scale, shift, whether they count, and the strides of their rows
     add_stride: int
     constants: dict  # of every kernel that places tiles
+    exact: dict  # of those that read once: what of the tile they need neither mask nor compute
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -139,15 +140,6 @@ class Launch(NamedTuple):
         (in units of ALIGN) and slabs."""
         width = self.tiles.width // self.constants["ALIGN"]
         return self.channels, self.positions, self.group, width, self.slabs
-
-    @property
-    def exact(self) -> dict:
-        """Which masks a kernel that reads once can do without. Where a program has little to do it
-        does not matter, and fewer kernels serve more shapes."""
-        tiles = self.tiles
-        full = tiles.width == tiles.tile_channels
-        large = tiles.tile_channels * tiles.tile_positions > SMALL
-        return dict(EXACT=self.positions == tiles.tile_positions, FULL=full and large)
 
 
 def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Launch:
@@ -166,12 +158,16 @@ def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Launch
     else:
         kind = ADD_PER_CHANNEL if add.dim() == 2 else ADD_PER_ELEMENT
     reach = max(tiles.tile_channels * positions, tiles.tile_positions * channels)
-    # The channels that one load may take together, where they are neighbours.
-    align = math.gcd(tiles.width, 16 // itemsize) if channels_last else 1
+    # One kernel serves all shapes that share a small tile; a large one is worth a compilation.
+    small = tiles.tile_channels * tiles.tile_positions <= SMALL
+    general = small and tiles.tile_channels <= PAIRWISE
+    exact = dict(EXACT=positions == tiles.tile_positions, WIDTH=0 if small else tiles.width)
+    if exact["EXACT"] and not (small or channels_last or backward):
+        exact["maxnreg"] = 64  # enough, and two programs of 512 threads fit a multiprocessor
     constants = dict(
         ADD=kind,
-        SEVERAL=tiles.width > group,
-        ALIGN=align,
+        SPAN=math.gcd(group, 4) if general or tiles.width > group else 0,
+        ALIGN=math.gcd(tiles.width, 16 // itemsize) if channels_last else 1,
         CHANNELS_LAST=channels_last,
         WIDE=reach >= 2**31,
         CB=tiles.tile_channels,
@@ -182,7 +178,9 @@ def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Launch
     )
     slabs = groups * tiles.parts if tiles.parts > 1 else channels // tiles.width
     add_stride = 0 if add is None else add.stride(0)
-    return Launch(tiles, samples, group, channels, positions, slabs, film, add_stride, constants)
+    return Launch(
+        tiles, samples, group, channels, positions, slabs, film, add_stride, constants, exact
+    )
 
 
 # --- Pieces of the kernels -------------------------------------------------------------------
@@ -206,7 +204,7 @@ def place(
     group,
     width,
     parts,
-    SEVERAL: tl.constexpr,  # groups in a slab
+    SPAN: tl.constexpr,  # 0: a slab is of one group; or neighbours that certainly share theirs
     PARTED: tl.constexpr,  # several slabs make a group
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
@@ -225,8 +223,9 @@ def place(
     else:
         first = slab * width
         inside = lane < width
-        if SEVERAL:
-            row = slab * (width // group) + group_in_slab(group, CB)
+        if SPAN:
+            row = slab * (width // group) + group_in_slab(group, SPAN, CB)
+            row = tl.minimum(row, channels // group - 1)  # so that no load needs a mask
     position = chunk * SB
     step = tl.arange(0, SB)
     mask = inside[:, None] & (position + step < positions)[None, :]
@@ -245,18 +244,19 @@ def place(
 
 
 @triton.jit
-def group_in_slab(group, CB: tl.constexpr):
-    """lane // group, exact for the few lanes of a tile and without dividing integers; (CB,)."""
-    return ((tl.arange(0, CB) + 0.5) * (1.0 / group)).to(tl.int32)
+def group_in_slab(group, SPAN: tl.constexpr, CB: tl.constexpr):
+    """lane // group, (CB,): one division for all lanes, exact where CB·group < 2^16, and one number
+    for all of a span, as the compiler sees, which then loads what belongs to it once."""
+    return (tl.arange(0, CB) // SPAN * (65536 * SPAN // group + 1)) >> 16
 
 
 @triton.jit
-def leads(group, inside, SEVERAL: tl.constexpr, CB: tl.constexpr):
+def leads(group, inside, SPAN: tl.constexpr, CB: tl.constexpr):
     """The first channel of each group in the slab, which speaks for it; (CB,)."""
     lane = tl.arange(0, CB)
     first = 0
-    if SEVERAL:
-        first = group_in_slab(group, CB) * group
+    if SPAN:
+        first = group_in_slab(group, SPAN, CB) * group
     return inside & (lane == first)
 
 
@@ -284,25 +284,25 @@ def read(
 
 
 @triton.jit
-def over_group(v, group, SEVERAL: tl.constexpr, CB: tl.constexpr):
+def over_group(v, group, SPAN: tl.constexpr, CB: tl.constexpr):
     """Σ over the channels of each channel's group in the slab: (CB,) → (CB,)."""
-    if not SEVERAL:
+    if not SPAN:
         return tl.zeros((CB,), tl.float32) + tl.sum(v, 0)
-    own = group_in_slab(group, CB)
+    own = group_in_slab(group, SPAN, CB)
     same = own[:, None] == own[None, :]
     return tl.sum(tl.where(same, v[None, :], 0.0), 1)
 
 
 @triton.jit
-def moments(v, mask, count, group, SEVERAL: tl.constexpr, CB: tl.constexpr):
+def moments(v, mask, count, group, SPAN: tl.constexpr, CB: tl.constexpr):
     """v − rough, mean − rough, rough and Σ(v − mean)²; the last three per channel's group.
 
     ``rough`` is the mean up to its rounding, which matters where mean ≫ std.
     """
-    rough = over_group(tl.sum(v, 1), group, SEVERAL, CB) / count
+    rough = over_group(tl.sum(v, 1), group, SPAN, CB) / count
     d = tl.where(mask, v - rough[:, None], 0.0)
-    rest = over_group(tl.sum(d, 1), group, SEVERAL, CB) / count
-    m2 = over_group(tl.sum(d * d, 1), group, SEVERAL, CB) - rest * rest * count
+    rest = over_group(tl.sum(d, 1), group, SPAN, CB) / count
+    m2 = over_group(tl.sum(d * d, 1), group, SPAN, CB) - rest * rest * count
     return d, rest, rough, tl.maximum(m2, 0.0)
 
 
