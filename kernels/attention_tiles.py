@@ -13,8 +13,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .device import H200, processors_of
-
 Tensor = torch.Tensor
 
 # NumPy has no bfloat16: the interpreter multiplies in float32.
@@ -44,12 +42,12 @@ class KernelTiles(NamedTuple):
 
 
 @functools.cache
-def choose_tiles(
-    head_dim: int, tokens: int, itemsize: int, programs: int, processors: int = H200
-) -> KernelTiles:
+def choose_tiles(head_dim: int, tokens: int, itemsize: int) -> KernelTiles:
     """The tiles of all three kernels, from shape and storage size alone.
 
-    programs: samples × heads. Fewer rows where the grid would leave multiprocessors idle.
+    Not from the batch, for which a network would be compiled anew. Blocks of fewer rows would keep
+    more multiprocessors busy for one image (4 heads of 256 tokens: 32 programs in place of 8), for
+    about a microsecond a call, but tensor cores want 64 rows or more.
     """
     most = max(16, triton.next_power_of_2(tokens))
 
@@ -58,10 +56,7 @@ def choose_tiles(
         chunk, chunks = _chunks(head_dim, largest)
         per_program = max(1, owned // chunk)
         splits = triton.cdiv(chunks, per_program)
-        rows, columns = min(rows, most), min(columns, most)
-        while rows > 32 and triton.cdiv(tokens, rows) * splits * programs < processors // 2:
-            rows //= 2
-        return Tiles(chunk, chunks, splits, rows, columns, warps, stages)
+        return Tiles(chunk, chunks, splits, min(rows, most), min(columns, most), warps, stages)
 
     if itemsize == 4:  # each operand stands in registers three times over
         return KernelTiles(
@@ -98,14 +93,9 @@ def _chunks(head_dim: int, most: int) -> tuple[int, int]:
 
 
 def prepare(qkv: Tensor, num_heads: int) -> tuple[int, int, KernelTiles]:
-    samples, width, tokens = qkv.shape
+    _, width, tokens = qkv.shape
     head_dim = width // (3 * num_heads)
-    programs, processors = samples * num_heads, processors_of(qkv.device)
-    return (
-        tokens,
-        head_dim,
-        choose_tiles(head_dim, tokens, qkv.element_size(), programs, processors),
-    )
+    return tokens, head_dim, choose_tiles(head_dim, tokens, qkv.element_size())
 
 
 def constants(head_dim: int, order: str, dtype: torch.dtype, cut: Tiles, *tensors) -> dict:

@@ -22,10 +22,12 @@ import triton.language as tl
 
 from .group_norm_silu_backward import backward
 from .group_norm_tiles import (
+    UNSPECIALIZED,
     apply_silu,
     choose_tiles,
     coefficients,
     inverse_std,
+    leads,
     moments,
     place,
     prepare,
@@ -37,29 +39,33 @@ Tensor = torch.Tensor
 __all__ = ["backward", "forward", "choose_tiles"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_once_kernel(
     x,
     weight,
     bias,
     scale,
     shift,
+    film,
+    scale_stride,
+    shift_stride,
     add,
+    add_stride,
     y,
     mean_out,
     rstd_out,
-    scale_stride,
-    shift_stride,
-    add_stride,
     channels,
     positions,
+    group,
+    width,
     slabs,
     eps,
+    silu,
     ADD: tl.constexpr,
-    SILU: tl.constexpr,
     EXACT: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr,  # or 0
+    SPAN: tl.constexpr,
+    ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     CB: tl.constexpr,
@@ -67,115 +73,110 @@ def forward_once_kernel(
 ):
     if EXACT:
         positions = SB  # a constant: no mask, and offsets that take no registers
+    if WIDTH:
+        width = WIDTH
+    else:
+        width *= ALIGN
     sample, slab, chunk = split_program(tl.program_id(0), slabs, 1)
-    channel, inside, start, offsets, mask = place(
-        sample, slab, chunk, channels, positions,
-        GROUP, WIDTH, 1, CHANNELS_LAST, WIDE, CB, SB,
+    channel, row, inside, start, offsets, mask = place(
+        sample, slab, chunk, channels, positions, group, width, 1,
+        SPAN, False, CHANNELS_LAST, WIDE, CB, SB,
     )  # fmt: skip
     v = read(x, add, add_stride, sample, channel, inside, start, offsets, mask, ADD)
     a, b = coefficients(
-        weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside, CB
+        weight, bias, scale, shift, film, scale_stride, shift_stride, sample, channel, inside, CB
     )
-    count = 1.0 * GROUP * positions  # a float before it can overflow
-    d, rest, rough, m2 = moments(v, mask, count, GROUP, WIDTH, CB)
+    count = 1.0 * group * positions  # a float before it can overflow
+    d, rest, rough, m2 = moments(v, mask, count, group, SPAN, CB)
     rstd = inverse_std(m2, count, eps)
 
     v = (d - rest[:, None]) * (rstd * a)[:, None] + b[:, None]
-    if SILU:
+    if silu:
         v = apply_silu(v)
     tl.store(y + start + offsets, v.to(y.dtype.element_ty), mask=mask)
-    lead = inside & (channel % GROUP == 0)
-    at = sample * (channels // GROUP) + channel // GROUP
-    tl.store(mean_out + at, rough + rest, mask=lead)
-    tl.store(rstd_out + at, rstd, mask=lead)
+    lead = leads(group, inside, SPAN, CB)
+    tl.store(mean_out + row, rough + rest, mask=lead)
+    tl.store(rstd_out + row, rstd, mask=lead)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def moments_kernel(
     x,
     add,
-    partial,  # (3, N, G, PARTS·chunks): rough mean, mean − rough, M2
-    plane,  # elements from the one to the other
     add_stride,
+    partial,  # (3, N, G, parts·chunks): rough mean, mean − rough, M2
+    plane,  # elements from the one to the other
     channels,
     positions,
+    group,
+    width,
     slabs,
+    parts,
     chunks,
     ADD: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPAN: tl.constexpr,
+    PARTED: tl.constexpr,
+    ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     CB: tl.constexpr,
     SB: tl.constexpr,
 ):
     sample, slab, chunk = split_program(tl.program_id(0), slabs, chunks)
-    channel, inside, start, offsets, mask = place(
-        sample, slab, chunk, channels, positions,
-        GROUP, WIDTH, PARTS, CHANNELS_LAST, WIDE, CB, SB,
+    width *= ALIGN
+    channel, row, inside, start, offsets, mask = place(
+        sample, slab, chunk, channels, positions, group, width, parts,
+        SPAN, PARTED, CHANNELS_LAST, WIDE, CB, SB,
     )  # fmt: skip
     v = read(x, add, add_stride, sample, channel, inside, start, offsets, mask, ADD)
-    part = slab % PARTS
-    count = part_count(part, chunk, positions, GROUP, WIDTH, PARTS, SB)
-    d, rest, rough, m2 = moments(v, mask, count, GROUP, WIDTH, CB)
+    part = slab % parts
+    count = part_count(part, chunk, positions, group, width, PARTED, SB)
+    d, rest, rough, m2 = moments(v, mask, count, group, SPAN, CB)
 
-    groups = channels // GROUP
-    if PARTS == 1:
-        lead = inside & (channel % GROUP == 0)
-    else:
-        lead = tl.arange(0, CB) == 0
-    at = ((sample * groups + channel // GROUP) * PARTS + part) * chunks + chunk
+    lead = leads(group, inside, SPAN, CB)
+    at = (row * parts + part) * chunks + chunk
     tl.store(partial + at, rough, mask=lead)
     tl.store(partial + plane + at, rest, mask=lead)
     tl.store(partial + plane + plane + at, m2, mask=lead)
 
 
 @triton.jit
-def part_count(
-    part,
-    chunk,
-    positions,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
-    SB: tl.constexpr,
-):
+def part_count(part, chunk, positions, group, width, PARTED: tl.constexpr, SB: tl.constexpr):
     """Elements of one group in a tile, in float32."""
     length = tl.minimum(positions - chunk * SB, SB).to(tl.float32)
-    if PARTS == 1:
-        return length * GROUP
-    return length * tl.minimum(GROUP - part * WIDTH, WIDTH).to(tl.float32)
+    if PARTED:
+        group = tl.minimum(group - part * width, width)
+    return length * group
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def merge_kernel(
     partial,
     plane,
     mean_out,
     rstd_out,
     positions,
+    group,
+    width,
     chunks,
+    total,  # parts·chunks
     eps,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTED: tl.constexpr,
     SB: tl.constexpr,
-    TOTAL: tl.constexpr,  # PARTS·chunks
     BLOCK: tl.constexpr,
 ):
     """One program merges the moments of one group: blocks of BLOCK in order."""
     row = tl.program_id(0).to(tl.int64)
-    partial += row * TOTAL
+    partial += row * total
     # One number among those to average: differences from it are exact where mean ≫ std.
     pivot = tl.load(partial)
     count = 0.0
     mean = 0.0  # less the pivot, which the means are near
     m2 = 0.0
-    for start in range(0, TOTAL, BLOCK):
+    for start in range(0, total, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        mask = i < TOTAL
-        n = part_count(i // chunks, i % chunks, positions, GROUP, WIDTH, PARTS, SB)
+        mask = i < total
+        n = part_count(i // chunks, i % chunks, positions, group, width, PARTED, SB)
         n = tl.where(mask, n, 0.0)
         part_mean = tl.load(partial + i, mask=mask, other=0.0) - pivot
         part_mean += tl.load(partial + plane + i, mask=mask, other=0.0)
@@ -184,38 +185,42 @@ def merge_kernel(
         block_mean = tl.sum(tl.where(mask, n * part_mean, 0.0), 0) / block_count
         d = tl.where(mask, part_mean - block_mean, 0.0)
         block_m2 = tl.sum(part_m2 + n * d * d, 0)
-        total = count + block_count
+        both = count + block_count
         delta = block_mean - mean
-        mean += delta * (block_count / total)
-        m2 += block_m2 + delta * delta * (count * block_count / total)
-        count = total
+        mean += delta * (block_count / both)
+        m2 += block_m2 + delta * delta * (count * block_count / both)
+        count = both
     tl.store(mean_out + row, pivot + mean)
     tl.store(rstd_out + row, inverse_std(m2, count, eps))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_apply_kernel(
     x,
     weight,
     bias,
     scale,
     shift,
+    film,
+    scale_stride,
+    shift_stride,
     add,
+    add_stride,
     y,
     mean_in,
     rstd_in,
-    scale_stride,
-    shift_stride,
-    add_stride,
     channels,
     positions,
+    group,
+    width,
     slabs,
+    parts,
     chunks,
+    silu,
     ADD: tl.constexpr,
-    SILU: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPAN: tl.constexpr,
+    PARTED: tl.constexpr,
+    ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     CB: tl.constexpr,
@@ -223,19 +228,19 @@ def forward_apply_kernel(
 ):
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: the L2 holds the end of x
     sample, slab, chunk = split_program(program, slabs, chunks)
-    channel, inside, start, offsets, mask = place(
-        sample, slab, chunk, channels, positions,
-        GROUP, WIDTH, PARTS, CHANNELS_LAST, WIDE, CB, SB,
+    width *= ALIGN
+    channel, row, inside, start, offsets, mask = place(
+        sample, slab, chunk, channels, positions, group, width, parts,
+        SPAN, PARTED, CHANNELS_LAST, WIDE, CB, SB,
     )  # fmt: skip
     v = read(x, add, add_stride, sample, channel, inside, start, offsets, mask, ADD)
     a, b = coefficients(
-        weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside, CB
+        weight, bias, scale, shift, film, scale_stride, shift_stride, sample, channel, inside, CB
     )
-    at = sample * (channels // GROUP) + channel // GROUP
-    mean = tl.load(mean_in + at, mask=inside, other=0.0)
-    a *= tl.load(rstd_in + at, mask=inside, other=0.0)
+    mean = tl.load(mean_in + row)
+    a *= tl.load(rstd_in + row)
     v = (v - mean[:, None]) * a[:, None] + b[:, None]
-    if SILU:
+    if silu:
         v = apply_silu(v)
     tl.store(y + start + offsets, v.to(y.dtype.element_ty), mask=mask)
 
@@ -255,34 +260,32 @@ def forward(
     rstd: Tensor,
 ) -> None:
     """Fill ``y``, ``mean`` and ``rstd``."""
-    if x.numel() == 0:
-        mean.zero_()
-        rstd.zero_()
-        return
     call = prepare(x, num_groups, scale, shift, add, backward=False)
-    tiles, samples, channels, positions, slabs = call[:5]
+    tiles, constants = call.tiles, call.constants
+    slabs = call.samples * call.slabs
     if tiles.read_once:
-        forward_once_kernel[(samples * slabs,)](
-            x, weight, bias, scale, shift, add, y, mean, rstd, *call.strides,
-            channels, positions, slabs, eps, SILU=silu,
-            EXACT=positions == tiles.tile_positions, **call.constants,
+        forward_once_kernel[(slabs,)](
+            x, weight, bias, *call.film, add, call.add_stride, y, mean, rstd, *call.sizes, eps,
+            silu, **call.exact, **constants,
         )  # fmt: skip
         return
     total = tiles.parts * tiles.chunks
-    grid = (samples * slabs * tiles.chunks,)
-    partial = torch.empty((3, samples, num_groups, total), dtype=torch.float32, device=x.device)
+    parted = tiles.parts > 1
+    grid = (slabs * tiles.chunks,)
+    partial = torch.empty(
+        (3, call.samples, num_groups, total), dtype=torch.float32, device=x.device
+    )
     moments_kernel[grid](
-        x, add, partial, partial.stride(0), call.strides[2],
-        channels, positions, slabs, tiles.chunks, PARTS=tiles.parts, **call.constants,
+        x, add, call.add_stride, partial, partial.stride(0), *call.sizes, tiles.parts, tiles.chunks,
+        PARTED=parted, **constants,
     )  # fmt: skip
-    merge_kernel[(samples * num_groups,)](
-        partial, partial.stride(0), mean, rstd, positions, tiles.chunks, eps,
-        GROUP=channels // num_groups, WIDTH=tiles.width, PARTS=tiles.parts, SB=tiles.tile_positions,
-        TOTAL=total, BLOCK=min(1024, triton.next_power_of_2(total)),
-        num_warps=1 if total <= 128 else 4, enable_fp_fusion=True,
+    few = total <= 128
+    merge_kernel[(call.samples * num_groups,)](
+        partial, partial.stride(0), mean, rstd, call.positions, call.group, tiles.width,
+        tiles.chunks, total, eps, PARTED=parted, SB=tiles.tile_positions,
+        BLOCK=128 if few else 1024, num_warps=1 if few else 4, enable_fp_fusion=True,
     )  # fmt: skip
     forward_apply_kernel[grid](
-        x, weight, bias, scale, shift, add, y, mean, rstd, *call.strides,
-        channels, positions, slabs, tiles.chunks, SILU=silu, PARTS=tiles.parts,
-        **call.constants,
+        x, weight, bias, *call.film, add, call.add_stride, y, mean, rstd, *call.sizes, tiles.parts,
+        tiles.chunks, silu, PARTED=parted, **constants,
     )  # fmt: skip

@@ -10,7 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .group_norm_finish import finish
 from .group_norm_tiles import (
+    UNSPECIALIZED,
+    Launch,
     coefficients,
     over_group,
     place,
@@ -31,40 +34,39 @@ def gradient_tile(
     bias,
     scale,
     shift,
-    add,
-    mean_in,
-    rstd_in,
+    film,
     scale_stride,
     shift_stride,
+    add,
     add_stride,
+    mean_in,
+    rstd_in,
+    silu,
     sample,
     channel,
+    row,
     inside,
     start,
     offsets,
     mask,
-    channels,
     ADD: tl.constexpr,
-    SILU: tl.constexpr,
-    GROUP: tl.constexpr,
     CB: tl.constexpr,
 ):
     """dv and x̂ (CB, SB), zero outside; A and rstd (CB,)."""
     v = read(x, add, add_stride, sample, channel, inside, start, offsets, mask, ADD)
     dv = tl.load(dy + start + offsets, mask=mask, other=0.0).to(tl.float32)
     a, b = coefficients(
-        weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside, CB
+        weight, bias, scale, shift, film, scale_stride, shift_stride, sample, channel, inside, CB
     )
-    at = sample * (channels // GROUP) + channel // GROUP
-    mean = tl.load(mean_in + at, mask=inside, other=0.0)
-    rstd = tl.load(rstd_in + at, mask=inside, other=0.0)
+    mean = tl.load(mean_in + row)
+    rstd = tl.load(rstd_in + row)
     normal = tl.where(mask, (v - mean[:, None]) * rstd[:, None], 0.0)
-    if SILU:
+    if silu:
         dv = through_silu(dv, normal * a[:, None] + b[:, None])
     return dv, normal, a, rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def backward_once_kernel(
     dy,
     x,
@@ -72,23 +74,27 @@ def backward_once_kernel(
     bias,
     scale,
     shift,
+    film,
+    scale_stride,
+    shift_stride,
     add,
+    add_stride,
     mean_in,
     rstd_in,
     dx,
     sums,  # (3, N, C): Σ dv, Σ dv·x̂, Σ dx
     plane,  # N·C
-    scale_stride,
-    shift_stride,
-    add_stride,
     channels,
     positions,
+    group,
+    width,
     slabs,
+    silu,
     ADD: tl.constexpr,
-    SILU: tl.constexpr,
     EXACT: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr,  # or 0
+    SPAN: tl.constexpr,
+    ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     CB: tl.constexpr,
@@ -96,22 +102,25 @@ def backward_once_kernel(
 ):
     if EXACT:
         positions = SB  # a constant: no mask, and offsets that take no registers
+    if WIDTH:
+        width = WIDTH
+    else:
+        width *= ALIGN
     sample, slab, chunk = split_program(tl.program_id(0), slabs, 1)
-    channel, inside, start, offsets, mask = place(
-        sample, slab, chunk, channels, positions,
-        GROUP, WIDTH, 1, CHANNELS_LAST, WIDE, CB, SB,
+    channel, row, inside, start, offsets, mask = place(
+        sample, slab, chunk, channels, positions, group, width, 1,
+        SPAN, False, CHANNELS_LAST, WIDE, CB, SB,
     )  # fmt: skip
     dv, normal, a, rstd = gradient_tile(
-        dy, x, weight, bias, scale, shift, add, mean_in, rstd_in,
-        scale_stride, shift_stride, add_stride, sample, channel, inside, start, offsets, mask,
-        channels, ADD, SILU, GROUP, CB,
+        dy, x, weight, bias, scale, shift, film, scale_stride, shift_stride, add, add_stride,
+        mean_in, rstd_in, silu, sample, channel, row, inside, start, offsets, mask, ADD, CB,
     )  # fmt: skip
     sum_dv = tl.sum(dv, 1)
     sum_dv_normal = tl.sum(dv * normal, 1)
     sum_normal = tl.sum(normal, 1)
-    count = 1.0 * GROUP * positions  # a float before it can overflow
-    c1 = over_group(a * sum_dv, GROUP, WIDTH, CB) / count
-    c2 = over_group(a * sum_dv_normal, GROUP, WIDTH, CB) / count
+    count = 1.0 * group * positions  # a float before it can overflow
+    c1 = over_group(a * sum_dv, group, SPAN, CB) / count
+    c2 = over_group(a * sum_dv_normal, group, SPAN, CB) / count
 
     grad = rstd[:, None] * (a[:, None] * dv - c1[:, None] - normal * c2[:, None])
     tl.store(dx + start + offsets, grad.to(dx.dtype.element_ty), mask=mask)
@@ -122,7 +131,7 @@ def backward_once_kernel(
     tl.store(at + plane + plane, sum_dx, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradient_sums_kernel(
     dy,
     x,
@@ -130,37 +139,41 @@ def gradient_sums_kernel(
     bias,
     scale,
     shift,
+    film,
+    scale_stride,
+    shift_stride,
     add,
+    add_stride,
     mean_in,
     rstd_in,
     partial,  # (3, N, C, chunks): Σ dv, Σ dv·x̂, Σ x̂
     plane,  # N·C·chunks
-    scale_stride,
-    shift_stride,
-    add_stride,
     channels,
     positions,
+    group,
+    width,
     slabs,
+    parts,
     chunks,
+    silu,
     ADD: tl.constexpr,
-    SILU: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPAN: tl.constexpr,
+    PARTED: tl.constexpr,
+    ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     CB: tl.constexpr,
     SB: tl.constexpr,
 ):
     sample, slab, chunk = split_program(tl.program_id(0), slabs, chunks)
-    channel, inside, start, offsets, mask = place(
-        sample, slab, chunk, channels, positions,
-        GROUP, WIDTH, PARTS, CHANNELS_LAST, WIDE, CB, SB,
+    width *= ALIGN
+    channel, row, inside, start, offsets, mask = place(
+        sample, slab, chunk, channels, positions, group, width, parts,
+        SPAN, PARTED, CHANNELS_LAST, WIDE, CB, SB,
     )  # fmt: skip
     dv, normal, a, rstd = gradient_tile(
-        dy, x, weight, bias, scale, shift, add, mean_in, rstd_in,
-        scale_stride, shift_stride, add_stride, sample, channel, inside, start, offsets, mask,
-        channels, ADD, SILU, GROUP, CB,
+        dy, x, weight, bias, scale, shift, film, scale_stride, shift_stride, add, add_stride,
+        mean_in, rstd_in, silu, sample, channel, row, inside, start, offsets, mask, ADD, CB,
     )  # fmt: skip
     at = partial + (sample * channels + channel) * chunks + chunk
     tl.store(at, tl.sum(dv, 1), mask=inside)
@@ -168,11 +181,12 @@ def gradient_sums_kernel(
     tl.store(at + plane + plane, tl.sum(normal, 1), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradient_merge_kernel(
     partial,
     weight,
     scale,
+    film,
     scale_stride,
     sums,
     constants,  # (2, N, G): c1, c2
@@ -181,8 +195,8 @@ def gradient_merge_kernel(
     constants_plane,
     channels,
     positions,
-    GROUP: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    group,
+    chunks,
     CB: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -191,25 +205,27 @@ def gradient_merge_kernel(
     The third plane of ``sums`` takes Σ x̂, which backward_apply_kernel turns into Σ dx.
     """
     row = tl.program_id(0).to(tl.int64)
-    groups = channels // GROUP
+    groups = channels // group
     sample = row // groups
-    group = row % groups
+    origin = (row % groups) * group
     c1 = 0.0
     c2 = 0.0
-    for first in range(0, GROUP, CB):
+    for first in range(0, group, CB):
         lane = first + tl.arange(0, CB)
-        inside = lane < GROUP
-        channel = group * GROUP + lane
-        a, _ = coefficients(weight, None, scale, None, scale_stride, 0, sample, channel, inside, CB)
+        inside = lane < group
+        channel = origin + lane
+        a, _ = coefficients(
+            weight, None, scale, None, film, scale_stride, 0, sample, channel, inside, CB
+        )
         at = sample * channels + channel
         # Lanes add up first: and Triton 3.6 fails on a loop that adds what tl.sum returns.
         lanes0 = tl.zeros((CB, BLOCK), tl.float32)
         lanes1 = tl.zeros((CB, BLOCK), tl.float32)
         lanes2 = tl.zeros((CB, BLOCK), tl.float32)
-        for start in range(0, CHUNKS, BLOCK):
+        for start in range(0, chunks, BLOCK):
             i = start + tl.arange(0, BLOCK)
-            mask = inside[:, None] & (i < CHUNKS)[None, :]
-            entry = partial + at[:, None] * CHUNKS + i[None, :]
+            mask = inside[:, None] & (i < chunks)[None, :]
+            entry = partial + at[:, None] * chunks + i[None, :]
             lanes0 += tl.load(entry, mask=mask, other=0.0)
             lanes1 += tl.load(entry + partial_plane, mask=mask, other=0.0)
             lanes2 += tl.load(entry + partial_plane + partial_plane, mask=mask, other=0.0)
@@ -221,12 +237,12 @@ def gradient_merge_kernel(
         tl.store(sums + sums_plane + sums_plane + at, sum2, mask=inside)
         c1 += tl.sum(tl.where(inside, a * sum0, 0.0), 0)
         c2 += tl.sum(tl.where(inside, a * sum1, 0.0), 0)
-    count = 1.0 * GROUP * positions  # a float before it can overflow
+    count = 1.0 * group * positions  # a float before it can overflow
     tl.store(constants + row, c1 / count)
     tl.store(constants + constants_plane + row, c2 / count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def backward_apply_kernel(
     dy,
     x,
@@ -234,7 +250,11 @@ def backward_apply_kernel(
     bias,
     scale,
     shift,
+    film,
+    scale_stride,
+    shift_stride,
     add,
+    add_stride,
     mean_in,
     rstd_in,
     dx,
@@ -242,18 +262,18 @@ def backward_apply_kernel(
     constants,
     sums_plane,
     constants_plane,
-    scale_stride,
-    shift_stride,
-    add_stride,
     channels,
     positions,
+    group,
+    width,
     slabs,
+    parts,
     chunks,
+    silu,
     ADD: tl.constexpr,
-    SILU: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPAN: tl.constexpr,
+    PARTED: tl.constexpr,
+    ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     CB: tl.constexpr,
@@ -261,19 +281,17 @@ def backward_apply_kernel(
 ):
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, as in the forward
     sample, slab, chunk = split_program(program, slabs, chunks)
-    channel, inside, start, offsets, mask = place(
-        sample, slab, chunk, channels, positions,
-        GROUP, WIDTH, PARTS, CHANNELS_LAST, WIDE, CB, SB,
+    width *= ALIGN
+    channel, row, inside, start, offsets, mask = place(
+        sample, slab, chunk, channels, positions, group, width, parts,
+        SPAN, PARTED, CHANNELS_LAST, WIDE, CB, SB,
     )  # fmt: skip
     dv, normal, a, rstd = gradient_tile(
-        dy, x, weight, bias, scale, shift, add, mean_in, rstd_in,
-        scale_stride, shift_stride, add_stride, sample, channel, inside, start, offsets, mask,
-        channels, ADD, SILU, GROUP, CB,
+        dy, x, weight, bias, scale, shift, film, scale_stride, shift_stride, add, add_stride,
+        mean_in, rstd_in, silu, sample, channel, row, inside, start, offsets, mask, ADD, CB,
     )  # fmt: skip
-    groups = channels // GROUP
-    at = sample * groups + channel // GROUP
-    c1 = tl.load(constants + at, mask=inside, other=0.0)
-    c2 = tl.load(constants + constants_plane + at, mask=inside, other=0.0)
+    c1 = tl.load(constants + row)
+    c2 = tl.load(constants + constants_plane + row)
     grad = rstd[:, None] * (a[:, None] * dv - c1[:, None] - normal * c2[:, None])
     tl.store(dx + start + offsets, grad.to(dx.dtype.element_ty), mask=mask)
     if chunk == 0:
@@ -297,44 +315,46 @@ def backward(
     add: Tensor | None,
     silu: bool,
     dx: Tensor,  # like x
-    sums: Tensor,  # float32 (3, N, C)
+    *small: Tensor | None,  # dweight, dbias (C,), dscale, dshift, dadd (N, C); dense
 ) -> None:
-    """Fill ``dx`` and ``sums`` = Σ dv, Σ dv·x̂ and Σ dx over the positions.
+    """Fill ``dx`` and what is wanted of the small gradients.
 
     v is what the activation is applied to, dv its gradient, x̂ the normalised x + add.
     Wu & He 2018 with dv·A as the gradient of x̂: dx = rstd·(A·dv − c1 − x̂·c2).
     """
-    if x.numel() == 0:
-        sums.zero_()
-        return
     call = prepare(x, num_groups, scale, shift, add, backward=True)
-    tiles, samples, channels, positions, slabs = call[:5]
-    shared = dict(SILU=silu, **call.constants)
+    tiles = call.tiles
+    sums = mean.new_empty((3, call.samples, call.channels))
+    tensors = (dy, x, weight, bias, *call.film, add, call.add_stride, mean, rstd)
     if tiles.read_once:
-        backward_once_kernel[(samples * slabs,)](
-            dy, x, weight, bias, scale, shift, add, mean, rstd, dx, sums, sums.stride(0),
-            *call.strides, channels, positions, slabs,
-            EXACT=positions == tiles.tile_positions, **shared,
-        )  # fmt: skip
-        return
-    grid = (samples * slabs * tiles.chunks,)
-    partial = sums.new_empty((3, samples, channels, tiles.chunks))
-    constants = sums.new_empty((2, samples, num_groups))
+        backward_once_kernel[(call.samples * call.slabs,)](
+            *tensors, dx, sums, sums.stride(0), *call.sizes, silu, **call.exact, **call.constants
+        )
+    else:
+        _backward_in_chunks(call, tensors, weight, silu, dx, sums)
+    finish(sums, weight, bias, scale, *small)
+
+
+def _backward_in_chunks(
+    call: Launch, tensors: tuple, weight: Tensor | None, silu: bool, dx: Tensor, sums: Tensor
+) -> None:
+    tiles, samples, groups = call.tiles, call.samples, call.channels // call.group
+    grid = (samples * call.slabs * tiles.chunks,)
+    cut = (*call.sizes, tiles.parts, tiles.chunks, silu)
+    parted = tiles.parts > 1
+    partial = sums.new_empty((3, samples, call.channels, tiles.chunks))
+    constants = sums.new_empty((2, samples, groups))
     gradient_sums_kernel[grid](
-        dy, x, weight, bias, scale, shift, add, mean, rstd, partial, partial.stride(0),
-        *call.strides, channels, positions, slabs, tiles.chunks, PARTS=tiles.parts,
-        **shared,
-    )  # fmt: skip
-    block = min(64, triton.next_power_of_2(tiles.chunks))
-    gradient_merge_kernel[(samples * num_groups,)](
-        partial, weight, scale, call.strides[0], sums, constants,
-        partial.stride(0), sums.stride(0), constants.stride(0), channels, positions,
-        GROUP=channels // num_groups, CHUNKS=tiles.chunks,
-        CB=min(triton.next_power_of_2(channels // num_groups), max(1, 2048 // block)), BLOCK=block,
+        *tensors, partial, partial.stride(0), *cut, PARTED=parted, **call.constants
+    )
+    scale, _, film, scale_stride, _ = call.film
+    gradient_merge_kernel[(samples * groups,)](
+        partial, weight, scale, film, scale_stride, sums, constants,
+        partial.stride(0), sums.stride(0), constants.stride(0), call.channels, call.positions,
+        call.group, tiles.chunks, CB=32, BLOCK=32,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     backward_apply_kernel[grid](
-        dy, x, weight, bias, scale, shift, add, mean, rstd, dx, sums, constants,
-        sums.stride(0), constants.stride(0), *call.strides,
-        channels, positions, slabs, tiles.chunks, PARTS=tiles.parts, **shared,
+        *tensors, dx, sums, constants, sums.stride(0), constants.stride(0), *cut,
+        PARTED=parted, **call.constants,
     )  # fmt: skip

@@ -6,20 +6,22 @@ group serves, and both layouts differ in nothing but offsets.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .device import H200, processors_of
-
 Tensor = torch.Tensor
 NO_ADD, ADD_PER_CHANNEL, ADD_PER_ELEMENT = 0, 1, 2
+# What no kernel is compiled anew for: neither another batch nor another width of the groups.
+UNSPECIALIZED = ["group", "width", "parts", "slabs", "chunks", "total", "samples"]
+UNSPECIALIZED += ["plane", "sums_plane", "constants_plane", "partial_plane"]
 
 
 class Plan(NamedTuple):
-    """Tiles of one call: see ``choose_tiles``."""
+    """Tiles of one layer: see ``choose_tiles``."""
 
     read_once: bool
     width: int  # channels of a slab: whole groups, or a part of one
@@ -41,21 +43,26 @@ MOST = {
 }
 CHUNK = 8192  # where several tiles make a group: three or four programs fit a multiprocessor
 SMALL = 2048  # below this a program's start costs more than its work: take several groups
-LEAST, LINE = 16, 128  # bytes side by side: half a sector of memory, and what a warp should cover
+LEAST_SLABS = 8  # of a sample that small: one image has programs, and 33 fill 132 multiprocessors
+PAIRWISE = 64  # channels that the sums over groups compare with one another: 64² stays small
+# Bytes side by side: half a sector of memory, a sector, and what a warp should cover.
+LEAST, SECTOR, LINE = 16, 32, 128
 
 
 @functools.cache
 def choose_tiles(
-    samples: int,
-    channels: int,
-    groups: int,
-    positions: int,
-    itemsize: int,
-    channels_last: bool,
-    backward: bool,
-    processors: int = H200,
+    channels: int, groups: int, positions: int, itemsize: int, channels_last: bool, backward: bool
 ) -> Plan:
-    """The tiles for one call: a pure function of shape, layout, storage size and GPU."""
+    """The tiles for one layer: a pure function of its shape, layout and storage size.
+
+    Not of the batch, for which a network would be compiled anew. A slab therefore never takes more
+    groups than it needs to read whole sectors of memory, or to be worth a program's start. Against
+    tiles chosen for the batch this costs, in bytes moved, nothing: whole sectors are read once. In
+    occupancy: one image in channels_last has C / 16 programs (bfloat16) where it could have C / 8,
+    each of twice the work, below a microsecond on 132 multiprocessors that its 4 to 64 programs
+    leave idle anyway; a batch of 64 has rows of 32 bytes where it could have 128, hence four
+    times as many programs, of which four or five fit a multiprocessor in place of one.
+    """
     group = channels // groups
     most = MOST[backward, channels_last]
     padded_positions = triton.next_power_of_2(positions)
@@ -64,19 +71,13 @@ def choose_tiles(
     for count in range(1, groups + 1):  # groups side by side in one slab
         width = count * group
         tile_channels = triton.next_power_of_2(width)
-        # The sums over groups compare channels pairwise: 128² is what stays small.
-        if groups % count or (count > 1 and tile_channels > 128):
+        if groups % count or (count > 1 and tile_channels > PAIRWISE):
             continue
         tile = tile_channels * padded_positions
         if tile > most:
             break
-        enough = samples * groups // count >= 2 * processors
-        if not channels_last:  # a group is one run: more only where it is small
-            better = best is None or (tile <= SMALL and enough)
-        else:  # cover half sectors always, and lines while the programs suffice
-            fits_line = width * itemsize <= LINE
-            better = best is None or best * group * itemsize < LEAST or (fits_line and enough)
-        if better:
+        small = tile <= SMALL and groups // count >= LEAST_SLABS
+        if best is None or small or (channels_last and best * group * itemsize < SECTOR):
             best = count
     covers = not channels_last or (
         best is not None and (best * group * itemsize >= LEAST or best == groups)
@@ -124,40 +125,49 @@ class Launch(NamedTuple):
 
     tiles: Plan
     samples: int
+    group: int  # channels of one
     channels: int
     positions: int
     slabs: int  # per sample
-    strides: tuple[int, int, int]  # rows of scale, shift and add
+    film: tuple  # scale, shift, whether they count, and the strides of their rows
+    add_stride: int
     constants: dict  # of every kernel that places tiles
+    exact: dict  # of those that read once: what of the tile they need neither mask nor compute
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """What every kernel that places tiles is told of them: channels, positions, group, width
+        (in units of ALIGN) and slabs."""
+        width = self.tiles.width // self.constants["ALIGN"]
+        return self.channels, self.positions, self.group, width, self.slabs
 
 
 def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Launch:
     samples, channels = x.shape[:2]
     positions = x.numel() // (samples * channels)
+    group = channels // groups
     channels_last = not x.is_contiguous()
-    tiles = choose_tiles(
-        samples,
-        channels,
-        groups,
-        positions,
-        x.element_size(),
-        channels_last,
-        backward,
-        processors_of(x.device),
-    )
-    scale_stride, shift_stride, add_stride = (
-        t.stride(0) if t is not None else 0 for t in (scale, shift, add)
-    )
-    strides = scale_stride, shift_stride, add_stride
+    itemsize = x.element_size()
+    tiles = choose_tiles(channels, groups, positions, itemsize, channels_last, backward)
+    # Without FiLM x stands in for it and is not read: one kernel serves both.
+    film = (x, x, False, 0, 0)
+    if scale is not None:
+        film = (scale, shift, True, scale.stride(0), shift.stride(0))
     if add is None:
         kind = NO_ADD
     else:
         kind = ADD_PER_CHANNEL if add.dim() == 2 else ADD_PER_ELEMENT
     reach = max(tiles.tile_channels * positions, tiles.tile_positions * channels)
+    # One kernel serves all shapes that share a small tile; a large one is worth a compilation.
+    small = tiles.tile_channels * tiles.tile_positions <= SMALL
+    general = small and tiles.tile_channels <= PAIRWISE
+    exact = dict(EXACT=positions == tiles.tile_positions, WIDTH=0 if small else tiles.width)
+    if exact["EXACT"] and not (small or channels_last or backward):
+        exact["maxnreg"] = 64  # enough, and two programs of 512 threads fit a multiprocessor
     constants = dict(
         ADD=kind,
-        GROUP=channels // groups,
-        WIDTH=tiles.width,
+        SPAN=math.gcd(group, 4) if general or tiles.width > group else 0,
+        ALIGN=math.gcd(tiles.width, 16 // itemsize) if channels_last else 1,
         CHANNELS_LAST=channels_last,
         WIDE=reach >= 2**31,
         CB=tiles.tile_channels,
@@ -167,7 +177,10 @@ def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Launch
         enable_fp_fusion=True,
     )
     slabs = groups * tiles.parts if tiles.parts > 1 else channels // tiles.width
-    return Launch(tiles, samples, channels, positions, slabs, strides, constants)
+    add_stride = 0 if add is None else add.stride(0)
+    return Launch(
+        tiles, samples, group, channels, positions, slabs, film, add_stride, constants, exact
+    )
 
 
 # --- Pieces of the kernels -------------------------------------------------------------------
@@ -188,39 +201,63 @@ def place(
     chunk,
     channels,
     positions,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
+    group,
+    width,
+    parts,
+    SPAN: tl.constexpr,  # 0: a slab is of one group; or neighbours that certainly share theirs
+    PARTED: tl.constexpr,  # several slabs make a group
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     CB: tl.constexpr,
     SB: tl.constexpr,
 ):
-    """The tile's channels and which count (CB,), its origin in x, offsets and mask (CB, SB)."""
+    """The tile's channels, their groups' rows in mean and rstd, which channels count (CB,), the
+    tile's origin in x, offsets and mask (CB, SB)."""
     lane = tl.arange(0, CB)
-    if PARTS == 1:
-        first = slab * WIDTH
-        inside = lane < WIDTH
+    row = lane * 0 + slab
+    if PARTED:
+        part = slab % parts
+        row = lane * 0 + slab // parts
+        first = (slab // parts) * group + part * width
+        inside = lane < tl.minimum(width, group - part * width)
     else:
-        part = slab % PARTS
-        first = (slab // PARTS) * GROUP + part * WIDTH
-        inside = lane < tl.minimum(WIDTH, GROUP - part * WIDTH)
+        first = slab * width
+        inside = lane < width
+        if SPAN:
+            row = slab * (width // group) + group_in_slab(group, SPAN, CB)
+            row = tl.minimum(row, channels // group - 1)  # so that no load needs a mask
     position = chunk * SB
     step = tl.arange(0, SB)
     mask = inside[:, None] & (position + step < positions)[None, :]
     start = sample * channels * positions
     if WIDE:
         step = step.to(tl.int64)
-        row = lane.to(tl.int64)
-    else:
-        row = lane
+        lane = lane.to(tl.int64)
     if CHANNELS_LAST:
         start += position.to(tl.int64) * channels + first
-        offsets = step[None, :] * channels + row[:, None]
+        offsets = step[None, :] * channels + lane[:, None]
     else:
         start += first.to(tl.int64) * positions + position
-        offsets = row[:, None] * positions + step[None, :]
-    return first + lane, inside, start, offsets, mask
+        offsets = lane[:, None] * positions + step[None, :]
+    row += sample * (channels // group)
+    return first + tl.arange(0, CB), row, inside, start, offsets, mask
+
+
+@triton.jit
+def group_in_slab(group, SPAN: tl.constexpr, CB: tl.constexpr):
+    """lane // group, (CB,): one division for all lanes, exact where CB·group < 2^16, and one number
+    for all of a span, as the compiler sees, which then loads what belongs to it once."""
+    return (tl.arange(0, CB) // SPAN * (65536 * SPAN // group + 1)) >> 16
+
+
+@triton.jit
+def leads(group, inside, SPAN: tl.constexpr, CB: tl.constexpr):
+    """The first channel of each group in the slab, which speaks for it; (CB,)."""
+    lane = tl.arange(0, CB)
+    first = 0
+    if SPAN:
+        first = group_in_slab(group, SPAN, CB) * group
+    return inside & (lane == first)
 
 
 @triton.jit
@@ -247,25 +284,25 @@ def read(
 
 
 @triton.jit
-def over_group(v, GROUP: tl.constexpr, WIDTH: tl.constexpr, CB: tl.constexpr):
+def over_group(v, group, SPAN: tl.constexpr, CB: tl.constexpr):
     """Σ over the channels of each channel's group in the slab: (CB,) → (CB,)."""
-    if WIDTH <= GROUP:
+    if not SPAN:
         return tl.zeros((CB,), tl.float32) + tl.sum(v, 0)
-    group = tl.arange(0, CB) // GROUP
-    same = group[:, None] == group[None, :]
+    own = group_in_slab(group, SPAN, CB)
+    same = own[:, None] == own[None, :]
     return tl.sum(tl.where(same, v[None, :], 0.0), 1)
 
 
 @triton.jit
-def moments(v, mask, count, GROUP: tl.constexpr, WIDTH: tl.constexpr, CB: tl.constexpr):
+def moments(v, mask, count, group, SPAN: tl.constexpr, CB: tl.constexpr):
     """v − rough, mean − rough, rough and Σ(v − mean)²; the last three per channel's group.
 
     ``rough`` is the mean up to its rounding, which matters where mean ≫ std.
     """
-    rough = over_group(tl.sum(v, 1), GROUP, WIDTH, CB) / count
+    rough = over_group(tl.sum(v, 1), group, SPAN, CB) / count
     d = tl.where(mask, v - rough[:, None], 0.0)
-    rest = over_group(tl.sum(d, 1), GROUP, WIDTH, CB) / count
-    m2 = over_group(tl.sum(d * d, 1), GROUP, WIDTH, CB) - rest * rest * count
+    rest = over_group(tl.sum(d, 1), group, SPAN, CB) / count
+    m2 = over_group(tl.sum(d * d, 1), group, SPAN, CB) - rest * rest * count
     return d, rest, rough, tl.maximum(m2, 0.0)
 
 
@@ -275,6 +312,7 @@ def coefficients(
     bias,
     scale,
     shift,
+    film,  # whether scale and shift count
     scale_stride,
     shift_stride,
     sample,
@@ -291,12 +329,12 @@ def coefficients(
         b = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     if scale is not None:
         at = scale + sample * scale_stride + channel
-        film = 1.0 + tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        a *= film
-        b *= film
+        factor = 1.0 + tl.load(at, mask=inside & film, other=0.0).to(tl.float32)
+        a *= factor
+        b *= factor
     if shift is not None:
         at = shift + sample * shift_stride + channel
-        b += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        b += tl.load(at, mask=inside & film, other=0.0).to(tl.float32)
     return a, b
 
 

@@ -19,17 +19,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .device import H200, processors_of
 from .group_norm_tiles import apply_silu, coefficients
 
 Tensor = torch.Tensor
 MOST = 16384  # elements of a tile of all channels: 32 values a thread in 16 warps
 USUAL = 4096  # a tile that leaves room for several programs on a multiprocessor
+LEAST_BLOCKS = 8  # of one sample: one image has programs, and 33 fill 132 multiprocessors
 LINE, SECTOR = 128, 32  # bytes side by side: what a warp should cover, and memory's least
 
 
 class Plan(NamedTuple):
-    """Tiles of one call: see ``choose_tiles``."""
+    """Tiles of one layer: see ``choose_tiles``."""
 
     tile_channels: int  # a power of two; all channels where they fit
     tile_positions: int
@@ -37,15 +37,9 @@ class Plan(NamedTuple):
 
 
 @functools.cache
-def choose_tiles(
-    samples: int,
-    channels: int,
-    positions: int,
-    itemsize: int,
-    channels_last: bool,
-    processors: int = H200,
-) -> Plan:
-    """The tiles for one call: a pure function of shape, layout, storage size and GPU."""
+def choose_tiles(channels: int, positions: int, itemsize: int, channels_last: bool) -> Plan:
+    """The tiles for one layer: a pure function of its shape, layout and storage size, not of the
+    batch, for which it would be compiled anew."""
     padded_positions = triton.next_power_of_2(positions)
     tile_channels = triton.next_power_of_2(channels)
     least = 1 if channels_last else LINE // itemsize
@@ -58,14 +52,14 @@ def choose_tiles(
     while (
         2 * tile_channels * tile_positions <= USUAL
         and tile_positions < padded_positions
-        and samples * triton.cdiv(positions, 2 * tile_positions) >= 2 * processors
+        and triton.cdiv(positions, 2 * tile_positions) >= LEAST_BLOCKS
     ):
         tile_positions *= 2
     warps = min(16, max(1, tile_channels * tile_positions // 1024))
     return Plan(tile_channels, tile_positions, warps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def rms_norm_silu_kernel(
     x,
     weight,
@@ -103,7 +97,7 @@ def rms_norm_silu_kernel(
         v = tl.load(x + start + offsets, mask=mask, other=0.0).to(tl.float32)
         v *= inverse_norm(tl.sum(v * v, 0), eps, root)[None, :]
         a, b = coefficients(
-            weight, None, scale, shift, scale_stride, shift_stride, sample, channel, real, CB
+            weight, None, scale, shift, True, scale_stride, shift_stride, sample, channel, real, CB
         )
         v = v * a[:, None] + b[:, None]
         if SILU:
@@ -124,7 +118,17 @@ def rms_norm_silu_kernel(
             )
             v = tl.load(x + start + offsets, mask=mask, other=0.0).to(tl.float32)
             a, b = coefficients(
-                weight, None, scale, shift, scale_stride, shift_stride, sample, channel, real, CB
+                weight,
+                None,
+                scale,
+                shift,
+                True,
+                scale_stride,
+                shift_stride,
+                sample,
+                channel,
+                real,
+                CB,
             )
             v = v * inverse[None, :] * a[:, None] + b[:, None]
             if SILU:
@@ -177,9 +181,7 @@ def forward(
     samples, channels = x.shape[:2]
     positions = x.numel() // (samples * channels)
     channels_last = not x.is_contiguous()
-    tiles = choose_tiles(
-        samples, channels, positions, x.element_size(), channels_last, processors_of(x.device)
-    )
+    tiles = choose_tiles(channels, positions, x.element_size(), channels_last)
     blocks = triton.cdiv(positions, tiles.tile_positions)
     rms_norm_silu_kernel[(samples * blocks,)](
         x, weight, scale, shift, y,

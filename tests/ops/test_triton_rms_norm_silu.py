@@ -34,15 +34,14 @@ def test_the_interpreter_agrees_with_float64(extent):
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize(("channels", "positions"), SHAPES)
 def test_tiles_stay_within_their_limits(channels, positions, itemsize, channels_last):
-    for samples in (1, 64):
-        tiles = kernels.choose_tiles(samples, channels, positions, itemsize, channels_last)
-        elements = tiles.tile_channels * tiles.tile_positions
-        assert elements <= kernels.MOST and elements <= 1024 * max(1, tiles.warps)
-        assert tiles.tile_positions < 2 * positions
-        if channels <= 1024:
-            assert tiles.tile_channels >= channels  # read once
-        if not channels_last:  # whole sectors of memory
-            assert tiles.tile_positions * itemsize >= 32 or tiles.tile_positions >= positions
+    tiles = kernels.choose_tiles(channels, positions, itemsize, channels_last)
+    elements = tiles.tile_channels * tiles.tile_positions
+    assert elements <= kernels.MOST and elements <= 1024 * max(1, tiles.warps)
+    assert tiles.tile_positions < 2 * positions
+    if channels <= 1024:
+        assert tiles.tile_channels >= channels  # read once
+    if not channels_last:  # whole sectors of memory
+        assert tiles.tile_positions * itemsize >= 32 or tiles.tile_positions >= positions
 
 
 def launch(shape, dtype, channels_last, film):

@@ -1,16 +1,23 @@
-"""What the tests of Triton kernels share: compiling what a launcher launches, without a GPU."""
+"""What the tests of Triton kernels share: compiling what a launcher launches, and counting what it
+would compile, without a GPU."""
 
 import contextlib
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction, mangle_type
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import (
+    JITFunction,
+    compute_cache_key,
+    create_function_from_signature,
+    mangle_type,
+)
 
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
@@ -51,6 +58,29 @@ def compiling(capability: int, cache: str | Path):
     JITFunction.run = run
     try:
         yield usages
+    finally:
+        JITFunction.run = original
+
+
+@contextlib.contextmanager
+def counting(capability: int = 90):
+    """Within: a launch compiles and runs nothing; yields the set of (kernel, Triton's cache key),
+    one for each kernel that would have been compiled. Tensors on device "meta", as above."""
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    keys: set[tuple[str, str]] = set()
+    binders: dict[str, Callable] = {}
+
+    def run(self, *args, grid, warmup, **kwargs):
+        name = self.fn.__qualname__
+        if name not in binders:
+            binders[name] = create_function_from_signature(self.signature, self.params, backend)
+        _, specialization, options = binders[name](*args, **kwargs)
+        keys.add((name, compute_cache_key({}, specialization, options)))
+
+    original = JITFunction.run
+    JITFunction.run = run
+    try:
+        yield keys
     finally:
         JITFunction.run = original
 

@@ -149,11 +149,15 @@ def _backward(given: Any, shape: Any, dx: Tensor, *small: Maybe) -> None:
     """Fill the gradients of x, and of weight, bias, scale, shift and add where there is room."""
     dy, statistics, call = given
     dy = layouts.in_layout_of(dx, dy)
-    if call.backend == "triton":
-        _triton_backward(dy, statistics, call, dx, small)
-    else:
+    if call.backend != "triton":
         tensors = (dy, *call[:6], statistics, dx, *small)
         _call(f"{OP}_backward", shape, call, tensors, (dy, call.add, dx))
+        return
+    from fastdiff.kernels import group_norm_silu as kernels
+
+    x, weight, bias, scale, shift, add, num_groups, _, silu, _, _ = call
+    film = (scale, shift, add)
+    kernels.backward(dy, x, num_groups, weight, bias, *statistics, *film, silu, dx, *small)
 
 
 def _call(
@@ -175,31 +179,6 @@ def _call(
 def tile_of(shape: Any, limits: tuple[int, int, int, int], is_backward: bool, aligned: bool) -> Any:
     """How CUDA cuts a call into blocks (csrc/cuda/group_norm_tile.h)."""
     return native.library().group_norm_tile(shape, limits, is_backward, aligned)
-
-
-def _triton_backward(
-    dy: Tensor, statistics: Tensor, call: Arguments, dx: Tensor, small: tuple[Maybe, ...]
-) -> None:
-    """The kernel gives Σ dv, Σ dv·x̂ and Σ dx over the positions; the rest is (N, C) arithmetic."""
-    from fastdiff.kernels import group_norm_silu as kernels
-
-    x, weight, bias, scale, shift, add, num_groups, _, silu, _, _ = call
-    mean, rstd = statistics.unbind()
-    sums = x.new_empty((3, *x.shape[:2]), dtype=torch.float32)
-    kernels.backward(dy, x, num_groups, weight, bias, mean, rstd, scale, shift, add, silu, dx, sums)
-    dv, dv_xhat, dx_sum = sums.unbind()
-    dweight, dbias, dscale, dshift, dadd = small
-    if dweight is not None and dbias is not None:
-        share = 1.0 if scale is None else 1 + scale.float()
-        dweight.copy_((dv_xhat * share).sum(0))
-        dbias.copy_((dv * share).sum(0))
-    if dscale is not None and dshift is not None:  # v = u·(1 + scale) + shift, u = x̂·weight + bias
-        if weight is not None and bias is not None:
-            dv_xhat = dv_xhat * weight.float() + dv * bias.float()
-        dscale.copy_(dv_xhat)
-        dshift.copy_(dv)
-    if dadd is not None:
-        dadd.copy_(dx_sum)
 
 
 # --- Plans ------------------------------------------------------------------------------------
