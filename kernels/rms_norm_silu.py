@@ -21,6 +21,7 @@ import triton.language as tl
 
 from .device import H200, processors_of
 from .group_norm_tiles import apply_silu, coefficients
+from .launcher import launch_of
 
 Tensor = torch.Tensor
 MOST = 16384  # elements of a tile of all channels: 32 values a thread in 16 warps
@@ -181,8 +182,8 @@ def forward(
         samples, channels, positions, x.element_size(), channels_last, processors_of(x.device)
     )
     blocks = triton.cdiv(positions, tiles.tile_positions)
-    rms_norm_silu_kernel[(samples * blocks,)](
-        x, weight, scale, shift, y,
+    launch = launch_of(
+        rms_norm_silu_kernel, (samples * blocks,),
         0 if scale is None else scale.stride(0), 0 if shift is None else shift.stride(0),
         channels, positions, blocks, eps, channels**0.5,
         SILU=silu,
@@ -195,3 +196,4 @@ def forward(
         num_stages=1,
         enable_fp_fusion=True,
     )  # fmt: skip
+    launch(x, weight, scale, shift, y)
