@@ -76,8 +76,12 @@ def addresses_and_numbers(*counters: int | torch.Tensor | None) -> tuple:
     tensors: list[torch.Tensor | None] = []
     numbers: list[int] = []
     for v in counters:
-        tensors.append(v if isinstance(v, torch.Tensor) else None)
-        numbers.append(signed(v, 64) if isinstance(v, int) else 0)
+        if isinstance(v, int):
+            tensors.append(None)
+            numbers.append(signed(v, 64))
+        else:
+            tensors.append(v)
+            numbers.append(0)
     return *tensors, *numbers
 
 

@@ -66,28 +66,27 @@ def _specialised(values: tuple) -> tuple[tuple, list]:
     """What Triton specialises by, or more, and the values, with addresses for tensors."""
     kinds: list[Any] = []
     given: list[Any] = []
-    misaligned = 0
+    addresses = 0
     for value in values:
-        if isinstance(value, torch.Tensor):
-            address = value.data_ptr()
-            kinds.append(value.dtype)
-            given.append(address)
-            misaligned |= address & 15
+        kind: Any = type(value)
+        if kind is int:
+            if -(2**31) <= value < 2**31:
+                kind = 1 if value == 1 else 16 if value % 16 == 0 else 0
+            else:
+                kind = value < 2**63, value % 16 == 0
+        elif kind is float or value is None:
+            pass
+        elif isinstance(value, torch.Tensor):
+            kind = value.dtype
+            value = value.data_ptr()
+            addresses |= value
         else:
-            kinds.append(value if value is None else _kind(value))
-            given.append(value)
-    if misaligned:
-        kinds += [v.data_ptr() & 15 == 0 for v in values if isinstance(v, torch.Tensor)]
+            raise TypeError(f"a launch changes by tensors, None, ints and floats, not by {value!r}")
+        kinds.append(kind)
+        given.append(value)
+    if addresses % 16:
+        kinds += [v.data_ptr() % 16 == 0 for v in values if isinstance(v, torch.Tensor)]
     return tuple(kinds), given
-
-
-def _kind(number: float) -> Any:
-    """What a number's type in a kernel, and its being a constant, rest on."""
-    if type(number) is float:
-        return float
-    if type(number) is not int:
-        raise TypeError(f"a launch changes by tensors, None, ints and floats, not by {number!r}")
-    return -(2**31) <= number < 2**31, number < 2**63, number == 1, number % 16 == 0
 
 
 def _only_launches(kernel: Any) -> bool:
