@@ -24,7 +24,7 @@ _run = JITFunction.run
 class Launch:
     """A kernel on a grid, with the arguments that stay: called with those that change.
 
-    A kernel takes what changes first (tensors, None, ints, floats), then ``numbers``, then its
+    A kernel takes what changes first (tensors, None and numbers), then ``numbers``, then its
     constexprs, by name; Triton's options are among ``constants`` too. It runs on the current device
     and stream. No pointer is checked, but by the first call of a kind.
     """
@@ -74,14 +74,14 @@ def _specialised(values: tuple) -> tuple[tuple, list]:
                 kind = 1 if value == 1 else 16 if value % 16 == 0 else 0
             else:
                 kind = value < 2**63, value % 16 == 0
-        elif kind is float or value is None:
-            pass
+        elif kind is float or kind is bool or value is None:
+            pass  # typed by their types alone
         elif isinstance(value, torch.Tensor):
             kind = value.dtype
             value = value.data_ptr()
             addresses |= value
         else:
-            raise TypeError(f"a launch changes by tensors, None, ints and floats, not by {value!r}")
+            raise TypeError(f"a launch changes by tensors, None and numbers, not by {value!r}")
         kinds.append(kind)
         given.append(value)
     if addresses % 16:
