@@ -32,6 +32,7 @@ from .group_norm_tiles import (
     read,
     split_program,
 )
+from .launcher import launch_of
 
 Tensor = torch.Tensor
 __all__ = ["backward", "forward", "choose_tiles"]
@@ -262,27 +263,30 @@ def forward(
     call = prepare(x, num_groups, scale, shift, add, backward=False)
     tiles, samples, channels, positions, slabs = call[:5]
     if tiles.read_once:
-        forward_once_kernel[(samples * slabs,)](
-            x, weight, bias, scale, shift, add, y, mean, rstd, *call.strides,
-            channels, positions, slabs, eps, SILU=silu,
-            EXACT=positions == tiles.tile_positions, **call.constants,
+        exact = positions == tiles.tile_positions
+        launch = launch_of(
+            forward_once_kernel, (samples * slabs,), *call.strides, channels, positions, slabs, eps,
+            SILU=silu, EXACT=exact, **call.constants,
         )  # fmt: skip
+        launch(x, weight, bias, scale, shift, add, y, mean, rstd)
         return
     total = tiles.parts * tiles.chunks
     grid = (samples * slabs * tiles.chunks,)
     partial = torch.empty((3, samples, num_groups, total), dtype=torch.float32, device=x.device)
-    moments_kernel[grid](
-        x, add, partial, partial.stride(0), call.strides[2],
+    launch = launch_of(
+        moments_kernel, grid, partial.stride(0), call.strides[2],
         channels, positions, slabs, tiles.chunks, PARTS=tiles.parts, **call.constants,
     )  # fmt: skip
-    merge_kernel[(samples * num_groups,)](
-        partial, partial.stride(0), mean, rstd, positions, tiles.chunks, eps,
+    launch(x, add, partial)
+    launch = launch_of(
+        merge_kernel, (samples * num_groups,), positions, tiles.chunks, eps,
         GROUP=channels // num_groups, WIDTH=tiles.width, PARTS=tiles.parts, SB=tiles.tile_positions,
         TOTAL=total, BLOCK=min(1024, triton.next_power_of_2(total)),
         num_warps=1 if total <= 128 else 4, enable_fp_fusion=True,
     )  # fmt: skip
-    forward_apply_kernel[grid](
-        x, weight, bias, scale, shift, add, y, mean, rstd, *call.strides,
-        channels, positions, slabs, tiles.chunks, SILU=silu, PARTS=tiles.parts,
-        **call.constants,
+    launch(partial, partial.stride(0), mean, rstd)
+    launch = launch_of(
+        forward_apply_kernel, grid, *call.strides, channels, positions, slabs, tiles.chunks,
+        SILU=silu, PARTS=tiles.parts, **call.constants,
     )  # fmt: skip
+    launch(x, weight, bias, scale, shift, add, y, mean, rstd)

@@ -19,6 +19,7 @@ from .group_norm_tiles import (
     split_program,
     through_silu,
 )
+from .launcher import launch_of
 
 Tensor = torch.Tensor
 
@@ -311,30 +312,31 @@ def backward(
     tiles, samples, channels, positions, slabs = call[:5]
     shared = dict(SILU=silu, **call.constants)
     if tiles.read_once:
-        backward_once_kernel[(samples * slabs,)](
-            dy, x, weight, bias, scale, shift, add, mean, rstd, dx, sums, sums.stride(0),
-            *call.strides, channels, positions, slabs,
-            EXACT=positions == tiles.tile_positions, **shared,
+        launch = launch_of(
+            backward_once_kernel, (samples * slabs,), sums.stride(0), *call.strides,
+            channels, positions, slabs, EXACT=positions == tiles.tile_positions, **shared,
         )  # fmt: skip
+        launch(dy, x, weight, bias, scale, shift, add, mean, rstd, dx, sums)
         return
     grid = (samples * slabs * tiles.chunks,)
     partial = sums.new_empty((3, samples, channels, tiles.chunks))
     constants = sums.new_empty((2, samples, num_groups))
-    gradient_sums_kernel[grid](
-        dy, x, weight, bias, scale, shift, add, mean, rstd, partial, partial.stride(0),
-        *call.strides, channels, positions, slabs, tiles.chunks, PARTS=tiles.parts,
-        **shared,
+    launch = launch_of(
+        gradient_sums_kernel, grid, partial.stride(0), *call.strides,
+        channels, positions, slabs, tiles.chunks, PARTS=tiles.parts, **shared,
     )  # fmt: skip
+    launch(dy, x, weight, bias, scale, shift, add, mean, rstd, partial)
     block = min(64, triton.next_power_of_2(tiles.chunks))
-    gradient_merge_kernel[(samples * num_groups,)](
-        partial, weight, scale, call.strides[0], sums, constants,
+    launch = launch_of(
+        gradient_merge_kernel, (samples * num_groups,),
         partial.stride(0), sums.stride(0), constants.stride(0), channels, positions,
         GROUP=channels // num_groups, CHUNKS=tiles.chunks,
         CB=min(triton.next_power_of_2(channels // num_groups), max(1, 2048 // block)), BLOCK=block,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    backward_apply_kernel[grid](
-        dy, x, weight, bias, scale, shift, add, mean, rstd, dx, sums, constants,
-        sums.stride(0), constants.stride(0), *call.strides,
+    launch(partial, weight, scale, call.strides[0], sums, constants)
+    launch = launch_of(
+        backward_apply_kernel, grid, sums.stride(0), constants.stride(0), *call.strides,
         channels, positions, slabs, tiles.chunks, PARTS=tiles.parts, **shared,
     )  # fmt: skip
+    launch(dy, x, weight, bias, scale, shift, add, mean, rstd, dx, sums, constants)

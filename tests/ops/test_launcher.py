@@ -256,6 +256,19 @@ def call_rms_norm_silu(choose):
     ops.rms_norm_silu(x, weight, eps=eps, activation=activation, **film(choose, n, channels))
 
 
+def call_group_norm_silu(choose):
+    n, side = choose([1, 2]), choose([1, 5, 72])
+    x = view(choose, n, 8, side, side).requires_grad_(choose([True, False]))
+    weight = bias = None
+    if choose([True, False]):
+        weight, bias = view(choose, 8, dtype=torch.float32), view(choose, 8, dtype=torch.float32)
+    eps = choose([1e-5, 1, 1.0])
+    given = film(choose, n, 8) | {"add": choose([None, view(choose, n, 8)])}
+    y = ops.group_norm_silu(x, choose([1, 4]), weight, bias, eps, **given)
+    if y.requires_grad:
+        y.backward(view(choose, *y.shape, dtype=y.dtype))
+
+
 def call_attention(choose):
     n, heads, tokens = (choose(sizes) for sizes in ([1, 2], [1, 2], [4, 16, 33]))
     qkv = view(choose, n, 3 * 16 * heads, tokens).requires_grad_(choose([True, False]))
@@ -267,7 +280,7 @@ def call_attention(choose):
 @pytest.mark.parametrize(
     "call",
     [
-        call_posterior_step, call_q_sample, call_normal, call_rms_norm_silu,
+        call_posterior_step, call_q_sample, call_normal, call_rms_norm_silu, call_group_norm_silu,
         call_attention,
     ],
 )  # fmt: skip
