@@ -301,3 +301,17 @@ def test_operations_launch_what_triton_would(call, binds, monkeypatch):
             before = binds[0]
             call(random.Random(seed).choice)
             assert binds[0] == before  # the second time past the binder
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_gpu_agrees_at_every_address(binds):
+    room, weight = torch.randn(2 * 16 * 25 + 8, device="cuda"), torch.rand(16, device="cuda")
+    for first in (0, 1, 8, 3) * 3:
+        x = room[first : first + 800].view(2, 16, 5, 5)
+        with fastdiff.backend("reference"):
+            expected = ops.rms_norm_silu(x, weight)
+        with fastdiff.backend("triton"):
+            actual = ops.rms_norm_silu(x, weight)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert binds[0] <= 2  # aligned, and not
