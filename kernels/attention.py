@@ -31,6 +31,7 @@ from .attention_tiles import (
     store_tile,
     zeros,
 )
+from .launcher import launch_of
 
 Tensor = torch.Tensor
 __all__ = ["backward", "forward", "choose_tiles"]
@@ -124,8 +125,10 @@ def forward(
     tokens, head_dim, tiles = prepare(qkv, num_heads)
     blocks = triton.cdiv(tokens, tiles.forward.rows)
     grid = (blocks * tiles.forward.splits * num_heads * qkv.shape[0],)
-    forward_kernel[grid](
-        qkv, out, lse, head_dim**-0.5, blocks, num_heads, tokens, qkv.stride(), out.stride(),
+    launch = launch_of(
+        forward_kernel, grid,
+        head_dim**-0.5, blocks, num_heads, tokens, qkv.stride(), out.stride(),
         HOLD=qkv.element_size() == 2,
         **constants(head_dim, order, qkv.dtype, tiles.forward, qkv, out),
     )  # fmt: skip
+    launch(qkv, out, lse)

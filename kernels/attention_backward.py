@@ -24,6 +24,7 @@ from .attention_tiles import (
     wide,
     zeros,
 )
+from .launcher import launch_of
 
 Tensor = torch.Tensor
 
@@ -201,15 +202,17 @@ def backward(
     delta = torch.empty_like(lse)
     rows = min(32, max(16, triton.next_power_of_2(tokens)))
     blocks = triton.cdiv(tokens, rows)
-    delta_kernel[(blocks * pairs,)](
-        out, grad_out, delta, blocks, num_heads, tokens, out.stride(), grad_out.stride(),
+    launch = launch_of(
+        delta_kernel, (blocks * pairs,), blocks, num_heads, tokens, out.stride(), grad_out.stride(),
         D=head_dim, WIDE=wide(out, grad_out), BD=tiles.keys.chunk, CHUNKS=tiles.keys.chunks,
         BM=rows, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
+    launch(out, grad_out, delta)
     for kernel, cut in ((keys_kernel, tiles.keys), (queries_kernel, tiles.queries)):
         blocks = triton.cdiv(tokens, cut.rows)
-        kernel[(blocks * cut.splits * pairs,)](
-            qkv, grad_out, lse, delta, grad_qkv, head_dim**-0.5, blocks, num_heads, tokens,
+        launch = launch_of(
+            kernel, (blocks * cut.splits * pairs,), head_dim**-0.5, blocks, num_heads, tokens,
             qkv.stride(), grad_out.stride(), grad_qkv.stride(),
             **constants(head_dim, order, qkv.dtype, cut, qkv, grad_out, grad_qkv),
         )  # fmt: skip
+        launch(qkv, grad_out, lse, delta, grad_qkv)

@@ -73,8 +73,16 @@ def draw(seed_address, seed, step, number, first_quad, BLOCK: tl.constexpr):
 def addresses_and_numbers(*counters: int | torch.Tensor | None) -> tuple:
     """Kernel arguments for counters: their tensors or None each, then their bits as signed
     integers, because Triton types an integer argument by its value."""
-    tensors = (v if isinstance(v, torch.Tensor) else None for v in counters)
-    return *tensors, *(signed(v, 64) if isinstance(v, int) else 0 for v in counters)
+    tensors: list[torch.Tensor | None] = []
+    numbers: list[int] = []
+    for v in counters:
+        if isinstance(v, int):
+            tensors.append(None)
+            numbers.append(signed(v, 64))
+        else:
+            tensors.append(v)
+            numbers.append(0)
+    return *tensors, *numbers
 
 
 def signed(value: int, bits: int) -> int:

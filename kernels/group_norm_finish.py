@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .group_norm_tiles import UNSPECIALIZED
+from .launcher import launch_of
 
 Tensor = torch.Tensor
 CHANNELS, SAMPLES = 32, 32  # of a tile: a line of float32 side by side
@@ -88,7 +89,11 @@ def finish(
     if all(gradient is None for gradient in gradients):
         return
     _, samples, channels = sums.shape
-    finish_kernel[(triton.cdiv(channels, CHANNELS),)](
+    launch = launch_of(
+        finish_kernel, (triton.cdiv(channels, CHANNELS),), CB=CHANNELS, SB=SAMPLES, num_warps=4,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    launch(
         sums, sums.stride(0), weight, bias, scale, 0 if scale is None else scale.stride(0),
-        *gradients, samples, channels, CB=CHANNELS, SB=SAMPLES, num_warps=4, enable_fp_fusion=True,
+        *gradients, samples, channels,
     )  # fmt: skip

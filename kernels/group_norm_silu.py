@@ -34,6 +34,7 @@ from .group_norm_tiles import (
     read,
     split_program,
 )
+from .launcher import launch_of
 
 Tensor = torch.Tensor
 __all__ = ["backward", "forward", "choose_tiles"]
@@ -264,10 +265,10 @@ def forward(
     tiles, constants = call.tiles, call.constants
     slabs = call.samples * call.slabs
     if tiles.read_once:
-        forward_once_kernel[(slabs,)](
-            x, weight, bias, *call.film, add, call.add_stride, y, mean, rstd, *call.sizes, eps,
-            silu, **call.exact, **constants,
-        )  # fmt: skip
+        launch = launch_of(forward_once_kernel, (slabs,), **call.exact, **constants)
+        launch(
+            x, weight, bias, *call.film, add, call.add_stride, y, mean, rstd, *call.sizes, eps, silu
+        )
         return
     total = tiles.parts * tiles.chunks
     parted = tiles.parts > 1
@@ -275,17 +276,21 @@ def forward(
     partial = torch.empty(
         (3, call.samples, num_groups, total), dtype=torch.float32, device=x.device
     )
-    moments_kernel[grid](
-        x, add, call.add_stride, partial, partial.stride(0), *call.sizes, tiles.parts, tiles.chunks,
-        PARTED=parted, **constants,
-    )  # fmt: skip
+    launch = launch_of(moments_kernel, grid, PARTED=parted, **constants)
+    launch(
+        x, add, call.add_stride, partial, partial.stride(0), *call.sizes, tiles.parts, tiles.chunks
+    )
     few = total <= 128
-    merge_kernel[(call.samples * num_groups,)](
-        partial, partial.stride(0), mean, rstd, call.positions, call.group, tiles.width,
-        tiles.chunks, total, eps, PARTED=parted, SB=tiles.tile_positions,
+    launch = launch_of(
+        merge_kernel, (call.samples * num_groups,), PARTED=parted, SB=tiles.tile_positions,
         BLOCK=128 if few else 1024, num_warps=1 if few else 4, enable_fp_fusion=True,
     )  # fmt: skip
-    forward_apply_kernel[grid](
+    launch(
+        partial, partial.stride(0), mean, rstd, call.positions, call.group, tiles.width,
+        tiles.chunks, total, eps,
+    )  # fmt: skip
+    launch = launch_of(forward_apply_kernel, grid, PARTED=parted, **constants)
+    launch(
         x, weight, bias, *call.film, add, call.add_stride, y, mean, rstd, *call.sizes, tiles.parts,
-        tiles.chunks, silu, PARTED=parted, **constants,
+        tiles.chunks, silu,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import triton.language as tl
 from .group_norm_finish import finish
 from .group_norm_tiles import (
     UNSPECIALIZED,
-    Launch,
+    Cut,
     coefficients,
     over_group,
     place,
@@ -22,6 +22,7 @@ from .group_norm_tiles import (
     split_program,
     through_silu,
 )
+from .launcher import launch_of
 
 Tensor = torch.Tensor
 
@@ -327,16 +328,17 @@ def backward(
     sums = mean.new_empty((3, call.samples, call.channels))
     tensors = (dy, x, weight, bias, *call.film, add, call.add_stride, mean, rstd)
     if tiles.read_once:
-        backward_once_kernel[(call.samples * call.slabs,)](
-            *tensors, dx, sums, sums.stride(0), *call.sizes, silu, **call.exact, **call.constants
+        launch = launch_of(
+            backward_once_kernel, (call.samples * call.slabs,), **call.exact, **call.constants
         )
+        launch(*tensors, dx, sums, sums.stride(0), *call.sizes, silu)
     else:
         _backward_in_chunks(call, tensors, weight, silu, dx, sums)
     finish(sums, weight, bias, scale, *small)
 
 
 def _backward_in_chunks(
-    call: Launch, tensors: tuple, weight: Tensor | None, silu: bool, dx: Tensor, sums: Tensor
+    call: Cut, tensors: tuple, weight: Tensor | None, silu: bool, dx: Tensor, sums: Tensor
 ) -> None:
     tiles, samples, groups = call.tiles, call.samples, call.channels // call.group
     grid = (samples * call.slabs * tiles.chunks,)
@@ -344,17 +346,17 @@ def _backward_in_chunks(
     parted = tiles.parts > 1
     partial = sums.new_empty((3, samples, call.channels, tiles.chunks))
     constants = sums.new_empty((2, samples, groups))
-    gradient_sums_kernel[grid](
-        *tensors, partial, partial.stride(0), *cut, PARTED=parted, **call.constants
-    )
+    launch = launch_of(gradient_sums_kernel, grid, PARTED=parted, **call.constants)
+    launch(*tensors, partial, partial.stride(0), *cut)
     scale, _, film, scale_stride, _ = call.film
-    gradient_merge_kernel[(samples * groups,)](
-        partial, weight, scale, film, scale_stride, sums, constants,
-        partial.stride(0), sums.stride(0), constants.stride(0), call.channels, call.positions,
-        call.group, tiles.chunks, CB=32, BLOCK=32,
-        num_warps=4, enable_fp_fusion=True,
+    launch = launch_of(
+        gradient_merge_kernel, (samples * groups,), CB=32, BLOCK=32, num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip
-    backward_apply_kernel[grid](
-        *tensors, dx, sums, constants, sums.stride(0), constants.stride(0), *cut,
-        PARTED=parted, **call.constants,
+    launch(
+        partial, weight, scale, film, scale_stride, sums, constants, partial.stride(0),
+        sums.stride(0), constants.stride(0), call.channels, call.positions, call.group,
+        tiles.chunks,
     )  # fmt: skip
+    launch = launch_of(backward_apply_kernel, grid, PARTED=parted, **call.constants)
+    launch(*tensors, dx, sums, constants, sums.stride(0), constants.stride(0), *cut)

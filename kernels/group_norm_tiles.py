@@ -120,7 +120,7 @@ def _warps(values: int) -> int:
     return min(32, max(1, values // 1024))
 
 
-class Launch(NamedTuple):
+class Cut(NamedTuple):
     """What both directions derive from their arguments."""
 
     tiles: Plan
@@ -142,7 +142,7 @@ class Launch(NamedTuple):
         return self.channels, self.positions, self.group, width, self.slabs
 
 
-def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Launch:
+def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Cut:
     samples, channels = x.shape[:2]
     positions = x.numel() // (samples * channels)
     group = channels // groups
@@ -178,7 +178,7 @@ def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Launch
     )
     slabs = groups * tiles.parts if tiles.parts > 1 else channels // tiles.width
     add_stride = 0 if add is None else add.stride(0)
-    return Launch(
+    return Cut(
         tiles, samples, group, channels, positions, slabs, film, add_stride, constants, exact
     )
 

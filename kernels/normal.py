@@ -22,6 +22,7 @@ from .elementwise import (
     sample_number,
     signed,
 )
+from .launcher import launch_of
 from .philox import high_word, low_word, philox_words
 
 # An integer argument equal to 1 would otherwise become a constant without a type.
@@ -85,9 +86,9 @@ def fill(
     step, seed, first_sample = counters
     channels, spatial, sample_stride, channel_stride, spatial_stride = layout
     blocks = triton.cdiv(channels * spatial, 4 * BLOCK)
-    normal_kernel[(out.shape[0] * blocks,)](
-        out,
-        *addresses_and_numbers(seed, step, first_sample),
+    launch = launch_of(
+        normal_kernel,
+        (out.shape[0] * blocks,),
         channels,
         spatial,
         sample_stride,
@@ -98,18 +99,12 @@ def fill(
         BLOCK=BLOCK,
         enable_fp_fusion=False,
     )
+    launch(out, *addresses_and_numbers(seed, step, first_sample))
 
 
 def philox(out: torch.Tensor, *, seed: int, step: int, sample: int, first_quad: int = 0) -> None:
     """Write the words of counters (first_quad + i, step, sample) into ``out``: int32 (quads, 4)."""
     quads = out.shape[0]
     grid = (triton.cdiv(quads, BLOCK),)
-    philox_kernel[grid](
-        out,
-        quads,
-        signed(seed, 64),
-        signed(step, 32),
-        signed(sample, 64),
-        signed(first_quad, 32),
-        BLOCK=BLOCK,
-    )
+    numbers = signed(seed, 64), signed(step, 32), signed(sample, 64), signed(first_quad, 32)
+    launch_of(philox_kernel, grid, BLOCK=BLOCK)(out, quads, *numbers)

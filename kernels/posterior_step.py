@@ -10,6 +10,7 @@ its number, the seed, the first sample's number and the guidance scale are read 
 Range: element indices below 2^34. A step out of range gives NaN.
 """
 
+import functools
 from collections import namedtuple
 
 import torch
@@ -29,6 +30,7 @@ from .elementwise import (
     place,
     sample_number,
 )
+from .launcher import LARGEST_CACHE, Launch
 
 FIRST_COUNTER_STEP = tl.constexpr(1)  # fastdiff.ops.counters.sampling_step(0)
 UNSPECIALIZED = ["seed", "step", "first_sample", "guidance", "rows", "channels", "spatial"]
@@ -168,17 +170,26 @@ def launch(
     half (negative: none), layouts of noise, prev_x_start, x_prev, x_start
     (fastdiff.ops.layouts); ``tensors``: x_t, output, packed, noise, prev_x_start, x_prev, x_start;
     ``counters``: the row, seed or None, and first sample (fastdiff.ops.counters.Counters)."""
-    shape, rows, *layouts = plan
-    variance_offset, guidance_offset = layouts[2:4]
-    del layouts[2:4]
-    samples, channels, spatial = shape
     by_tensor = isinstance(scale, torch.Tensor)
-    blocks = triton.cdiv(channels * spatial, 4 * BLOCK)
-    posterior_step_kernel[(samples * blocks,)](
+    prepared(plan, counters[1] is not None)(
         *tensors,
         *addresses_and_numbers(*counters),
         scale if by_tensor else None,
         0.0 if by_tensor or scale is None else float(scale),
+    )
+
+
+@functools.lru_cache(LARGEST_CACHE)
+def prepared(plan: tuple, draws: bool) -> Launch:
+    """The launch that serves the calls of a plan."""
+    shape, rows, *layouts = plan
+    variance_offset, guidance_offset = layouts[2:4]
+    del layouts[2:4]
+    samples, channels, spatial = shape
+    blocks = triton.cdiv(channels * spatial, 4 * BLOCK)
+    return Launch(
+        posterior_step_kernel,
+        (samples * blocks,),
         rows,
         channels,
         spatial,
@@ -188,7 +199,7 @@ def launch(
         PLACE=PLACE,
         LEARNED=variance_offset >= 0,
         GUIDED=guidance_offset >= 0,
-        DRAWS=counters[1] is not None,
+        DRAWS=draws,
         ONE_RUN=is_one_run(shape, *layouts),
         WIDE=is_wide(shape),
         BLOCK=BLOCK,

@@ -9,6 +9,8 @@ One program draws BLOCK counters of one sample and computes 4·BLOCK neighbourin
 Range: element indices below 2^34. A t out of range gives NaN.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +26,7 @@ from .elementwise import (
     place,
     sample_number,
 )
+from .launcher import LARGEST_CACHE, Launch
 
 # An integer argument equal to 1 would otherwise become a constant without a type.
 UNSPECIALIZED = ["seed", "step", "first_sample", "rows", "channels", "spatial"]
@@ -95,18 +98,25 @@ def launch(plan: tuple, tensors: tuple[torch.Tensor | None, ...], counters: tupl
     """``plan``: shape, rows, layouts of x_start, noise and x_t (fastdiff.ops.layouts);
     ``tensors``: x_start, t, signal, sigma, noise, x_t; ``counters``: the training step, seed or
     None, and first sample (fastdiff.ops.counters.Counters)."""
-    shape, rows, *layouts = plan
     step, seed, first_sample = counters
+    numbers = addresses_and_numbers(seed, step, first_sample)
+    prepared(plan, seed is not None)(*tensors, *numbers)
+
+
+@functools.lru_cache(LARGEST_CACHE)
+def prepared(plan: tuple, draws: bool) -> Launch:
+    """The launch that serves the calls of a plan."""
+    shape, rows, *layouts = plan
     samples, channels, spatial = shape
     blocks = triton.cdiv(channels * spatial, 4 * BLOCK)
-    q_sample_kernel[(samples * blocks,)](
-        *tensors,
-        *addresses_and_numbers(seed, step, first_sample),
+    return Launch(
+        q_sample_kernel,
+        (samples * blocks,),
         rows,
         channels,
         spatial,
         *(stride for layout in layouts for stride in layout[1:]),
-        DRAWS=seed is not None,
+        DRAWS=draws,
         ONE_RUN=is_one_run(shape, *layouts),
         WIDE=is_wide(shape),
         BLOCK=BLOCK,

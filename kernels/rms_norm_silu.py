@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .group_norm_tiles import apply_silu, coefficients
+from .launcher import launch_of
 
 Tensor = torch.Tensor
 MOST = 16384  # elements of a tile of all channels: 32 values a thread in 16 warps
@@ -183,8 +184,8 @@ def forward(
     channels_last = not x.is_contiguous()
     tiles = choose_tiles(channels, positions, x.element_size(), channels_last)
     blocks = triton.cdiv(positions, tiles.tile_positions)
-    rms_norm_silu_kernel[(samples * blocks,)](
-        x, weight, scale, shift, y,
+    launch = launch_of(
+        rms_norm_silu_kernel, (samples * blocks,),
         0 if scale is None else scale.stride(0), 0 if shift is None else shift.stride(0),
         channels, positions, blocks, eps, channels**0.5,
         SILU=silu,
@@ -197,3 +198,4 @@ def forward(
         num_stages=1,
         enable_fp_fusion=True,
     )  # fmt: skip
+    launch(x, weight, scale, shift, y)

@@ -14,13 +14,11 @@ def plan_of(
     make: Callable[[Any], Any], call: Any, tensors: Sequence[Tensor | None], *options: Any
 ) -> Any:
     """``make(call)``, remembered by ``options`` and all of ``tensors`` that it may depend on."""
-    described: list[Any] = [make, options]
-    for v in tensors:
-        if v is None:
-            described.append(None)
-        else:  # to ask whether it is contiguous costs less than its strides
-            described.append((v.shape, None if v.is_contiguous() else v.stride(), v.dtype))
-    key = tuple(described)
+    described = [  # to ask whether it is contiguous costs less than its strides
+        v if v is None else (v.shape, None if v.is_contiguous() else v.stride(), v.dtype)
+        for v in tensors
+    ]
+    key = (make, options, *described)
     plan = _plans.get(key, _NONE)
     if plan is _NONE:
         plan = make(call)
