@@ -43,7 +43,7 @@ MOST = {
 }
 CHUNK = 8192  # where several tiles make a group: three or four programs fit a multiprocessor
 SMALL = 2048  # below this a program's start costs more than its work: take several groups
-LEAST_SLABS = 8  # of a sample that small: one image has programs, and 33 fill 132 multiprocessors
+LEAST_SLABS = 8  # of a sample that small, of which then 17 fill 132 multiprocessors
 PAIRWISE = 64  # channels that the sums over groups compare with one another: 64² stays small
 # Bytes side by side: half a sector of memory, a sector, and what a warp should cover.
 LEAST, SECTOR, LINE = 16, 32, 128

@@ -25,7 +25,7 @@ from .launcher import launch_of
 Tensor = torch.Tensor
 MOST = 16384  # elements of a tile of all channels: 32 values a thread in 16 warps
 USUAL = 4096  # a tile that leaves room for several programs on a multiprocessor
-LEAST_BLOCKS = 8  # of one sample: one image has programs, and 33 fill 132 multiprocessors
+LEAST_BLOCKS = 8  # of one sample, of which then 17 fill 132 multiprocessors
 LINE, SECTOR = 128, 32  # bytes side by side: what a warp should cover, and memory's least
 
 

@@ -61,17 +61,18 @@ def launch(network, batch):
 def test_a_network_compiles_few_kernels(network):
     with counting() as kernels:
         launch(network, 16)
-        first = set(kernels)
+        assert len(kernels) <= MOST, kernels
+        kernels.clear()
         launch(network, 64)
         launch(network, 1)
-    assert len(first) <= MOST
-    assert kernels == first
+    assert not kernels
 
 
 @networks
 def test_training_compiles_nothing_anew_for_another_batch(network):
     with counting() as kernels:
         launch(network, 16).sum().backward()
-        first = set(kernels)
+        assert "finish_kernel" in kernels
+        kernels.clear()
         launch(network, 64).sum().backward()
-    assert kernels == first
+    assert not kernels

@@ -16,11 +16,9 @@ from triton.runtime.jit import (
     JITFunction,
     compute_cache_key,
     create_function_from_signature,
-    mangle_type,
 )
 
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
 
 class Usage(NamedTuple):
@@ -41,74 +39,52 @@ def compiling(capability: int, cache: str | Path):
     Yields the list of usages. Call the launcher with tensors on device "meta": their pointers
     count as aligned. ``cache`` is a folder of the test's own.
     """
-    seen = set()
     usages: list[Usage] = []
 
-    def run(self, *args, grid, warmup, **kwargs):
-        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
-        source = specialised(self, args, kwargs)
-        key = (source.hash(), str(options))
-        if key in seen:
-            return
-        seen.add(key)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        usages.append(usage(compiled, cache))
+    def compile_source(source: ASTSource, target: GPUTarget, options: dict) -> None:
+        usages.append(usage(triton.compile(source, target=target, options=options), cache))
 
-    original = JITFunction.run
-    JITFunction.run = run
-    try:
+    with meeting_new_kernels(capability, compile_source):
         yield usages
-    finally:
-        JITFunction.run = original
 
 
 @contextlib.contextmanager
 def counting(capability: int = 90):
-    """Within: a launch compiles and runs nothing; yields the set of (kernel, Triton's cache key),
-    one for each kernel that would have been compiled. Tensors on device "meta", as above."""
-    backend = make_backend(GPUTarget("cuda", capability, 32))
-    keys: set[tuple[str, str]] = set()
-    binders: dict[str, Callable] = {}
+    """Within: a launch compiles and runs nothing; yields the list of the kernels that would have
+    been compiled. Tensors on device "meta", as above."""
+    kernels: list[str] = []
+    with meeting_new_kernels(capability, lambda source, *_: kernels.append(source.name)):
+        yield kernels
+
+
+@contextlib.contextmanager
+def meeting_new_kernels(capability: int, meet: Callable):
+    """Within: a launch calls ``meet(source, target, options)`` if Triton's cache, by its own key,
+    would not have the kernel; and does nothing else."""
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    binders: dict[JITFunction, Callable] = {}
+    seen = set()
 
     def run(self, *args, grid, warmup, **kwargs):
-        name = self.fn.__qualname__
-        if name not in binders:
-            binders[name] = create_function_from_signature(self.signature, self.params, backend)
-        _, specialization, options = binders[name](*args, **kwargs)
-        keys.add((name, compute_cache_key({}, specialization, options)))
+        if self not in binders:
+            binders[self] = create_function_from_signature(self.signature, self.params, backend)
+        bound, specialization, options = binders[self](*args, **kwargs)
+        key = (self.fn.__qualname__, compute_cache_key({}, specialization, options))
+        if key in seen:
+            return
+        seen.add(key)
+        _, signature, constants, attributes = self._pack_args(
+            backend, kwargs, bound, specialization, options
+        )
+        meet(ASTSource(self, signature, constants, attributes), target, options)
 
     original = JITFunction.run
     JITFunction.run = run
     try:
-        yield keys
+        yield
     finally:
         JITFunction.run = original
-
-
-def specialised(kernel: JITFunction, args: tuple, kwargs: dict) -> ASTSource:
-    """The source as Triton's launcher specialises it: ones and None constant, 16 | n noted."""
-    bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    signature, constants, attributes = {}, {}, {}
-
-    def note(path: tuple, value):
-        """The type of one argument, which may be a tuple."""
-        if isinstance(value, tuple):
-            return tuple(note((*path, i), entry) for i, entry in enumerate(value))
-        is_int = isinstance(value, int) and not isinstance(value, bool)
-        if kernel.params[path[0]].is_constexpr or value is None or (is_int and value == 1):
-            constants[path] = value
-            return "constexpr"
-        number = value if is_int else value.data_ptr() if hasattr(value, "data_ptr") else 1
-        if number % 16 == 0:
-            attributes[path] = [["tt.divisibility", 16]]
-        return mangle_type(value)
-
-    for index, parameter in enumerate(kernel.params):
-        value = bound[parameter.name]
-        signature[parameter.name] = note(
-            (index,), tuple(value) if isinstance(value, tuple) else value
-        )
-    return ASTSource(kernel, signature, constants, attributes)
 
 
 def usage(compiled, cache: str | Path) -> Usage:
