@@ -117,7 +117,7 @@ def test_the_norms_of_unets_move_what_they_must(batch, dtype, channels_last):
 @pytest.mark.parametrize("device", [H200, A100], ids=["H200", "A100"])
 def test_every_launch_of_two_reads_fills_the_device(device, dtype, channels_last):
     """As few launches as half of L2 allows; in the smallest a block for each multiprocessor, or as
-    many as there are parts worth a block; no more than run together, where a block may be larger."""
+    many as there are parts worth a block; no more than run together."""
     multiprocessors, _, _, l2 = device
     twice = 0
     for (channels, side), n, backward in itertools.product(
