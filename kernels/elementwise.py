@@ -55,17 +55,21 @@ def sample_number(first_sample_address, first_sample, sample):
 
 
 @triton.jit
-def draw(seed_address, seed, step, number, first_quad, BLOCK: tl.constexpr):
+def draw(
+    seed_address, seed, step, number, first_quad, BLOCK: tl.constexpr, EXACT: tl.constexpr = False
+):
     """Float32 noise of elements 4·first_quad … of sample ``number`` at the counter's ``step``.
 
+    EXACT: the CPU's to the bit.
     seed_address: int64 on the device, or None: then ``seed`` counts. All int64, their low bits.
     """
     if seed_address is not None:
         seed = tl.load(seed_address)
     seed = seed.to(tl.int64)
     quad = low_word(first_quad + tl.arange(0, BLOCK))
+    sample_low, sample_high = low_word(number), high_word(number)
     n0, n1, n2, n3 = philox_normals(
-        low_word(seed), high_word(seed), low_word(step), low_word(number), high_word(number), quad
+        low_word(seed), high_word(seed), low_word(step), sample_low, sample_high, quad, EXACT
     )
     return interleave4(n0, n1, n2, n3)
 

@@ -46,13 +46,14 @@ def normal_kernel(
     ONE_RUN: tl.constexpr,  # a sample is one contiguous run: no division
     WIDE: tl.constexpr,  # more than 2^31 elements in a sample
     BLOCK: tl.constexpr,
+    EXACT: tl.constexpr,  # the CPU's to the bit
 ):
     sample, first_quad, elements = block_of_program(channels, spatial, BLOCK)
     element = elements_from(first_quad, BLOCK, WIDE)
     if step_address is not None:
         step = tl.load(step_address)
     number = sample_number(first_sample_address, first_sample, sample)
-    z = draw(seed_address, seed, step.to(tl.int64), number, first_quad, BLOCK)
+    z = draw(seed_address, seed, step.to(tl.int64), number, first_quad, BLOCK, EXACT)
     at = place(element, spatial, channel_stride, spatial_stride, ONE_RUN)
     to = out + sample * sample_stride + at
     tl.store(to, z.to(out.dtype.element_ty), mask=element < elements)
@@ -80,9 +81,10 @@ def fill(
     out: torch.Tensor,
     layout: tuple[int, int, int, int, int],
     counters: tuple,
+    exact: bool,
 ) -> None:
     """Fill ``out``, whose samples stand as ``layout`` says (fastdiff.ops.layouts.Layout), from
-    step, seed and first sample (fastdiff.ops.counters.Counters)."""
+    step, seed and first sample (fastdiff.ops.counters.Counters); ``exact``: with the CPU's bits."""
     step, seed, first_sample = counters
     channels, spatial, sample_stride, channel_stride, spatial_stride = layout
     blocks = triton.cdiv(channels * spatial, 4 * BLOCK)
@@ -97,6 +99,7 @@ def fill(
         ONE_RUN=channels == 1 and spatial_stride == 1,
         WIDE=is_wide((out.shape[0], channels, spatial)),
         BLOCK=BLOCK,
+        EXACT=exact,
         enable_fp_fusion=False,
     )
     launch(out, *addresses_and_numbers(seed, step, first_sample))

@@ -1,12 +1,17 @@
 """Counter-based Gaussian noise as Triton device functions: csrc/common/philox.h says what and why.
 
 The float operations are those of the header, in its order. A kernel launched with
-``enable_fp_fusion=False`` therefore gives the same bits as the CPU; where Triton may contract a
-product and a sum, results agree up to rounding. The integers always agree bit for bit.
+``enable_fp_fusion=False`` therefore gives the same bits as the CPU, where EXACT normals are asked
+for; else the GPU's approximate functions give them within csrc/cuda/fast_normal.h's bound. The
+integers always agree bit for bit.
 """
+
+import os
 
 import triton
 import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # it has no assembly
 
 
 @triton.jit
@@ -81,20 +86,82 @@ def box_muller(word0, word1):
 
 
 @triton.jit
+def instruction(assembly: tl.constexpr, x):
+    return tl.inline_asm_elementwise(assembly, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def approximate_log2(x):
+    return tl.log2(x) if INTERPRETED else instruction("lg2.approx.ftz.f32 $0, $1;", x)
+
+
+@triton.jit
+def approximate_sqrt(x):
+    return tl.sqrt(x) if INTERPRETED else instruction("sqrt.approx.ftz.f32 $0, $1;", x)
+
+
+@triton.jit
+def approximate_cos(x):
+    return tl.cos(x) if INTERPRETED else instruction("cos.approx.ftz.f32 $0, $1;", x)
+
+
+@triton.jit
+def approximate_sin(x):
+    return tl.sin(x) if INTERPRETED else instruction("sin.approx.ftz.f32 $0, $1;", x)
+
+
+@triton.jit
+def linear(x, slope: tl.constexpr, offset: tl.constexpr):
+    """x·slope + offset in one rounding."""
+    return tl.fma(x, tl.full(x.shape, slope, tl.float32), tl.full(x.shape, offset, tl.float32))
+
+
+@triton.jit
+def fast_box_muller(word0, word1):
+    """``box_muller`` as csrc/cuda/fast_normal.h has it, operation by operation."""
+    u = linear(word0.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
+    v = 1.0 - u
+    near_one = v * (v + 2.0)
+    elsewhere = approximate_log2(u) * -1.38629436
+    radius = approximate_sqrt(tl.where(v < 0.0078125, near_one, elsewhere))
+    turns = word1.to(tl.int32, bitcast=True).to(tl.float32)  # times 2^32
+    x = linear(turns, 1.462918119976564e-09, 7.31459059988282e-10)  # 2π·2^-32, 2π·2^-33
+    return radius * approximate_cos(x), radius * approximate_sin(x)
+
+
+@triton.jit
+def wide_product(a, b: tl.constexpr):
+    """The high and the low words of a·b: one instruction, where tl.philox takes two."""
+    product = a.to(tl.uint64) * b
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
 def philox_words(seed_low, seed_high, step, sample_low, sample_high, quad):
     """Philox4x32-10 of counter (quad, step, sample) and key seed; uint32 in, uint32 out."""
     step = tl.full(quad.shape, 0, tl.uint32) + step
     sample_low = tl.full(quad.shape, 0, tl.uint32) + sample_low
     sample_high = tl.full(quad.shape, 0, tl.uint32) + sample_high
-    return tl.philox_impl(quad, step, sample_low, sample_high, seed_low, seed_high)
+    c0, c1, c2, c3 = quad, step, sample_low, sample_high
+    for _ in tl.static_range(10):
+        high0, low0 = wide_product(c0, 0xD2511F53)
+        high1, low1 = wide_product(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ seed_low, low1, high0 ^ c3 ^ seed_high, low0
+        seed_low += 0x9E3779B9
+        seed_high += 0xBB67AE85
+    return c0, c1, c2, c3
 
 
 @triton.jit
-def philox_normals(seed_low, seed_high, step, sample_low, sample_high, quad):
+def philox_normals(seed_low, seed_high, step, sample_low, sample_high, quad, EXACT: tl.constexpr):
     """Elements 4·quad … 4·quad + 3 of one sample, as four tensors of quad's shape."""
     r0, r1, r2, r3 = philox_words(seed_low, seed_high, step, sample_low, sample_high, quad)
-    n0, n1 = box_muller(r0, r1)
-    n2, n3 = box_muller(r2, r3)
+    if EXACT:
+        n0, n1 = box_muller(r0, r1)
+        n2, n3 = box_muller(r2, r3)
+    else:
+        n0, n1 = fast_box_muller(r0, r1)
+        n2, n3 = fast_box_muller(r2, r3)
     return n0, n1, n2, n3
 
 

@@ -43,14 +43,14 @@ const Binding normal_binding([](py::module_& module) {
 #ifdef FASTDIFF_CUDA_ARCHS
   module.def(
       "normal_cuda",
-      [](const NormalFill& fill, uintptr_t seed, uintptr_t step, uintptr_t first_sample,
+      [](const NormalFill& fill, uintptr_t seed, uintptr_t step, uintptr_t first_sample, bool exact,
          uintptr_t stream) {
         const cuda::DeviceCounters counters = {at<const uint64_t>(seed), at<const int64_t>(step),
                                                at<const uint64_t>(first_sample)};
-        cuda::normal(fill, counters, at(stream));
+        cuda::normal(fill, counters, exact, at(stream));
       },
       py::arg("fill"), py::arg("seed_address"), py::arg("step_address"),
-      py::arg("first_sample_address"), py::arg("stream"));
+      py::arg("first_sample_address"), py::arg("exact"), py::arg("stream"));
   module.def(
       "philox_cuda",
       [](uintptr_t out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,

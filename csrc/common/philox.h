@@ -28,6 +28,15 @@ constexpr uint32_t kPhiloxMultiplier1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxKeyStep0 = 0x9E3779B9u;
 constexpr uint32_t kPhiloxKeyStep1 = 0xBB67AE85u;
 
+// nvcc would add the high words' product, which is zero, to that of the low ones.
+FASTDIFF_INLINE uint64_t wide_product(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  return static_cast<uint64_t>(__umulhi(a, b)) << 32 | a * b;
+#else
+  return static_cast<uint64_t>(a) * b;
+#endif
+}
+
 FASTDIFF_INLINE Words4 philox4x32_10(Words4 counter, uint32_t key0, uint32_t key1) {
   uint32_t c0 = counter.w[0], c1 = counter.w[1], c2 = counter.w[2], c3 = counter.w[3];
 #ifdef __CUDACC__
@@ -36,8 +45,8 @@ FASTDIFF_INLINE Words4 philox4x32_10(Words4 counter, uint32_t key0, uint32_t key
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(kPhiloxMultiplier0) * c0;
-    const uint64_t product1 = static_cast<uint64_t>(kPhiloxMultiplier1) * c2;
+    const uint64_t product0 = wide_product(kPhiloxMultiplier0, c0);
+    const uint64_t product1 = wide_product(kPhiloxMultiplier1, c2);
     c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ key0;
     c1 = static_cast<uint32_t>(product1);
     c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ key1;

@@ -19,9 +19,9 @@
 #pragma once
 
 #include "../common/elementwise.h"
-#include "../common/philox.h"
 #include "call.h"
 #include "device.h"
+#include "fast_normal.h"
 #include "launch.h"
 #include "operand.h"
 
@@ -43,9 +43,8 @@ struct Start {
 };
 
 // A counter's four elements of the sample that has this number.
-__device__ __forceinline__ Normals4 drawn_quad(const Start& start, uint64_t number, int64_t quad) {
-  return normals_of(
-      philox_words(start.seed, start.counter_step, number, static_cast<uint32_t>(quad)));
+__device__ __forceinline__ Normals4 drawn_quad(const Start& start, uint64_t number, uint32_t quad) {
+  return fast_normals_of(philox_words(start.seed, start.counter_step, number, quad));
 }
 
 template <typename Op>
@@ -69,9 +68,10 @@ struct Work {
 // --- Contiguous samples --------------------------------------------------------------------------
 
 // The pieces of all samples, which `together` threads take at a time: the first, and then every so
-// many of the grid. One division at the start, in 32 bits: 2^34 elements are 2^28 pieces.
+// many of the grid. One division at the start, in 32 bits: 2^34 elements are 2^28 pieces, and samples
+// of four elements at least are fewer than memory has bytes for 2^32 of.
 struct Walk {
-  int64_t sample;
+  unsigned sample;
   unsigned piece;
 
   __device__ __forceinline__ Walk(unsigned pieces, unsigned together) : pieces(pieces) {
@@ -102,18 +102,20 @@ struct Tiling {
   bool neighbours;    // Span
 };
 
-// Noise of `count` elements, those of all channels from `first_position` on, in memory's order.
+// Noise of `count` elements, those of all channels at a piece's positions, in memory's order.
 __device__ __forceinline__ void draw_across(const Start& start, const Shape& shape, uint64_t number,
-                                            int64_t first_position, unsigned count, float* noise) {
+                                            unsigned piece, unsigned piece_elements, unsigned count,
+                                            float* noise) {
   const unsigned channels = static_cast<unsigned>(shape.channels);
+  const unsigned quads = static_cast<unsigned>(shape.spatial / 4);  // of a channel
+  const unsigned first = piece * (piece_elements / 4 / channels);
   for (unsigned i = threadIdx.x; i < count / 4; i += kThreads) {
-    const unsigned position = i / channels * 4;
+    const unsigned position = i / channels;  // of four
     const unsigned channel = i % channels;
-    const int64_t element = channel * shape.spatial + first_position + position;
-    const Normals4 normals = drawn_quad(start, number, element / 4);
+    const Normals4 normals = drawn_quad(start, number, channel * quads + first + position);
 #pragma unroll
     for (int lane = 0; lane < 4; ++lane) {
-      noise[(position + lane) * channels + channel] = normals.n[lane];
+      noise[(4 * position + lane) * channels + channel] = normals.n[lane];
     }
   }
 }
@@ -134,7 +136,9 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks)
     for (int i = 0; i < Op::kInputs; ++i) {
       if (start.has(i)) raw[i] = load_octet(work.in[i], at.sample, span);
     }
-    const auto row = work.op.row(start, at.sample);
+    // In flight while noise is drawn, where the drawing leaves registers for it.
+    decltype(work.op.row(start, 0)) row = {};
+    if constexpr (!kAcross) row = work.op.row(start, at.sample);
 
     float in[Op::kInputs][kEach];
 #pragma unroll
@@ -145,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks)
       if constexpr (kAcross) {
         float* drawn = reinterpret_cast<float*>(shared_memory());
         __syncthreads();  // the tile before has been read
-        draw_across(start, work.shape, number, begin / work.shape.channels,
+        draw_across(start, work.shape, number, at.piece, tiling.elements,
                     static_cast<unsigned>(end - begin), drawn);
         __syncthreads();
 #pragma unroll
@@ -155,12 +159,14 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks)
       } else {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const Normals4 normals = drawn_quad(start, number, span.element[half] / 4);
+          const Normals4 normals =
+              drawn_quad(start, number, static_cast<uint32_t>(span.element[half] / 4));
           memcpy(noise + 4 * half, normals.n, 16);
         }
       }
       round_to(work.drawn_as, noise);
     }
+    if constexpr (kAcross) row = work.op.row(start, at.sample);
     float out[Op::kOutputs][kEach];
     work.op.apply(start, row, in, out);
 #pragma unroll
@@ -197,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks)
     for (int i = 0; i < Op::kInputs; ++i) unpack(work.in[i].layout.dtype, raw[i], in[i]);
     if (start.draws) {
       const uint64_t number = work.number(quad.sample);
-      const Normals4 normals = drawn_quad(start, number, quad.counter);
+      const Normals4 normals = drawn_quad(start, number, static_cast<uint32_t>(quad.counter));
       memcpy(in[Op::kNoise], normals.n, sizeof normals.n);
       round_to(work.drawn_as, in[Op::kNoise]);
     }

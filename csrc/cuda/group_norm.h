@@ -361,11 +361,15 @@ void with_access(const GroupNormShape& shape, const GroupNormTile& tile, const V
   });
 }
 
-// Calls visit(first slab, slabs) for as many slabs as go into a launch, until all are done.
+// Calls visit(first slab, slabs) for every launch: as few as slabs_at_once allows, none smaller than
+// another by more than one slab.
 template <typename Visit>
 void for_each_launch(const GroupNormTile& tile, const Visit& visit) {
-  for (int64_t first = 0; first < tile.slabs; first += tile.slabs_at_once) {
-    visit(first, std::min(tile.slabs_at_once, tile.slabs - first));
+  int64_t first = 0;
+  for (int64_t left = tile_detail::divided_up(tile.slabs, tile.slabs_at_once); left > 0; --left) {
+    const int64_t slabs = (tile.slabs - first) / left;
+    visit(first, slabs);
+    first += slabs;
   }
 }
 

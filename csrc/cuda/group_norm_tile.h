@@ -76,8 +76,9 @@ struct Request {
   int64_t elements_in_access(bool wide) const { return wide ? kAccessBytes / item : 1; }
 };
 
-// One way to cut: slabs of `groups` groups, in `parts` or a few less.
-inline GroupNormTile cut(const Request& r, bool wide, int64_t groups, int64_t parts) {
+// One way to cut: slabs of `groups` groups, in `parts` or a few less; `at_once`: slabs in a launch.
+inline GroupNormTile cut(const Request& r, bool wide, int64_t groups, int64_t parts,
+                         int64_t at_once) {
   const bool last = r.shape.channels_last;
   const int64_t vec = r.elements_in_access(wide);
   GroupNormTile tile = {};
@@ -86,7 +87,7 @@ inline GroupNormTile cut(const Request& r, bool wide, int64_t groups, int64_t pa
   tile.group_channels = r.width;
   tile.slabs_of_sample = r.shape.groups / groups;
   tile.slabs = r.shape.samples * tile.slabs_of_sample;
-  tile.slabs_at_once = tile.slabs;
+  tile.slabs_at_once = at_once;
   tile.part_channels = static_cast<int>(std::min(tile.slab_channels, r.most_channels()));
   tile.channel_parts = static_cast<int>(divided_up(tile.slab_channels, tile.part_channels));
   tile.part_positions = rounded_up(divided_up(r.shape.positions, parts), last ? 1 : vec);
@@ -96,7 +97,7 @@ inline GroupNormTile cut(const Request& r, bool wide, int64_t groups, int64_t pa
   const int64_t packs = tile.part_positions * tile.part_channels / vec;
   // Smaller blocks spend less on what every thread does once; larger ones where they are few.
   const bool four_fit = r.tensors * packs * vec * r.item <= kHalfAProcessor / 2 &&
-                        tile.slabs * tile.parts >= 2 * r.wanted_blocks();
+                        at_once * tile.parts >= 2 * r.wanted_blocks();
   tile.threads = packs < 1024 || four_fit ? 128 : 256;
   const int64_t row_packs = (last ? tile.part_channels : tile.part_positions) / vec;
   if (last) {
@@ -153,7 +154,8 @@ inline bool cut_to_fit(const Request& r, bool wide, int64_t groups, GroupNormTil
   bool found = false;
   for (int64_t parts = 1; parts <= r.device.cluster; parts *= 2) {
     if (parts > kPortableCluster && found) break;  // larger ones only for slabs that need them
-    const GroupNormTile tried = cut(r, wide, groups, parts);
+    const GroupNormTile tried =
+        cut(r, wide, groups, parts, r.shape.samples * (r.shape.groups / groups));
     const int64_t held = r.tensors * tried.held_bytes;
     if (tried.held_at + held > r.device.shared_bytes) continue;
     if (tried.parts > kPortableCluster && tried.parts != parts) continue;  // 16, or what all can
@@ -166,6 +168,8 @@ inline bool cut_to_fit(const Request& r, bool wide, int64_t groups, GroupNormTil
   return found;
 }
 
+// Launches of as many slabs as half the L2 cache holds, which are cut into as many parts as the device
+// runs together, or a few less: those beyond would wait until a multiprocessor is free.
 inline GroupNormTile cut_for_two_reads(const Request& r, bool wide) {
   const bool last = r.shape.channels_last;
   int64_t groups = last ? groups_of_line(r, r.elements_in_access(wide), kLineBytes) : 1;
@@ -173,21 +177,25 @@ inline GroupNormTile cut_for_two_reads(const Request& r, bool wide) {
     groups = 1;
     wide = wide && (!last || r.width % r.elements_in_access(wide) == 0);
   }
+  const int64_t slabs = r.shape.samples * (r.shape.groups / groups);
+  const int64_t slab_bytes = groups * r.width * r.shape.positions * r.item;
+  const int64_t fit =
+      std::clamp<int64_t>(r.device.l2_bytes / 2 / (slab_bytes * r.tensors), 1, slabs);
+  const int64_t at_once = divided_up(slabs, divided_up(slabs, fit));
+  int64_t parts = std::clamp<int64_t>(2 * slab_bytes / kWorthABlock, 1,
+                                      std::max<int64_t>(1, r.wanted_blocks() / at_once));
+
   // The forward's first kernel holds its part, for the deviations from its mean.
   const auto shared = [&](const GroupNormTile& tile) {
     return tile.held_at + (r.backward ? 0 : r.tensors * tile.held_bytes);
   };
-  const auto small = [&](const GroupNormTile& tile) {
-    return shared(tile) <= std::min(kHalfAProcessor, r.device.shared_bytes) &&
-           (tile.slabs * tile.parts >= r.wanted_blocks() || tile.held_bytes <= kWorthABlock);
-  };
-  GroupNormTile tile = cut(r, wide, groups, 1);
-  for (int64_t parts = 2; !small(tile) && parts < 2 * r.shape.positions; parts *= 2) {
-    tile = cut(r, wide, groups, parts);
+  GroupNormTile tile = cut(r, wide, groups, parts, at_once);
+  while (shared(tile) > std::min(kHalfAProcessor, r.device.shared_bytes) &&
+         parts < r.shape.positions) {
+    parts *= 2;
+    tile = cut(r, wide, groups, parts, at_once);
   }
   tile.shared_bytes = shared(tile);
-  const int64_t slab_bytes = tile.slab_channels * r.shape.positions * r.item * r.tensors;
-  tile.slabs_at_once = std::clamp<int64_t>(r.device.l2_bytes / 2 / slab_bytes, 1, tile.slabs);
   tile.workspace_floats =
       tile.slabs_at_once * (r.backward ? 3 * tile.slab_channels * tile.position_parts + 2 * groups
                                        : 3 * groups * tile.parts);

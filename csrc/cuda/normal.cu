@@ -1,4 +1,5 @@
-// normal: counter-based Gaussian noise (common/philox.h), written in float32, bfloat16 or float16.
+// normal: counter-based Gaussian noise, written in float32, bfloat16 or float16: the fused kernels'
+// (fast_normal.h), or to the bit the CPU's (common/philox.h).
 //
 // Layouts: samples of (channels, spatial) with any strides; contiguous samples whose rows are
 // 16-byte aligned are stored four elements at a time. Bytes moved: the output, once; floor for
@@ -10,7 +11,7 @@
 // meet in L2, which suits the few channels of images.
 #include "normal.h"
 
-#include "../common/philox.h"
+#include "fast_normal.h"
 #include "launch.h"
 #include "vec.h"
 
@@ -21,7 +22,7 @@ constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocksX = 1 << 16;
 constexpr int64_t kMaxBlocksY = 1 << 15;
 
-template <typename T, bool kPacked>
+template <typename T, bool kPacked, bool kExact>
 __global__ void __launch_bounds__(kThreads)
     normal_kernel(const NormalFill fill, const DeviceCounters counters) {
   const uint64_t seed = counters.seed ? *counters.seed : fill.seed;
@@ -35,8 +36,8 @@ __global__ void __launch_bounds__(kThreads)
     const uint64_t index = first_sample + static_cast<uint64_t>(sample);
     for (int64_t quad = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; quad < quads;
          quad += static_cast<int64_t>(gridDim.x) * kThreads) {
-      const Normals4 normals =
-          normals_of(philox_words(seed, step, index, static_cast<uint32_t>(quad)));
+      const Words4 words = philox_words(seed, step, index, static_cast<uint32_t>(quad));
+      const Normals4 normals = kExact ? normals_of(words) : fast_normals_of(words);
       if constexpr (kPacked) {
         Pack<T, 4> packed;
         for (int lane = 0; lane < 4; ++lane) packed.value[lane] = from_float<T>(normals.n[lane]);
@@ -80,18 +81,27 @@ bool packable(const NormalFill& fill) {
          is_aligned(fill.out, sizeof(Pack<T, 4>));
 }
 
+template <typename T, bool kExact>
+void fill_with(const Launch& how, const NormalFill& fill, const DeviceCounters& counters) {
+  if (packable<T>(fill)) {
+    launch<normal_kernel<T, true, kExact>>(how, fill, counters);
+  } else {
+    launch<normal_kernel<T, false, kExact>>(how, fill, counters);
+  }
+}
+
 }  // namespace
 
-void normal(const NormalFill& fill, const DeviceCounters& counters, void* stream) {
+void normal(const NormalFill& fill, const DeviceCounters& counters, bool exact, void* stream) {
   const int64_t quads = (fill.channels * fill.spatial + 3) / 4;
   if (quads == 0 || fill.samples == 0) return;
   const Launch how = configuration("normal", quads, fill.samples, stream);
   with_type(fill.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (packable<T>(fill)) {
-      launch<normal_kernel<T, true>>(how, fill, counters);
+    if (exact) {
+      fill_with<T, true>(how, fill, counters);
     } else {
-      launch<normal_kernel<T, false>>(how, fill, counters);
+      fill_with<T, false>(how, fill, counters);
     }
   });
 }

@@ -7,7 +7,7 @@
 
 namespace fastdiff::cuda {
 
-void normal(const NormalFill& fill, const DeviceCounters& counters, void* stream);
+void normal(const NormalFill& fill, const DeviceCounters& counters, bool exact, void* stream);
 void philox(uint32_t* out, int64_t quads, uint64_t seed, uint32_t step, uint64_t sample,
             uint32_t first_quad, void* stream);
 

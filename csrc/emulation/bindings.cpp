@@ -1,6 +1,6 @@
 // What tests ask of the emulated GPU.
 #include "../bindings/binding.h"
-#include "../common/philox.h"
+#include "../cuda/fast_normal.h"
 #include "cuda_runtime.h"
 
 namespace fastdiff {
@@ -21,10 +21,15 @@ const Binding emulation_binding([](py::module_& module) {
     emulation::traffic = {};
     return py::make_tuple(since.loaded, since.stored);
   });
-  // The arithmetic of csrc/common on words of the caller's choice.
+  // The normals, the CPU's and the GPU's, of words of the caller's choice.
   module.def("box_muller", [](uint32_t word0, uint32_t word1) {
     float n0, n1;
     box_muller<float>(word0, word1, &n0, &n1);
+    return py::make_tuple(n0, n1);
+  });
+  module.def("fast_box_muller", [](uint32_t word0, uint32_t word1) {
+    float n0, n1;
+    cuda::fast_box_muller(word0, word1, &n0, &n1);
     return py::make_tuple(n0, n1);
   });
 });

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from fastdiff.ops import native
+from machine_code import shortest_round
 from paths import ROOT
 
 SOURCES = ROOT / "csrc" / "cuda"
@@ -67,6 +68,40 @@ WIDE = [
     Wide(BACKWARD, WIDE_ACCESS, 2, 1, and_small=True),
     Wide("posterior_step.cu", "flat_kernel", 12, 4),
     Wide("q_sample.cu", "flat_kernel", 4, 4),
+]
+
+
+class Arithmetic(NamedTuple):
+    """Instructions of a kernel that draws, on Hopper: the ``budget`` of an element is what an H200
+    does in the time that its bytes take (16.5 bytes and 128 instructions a clock and SM)."""
+
+    source: str
+    kernels: str
+    what: str
+    round: dict[str, int]  # what a round of its loop meets
+    elements: int  # of a round
+    most: float  # instructions an element
+    budget: float
+
+
+def contiguous(loads: int, stores: int, halves: int) -> dict[str, int]:
+    """A round of flat_kernel: both counters drawn, 128-bit accesses, pairs rounded to bfloat16."""
+    drawn = {"MUFU.LG2": 4, r"LDG\S*\.128": loads, r"STG\S*\.128": stores}
+    return drawn | {"F2FP.BF16": halves, "F2FP.F16|HADD2": 0}
+
+
+FLAT = "flat_kernel.*Lb0"  # a narrow operand's second load is there and masked
+DRAWING = [
+    Arithmetic("q_sample.cu", FLAT, "float32, x_t", contiguous(2, 2, 0), 8, 45, 62),
+    Arithmetic("q_sample.cu", FLAT, "float32, x_t and noise", contiguous(2, 4, 0), 8, 51, 93),
+    Arithmetic("q_sample.cu", FLAT, "bfloat16, x_t", contiguous(2, 1, 8), 8, 47, 31),
+    Arithmetic("q_sample.cu", FLAT, "bfloat16, x_t and noise", contiguous(2, 2, 8), 8, 48, 47),
+    Arithmetic("posterior_step.cu", FLAT, "float32, x_prev", contiguous(4, 2, 0), 8, 70, 93),
+    Arithmetic("posterior_step.cu", FLAT, "float32, and x_0", contiguous(4, 4, 0), 8, 76, 124),
+    Arithmetic("posterior_step.cu", FLAT, "bfloat16, x_prev", contiguous(4, 1, 4), 8, 69, 47),
+    Arithmetic("posterior_step.cu", FLAT, "bfloat16, and x_0", contiguous(4, 2, 8), 8, 73, 62),
+    Arithmetic("normal.cu", "normal_kernelIfLb1ELb0", "fast", {"STG": 1}, 4, 32, 31),
+    Arithmetic("normal.cu", "normal_kernelIfLb1ELb1", "exact", {"STG": 1}, 4, 60, 31),
 ]
 
 
@@ -181,6 +216,24 @@ def test_kernels_leave_room_for_the_blocks_their_launch_counts_on(reports, limit
     wrong = [r for r in found if r.stack or r.registers > most]
     assert not wrong, "\n".join(map(str, wrong))
     assert all(r.shared <= limit.shared + RESERVED for r in found)
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("drawing", DRAWING, ids=lambda row: f"{row.source} {row.what}")
+def test_drawing_takes_few_instructions(reports, drawing):
+    found = [
+        r
+        for r in reports
+        if r.architecture == "sm_90a"
+        and r.source == drawing.source
+        and re.search(drawing.kernels, r.kernel)
+    ]
+    if not found:
+        pytest.skip("needs the kernels for sm_90a")
+    (report,) = found
+    count = shortest_round(report.code, once=drawing.round) / drawing.elements
+    print(f"{drawing.source} {drawing.what}: {count:.1f} of {drawing.budget}")
+    assert count <= drawing.most
 
 
 def test_every_source_has_a_limit():

@@ -6,11 +6,12 @@ import torch
 import fastdiff
 from fastdiff import GaussianDiffusion, StepTable, ops
 from fastdiff.ops import native
-from fastdiff.ops.normal import normal
+from fastdiff.ops.counters import TRAINING_STEP_BASE
+from fastdiff.ops.normal import normal, op
 from fastdiff.process.schedules import cosine_betas
 from graph_tape import Tape
 from harness import floors
-from kernel_tools import LAYOUTS, poisoned_outputs
+from kernel_tools import LAYOUTS, assert_drawn_alike, poisoned_outputs
 
 pytestmark = pytest.mark.any_backend
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -60,6 +61,17 @@ def assert_close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=eps, atol=4e-6)
 
 
+def counted(*, seed, first_sample, step=0, **_):
+    """``normal``'s counters of a call of q_sample."""
+    return {"seed": seed, "step": TRAINING_STEP_BASE + step, "first_sample": first_sample}
+
+
+def q_sample_noise(x_start, **given):
+    counters = {name: moved(value) for name, value in counted(**given).items()}
+    out = torch.empty(x_start.shape, dtype=x_start.dtype, device=DEVICE)
+    return normal(tuple(out.shape), out=out, backend="cuda", **counters).cpu()
+
+
 @pytest.mark.parametrize("few_blocks", [0, 1, 3], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -71,6 +83,11 @@ def test_q_sample_agrees_with_the_cpu(shape, dtype, few_blocks):
         x_start = LAYOUTS[layout](random(*shape, dtype=dtype))
         for given in (counters, from_memory | {"return_noise": False}, {"noise": random(*shape)}):
             expected, actual = both(ops.q_sample, x_start, t, SIGNAL, SIGMA, **given)
+            if "seed" in given:  # the GPU's own noise, given to the CPU
+                drawn = q_sample_noise(x_start, **given)
+                assert_drawn_alike(drawn, normal(shape, dtype=dtype, **counted(**given)))
+                with fastdiff.backend("native"):
+                    expected = ops.q_sample(x_start, t, SIGNAL, SIGMA, noise=drawn)
             assert_close(actual[0], expected[0])
             assert given.get("return_noise") is False or torch.equal(actual[1], expected[1])
 
@@ -109,6 +126,19 @@ def test_posterior_step_agrees_with_the_cpu(shape, dtypes, few_blocks):
                     torch.testing.assert_close(
                         actual[1], expected[1], rtol=max(torch.finfo(dtype).eps, 1e-5), atol=2e-5
                     )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def test_exact_normals_are_the_cpus(monkeypatch, layout):
+    """As FASTDIFF_EXACT_NORMALS=1 has them, in the operations that else draw their own."""
+    monkeypatch.setattr(op, "_exact", True)
+    x, t = LAYOUTS[layout](random(2, 3, 16, 16)), torch.tensor([3, 40])
+    expected, actual = both(ops.q_sample, x, t, SIGNAL, SIGMA, seed=1, first_sample=7)
+    assert torch.equal(actual[1], expected[1])
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-6, atol=1e-6)
+    for step in (1, torch.tensor(2)):
+        expected, actual = both(ops.posterior_step, x, x, FIXED, step, seed=torch.tensor(3))
+        torch.testing.assert_close(actual, list(expected), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])

@@ -20,6 +20,7 @@ H200 = (132, 227 * 1024, 16, 60 * 2**20)
 A100 = (108, 163 * 1024, 1, 40 * 2**20)
 TINY = (3, 6 * 1024, 4, 16 * 1024)
 NO_CLUSTERS = (2, 24 * 1024, 1, 8 * 1024)
+FEW_AT_ONCE = (8, 24 * 1024, 1, 600 * 1024)
 DTYPES = {torch.float32: 4, torch.bfloat16: 2}
 
 
@@ -111,6 +112,34 @@ def test_the_norms_of_unets_move_what_they_must(batch, dtype, channels_last):
     assert all(side >= 128 for _, side in forward | backward), (forward, backward)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("device", [H200, A100], ids=["H200", "A100"])
+def test_every_launch_of_two_reads_fills_the_device(device, dtype, channels_last):
+    """As few launches as half of L2 allows; in the smallest a block for each multiprocessor, or as
+    many as there are parts worth a block; no more than run together."""
+    multiprocessors, _, _, l2 = device
+    twice = 0
+    for (channels, side), n, backward in itertools.product(
+        UNET_NORMS, (1, 2, 3, 7, 8, 32, 64, 100, 256), (False, True)
+    ):
+        shape = native_shape(n, channels, side**2, 32, dtype=dtype, channels_last=channels_last)
+        tile = tile_of(shape, device, backward)
+        if tile.resident:
+            continue
+        twice += 1
+        slab = tile.slab_channels * side**2 * DTYPES[dtype]
+        fit = max(1, min(tile.slabs, l2 // 2 // (slab * (1 + backward))))
+        launches = -(-tile.slabs // fit)
+        assert -(-tile.slabs // tile.slabs_at_once) == launches
+        smallest, largest = tile.slabs // launches, -(-tile.slabs // launches)
+        of_one_slab = min(multiprocessors, slab // 2**13) / 1.25  # parts are whole rows or accesses
+        assert smallest * tile.parts >= min(multiprocessors, smallest * of_one_slab)
+        if backward and tile.parts > 1:
+            assert largest * tile.parts <= 2 * multiprocessors
+    assert twice or device is H200  # which holds everything planar and narrow
+
+
 # --- Values, however the tensor is cut -----------------------------------------------------------
 
 
@@ -191,6 +220,19 @@ def test_every_way_of_cutting(on_device, limits, channels_last):
             assert any(not tile.resident and tile.slabs_at_once < tile.slabs for tile in found)
         if limits is not NO_CLUSTERS:
             assert any(tile.resident and tile.parts > 1 for tile in found)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_two_reads_of_a_large_batch(on_device, channels_last):
+    """Many launches, of which some have a slab less, and of every slab many parts."""
+    torch.manual_seed(0)
+    tiles = on_device(FEW_AT_ONCE)
+    check_backward(case(37, 8, (40, 36), channels_last=channels_last, film="plain"), 1, rounds=32)
+    for tile, backward, _ in tiles:
+        launches = -(-tile.slabs // tile.slabs_at_once)
+        assert not (backward and tile.resident) and (not backward or launches >= 10)
+        assert not backward or (tile.parts >= 3 and tile.slabs % launches != 0)
 
 
 @pytest.mark.any_backend

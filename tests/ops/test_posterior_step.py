@@ -6,11 +6,11 @@ from fastdiff.errors import InputError
 from fastdiff.methods.registry import METHODS
 from fastdiff.methods.table import COLUMNS, StepTable
 from fastdiff.ops.counters import sampling_step
-from fastdiff.ops.normal import normal
 from fastdiff.ops.posterior_step.op import posterior_step
 from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.process.schedules import get_named_beta_schedule
 from golden_cases import META, array, network, process, relative_error
+from kernel_tools import noise_of
 
 DEVICE = torch.get_default_device()
 NAN = float("nan")
@@ -194,7 +194,7 @@ def test_seed_draws_the_counter_noise_of_the_row():
     rows = table(5)
     x_t, output = torch.randn(2, 4, 3, 4, 4)
     for i in range(5):
-        z = normal((4, 3, 4, 4), seed=7, step=sampling_step(i), first_sample=10).to(x_t)
+        z = noise_of((4, 3, 4, 4), seed=7, step=sampling_step(i), first_sample=10).to(x_t)
         given = posterior_step(x_t, output, rows, i, noise=z)[0]
         drawn = posterior_step(x_t, output, rows, i, seed=7, first_sample=10)[0]
         by_tensor = posterior_step(x_t, output, rows, torch.tensor(i), seed=7, first_sample=10)[0]

@@ -16,17 +16,19 @@ from fastdiff.errors import InputError
 from fastdiff.methods.table import COLUMNS
 from fastdiff.ops import backends
 from fastdiff.ops.counters import Counters, sampling_step
-from fastdiff.ops.normal import normal
 from fastdiff.ops.posterior_step.op import posterior_step
 from kernel_tools import (
     DEVICES,
     LAYOUTS,
     compile_for,
+    dumped,
     each_isa,
     examples,
+    noise_of,
     poisoned_outputs,
     spilled,
 )
+from machine_code import instructions
 from paths import ROOT, TOOLS
 
 DEVICE = torch.get_default_device()
@@ -120,7 +122,7 @@ def test_nothing_depends_on_threads_layouts_or_on_what_is_returned(name, layout,
     options = {"seed": 2**64 - 1, "first_sample": 3, "prev_x_start": before}
     plain = [v.contiguous() for v in (x_t, output)]
     counters = dict(seed=2**64 - 1, step=sampling_step(2), first_sample=3)
-    noise = normal(shape, device=DEVICE, **counters)
+    noise = noise_of(shape, device=DEVICE, **counters)
     given = {"noise": noise, "prev_x_start": before}
     expected = posterior_step(*plain, rows, 2, **given)
     before_threads = torch.get_num_threads()
@@ -388,6 +390,29 @@ def test_triton_compiles_without_a_gpu_and_without_spills(capability, tmp_path, 
         types = pointers | numbers | {"output": output} | extra
         compiled = compile_for(capability, posterior_step_kernel, types, flags)
         assert not spilled(compiled, tmp_path)
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize(
+    ("dtype", "x_start", "most"),
+    [("fp32", None, 66), ("fp32", "*fp32", 68), ("bf16", None, 71), ("bf16", "*bf16", 77)],
+)
+def test_triton_draws_in_few_instructions(dtype, x_start, most, tmp_path, monkeypatch):
+    """For one run of a sample, on Hopper; the whole program's, of which each thread has eight
+    elements."""
+    pytest.importorskip("triton")
+    from fastdiff.kernels.posterior_step import PLACE, posterior_step_kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    types = dict.fromkeys(("x_t", "output", "x_prev"), f"*{dtype}") | {"x_start": x_start}
+    types |= {"packed": "*fp32", "seed": "i64", "first_sample": "i64", "guidance": "fp32"}
+    counters = ("step_address", "seed_address", "first_sample_address")
+    types |= dict.fromkeys((*counters, "guidance_address", "noise", "prev_x_start"))
+    flags = dict(LEARNED=False, GUIDED=False, DRAWS=True, ONE_RUN=True, WIDE=False, PLACE=PLACE)
+    strides = (f"{name}_sample" for name in ("x", "output", "prev", "start"))
+    aligned = ("x_t", "output", "x_prev", "x_start", "spatial", *strides)
+    compiled = compile_for(90, posterior_step_kernel, types, flags, aligned)
+    assert len(instructions(dumped(compiled, tmp_path, "-sass"))) / 8 <= most
 
 
 @pytest.mark.parametrize("device", DEVICES)

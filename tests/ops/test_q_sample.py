@@ -8,12 +8,11 @@ from hypothesis import strategies as st
 
 from fastdiff.errors import InputError
 from fastdiff.ops.counters import training_step
-from fastdiff.ops.normal import normal
 from fastdiff.ops.q_sample.op import q_sample
 from fastdiff.ops.q_sample.reference import q_sample as reference
 from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.process.schedules import cosine_betas, linear_betas
-from kernel_tools import examples
+from kernel_tools import examples, noise_of
 
 ALPHAS_CUMPROD = np.cumprod(1 - linear_betas(1000))
 SIGNAL = torch.tensor(np.sqrt(ALPHAS_CUMPROD)).float()
@@ -104,7 +103,7 @@ def test_drawn_noise_is_what_x_t_holds():
 def test_seeded_noise_is_the_counter_generators_for_a_training_step(dtype):
     x_start, t, _ = inputs(dtype=dtype)
     x_t, noise = q_sample(x_start, t, SIGNAL, SIGMA, seed=2**40 + 7, first_sample=5)
-    expected = normal(
+    expected = noise_of(
         tuple(x_start.shape),
         seed=2**40 + 7,
         step=training_step(0),

@@ -16,10 +16,10 @@ from fastdiff.errors import InputError
 from fastdiff.ops import backends, native
 from fastdiff.ops.counters import X_T_STEP, known_step, sampling_step, training_step
 from fastdiff.ops.layouts import sample_layout
-from fastdiff.ops.normal import normal
+from fastdiff.ops.normal import drawn_apart, normal, op
 from fastdiff.ops.normal.op import _choose
 from fastdiff.ops.normal.reference import philox4x32
-from kernel_tools import ON_GPU, each_isa
+from kernel_tools import ON_GPU, assert_drawn_alike, each_isa
 from paths import TOOLS
 
 # Random123's kat_vectors: philox4x32, 10 rounds: counter, key, result.
@@ -387,7 +387,7 @@ def test_triton_interpreter_agrees_with_the_cpu():
         [sys.executable, str(TOOLS / "triton_normal_check.py")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("agrees") == 8
+    assert done.stdout.count("agrees") == 10
 
 
 @pytest.mark.seconds
@@ -401,7 +401,7 @@ def test_triton_kernels_compile_without_a_gpu(capability, tmp_path, monkeypatch)
     from fastdiff.kernels.normal import BLOCK, normal_kernel, philox_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for kernel, out, addresses, one_run in (
+    for kernel, out, addresses, one_run in (  # of exact normals
         (normal_kernel, "*fp32", False, True),
         (normal_kernel, "*bf16", True, False),
         (philox_kernel, "*i32", None, None),
@@ -409,7 +409,7 @@ def test_triton_kernels_compile_without_a_gpu(capability, tmp_path, monkeypatch)
         constants = {"BLOCK": BLOCK}
         signature = {name: "i64" for name in kernel.arg_names} | {"out": out}
         if one_run is not None:
-            constants |= {"ONE_RUN": one_run, "WIDE": not one_run}
+            constants |= {"ONE_RUN": one_run, "WIDE": not one_run, "EXACT": True}
             for name in ("seed_address", "step_address", "first_sample_address"):
                 signature[name] = "*i64"
                 if not addresses:
@@ -430,16 +430,32 @@ def test_triton_kernels_compile_without_a_gpu(capability, tmp_path, monkeypatch)
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(3, 3, 64, 64), (2, 3, 17, 19), (1, 4099), (70000, 2)])
-def test_gpu_agrees_with_the_cpu_bit_for_bit(device, backend, dtype, shape):
+def test_gpu_agrees_with_the_cpu_and_exact_normals_bit_for_bit(device, backend, dtype, shape):
     if backend == "cuda" and not native.cuda_serves(torch.device(device)):
         pytest.skip("no compiled CUDA kernel serves this device")
     options = dict(seed=2**63 + 7, step=5, first_sample=2**33)
     expected = normal(shape, dtype=dtype, **options)
-    drawn = normal(shape, dtype=dtype, device=device, backend=backend, **options)
+    options |= {"backend": backend, "device": device}
+    assert_drawn_alike(normal(shape, dtype=dtype, **options).cpu(), expected)
+    drawn = normal(shape, dtype=dtype, exact=True, **options)
     assert torch.equal(drawn.cpu(), expected)
     counters = dict(seed=7 - 2**63, step=5, first_sample=2**33)
     tensors = {name: torch.tensor(value, device=device) for name, value in counters.items()}
     if len(shape) == 4:
         out = torch.full_like(drawn, float("nan"), memory_format=torch.channels_last)
-        normal(shape, out=out, backend=backend, **tensors)
+        normal(shape, out=out, backend=backend, exact=True, **tensors)
         assert torch.equal(out.cpu(), expected)
+
+
+@pytest.mark.parametrize(("said", "exact"), [("", False), ("0", False), ("1", True)])
+def test_the_environment_asks_for_exact_normals(monkeypatch, said, exact):
+    monkeypatch.setattr(op, "_exact", op._checked_exact(said))
+    gpus = ("triton", "cuda")
+    assert {backend for backend in backends.BACKENDS if drawn_apart(backend)} == set(
+        gpus if exact else ()
+    )
+
+
+def test_another_word_in_the_environment_is_refused():
+    with pytest.raises(InputError, match="FASTDIFF_EXACT_NORMALS is 'yes'; expected 0 or 1"):
+        op._checked_exact("yes")

@@ -6,6 +6,8 @@ import torch
 
 from fastdiff.ops import native
 from fastdiff.ops.normal import normal
+from fastdiff.ops.normal.op import FAST_ERROR
+from kernel_tools import assert_drawn_alike
 
 pytestmark = pytest.mark.any_backend
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -24,7 +26,7 @@ def drawn(out, **counters):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("few_blocks", [0, 1, 2], indirect=True)
 @pytest.mark.parametrize("shape", [(3, 5, 17, 19), (2, 3, 32, 32), (5, 4), (2, 6001)])
-def test_it_agrees_with_the_cpu_bit_for_bit(shape, few_blocks, dtype):
+def test_it_agrees_with_the_cpu_and_exact_normals_bit_for_bit(shape, few_blocks, dtype):
     counters = dict(seed=2**63 + 1, step=2**31 + 5, first_sample=2**40)
     expected = normal(shape, dtype=dtype, **counters)
 
@@ -39,8 +41,11 @@ def test_it_agrees_with_the_cpu_bit_for_bit(shape, few_blocks, dtype):
     }
     if len(shape) == 4:
         outs["channels_last"] = blank(*shape).to(memory_format=torch.channels_last)
+    fast = drawn(blank(*shape), **counters)
+    assert_drawn_alike(fast, expected)
     for name, out in outs.items():
-        assert torch.equal(drawn(out, **counters), expected), name
+        assert torch.equal(drawn(out, **counters), fast), name
+        assert torch.equal(drawn(out, exact=True, **counters), expected), name
     if len(shape) == 2:
         assert wider[:, :4].isnan().all() and wider[:, -4:].isnan().all()
 
@@ -52,7 +57,8 @@ def test_counters_are_read_from_memory(elements):
     on_device = {name: value.to(DEVICE) for name, value in counters.items()}
     for first in (4, 2**40, 2**63 + 5, 2**64 - 1):  # the last one's second sample is number 0
         bits = torch.tensor([first - 2**64 if first >= 2**63 else first], device=DEVICE)
-        actual = drawn(torch.empty(2, elements, device=DEVICE), first_sample=bits, **on_device)
+        out = torch.empty(2, elements, device=DEVICE)
+        actual = drawn(out, first_sample=bits, exact=True, **on_device)
         for i in range(2):
             of_one = normal((1, elements), first_sample=(first + i) % 2**64, **numbers)
             assert torch.equal(actual[i : i + 1], of_one)
@@ -91,3 +97,25 @@ def test_box_muller_at_the_edges_of_its_words():
     # Beside four ulps: float64's own cos(π/2) is 6e-17, where the exact zero is right.
     assert np.all(np.abs(normals - exact) <= 4 * np.spacing(np.abs(normals)) + 1e-14)
     assert np.isfinite(normals).all()
+    fast = [native.library().fast_box_muller(*map(int, pair)) for pair in words]
+    assert np.abs(np.array(fast) - normals).max() <= FAST_ERROR
+
+
+def test_fast_normals_err_within_their_bound():
+    """The emulated functions err as much as NVIDIA allows; more words in the tails and near u = 1,
+    where the radius and its relative error are largest."""
+    if not native.emulates_cuda():
+        pytest.skip("the emulation offers this arithmetic on words of the caller's choice")
+    generator = np.random.default_rng(0)
+    words = generator.integers(0, 2**32, (200_000, 2), np.uint64)
+    words[:50_000, 0] >>= generator.integers(0, 32, 50_000, np.uint64)
+    words[50_000:100_000, 0] = 2**32 - 1 - (words[50_000:100_000, 0] >> np.uint64(4))
+    library = native.library()
+    pairs = [tuple(map(int, pair)) for pair in words]
+    exact, fast = (
+        np.array([draw(*pair) for pair in pairs])
+        for draw in (library.box_muller, library.fast_box_muller)
+    )
+    error = np.abs(fast - exact)
+    assert 0.2 * FAST_ERROR < error.max() <= FAST_ERROR
+    assert np.median(error[100_000:]) < 0.1 * FAST_ERROR

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from fastdiff.ops import backends, native
+from fastdiff.ops.normal import normal
+from fastdiff.ops.normal.op import FAST_ERROR
 
 EMULATED = native.emulates_cuda()  # a thousand times slower than the kernels of the CPU
 ISAS = native.library().supported_isas()[-1 if EMULATED else 0 :]
@@ -47,6 +49,19 @@ LAYOUTS = {
     "strided": lambda x: torch.stack([x, x], dim=-1)[..., 0],
     "rows": _rows,
 }
+
+
+def noise_of(shape, **options):
+    """``normal``, by the GPU's kernels where one of these is named: what the operations draw."""
+    named = backends.named() if backends.named() in ("triton", "cuda") else None
+    return normal(shape, **options, backend=named)
+
+
+def assert_drawn_alike(actual, expected):
+    """Normals that a GPU drew, up to their bound and a rounding of the dtype."""
+    assert actual.dtype == expected.dtype
+    rounding = torch.finfo(actual.dtype).eps if actual.dtype != torch.float32 else 0.0
+    torch.testing.assert_close(actual, expected, rtol=rounding, atol=FAST_ERROR)
 
 
 def examples(count):
@@ -92,8 +107,9 @@ def poisoned_outputs():
         torch.empty_like = original
 
 
-def compile_for(capability, kernel, types, constants):
-    """A Triton kernel compiled with no GPU. ``types``: what is no int32; None is absent."""
+def compile_for(capability, kernel, types, constants, aligned=()):
+    """A Triton kernel compiled with no GPU. ``types``: what is no int32; None is absent;
+    ``aligned``: what 16 divides."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -102,22 +118,29 @@ def compile_for(capability, kernel, types, constants):
     constants |= {name: None for name, kind in types.items() if kind is None}
     signature = dict.fromkeys(kernel.arg_names, "i32") | types
     signature |= dict.fromkeys(constants, "constexpr")
+    known = [kernel.arg_names.index(name) for name in aligned if name not in constants]
+    attributes = {(place,): [["tt.divisibility", 16]] for place in known}
     return triton.compile(
-        ASTSource(kernel, signature, constants),
+        ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
         options={"enable_fp_fusion": False},
     )
 
 
-def spilled(compiled, folder):
-    """The bytes of local memory that ptxas gave a thread: registers that did not suffice."""
+def dumped(compiled, folder, option):
+    """What cuobjdump prints of a compiled Triton kernel."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run(
-        [tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
+    return subprocess.run(
+        [tools / "cuobjdump", option, cubin], capture_output=True, text=True, check=True
     ).stdout
+
+
+def spilled(compiled, folder):
+    """The bytes of local memory that ptxas gave a thread: registers that did not suffice."""
+    usage = dumped(compiled, folder, "-res-usage")
     stack, local = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", usage).groups()
     return int(stack) + int(local)

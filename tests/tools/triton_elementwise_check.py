@@ -1,5 +1,6 @@
 """Run by the kernels' tests in a process of its own: Triton's interpreter is chosen at import."""
 
+import contextlib
 import os
 import sys
 
@@ -13,6 +14,8 @@ import fastdiff  # noqa: E402
 from fastdiff import ops  # noqa: E402
 from fastdiff.kernels.posterior_step import exp  # noqa: E402
 from fastdiff.methods.table import StepTable  # noqa: E402
+from fastdiff.ops.normal import op as normal_op  # noqa: E402
+from fastdiff.ops.normal.op import FAST_ERROR  # noqa: E402
 from fastdiff.process.gaussian import GaussianDiffusion  # noqa: E402
 from fastdiff.process.schedules import cosine_betas  # noqa: E402
 from kernel_tools import LAYOUTS, poisoned_outputs  # noqa: E402
@@ -33,6 +36,20 @@ def both(call):
         expected = call()
         with fastdiff.backend("triton"):
             return expected, call()
+
+
+def assert_noise(actual, expected):
+    """Given, or drawn within the bound of fast normals and a rounding of the dtype."""
+    tolerances = TOLERANCES[actual.dtype]
+    torch.testing.assert_close(actual, expected, rtol=tolerances["rtol"], atol=FAST_ERROR)
+
+
+@contextlib.contextmanager
+def exact_normals():
+    """FASTDIFF_EXACT_NORMALS=1 for the length of a block."""
+    normal_op._exact = True
+    yield
+    normal_op._exact = False
 
 
 def check_q_sample():
@@ -56,10 +73,18 @@ def check_q_sample():
                 (x_t, noise), (triton_x_t, triton_noise) = both(
                     lambda a=arguments: ops.q_sample(x_start, t, signal, sigma, **a)  # noqa: B023
                 )
-                assert noise is None or torch.equal(triton_noise, noise)
+                if noise is not None:
+                    assert_noise(triton_noise, noise)
                 torch.testing.assert_close(triton_x_t, x_t, **TOLERANCES[dtype])
                 if arguments is given[0] or arguments is given[2]:
                     print("agrees")
+    x_start = torch.randn(2, 3, 5, 7)
+    with exact_normals():
+        (_, noise), (_, triton_noise) = both(
+            lambda: ops.q_sample(x_start, t[:2], signal, sigma, seed=seed, first_sample=first)
+        )
+    assert torch.equal(triton_noise, noise)
+    print("agrees")
     x_start = torch.randn(2, 5).bfloat16()
     expected, actual = both(lambda: ops.q_sample(x_start, t[:2], signal, sigma, seed=1))
     torch.testing.assert_close(actual, expected, **TOLERANCES[torch.bfloat16])
@@ -108,6 +133,11 @@ def check_posterior_step():
                     if actual[1] is not None:
                         torch.testing.assert_close(actual[1], expected[1], **TOLERANCES[dtype])
         print("agrees")
+    x, rows = torch.randn(2, 3, 5, 7), StepTable.from_process(GaussianDiffusion(cosine_betas(6)))
+    with exact_normals():  # the CPU's noise, to which float32's arithmetic is all that is added
+        for step in (1, torch.tensor(2)):
+            expected, actual = both(lambda s=step: ops.posterior_step(x, x, rows, s, seed=seed))
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
     # A zero coefficient contributes nothing, NaN passes the clip, a step out of range is NaN.
     nans = torch.full_like(x_t, float("nan"))
     output = output.float()

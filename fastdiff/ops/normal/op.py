@@ -12,13 +12,18 @@ where ``element`` counts within one sample in logical C, H, W order. Its words (
     (z0, z1) = √(−2 ln u0) · (cos 2πu1, sin 2πu1)
 
 The integers agree bit for bit on every backend. For float32 and below, u is rounded to float32;
-the native CPU, CUDA and Triton fills then agree bit for bit too, and the reference, which
-computes in float64 from the same u, agrees with them to a few float32 ulps.
+the native CPU draws the same bits with every instruction set, and the reference, which computes in
+float64 from the same u, agrees with it to a few float32 ulps. The kernels for GPUs take logarithm,
+root, sine and cosine from the hardware: their normals are the CPU's up to 1e-5 (``FAST_ERROR``;
+csrc/cuda/fast_normal.h), before they are rounded to the output's dtype. ``exact=True``, or
+``FASTDIFF_EXACT_NORMALS=1`` in the environment for all that draws in a process, gives the CPU's
+bits there too; fused operations then read noise that is drawn before them.
 """
 
 import itertools
 import math
 import operator
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +38,8 @@ from fastdiff.ops.dispatch import Operation
 from fastdiff.ops.layouts import Layout, code, sample_layout
 from fastdiff.ops.normal.reference import reference_sample
 
+EXACT_VARIABLE = "FASTDIFF_EXACT_NORMALS"
+FAST_ERROR = 1e-5  # of a normal that a GPU draws, absolute
 MAX_SAMPLE_ELEMENTS = 2**34  # a 32-bit counter word of four elements each
 # The first that serves is chosen. Not among the OPERATIONS: it is no function of tensors.
 KERNELS = ("native", "cuda", "triton")
@@ -49,6 +56,7 @@ def normal(
     device: torch.device | str = "cpu",
     out: Tensor | None = None,
     backend: str | None = None,
+    exact: bool | None = None,
 ) -> Tensor:
     """Standard normal noise of ``shape`` (N, …); sample i is number ``first_sample + i``.
 
@@ -60,6 +68,8 @@ def normal(
     out: filled and returned; it gives dtype and device and may have any memory format: the values
     depend on logical positions alone.
     backend: "native" (CPU), "cuda", "triton" or "reference"; None: the first of them that serves.
+    exact: on a GPU the CPU's bits, not its numbers up to 1e-5; three times the arithmetic. None: as
+    ``FASTDIFF_EXACT_NORMALS`` in the environment says, 0 (so it is where nothing is said) or 1.
 
     Raises InputError for a bad argument or a named backend that cannot serve the call, and
     NativeLibraryError where the native library is needed and cannot be loaded.
@@ -77,15 +87,21 @@ def normal(
     if layout is None:  # strides that no (channels, spatial) pair describes
         dense = torch.empty_like(out, memory_format=torch.contiguous_format)
         numbers: dict[str, Any] = {"seed": seed, "step": step, "first_sample": first_sample}
-        return out.copy_(normal(shape, **numbers, out=dense, backend=backend))
+        return out.copy_(normal(shape, **numbers, out=dense, backend=backend, exact=exact))
     if backend == "reference":
         _fill_by_reference(out, counters)
     else:
         with backends.device_of(out):
-            _launch(backend, out, layout, counters)
+            _launch(backend, out, layout, counters, _exact if exact is None else exact)
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)  # written behind autograd's back
     return out
+
+
+def drawn_apart(backend: str) -> bool:
+    """Whether noise is drawn before the fused operation that ``backend`` serves: it would draw fast
+    normals, and the process wants exact ones."""
+    return _exact and backend in ("triton", "cuda")
 
 
 def draw_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -115,19 +131,20 @@ def _choose(out: Tensor, backend: str | None) -> str:
     return backend
 
 
-def _launch(backend: str, out: Tensor, layout: Layout, counters: Counters) -> None:
+def _launch(backend: str, out: Tensor, layout: Layout, counters: Counters, exact: bool) -> None:
     step, seed, first_sample = counters
     assert seed is not None
     if backend == "triton":
         from fastdiff.kernels import normal as kernels
 
-        kernels.fill(out, layout, counters)
+        kernels.fill(out, layout, counters, exact)
         return
     given = arguments(backend, seed), arguments(backend, step, 32), arguments(backend, first_sample)
     numbers, *addresses = zip(*given, strict=True)
     place = (out.data_ptr(), code(out), out.shape[0])
     fill = native.library().NormalFill(*place, *layout, *numbers)
-    native.launch("normal", backend, out, fill, *itertools.chain(*addresses))
+    exactly = () if backend == "native" else (exact,)
+    native.launch("normal", backend, out, fill, *itertools.chain(*addresses), *exactly)
 
 
 def _fill_by_reference(out: Tensor, counters: Counters) -> None:
@@ -145,6 +162,15 @@ def _fill_by_reference(out: Tensor, counters: Counters) -> None:
 
 
 # --- Checks -----------------------------------------------------------------------------------
+
+
+def _checked_exact(said: str) -> bool:
+    if said not in ("", "0", "1"):
+        raise InputError(f"{EXACT_VARIABLE} is {said!r}; expected 0 or 1")
+    return said == "1"
+
+
+_exact = _checked_exact(os.environ.get(EXACT_VARIABLE, ""))
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from fastdiff.ops.layouts import (
     launch_elementwise,
     one_or_two_like,
 )
-from fastdiff.ops.normal import normal
+from fastdiff.ops.normal import drawn_apart, normal
 from fastdiff.ops.plans import plan_of
 from fastdiff.ops.posterior_step import reference
 
@@ -91,6 +91,8 @@ def posterior_step(
     counters = Counters(step, seed, first_sample)
     backend = choose(x_t, model_output, noise, prev_x_start, guidance_scale).backend
     noise = noise if noisy else None
+    if seed is not None and (backend == "reference" or drawn_apart(backend)):
+        noise, counters = _drawn(x_t, counters), Counters(step)
     prev_x_start = prev_x_start if multistep else None
     # The native kernel looks at a step tensor by itself, where it runs at all; those for GPUs
     # answer NaN, emulated or not: looking would stall.
@@ -188,16 +190,21 @@ class Arguments(NamedTuple):
         return self.guidance_scale if self.guidance_tensor is None else self.guidance_tensor
 
 
+def _drawn(x_t: Tensor, counters: Counters) -> Tensor:
+    """The noise of a step by itself, in float32."""
+    step, seed, first = counters
+    assert seed is not None
+    counted = (step.long() if isinstance(step, Tensor) else step) + FIRST_COUNTER_STEP
+    return normal(x_t.shape, seed=seed, step=counted, first_sample=first, device=x_t.device)
+
+
 def _reference(call: Arguments) -> tuple[Tensor, Tensor]:
     x_t, packed, noise, before = call.x_t, call.packed, call.noise, call.prev_x_start
-    step, seed, first = call.counters
+    step = call.counters.step
     if isinstance(step, Tensor):  # a gather on the device: no synchronisation
-        row, step = packed.index_select(0, step.reshape(1))[0], step.long()
+        row = packed.index_select(0, step.reshape(1))[0]
     else:
         row = packed[step]
-    if seed is not None:
-        counted = step + FIRST_COUNTER_STEP
-        noise = normal(x_t.shape, seed=seed, step=counted, first_sample=first, device=x_t.device)
     n, channels = x_t.shape[:2]
     output = call.model_output[:, :channels].float()
     variance = call.model_output[:n, channels:].float() if call.learned_variance else None

@@ -12,7 +12,7 @@ from fastdiff.ops.counters import TRAINING_STEP_BASE, Counters, arguments, check
 from fastdiff.ops.differentiable import Kernel, Outputs
 from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
 from fastdiff.ops.layouts import Maybe, address, common_layout, launch_elementwise, one_or_two_like
-from fastdiff.ops.normal import draw_like, normal
+from fastdiff.ops.normal import draw_like, drawn_apart, normal
 from fastdiff.ops.plans import plan_of
 from fastdiff.ops.q_sample.reference import q_sample as reference_q_sample
 
@@ -39,11 +39,11 @@ def q_sample(
         sqrt_one_minus_alphas_cumprod: (K,), √(1 − ᾱ_t), that of the noise.
         noise: N(0, I) like x_start; not with ``seed``.
         seed: the noise is drawn from the counter-based generator, in the pass that uses it, in
-            x_start's dtype: to the bit what ``fastdiff.ops.normal`` draws. Sample i of the batch
-            takes the stream of sample ``first_sample + i`` at training step ``step``. Each of the
-            three may be an int64 tensor of one element on x_start's device, which is read where the
-            noise is drawn. With neither noise nor seed, torch.randn draws in logical order, so that
-            channels_last changes no number.
+            x_start's dtype: what ``fastdiff.ops.normal`` draws on that device. Sample i of the
+            batch takes the stream of sample ``first_sample + i`` at training step ``step``. Each of
+            the three may be an int64 tensor of one element on x_start's device, which is read where
+            the noise is drawn. With neither noise nor seed, torch.randn draws in logical order, so
+            that channels_last changes no number.
         first_sample: with ``seed``, the number of the batch's first sample.
         step: with ``seed``, the training step.
         return_noise: False: the second result is None, and with ``seed`` no noise is written.
@@ -74,9 +74,11 @@ def q_sample(
         noise = draw_like(x_start)
     else:
         counters = check_counters(step, seed, first_sample, 2**32 - TRAINING_STEP_BASE, x_start)
+        if backend == "reference" or drawn_apart(backend):
+            noise, counters = _drawn(x_start, counters), Counters()
 
     if backend == "reference":
-        noise = _drawn(x_start, counters) if noise is None else noise
+        assert noise is not None
         x_t = reference_q_sample(x_start, t, signal, sigma, noise)
     else:
         returns_drawn = noise is None and return_noise
