@@ -162,7 +162,7 @@ def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Cut:
     small = tiles.tile_channels * tiles.tile_positions <= SMALL
     general = small and tiles.tile_channels <= PAIRWISE
     exact = dict(EXACT=positions == tiles.tile_positions, WIDTH=0 if small else tiles.width)
-    if exact["EXACT"] and not (small or channels_last or backward):
+    if exact["EXACT"] and tiles.warps >= 8 and not (channels_last or backward):
         exact["maxnreg"] = 64  # enough, and two programs of 512 threads fit a multiprocessor
     constants = dict(
         ADD=kind,
