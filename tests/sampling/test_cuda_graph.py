@@ -20,7 +20,10 @@ CPU = torch.device("cpu", 0)
 
 
 @pytest.fixture
-def cuda():
+def cuda(monkeypatch):
+    """Threads that other tests left (a progress bar's) are none of a test's own."""
+    count, before = threading.active_count, threading.active_count()
+    monkeypatch.setattr(threading, "active_count", lambda: count() - before + 1)
     with faked() as fake:
         yield fake
 
