@@ -98,6 +98,7 @@ def _only_launches(kernel: Any) -> bool:
         if getattr(hook, "calls", hook):  # of a chain of hooks, where it is one
             return False
     modes = runtime.debug or triton.knobs.compilation.instrumentation_mode
+    modes = modes or getattr(runtime, "add_stages_inspection_hook", None)
     return not (modes or kernel.pre_run_hooks)
 
 

@@ -43,10 +43,10 @@ class Case:
 def cases(device: torch.device, dry: bool) -> Iterator[Case]:
     """All of them, made as they are asked for. ``dry``: smaller, for Triton's interpreter."""
     made = partial(_normal, device=device, generator=torch.Generator().manual_seed(0))
+    yield from _elementwise(made, device, dry)
     yield from _group_norms(made, dry)
     yield from _rms_norms(made, dry)
-    yield from _attentions(made, dry)
-    yield from _elementwise(made, device, dry)
+    yield from _attentions(made, dry)  # last: their kernels take longest to compile
 
 
 def _group_norms(made: Callable[..., Tensor], dry: bool) -> Iterator[Case]:

@@ -18,7 +18,7 @@ CASES = (
     ("ddpm-cifar10", 256),
     ("iddpm-imagenet64", 256),
 )
-PEERS = ("diffusers", "plain")
+PEERS = ("plain", "diffusers")  # the first needs no package
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,12 +3,12 @@
 //
 //   z = √(−2 ln u0) · (cos x, sin x)    x = 2πu1 in [−π, π), of the word as a signed number
 //
-// |z − z of the CPU| <= 1e-5 for every pair of words, a twentieth of it in most. The sum of what
-// NVIDIA's bounds of the functions allow (PTX ISA; CUDA C++ Programming Guide, intrinsic functions)
-// and of the roundings here and there, largest where the radius is, 6.8:
+// |z − z of the CPU| <= 1.2e-5 for every pair of words, a twentieth of it in most. The sum of what
+// NVIDIA's bounds of the functions allow (PTX ISA: lg2, sqrt, sin and cos.approx) and of the
+// roundings here and there, largest where the radius is, 6.8:
 //
-//   sin, cos     2^-21.4 and 2^-21.2, absolute        times the radius        2.8e-6
-//   x            three roundings, one of the CPU's u  times the radius        4.4e-6
+//   sin, cos     2^-20.5, absolute                    times the radius        4.6e-6
+//   x            three roundings, one of the CPU's u  times the radius        3.3e-6
 //   the radius   log2's 2 ulp, √'s 2^-23, a product's rounding                1.8e-6
 //                log2's 2^-22 for u in [½, 1], at u = 1 − 2^-7                1.3e-6
 //   z            the CPU's 4 ulp and a rounding                               2.1e-6

@@ -24,8 +24,10 @@ inline float approximate_sqrt(float x) {
   return erring(x, exact, exact * 0x1p-23);
 }
 
-inline float approximate_cos(float x) { return erring(x, std::cos(double{x}), 4.18e-7); }
+constexpr double kTurnError = 6.74e-7;  // 2^-20.5
 
-inline float approximate_sin(float x) { return erring(x, std::sin(double{x}), 3.59e-7); }
+inline float approximate_cos(float x) { return erring(x, std::cos(double{x}), kTurnError); }
+
+inline float approximate_sin(float x) { return erring(x, std::sin(double{x}), kTurnError); }
 
 }  // namespace fastdiff::cuda

@@ -128,6 +128,7 @@ class CapturedStep:
     def step(self, i: int) -> tuple[Tensor, Tensor]:
         """(x, x_0) after row i; the next step writes over them."""
         if isinstance(self.noise, HeldNoise):
+            self.graph.join()  # the row before may still read its noise, on another stream
             self.noise.fill(self.given.noise, i, self.given.table.noisy_rows[i])
         self.graph.replay()
         self.next_row = i + 1

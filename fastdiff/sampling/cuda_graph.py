@@ -10,7 +10,8 @@ import torch
 from torch import cuda
 from torch.backends import cudnn
 
-# Of the process, because PyTorch takes one capture at a time and the modes set here are global.
+# Of the process, because PyTorch takes one capture at a time and the modes set here are global. On
+# its device other samplers' replays wait meanwhile: they share the stream's workspace.
 _capturing = threading.RLock()
 
 

@@ -80,7 +80,8 @@ def group_norm_silu(
             x, num_groups, weight, bias, eps, **film, activation=activation
         )
     silu = activation is not None
-    call = Arguments(x, weight, bias, scale, shift, add, num_groups, eps, silu, backend, training)
+    operands = (x, weight, bias, scale, shift, add)
+    call = Arguments(*operands, num_groups, float(eps), silu, backend, training)
     return _kernel(call, training)[0]
 
 

@@ -49,7 +49,8 @@ def rms_norm_silu(
     backend = choose(x, weight, **film).backend
     if backend == "reference":
         return reference.rms_norm_silu(x, weight, eps=eps, **film)
-    return _kernel(Arguments(x, weight, scale, shift, eps, activation is not None, backend))[0]
+    silu = activation is not None
+    return _kernel(Arguments(x, weight, scale, shift, float(eps), silu, backend))[0]
 
 
 def choose(
