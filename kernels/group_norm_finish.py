@@ -90,10 +90,8 @@ def finish(
         return
     _, samples, channels = sums.shape
     launch = launch_of(
-        finish_kernel, (triton.cdiv(channels, CHANNELS),), CB=CHANNELS, SB=SAMPLES, num_warps=4,
-        enable_fp_fusion=True,
+        finish_kernel, (triton.cdiv(channels, CHANNELS),), samples, channels,
+        CB=CHANNELS, SB=SAMPLES, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    launch(
-        sums, sums.stride(0), weight, bias, scale, 0 if scale is None else scale.stride(0),
-        *gradients, samples, channels,
-    )  # fmt: skip
+    scale_stride = 0 if scale is None else scale.stride(0)
+    launch(sums, sums.stride(0), weight, bias, scale, scale_stride, *gradients)

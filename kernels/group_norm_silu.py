@@ -265,10 +265,10 @@ def forward(
     tiles, constants = call.tiles, call.constants
     slabs = call.samples * call.slabs
     if tiles.read_once:
-        launch = launch_of(forward_once_kernel, (slabs,), **call.exact, **constants)
-        launch(
-            x, weight, bias, *call.film, add, call.add_stride, y, mean, rstd, *call.sizes, eps, silu
+        launch = launch_of(
+            forward_once_kernel, (slabs,), *call.sizes, eps, silu, **call.exact, **constants
         )
+        launch(x, weight, bias, *call.film, add, call.add_stride, y, mean, rstd)
         return
     total = tiles.parts * tiles.chunks
     parted = tiles.parts > 1
@@ -276,21 +276,17 @@ def forward(
     partial = torch.empty(
         (3, call.samples, num_groups, total), dtype=torch.float32, device=x.device
     )
-    launch = launch_of(moments_kernel, grid, PARTED=parted, **constants)
-    launch(
-        x, add, call.add_stride, partial, partial.stride(0), *call.sizes, tiles.parts, tiles.chunks
-    )
+    cut = (*call.sizes, tiles.parts, tiles.chunks)
+    plane = partial.stride(0)
+    launch = launch_of(moments_kernel, grid, plane, *cut, PARTED=parted, **constants)
+    launch(x, add, call.add_stride, partial)
     few = total <= 128
     launch = launch_of(
-        merge_kernel, (call.samples * num_groups,), PARTED=parted, SB=tiles.tile_positions,
-        BLOCK=128 if few else 1024, num_warps=1 if few else 4, enable_fp_fusion=True,
+        merge_kernel, (call.samples * num_groups,),
+        call.positions, call.group, tiles.width, tiles.chunks, total, eps,
+        PARTED=parted, SB=tiles.tile_positions, BLOCK=128 if few else 1024,
+        num_warps=1 if few else 4, enable_fp_fusion=True,
     )  # fmt: skip
-    launch(
-        partial, partial.stride(0), mean, rstd, call.positions, call.group, tiles.width,
-        tiles.chunks, total, eps,
-    )  # fmt: skip
-    launch = launch_of(forward_apply_kernel, grid, PARTED=parted, **constants)
-    launch(
-        x, weight, bias, *call.film, add, call.add_stride, y, mean, rstd, *call.sizes, tiles.parts,
-        tiles.chunks, silu,
-    )  # fmt: skip
+    launch(partial, plane, mean, rstd)
+    launch = launch_of(forward_apply_kernel, grid, *cut, silu, PARTED=parted, **constants)
+    launch(x, weight, bias, *call.film, add, call.add_stride, y, mean, rstd)

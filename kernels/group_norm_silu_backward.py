@@ -329,9 +329,10 @@ def backward(
     tensors = (dy, x, weight, bias, *call.film, add, call.add_stride, mean, rstd)
     if tiles.read_once:
         launch = launch_of(
-            backward_once_kernel, (call.samples * call.slabs,), **call.exact, **call.constants
-        )
-        launch(*tensors, dx, sums, sums.stride(0), *call.sizes, silu)
+            backward_once_kernel, (call.samples * call.slabs,), sums.stride(0), *call.sizes, silu,
+            **call.exact, **call.constants,
+        )  # fmt: skip
+        launch(*tensors, dx, sums)
     else:
         _backward_in_chunks(call, tensors, weight, silu, dx, sums)
     finish(sums, weight, bias, scale, *small)
@@ -346,17 +347,17 @@ def _backward_in_chunks(
     parted = tiles.parts > 1
     partial = sums.new_empty((3, samples, call.channels, tiles.chunks))
     constants = sums.new_empty((2, samples, groups))
-    launch = launch_of(gradient_sums_kernel, grid, PARTED=parted, **call.constants)
-    launch(*tensors, partial, partial.stride(0), *cut)
+    planes = (partial.stride(0), sums.stride(0), constants.stride(0))
+    launch = launch_of(gradient_sums_kernel, grid, planes[0], *cut, PARTED=parted, **call.constants)
+    launch(*tensors, partial)
     scale, _, film, scale_stride, _ = call.film
     launch = launch_of(
-        gradient_merge_kernel, (samples * groups,), CB=32, BLOCK=32, num_warps=4,
-        enable_fp_fusion=True,
+        gradient_merge_kernel, (samples * groups,),
+        *planes, call.channels, call.positions, call.group, tiles.chunks,
+        CB=32, BLOCK=32, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    launch(
-        partial, weight, scale, film, scale_stride, sums, constants, partial.stride(0),
-        sums.stride(0), constants.stride(0), call.channels, call.positions, call.group,
-        tiles.chunks,
-    )  # fmt: skip
-    launch = launch_of(backward_apply_kernel, grid, PARTED=parted, **call.constants)
-    launch(*tensors, dx, sums, constants, sums.stride(0), constants.stride(0), *cut)
+    launch(partial, weight, scale, film, scale_stride, sums, constants)
+    launch = launch_of(
+        backward_apply_kernel, grid, *planes[1:], *cut, PARTED=parted, **call.constants
+    )
+    launch(*tensors, dx, sums, constants)
