@@ -20,7 +20,8 @@ OPERATIONS = {
     "posterior_step": 20,
     "rms_norm_silu": 15,
 }
-SAMPLER_TESTS = "tests/sampling/test_sampler_cuda.py"  # of the first run alone
+FAILED_CAPTURES = "tests/sampling/test_failed_captures.py"  # both of the first run alone
+SAMPLER_TESTS = "tests/sampling/test_sampler_cuda.py"
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ def first(out: Path, dry: bool) -> Run:
         of.module("first", 120, phase="import"),
         of.module("compile_peers", 150, background=True, spare=True),
         of.module("smoke", 45),
-        of.tests("failed_captures", 30, *of.on_gpu(), "-k", "fail", SAMPLER_TESTS),
-        of.tests("sampler_tests", 50, *of.on_gpu(), "-k", "not fail", SAMPLER_TESTS),
+        of.tests("failed_captures", 30, *of.on_gpu(), FAILED_CAPTURES),
+        of.tests("sampler_tests", 50, *of.on_gpu(), SAMPLER_TESTS),
         of.module("sampler", 65, measures=True),
         of.module("profile", 30, measures=True),
         of.module("operations", 45, measures=True),
@@ -137,6 +138,7 @@ def full(out: Path, dry: bool) -> Run:
     """make gpu-full. The compiled peers come from the first run's caches, and nothing runs beside
     them."""
     of = Commands(out, dry)
+    apart = [word for file in (FAILED_CAPTURES, SAMPLER_TESTS) for word in ("--deselect", file)]
     phases = (
         of.module("first", 120, phase="import"),
         of.module("compiled", 130, measures=True),
@@ -146,7 +148,7 @@ def full(out: Path, dry: bool) -> Run:
         of.accuracy("triton", 30, "triton"),
         of.sanitizer("memcheck", 45),
         of.sanitizer("racecheck", 45),
-        of.tests("cuda_tests", 90, "-m", "cuda", "tests", "--deselect", SAMPLER_TESTS),
+        of.tests("cuda_tests", 90, "-m", "cuda", "tests", *apart),
         of.module("report", 10, reserved=True),
     )
     return Run("gpu-full", 415, phases)

@@ -1,5 +1,5 @@
 """How a CUDA graph is captured, and what is left of a capture that failed, on a fake torch.cuda
-(fake_cuda.py); test_sampler_cuda.py has the same on a GPU."""
+(fake_cuda.py); test_failed_captures.py has the same on a GPU."""
 
 import threading
 import warnings

@@ -4,11 +4,8 @@ Every body that can runs on the CPU too, on the fake of fake_cuda.py.
 """
 
 import contextlib
-import functools
-import gc
 import itertools
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,76 +13,13 @@ from torch import nn
 from torch.backends import cudnn
 
 import fastdiff
-from fake_cuda import faked
 from fastdiff import ops
-from fastdiff.errors import InputError, TrainingError
+from fastdiff.errors import TrainingError
 from fastdiff.ops import native
 from fastdiff.sampling.cuda_graph import Side
 from fastdiff.sampling.sampler import Sampler
-from sampler_tools import SHAPE, Tiny, closed_form, diffusion, small_unet
-
-ON_GPU = (
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-)
-PROCESS = diffusion(40)
-SIZE = (1, 3, 16, 16)
-LABELS = torch.tensor([0, 2, 1])
-
-
-def on_both(names="", cpu=((),), gpu=()):
-    """Cases of a test: each of ``cpu`` on the fake, each of ``gpu``, or of ``cpu``, on a GPU."""
-    both = [("cpu", cpu, ()), ("cuda", gpu or cpu or [()], ON_GPU)]
-    cases = [
-        pytest.param(device, *case, marks=marks) for device, given, marks in both for case in given
-    ]
-    names = ["device", *names.replace(",", " ").split()]
-    return pytest.mark.parametrize(names, cases, indirect=["device"])
-
-
-@pytest.fixture
-def device(request, monkeypatch):
-    """``name``, and ``cuda``: torch.cuda or the fake. cuDNN takes the same kernels in a graph and
-    eagerly."""
-    monkeypatch.setattr(cudnn, "deterministic", True)
-    if request.param == "cuda":
-        draw = functools.partial(torch.randn, device="cuda")
-        yield SimpleNamespace(name="cuda", cuda=torch.cuda, draw=draw)
-        return
-    with faked() as cuda:
-        yield SimpleNamespace(name="cpu", cuda=cuda, draw=cuda.draw)
-
-
-@pytest.fixture
-def unet(device):
-    return unet_on(device.name)
-
-
-@functools.cache
-def unet_on(name):
-    torch.manual_seed(0)
-    width = 64 if name == "cuda" else 8
-    model = small_unet(3, model_channels=width, channel_mult=(1, 2), attention_resolutions=(2,))
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
-    return model.to(name).eval()
-
-
-def pair(model, device, process=PROCESS, **options):
-    options = {"device": device.name} | options
-    return (
-        Sampler(model, process, capture=True, **options),
-        Sampler(model, process, capture=False, **options),
-    )
-
-
-def assert_close(captured, eager, shape=SHAPE, **arguments):
-    actual, expected = captured.sample(shape, **arguments), eager.sample(shape, **arguments)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    assert captured.explain().startswith("a captured CUDA graph")
-    return actual
-
+from on_both import LABELS, PROCESS, SIZE, assert_close, on_both, pair
+from sampler_tools import SHAPE, Tiny, closed_form, diffusion
 
 METHODS = ("ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++")
 DTYPES = (None, torch.bfloat16, torch.float16)
@@ -367,93 +301,3 @@ def test_samplers_of_several_threads(device, unet):
     assert not failed
     for i, samples in enumerate(expected):
         torch.testing.assert_close(actual[i], samples, rtol=1e-4, atol=1e-4)
-
-
-# --- A capture that fails ---------------------------------------------------------------------
-
-
-def failing(how, device):
-    """A model that cannot be captured."""
-    capturing = device.cuda.is_current_stream_capturing
-
-    def model(x, t):
-        if how == "item":
-            return x * float(x.mean() > 0)
-        if how == "item in mid-capture":
-            return x * (float(x.mean() > 0) if capturing() else x.mean() > 0)
-        if how == "to the host":
-            return x * x.mean().cpu().to(x.device)
-        if how == "from the host":
-            return x * torch.tensor([0.5]).to(x.device)
-        if capturing():  # "error in mid-capture"
-            raise RuntimeError("in mid-capture")
-        return x
-
-    return model
-
-
-ON_ANY = ("item", "item in mid-capture", "error in mid-capture")
-
-
-@on_both(
-    "how, threads, capture",
-    cpu=list(itertools.product(ON_ANY, (False, True), ("auto", True))),
-    gpu=list(
-        itertools.product((*ON_ANY, "to the host", "from the host"), (False, True), ("auto", True))
-    ),
-)
-def test_after_a_capture_that_failed_all_is_as_before(device, how, threads, capture):
-    """``threads``: there is another one, so that the failure is found in the capture itself."""
-    before, eager = pair(closed_form(), device, steps=2)
-    kept = assert_close(before, eager)
-    sampler = Sampler(failing(how, device), PROCESS, steps=3, device=device.name, capture=capture)
-    over = threading.Event()
-    thread = threading.Thread(target=over.wait)
-    if threads:
-        thread.start()
-    try:
-        for first in (True, False):
-            if capture is True:
-                with pytest.raises(InputError, match="cannot be captured as a CUDA graph"):
-                    sampler.sample(SHAPE)
-                continue
-            with (
-                pytest.warns(RuntimeWarning, match="eagerly") if first else contextlib.nullcontext()
-            ):
-                sampler.sample(SHAPE)
-            assert sampler.explain().startswith("eager: it cannot be captured as a CUDA graph")
-    finally:
-        over.set()
-        if threads:
-            thread.join()
-    assert device.cuda.get_sync_debug_mode() == 0 and not cudnn.benchmark
-    assert device.draw(3).isfinite().all()
-    device.cuda.synchronize()
-    device.cuda.empty_cache()
-    captured, eager = pair(closed_form(), device, steps=3)
-    assert_close(captured, eager, (2, 2, 6, 6))
-    assert torch.equal(assert_close(before, eager_of(before, device)), kept)
-    assert_close(before, eager_of(before, device), (5, 2, 4, 4))  # in the pool that it had
-    assert device.draw(3).isfinite().all()
-
-
-def eager_of(captured, device):
-    return Sampler(captured.model, PROCESS, steps=2, device=device.name, capture=False)
-
-
-@on_both(cpu=[])
-def test_captures_that_fail_keep_no_memory(device, unet):
-    def model(x, t):
-        return failing("item in mid-capture", device)(unet(x, t), t)
-
-    def fail():
-        sampler = Sampler(model, PROCESS, steps=2, device="cuda", capture=True)
-        with pytest.raises(InputError, match="cannot be captured"):
-            sampler.sample((16, 3, 32, 32))
-        gc.collect()
-        torch.cuda.empty_cache()
-        return torch.cuda.memory_reserved()
-
-    fail()
-    before = fail()
-    assert max(fail() for _ in range(4)) <= before + (8 << 20)
