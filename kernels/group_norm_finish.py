@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .group_norm_tiles import UNSPECIALIZED
+from .group_norm_tiles import UNSPECIALIZED, coefficients
 from .launcher import launch_of
 
 Tensor = torch.Tensor
@@ -41,12 +41,7 @@ def finish_kernel(
 ):
     channel = tl.program_id(0) * CB + tl.arange(0, CB)
     real = channel < channels
-    w = tl.full((CB,), 1.0, tl.float32)
-    b = tl.zeros((CB,), tl.float32)
-    if weight is not None:
-        w = tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)
-    if bias is not None:
-        b = tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
+    w, b = coefficients(weight, bias, None, None, False, 0, 0, 0, channel, real, CB)
     total_dv = tl.zeros((SB, CB), tl.float32)
     total_dv_normal = tl.zeros((SB, CB), tl.float32)
     for first in range(0, samples, SB):

@@ -97,8 +97,8 @@ def _only_launches(kernel: Any) -> bool:
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
         if getattr(hook, "calls", hook):  # of a chain of hooks, where it is one
             return False
-    modes = runtime.debug or triton.knobs.compilation.instrumentation_mode
-    modes = modes or getattr(runtime, "add_stages_inspection_hook", None)
+    inspected = getattr(runtime, "add_stages_inspection_hook", None)
+    modes = runtime.debug or triton.knobs.compilation.instrumentation_mode or inspected
     return not (modes or kernel.pre_run_hooks)
 
 

@@ -13,6 +13,7 @@ from runpy import run_path
 run_path(str(Path(__file__).parents[1] / "fastdiff" / "wait_policy.py"))["choose"]()
 
 import pytest
+import torch
 
 import extent
 from kernel_tools import ISAS, forced_isa
@@ -32,6 +33,10 @@ def pytest_configure(config):
 
 @pytest.hookimpl(trylast=True)  # after -m and -k
 def pytest_collection_modifyitems(config, items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
     options = {"quick": config.getoption("--quick"), "everything": config.getoption("--all")}
     chosen = extent.chosen(extent.ordered(items), **options)
     kept = set(chosen)
@@ -56,8 +61,6 @@ def isa(request):
 
 @pytest.fixture
 def seeded():
-    import torch
-
     torch.manual_seed(0)
 
 

@@ -74,9 +74,9 @@ def make_tools() -> str:
         wanted = subprocess.run(
             [str(python), str(ROOT / ".ci" / "requirements.py")],
             capture_output=True, text=True, check=True,
-        ).stdout.split("\n")  # fmt: skip
+        ).stdout.splitlines()  # fmt: skip
         pip = [str(python), "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, *filter(None, wanted)], check=True)
+        subprocess.run([*pip, *wanted], check=True)
     return str(python)
 
 

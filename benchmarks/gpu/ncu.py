@@ -9,17 +9,16 @@ the same form.
 
 import csv
 import io
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from gpu.machine import program
 from gpu.phase import Phase
 
 FILE = "ncu.csv"
-USUAL = Path("/usr/local/cuda/bin/ncu")
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "Occupancy", "LaunchStats")
 # Of a report's metrics, by the name in our rows.
 METRICS = {
@@ -43,12 +42,12 @@ STAND_IN = "\n".join(
 
 def main(argv: Sequence[str] | None = None) -> int:
     phase = Phase.begin("ncu", __doc__, argv)
-    program = shutil.which("ncu") or (str(USUAL) if USUAL.exists() else None)
-    if program is None and not phase.dry:
+    ncu = program("ncu")
+    if ncu is None and not phase.dry:
         phase.write(skipped="ncu is not on the PATH, nor in CUDA's folder")
         return 0
     with phase.attempt():
-        report = run(phase, [] if phase.dry or program is None else command(program))
+        report = run(phase, [] if phase.dry or ncu is None else command(ncu))
         metrics = list(parse(STAND_IN if phase.dry else report))
         write_file(phase.out / FILE, metrics)
         for kernel in kernels(metrics):
@@ -56,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return phase.ended()
 
 
-def command(program: str) -> list[str]:
+def command(ncu: str) -> list[str]:
     sections = [word for name in SECTIONS for word in ("--section", name)]
     # The machine's clocks are not ours to lock.
     how = ["--csv", "--profile-from-start", "off", "--print-kernel-base", "function"]
     how += ["--clock-control", "none"]
-    return [program, *how, *sections]
+    return [ncu, *how, *sections]
 
 
 def run(phase: Phase, watcher: list[str]) -> str:

@@ -160,7 +160,7 @@ def bpd_loop(
     return {"total_bpd": terms["vb"].sum(dim=1) + prior, "prior_bpd": prior} | terms
 
 
-# --- Training losses --------------------------------------------------------------------------
+# --- What is made of it -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,3 @@ def check_weighting(loss_type: str, loss_weighting: str | None, min_snr_gamma: f
     if loss_weighting is not None and loss_type in ("kl", "rescaled_kl"):
         raise InputError(f"loss_weighting applies to the mse losses, not to {loss_type!r}")
     check_positive("min_snr_gamma", min_snr_gamma)
-
-
-# --- What is made of it -----------------------------------------------------------------------

@@ -218,7 +218,7 @@ def test_ncu_has_a_row_for_each_kernel(tmp_path, monkeypatch):
 
 def run_ncu(tmp_path, monkeypatch, answer):
     monkeypatch.setattr(device, "chosen", lambda dry: CPU)
-    monkeypatch.setattr(ncu.shutil, "which", lambda name: "/opt/ncu")
+    monkeypatch.setattr(ncu, "program", lambda name: "/opt/ncu")
     monkeypatch.setattr(ncu.subprocess, "run", answer)
     status = ncu.main(["--out", str(tmp_path)])
     return status, lines.read(tmp_path)
@@ -240,8 +240,7 @@ def test_ncu_that_may_not_read_the_counters_says_so(tmp_path, monkeypatch):
 
 def test_where_there_is_no_ncu_a_row_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(device, "chosen", lambda dry: CPU)
-    monkeypatch.setattr(ncu.shutil, "which", lambda name: None)
-    monkeypatch.setattr(ncu, "USUAL", tmp_path / "none")
+    monkeypatch.setattr(ncu, "program", lambda name: None)
     assert ncu.main(["--out", str(tmp_path)]) == 0
     assert "ncu is not" in lines.read(tmp_path)[0]["skipped"]
     assert not (tmp_path / "ncu.csv").exists()

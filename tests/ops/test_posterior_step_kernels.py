@@ -21,14 +21,13 @@ from kernel_tools import (
     DEVICES,
     LAYOUTS,
     compile_for,
-    dumped,
     each_isa,
     examples,
+    instructions_drawing,
     noise_of,
     poisoned_outputs,
     spilled,
 )
-from machine_code import instructions
 from paths import ROOT, TOOLS
 
 DEVICE = torch.get_default_device()
@@ -398,8 +397,6 @@ def test_triton_compiles_without_a_gpu_and_without_spills(capability, tmp_path, 
     [("fp32", None, 66), ("fp32", "*fp32", 68), ("bf16", None, 71), ("bf16", "*bf16", 77)],
 )
 def test_triton_draws_in_few_instructions(dtype, x_start, most, tmp_path, monkeypatch):
-    """For one run of a sample, on Hopper; the whole program's, of which each thread has eight
-    elements."""
     pytest.importorskip("triton")
     from fastdiff.kernels.posterior_step import PLACE, posterior_step_kernel
 
@@ -411,8 +408,7 @@ def test_triton_draws_in_few_instructions(dtype, x_start, most, tmp_path, monkey
     flags = dict(LEARNED=False, GUIDED=False, DRAWS=True, ONE_RUN=True, WIDE=False, PLACE=PLACE)
     strides = (f"{name}_sample" for name in ("x", "output", "prev", "start"))
     aligned = ("x_t", "output", "x_prev", "x_start", "spatial", *strides)
-    compiled = compile_for(90, posterior_step_kernel, types, flags, aligned)
-    assert len(instructions(dumped(compiled, tmp_path, "-sass"))) / 8 <= most
+    assert instructions_drawing(posterior_step_kernel, types, flags, aligned, tmp_path) <= most
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -44,7 +44,7 @@ def test_tensors_of_both_devices_do_not_mix():
 
 
 def run(*arguments):
-    """pytest as ``make gpu`` has it but for the plugin."""
+    """pytest as ``make gpu-full`` has it but for the plugin."""
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "pretend_gpu", "--tb=short", *arguments],
         cwd=ROOT,

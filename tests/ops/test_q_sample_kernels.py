@@ -22,14 +22,13 @@ from kernel_tools import (
     LAYOUTS,
     assert_drawn_alike,
     compile_for,
-    dumped,
     each_isa,
     examples,
+    instructions_drawing,
     noise_of,
     poisoned_outputs,
     spilled,
 )
-from machine_code import instructions
 from paths import TOOLS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -380,8 +379,6 @@ def test_triton_compiles_without_a_gpu_and_without_spills(capability, tmp_path, 
     [("fp32", None, 47), ("fp32", "*fp32", 49), ("bf16", None, 53), ("bf16", "*bf16", 55)],
 )
 def test_triton_draws_in_few_instructions(dtype, noise, most, tmp_path, monkeypatch):
-    """For one run of a sample, on Hopper; the whole program's, of which each thread has eight
-    elements."""
     pytest.importorskip("triton")
     from fastdiff.kernels.q_sample import q_sample_kernel
 
@@ -391,8 +388,7 @@ def test_triton_draws_in_few_instructions(dtype, noise, most, tmp_path, monkeypa
     types |= dict.fromkeys(("seed_address", "step_address", "first_sample_address"))
     flags = {"DRAWS": True, "ONE_RUN": True, "WIDE": False}
     aligned = ("x_start", "x_t", "noise", "x_sample", "noise_sample", "out_sample", "spatial")
-    compiled = compile_for(90, q_sample_kernel, types, flags, aligned)
-    assert len(instructions(dumped(compiled, tmp_path, "-sass"))) / 8 <= most
+    assert instructions_drawing(q_sample_kernel, types, flags, aligned, tmp_path) <= most
 
 
 @pytest.mark.parametrize("device", DEVICES)

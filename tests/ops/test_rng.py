@@ -19,7 +19,7 @@ from fastdiff.ops.layouts import sample_layout
 from fastdiff.ops.normal import drawn_apart, normal, op
 from fastdiff.ops.normal.op import _choose
 from fastdiff.ops.normal.reference import philox4x32
-from kernel_tools import ON_GPU, assert_drawn_alike, each_isa
+from kernel_tools import assert_drawn_alike, each_isa
 from paths import TOOLS
 
 # Random123's kat_vectors: philox4x32, 10 rounds: counter, key, result.
@@ -426,7 +426,8 @@ def test_triton_kernels_compile_without_a_gpu(capability, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     ("device", "backend"),
-    [("cpu", "native")] + [pytest.param("cuda:0", b, marks=ON_GPU) for b in ("cuda", "triton")],
+    [("cpu", "native")]
+    + [pytest.param("cuda:0", b, marks=pytest.mark.cuda) for b in ("cuda", "triton")],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(3, 3, 64, 64), (2, 3, 17, 19), (1, 4099), (70000, 2)])

@@ -130,7 +130,6 @@ def test_compiles_without_spills(capability, cases, tmp_path, monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("channels", "positions"), [*U_NETS, (96, 17 * 17), (97 * 32, 49)])
@@ -147,7 +146,6 @@ def test_gpu_agrees_with_float64(channels, positions, channels_last, dtype):
 
 @pytest.mark.cuda
 @pytest.mark.long
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_gpu_beyond_two_to_the_31_elements(channels_last):
     """The last sample of a tensor of 2.4·10⁹ elements comes out as it does alone."""

@@ -11,17 +11,14 @@ import torch
 from fastdiff.ops import backends, native
 from fastdiff.ops.normal import normal
 from fastdiff.ops.normal.op import FAST_ERROR
+from machine_code import instructions
 
 EMULATED = native.emulates_cuda()  # a thousand times slower than the kernels of the CPU
 ISAS = native.library().supported_isas()[-1 if EMULATED else 0 :]
 
 
 # The body of a test for GPUs runs on the CPU as well: a fault of its own shows without one.
-ON_GPU = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
-DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 def _misaligned(x):
@@ -137,6 +134,13 @@ def dumped(compiled, folder, option):
     return subprocess.run(
         [tools / "cuobjdump", option, cubin], capture_output=True, text=True, check=True
     ).stdout
+
+
+def instructions_drawing(kernel, types, flags, aligned, folder):
+    """An element's, of a kernel that draws noise for one run of a sample, on Hopper: the whole
+    program's, of which each thread has eight elements."""
+    compiled = compile_for(90, kernel, types, flags, aligned)
+    return len(instructions(dumped(compiled, folder, "-sass"))) / 8
 
 
 def spilled(compiled, folder):

@@ -11,10 +11,6 @@ import torch
 from fastdiff.sampling.sampler import Sampler
 from sampler_tools import SHAPE, diffusion, small_unet
 
-ON_GPU = (
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-)
 PROCESS = diffusion(40)
 SIZE = (1, 3, 16, 16)
 LABELS = torch.tensor([0, 2, 1])
@@ -22,7 +18,7 @@ LABELS = torch.tensor([0, 2, 1])
 
 def on_both(names="", cpu=((),), gpu=()):
     """Cases of a test: each of ``cpu`` on the fake, each of ``gpu``, or of ``cpu``, on a GPU."""
-    both = [("cpu", cpu, ()), ("cuda", gpu or cpu or [()], ON_GPU)]
+    both = [("cpu", cpu, ()), ("cuda", gpu or cpu or [()], pytest.mark.cuda)]
     cases = [
         pytest.param(device, *case, marks=marks) for device, given, marks in both for case in given
     ]
