@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from fastdiff.data.dataset import ImageDataset
+from fastdiff.data.words import FLIPS, ORDER, words
 from fastdiff.errors import InputError
 
 Batch = tuple[Tensor, Tensor]
 
-_ORDER, _FLIPS = 0, 1  # what a stream of random words is for
 _PREFETCH = 2  # batches that workers prepare ahead
 
 
@@ -152,8 +152,8 @@ class BatchStream:
             count = len(self.dataset)
             # Sorting raw words, not Generator.permutation: numpy may change the latter's stream,
             # and a run has to resume the same way under a newer numpy.
-            order = np.argsort(_words(self.seed, epoch, _ORDER, count), kind="stable")
-            flips = _words(self.seed, epoch, _FLIPS, count) >> np.uint64(63) == 1
+            order = np.argsort(words(self.seed, epoch, ORDER, count), kind="stable")
+            flips = words(self.seed, epoch, FLIPS, count) >> np.uint64(63) == 1
             self._epochs[epoch] = order, flips
         return self._epochs[epoch]
 
@@ -186,8 +186,3 @@ def iterate_once(
 def _check_rank(rank: int, world_size: int) -> None:
     if not 0 <= rank < world_size:
         raise InputError(f"rank {rank} of world_size {world_size}, expected 0 <= rank < world_size")
-
-
-def _words(seed: int, epoch: int, purpose: int, count: int) -> np.ndarray:
-    """``count`` uint64 random words that depend on nothing but the arguments."""
-    return np.random.Philox(np.random.SeedSequence((seed, epoch, purpose))).random_raw(count)

@@ -5,10 +5,14 @@ Equation numbers: Ho et al. 2020.
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError
 from fastdiff.methods.levels import Float64Array
+from fastdiff.ops.counters import Counters
+from fastdiff.ops.normal import draw_like
+from fastdiff.ops.q_sample.op import q_sample
 from fastdiff.process.schedules import check_betas
 from fastdiff.process.tables import TablesAt
 
@@ -58,6 +62,30 @@ def forward_tables(betas: npt.ArrayLike) -> dict[str, Float64Array]:
         "posterior_mean_coef2": (1.0 - prev) * np.sqrt(alphas) / one_minus,
         "fixed_large_variance": np.append(first, betas[1:]),
     }
+
+
+def noised(
+    x_start: Tensor,
+    t: Tensor,
+    levels: tuple[Tensor, Tensor],
+    noise: Tensor | None,
+    generator: torch.Generator | None,
+    counters: Counters,
+) -> tuple[Tensor, Tensor]:
+    """(x_t, its noise), both like x_start: noise that is given, or that of ``counters``, drawn in
+    the same pass, or torch's. ``levels``: of signal and noise, whose last row is no timestep's.
+
+    Checks t. InputError for noise and a seed.
+    """
+    if noise is None and counters.seed is None:
+        noise = draw_like(x_start, generator)
+    signal, sigma = levels[0][:-1], levels[1][:-1]
+    step, seed, first = counters
+    x_t, drawn = q_sample(
+        x_start, t, signal, sigma, noise=noise, seed=seed, step=step, first_sample=first
+    )
+    assert drawn is not None
+    return x_t, drawn
 
 
 def posterior_mean(at: TablesAt, x_start: Tensor, x_t: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from fastdiff.checks import check_float, check_like
 from fastdiff.errors import InputError
 from fastdiff.methods.levels import Float64Array
 from fastdiff.methods.table import StepTable
+from fastdiff.ops.counters import Counters
 from fastdiff.ops.normal import draw_like
 from fastdiff.ops.q_sample.op import q_sample
 from fastdiff.process import likelihood, losses, reverse, schedules
@@ -237,6 +238,9 @@ class GaussianDiffusion:
         noise: Tensor | None = None,
         *,
         generator: torch.Generator | None = None,
+        seed: int | Tensor | None = None,
+        step: int | Tensor = 0,
+        first_sample: int | Tensor = 0,
     ) -> dict[str, Tensor]:
         """Losses of one timestep per sample, each float32 (N,): {"loss"} and its parts.
 
@@ -244,8 +248,12 @@ class GaussianDiffusion:
         in bits/dim times the loss's own scale, for the kl losses and where a variance is learned.
         loss = weight · mse + vb. The mean is detached in the bound's term of the mse losses
         (Nichol & Dhariwal 2021 section 3.1), and x_0 is never clipped.
+
+        Without ``noise`` it is drawn: by the counter generator where there is a ``seed``, as
+        :func:`fastdiff.ops.q_sample` does (sample ``first_sample + i`` at training step ``step``),
+        else by torch.
         """
-        options = (model_kwargs, noise, generator)
+        options = (model_kwargs, noise, generator, Counters(step, seed, first_sample))
         return losses.training_losses(self, model, x_start, t, *options)
 
     def prior_bpd(self, x_start: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 from fastdiff.checks import check_float, check_positive
 from fastdiff.errors import InputError
 from fastdiff.methods.levels import Float64Array
-from fastdiff.ops.normal import draw_like
-from fastdiff.process.forward import mean_flat, posterior_mean
+from fastdiff.ops.counters import Counters
+from fastdiff.process.forward import mean_flat, noised, posterior_mean
 from fastdiff.process.likelihood import bound_term
 from fastdiff.process.protocol import Gaussian
 from fastdiff.process.reverse import Model, call_model, interpret
@@ -28,11 +28,13 @@ def training_losses(
     model_kwargs: dict[str, Any] | None,
     noise: Tensor | None,
     generator: torch.Generator | None,
+    counters: Counters,
 ) -> dict[str, Tensor]:
     """``GaussianDiffusion.training_losses``."""
     check_float(x_start, "x_start")
-    noise = draw_like(x_start, generator) if noise is None else noise
-    x_t = process.q_sample(x_start, t, noise)  # which checks t
+    tables = process._tables.on(x_start)
+    levels = tables["sqrt_alphas_cumprod"], tables["sqrt_one_minus_alphas_cumprod"]
+    x_t, noise = noised(x_start, t, levels, noise, generator, counters)
     at = process._tables.at_checked(t, x_start)
     output = call_model(process, model, x_t, at["model_timesteps"].flatten(), model_kwargs)
     # In the dtype of the arithmetic.

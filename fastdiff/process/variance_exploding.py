@@ -15,9 +15,10 @@ from torch import Tensor
 from fastdiff.checks import check_float, check_positive, is_finite
 from fastdiff.errors import InputError
 from fastdiff.methods.levels import Float64Array
+from fastdiff.ops.counters import Counters
 from fastdiff.ops.normal import draw_like
 from fastdiff.ops.q_sample.op import q_sample
-from fastdiff.process.forward import mean_flat
+from fastdiff.process.forward import mean_flat, noised
 from fastdiff.process.respacing import chosen_timesteps
 from fastdiff.process.reverse import Model, check_choice, network_output
 from fastdiff.process.tables import Tables, TablesAt, check_timestep_map
@@ -152,15 +153,22 @@ class VarianceExploding:
         t: Tensor,
         model_kwargs: dict[str, Any] | None = None,
         noise: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        seed: int | Tensor | None = None,
+        step: int | Tensor = 0,
+        first_sample: int | Tensor = 0,
     ) -> dict[str, Tensor]:
         """{"loss", "mse"}, each (N,) float: the weighted and the plain squared error, averaged.
 
         ``model`` is called ``model(x, timesteps, **model_kwargs)`` with x = input_scale_t·x_t and
-        float32 (N,) timesteps, and answers x's shape. Arguments and errors: :meth:`q_sample`.
+        float32 (N,) timesteps, and answers x's shape. Arguments and errors: :meth:`q_sample`;
+        noise is drawn as :meth:`GaussianDiffusion.training_losses` does.
         """
         check_float(x_start, "x_start")
-        noise = draw_like(x_start) if noise is None else noise
-        x_t = self.q_sample(x_start, t, noise)  # which checks t
+        tables = self._tables.on(x_start)
+        levels, counters = (tables["signal"], tables["sigma"]), Counters(step, seed, first_sample)
+        x_t, noise = noised(x_start, t, levels, noise, generator, counters)
         at = self._tables.at_checked(t, x_start)
         network_input = (at["input_scale"] * x_t).to(x_start.dtype)
         timesteps = at["model_timesteps"].flatten().float()

@@ -1,0 +1,18 @@
+"""Random words that depend on nothing but what they are for: the same on any machine and rank."""
+
+import numpy as np
+import numpy.typing as npt
+
+# What a stream of words is for; beside each, what ``number`` counts.
+ORDER, FLIPS = 0, 1  # epochs
+TIMESTEPS, HIDDEN_LABELS = 2, 3  # training steps
+
+
+def words(seed: int, number: int, purpose: int, count: int) -> npt.NDArray[np.uint64]:
+    """``count`` words of 64 bits: numpy's Philox, whose raw stream no version of numpy changes."""
+    return np.random.Philox(np.random.SeedSequence((seed, number, purpose))).random_raw(count)
+
+
+def uniform(seed: int, number: int, purpose: int, count: int) -> npt.NDArray[np.float64]:
+    """``count`` numbers in [0, 1), multiples of 2⁻⁵³."""
+    return (words(seed, number, purpose, count) >> np.uint64(11)) * 2.0**-53
