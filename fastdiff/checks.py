@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.errors import InputError
+from fastdiff.errors import InputError, first_line
 
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -80,6 +80,18 @@ def check_device(device: torch.device | str) -> torch.device:
         raise InputError(
             f"device is {device!r}; expected 'cpu', 'cuda', 'cuda:1', … or a torch.device"
         ) from None
+
+
+def choose_device(device: torch.device | str | None) -> torch.device:
+    """The device by that name, or the best there is. InputError when it is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"no device {str(device)!r} here ({first_line(error)})") from None
+    return chosen
 
 
 def check_float(x: Tensor, name: str) -> None:

@@ -62,7 +62,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
     from torch import OutOfMemoryError
 
-    from fastdiff.commands.workers import refuse_several
+    from fastdiff.ranks import refuse_several
 
     try:
         if args.command not in SHARING:

@@ -10,8 +10,8 @@ import torch
 
 from fastdiff.checkpoints.averages import young_average
 from fastdiff.checkpoints.checkpoint import Checkpoint, load
+from fastdiff.checks import choose_device
 from fastdiff.errors import InputError
-from fastdiff.training.checks import choose_device
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ import argparse
 
 import numpy as np
 
+from fastdiff.checks import choose_device
 from fastdiff.commands.data_options import add_reading_arguments, reading_options
 from fastdiff.commands.reports import check_report, write_report
 from fastdiff.data import ImageDataset, load_dataset
@@ -11,7 +12,6 @@ from fastdiff.data.classes import numbers, renumber
 from fastdiff.errors import InputError
 from fastdiff.evaluation import evaluate, format_report
 from fastdiff.images import Samples, check_channels_last, read_samples
-from fastdiff.training.checks import choose_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """``fastdiff sample``: images from a checkpoint, as a grid, PNGs and .npz.
 
 The unit of work is a batch of images with fixed numbers. Each is a file as soon as it is drawn, so
-processes share the batches and a restart draws those that are missing; then all become one .npz.
+ranks share the batches and a restart draws those that are missing; then all become one .npz.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from fastdiff.commands.checkpoint_options import (
 )
 from fastdiff.commands.class_options import choose_classes, class_names
 from fastdiff.commands.sample_parts import Batch, Merged, Parts, split
-from fastdiff.commands.workers import join
 from fastdiff.errors import InputError
 from fastdiff.files import remove_unfinished
 from fastdiff.images import (
@@ -40,6 +39,7 @@ from fastdiff.images import (
 from fastdiff.methods.registry import METHODS
 from fastdiff.optional import require
 from fastdiff.process.respacing import SPACINGS
+from fastdiff.ranks import join
 from fastdiff.sampling.sampler import Sampler
 
 DEFAULT_STEPS = 50
@@ -124,14 +124,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     for name in OPTIONAL:
         vars(args).setdefault(name, None)
-    processes = join(getattr(args, "device", None))
-    task = processes.together(lambda: _prepare(args, processes.device))
+    ranks = join(getattr(args, "device", None))
+    task = ranks.together(lambda: _prepare(args, ranks.device))
     with closing(task.parts):
-        missing = processes.on_first(lambda: _open(args, task))
+        missing = ranks.on_first(lambda: _open(args, task))
         started = time.perf_counter()
-        _draw(args, task, processes.share(missing), shown=processes.rank == 0)
-        processes.leave()  # every part is on the disk now
-        if processes.rank == 0:
+        _draw(args, task, ranks.share(missing), shown=ranks.rank == 0)
+        ranks.leave()  # every part is on the disk now
+        if ranks.rank == 0:
             if missing:
                 _report(task, missing, time.perf_counter() - started)
             _finish(args, task, missing)

@@ -86,6 +86,10 @@ class ImageDataset:
             found, self.image_size, self.channels, self.labels, self.class_names, self.reading
         )
 
+    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Images (n, C, H, W), a new tensor, and labels (n,) at int64 ``indices`` (n,)."""
+        return self.gather(indices), self.gather_labels(indices)
+
     def gather(self, indices: np.ndarray) -> Tensor:
         """Images at int64 ``indices`` (n,) in [0, N) as one new uint8 tensor (n, C, H, W)."""
         raise NotImplementedError

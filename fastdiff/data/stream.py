@@ -1,28 +1,31 @@
 """The order in which images are drawn: endless for training, once for evaluation.
 
 Everything about batch k follows from (seed, k): the order of an epoch from (seed, epoch), a flip
-from (seed, epoch, image). So one integer resumes a stream, on any number of workers.
+from (seed, epoch, image). So one integer resumes a stream, on any number of workers and ranks.
 """
 
-from collections import deque
+import itertools
+import signal
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from fastdiff.data.dataset import ImageDataset
+from fastdiff.data.items import Items
 from fastdiff.data.words import FLIPS, ORDER, words
 from fastdiff.errors import InputError
 
-Batch = tuple[Tensor, Tensor]
-
-_PREFETCH = 2  # batches that workers prepare ahead
+Batch = tuple[Tensor, Any]
+Drawn = tuple[np.ndarray, np.ndarray]  # what a batch is made of: indices and flips
 
 
 class BatchStream:
-    """Endless batches (uint8 images (n, C, H, W), int64 labels (n,)).
+    """Endless batches: of an :class:`ImageDataset` (uint8 images (n, C, H, W), int64 labels (n,)),
+    of :class:`Items` (x (n, ...), a dict of the network's arguments).
 
     Epochs follow each other without a gap, inside a batch too, so after e epochs every image has
     been drawn exactly e times, whatever the batch size. ``position`` is the number of batches
@@ -36,8 +39,7 @@ class BatchStream:
             data set says.
         seed: of the order and of the flips.
         position: batches that count as drawn already.
-        workers: threads that prepare batches ahead (Pillow decodes outside Python's lock); 0
-            prepares them in the caller.
+        workers: processes that prepare batches ahead; 0 prepares them in the caller.
         rank: of this process, 0 … world_size − 1.
         world_size: how many processes share each batch.
         pin_memory: page-locked batches, for copies to a GPU that do not wait.
@@ -47,7 +49,7 @@ class BatchStream:
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: ImageDataset | Items,
         batch_size: int,
         *,
         seed: int = 0,
@@ -77,8 +79,7 @@ class BatchStream:
         self._first = rank * self._share
         self._pin = pin_memory
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._pool: ThreadPoolExecutor | None = None
-        self._pending: deque[list[Future[Batch]]] = deque()
+        self._loading: Iterator[Any] | None = None
         self.position = position
 
     @property
@@ -91,7 +92,7 @@ class BatchStream:
         if position < 0:
             raise InputError(f"position is {position}, expected a number of batches")
         self._position = position
-        self._pending.clear()
+        self._loading = None  # what was prepared is of other positions
 
     @property
     def epoch(self) -> float:
@@ -102,36 +103,32 @@ class BatchStream:
         return self
 
     def __next__(self) -> Batch:
-        batch = self._next_prefetched() if self.workers else self._load(*self._draw(self.position))
+        if self._loading is None:
+            self._loading = iter(self._loader())
+        batch = next(self._loading)
+        if isinstance(batch, Exception):
+            self._loading = None  # what follows it in the workers is lost
+            raise batch
         self._position += 1
-        return (batch[0].pin_memory(), batch[1].pin_memory()) if self._pin else batch
+        return batch
 
     def close(self) -> None:
         """End the workers; the stream can still be used and starts them again."""
-        self._pending.clear()
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            self._pool = None
+        self._loading = None
 
-    def _next_prefetched(self) -> Batch:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.workers, "fastdiff-data")
-        while len(self._pending) < 1 + _PREFETCH:
-            indices, flips = self._draw(self.position + len(self._pending))
-            parts = range(0, len(indices), -(-len(indices) // self.workers))
-            step = parts.step
-            self._pending.append(
-                [
-                    self._pool.submit(self._load, indices[i : i + step], flips[i : i + step])
-                    for i in parts
-                ]
-            )
-        loaded = [future.result() for future in self._pending[0]]
-        self._pending.popleft()
-        images, labels = zip(*loaded, strict=True)
-        return torch.cat(images), torch.cat(labels)
+    def _loader(self) -> DataLoader:
+        """The batches from ``position`` on."""
+        drawn = (self._draw(position) for position in itertools.count(self.position))
+        return DataLoader(
+            _Loaded(self.dataset),
+            batch_size=None,
+            sampler=drawn,  # type: ignore[arg-type]  # any iterable will do
+            num_workers=self.workers,
+            worker_init_fn=_stay,
+            pin_memory=self._pin,
+        )
 
-    def _draw(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+    def _draw(self, position: int) -> Drawn:
         """Indices and flips of this rank's part of batch ``position``."""
         first = position * self.batch_size + self._first
         epochs, offsets = np.divmod(np.arange(first, first + self._share), len(self.dataset))
@@ -157,12 +154,30 @@ class BatchStream:
             self._epochs[epoch] = order, flips
         return self._epochs[epoch]
 
-    def _load(self, indices: np.ndarray, flips: np.ndarray) -> Batch:
-        images = self.dataset.gather(indices)
+
+class _Loaded(torch.utils.data.Dataset):
+    """Batches by what they are made of, for DataLoader. An error is an answer: one that a worker
+    raises would reach the user as a page of text."""
+
+    def __init__(self, dataset: ImageDataset | Items) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, drawn: Drawn) -> Batch | Exception:
+        indices, flips = drawn
+        try:
+            images, others = self.dataset.batch(indices)
+        except Exception as error:
+            return error
         if flips.any():
             mirrored = torch.from_numpy(flips)
             images[mirrored] = images[mirrored].flip(-1)
-        return images, self.dataset.gather_labels(indices)
+        return images, others
+
+
+def _stay(worker: int) -> None:
+    """A signal to all processes of a run ends its workers when the trainer that it stops ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def iterate_once(
@@ -180,7 +195,7 @@ def iterate_once(
     indices = np.arange(rank, len(dataset), world_size)
     for start in range(0, len(indices), batch_size):
         part = indices[start : start + batch_size]
-        yield dataset.gather(part), dataset.gather_labels(part)
+        yield dataset.batch(part)
 
 
 def _check_rank(rank: int, world_size: int) -> None:

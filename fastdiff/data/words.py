@@ -15,4 +15,4 @@ def words(seed: int, number: int, purpose: int, count: int) -> npt.NDArray[np.ui
 
 def uniform(seed: int, number: int, purpose: int, count: int) -> npt.NDArray[np.float64]:
     """``count`` numbers in [0, 1), multiples of 2⁻⁵³."""
-    return (words(seed, number, purpose, count) >> np.uint64(11)) * 2.0**-53
+    return (words(seed, number, purpose, count) >> np.uint64(11)) * np.float64(2.0**-53)

@@ -2,10 +2,8 @@
 
 from typing import Any
 
-import torch
-
 from fastdiff.data import ImageDataset
-from fastdiff.errors import InputError, first_line
+from fastdiff.errors import InputError
 from fastdiff.models.unet import UNet
 from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.training.config import TrainConfig
@@ -74,15 +72,3 @@ def describe_images(dataset: ImageDataset) -> dict[str, Any]:
         "num_classes": dataset.num_classes,
         "class_names": dataset.class_names,
     }
-
-
-def choose_device(device: torch.device | str | None) -> torch.device:
-    """The device by that name, or the best there is. InputError when it is not there."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"no device {str(device)!r} here ({first_line(error)})") from None
-    return chosen

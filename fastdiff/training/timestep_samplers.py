@@ -16,20 +16,35 @@ SAMPLER_NAMES = ("uniform", "loss-second-moment")
 
 
 class HasTimesteps(Protocol):
+    """A process of steps 0 … num_timesteps − 1; or one with ``continuous = True``, whose t is a
+    level's quantile in [0, 1) (fastdiff.EDM)."""
+
     num_timesteps: int
 
 
 class UniformSampler:
-    """Every timestep equally often, with weight 1."""
+    """Every timestep, or quantile of a continuous process's levels, equally often; weight 1."""
 
     def __init__(self, diffusion: HasTimesteps | int):
+        self.continuous = is_continuous(diffusion)
         self.num_timesteps = _num_timesteps(diffusion)
 
     def sample(
-        self, n: int, device: torch.device | str, generator: torch.Generator | None = None
+        self,
+        n: int,
+        device: torch.device | str,
+        generator: torch.Generator | None = None,
+        *,
+        u: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``n`` timesteps (n,) int64 and the weights of their losses (n,) float32: all 1."""
-        t = torch.randint(self.num_timesteps, (n,), device=device, generator=generator)
+        """``n`` timesteps (n,), int64 or, of a continuous process, float32 in [0, 1), and the
+        weights of their losses (n,) float32: all 1. ``u``: uniform numbers in [0, 1), float64 (n,)
+        on the device, to draw them by."""
+        u = _uniform(n, device, generator) if u is None else u
+        if self.continuous:
+            t = u.float().clamp(max=1 - 2**-24)  # rounding may not reach 1
+        else:
+            t = (u * self.num_timesteps).long()
         return t, torch.ones(n, dtype=torch.float32, device=device)
 
     def update_with_losses(self, t: Tensor, losses: Tensor) -> None:
@@ -59,6 +74,11 @@ class LossSecondMomentSampler:
         history_per_term: int = 10,
         uniform_prob: float = 0.001,
     ):
+        if is_continuous(diffusion):
+            raise InputError(
+                "the loss-second-moment sampler keeps a history for each timestep, and a "
+                f"{type(diffusion).__name__} has none in training: use 'uniform'"
+            )
         self.num_timesteps = _num_timesteps(diffusion)
         if not isinstance(history_per_term, int) or history_per_term < 1:
             raise InputError(
@@ -83,15 +103,21 @@ class LossSecondMomentSampler:
         return torch.where(known, p, uniform)
 
     def sample(
-        self, n: int, device: torch.device | str, generator: torch.Generator | None = None
+        self,
+        n: int,
+        device: torch.device | str,
+        generator: torch.Generator | None = None,
+        *,
+        u: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``n`` timesteps (n,) int64 and the weights of their losses (n,) float32, 1 / (T·p)."""
+        """``n`` timesteps (n,) int64 and the weights of their losses (n,) float32, 1 / (T·p).
+        ``u`` as :meth:`UniformSampler.sample`'s."""
         self._move(torch.device(device))
         p = self.weights()
         # Inverse CDF: torch.multinomial checks its input on the device and would abort it.
         cdf = p.cumsum(0)
-        u = torch.rand(n, dtype=torch.float64, device=device, generator=generator) * cdf[-1]
-        t = torch.searchsorted(cdf, u, right=True).clamp(max=self.num_timesteps - 1)
+        u = _uniform(n, device, generator) if u is None else u
+        t = torch.searchsorted(cdf, u * cdf[-1], right=True).clamp(max=self.num_timesteps - 1)
         return t, (1.0 / (self.num_timesteps * p[t])).float()
 
     def update_with_losses(self, t: Tensor, losses: Tensor) -> None:
@@ -160,6 +186,15 @@ def create_timestep_sampler(name: str, diffusion: HasTimesteps | int) -> Timeste
     if name == "loss-second-moment":
         return LossSecondMomentSampler(diffusion)
     raise InputError(f"unknown timestep sampler {name!r}: choose {' or '.join(SAMPLER_NAMES)}")
+
+
+def is_continuous(diffusion: HasTimesteps | int) -> bool:
+    """Whether a process's noise levels are drawn from a density in training, not from steps."""
+    return bool(getattr(diffusion, "continuous", False))
+
+
+def _uniform(n: int, device: torch.device | str, generator: torch.Generator | None) -> Tensor:
+    return torch.rand(n, dtype=torch.float64, device=device, generator=generator)
 
 
 def _num_timesteps(diffusion: HasTimesteps | int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.run_directory import checkpoint_path, held, newest_checkpoint, require_run
+from fastdiff.checks import choose_device
 from fastdiff.data import BatchStream, ImageDataset, match_classes
 from fastdiff.errors import InputError
 from fastdiff.images import save_grid, to_float
@@ -21,7 +22,7 @@ from fastdiff.models.unet import UNet
 from fastdiff.ops.normal import draw_like
 from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.training import preview, state
-from fastdiff.training.checks import check_fit, check_images, choose_device, describe_images
+from fastdiff.training.checks import check_fit, check_images, describe_images
 from fastdiff.training.config import TrainConfig, learning_rate
 from fastdiff.training.guard import FiniteGuard, check_weights
 from fastdiff.training.init import fit_to_init, read_init

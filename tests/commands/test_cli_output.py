@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastdiff import cli
-from fastdiff.commands import workers
+from fastdiff import cli, ranks
 from fastdiff.commands.output import safe_output
 from fastdiff.errors import InputError
 from fastdiff.images import save_samples_npz
@@ -240,7 +239,7 @@ def test_several_processes_are_refused(tmp_path, monkeypatch, capsys, name, rank
 
 def test_one_process_of_torchrun_and_info(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    workers.refuse_several()
+    ranks.refuse_several()
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert cli.main(["info"]) == 0
     monkeypatch.setenv("WORLD_SIZE", "four")

@@ -1,0 +1,243 @@
+"""The processes (ranks) torchrun started, or the one there is without it: who does what, how all
+end.
+
+What they tell each other is little, and goes by the CPU whatever the device: whether all go on, and
+what one of them found.
+"""
+
+import datetime
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastdiff.checks import choose_device
+from fastdiff.errors import InputError, TrainingError, first_line
+
+T = TypeVar("T")
+
+# Set by torchrun, or by whoever starts the processes in its place.
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+PLACE = ("MASTER_ADDR", "MASTER_PORT")
+
+ARRIVAL = 10.0  # minutes for all processes to find each other
+# A process with nothing left to do waits while another draws, which no one can foresee. When a
+# process dies, torchrun ends the others; the limit is for those that hang.
+DRAWING = 24 * 60.0
+FAREWELL = 5  # seconds in which a process that lost the others waits for what they say of it
+
+EXPECTED = (InputError, TrainingError, OSError)  # what the command line prints as one line
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Rank ``rank`` of ``count``, on ``device`` (as --device names it; None leaves it open)."""
+
+    rank: int = 0
+    count: int = 1
+    device: str | None = None
+    group: Any = None  # of the CPU
+    store: Any = None  # what a rank says that has left the group
+    minutes: float = DRAWING  # that a rank waits for another
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This rank's share of what all have: every ``count``-th item."""
+        return list(items[self.rank :: self.count])
+
+    def slice(self, items: int) -> slice:
+        """This rank's part of ``items`` things in a row, which ``count`` divides."""
+        part = items // self.count
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """``work()``, while every other rank does the same.
+
+        When it fails anywhere all end here: the first rank that failed raises its error, the others
+        leave without a word, with its exit code.
+        """
+        if self.group is None:
+            return work()
+        error = None
+        try:
+            result = work()
+        except EXPECTED as caught:
+            error = caught
+        failed = self.gather(error is not None)
+        if not any(failed):
+            return result
+        if error is not None and failed.index(True) == self.rank:
+            raise error
+        raise SystemExit(2)
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """``work()`` on rank 0 alone; every rank gets its answer, or ends with it."""
+        answer: Any = self.together(lambda: work() if self.rank == 0 else None)
+        return answer if self.group is None else self.gather(answer)[0]
+
+    def leave(self) -> None:
+        """Wait until all have come here, and part: each goes on alone."""
+        if self.group is not None:
+            self.gather(None)
+            torch.distributed.destroy_process_group()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, which can be pickled, in their order. TrainingError when one of
+        them is gone."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.count
+        with self.lost():
+            torch.distributed.all_gather_object(values, value, group=self.group)
+        return values
+
+    def numbers(self, *values: int) -> Tensor:
+        """Every rank's ``values``, int64 (count, n): as ``gather``, for a tenth of its time."""
+        mine = torch.tensor(values, dtype=torch.int64)
+        if self.group is None:
+            return mine[None]
+        found = [torch.empty_like(mine) for _ in range(self.count)]
+        with self.lost():
+            torch.distributed.all_gather(found, mine, group=self.group)
+        return torch.stack(found)
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """What ends the block here is told to the ranks that wait for this one."""
+        try:
+            yield
+        except Exception as error:
+            if self.store is not None:
+                with suppress(RuntimeError):  # whoever holds the store may be gone
+                    self.store.set(f"failed/{self.rank}", first_line(error))
+            raise
+
+    @contextmanager
+    def lost(self) -> Iterator[None]:
+        """A block that talks to the other ranks: where one of them is gone, TrainingError names it.
+
+        A rank that said why it fails prints that itself, and the others leave without a word; of
+        those that miss a silent one the first speaks.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.group is None or isinstance(error, TrainingError | torch.OutOfMemoryError):
+                raise
+            reasons, present = self._roll_call()
+            if any(reasons) or (present and min(present) != self.rank):
+                raise SystemExit(2) from error
+            missing = [str(rank) for rank in range(self.count) if rank not in present]
+            who = f"rank {', '.join(missing)} of {self.count}" if present else "the other ranks"
+            raise TrainingError(
+                f"lost {who} without a word: killed, its machine gone, or hanging for longer than "
+                f"{self.minutes:g} minutes ({first_line(error)})"
+            ) from error
+
+    def _roll_call(self) -> tuple[list[str], list[int]]:
+        """What failed ranks have said, and which ranks call too within some seconds."""
+        reasons: list[str] = []
+        present: list[int] = []
+        deadline = time.monotonic() + FAREWELL
+        try:
+            self.store.set(f"here/{self.rank}", "")
+            while time.monotonic() < deadline and len(present) < self.count and not reasons:
+                ranks = range(self.count)
+                reasons = [
+                    self.store.get(f"failed/{rank}").decode()
+                    for rank in ranks
+                    if self.store.check([f"failed/{rank}"])
+                ]
+                present = [rank for rank in ranks if self.store.check([f"here/{rank}"])]
+                time.sleep(0.1)
+        except RuntimeError:  # the store went with the rank that held it
+            pass
+        return reasons, present
+
+
+def refuse_several() -> None:
+    """End where this is one of several processes that would all do the same work.
+
+    InputError in the first of them; the others leave without a word, with its exit code.
+    """
+    count = _number("WORLD_SIZE", 1)
+    if count <= 1:
+        return
+    if _number("RANK", _number("SLURM_PROCID", 0)) != 0:
+        raise SystemExit(2)
+    raise InputError(
+        f"started as {count} processes (WORLD_SIZE), which would each do all of the work and "
+        "overwrite each other's: start one process (unset WORLD_SIZE if it is one); "
+        "fastdiff sample shares its work"
+    )
+
+
+def _number(name: str, default: int) -> int:
+    """An integer of the environment. InputError when it is none."""
+    text = os.environ.get(name, "").strip()
+    try:
+        return int(text) if text else default
+    except ValueError:
+        raise InputError(f"the environment's {name} is {text!r}, expected a number") from None
+
+
+def join(device: str | None, minutes: float = DRAWING) -> Ranks:
+    """Meet the other processes; without torchrun's environment there are none.
+
+    Args:
+        device: as --device names it. Each of several processes takes the GPU of its LOCAL_RANK.
+        minutes: that a rank waits for another before it says that it is lost.
+
+    Raises:
+        InputError: no such device, fewer GPUs than processes, or no number where one belongs.
+    """
+    if not all(name in os.environ for name in NUMBERS + PLACE):
+        return Ranks(device=device)
+    rank, count, local_rank, local_count = (_number(name, 0) for name in NUMBERS)
+    if count == 1:
+        return Ranks(device=device)
+    try:
+        on_gpus = _on_gpus(device, local_count)
+    except InputError:
+        if local_rank != 0:  # one line is enough of what every process finds
+            raise SystemExit(2) from None
+        raise
+    if on_gpus:
+        device = f"cuda:{local_rank}"
+        torch.cuda.set_device(choose_device(device))
+    arrival = datetime.timedelta(minutes=ARRIVAL)
+    torch.distributed.init_process_group("nccl" if on_gpus else "gloo", timeout=arrival)
+    group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(minutes=minutes))
+    return Ranks(rank, count, device, group, _store(arrival), minutes)
+
+
+def _store(arrival: datetime.timedelta) -> Any:
+    """A connection of our own to the store by which the ranks have met."""
+    host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
+    store = torch.distributed.TCPStore(host, port, is_master=False, timeout=arrival)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # whose words count
+    return torch.distributed.PrefixStore(f"fastdiff/{attempt}", store)
+
+
+def _on_gpus(device: str | None, local_count: int) -> bool:
+    """Whether the processes of this machine, ``local_count`` of them, take a GPU each."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not device.startswith("cuda"):
+        choose_device(device)
+        return False
+    if device != "cuda":
+        raise InputError(
+            f"--device {device} is one GPU for {local_count} processes; with --device cuda each "
+            "takes its own"
+        )
+    if local_count > torch.cuda.device_count():
+        raise InputError(
+            f"{local_count} processes on this machine and {torch.cuda.device_count()} GPUs; "
+            "start as many processes as there are GPUs, or give --device cpu"
+        )
+    return True
