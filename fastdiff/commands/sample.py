@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         vars(args).setdefault(name, None)
     ranks = join(getattr(args, "device", None))
     task = ranks.together(lambda: _prepare(args, ranks.device))
-    with closing(task.parts):
+    with closing(task.parts), ranks.heard():
         missing = ranks.on_first(lambda: _open(args, task))
         started = time.perf_counter()
         _draw(args, task, ranks.share(missing), shown=ranks.rank == 0)

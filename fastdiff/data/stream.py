@@ -126,6 +126,7 @@ class BatchStream:
             num_workers=self.workers,
             worker_init_fn=_stay,
             pin_memory=self._pin,
+            generator=torch.Generator(),  # else it draws from everybody's
         )
 
     def _draw(self, position: int) -> Drawn:
