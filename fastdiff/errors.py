@@ -9,6 +9,10 @@ class TrainingError(RuntimeError):
     """A run that cannot go on (a loss that is not finite, for one); older checkpoints are kept."""
 
 
+class LostRank(TrainingError):
+    """Another process of the run is gone, or hangs."""
+
+
 def first_line(error: BaseException) -> str:
     """What to quote of another library's error inside one of ours."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,7 +8,7 @@ what one of them found.
 import datetime
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.checks import choose_device
-from fastdiff.errors import InputError, TrainingError, first_line
+from fastdiff.errors import InputError, LostRank, TrainingError, first_line
 
 T = TypeVar("T")
 
@@ -105,6 +105,28 @@ class Ranks:
             torch.distributed.all_gather(found, mine, group=self.group)
         return torch.stack(found)
 
+    def joined(self, mine: Tensor) -> Tensor:
+        """(N, ...) of every rank's ``mine`` (n, ...), on its device, in the order of the ranks."""
+        found = [torch.empty_like(mine) for _ in range(self.count)]
+        with self.lost():
+            torch.distributed.all_gather(found, mine.contiguous())
+        return torch.cat(found)
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """InputError, in the first rank, where another has other ``facts`` (JSON values by name)
+        than rank 0; the others leave without a word."""
+        every = self.gather(dict(facts))
+        for rank, found in enumerate(every):
+            for name, value in found.items():
+                if value != every[0][name]:
+                    if self.rank:
+                        raise SystemExit(2)
+                    raise InputError(
+                        f"the ranks disagree: {name} is {value} on rank {rank} and "
+                        f"{every[0][name]} on rank 0; start all with the same command, versions "
+                        "and data"
+                    )
+
     @contextmanager
     def heard(self) -> Iterator[None]:
         """What ends the block here is told to the ranks that wait for this one."""
@@ -126,16 +148,16 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            if self.group is None or isinstance(error, TrainingError | torch.OutOfMemoryError):
+            if self.group is None or not _is_of_others(error):
                 raise
             reasons, present = self._roll_call()
-            if any(reasons) or (present and min(present) != self.rank):
+            if reasons or (present and present[0] != self.rank):
                 raise SystemExit(2) from error
             missing = [str(rank) for rank in range(self.count) if rank not in present]
             who = f"rank {', '.join(missing)} of {self.count}" if present else "the other ranks"
-            raise TrainingError(
+            raise LostRank(
                 f"lost {who} without a word: killed, its machine gone, or hanging for longer than "
-                f"{self.minutes:g} minutes ({first_line(error)})"
+                f"{self.minutes:g} minutes"
             ) from error
 
     def _roll_call(self) -> tuple[list[str], list[int]]:
@@ -143,6 +165,8 @@ class Ranks:
         reasons: list[str] = []
         present: list[int] = []
         deadline = time.monotonic() + FAREWELL
+        if self.store is None:
+            return reasons, present
         try:
             self.store.set(f"here/{self.rank}", "")
             while time.monotonic() < deadline and len(present) < self.count and not reasons:
@@ -157,6 +181,9 @@ class Ranks:
         except RuntimeError:  # the store went with the rank that held it
             pass
         return reasons, present
+
+
+ALONE = Ranks()
 
 
 def refuse_several() -> None:
@@ -209,16 +236,25 @@ def join(device: str | None, minutes: float = DRAWING) -> Ranks:
     if on_gpus:
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(choose_device(device))
-    arrival = datetime.timedelta(minutes=ARRIVAL)
-    torch.distributed.init_process_group("nccl" if on_gpus else "gloo", timeout=arrival)
-    group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(minutes=minutes))
-    return Ranks(rank, count, device, group, _store(arrival), minutes)
+    if not torch.distributed.is_initialized():
+        backend, arrival = "nccl" if on_gpus else "gloo", datetime.timedelta(minutes=ARRIVAL)
+        torch.distributed.init_process_group(backend, timeout=arrival)
+    limit = datetime.timedelta(minutes=minutes)
+    group = torch.distributed.new_group(backend="gloo", timeout=limit)
+    return Ranks(rank, count, device, group, _store(), minutes)
 
 
-def _store(arrival: datetime.timedelta) -> Any:
+def _is_of_others(error: RuntimeError) -> bool:
+    """Whether a collective failed because of another rank. gloo's errors have no class of their
+    own."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
+def _store() -> Any:
     """A connection of our own to the store by which the ranks have met."""
     host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
-    store = torch.distributed.TCPStore(host, port, is_master=False, timeout=arrival)
+    limit = datetime.timedelta(minutes=ARRIVAL)
+    store = torch.distributed.TCPStore(host, port, is_master=False, timeout=limit)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # whose words count
     return torch.distributed.PrefixStore(f"fastdiff/{attempt}", store)
 

@@ -3,6 +3,7 @@
 from fastdiff.data.classes import match_classes
 from fastdiff.data.dataset import NO_LABEL, ArrayDataset, ImageDataset
 from fastdiff.data.formats.folder import FolderDataset
+from fastdiff.data.items import Items
 from fastdiff.data.load import load_dataset
 from fastdiff.data.stream import BatchStream, iterate_once
 
@@ -12,6 +13,7 @@ __all__ = [
     "BatchStream",
     "FolderDataset",
     "ImageDataset",
+    "Items",
     "iterate_once",
     "load_dataset",
     "match_classes",

@@ -6,6 +6,7 @@ import numpy.typing as npt
 # What a stream of words is for; beside each, what ``number`` counts.
 ORDER, FLIPS = 0, 1  # epochs
 TIMESTEPS, HIDDEN_LABELS = 2, 3  # training steps
+NETWORK = 4  # and up, one for each rank: training steps
 
 
 def words(seed: int, number: int, purpose: int, count: int) -> npt.NDArray[np.uint64]:

@@ -1,53 +1,95 @@
-"""Do the network, the process, the images and the settings fit each other? One line when not."""
+"""Do the network, the process, the data and the settings fit each other? One line when not."""
 
 from typing import Any
 
-from fastdiff.data import ImageDataset
+from torch import nn
+
+from fastdiff.data import ImageDataset, Items, match_classes
 from fastdiff.errors import InputError
 from fastdiff.models.unet import UNet
+from fastdiff.models.wrappers import unwrapped
 from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.training.config import TrainConfig
 
 
-def check_fit(model: UNet, diffusion: Any, dataset: ImageDataset, config: TrainConfig) -> None:
+def check_fit(model: nn.Module, diffusion: Any, data: Any, config: TrainConfig) -> None:
     """Raise InputError for a combination that cannot be trained."""
-    if not isinstance(diffusion, GaussianDiffusion):
+    if not isinstance(model, nn.Module):
+        raise InputError(f"Trainer trains an nn.Module, got a {type(model).__name__}")
+    missing = [n for n in ("training_losses", "to_config") if not hasattr(diffusion, n)]
+    if missing:
         raise InputError(
-            f"Trainer needs a GaussianDiffusion, which its checkpoints can describe; "
-            f"got a {type(diffusion).__name__}"
+            f"Trainer needs a process such as GaussianDiffusion; a {type(diffusion).__name__} has "
+            f"no {' and no '.join(missing)}, by which it is trained and saved"
         )
-    if not isinstance(dataset, ImageDataset):
+    network: Any = unwrapped(model)
+    if isinstance(network, UNet):
+        _check_unet(network, diffusion, data)
+    if config.label_dropout and getattr(network, "null_label", None) is None:
         raise InputError(
-            f"Trainer needs a fastdiff.data.ImageDataset, got a {type(dataset).__name__}: "
-            "fastdiff.data.ArrayDataset(images, labels=labels) makes one of a uint8 array "
-            "(N, H, W, C)"
+            f"label_dropout is {config.label_dropout}, which needs a class-conditional network "
+            "with null_class=True, or one whose null_label says what stands for no label"
         )
-    check_images(model, dataset, "training")
-    if model.dims != 2 or model.super_res:
-        raise InputError("Trainer trains 2-D networks of whole images; write a loop for others")
-    wanted = dataset.channels * (2 if diffusion.learns_variance else 1)
+    if config.nll_every and not isinstance(diffusion, GaussianDiffusion):
+        raise InputError(
+            f"nll_every is {config.nll_every}, and bits/dim are those of a GaussianDiffusion, not "
+            f"of a {type(diffusion).__name__}: set it to 0"
+        )
+    if config.nll_every and not isinstance(data, ImageDataset | Items):
+        raise InputError(
+            f"nll_every is {config.nll_every}, which needs data with len() and items: give "
+            "eval_dataset, or set it to 0"
+        )
+    shape = sample_shape(data)
+    if config.sample_every and shape and (len(shape) != 3 or shape[0] not in (1, 3, 4)):
+        raise InputError(
+            f"sample grids need pictures of 1, 3 or 4 channels, these have shape {shape}; "
+            "set sample_every to 0"
+        )
+
+
+def sample_shape(data: Any) -> tuple[int, ...] | None:
+    """The shape of x, (C, ...), where it is known before data are drawn."""
+    if isinstance(data, ImageDataset):
+        return data.channels, *data.image_size
+    return tuple(data[0][0].shape) if isinstance(data, Items) else None
+
+
+def _check_unet(model: UNet, diffusion: Any, data: Any) -> None:
+    if isinstance(data, ImageDataset):
+        check_images(model, data, "training")
+    shape = sample_shape(data)
+    if shape is None:
+        return
+    if len(shape) != 1 + model.dims:
+        raise InputError(
+            f"the network is {model.dims}-dimensional; x of the data has shape {tuple(shape)}"
+        )
+    channels, *sizes = shape
+    learned = getattr(diffusion, "learns_variance", False)
+    wanted = channels * (2 if learned else 1)
     if model.out_channels != wanted:
         raise InputError(
-            f"the network has {model.out_channels} output channels; {dataset.channels}-channel "
+            f"the network has {model.out_channels} output channels; {channels}-channel "
             f"images with var_type {diffusion.var_type!r} need {wanted}"
         )
     halvings = len(model.config["channel_mult"]) - 1
-    if min(dataset.image_size) < 2**halvings:
-        height, width = dataset.image_size
+    if min(sizes) < 2**halvings:
         raise InputError(
-            f"images of {height}x{width} are too small for a network that halves them {halvings} "
-            f"times; use larger images (image_size) or fewer levels (channel_mult)"
+            f"images of {'x'.join(map(str, sizes))} are too small for a network that halves them "
+            f"{halvings} times; use larger images (image_size) or fewer levels (channel_mult)"
         )
-    if config.label_dropout and model.null_label is None:
-        raise InputError(
-            f"label_dropout is {config.label_dropout}, which needs a class-conditional network "
-            f"with null_class=True"
-        )
-    if config.sample_every and dataset.channels not in (1, 3, 4):
-        raise InputError(
-            f"sample grids need images of 1, 3 or 4 channels, these have {dataset.channels}; "
-            "set sample_every to 0"
-        )
+
+
+def match_eval(model: nn.Module, data: Any, eval_data: Any) -> Any:
+    """What bits/dim are measured on: ``eval_data`` with the classes of ``data``, or these."""
+    if isinstance(eval_data, ImageDataset) and isinstance(data, ImageDataset):
+        classes = getattr(unwrapped(model), "num_classes", None)
+        eval_data = match_classes(eval_data, data.class_names, classes, "the evaluation set")
+    found = eval_data or data
+    if isinstance(model, UNet) and isinstance(found, ImageDataset):
+        check_images(model, found, "evaluation")
+    return found
 
 
 def check_images(model: UNet, dataset: ImageDataset, what: str) -> None:
@@ -62,13 +104,3 @@ def check_images(model: UNet, dataset: ImageDataset, what: str) -> None:
             f"the network has {model.num_classes} classes, the {what} images have "
             f"{dataset.num_classes or 'no labels'}"
         )
-
-
-def describe_images(dataset: ImageDataset) -> dict[str, Any]:
-    """What a checkpoint records about the images."""
-    return {
-        "image_size": list(dataset.image_size),
-        "channels": dataset.channels,
-        "num_classes": dataset.num_classes,
-        "class_names": dataset.class_names,
-    }

@@ -69,8 +69,11 @@ class TrainConfig:
     nll_steps: int = setting(
         0, "strided steps of the measured process (0: all; fewer give a looser bound)"
     )
-    workers: int = setting(0, "threads that prepare batches ahead (0: none)")
+    workers: int = setting(0, "processes that prepare batches ahead (0: none)")
     compile: bool = setting(False, "run the network through torch.compile")
+    rank_minutes: float = setting(
+        30.0, "how long a process waits for another of the run before it gives up"
+    )
     max_minutes: float = setting(0.0, "stop and save after this wall-clock time (0: no limit)")
     tensorboard: bool = setting(True, "write TensorBoard event files")
 
@@ -91,6 +94,7 @@ class TrainConfig:
         self._require("lr", math.isfinite(self.lr) and self.lr > 0, "a positive number")
         self._require("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more")
         self._require("grad_clip", 0 <= self.grad_clip < math.inf, "0 or more")
+        self._require("rank_minutes", 0 < self.rank_minutes < math.inf, "a positive number")
         self._require("max_minutes", 0 <= self.max_minutes < math.inf, "0 or more")
         self._require("label_dropout", 0 <= self.label_dropout < 1, "in [0, 1)")
         self._require(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import TrainingError
+from fastdiff.ranks import ALONE, Ranks
 
 
 class FiniteGuard:
@@ -19,11 +20,19 @@ class FiniteGuard:
         fine = torch.stack([torch.isfinite(value) for value in values]).all()
         self.first_bad = torch.where(fine | (self.first_bad >= 0), self.first_bad, step)
 
-    def check(self, advice: str) -> None:
-        """Raise TrainingError naming that step, if there was one. Waits for the device."""
-        step = int(self.first_bad)
-        if step >= 0:
-            raise TrainingError(f"the loss or its gradient is not finite at step {step}; {advice}")
+    def check(self, advice: str, ranks: Ranks = ALONE) -> None:
+        """Raise TrainingError naming that step, if there was one, and the rank that saw it first.
+        Waits for the device, and for the other ranks, which check too."""
+        found = ranks.numbers(int(self.first_bad)).flatten().tolist()
+        steps = [step for step in found if step >= 0]
+        if not steps:
+            return
+        if ranks.rank:
+            raise SystemExit(2)  # rank 0 says it
+        where = f" on rank {found.index(min(steps))}" if ranks.count > 1 else ""
+        raise TrainingError(
+            f"the loss or its gradient is not finite at step {min(steps)}{where}; {advice}"
+        )
 
 
 def check_weights(parameters: Sequence[Tensor], step: int, advice: str) -> None:

@@ -25,7 +25,7 @@ class Init:
         warning: what is to be said of these weights, or None.
     """
 
-    model: UNet
+    model: Any
     diffusion: Any
     info: Mapping[str, Any]
     record: Mapping[str, Any]
@@ -52,12 +52,14 @@ def read_init(source: str | os.PathLike[str], weights: str | float = "ema") -> I
     return Init(loaded.model, loaded.diffusion, loaded.info, record, warning)
 
 
-def fit_to_init(init: Init, dataset: ImageDataset) -> ImageDataset:
+def fit_to_init(init: Init, dataset: Any) -> Any:
     """The data set with its classes numbered as the weights know them.
 
     InputError when the images or their classes are not those the weights know.
     """
-    model = init.model
+    model: Any = init.model
+    if not isinstance(dataset, ImageDataset) or not isinstance(model, UNet):
+        return dataset
     if dataset.channels != model.in_channels:
         raise InputError(
             f"the training images have {dataset.channels} channels, the network of {init.path} "

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastdiff.errors import InputError
 from fastdiff.files import replace_text
 from fastdiff.optional import require
+from fastdiff.ranks import ALONE, Ranks
 
 QUARTILES = 4
 
@@ -20,7 +21,8 @@ class IntervalMeter:
     """Loss terms and the gradient norm, summed on the device over the steps of one log interval.
 
     ``add`` costs no host-device synchronisation; ``summary`` costs one. Each loss term is kept
-    overall and per quartile of the timestep, q0 holding the least noisy ones.
+    overall and per quartile of the timestep, q0 holding the least noisy ones; of a continuous
+    process, whose t is in [0, 1), ``num_timesteps`` is 1.
     """
 
     def __init__(self, num_timesteps: int, device: torch.device) -> None:
@@ -35,7 +37,7 @@ class IntervalMeter:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, t: Tensor, weights: Tensor, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
-        """Count one step. ``t`` (N,) int64, ``weights`` (N,), every loss term (N,)."""
+        """Count one step. ``t`` (N,), ``weights`` (N,), every loss term (N,)."""
         quartile = t * QUARTILES // self.num_timesteps
         member = ((quartile == self.groups) | (self.groups < 0)).float()  # (5, N)
         self._accumulate("weights", member @ weights.float())
@@ -48,7 +50,21 @@ class IntervalMeter:
     def _accumulate(self, name: str, value: Tensor) -> None:
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def summary(self) -> dict[str, float]:
+    def merged(self, ranks: Ranks) -> dict[str, Tensor]:
+        """The state of a meter that had seen every rank's samples. Waits for the device."""
+        if ranks.count == 1:
+            return self.state_dict()
+        if self.steps == 0:
+            return self.state_dict()
+        mine = {name: value.cpu() for name, value in self.state_dict().items()}
+        every = ranks.gather(mine)
+        total = {name: sum(part[name] for part in every) for name in mine}
+        # The steps and their gradients' norm are the same on all ranks.
+        total["counts"][0] = mine["counts"][0]
+        total["sums.grad_norm"] = mine["sums.grad_norm"]
+        return total
+
+    def summary(self, ranks: Ranks = ALONE) -> dict[str, float]:
         """Means over the interval, which then starts anew; a quartile without samples is left out.
 
         The overall means are of the importance-weighted losses, which is what the optimizer
@@ -57,6 +73,8 @@ class IntervalMeter:
         """
         if self.steps == 0:
             return {}
+        if ranks.count > 1:
+            self.load_state_dict(self.merged(ranks))
         names = list(self.sums)
         flat = torch.cat([self.sums[name].reshape(-1) for name in names]).tolist()
         rows = {}
@@ -77,13 +95,18 @@ class IntervalMeter:
         counts = torch.tensor([self.steps, self.samples], dtype=torch.int64)
         return {"counts": counts, **{f"sums.{k}": v for k, v in self.sums.items()}}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor], rank: int = 0) -> None:
+        """Of several ranks the first takes over what all had counted, the others none of it."""
         self.steps, self.samples = state["counts"].tolist()
         self.sums = {
             key.removeprefix("sums."): value.to(self.device)
             for key, value in state.items()
             if key.startswith("sums.")
         }
+        if rank:
+            norm = self.sums.get("grad_norm")
+            self.samples, self.sums = 0, {k: torch.zeros_like(v) for k, v in self.sums.items()}
+            self.sums |= {} if norm is None else {"grad_norm": norm}
 
 
 class MetricsWriter:

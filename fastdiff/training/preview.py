@@ -1,71 +1,108 @@
-"""What a run shows of itself at intervals: a grid of samples, and bits/dim."""
+"""What a run shows of itself at intervals, each rank a part: a grid of samples, and bits/dim."""
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.data import ImageDataset, iterate_once
+from fastdiff.data import ImageDataset, Items
 from fastdiff.images import to_float, to_uint8
 from fastdiff.models.replicas.replica import replica_of
-from fastdiff.models.unet import UNet
-from fastdiff.process.gaussian import GaussianDiffusion
+from fastdiff.ops.counters import sampling_step
+from fastdiff.ops.normal import normal
 from fastdiff.process.likelihood import summarize_bpd
 from fastdiff.sampling.sampler import Sampler
-from fastdiff.training.config import TrainConfig
+from fastdiff.training import network
 from fastdiff.training.loss_curve import plot_loss
 from fastdiff.training.metrics import read_metrics
 
+if TYPE_CHECKING:
+    from fastdiff.training.trainer import Trainer
 
-def draw_samples(
-    model: UNet, diffusion: GaussianDiffusion, size: tuple[int, int], config: TrainConfig
-) -> Tensor:
+
+def draw_samples(trainer: "Trainer") -> Tensor:
     """``sample_count`` samples as uint8 (count, C, H, W) on the CPU, one class after the other.
 
-    The noise is the same at every step of a run, so that its grids can be compared.
+    The noise is the same at every step of a run, so that its grids can be compared, and on any
+    number of ranks, of which each draws some.
     """
-    count = config.sample_count
-    strided = diffusion.learns_variance or diffusion.mean_type == "previous_x"
+    config, ranks, diffusion = trainer.config, trainer.ranks, trainer.diffusion
+    strided = getattr(diffusion, "learns_variance", False) or diffusion.mean_type == "previous_x"
     sampler = Sampler(
-        model,
+        trainer.model,
         diffusion,
         steps=min(config.sample_steps, diffusion.num_timesteps),
         # A fixed variance wants all of its steps; DDIM does without them.
         method="ddpm" if strided else "ddim",
-        dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
+        dtype=network.PRECISIONS.get(config.dtype),
     )
-    kwargs = {}
-    if model.num_classes is not None:
-        device = next(model.parameters()).device
-        kwargs["y"] = torch.arange(count, device=device) % model.num_classes
-    shape = (count, model.in_channels, *size)
-    return to_uint8(sampler.sample(shape, seed=config.seed, model_kwargs=kwargs)).cpu()
+    bounds = np.linspace(0, config.sample_count, ranks.count + 1).astype(int)
+    first, last = (int(bound) for bound in bounds[ranks.rank : ranks.rank + 2])
+    if first == last:
+        mine = None
+    else:
+        x, kwargs = _example(trainer, np.arange(first, last))
+        shape = (last - first, *x.shape[1:])
+        images = sampler.sample(shape, seed=config.seed, first_sample=first, model_kwargs=kwargs)
+        mine = to_uint8(images).cpu()
+    return torch.cat([part for part in ranks.gather(mine) if part is not None])
 
 
-def measure_nll(
-    model: UNet, diffusion: GaussianDiffusion, dataset: ImageDataset, config: TrainConfig
-) -> dict[str, float]:
-    """The bound on bits/dim over the first ``nll_images`` of a set, and its standard error."""
-    steps = config.nll_steps
+def _example(trainer: "Trainer", numbers: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+    """x of the shape of what is trained on, and the network's arguments for samples ``numbers``:
+    the classes in turn, else what the first items of the data have."""
+    data = trainer.data
+    if isinstance(data, ImageDataset):
+        x = torch.empty(len(numbers), data.channels, *data.image_size)
+        classes = data.num_classes
+        given: Any = {} if classes is None else torch.from_numpy(numbers % classes)
+    elif isinstance(data, Items):
+        x, given = data.batch(numbers % len(data))
+    else:
+        x, given = trainer.last_batch
+        chosen = torch.from_numpy(numbers % len(x))
+        x, given = x[chosen], {name: value[chosen] for name, value in given.items()}
+    return x, network.on(trainer.device, network.arguments_of(given, trainer.label))
+
+
+def measure_nll(trainer: "Trainer") -> dict[str, float]:
+    """The bound on bits/dim over the first ``nll_images`` of a set, and its standard error.
+
+    Image i draws the same noise in any batch, on any number of ranks.
+    """
+    config, dataset = trainer.config, trainer.eval_dataset
+    steps, diffusion = config.nll_steps, trainer.diffusion
     process = diffusion.respace(steps) if 0 < steps < diffusion.num_timesteps else diffusion
-    batch_size = config.microbatch or config.batch_size
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(config.seed)
+    size = config.microbatch or config.batch_size
+    count = min(config.nll_images, len(dataset))
     terms: list[dict[str, Tensor]] = []
-    left = min(config.nll_images, len(dataset))
-    with replica_of(model) as network:
-        for batch, labels in iterate_once(dataset, min(batch_size, left)):
-            x_start = to_float(batch[:left].to(device))
-            kwargs = {} if model.num_classes is None else {"y": labels[:left].to(device)}
-            terms.append(
-                process.calc_bpd_loop(network, x_start, model_kwargs=kwargs, generator=generator)
-            )
-            left -= len(x_start)
-            if left <= 0:
-                break
-    summary = summarize_bpd(terms)
+    with replica_of(trainer.model) as replica:
+
+        def model(x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
+            return network.tensor_of(replica(x, t, **kwargs))
+
+        for start in trainer.ranks.share(range(0, count, size)):
+            numbers = np.arange(start, min(start + size, count))
+            images, given = dataset.batch(numbers)
+            x_start = to_float(images.to(trainer.device))
+            kwargs = network.on(trainer.device, network.arguments_of(given, trainer.label))
+            noise = _noise(x_start, config.seed, start)
+            terms.append(process.calc_bpd_loop(model, x_start, model_kwargs=kwargs, noise=noise))
+    found = [{name: v.cpu() for name, v in term.items()} for term in terms]
+    every: Sequence[Any] = trainer.ranks.gather(found)
+    summary = summarize_bpd([term for part in every for term in part])
     return {"bits_per_dim": summary.total, "bits_per_dim_stderr": summary.total_stderr}
+
+
+def _noise(x: Tensor, seed: int, first: int) -> Any:
+    """The noise of images ``first``, … at every step, as calc_bpd_loop asks for it."""
+    return lambda t: normal(
+        tuple(x.shape), seed=seed, step=sampling_step(t), first_sample=first, device=x.device
+    )
 
 
 def plot_curve(run_dir: Path) -> None:

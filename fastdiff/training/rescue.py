@@ -5,10 +5,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
-from fastdiff.errors import InputError, TrainingError, first_line
-from fastdiff.training import state
+from fastdiff.errors import InputError, LostRank, TrainingError, first_line
+from fastdiff.ranks import Ranks
 from fastdiff.training.stop import StopRequest
 
 
@@ -17,8 +15,8 @@ class Rescued(Protocol):
 
     step: int
     stream: Any
-    device: torch.device
-    metrics: Any
+    reports: Any
+    ranks: Ranks
     half_done: bool
 
     def advice(self) -> str: ...
@@ -31,38 +29,39 @@ def rescued(trainer: Rescued, stop: StopRequest) -> Iterator[None]:
 
     The checkpoint is of the last finished step, as if the failed one had not been begun. A run
     that has diverged, one whose update was cut in the middle and one whose user will not wait are
-    not saved.
+    not saved. Of several ranks, whose weights are the same, rank 0 saves.
     """
     step, position = trainer.step, trainer.stream.position
-    rng = state.rng_tensors(trainer.device)
     try:
         yield
-    except TrainingError:
-        raise
+    except TrainingError as error:
+        if not isinstance(error, LostRank):
+            raise
+        raise LostRank(f"{error}; {_saved(trainer, step, position)}") from error
     except BaseException as error:
         if stop.impatient:
             raise
-        if trainer.half_done:
-            note = f"step {step + 1} was half done; {trainer.advice()}"
-        else:
-            if trainer.step == step:
-                trainer.stream.position = position
-                state.load_rng_tensors(rng, trainer.device)
-            note = _save(trainer)
-        noted = _with_note(error, note)
+        noted = _with_note(error, _saved(trainer, step, position))
         if noted is error:
             raise
         raise noted from error
 
 
-def _save(trainer: Rescued) -> str:
-    """Save after an error; what to say of it, which must not hide that error."""
+def _saved(trainer: Rescued, step: int, position: int) -> str:
+    """Save after an error in the step after ``step``; what to say of it, which must not hide that
+    error."""
+    if trainer.half_done:
+        return f"step {step + 1} was half done; {trainer.advice()}"
+    if trainer.step == step:
+        trainer.stream.position = position
     if trainer.step == 0:
         return "no step had been finished"
+    if trainer.ranks.rank:
+        return f"this was rank {trainer.ranks.rank}; rank 0 saves step {trainer.step} if it can"
     try:
         # The lines before this step are written. If they cannot be synced, the rest may still fit.
         with suppress(OSError, ValueError):
-            trainer.metrics.sync()
+            trainer.reports.sync()
         path = trainer.write_checkpoint()
     except Exception as failure:
         reason = first_line(failure)

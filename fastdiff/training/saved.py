@@ -1,19 +1,24 @@
-"""A checkpoint as a trainer reads it back: all of it, or an error that names the damaged file."""
+"""A checkpoint as a trainer writes it and reads it back: all of it, or an error that names the
+damaged file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.checkpoints.checkpoint import load
 from fastdiff.checkpoints.weights import load_json, load_tensors
 from fastdiff.errors import InputError
-from fastdiff.models.unet import UNet
-from fastdiff.process.gaussian import GaussianDiffusion
+from fastdiff.models.wrappers import unwrapped
+from fastdiff.training import state
+from fastdiff.training.batches import size_of
 from fastdiff.training.config import TrainConfig
-from fastdiff.training.state import with_prefix
+from fastdiff.training.state import prefixed, with_prefix
+
+if TYPE_CHECKING:
+    from fastdiff.training.trainer import Trainer
 
 STATE = "trainer"  # file stem of the trainer's own part of a checkpoint
 
@@ -23,19 +28,19 @@ class SavedRun:
     """Everything in one checkpoint directory of a training run."""
 
     path: Path
-    model: UNet
-    diffusion: GaussianDiffusion
+    model: Any
+    diffusion: Any
     config: TrainConfig
     info: Mapping[str, Any]
     step: int
     reported: int
     batches_drawn: int
-    images: int
+    images: int | None
     averages: Mapping[str, Mapping[str, Tensor]]
     tensors: Mapping[str, Tensor]
 
     def part(self, prefix: str) -> dict[str, Tensor]:
-        """The trainer's tensors of one origin: optimizer, timesteps, meter or rng."""
+        """The trainer's tensors of one origin: optimizer, timesteps or meter."""
         return with_prefix(prefix, self.tensors)
 
 
@@ -66,3 +71,54 @@ def read_checkpoint(path: Path) -> SavedRun:
 
 def _advice(path: Path) -> str:
     return f"delete {path} to resume from the checkpoint before it"
+
+
+def model_config(model: nn.Module) -> Any:
+    """What a run's config.json says of the network."""
+    return getattr(unwrapped(model), "config", None)
+
+
+def tensors_of(trainer: "Trainer", meter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The trainer's own tensors; ``meter``: what is measured since the last log line."""
+    names = state.parameter_names(trainer.model)
+    return {
+        **prefixed("optimizer", state.optimizer_tensors(trainer.optimizer, names)),
+        **prefixed("timesteps", trainer.timesteps.state_dict()),
+        **prefixed("meter", meter),
+    }
+
+
+def record_of(trainer: "Trainer") -> dict[str, Any]:
+    """The trainer's own numbers, for JSON."""
+    return {
+        "step": trainer.step,
+        "reported": trainer.reports.done,
+        "batches_drawn": trainer.stream.position,
+        "images": size_of(trainer.data),
+        "config": trainer.config.to_dict(),
+    }
+
+
+def restore(trainer: "Trainer", read: SavedRun, data_changed: bool) -> None:
+    """Give ``trainer`` everything but the weights, which its model came with."""
+    images = size_of(trainer.data)
+    if data_changed:
+        change = {"step": read.step, "images": images, "before": read.images}
+        trainer.info["data_changes"] = [*trainer.info.get("data_changes", []), change]
+    elif images != read.images:
+        raise InputError(
+            f"the data set has {images} images, but '{trainer.run_dir}' was trained on "
+            f"{read.images}: put back what is missing (a broken picture that is passed over "
+            "counts as missing), or go on with what is there, in a new order: --data-changed "
+            "(in Python data_changed=True)"
+        )
+    else:
+        trainer.stream.position = read.batches_drawn
+    trainer.step = trainer.ema.updates = read.step
+    trainer.reports.done = read.reported
+    for rate in trainer.ema.rates:
+        trainer.ema.load_state_dict(rate, read.averages[rate])
+    state.load_optimizer_tensors(trainer.optimizer, trainer.model, read.part("optimizer"))
+    trainer.timesteps.load_state_dict(read.part("timesteps"))
+    trainer.meter.load_state_dict(read.part("meter"), trainer.ranks.rank)
+    trainer.last_checkpoint, trainer.saved_as = read.path, (read.step, read.reported)

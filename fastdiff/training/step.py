@@ -1,53 +1,47 @@
 """The arithmetic of one training step: gradients of a batch's mean loss, part by part."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdiff.process.gaussian import GaussianDiffusion
-
-
-def autocast_to(dtype: str, device: torch.device, network: Callable) -> Callable:
-    """The network, under autocast or not; the losses around it stay in float32."""
-    if dtype == "float32":
-        return network
-
-    def predict(x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            return network(x, t, **kwargs)
-
-    return predict
-
 
 def backward(
-    diffusion: GaussianDiffusion,
+    diffusion: Any,
     network: Callable,
     x_start: Tensor,
     t: Tensor,
     weights: Tensor,
-    noise: Tensor,
     kwargs: dict[str, Tensor],
+    *,
     microbatch: int,
+    noise: Mapping[str, int],
+    unsynchronised: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, Tensor]:
     """Add the gradients of the weighted mean loss; the loss terms, each (N,).
 
     Args:
-        x_start, noise: (N, C, H, W); t int64 (N,); weights (N,); kwargs: the network's, each (N,).
-        microbatch: images per forward pass; 0 takes all.
+        x_start: (N, ...); t, weights: (N,); kwargs: the network's, each (N, ...).
+        microbatch: samples per forward pass; 0 takes all.
+        noise: seed, step and first_sample, from which the noise is drawn.
+        unsynchronised: around all passes but the last, whose gradients need not be averaged yet.
     """
     batch = len(x_start)
     size = microbatch or batch
     parts = []
-    for part in (slice(i, i + size) for i in range(0, batch, size)):
-        losses = diffusion.training_losses(
-            network,
-            x_start[part],
-            t[part],
-            {name: value[part] for name, value in kwargs.items()},
-            noise=noise[part],
-        )
-        ((losses["loss"] * weights[part]).sum() / batch).backward()
+    for start in range(0, batch, size):
+        part = slice(start, start + size)
+        with nullcontext() if start + size >= batch else unsynchronised():
+            losses = diffusion.training_losses(
+                network,
+                x_start[part],
+                t[part],
+                {name: value[part] for name, value in kwargs.items()},
+                **{**noise, "first_sample": noise["first_sample"] + start},
+            )
+            ((losses["loss"] * weights[part]).sum() / batch).backward()
         parts.append({name: value.detach() for name, value in losses.items()})
     return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 

@@ -1,68 +1,76 @@
 """Trainer: AdamW on a diffusion loss, with averages, logs and checkpoints that resume exactly."""
 
 import contextlib
+import hashlib
 import os
-import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import fastdiff
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.run_directory import checkpoint_path, held, newest_checkpoint, require_run
 from fastdiff.checks import choose_device
-from fastdiff.data import BatchStream, ImageDataset, match_classes
+from fastdiff.data import ImageDataset, match_classes
+from fastdiff.data.words import HIDDEN_LABELS, NETWORK, TIMESTEPS, uniform, words
 from fastdiff.errors import InputError
-from fastdiff.images import save_grid, to_float
+from fastdiff.images import to_float
 from fastdiff.models.ema import EMA
-from fastdiff.models.unet import UNet
-from fastdiff.ops.normal import draw_like
-from fastdiff.process.gaussian import GaussianDiffusion
-from fastdiff.training import preview, state
-from fastdiff.training.checks import check_fit, check_images, describe_images
+from fastdiff.ranks import ALONE, Ranks, join
+from fastdiff.training import network, preview, saved, state
+from fastdiff.training.batches import Batch, batches_of, describe, readable, size_of
+from fastdiff.training.checks import check_fit, match_eval
 from fastdiff.training.config import TrainConfig, learning_rate
 from fastdiff.training.guard import FiniteGuard, check_weights
 from fastdiff.training.init import fit_to_init, read_init
-from fastdiff.training.metrics import IntervalMeter, MetricsWriter
-from fastdiff.training.progress import progress_bar
+from fastdiff.training.metrics import IntervalMeter
+from fastdiff.training.reports import Reports
 from fastdiff.training.rescue import rescued
 from fastdiff.training.run_folder import opened
 from fastdiff.training.saved import STATE, SavedRun, read_checkpoint
-from fastdiff.training.step import autocast_to, backward, clip_gradients
+from fastdiff.training.step import backward, clip_gradients
 from fastdiff.training.stop import StopRequest
 from fastdiff.training.timestep_samplers import create_timestep_sampler
 
 
 class Trainer:
-    """Trains ``model`` to reverse ``diffusion`` on ``dataset``; leaves everything in ``run_dir``.
+    """Trains ``model`` to reverse ``diffusion`` on ``data``; leaves everything in ``run_dir``.
 
     ``run_dir`` gets checkpoints/step_XXXXXXXX/, metrics.jsonl, tensorboard/, samples/ and, at the
-    end, loss_curve.png. Seeding happens in ``fit``: torch's global generators drive the timesteps,
-    noise and dropout, so that one seed (or one checkpoint) decides the whole run.
+    end, loss_curve.png. Timesteps, noise, flips and hidden labels follow from (seed, step, sample
+    number), so that one seed decides the run, whatever the number of processes: started by
+    torchrun, each of N ranks takes 1/N of every batch, gradients are averaged over them
+    (DistributedDataParallel), and rank 0 writes. Dropout, the network's own, is each rank's.
 
     Args:
-        model: a 2-D UNet; trained in place, on ``device``.
-        diffusion: a GaussianDiffusion; its loss_type is what is minimised.
-        dataset: uint8 images, see ``fastdiff.data.load_dataset``.
+        model: any network that is called ``model(x, t, **arguments)``; trained in place, on
+            ``device``.
+        diffusion: a process with ``training_losses`` and ``to_config``: a GaussianDiffusion, whose
+            loss_type is what is minimised, a VarianceExploding, an EDM.
+        data: an ImageDataset (``fastdiff.data.load_dataset``), a torch Dataset, IterableDataset or
+            DataLoader, a Hugging Face datasets.Dataset. Items are x, (x, label) or dicts: see
+            ``fastdiff.data.Items``; uint8 and uint16 are scaled to [-1, 1].
         config: see TrainConfig.
         run_dir: made if missing; must be empty or a run without checkpoints (``resume`` continues
             those). ``fit`` keeps other processes out of it.
         eval_dataset: images the bits/dim are measured on; by default the training images.
-        device: by default CUDA if there is one, else the CPU.
-        info: facts to record in every checkpoint beside those of the dataset.
+        device: by default CUDA if there is one, else the CPU; each of several ranks takes its own.
+        info: facts to record in every checkpoint beside those of the data.
         progress: show a bar with the loss, steps/s and the time left (needs tqdm).
+        ranks: the processes that train together; by default those that torchrun has started.
 
-    Raises InputError for parts that do not fit each other.
+    Raises InputError for parts that do not fit each other, and where ranks were started otherwise.
     """
 
     def __init__(
         self,
-        model: UNet,
-        diffusion: GaussianDiffusion,
-        dataset: ImageDataset,
+        model: nn.Module,
+        diffusion: Any,
+        data: Any,
         config: TrainConfig,
         run_dir: str | os.PathLike[str],
         *,
@@ -70,25 +78,25 @@ class Trainer:
         device: torch.device | str | None = None,
         info: Mapping[str, Any] | None = None,
         progress: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
-        check_fit(model, diffusion, dataset, config)
-        if eval_dataset is not None:
-            eval_dataset = match_classes(
-                eval_dataset, dataset.class_names, model.num_classes, "the evaluation set"
-            )
-        check_images(model, eval_dataset or dataset, "evaluation")
+        data = readable(data)
+        check_fit(model, diffusion, data, config)
         self.run_dir = Path(run_dir)
-        self.device = choose_device(device)
+        self.ranks = ranks or join(None if device is None else str(device), config.rank_minutes)
+        self.device = choose_device(self.ranks.device if self.ranks.count > 1 else device)
         self.model = model.to(self.device).train()
-        network = torch.compile(self.model) if config.compile else self.model
-        self._predict = autocast_to(config.dtype, self.device, network)
         self.diffusion = diffusion
-        self.dataset = dataset
-        self.eval_dataset = eval_dataset or dataset
+        self.data = data
+        self.eval_dataset = match_eval(model, data, eval_dataset)
         self.config = config
-        self.info = {**describe_images(dataset), **(info or {})}
-        self.show_progress = progress
+        self.info = {**describe(data), **(info or {})}
+        self.ranks.agree(facts(self))
 
+        self._over_ranks = network.over_ranks(self.model, self.ranks, self.device)
+        self._predict = network.predictor(self._over_ranks, config, self.device)
+        self.label = network.label_argument(self.model)
+        self.null_label: Any = getattr(self.model, "null_label", None)
         self.step = 0
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -100,34 +108,26 @@ class Trainer:
         )
         self.ema = EMA(self.model, config.ema, warmup=config.ema_warmup)
         self.timesteps = create_timestep_sampler(config.timestep_sampler, diffusion)
-        self.meter = IntervalMeter(diffusion.num_timesteps, self.device)
+        self.meter = IntervalMeter(self.timesteps.num_timesteps, self.device)
         self.guard = FiniteGuard(self.device)
         # Looking at the loss is free on the CPU; elsewhere it would make every step wait.
         self.check_every = 1 if self.device.type == "cpu" else config.log_every
-        self.stream = BatchStream(
-            dataset,
-            config.batch_size,
-            seed=config.seed,
-            random_flip=config.flip,
-            workers=config.workers,
-            pin_memory=self.device.type == "cuda",
-        )
+        self.stream = batches_of(data, config, self.ranks, self.device)
+        self.reports = Reports(self, progress and self.ranks.rank == 0)
         self.last_checkpoint: Path | None = None
-        self._reported = 0  # the step that was logged last, or had nothing to log
-        self._saved_as: tuple[int, int] | None = None  # step and _reported of last_checkpoint
+        self.saved_as: tuple[int, int] | None = None  # its step, and the step reported then
         self.half_done = False  # between an update of the weights and the end of its step
-        self._rng: Mapping[str, Tensor] | None = None
 
     @classmethod
     def from_checkpoint(
         cls,
         source: str | os.PathLike[str],
-        dataset: ImageDataset,
+        data: Any,
         config: TrainConfig,
         run_dir: str | os.PathLike[str],
         *,
         weights: str | float = "ema",
-        diffusion: GaussianDiffusion | None = None,
+        diffusion: Any = None,
         info: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> "Trainer":
@@ -143,18 +143,18 @@ class Trainer:
         init = read_init(source, weights)
         if init.warning is not None:
             warnings.warn(init.warning, RuntimeWarning, stacklevel=2)
-        dataset = fit_to_init(init, dataset)
+        data = fit_to_init(init, data)
         process = diffusion or init.diffusion
         if process is None:
             raise InputError(f"{init.path} holds a network without its process: give diffusion=")
         facts = {**(info or {}), "init": init.record}
-        return cls(init.model, process, dataset, config, run_dir, info=facts, **options)
+        return cls(init.model, process, data, config, run_dir, info=facts, **options)
 
     @classmethod
     def resume(
         cls,
         run_dir: str | os.PathLike[str],
-        dataset: ImageDataset,
+        data: Any,
         *,
         changes: Mapping[str, Any] | None = None,
         data_changed: bool = False,
@@ -172,23 +172,29 @@ class Trainer:
         into it, a file is damaged (the message names it), the data set is another one, or a
         change is not allowed.
         """
-        saved = cls.read_run(run_dir)
-        return cls.from_saved(
-            saved, dataset, run_dir, changes=changes, data_changed=data_changed, **options
-        )
+        device = options.get("device")
+        ranks = options.pop("ranks", None) or join(device and str(device), TrainConfig.rank_minutes)
+        read = cls.read_run(run_dir, ranks)
+        options |= {"changes": changes, "data_changed": data_changed, "ranks": ranks}
+        return cls.from_saved(read, data, run_dir, **options)
 
     @staticmethod
-    def read_run(run_dir: str | os.PathLike[str]) -> SavedRun:
+    def read_run(run_dir: str | os.PathLike[str], ranks: Ranks = ALONE) -> SavedRun:
         """The newest checkpoint of ``run_dir``, for ``from_saved``; InputError as ``resume``."""
-        require_run(run_dir)
-        with held(Path(run_dir)):  # no other process deletes it while it is read
-            return read_checkpoint(newest_checkpoint(run_dir))
+        run = Path(run_dir)
+        with contextlib.ExitStack() as stack:
+            ranks.on_first(lambda: require_run(run))
+            # No other process deletes it while it is read.
+            ranks.on_first(lambda: stack.enter_context(held(run)) and None)
+            found = ranks.together(lambda: read_checkpoint(newest_checkpoint(run)))
+            ranks.gather(None)
+        return found
 
     @classmethod
     def from_saved(
         cls,
-        saved: SavedRun,
-        dataset: ImageDataset,
+        read: SavedRun,
+        data: Any,
         run_dir: str | os.PathLike[str],
         *,
         changes: Mapping[str, Any] | None = None,
@@ -200,11 +206,13 @@ class Trainer:
 
         ``info`` is added to its facts; arguments and errors otherwise as there.
         """
-        config = saved.config.resumed_with(dict(changes or {}))
-        facts = {**saved.info, **(info or {})}
-        matched = match_classes(dataset, saved.info.get("class_names"), saved.model.num_classes)
-        trainer = cls(saved.model, saved.diffusion, matched, config, run_dir, info=facts, **options)
-        trainer._restore(saved, data_changed)
+        config = read.config.resumed_with(dict(changes or {}))
+        facts = {**read.info, **(info or {})}
+        if isinstance(data, ImageDataset):
+            classes = getattr(read.model, "num_classes", None)
+            data = match_classes(data, read.info.get("class_names"), classes)
+        trainer = cls(read.model, read.diffusion, data, config, run_dir, info=facts, **options)
+        saved.restore(trainer, read, data_changed)
         return trainer
 
     def fit(self) -> int:
@@ -224,45 +232,44 @@ class Trainer:
         """
         settings = {
             "train": self.config.to_dict(),
-            "model": self.model.config,
+            "model": saved.model_config(self.model),
             "diffusion": self.diffusion.to_config(),
             "info": self.info,
         }
-        with opened(self.run_dir, self.last_checkpoint, settings):
-            self._seed()
-            self._clock = self.step, time.monotonic()
-            with (
-                StopRequest(self.config.max_minutes) as stop,
-                MetricsWriter(self.run_dir, self._reported, self.config.tensorboard) as metrics,
-                progress_bar(self.config.steps, self.step, self.show_progress) as self.bar,
-                contextlib.closing(self.stream),
-            ):
-                self.metrics = metrics
-                self._train(stop)
-            preview.plot_curve(self.run_dir)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.ranks.heard())
+            self.ranks.agree({"the step to go on from": self.step})
+            folder = opened(self.run_dir, self.last_checkpoint, settings)
+            self.ranks.on_first(lambda: stack.enter_context(folder) and None)
+            stop = stack.enter_context(StopRequest(self.config.max_minutes))
+            stack.enter_context(self.reports.opened())
+            stack.enter_context(contextlib.closing(self.stream))
+            self._train(stop)
+            self.ranks.on_first(lambda: preview.plot_curve(self.run_dir))
         stop.reraise()
         return self.step
 
     def _train(self, stop: StopRequest) -> None:
-        try:
-            if self._reported < self.step:  # an error came between that step and its log line
-                with rescued(self, stop):
-                    self._report()
-            while self.step < self.config.steps and not stop.requested:
-                with rescued(self, stop):
-                    self._train_step()
-                    self._report()
-                if self._due(self.config.save_every):
-                    self.save()
-            self.save()
-        finally:
-            self._rng = state.rng_tensors(self.device)  # from where another fit goes on
+        if self.reports.done < self.step:  # an error came between that step and its log line
+            with rescued(self, stop):
+                self.reports.make()
+        while self.step < self.config.steps and not self._all_stop(stop):
+            with rescued(self, stop), self.ranks.lost():
+                self._train_step()
+                self.reports.make()
+            if self.due(self.config.save_every):
+                self.save()
+        self.save()
+
+    def _all_stop(self, stop: StopRequest) -> bool:
+        """Whether some rank is asked to stop: all of them do, after the same step."""
+        return bool(self.ranks.numbers(int(stop.requested)).any())
 
     def _train_step(self) -> None:
         """One optimizer step. Waits for nothing but the next batch (and, on the CPU, the loss)."""
+        self._seed()
         x_start, kwargs = self._next_batch()
-        t, weights = self.timesteps.sample(len(x_start), self.device)
-        noise = draw_like(x_start)
+        t, weights = self.timesteps.sample(len(x_start), self.device, u=self._uniform(TIMESTEPS))
         self.optimizer.zero_grad(set_to_none=True)
         losses = backward(
             self.diffusion,
@@ -270,176 +277,155 @@ class Trainer:
             x_start,
             t,
             weights,
-            noise,
             kwargs,
-            self.config.microbatch,
+            microbatch=self.config.microbatch,
+            noise={"seed": self.config.seed, "step": self.step, "first_sample": self._mine.start},
+            unsynchronised=getattr(self._over_ranks, "no_sync", contextlib.nullcontext),
         )
         grad_norm = clip_gradients(self.parameters, self.config.grad_clip)
 
         self.guard.record(self.step + 1, (losses["loss"] * weights).mean(), grad_norm)
         if self.check_every == 1:
-            self.guard.check(self.advice())  # before the update: the weights stay good
+            self.check_finite()  # before the update: the weights stay good
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
         self.half_done = True
         self.optimizer.step()
         self.ema.update()
-        self.timesteps.update_with_losses(t, losses["loss"])
+        self.timesteps.update_with_losses(*self._of_all_ranks(t, losses["loss"].detach()))
         self.meter.add(t, weights, losses, grad_norm)
         self.step += 1
         self.half_done = False
 
-    def _next_batch(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images in [-1, 1] (N, C, H, W) and the network's keyword arguments, on the device."""
-        images, labels = next(self.stream)
-        x_start = to_float(images.to(self.device, non_blocking=True))
-        x_start = x_start.contiguous(memory_format=torch.channels_last)
-        if self.model.num_classes is None:
-            return x_start, {}
-        y = labels.to(self.device, non_blocking=True)
-        if self.config.label_dropout and self.model.null_label is not None:
-            hidden = torch.rand(y.shape, device=self.device) < self.config.label_dropout
-            y = torch.where(hidden, self.model.null_label, y)
-        return x_start, {"y": y}
+    # --- What a step is made of -----------------------------------------------------------------
 
-    def _report(self) -> None:
-        """Log what is due after this step; after an error it is still to do."""
-        meter = self.meter.state_dict()
+    @property
+    def _mine(self) -> slice:
+        """This rank's samples of the batch."""
+        return self.ranks.slice(self.config.batch_size)
+
+    def _uniform(self, purpose: int) -> Tensor:
+        """This rank's numbers in [0, 1) of this step, float64, on the device."""
+        found = uniform(self.config.seed, self.step, purpose, self.config.batch_size)[self._mine]
+        return torch.from_numpy(found).to(self.device, non_blocking=True)
+
+    def _seed(self) -> None:
+        """torch's generators, from which the network's dropout draws: another stream each step."""
+        (seed,) = words(self.config.seed, self.step, NETWORK + self.ranks.rank, 1)
+        torch.manual_seed(int(seed))
+
+    def _next_batch(self) -> Batch:
+        """x (n, ...) in floats, images in [-1, 1], and the network's arguments, on the device."""
+        x, given = self.last_batch = self._read()
+        x_start = x.to(self.device, non_blocking=True)
+        x_start = x_start if x_start.is_floating_point() else to_float(x_start)
+        if x_start.dim() == 4:
+            x_start = x_start.contiguous(memory_format=torch.channels_last)
+        kwargs = network.on(self.device, network.arguments_of(given, self.label))
+        if self.config.label_dropout and self.label in kwargs:
+            hidden = self._uniform(HIDDEN_LABELS) < self.config.label_dropout
+            kwargs[self.label] = torch.where(hidden, self.null_label, kwargs[self.label])
+        return x_start, kwargs
+
+    def _read(self) -> Any:
+        """The next batch of the stream, where every rank has one, and of one shape."""
         try:
-            self._log()
-        except BaseException:
-            self.meter.load_state_dict(meter)
+            batch = next(self.stream)
+        except Exception:
+            self.ranks.numbers(1, 0)
             raise
-        self._reported = self.step
-        self.bar.update()
+        shape = batch[0].shape
+        found = self.ranks.numbers(0, hash((str(batch[0].dtype), *shape)))
+        if found[:, 0].any():
+            raise SystemExit(2)  # the rank that failed says why
+        if (found[:, 1] != found[0, 1]).any():
+            shapes = self.ranks.gather(tuple(shape))
+            rank = next(i for i, other in enumerate(shapes) if other != shapes[0])
+            if self.ranks.rank:
+                raise SystemExit(2)
+            raise InputError(
+                f"at step {self.step + 1} rank {rank} has a batch of {shapes[rank]}, rank 0 one of "
+                f"{shapes[0]}: give every rank the same number of samples of one shape"
+            )
+        return batch
 
-    def _log(self) -> None:
-        """The log line, bits/dim, the sample grid."""
-        values: dict[str, float] = {}
-        if self._due(self.config.log_every) or self.step == self.config.steps:
-            self.guard.check(self.advice())
-            values |= self.meter.summary()
-            values["lr"] = learning_rate(self.step - 1, self.config)
-            values["samples"] = self.step * self.config.batch_size
-            values["steps_per_second"] = self._steps_per_second()
-            self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
-        if self._due(self.config.nll_every):
-            values |= self._measure_nll()
-        if values:
-            self.metrics.write(self.step, values)
-        if self._due(self.config.sample_every):
-            self._save_grid()
+    def _of_all_ranks(self, *values: Tensor) -> list[Tensor]:
+        """Each of ``values`` (n,) of every rank, in the order of the batch (N,)."""
+        if self.ranks.group is None or not self.timesteps.state_dict():
+            return list(values)
+        return [self.ranks.joined(value) for value in values]
 
-    def _steps_per_second(self) -> float:
-        """Since the last call, whatever happened in between."""
-        now = time.monotonic()
-        rate = (self.step - self._clock[0]) / max(now - self._clock[1], 1e-9)
-        self._clock = self.step, now
-        return rate
+    def check_finite(self) -> None:
+        """TrainingError where the loss or a gradient of some rank is not finite."""
+        self.guard.check(self.advice(), self.ranks)
 
-    def _due(self, interval: int) -> bool:
+    def due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0
+
+    # --- Checkpoints ----------------------------------------------------------------------------
 
     def save(self) -> Path:
         """Write the checkpoint of this step (unless it stands already) and prune older ones.
 
         Raises TrainingError instead when the run has diverged, OSError when the disk is full.
         """
+        self.check_finite()
+        meter = self.meter.merged(self.ranks)
+        path = self.ranks.on_first(lambda: self._save(meter))
+        self.last_checkpoint, self.saved_as = path, (self.step, self.reports.done)
+        return path
+
+    def _save(self, meter: dict[str, Tensor]) -> Path:
         try:
-            self.metrics.sync()
-            return self.write_checkpoint()
+            self.reports.sync()
+            return self.write_checkpoint(meter)
         except OSError as error:
             raise OSError(f"checkpoint not saved: {error}; {self.advice()}") from error
 
-    def write_checkpoint(self) -> Path:
-        """:meth:`save` without advice in the message of an OSError."""
+    def write_checkpoint(self, meter: dict[str, Tensor] | None = None) -> Path:
+        """:meth:`save` by this rank alone, without advice in the message of an OSError.
+
+        ``meter``: what all ranks have measured since the last log line; None: what this one has.
+        """
         path = checkpoint_path(self.run_dir, self.step)
-        if self._saved_as == (self.step, self._reported):
-            return path
-        self.guard.check(self.advice())
-        check_weights(self.parameters, self.step, self.advice())
-        checkpoint.save(
-            path,
-            self.model,
-            diffusion=self.diffusion,
-            ema=self.ema,
-            step=self.step,
-            info=self.info,
-            extra_tensors={STATE: self._state_tensors()},
-            extra_json={STATE: self._state_json()},
-        )
-        self.last_checkpoint, self._saved_as = path, (self.step, self._reported)
-        state.prune_checkpoints(self.run_dir, self.config.keep)
+        as_now = self.step, self.reports.done
+        if self.saved_as != as_now:
+            self.guard.check(self.advice())
+            check_weights(self.parameters, self.step, self.advice())
+            checkpoint.save(
+                path,
+                self.model,
+                diffusion=self.diffusion,
+                ema=self.ema,
+                step=self.step,
+                info=self.info,
+                extra_tensors={STATE: saved.tensors_of(self, meter or self.meter.state_dict())},
+                extra_json={STATE: saved.record_of(self)},
+            )
+            state.prune_checkpoints(self.run_dir, self.config.keep)
+        self.last_checkpoint, self.saved_as = path, as_now
         return path
 
-    def _state_tensors(self) -> dict[str, Tensor]:
-        names = state.parameter_names(self.model)
-        return {
-            **state.prefixed("optimizer", state.optimizer_tensors(self.optimizer, names)),
-            **state.prefixed("timesteps", self.timesteps.state_dict()),
-            **state.prefixed("meter", self.meter.state_dict()),
-            **state.prefixed("rng", state.rng_tensors(self.device)),
-        }
-
-    def _state_json(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "reported": self._reported,
-            "batches_drawn": self.stream.position,
-            "images": len(self.dataset),
-            "config": self.config.to_dict(),
-        }
-
-    def _restore(self, saved: SavedRun, data_changed: bool) -> None:
-        """Take over everything but the weights, which the model came with."""
-        if data_changed:
-            change = {"step": saved.step, "images": len(self.dataset), "before": saved.images}
-            self.info["data_changes"] = [*self.info.get("data_changes", []), change]
-        else:
-            self._check_same_images(saved)
-            self.stream.position = saved.batches_drawn
-        self.step = self.ema.updates = saved.step
-        self._reported = saved.reported
-        for rate in self.ema.rates:
-            self.ema.load_state_dict(rate, saved.averages[rate])
-        state.load_optimizer_tensors(self.optimizer, self.model, saved.part("optimizer"))
-        self.timesteps.load_state_dict(saved.part("timesteps"))
-        self.meter.load_state_dict(saved.part("meter"))
-        self._rng = saved.part("rng")
-        self.last_checkpoint, self._saved_as = saved.path, (saved.step, saved.reported)
-
-    def _check_same_images(self, saved: SavedRun) -> None:
-        if len(self.dataset) != saved.images:
-            raise InputError(
-                f"the data set has {len(self.dataset)} images, but '{self.run_dir}' was trained on "
-                f"{saved.images}: put back what is missing (a broken picture that is passed over "
-                "counts as missing), or go on with what is there, in a new order: --data-changed "
-                "(in Python data_changed=True)"
-            )
-
-    def _seed(self) -> None:
-        if self._rng is None:
-            torch.manual_seed(self.config.seed)
-        else:
-            state.load_rng_tensors(self._rng, self.device)
-
-    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Within it the model holds its slowest average, which is what a user would sample."""
         return self.ema.swapped() if self.ema.rates else contextlib.nullcontext()
-
-    def _measure_nll(self) -> dict[str, float]:
-        with self._averaged():
-            return preview.measure_nll(self.model, self.diffusion, self.eval_dataset, self.config)
-
-    def _save_grid(self) -> None:
-        size = self.dataset.image_size
-        with self._averaged():
-            images = preview.draw_samples(self.model, self.diffusion, size, self.config)
-        save_grid(images, self.run_dir / "samples" / f"step_{self.step:08d}.png")
-        self.metrics.write_images(self.step, "samples", images)
 
     def advice(self) -> str:
         """The end of an error message: where to go on from."""
         if self.last_checkpoint is None:
             return "no checkpoint had been saved yet"
         return f"the last good checkpoint is {self.last_checkpoint}"
+
+
+def facts(trainer: Trainer) -> dict[str, Any]:
+    """What must be the same on every rank."""
+    parameters = [(n, list(p.shape)) for n, p in trainer.model.named_parameters()]
+    return {
+        "fastdiff": fastdiff.__version__,
+        "torch": torch.__version__,
+        **{f"setting {name}": value for name, value in trainer.config.to_dict().items()},
+        "the process": trainer.diffusion.to_config(),
+        "the network": hashlib.sha256(repr(parameters).encode()).hexdigest(),
+        "the number of items": size_of(trainer.data),
+        "the data": describe(trainer.data),
+    }

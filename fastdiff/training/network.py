@@ -1,0 +1,81 @@
+"""How training runs a network, whoever's it is: ``model(x, t, **arguments)``."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.errors import InputError
+from fastdiff.models.unet import UNet
+from fastdiff.models.wrappers import unwrapped
+from fastdiff.ranks import Ranks
+from fastdiff.training.config import TrainConfig
+
+LABELS = ("y", "class_labels", "labels", "classes", "label")  # what a label is called
+PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def label_argument(model: nn.Module) -> str | None:
+    """The name by which the network takes a label, None where it takes none."""
+    network: Any = unwrapped(model)
+    if isinstance(network, UNet):
+        return "y" if network.num_classes is not None else None
+    parameters = inspect.signature(network.forward).parameters
+    for name in LABELS:
+        if name in parameters:
+            # diffusers' networks have the argument and refuse it, where no classes were asked for.
+            none = name == "class_labels" and getattr(network, "class_embedding", name) is None
+            return None if none else name
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return "y" if takes_any else None
+
+
+def arguments_of(given: Any, label: str | None) -> dict[str, Tensor]:
+    """The second half of a batch, labels or a dict, as the network's arguments."""
+    kwargs = {"y": given} if isinstance(given, Tensor) else dict(given)
+    if "y" in kwargs and label != "y":
+        y = kwargs.pop("y")
+        return kwargs if label is None else {**kwargs, label: y}
+    return kwargs
+
+
+def on(device: torch.device, kwargs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The network's arguments on its device."""
+    return {name: value.to(device, non_blocking=True) for name, value in kwargs.items()}
+
+
+def over_ranks(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
+    """The network whose backward averages gradients over the ranks, from rank 0's weights."""
+    if ranks.group is None:
+        return model
+    try:
+        return nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
+    except RuntimeError as error:
+        if "gradient" not in str(error):
+            raise
+        raise InputError(f"a {type(model).__name__} cannot be trained: {error}") from None
+
+
+def predictor(network: nn.Module, config: TrainConfig, device: torch.device) -> Callable:
+    """What losses call: ``network``, compiled and under autocast where the settings say so, its
+    answer a tensor. The losses around it stay in float32."""
+    run = torch.compile(network) if config.compile else network
+    dtype = PRECISIONS.get(config.dtype)
+
+    def predict(x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            output = run(x, t, **kwargs)
+        return tensor_of(output)
+
+    return predict
+
+
+def tensor_of(output: Any) -> Tensor:
+    """What a network answers: a tensor, a tuple that begins with it, or diffusers' object."""
+    return output[0] if isinstance(output, tuple) else getattr(output, "sample", output)

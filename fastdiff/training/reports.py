@@ -1,0 +1,95 @@
+"""What a run tells of itself as it is trained: lines of figures, bits/dim, grids of samples, a bar.
+
+All ranks measure, rank 0 writes.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fastdiff.images import save_grid
+from fastdiff.training import preview
+from fastdiff.training.config import learning_rate
+from fastdiff.training.metrics import MetricsWriter
+from fastdiff.training.progress import progress_bar
+
+if TYPE_CHECKING:
+    from fastdiff.training.trainer import Trainer
+
+
+class Reports:
+    """The reports of a trainer's steps.
+
+    Attributes:
+        done: the step that was reported last, or had nothing to report.
+    """
+
+    def __init__(self, trainer: "Trainer", show_progress: bool) -> None:
+        self.trainer, self.show_progress = trainer, show_progress
+        self.done = 0
+        self.writes = trainer.ranks.rank == 0
+        self.metrics: MetricsWriter | None = None
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """The files and the bar, for the length of a run."""
+        trainer, config = self.trainer, self.trainer.config
+        self._clock = trainer.step, time.monotonic()
+        with contextlib.ExitStack() as stack:
+            if self.writes:
+                self.metrics = stack.enter_context(
+                    MetricsWriter(trainer.run_dir, self.done, config.tensorboard)
+                )
+            bar = progress_bar(config.steps, trainer.step, self.show_progress)
+            self.bar = stack.enter_context(bar)
+            yield
+
+    def sync(self) -> None:
+        """Put what was written on the disk."""
+        if self.metrics is not None:
+            self.metrics.sync()
+
+    def make(self) -> None:
+        """Report what is due after the trainer's step; after an error it is still to do."""
+        meter = self.trainer.meter.state_dict()
+        try:
+            self._make()
+        except BaseException:
+            self.trainer.meter.load_state_dict(meter)
+            raise
+        self.done = self.trainer.step
+        self.bar.update()
+
+    def _make(self) -> None:
+        trainer, config = self.trainer, self.trainer.config
+        values: dict[str, float] = {}
+        if trainer.due(config.log_every) or trainer.step == config.steps:
+            trainer.check_finite()
+            values |= trainer.meter.summary(trainer.ranks)
+            values["lr"] = learning_rate(trainer.step - 1, config)
+            values["samples"] = trainer.step * config.batch_size
+            values["steps_per_second"] = self._steps_per_second()
+            self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        if trainer.due(config.nll_every):
+            with trainer.averaged():
+                values |= preview.measure_nll(trainer)
+        if values and self.metrics is not None:
+            self.metrics.write(trainer.step, values)
+        if trainer.due(config.sample_every):
+            self._grid()
+
+    def _steps_per_second(self) -> float:
+        """Since the last call, whatever happened in between."""
+        now = time.monotonic()
+        rate = (self.trainer.step - self._clock[0]) / max(now - self._clock[1], 1e-9)
+        self._clock = self.trainer.step, now
+        return rate
+
+    def _grid(self) -> None:
+        trainer = self.trainer
+        with trainer.averaged():
+            images = preview.draw_samples(trainer)
+        if self.metrics is not None:
+            save_grid(images, trainer.run_dir / "samples" / f"step_{trainer.step:08d}.png")
+            self.metrics.write_images(trainer.step, "samples", images)
