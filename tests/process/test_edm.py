@@ -146,6 +146,15 @@ def test_the_loss_is_equation_8s(shape, sigma_data, P_mean, P_std, dtype, seed):
     torch.testing.assert_close(losses["loss"].double(), expected, rtol=rtol, atol=rtol)
 
 
+def test_the_loss_is_exact_where_there_is_hardly_any_noise():
+    """At sigma 3e-6 x_start − c_skip·x_t, divided by c_out, has one digit in float32."""
+    process, (x_start, noise) = EDM(P_mean=-12.7), torch.randn(2, 5, 100)
+    t = torch.full((5,), 0.5)
+    losses = process.training_losses(lambda x, t: torch.zeros_like(x), x_start, t, noise=noise)
+    expected = (noise.double() ** 2).mean(1)  # F's target is −ε
+    torch.testing.assert_close(losses["loss"].double(), expected, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("sigma_data", [0.5, 0.05, 2.0])
 def test_a_network_that_knows_nothing_has_unit_loss_at_every_level(sigma_data):
     """λ·c_out² = 1: F = 0 on data of that standard deviation."""
@@ -193,6 +202,32 @@ def test_losses_have_gradients_and_take_float64_through():
     losses = EDM().training_losses(lambda x, t: scale * x, x_start, torch.rand(8))
     losses["loss"].mean().backward()
     assert losses["loss"].dtype == torch.float64 and scale.grad != 0
+
+
+@pytest.mark.seconds
+def test_a_compiled_step_has_the_same_losses_and_nan_for_a_t_out_of_range():
+    process = EDM()
+
+    def losses(x_start, t, noise):
+        return process.training_losses(network, x_start, t, noise=noise)["loss"]
+
+    compiled = torch.compile(losses, fullgraph=True, backend="eager")
+    x_start, noise = torch.randn(2, 3, 4)
+    t = torch.tensor([0.1, 0.5, 0.9])
+    torch.testing.assert_close(compiled(x_start, t, noise), losses(x_start, t, noise))
+    bad = compiled(x_start, torch.tensor([0.1, 1.5, math.nan]), noise)
+    assert bad.isnan().tolist() == [False, True, True]
+
+
+@pytest.mark.cuda
+def test_a_gpu_has_the_cpus_losses_and_nan_for_a_t_out_of_range():
+    process, (x_start, noise) = EDM(), torch.randn(2, 4, 3, 8, 8)
+    t = torch.tensor([0.0, 0.3, 0.9, 1.0])
+    expected = process.training_losses(network, x_start, t, noise=noise)["loss"]
+    moved = [tensor.cuda() for tensor in (x_start, t)]
+    actual = process.training_losses(network, *moved, noise=noise.cuda())["loss"]
+    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-4, atol=1e-5)
+    assert process.q_sample(moved[0], moved[1] + 2).isnan().all()
 
 
 def test_a_trainer_can_ask_what_t_is():
