@@ -10,6 +10,7 @@ from fastdiff.models.unet import UNet
 from fastdiff.ops.backends import backend, set_backend
 from fastdiff.ops.dispatch import explain
 from fastdiff.process.best_timesteps import best_timesteps
+from fastdiff.process.edm import EDM
 from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
 from fastdiff.process.respacing import space_timesteps
 from fastdiff.process.schedules import (
@@ -22,6 +23,7 @@ from fastdiff.process.variance_exploding import VarianceExploding
 from fastdiff.sampling.sampler import Sampler
 
 __all__ = [
+    "EDM",
     "EMA",
     "Checkpoint",
     "GaussianDiffusion",

@@ -18,8 +18,9 @@ from fastdiff.checkpoints.weights import (
 )
 from fastdiff.errors import InputError, first_line
 from fastdiff.models.unet import UNet
+from fastdiff.process import edm, variance_exploding
+from fastdiff.process.edm import EDM
 from fastdiff.process.gaussian import GaussianDiffusion
-from fastdiff.process.variance_exploding import PROCESS as VARIANCE_EXPLODING
 from fastdiff.process.variance_exploding import VarianceExploding
 
 FORMAT = 1
@@ -191,8 +192,13 @@ def _advice(unknown: list[str]) -> str:
     return "make the UNet of the arguments that its layers have now, and load the weights into it"
 
 
-def process_from_config(config: dict[str, Any]) -> GaussianDiffusion | VarianceExploding:
-    """The process of either kind whose ``to_config`` gave ``config``. InputError for others."""
-    if isinstance(config, dict) and config.get("process") == VARIANCE_EXPLODING:
+def process_from_config(
+    config: dict[str, Any],
+) -> GaussianDiffusion | VarianceExploding | EDM:
+    """The process of any kind whose ``to_config`` gave ``config``. InputError for others."""
+    named = config.get("process") if isinstance(config, dict) else None
+    if named == variance_exploding.PROCESS:
         return VarianceExploding.from_config(config)
-    return GaussianDiffusion.from_config(config)
+    if named == edm.PROCESS:
+        return EDM.from_config(config)
+    return GaussianDiffusion.from_config(config)  # whose config has no name in it

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fastdiff.errors import InputError
 from fastdiff.models import presets
 from fastdiff.models.unet import UNet
 from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
+from fastdiff.ranks import Ranks, join
 from fastdiff.training import TrainConfig, Trainer
 from fastdiff.training.init import Init, describe_init, fit_to_init, read_init
 from fastdiff.training.saved import SavedRun
@@ -29,18 +31,31 @@ TRAINING_ONLY = {"dropout", "use_checkpoint"}
 
 
 def run(args: argparse.Namespace) -> int:
-    given = vars(args)
-    run_dir = Path(args.out)
-    _check_folder(run_dir, given.get("resume", False))
-    trainer = _resume(run_dir, given) if list_checkpoints(run_dir) else _start(run_dir, given)
-    try:
-        trainer.fit()
-    except (KeyboardInterrupt, SystemExit):
-        print(f"stopped; continue with --resume from {trainer.last_checkpoint}", file=sys.stderr)
-        raise
+    given, run_dir = vars(args), Path(args.out)
+    ranks = join(given.get("device"), given.get("train.rank_minutes", TrainConfig.rank_minutes))
+    quiet = redirect_stdout(None) if ranks.rank else nullcontext()
+    with ranks.heard(), quiet:
+        goes_on = ranks.on_first(lambda: _goes_on(run_dir, given.get("resume", False)))
+        trainer = (_resume if goes_on else _start)(run_dir, given, ranks)
+        try:
+            trainer.fit()
+        except (KeyboardInterrupt, SystemExit):
+            if ranks.rank == 0:
+                path = trainer.last_checkpoint
+                print(f"stopped; continue with --resume from {path}", file=sys.stderr)
+            raise
+        ranks.leave()
     left = max(0, trainer.config.steps - trainer.step)
-    print(f"{trainer.step} steps done, {left} left; newest checkpoint: {trainer.last_checkpoint}")
+    if ranks.rank == 0:
+        path = trainer.last_checkpoint
+        print(f"{trainer.step} steps done, {left} left; newest checkpoint: {path}")
     return 0
+
+
+def _goes_on(run_dir: Path, resume: bool) -> bool:
+    """Whether there is a run to continue. InputError when the folder is not ours to use."""
+    _check_folder(run_dir, resume)
+    return bool(list_checkpoints(run_dir))
 
 
 def _check_folder(run_dir: Path, resume: bool) -> None:
@@ -61,7 +76,22 @@ def _check_folder(run_dir: Path, resume: bool) -> None:
     require_run(run_dir, or_empty=True)
 
 
-def _start(run_dir: Path, given: Mapping[str, Any]) -> Trainer:
+def _start(run_dir: Path, given: Mapping[str, Any], ranks: Ranks) -> Trainer:
+    parts: Any
+    parts, options, lines = ranks.together(lambda: _parts(given))
+    trainer = Trainer(*parts, run_dir, **options, **_trainer_options(given, ranks))
+    if lines:
+        print(lines)
+    return trainer
+
+
+def _trainer_options(given: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
+    return {"device": given.get("device"), "progress": "quiet" not in given, "ranks": ranks}
+
+
+def _parts(given: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], str]:
+    """What a new run is made of: the network, the process, the data and the settings; what else a
+    trainer is told; and lines for the terminal."""
     if "data" not in given:
         raise InputError("--data is missing: 'digits', a folder of images, a .npz or CIFAR-10")
     if "data_changed" in given:
@@ -84,6 +114,7 @@ def _start(run_dir: Path, given: Mapping[str, Any]) -> Trainer:
     dataset = _load(source, None if init is None else init.info.get("class_names"))
     info = {"preset": preset.name, "data": source}
     torch.manual_seed(config.seed)
+    lines = ""
     if init is None:
         diffusion = build_diffusion(preset.diffusion, part_of(given, "diffusion"))
         model = build_model({**preset.model, **part_of(given, "model")}, diffusion, dataset, config)
@@ -92,21 +123,10 @@ def _start(run_dir: Path, given: Mapping[str, Any]) -> Trainer:
         dataset = fit_to_init(init, dataset)
         model = _init_model(init, part_of(given, "model"))
         info["init"] = init.record
-    trainer = Trainer(
-        model,
-        diffusion,
-        dataset,
-        config,
-        run_dir,
-        eval_dataset=_load_eval(given, source, dataset.class_names),
-        device=given.get("device"),
-        info=info,
-        progress="quiet" not in given,
-    )
-    if init is not None:
-        print(describe_init(init, diffusion))
-        print(f"  training      settings of the preset {preset.name} and the flags")
-    return trainer
+        lines = describe_init(init, diffusion)
+        lines += f"\n  training      settings of the preset {preset.name} and the flags"
+    options = {"eval_dataset": _load_eval(given, source, dataset.class_names), "info": info}
+    return (model, diffusion, dataset, config), options, lines
 
 
 def _read_init(given: Mapping[str, Any]) -> Init | None:
@@ -148,8 +168,14 @@ def _init_model(init: Init, flags: Mapping[str, Any]) -> UNet:
     return model
 
 
-def _resume(run_dir: Path, given: Mapping[str, Any]) -> Trainer:
-    saved = Trainer.read_run(run_dir)
+def _resume(run_dir: Path, given: Mapping[str, Any], ranks: Ranks) -> Trainer:
+    saved = Trainer.read_run(run_dir, ranks)
+    data, options = ranks.together(lambda: _data_to_resume(saved, given))
+    options |= {"changes": part_of(given, "train"), "data_changed": "data_changed" in given}
+    return Trainer.from_saved(saved, data, run_dir, **options, **_trainer_options(given, ranks))
+
+
+def _data_to_resume(saved: SavedRun, given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     check_same_run(saved, given)
     _check_same_init(saved, given)
     source = dict(saved.info.get("data") or {})
@@ -158,17 +184,9 @@ def _resume(run_dir: Path, given: Mapping[str, Any]) -> Trainer:
     if "spec" not in source:
         raise InputError(f"--data is missing, and {saved.path} does not say what it was trained on")
     source |= reading_options(given)
-    return Trainer.from_saved(
-        saved,
-        _load(source, saved.info.get("class_names")),
-        run_dir,
-        changes=part_of(given, "train"),
-        eval_dataset=_load_eval(given, source, saved.info.get("class_names")),
-        device=given.get("device"),
-        info={"data": source},
-        data_changed="data_changed" in given,
-        progress="quiet" not in given,
-    )
+    names = saved.info.get("class_names")
+    data = _load(source, names)
+    return data, {"eval_dataset": _load_eval(given, source, names), "info": {"data": source}}
 
 
 def _check_same_init(saved: SavedRun, given: Mapping[str, Any]) -> None:

@@ -113,7 +113,7 @@ class Source:
     """What the rows of every method follow from.
 
     x_0 = a·x_t + b·output before clipping, (K,) each; ``mean_type`` and ``var_type`` say what the
-    network predicts.
+    network predicts. A ``mean_type`` that is none of MEAN_TYPES has its (a, b) from the process.
     """
 
     levels: Levels
@@ -123,7 +123,17 @@ class Source:
     var_type: str
 
     @classmethod
-    def of(cls, levels: Levels, mean_type: str, var_type: str) -> "Source":
-        """InputError for an unknown type, and for ε-prediction from a step without signal."""
+    def of(
+        cls,
+        levels: Levels,
+        mean_type: str,
+        var_type: str,
+        coefficients: tuple[Float64Array, Float64Array] | None = None,
+    ) -> "Source":
+        """``coefficients``: the (a, b) that a process gives itself.
+
+        InputError for an unknown type, and for ε-prediction from a step without signal.
+        """
         is_learned(var_type)
-        return cls(levels, *x_start_coefficients(levels, mean_type), mean_type, var_type)
+        a, b = x_start_coefficients(levels, mean_type) if coefficients is None else coefficients
+        return cls(levels, a, b, mean_type, var_type)

@@ -12,10 +12,11 @@ from fastdiff.methods.levels import Float64Array
 class Process(Protocol):
     """A Gaussian process of K steps, and what a network that reverses it predicts.
 
-    GaussianDiffusion and VarianceExploding are such; so is any object with these attributes. The
-    arrays are (K,), t ascending. ``Sampler`` also needs ``respace`` (as GaussianDiffusion's) and
-    ``prior_std``, the standard deviation of x_T; with a ``cond_fn`` ``last_variance``, by which a
-    gradient moves the mean of DDPM's last step.
+    GaussianDiffusion, VarianceExploding and EDM are such; so is any object with these attributes.
+    The arrays are (K,), t ascending. ``Sampler`` also needs ``respace`` (as GaussianDiffusion's)
+    and ``prior_std``, the standard deviation of x_T; with a ``cond_fn`` ``last_variance``, by which
+    a gradient moves the mean of DDPM's last step. A process whose ``mean_type`` is of its own has
+    ``x_start_coefficients``, the (a, b) of x_0 = a·x_t + b·output.
     """
 
     mean_type: str
@@ -32,7 +33,7 @@ def check_process(process: Any, *more: str) -> None:
     if missing:
         raise InputError(
             f"a {type(process).__name__} is no diffusion process, it has no {', '.join(missing)}; "
-            "expected a GaussianDiffusion or a VarianceExploding process"
+            "expected a GaussianDiffusion, a VarianceExploding or an EDM process"
         )
 
 

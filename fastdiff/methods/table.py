@@ -108,7 +108,7 @@ class StepTable:
         dtype: torch.dtype = torch.float32,
         **options: Any,
     ) -> "StepTable":
-        """The table by which ``method`` samples a GaussianDiffusion or a VarianceExploding process.
+        """The table by which ``method`` samples a GaussianDiffusion or another Process.
 
         ``eta`` is DDIM's (0 deterministic, 1 the DDPM posterior's variance). ``clip_denoised``
         clips x_0 to [−1, 1]. ``clipped_eps=True`` re-derives DDIM's ε from the clipped x_0, as the
@@ -127,7 +127,8 @@ class StepTable:
         shared = {"eta": eta, "clipped_eps": clipped_eps}
         options |= {name: shared[name] for name in shared.keys() & chosen.options}
         levels = Levels.of(*noise_levels(process))
-        source = Source.of(levels, process.mean_type, process.var_type)
+        own = getattr(process, "x_start_coefficients", None)
+        source = Source.of(levels, process.mean_type, process.var_type, own)
         steps = len(levels.signal)
         columns = dict.fromkeys(COLUMNS, np.zeros(steps)) | {
             "a": source.a,

@@ -33,8 +33,8 @@ def best_timesteps(diffusion: Process, steps: int, xstart_mse: npt.ArrayLike | T
     unknown; it is taken as the posterior's, r = 1.
 
     Args:
-        diffusion: the process the network was measured on, a GaussianDiffusion or VarianceExploding
-            of T steps.
+        diffusion: the process the network was measured on, of T steps: a GaussianDiffusion, a
+            VarianceExploding or an EDM.
         steps: how many to choose, in 2 … T (1 where T is 1).
         xstart_mse: E‖x_0 − x̂_0(x_t)‖² per dimension at every t. Either (N, T), "xstart_mse" of
             ``calc_bpd_loop``, one row an image, the noisiest step first; or (T,), its average, step

@@ -69,6 +69,7 @@ class GaussianDiffusion:
     posterior_mean_coef1: Float64Array
     posterior_mean_coef2: Float64Array
     prior_std = 1.0  # of x_T
+    continuous = False  # t of training_losses is one of the K steps
 
     def __init__(
         self,

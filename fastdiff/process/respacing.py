@@ -96,7 +96,7 @@ def spaced_timesteps(
     else:
         raise InputError(
             f"spacing 'logsnr' needs noise levels, got {num_timesteps} steps: "
-            "give a GaussianDiffusion or a VarianceExploding process"
+            "give a process (a GaussianDiffusion, a VarianceExploding, an EDM)"
         )
     return _distinct(positions, num_timesteps).tolist()
 

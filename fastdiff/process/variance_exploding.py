@@ -18,6 +18,7 @@ from fastdiff.methods.levels import Float64Array
 from fastdiff.ops.counters import Counters
 from fastdiff.ops.normal import draw_like
 from fastdiff.ops.q_sample.op import q_sample
+from fastdiff.process.config import built
 from fastdiff.process.forward import mean_flat, noised
 from fastdiff.process.respacing import chosen_timesteps
 from fastdiff.process.reverse import Model, check_choice, network_output
@@ -39,13 +40,7 @@ def geometric_sigmas(
     (Song & Ermon 2020, technique 1). Raises InputError unless 0 < sigma_min < sigma_max and
     num_steps ≥ 2.
     """
-    if not isinstance(num_steps, int | np.integer) or num_steps < 2:
-        raise InputError(f"num_steps is {num_steps!r}; expected an integer, at least 2")
-    if not (is_finite(sigma_min) and is_finite(sigma_max) and 0 < sigma_min < sigma_max):
-        raise InputError(
-            f"sigma_min is {sigma_min} and sigma_max {sigma_max}; "
-            "expected 0 < sigma_min < sigma_max"
-        )
+    check_sigma_range(num_steps, sigma_min, sigma_max)
     return np.geomspace(sigma_min, sigma_max, num_steps, dtype=np.float64)
 
 
@@ -75,6 +70,8 @@ class VarianceExploding:
 
     Raises InputError for noise levels that do not rise and unknown types.
     """
+
+    continuous = False  # t of training_losses is one of the K steps
 
     def __init__(
         self,
@@ -209,14 +206,7 @@ class VarianceExploding:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "VarianceExploding":
         """The process :meth:`to_config` described. Raises InputError for any other dictionary."""
-        came = config.get("process") if isinstance(config, dict) else config
-        if came != PROCESS:
-            raise InputError(f"config has process {came!r}, expected {PROCESS!r}")
-        arguments = {name: value for name, value in config.items() if name != "process"}
-        try:
-            return cls(**arguments)
-        except TypeError as error:
-            raise InputError(f"the config of a {PROCESS} process does not fit: {error}") from None
+        return built(cls, PROCESS, config)
 
     def _target(self, x_start: Tensor, noise: Tensor, at: TablesAt) -> Tensor:
         if self.mean_type == "epsilon":
@@ -243,6 +233,17 @@ class VarianceExploding:
             "v": self.sigmas / total_std,
         }
         return weights[self.loss_weighting] * b[self.mean_type] ** 2
+
+
+def check_sigma_range(num_steps: int, sigma_min: float, sigma_max: float) -> None:
+    """InputError unless there is room for ``num_steps`` rising noise levels, two or more."""
+    if not isinstance(num_steps, int | np.integer) or num_steps < 2:
+        raise InputError(f"the number of steps is {num_steps!r}; expected an integer, at least 2")
+    if not (is_finite(sigma_min) and is_finite(sigma_max) and 0 < sigma_min < sigma_max):
+        raise InputError(
+            f"sigma_min is {sigma_min} and sigma_max {sigma_max}; "
+            "expected 0 < sigma_min < sigma_max"
+        )
 
 
 def _check_sigmas(sigmas: npt.ArrayLike) -> Float64Array:

@@ -40,9 +40,9 @@ class Sampler:
             A module is run in eval mode, whatever mode it is in; so are the modules that a function
             calls, as far as its closure, its globals or its object name them. Weights are read anew
             at every call.
-        diffusion: the GaussianDiffusion or VarianceExploding process the model was trained with; or
-            a StepTable, whose rows are then taken as they are (``image``, ``known`` and ``cond_fn``
-            need a process).
+        diffusion: the process the model was trained with, a GaussianDiffusion, a VarianceExploding
+            or an EDM; or a StepTable, whose rows are then taken as they are (``image``, ``known``
+            and ``cond_fn`` need a process).
         steps: an int or a respacing string ("50", "10,15,20", "ddim25"), counted in the process's
             own steps; None takes all of them.
         spacing: of ``steps``: "uniform", "quadratic", "trailing" or "logsnr"

@@ -9,14 +9,18 @@ from fastdiff.errors import InputError
 from fastdiff.models.unet import UNet
 from fastdiff.models.wrappers import unwrapped
 from fastdiff.process.gaussian import GaussianDiffusion
+from fastdiff.training.batches import readable
 from fastdiff.training.config import TrainConfig
 
 
-def check_fit(model: nn.Module, diffusion: Any, data: Any, config: TrainConfig) -> None:
-    """Raise InputError for a combination that cannot be trained."""
+def checked(model: nn.Module, diffusion: Any, data: Any, config: TrainConfig) -> Any:
+    """``data`` as a trainer reads it. InputError for a combination that cannot be trained."""
+    data = readable(data)
     if not isinstance(model, nn.Module):
         raise InputError(f"Trainer trains an nn.Module, got a {type(model).__name__}")
-    missing = [n for n in ("training_losses", "to_config") if not hasattr(diffusion, n)]
+    missing = [
+        n for n in ("training_losses", "to_config", "continuous") if not hasattr(diffusion, n)
+    ]
     if missing:
         raise InputError(
             f"Trainer needs a process such as GaussianDiffusion; a {type(diffusion).__name__} has "
@@ -46,6 +50,7 @@ def check_fit(model: nn.Module, diffusion: Any, data: Any, config: TrainConfig) 
             f"sample grids need pictures of 1, 3 or 4 channels, these have shape {shape}; "
             "set sample_every to 0"
         )
+    return data
 
 
 def sample_shape(data: Any) -> tuple[int, ...] | None:

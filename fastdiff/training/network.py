@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -67,11 +68,11 @@ def predictor(network: nn.Module, config: TrainConfig, device: torch.device) -> 
     answer a tensor. The losses around it stay in float32."""
     run = torch.compile(network) if config.compile else network
     dtype = PRECISIONS.get(config.dtype)
+    precision: Any = torch.autocast(device.type, dtype) if dtype else nullcontext()
 
     def predict(x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            output = run(x, t, **kwargs)
-        return tensor_of(output)
+        with precision:
+            return tensor_of(run(x, t, **kwargs))
 
     return predict
 

@@ -19,29 +19,26 @@ if TYPE_CHECKING:
 
 
 class Reports:
-    """The reports of a trainer's steps.
+    """The reports of a run's steps.
 
     Attributes:
         done: the step that was reported last, or had nothing to report.
     """
 
-    def __init__(self, trainer: "Trainer", show_progress: bool) -> None:
-        self.trainer, self.show_progress = trainer, show_progress
+    def __init__(self) -> None:
         self.done = 0
-        self.writes = trainer.ranks.rank == 0
-        self.metrics: MetricsWriter | None = None
+        self.metrics: MetricsWriter | None = None  # of rank 0
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[None]:
+    def opened(self, trainer: "Trainer") -> Iterator[None]:
         """The files and the bar, for the length of a run."""
-        trainer, config = self.trainer, self.trainer.config
+        config, first = trainer.config, trainer.ranks.rank == 0
         self._clock = trainer.step, time.monotonic()
         with contextlib.ExitStack() as stack:
-            if self.writes:
-                self.metrics = stack.enter_context(
-                    MetricsWriter(trainer.run_dir, self.done, config.tensorboard)
-                )
-            bar = progress_bar(config.steps, trainer.step, self.show_progress)
+            if first:
+                writer = MetricsWriter(trainer.run_dir, self.done, config.tensorboard)
+                self.metrics = stack.enter_context(writer)
+            bar = progress_bar(config.steps, trainer.step, trainer.show_progress and first)
             self.bar = stack.enter_context(bar)
             yield
 
@@ -50,26 +47,26 @@ class Reports:
         if self.metrics is not None:
             self.metrics.sync()
 
-    def make(self) -> None:
+    def make(self, trainer: "Trainer") -> None:
         """Report what is due after the trainer's step; after an error it is still to do."""
-        meter = self.trainer.meter.state_dict()
+        meter = trainer.meter.state_dict()
         try:
-            self._make()
+            self._make(trainer)
         except BaseException:
-            self.trainer.meter.load_state_dict(meter)
+            trainer.meter.load_state_dict(meter)
             raise
-        self.done = self.trainer.step
+        self.done = trainer.step
         self.bar.update()
 
-    def _make(self) -> None:
-        trainer, config = self.trainer, self.trainer.config
+    def _make(self, trainer: "Trainer") -> None:
+        config = trainer.config
         values: dict[str, float] = {}
         if trainer.due(config.log_every) or trainer.step == config.steps:
             trainer.check_finite()
             values |= trainer.meter.summary(trainer.ranks)
             values["lr"] = learning_rate(trainer.step - 1, config)
             values["samples"] = trainer.step * config.batch_size
-            values["steps_per_second"] = self._steps_per_second()
+            values["steps_per_second"] = self._steps_per_second(trainer.step)
             self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         if trainer.due(config.nll_every):
             with trainer.averaged():
@@ -77,19 +74,15 @@ class Reports:
         if values and self.metrics is not None:
             self.metrics.write(trainer.step, values)
         if trainer.due(config.sample_every):
-            self._grid()
+            with trainer.averaged():
+                images = preview.draw_samples(trainer)
+            if self.metrics is not None:
+                save_grid(images, trainer.run_dir / "samples" / f"step_{trainer.step:08d}.png")
+                self.metrics.write_images(trainer.step, "samples", images)
 
-    def _steps_per_second(self) -> float:
+    def _steps_per_second(self, step: int) -> float:
         """Since the last call, whatever happened in between."""
         now = time.monotonic()
-        rate = (self.trainer.step - self._clock[0]) / max(now - self._clock[1], 1e-9)
-        self._clock = self.trainer.step, now
+        rate = (step - self._clock[0]) / max(now - self._clock[1], 1e-9)
+        self._clock = step, now
         return rate
-
-    def _grid(self) -> None:
-        trainer = self.trainer
-        with trainer.averaged():
-            images = preview.draw_samples(trainer)
-        if self.metrics is not None:
-            save_grid(images, trainer.run_dir / "samples" / f"step_{trainer.step:08d}.png")
-            self.metrics.write_images(trainer.step, "samples", images)

@@ -37,14 +37,11 @@ class UniformSampler:
         *,
         u: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``n`` timesteps (n,), int64 or, of a continuous process, float32 in [0, 1), and the
+        """``n`` timesteps (n,), int64 or, of a continuous process, float32 in [0, 1], and the
         weights of their losses (n,) float32: all 1. ``u``: uniform numbers in [0, 1), float64 (n,)
         on the device, to draw them by."""
         u = _uniform(n, device, generator) if u is None else u
-        if self.continuous:
-            t = u.float().clamp(max=1 - 2**-24)  # rounding may not reach 1
-        else:
-            t = (u * self.num_timesteps).long()
+        t = u.float() if self.continuous else (u * self.num_timesteps).long()
         return t, torch.ones(n, dtype=torch.float32, device=device)
 
     def update_with_losses(self, t: Tensor, losses: Tensor) -> None:

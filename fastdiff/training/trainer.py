@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import warnings
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from fastdiff.images import to_float
 from fastdiff.models.ema import EMA
 from fastdiff.ranks import ALONE, Ranks, join
 from fastdiff.training import network, preview, saved, state
-from fastdiff.training.batches import Batch, batches_of, describe, readable, size_of
-from fastdiff.training.checks import check_fit, match_eval
+from fastdiff.training.batches import Batch, Batches, batches_of, describe, size_of
+from fastdiff.training.checks import checked, match_eval
 from fastdiff.training.config import TrainConfig, learning_rate
 from fastdiff.training.guard import FiniteGuard, check_weights
 from fastdiff.training.init import fit_to_init, read_init
@@ -80,17 +81,15 @@ class Trainer:
         progress: bool = True,
         ranks: Ranks | None = None,
     ) -> None:
-        data = readable(data)
-        check_fit(model, diffusion, data, config)
-        self.run_dir = Path(run_dir)
         self.ranks = ranks or join(None if device is None else str(device), config.rank_minutes)
+        self.data = self.ranks.together(lambda: checked(model, diffusion, data, config))
+        self.run_dir = Path(run_dir)
         self.device = choose_device(self.ranks.device if self.ranks.count > 1 else device)
         self.model = model.to(self.device).train()
         self.diffusion = diffusion
-        self.data = data
-        self.eval_dataset = match_eval(model, data, eval_dataset)
+        self.eval_dataset = match_eval(model, self.data, eval_dataset)
         self.config = config
-        self.info = {**describe(data), **(info or {})}
+        self.info = {**describe(self.data), **(info or {})}
         self.ranks.agree(facts(self))
 
         self._over_ranks = network.over_ranks(self.model, self.ranks, self.device)
@@ -108,12 +107,15 @@ class Trainer:
         )
         self.ema = EMA(self.model, config.ema, warmup=config.ema_warmup)
         self.timesteps = create_timestep_sampler(config.timestep_sampler, diffusion)
-        self.meter = IntervalMeter(self.timesteps.num_timesteps, self.device)
+        levels = 1 if diffusion.continuous else diffusion.num_timesteps
+        self.meter = IntervalMeter(levels, self.device)
         self.guard = FiniteGuard(self.device)
         # Looking at the loss is free on the CPU; elsewhere it would make every step wait.
         self.check_every = 1 if self.device.type == "cpu" else config.log_every
-        self.stream = batches_of(data, config, self.ranks, self.device)
-        self.reports = Reports(self, progress and self.ranks.rank == 0)
+        self.stream: Batches = self.ranks.together(
+            lambda: batches_of(self.data, config, self.ranks, self.device)
+        )
+        self.reports, self.show_progress = Reports(), progress
         self.last_checkpoint: Path | None = None
         self.saved_as: tuple[int, int] | None = None  # its step, and the step reported then
         self.half_done = False  # between an update of the weights and the end of its step
@@ -242,7 +244,7 @@ class Trainer:
             folder = opened(self.run_dir, self.last_checkpoint, settings)
             self.ranks.on_first(lambda: stack.enter_context(folder) and None)
             stop = stack.enter_context(StopRequest(self.config.max_minutes))
-            stack.enter_context(self.reports.opened())
+            stack.enter_context(self.reports.opened(self))
             stack.enter_context(contextlib.closing(self.stream))
             self._train(stop)
             self.ranks.on_first(lambda: preview.plot_curve(self.run_dir))
@@ -252,11 +254,11 @@ class Trainer:
     def _train(self, stop: StopRequest) -> None:
         if self.reports.done < self.step:  # an error came between that step and its log line
             with rescued(self, stop):
-                self.reports.make()
+                self.reports.make(self)
         while self.step < self.config.steps and not self._all_stop(stop):
             with rescued(self, stop), self.ranks.lost():
                 self._train_step()
-                self.reports.make()
+                self.reports.make(self)
             if self.due(self.config.save_every):
                 self.save()
         self.save()
@@ -335,7 +337,7 @@ class Trainer:
             self.ranks.numbers(1, 0)
             raise
         shape = batch[0].shape
-        found = self.ranks.numbers(0, hash((str(batch[0].dtype), *shape)))
+        found = self.ranks.numbers(0, zlib.crc32(repr((batch[0].dtype, shape)).encode()))
         if found[:, 0].any():
             raise SystemExit(2)  # the rank that failed says why
         if (found[:, 1] != found[0, 1]).any():

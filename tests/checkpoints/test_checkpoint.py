@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastdiff
 from fastdiff import EMA, UNet, load, save
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.published import load_published
@@ -107,11 +108,17 @@ def test_minimal_checkpoint(tmp_path):
 
 
 @pytest.mark.seconds
-def test_variance_exploding_process_comes_back(tmp_path):
-    process = VarianceExploding(geometric_sigmas(10))
-    loaded = load(save(tmp_path / "c", tiny(out_channels=1), diffusion=process))
-    assert isinstance(loaded.diffusion, VarianceExploding)
-    assert loaded.diffusion.to_config() == process.to_config()
+@pytest.mark.parametrize(
+    "process", [VarianceExploding(geometric_sigmas(10)), fastdiff.EDM(10, sigma_data=0.4)]
+)
+def test_a_process_of_another_kind_comes_back_and_samples(process, tmp_path):
+    model = tiny(out_channels=1).eval()
+    loaded = load(save(tmp_path / "c", model, diffusion=process.respace("4")))
+    assert type(loaded.diffusion) is type(process)
+    assert loaded.diffusion.to_config() == process.respace("4").to_config()
+    sampler = fastdiff.Sampler(model, process, steps=4)
+    again = fastdiff.Sampler(loaded.model, loaded.diffusion)
+    assert torch.equal(again.sample((2, 1, 8, 8), seed=3), sampler.sample((2, 1, 8, 8), seed=3))
 
 
 def test_extra_files(tmp_path):

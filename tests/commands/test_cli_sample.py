@@ -11,6 +11,7 @@ from fastdiff.cli import main
 from fastdiff.images import load_samples_npz, to_uint8
 from fastdiff.models.ema import EMA
 from fastdiff.models.unet import UNet
+from fastdiff.process.edm import EDM
 from fastdiff.process.gaussian import create_diffusion
 from fastdiff.sampling.sampler import Sampler
 
@@ -95,6 +96,17 @@ def test_everything_it_leaves(plain, tmp_path, capsys):
     expected = Sampler(checkpoint.model, checkpoint.diffusion, steps=4).sample((5, 1, 8, 8), seed=9)
     difference = to_uint8(expected)[:, 0].int() - torch.from_numpy(images)[..., 0].int()
     assert difference.abs().max() <= 1  # batches of another size may round otherwise
+
+
+def test_an_edm_checkpoint_is_sampled(tmp_path, capsys):
+    info = {"image_size": [8, 8], "channels": 1}
+    path = save(tmp_path / "ckpt", unet(), diffusion=EDM(sigma_data=0.4), info=info)
+    assert sample(path, tmp_path / "out", "--num", "2", "--steps", "4", "--method", "ddim") == 0
+    assert "2 images, 4 steps each" in capsys.readouterr().out
+    checkpoint = load(path)
+    sampler = Sampler(checkpoint.model, checkpoint.diffusion, steps=4, method="ddim")
+    expected = to_uint8(sampler.sample((2, 1, 8, 8), seed=0))[:, 0].numpy()
+    assert np.abs(arrays(tmp_path / "out")[0][..., 0].astype(int) - expected).max() <= 1
 
 
 def arrays(folder):

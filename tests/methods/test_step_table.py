@@ -176,6 +176,16 @@ def test_a_true_prediction_returns_x_start_and_arrives_at_it(mean_type, method):
         assert x_prev == pytest.approx(x_0, abs=1e-5)
 
 
+def test_a_process_may_say_itself_how_x_start_follows_from_the_output():
+    process = levels([0.9, 0.8], [0.1, 0.5], "mine", x_start_coefficients=([2, 3], [-1, 4]))
+    for method in METHODS:
+        table = StepTable.from_process(process, method=method)
+        assert table.a.tolist() == [3, 2] and table.b.tolist() == [4, -1]
+    process.x_start_coefficients = ([2, 3], [1])
+    with pytest.raises(InputError, match=r"b has shape \(1,\); expected \(2,\)"):
+        StepTable.from_process(process)
+
+
 @pytest.mark.parametrize("mean_type", ["v", "x_start", "previous_x"])
 @pytest.mark.parametrize("var_type", VAR_TYPES)
 @pytest.mark.parametrize("method", METHODS)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fastdiff.checkpoints.config import process_from_config
 from fastdiff.errors import InputError
 from fastdiff.methods.protocol import noise_levels
+from fastdiff.process.edm import EDM
 from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
 from fastdiff.process.respacing import SPACINGS, space_timesteps, spaced_timesteps
 from fastdiff.process.schedules import get_named_beta_schedule, rescale_zero_terminal_snr
@@ -20,6 +21,7 @@ PROCESSES = {
     "linear": create_diffusion(steps=1000),
     "cosine": create_diffusion(steps=300, noise_schedule="cosine"),
     "ve": VarianceExploding(geometric_sigmas(200), conditioning="log_sigma"),
+    "edm": EDM(200),
     "zero terminal SNR": create_diffusion(steps=100, mean_type="v", zero_terminal_snr=True),
 }
 
@@ -184,7 +186,7 @@ def test_bad_spacings(arguments, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["linear", "ve"])
+@pytest.mark.parametrize("name", ["linear", "ve", "edm"])
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -27,6 +27,9 @@ process = fastdiff.create_diffusion(steps=1000, noise_schedule="cosine", learn_s
 assert_type(process, fastdiff.GaussianDiffusion)
 assert_type(fastdiff.GaussianDiffusion(betas, mean_type="v"), fastdiff.GaussianDiffusion)
 exploding = fastdiff.VarianceExploding([0.1, 1.0, 10.0])
+edm = fastdiff.EDM(sigma_data=0.5)
+assert_type(edm.respace(18), fastdiff.EDM)
+assert_type(edm.training_losses(model, torch.randn(2, 1, 8, 8), torch.rand(2)), dict[str, Tensor])
 assert_type(fastdiff.best_timesteps(process, 50, betas), list[int])
 
 # Sampling
@@ -36,6 +39,7 @@ sampler = fastdiff.Sampler(model, process, steps=50, method="ddim")
 assert_type(sampler.sample((4, 1, 8, 8), seed=0), Tensor)
 assert_type(sampler.iterate((4, 1, 8, 8)), Iterator[dict[str, Any]])
 fastdiff.Sampler(lambda x, t: x, exploding, steps=20)
+fastdiff.Sampler(lambda x, t: x, edm, steps=18)
 
 # Operations
 x, qkv, row = torch.randn(2, 32, 4, 4), torch.randn(2, 96, 16), torch.ones(1000)

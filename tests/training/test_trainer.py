@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.run_directory import list_checkpoints
 from fastdiff.data import BatchStream
+from fastdiff.data.words import TIMESTEPS, uniform
 from fastdiff.images import to_float
+from fastdiff.ops.counters import training_step
+from fastdiff.ops.normal import normal
 from fastdiff.training import TrainConfig, Trainer
 from fastdiff.training.config import learning_rate
 from fastdiff.training.metrics import IntervalMeter
@@ -47,12 +50,11 @@ def test_three_steps_written_out(tmp_path, ema_warmup):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
     averages = {"0.15": weights(model), "0.5": weights(model)}
     stream = BatchStream(make_dataset(), 8, seed=5)
-    torch.manual_seed(5)
     for step in range(3):
         images, labels = next(stream)
         x_start = to_float(images)
-        t = torch.randint(8, (8,))
-        noise = torch.randn(x_start.shape)
+        t = torch.from_numpy(uniform(5, step, TIMESTEPS, 8) * 8).long()
+        noise = normal(x_start.shape, seed=5, step=training_step(step))
         losses = diffusion.training_losses(model, x_start, t, {"y": labels}, noise=noise)
         optimizer.zero_grad()
         # In the trainer's order of operations: Adam divides by the gradient, so where that is
@@ -128,7 +130,6 @@ def test_bfloat16_computes_the_same_to_its_precision(tmp_path):
 @pytest.mark.seconds
 def test_labels_are_hidden_at_the_given_rate(tmp_path):
     trainer = make_trainer(tmp_path, batch_size=2000, label_dropout=0.3)
-    torch.manual_seed(0)
     _, kwargs = trainer._next_batch()
     given_labels = next(BatchStream(make_dataset(), 2000))[1]
     hidden = kwargs["y"] == trainer.model.null_label

@@ -272,7 +272,7 @@ def test_unknown_setting():
         ({"num_classes": 4}, {}, "network has 4 classes, the training images have 3"),
         ({"null_class": False}, {}, "label_dropout is 0.2, which needs .* null_class=True"),
         ({"channel_mult": (1, 1, 1, 1, 1)}, {}, "images of 8x8 are too small .* halves them 4"),
-        ({"super_res": True}, {}, "2-D networks of whole images"),
+        ({"dims": 1}, {}, "the network is 1-dimensional; x of the data has shape"),
     ],
 )
 def test_parts_that_do_not_fit(tmp_path, model, settings, message):
@@ -284,7 +284,10 @@ def test_only_processes_a_checkpoint_can_describe(tmp_path):
     class Other:
         num_timesteps = 8
 
-    with pytest.raises(InputError, match="needs a GaussianDiffusion"):
+    with pytest.raises(
+        InputError,
+        match="needs a process such as GaussianDiffusion; a Other has no training_losses",
+    ):
         Trainer(make_model(), Other(), make_dataset(), TrainConfig(), tmp_path)  # type: ignore
 
 
