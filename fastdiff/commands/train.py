@@ -79,7 +79,7 @@ def _check_folder(run_dir: Path, resume: bool) -> None:
 def _start(run_dir: Path, given: Mapping[str, Any], ranks: Ranks) -> Trainer:
     parts: Any
     parts, options, lines = ranks.together(lambda: _parts(given))
-    trainer = Trainer(*parts, run_dir, **options, **_trainer_options(given, ranks))
+    trainer = Trainer(*parts, run_dir=run_dir, **options, **_trainer_options(given, ranks))
     if lines:
         print(lines)
     return trainer
