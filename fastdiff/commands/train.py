@@ -77,9 +77,8 @@ def _check_folder(run_dir: Path, resume: bool) -> None:
 
 
 def _start(run_dir: Path, given: Mapping[str, Any], ranks: Ranks) -> Trainer:
-    parts: Any
-    parts, options, lines = ranks.together(lambda: _parts(given))
-    trainer = Trainer(*parts, run_dir=run_dir, **options, **_trainer_options(given, ranks))
+    parts, lines = ranks.together(lambda: _parts(given))
+    trainer = Trainer(run_dir=run_dir, **parts, **_trainer_options(given, ranks))
     if lines:
         print(lines)
     return trainer
@@ -89,9 +88,8 @@ def _trainer_options(given: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     return {"device": given.get("device"), "progress": "quiet" not in given, "ranks": ranks}
 
 
-def _parts(given: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], str]:
-    """What a new run is made of: the network, the process, the data and the settings; what else a
-    trainer is told; and lines for the terminal."""
+def _parts(given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """What a new run is made of, by the names of a trainer's arguments; lines for the terminal."""
     if "data" not in given:
         raise InputError("--data is missing: 'digits', a folder of images, a .npz or CIFAR-10")
     if "data_changed" in given:
@@ -125,8 +123,9 @@ def _parts(given: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], s
         info["init"] = init.record
         lines = describe_init(init, diffusion)
         lines += f"\n  training      settings of the preset {preset.name} and the flags"
-    options = {"eval_dataset": _load_eval(given, source, dataset.class_names), "info": info}
-    return (model, diffusion, dataset, config), options, lines
+    parts = {"model": model, "diffusion": diffusion, "data": dataset, "config": config}
+    eval_dataset = _load_eval(given, source, dataset.class_names)
+    return {**parts, "eval_dataset": eval_dataset, "info": info}, lines
 
 
 def _read_init(given: Mapping[str, Any]) -> Init | None:
