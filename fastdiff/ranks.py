@@ -7,6 +7,7 @@ what one of them found.
 
 import datetime
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -30,6 +31,7 @@ ARRIVAL = 10.0  # minutes for all processes to find each other
 # process dies, torchrun ends the others; the limit is for those that hang.
 DRAWING = 24 * 60.0
 FAREWELL = 5  # seconds in which a process that lost the others waits for what they say of it
+PULSE = 1  # seconds between signs of life
 
 EXPECTED = (InputError, TrainingError, OSError)  # what the command line prints as one line
 
@@ -140,7 +142,7 @@ class Ranks:
 
     @contextmanager
     def lost(self) -> Iterator[None]:
-        """A block that talks to the other ranks: where one of them is gone, TrainingError names it.
+        """A block that talks to the other ranks: where one of them is gone, LostRank names it.
 
         A rank that said why it fails prints that itself, and the others leave without a word; of
         those that miss a silent one the first speaks.
@@ -150,37 +152,50 @@ class Ranks:
         except RuntimeError as error:
             if self.group is None or not _is_of_others(error):
                 raise
-            reasons, present = self._roll_call()
-            if reasons or (present and present[0] != self.rank):
+            gone, speaker = self._roll_call()
+            if speaker != self.rank:
                 raise SystemExit(2) from error
-            missing = [str(rank) for rank in range(self.count) if rank not in present]
-            who = f"rank {', '.join(missing)} of {self.count}" if present else "the other ranks"
+            who = f"rank {', '.join(map(str, gone))} of {self.count}" if gone else "another rank"
             raise LostRank(
                 f"lost {who} without a word: killed, its machine gone, or hanging for longer than "
                 f"{self.minutes:g} minutes"
             ) from error
 
-    def _roll_call(self) -> tuple[list[str], list[int]]:
-        """What failed ranks have said, and which ranks call too within some seconds."""
-        reasons: list[str] = []
-        present: list[int] = []
-        deadline = time.monotonic() + FAREWELL
+    def _roll_call(self) -> tuple[list[int], int | None]:
+        """(the ranks that are gone, the rank that says so), after some seconds. No rank says it
+        where one has said why it failed.
+
+        A rank that waits for another cannot answer, but its pulse goes on; one that hangs has a
+        pulse and never answers.
+        """
+        ranks = range(self.count)
         if self.store is None:
-            return reasons, present
+            return [], self.rank
         try:
             self.store.set(f"here/{self.rank}", "")
-            while time.monotonic() < deadline and len(present) < self.count and not reasons:
-                ranks = range(self.count)
-                reasons = [
-                    self.store.get(f"failed/{rank}").decode()
-                    for rank in ranks
-                    if self.store.check([f"failed/{rank}"])
-                ]
-                present = [rank for rank in ranks if self.store.check([f"here/{rank}"])]
-                time.sleep(0.1)
+            before = [self._pulse_of(rank) for rank in ranks]
+            time.sleep(FAREWELL)
+            if any(self.store.check([f"failed/{rank}"]) for rank in ranks):
+                return [], None
+            here = [rank for rank in ranks if self.store.check([f"here/{rank}"])]
+            beating = [rank for rank in ranks if self._pulse_of(rank) != before[rank]]
         except RuntimeError:  # the store went with the rank that held it
-            pass
-        return reasons, present
+            return [], self.rank
+        dead = [rank for rank in ranks if rank not in {*here, *beating}]
+        if dead:
+            return dead, min({*here, *beating})
+        return [rank for rank in ranks if rank not in here], here[0]
+
+    def _pulse_of(self, rank: int) -> int:
+        return self.store.add(f"pulse/{rank}", 0)
+
+
+def _beat(store: Any, rank: int) -> None:
+    """A thread's work: show that this process lives, whatever its other threads wait for."""
+    with suppress(RuntimeError):
+        while True:
+            store.add(f"pulse/{rank}", 1)
+            time.sleep(PULSE)
 
 
 ALONE = Ranks()
@@ -241,6 +256,7 @@ def join(device: str | None, minutes: float = DRAWING) -> Ranks:
         torch.distributed.init_process_group(backend, timeout=arrival)
     limit = datetime.timedelta(minutes=minutes)
     group = torch.distributed.new_group(backend="gloo", timeout=limit)
+    threading.Thread(target=_beat, args=(_store(), rank), daemon=True).start()
     return Ranks(rank, count, device, group, _store(), minutes)
 
 

@@ -264,8 +264,11 @@ class Trainer:
         self.save()
 
     def _all_stop(self, stop: StopRequest) -> bool:
-        """Whether some rank is asked to stop: all of them do, after the same step."""
-        return bool(self.ranks.numbers(int(stop.requested)).any())
+        """Whether some rank is asked to stop: all of them do, after the same step, and in the way
+        that the signal would have it."""
+        found = self.ranks.numbers(int(stop.requested), stop.signal or 0).amax(0).tolist()
+        stop.signal = found[1] or stop.signal  # one may have come meanwhile
+        return bool(found[0])
 
     def _train_step(self) -> None:
         """One optimizer step. Waits for nothing but the next batch (and, on the CPU, the loss)."""

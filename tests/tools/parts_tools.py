@@ -94,7 +94,7 @@ def forkserver():
     return context
 
 
-def process(argv, log, environment, disk_full=False, dies_at=None):
+def process(argv, log, environment, disk_full=False, dies_at=None, fault=None):
     """What a process of its own runs: the command line."""
     torch.set_num_threads(1)
     os.environ.update(environment)
@@ -113,6 +113,10 @@ def process(argv, log, environment, disk_full=False, dies_at=None):
             replace(*args)
 
         os.replace = counted
+    if fault is not None:
+        from rank_faults import spoil
+
+        spoil(fault)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -124,7 +128,8 @@ def process(argv, log, environment, disk_full=False, dies_at=None):
 class Group:
     """Processes with the environment torchrun makes, and its store, but started in no time."""
 
-    def __init__(self, context, folder, count, argv, disk_full=None):
+    def __init__(self, context, folder, count, argv, disk_full=None, fault=None):
+        """``argv``: of all processes, or a list with each one's. ``fault``: (rank, its name)."""
         self.log = folder / "log"
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.processes = []
@@ -139,7 +144,9 @@ class Group:
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "TORCHELASTIC_RESTART_COUNT": "0",
             }
-            target = (argv, str(self.log), environment, rank == disk_full)
+            own = argv[rank] if isinstance(argv[0], list) else argv
+            spoiled = fault[1] if fault is not None and fault[0] == rank else None
+            target = (own, str(self.log), environment, rank == disk_full, None, spoiled)
             self.processes.append(context.Process(target=process, args=target))
             self.processes[-1].start()
 

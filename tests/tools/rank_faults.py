@@ -1,0 +1,66 @@
+"""What may go wrong on one rank of a training run, at its fifth step."""
+
+import errno
+import math
+import os
+import time
+
+import torch
+
+from fastdiff.errors import InputError
+from fastdiff.training.trainer import Trainer
+
+STEP = 4  # steps that are finished before
+
+
+def spoil(fault: str) -> None:
+    """Make this process's trainer fail so: "nan", "read", "step", "shape", "hang", or "disk",
+    which is full when step 6 is saved."""
+    if fault == "disk":
+        _fill_disk()
+        return
+    read, take = Trainer._read, Trainer._train_step
+
+    def failing_step(self: Trainer) -> None:
+        if self.step == STEP and fault == "hang":
+            time.sleep(3600)
+        if self.step == STEP and fault in ("nan", "step"):
+            compute = self.diffusion.training_losses
+
+            def spoiled(*args, **kwargs):
+                if fault == "step":
+                    raise torch.OutOfMemoryError("no memory for the activations")
+                losses = compute(*args, **kwargs)
+                losses["loss"] = losses["loss"] * math.nan
+                return losses
+
+            self.diffusion.training_losses = spoiled
+        take(self)
+
+    def failing_read(self: Trainer):
+        if self.step == STEP and fault in ("read", "shape"):
+            draw = type(self.stream).__next__
+
+            def next_batch(stream):
+                if fault == "read":
+                    raise InputError("'a.png' cannot be decoded")
+                images, labels = draw(stream)
+                return images[1:], labels[1:]
+
+            type(self.stream).__next__ = next_batch
+        return read(self)
+
+    Trainer._read, Trainer._train_step = failing_read, failing_step
+
+
+def _fill_disk() -> None:
+    from fastdiff.checkpoints import checkpoint
+
+    save = checkpoint.save
+
+    def full(path, *args, **kwargs):
+        if path.name == "step_00000006":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(path, *args, **kwargs)
+
+    checkpoint.save = full

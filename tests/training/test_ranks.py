@@ -1,0 +1,282 @@
+"""Training by several processes gives what one gives, and ends as one does when one of them fails.
+
+gloo's processes on CPUs, started as torchrun starts them.
+"""
+
+import json
+import os
+import pickle
+import signal
+import time
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from fastdiff.checkpoints.run_directory import list_checkpoints
+from fastdiff.cli import main
+from parts_tools import WAIT, Group, forkserver
+
+SMALL = (
+    "--preset iddpm-cifar10 --model-channels 32 --channel-mult 1 --num-res-blocks 1 "
+    "--attention-resolutions none --diffusion-steps 20 --dropout 0 --lr 1e-3 --batch-size 8 "
+    "--steps 6 --log-every 2 --save-every 3 --ema 0.9 --class-cond --label-dropout 0.3 --flip "
+    "--device cpu --quiet --no-tensorboard"
+).split()
+# Float32 sums in another order: of gradients over ranks, of losses over an interval.
+SAME = 2e-5
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory):
+    """CIFAR-10 as it is distributed, with few images."""
+    folder = tmp_path_factory.mktemp("data") / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(1, 6):
+        labels = rng.permutation(10).tolist()
+        data = rng.integers(0, 256, (10, 3072), np.uint8)
+        batch = {b"data": data, b"labels": labels, b"batch_label": b"", b"filenames": []}
+        (folder / f"data_batch_{number}").write_bytes(pickle.dumps(batch, protocol=4))
+    names = [f"c{i}".encode() for i in range(10)]
+    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": names}, protocol=4))
+    return folder
+
+
+@pytest.fixture
+def start(tmp_path):
+    groups = []
+
+    def start_group(*args, **options):
+        folder = tmp_path / f"group{len(groups)}"
+        folder.mkdir()
+        groups.append(Group(forkserver(), folder, *args, **options))
+        return groups[-1]
+
+    yield start_group
+    for group in groups:
+        group.kill()
+
+
+def command(cifar, run, *options):
+    return ["train", "--data", str(cifar), "--out", str(run), *SMALL, *options]
+
+
+@pytest.fixture(scope="module")
+def alone(cifar, tmp_path_factory):
+    run = tmp_path_factory.mktemp("alone") / "run"
+    assert main(command(cifar, run)) == 0
+    return run
+
+
+def lines(run):
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "steps_per_second"} for line in found]
+
+
+def assert_same_run(run, expected, tolerance=SAME):
+    found = lines(run)
+    assert [line["step"] for line in found] == [line["step"] for line in lines(expected)]
+    for mine, theirs in zip(found, lines(expected), strict=True):
+        assert mine == pytest.approx(theirs, rel=tolerance)
+    last = [list_checkpoints(r)[-1] for r in (run, expected)]
+    assert last[0].name == last[1].name
+    for stem in ("model", "ema_0.9"):
+        mine, theirs = (safetensors.torch.load_file(p / f"{stem}.safetensors") for p in last)
+        # Adam divides by the gradient: where that is all rounding, as of a bias before a norm, a
+        # step may be any step.
+        off = torch.cat([(mine[name] - value).abs().flatten() for name, value in theirs.items()])
+        assert off.median() < 1e-6 and off.max() < 6 * 1e-3
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [
+        (2, []),
+        (4, ["--microbatch", "1"]),
+        (2, ["--timestep-sampler", "loss-second-moment", "--diffusion-steps", "2"]),
+    ],
+)
+def test_ranks_give_the_curve_of_one(cifar, alone, start, tmp_path, count, options):
+    expected = alone
+    if options[:1] == ["--timestep-sampler"]:
+        expected = tmp_path / "alone"
+        assert main(command(cifar, expected, *options)) == 0
+    run = tmp_path / "run"
+    codes, log = start(count, command(cifar, run, *options)).finish()
+    assert codes == [0] * count, log
+    assert_same_run(run, expected)
+    assert log.count("6 steps done, 0 left") == 1 and log.count("50 images") == 1
+
+
+@pytest.mark.seconds
+def test_killed_and_resumed_by_another_number_of_ranks(cifar, alone, start, tmp_path):
+    run = tmp_path / "run"
+    group = start(4, command(cifar, run, "--steps", "1000000", "--rank-minutes", "0.5"))
+    wait_for(lambda: list_checkpoints(run))
+    os.kill(group.processes[2].pid, signal.SIGKILL)
+    codes, log = group.finish()
+    assert codes[2] == -signal.SIGKILL and codes[:2] + codes[3:] == [2, 2, 2], log
+    said = [line for line in log.splitlines() if "fastdiff train: error: " in line]
+    assert len(said) == 1 and "lost rank 2 of 4" in said[0]
+
+    for path in list_checkpoints(run)[1:]:
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    assert [p.name for p in list_checkpoints(run)] == ["step_00000003"]
+    codes, log = start(2, command(cifar, run, "--resume", "--steps", "6")).finish()
+    assert codes == [0, 0], log
+    assert_same_run(run, alone)
+
+
+def wait_for(condition):
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.02)
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_scheduler_that_stops_one_stops_all(cifar, start, tmp_path, told):
+    run = tmp_path / "run"
+    group = start(2, command(cifar, run, "--steps", "1000000", "--save-every", "0"))
+    wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text())
+    os.kill(group.processes[told].pid, signal.SIGTERM)
+    codes, log = group.finish()
+    assert codes == [128 + signal.SIGTERM] * 2, log
+    assert log.count("stopped; continue with --resume from") == 1
+    (saved,) = list_checkpoints(run)
+    assert lines(run)[-1]["step"] <= int(saved.name.removeprefix("step_"))
+
+
+# What is refused or fails: one line, from one rank, and all end
+
+
+def only_line(log):
+    (line,) = [line for line in log.splitlines() if "fastdiff train: error: " in line]
+    return line.partition("fastdiff train: error: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch-size", "9"], "batch_size is 9, expected a positive multiple of world_size (2)"),
+        (["--lr", "0"], "lr is 0.0, expected a positive number"),
+        (["--device", "cuda:0"], "--device cuda:0 is one GPU for 2 processes"),
+    ],
+)
+def test_bad_settings_are_said_once(cifar, start, tmp_path, options, message):
+    codes, log = start(2, command(cifar, tmp_path / "run", *options)).finish()
+    assert codes == [2, 2], log
+    assert message in only_line(log)
+    assert not list_checkpoints(tmp_path / "run")
+
+
+def test_a_folder_that_is_no_run_is_refused_once(cifar, start, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    codes, log = start(2, command(cifar, tmp_path / "run")).finish()
+    assert codes == [2, 2] and "holds 'thesis.txt'" in only_line(log)
+
+
+def test_ranks_that_disagree(cifar, start, tmp_path):
+    run = tmp_path / "run"
+    each = [command(cifar, run), command(cifar, run, "--grad-clip", "0.5")]
+    codes, log = start(2, each).finish()
+    assert codes == [2, 2]
+    message = "the ranks disagree: setting grad_clip is 0.5 on rank 1 and 0.0 on rank 0"
+    assert only_line(log).startswith(message)
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("nan", "the loss or its gradient is not finite at step 5"),
+        ("read", "'a.png' cannot be decoded"),
+        ("step", "no memory for the activations"),
+        ("shape", "rank 1 has a batch of (3, 3, 32, 32), rank 0 one of (4, 3, 32, 32)"),
+        ("disk", "No space left on device"),
+    ],
+)
+def test_a_fault_of_one_rank(cifar, alone, start, tmp_path, rank, fault, message):
+    if (fault, rank) in (("shape", 0), ("disk", 1)):
+        pytest.skip("rank 0 is what the others are compared with, and alone writes")
+    run = tmp_path / "run"
+    argv = command(cifar, run, "--rank-minutes", "0.5")
+    codes, log = start(2, argv, fault=(rank, fault)).finish()
+    assert codes == [2, 2], log
+    line = only_line(log)
+    assert message in line, log
+    assert [p.name for p in list_checkpoints(run)][:1] == ["step_00000003"]
+    if fault == "nan":
+        assert "on rank" in line and line.endswith("step_00000003")
+    codes, log = start(2, command(cifar, run, "--resume")).finish()
+    assert codes == [0, 0], log
+    assert_same_run(run, alone)
+
+
+@pytest.mark.seconds
+def test_a_rank_that_hangs_is_named(cifar, start, tmp_path):
+    run = tmp_path / "run"
+    argv = command(cifar, run, "--rank-minutes", "0.1", "--batch-size", "6")
+    group = start(3, argv, fault=(1, "hang"))
+    for one in (group.processes[0], group.processes[2]):
+        one.join(WAIT)
+        assert one.exitcode == 2, group.log.read_text()
+    group.kill()
+    line = only_line(group.log.read_text())
+    assert "lost rank 1 of 3 without a word" in line and "longer than 0.1 minutes" in line
+    assert "step_0000000" in line
+
+
+def test_grids_and_bits_do_not_depend_on_the_number_of_ranks(cifar, start, tmp_path):
+    options = ["--steps", "1", "--sample-every", "1", "--sample-count", "5", "--sample-steps", "3"]
+    options += ["--nll-every", "1", "--nll-images", "9", "--nll-steps", "4"]
+    runs = [tmp_path / "one", tmp_path / "three"]
+    assert main(command(cifar, runs[0], *options, "--batch-size", "6")) == 0
+    codes, log = start(3, command(cifar, runs[1], *options, "--batch-size", "6")).finish()
+    assert codes == [0, 0, 0], log
+    bits = [lines(run)[-1]["bits_per_dim"] for run in runs]
+    assert bits[0] == pytest.approx(bits[1], rel=1e-5)
+    from PIL import Image
+
+    grids = [np.asarray(Image.open(r / "samples" / "step_00000001.png"), np.int16) for r in runs]
+    assert np.abs(grids[0] - grids[1]).max() <= 1
+
+
+@pytest.mark.seconds
+def test_a_users_script_under_torchrun(tmp_path):
+    """The Python API joins by itself, and keeps a process group that the script has made."""
+    import subprocess
+    import sys
+
+    from paths import ROOT, TOOLS
+
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(TOOLS)!r})\n"
+        "import torch.distributed as dist\n"
+        "from training_tools import make_trainer\n"
+        "from pathlib import Path\n"
+        "dist.init_process_group('gloo')\n"
+        "assert make_trainer(Path(sys.argv[1]), steps=3).fit() == 3\n"
+        "assert dist.is_initialized()\n"
+        "dist.destroy_process_group()\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "--nproc-per-node", "2", str(script), str(tmp_path / "run")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=WAIT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["step_00000003"]
