@@ -2,15 +2,15 @@
 
 from fastdiff.data.classes import match_classes
 from fastdiff.data.dataset import NO_LABEL, ArrayDataset, ImageDataset
-from fastdiff.data.formats.folder import FolderDataset
 from fastdiff.data.load import load_dataset
+from fastdiff.data.picture_set import PictureDataset
 from fastdiff.data.stream import BatchStream, iterate_once
 
 __all__ = [
     "NO_LABEL",
     "ArrayDataset",
     "BatchStream",
-    "FolderDataset",
+    "PictureDataset",
     "ImageDataset",
     "iterate_once",
     "load_dataset",

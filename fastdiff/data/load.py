@@ -2,15 +2,21 @@
 
 import os
 from collections.abc import Collection
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import numpy as np
 
+from fastdiff.data import formats
 from fastdiff.data.dataset import ImageDataset
 from fastdiff.data.formats.registry import CACHE_BYTES, FORMATS, Options
 from fastdiff.data.labels import WAYS
 from fastdiff.errors import InputError
+
+for _found in iter_modules(formats.__path__):
+    import_module(f"{formats.__name__}.{_found.name}")
 
 
 def load_dataset(

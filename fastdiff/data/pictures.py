@@ -8,8 +8,7 @@ plugins without ``Image.open``, which alone looks at that global (WebP and GIF l
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,16 +22,22 @@ SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
 LATE_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # PNG chunks that can hold EXIF or XMP
 
 
+class PictureFile(Protocol):
+    """A Path, or a member of an archive: it opens, and ``str`` of it is its name."""
+
+    def open(self, mode: Literal["rb"], /) -> BinaryIO: ...
+
+
 class Header(NamedTuple):
     """size: (width, height) of the upright picture. several: animated, or of several pages."""
 
-    file: Path
+    file: PictureFile
     mode: str
     size: tuple[int, int]
     several: bool
 
 
-def read_header(file: Path, max_pixels: int | None) -> Header:
+def read_header(file: PictureFile, max_pixels: int | None) -> Header:
     """Everything but the pixels. Raises whatever Pillow raises, and InputError for the limit."""
     with _opened(file, max_pixels) as (image, stream):
         width, height = image.size
@@ -45,14 +50,16 @@ def read_header(file: Path, max_pixels: int | None) -> Header:
         return Header(file, mode, (height, width) if turned else (width, height), _several(image))
 
 
-def decode(file: Path, image_size: int | None, channels: int, max_pixels: int | None) -> np.ndarray:
+def decode(
+    file: PictureFile, image_size: int | None, channels: int, max_pixels: int | None
+) -> np.ndarray:
     """uint8 (H, W, C), upright. Raises whatever Pillow raises, and InputError for the limit."""
     with _opened(file, max_pixels) as (image, _):
         image.load()
         return to_array(_upright(image), image_size, channels)
 
 
-def check_pixels(file: Path, max_pixels: int | None) -> None:
+def check_pixels(file: PictureFile, max_pixels: int | None) -> None:
     """Decode the whole file and forget it; raises as ``decode`` does."""
     with _opened(file, max_pixels) as (image, _):
         image.load()
@@ -67,7 +74,7 @@ def pixel_limit(max_pixels: int | None) -> float:
 
 
 @contextmanager
-def _opened(file: Path, max_pixels: int | None) -> Iterator[tuple[Any, BinaryIO]]:
+def _opened(file: PictureFile, max_pixels: int | None) -> Iterator[tuple[Any, BinaryIO]]:
     """The Pillow image in ``file``, not decoded yet, and the stream it reads."""
     pillow = require("PIL.Image", "train")
     with file.open("rb") as stream:
