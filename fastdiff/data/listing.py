@@ -1,11 +1,14 @@
 """The image files of a folder and its sub-folders, and what is passed over on the way."""
 
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+
+import numpy as np
 
 from fastdiff.data.paths import PathTable
 from fastdiff.data.text import counted, listed, plain, shown
@@ -91,10 +94,10 @@ def list_folder(root: Path) -> Listing:
     return found
 
 
-def list_members(paths: Iterable[str], found: Listing) -> None:
-    """What a folder of these paths would hold, in their order, into ``found``."""
-    system = set()
-    for path in paths:
+def list_members(paths: Iterable[str], found: Listing) -> np.ndarray:
+    """What a folder of these paths would hold, into ``found``; which are pictures, in order."""
+    rows, system = array("q"), set()
+    for row, path in enumerate(paths):
         *folders, name = path.split("/")
         inside = next((i for i, part in enumerate(folders) if part.lower() in SYSTEM_FOLDERS), None)
         if name.startswith(".") or any(part.startswith(".") for part in folders):
@@ -103,7 +106,9 @@ def list_members(paths: Iterable[str], found: Listing) -> None:
             system.add("/".join(folders[: inside + 1]))
         elif _is_picture(name, found):
             found.files.add("/".join(folders), [name])
+            rows.append(row)
     found.system.update(path.rpartition("/")[2] for path in system)
+    return np.frombuffer(rows, np.int64) if rows else np.empty(0, np.int64)
 
 
 def _entries(folder: Path, found: Listing) -> tuple[list[str], set[str]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdiff.data.dataset import ImageDataset
 from fastdiff.data.formats.registry import CACHE_BYTES, Options
-from fastdiff.data.labels import Reading, Refusal, read_labels
+from fastdiff.data.labels import Refusal, read_labels
 from fastdiff.data.listing import SUFFIXES
 from fastdiff.data.paths import Chosen, PathTable
 from fastdiff.data.pictures import (
@@ -49,15 +49,15 @@ class Pictures:
     """What a format found at ``place``: N picture files, and their paths below it.
 
     skipped: what was passed over, for ``describe``. own_labels: reads what the format itself says
-    of the classes, int64 (N,), or a refusal; None where it has no place for them, and the paths
-    say it.
+    of the classes, int64 (N,), or why that is of no use; None where it says nothing, and the
+    classes are read from the paths.
     """
 
     place: Path
     files: Sequence[PictureFile]
     paths: PathTable
     skipped: str = ""
-    own_labels: Callable[[], np.ndarray | Refusal] | None = None
+    own_labels: Callable[[], np.ndarray | Refusal | None] = lambda: None
 
 
 class PictureDataset(ImageDataset):
@@ -280,14 +280,13 @@ def _read_classes(pictures: Pictures, rows: np.ndarray, options: Options, found:
         found.no_classes = NOT_ASKED
         return _Classes()
     demanded = options.class_cond or options.labels is not None
-    if pictures.own_labels is not None and options.labels is None:
-        labels = pictures.own_labels()
-        if not isinstance(labels, Refusal):
-            return _Classes(labels[rows])
-        reading: Reading | Refusal = labels
-    else:
-        groups = pictures.paths.groups(rows)
-        reading = read_labels(groups.examples, options.labels, options.known_classes, groups.counts)
+    labels = pictures.own_labels() if options.labels is None else None
+    if isinstance(labels, np.ndarray):
+        return _Classes(labels[rows])
+    groups = pictures.paths.groups(rows)
+    reading = labels or read_labels(
+        groups.examples, options.labels, options.known_classes, groups.counts
+    )
     if isinstance(reading, Refusal):
         if demanded:
             raise InputError(f"'{plain(pictures.place)}': {reading.reason}")

@@ -11,7 +11,9 @@ from fastdiff.data.listing import list_folder
 from fastdiff.data.paths import Chosen, PathTable
 
 NAMES = st.text("ab_.", min_size=1, max_size=5)
-PATHS = st.lists(st.tuples(st.sampled_from(["", "cat", "cat/deep", "dog"]), NAMES), min_size=1, max_size=20)
+PATHS = st.lists(
+    st.tuples(st.sampled_from(["", "cat", "cat/deep", "dog"]), NAMES), min_size=1, max_size=20
+)
 
 
 def test_a_listing_holds_little_more_than_the_names(tmp_path):

@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
+
+from fastdiff.data import dataset_json
 from fastdiff.data.formats.registry import Options, image_format
+from fastdiff.data.labels import Refusal
 from fastdiff.data.listing import list_folder
 from fastdiff.data.paths import Lazy, PathTable
 from fastdiff.data.picture_set import PictureDataset, Pictures, open_pictures
@@ -23,7 +27,15 @@ class FolderFiles(Lazy[Path]):
 
 @image_format("a folder of images", Path.is_dir, general=True)
 def load_folder(root: Path, options: Options) -> PictureDataset:
-    """The image files of a folder and its sub-folders."""
+    """The image files of a folder and its sub-folders, with its dataset.json's labels or those
+    that its paths say."""
     listing = list_folder(root)
-    files = FolderFiles(root, listing.files)
-    return open_pictures(Pictures(root, files, listing.files, listing.skipped()), options)
+    files, about = FolderFiles(root, listing.files), root / dataset_json.NAME
+
+    def own_labels() -> np.ndarray | Refusal | None:
+        if not about.is_file():
+            return None
+        return dataset_json.read_labels_of(listing.files, about.read_bytes)
+
+    pictures = Pictures(root, files, listing.files, listing.skipped(), own_labels)
+    return open_pictures(pictures, options)
