@@ -101,7 +101,7 @@ class ArrayDataset(ImageDataset):
     """Images held in memory.
 
     Args:
-        images: uint8 (N, H, W, C); copied.
+        images: uint8 (N, H, W, C); copied unless they lie in memory as (N, C, H, W).
         **options: the keyword arguments of :class:`ImageDataset`.
     """
 
@@ -115,7 +115,7 @@ class ArrayDataset(ImageDataset):
             raise InputError(f"images are {came[0]} {came[1]}; expected a uint8 array (N, H, W, C)")
         count, height, width, channels = images.shape
         super().__init__(count, (height, width), channels, **options)
-        self.images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        self.images = torch.from_numpy(np.require(images.transpose(0, 3, 1, 2), None, ["C", "W"]))
 
     def gather(self, indices: np.ndarray) -> Tensor:
         return self.images[torch.from_numpy(indices)]

@@ -17,10 +17,12 @@ def in_memory(
     class_names: list[str] | None,
     name: str,
     options: Options,
+    *,
+    numbered: bool = False,
 ) -> ArrayDataset:
     """uint8 (N, H, W, C) and, where there are classes, labels (N,) and perhaps names as a data set.
 
-    name: of the set, for messages.
+    name: of the set, for messages. numbered: the names only repeat the numbers.
     """
     class_cond = options.class_cond
     if class_cond and labels is None:
@@ -28,6 +30,7 @@ def in_memory(
     no_classes = NOT_ASKED if class_cond is False and labels is not None else ""
     if class_cond is False:
         labels = class_names = None
+        numbered = False
     if len(images) == 0:
         raise InputError(f"{name} holds no images")
     count, height, width, found = images.shape
@@ -36,6 +39,7 @@ def in_memory(
         images,
         labels=labels,
         class_names=class_names,
+        numbered=numbered,
         random_flip=options.random_flip,
         found=Found(
             name.strip("'"),

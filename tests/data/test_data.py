@@ -314,7 +314,9 @@ def test_a_format_is_added_by_registering_it(tmp_path):
     try:
         (tmp_path / "a.grey").write_text("1 2 3")
         assert load_dataset(tmp_path / "a.grey")[1][0].item() == 2
-        with pytest.raises(InputError, match="a text of grey levels or a folder of images"):
+        with pytest.raises(
+            InputError, match="a text of grey levels, a folder of images or a .npz file"
+        ):
             load_dataset(tmp_path / "nowhere")
     finally:
         registry.FORMATS[:] = [f for f in registry.FORMATS if f.load is not load]

@@ -11,7 +11,11 @@ from fastdiff.images import check_channels_last, read_samples
 MAX_CLASSES = 1_000_000  # beyond, labels are something else: names and embeddings grow with them
 
 
-@image_format("a .npz file", lambda path: path.is_file() and path.suffix.lower() == ".npz")
+def _is_npz(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() == ".npz"
+
+
+@image_format("a .npz file", _is_npz, general=True)  # a batch of ImageNet may be another
 def load_npz(path: Path, options: Options) -> ArrayDataset:
     """uint8 (N, H, W, C) ``arr_0`` and, optionally, (N,) integer ``arr_1``, and the names of the
     classes, ``class_names``, by their numbers."""
