@@ -25,8 +25,11 @@ class Batch(NamedTuple):
 
 def names_of_few(folder: Path) -> list[str]:
     """The names in a folder of at most ``FEW`` entries, sorted; of a larger one none."""
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in islice(entries, FEW + 1)]
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in islice(entries, FEW + 1)]
+    except OSError:  # listing it as a folder of images will say so
+        return []
     return sorted(names) if len(names) <= FEW else []
 
 

@@ -50,7 +50,7 @@ class Pictures:
 
     skipped: what was passed over, for ``describe``. own_labels: reads what the format itself says
     of the classes, int64 (N,), or why that is of no use; None where it says nothing, and the
-    classes are read from the paths.
+    classes are read from the paths. broken: a line for everything that could not be listed.
     """
 
     place: Path
@@ -58,6 +58,7 @@ class Pictures:
     paths: PathTable
     skipped: str = ""
     own_labels: Callable[[], np.ndarray | Refusal | None] = lambda: None
+    broken: Sequence[str] = ()
 
 
 class PictureDataset(ImageDataset):
@@ -129,23 +130,22 @@ def open_pictures(pictures: Pictures, options: Options) -> PictureDataset:
     With ``skip_broken`` the pixels are decoded now too, once, to know which files are whole.
     """
     place = plain(pictures.place)
-    if not pictures.files:
+    if not pictures.files and not pictures.broken:
         passed_over = f"; passed over: {pictures.skipped}" if pictures.skipped else ""
         raise InputError(
             f"'{place}' holds no image files ({', '.join(sorted(SUFFIXES))}){passed_over}"
         )
     survey = _survey(pictures.files, options)
+    broken = [*pictures.broken, *survey.broken]
     if not survey.rows:
-        raise InputError(
-            f"'{place}' holds no image file that is whole; the first is {survey.broken[0]}"
-        )
+        raise InputError(f"'{place}' holds no image file that is whole; the first is {broken[0]}")
     found = Found(
         str(pictures.place),
         sizes=Counter({_pixels(size): count for size, count in survey.sizes.items()}),
         modes=survey.modes,
         several=survey.several,
         skipped=pictures.skipped,
-        broken=[line.replace(f"'{place}/", "'", 1) for line in survey.broken],
+        broken=[line.replace(f"'{place}/", "'", 1) for line in broken],
     )
     channels = options.channels or _choose_channels(survey)
     side = options.image_size
