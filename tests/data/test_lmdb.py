@@ -81,18 +81,20 @@ def test_many_threads(bedrooms):
     stream.close()
 
 
-def read_all(dataset, results):
-    results.put([dataset[row][0].numpy() for row in range(len(dataset))])
+def read_all(dataset, inherited, results):
+    images = [dataset[row][0].numpy() for row in range(len(dataset))]
+    results.put((images, dataset.files[0].archive.environment() is inherited))
 
 
 def test_forked_processes(bedrooms):
     dataset = load_dataset(bedrooms, cache_bytes=0)
-    dataset[0]  # open here
+    here = dataset.files[0].archive.environment()
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
-    children = [context.Process(target=read_all, args=(dataset, results)) for _ in range(2)]
+    children = [context.Process(target=read_all, args=(dataset, here, results)) for _ in range(2)]
     [child.start() for child in children]
-    for images in [results.get() for _ in children]:
+    for images, was_inherited in [results.get() for _ in children]:
+        assert not was_inherited  # which LMDB forbids
         for row, i in enumerate(order()):
             assert np.array_equal(images[row].transpose(1, 2, 0), pixels(i))
     [child.join() for child in children]
