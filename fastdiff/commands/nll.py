@@ -19,6 +19,7 @@ from fastdiff.commands.class_options import class_names
 from fastdiff.commands.data_options import add_reading_arguments, reading_options
 from fastdiff.commands.reports import check_report, write_report
 from fastdiff.data import ImageDataset, load_dataset, match_classes
+from fastdiff.data.dataset import check_bytes
 from fastdiff.errors import InputError, TrainingError
 from fastdiff.images import to_float
 from fastdiff.ops.counters import sampling_step
@@ -105,6 +106,7 @@ def _dataset(args: argparse.Namespace, checkpoint: Checkpoint) -> ImageDataset:
         **reading_options(vars(args)),
     )
     print(dataset.describe(), flush=True)
+    check_bytes(dataset, "bits/dim")
     found = (dataset.channels, *dataset.image_size)
     if found != (model.in_channels, height, width):
         raise InputError(

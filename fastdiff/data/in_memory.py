@@ -9,6 +9,7 @@ from fastdiff.data.formats.registry import Options
 from fastdiff.data.summary import NOT_ASKED, Found
 from fastdiff.data.transforms import convert_arrays
 from fastdiff.errors import InputError
+from fastdiff.images import check_range
 
 
 def in_memory(
@@ -20,7 +21,7 @@ def in_memory(
     *,
     numbered: bool = False,
 ) -> ArrayDataset:
-    """uint8 (N, H, W, C) and, where there are classes, labels (N,) and perhaps names as a data set.
+    """Images (N, H, W, C) and, where there are classes, labels (N,) and perhaps names as a set.
 
     name: of the set, for messages. numbered: the names only repeat the numbers.
     """
@@ -34,6 +35,8 @@ def in_memory(
     if len(images) == 0:
         raise InputError(f"{name} holds no images")
     count, height, width, found = images.shape
+    check_range(images, name)
+    kind = f"{found}-channel{_numbers(images)}"
     images = convert_arrays(images, options.image_size, options.channels, name)
     return ArrayDataset(
         images,
@@ -44,7 +47,14 @@ def in_memory(
         found=Found(
             name.strip("'"),
             sizes=Counter({f"{width}x{height}": count}),
-            modes=Counter({f"{found}-channel": count}),
+            modes=Counter({kind: count}),
             no_classes=no_classes,
         ),
     )
+
+
+def _numbers(images: np.ndarray) -> str:
+    """What to say of numbers that are no bytes: their range shows floats that were never scaled."""
+    if images.dtype == np.uint8:
+        return ""
+    return f" {images.dtype} from {images.min():g} to {images.max():g}"

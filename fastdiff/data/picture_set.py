@@ -41,7 +41,12 @@ KINDS = {
     "YCbCr": "colour",
     "RGBA": "colour with alpha",
     "PA": "colour with alpha",
+    "I;16": "16-bit greyscale",
+    "LA;16": "greyscale with alpha",
+    "RGB;16": "colour",
+    "RGBA;16": "colour with alpha",
 }
+SHALLOW = set(KINDS.values()) - {KINDS["I;16"]}
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,10 @@ class PictureDataset(ImageDataset):
         self.files = files
         self._resize = resize
         self._max_pixels = max_pixels
+        self._numbers = np.uint16 if self.dtype == torch.uint16 else np.uint8
         shape = (len(files), channels, *image_size)
-        self._cache = np.empty(shape, np.uint8) if np.prod(shape) <= cache_bytes else None
+        fits = np.prod(shape) * np.dtype(self._numbers).itemsize <= cache_bytes
+        self._cache = np.empty(shape, self._numbers) if fits else None
         self._cached = np.zeros(len(files), bool)
 
     def gather(self, indices: np.ndarray) -> Tensor:
@@ -105,7 +112,7 @@ class PictureDataset(ImageDataset):
         return torch.from_numpy(self._cache[indices])
 
     def _decode(self, index: int) -> np.ndarray:
-        """uint8 (C, H, W)."""
+        """(C, H, W)."""
         file = self.files[index]
         try:
             array = decode(file, self._resize, self.channels, self._max_pixels)
@@ -116,6 +123,11 @@ class PictureDataset(ImageDataset):
                 f"'{plain(file)}' cannot be decoded: {first_line(error)}; mend or remove it, or "
                 "leave out every such file with --skip-broken"
             ) from error
+        if array.dtype != self._numbers:
+            raise InputError(
+                f"'{plain(file)}' is now of {array.dtype}, was of {np.dtype(self._numbers)} when "
+                "the set was opened"
+            )
         if array.shape[:2] != self.image_size:
             raise InputError(
                 f"'{plain(file)}' is now {_pixels(array.shape[1::-1])}, was "
@@ -147,6 +159,7 @@ def open_pictures(pictures: Pictures, options: Options) -> PictureDataset:
         skipped=pictures.skipped,
         broken=[line.replace(f"'{place}/", "'", 1) for line in broken],
     )
+    dtype = _choose_dtype(survey, options.channels)
     channels = options.channels or _choose_channels(survey)
     side = options.image_size
     width, height = _one_size(survey) if side is None else (side, side)
@@ -163,6 +176,7 @@ def open_pictures(pictures: Pictures, options: Options) -> PictureDataset:
         class_names=classes.names,
         random_flip=options.random_flip,
         reading=classes.reading,
+        dtype=dtype,
         found=found,
     )
 
@@ -202,7 +216,7 @@ def _survey(files: Sequence[PictureFile], options: Options) -> _Survey:
             if header.mode not in KINDS:
                 raise InputError(
                     f"'{plain(file)}' has the pixel mode {header.mode}, expected 8 bits per "
-                    "channel: convert it first"
+                    "channel, or 16 in greyscale: convert it first"
                 )
             if image_size is not None:
                 _check_resized(header, image_size, max_pixels)
@@ -242,6 +256,25 @@ def _check_resized(header: Header, image_size: int, max_pixels: int | None) -> N
         )
 
 
+def _choose_dtype(survey: _Survey, channels: int | None) -> torch.dtype:
+    """8 bits, or 16 where all files are greyscale of 16."""
+    deep = survey.modes["I;16"]
+    if not deep:
+        return torch.uint8
+    one = plain(survey.first_of[KINDS["I;16"]])
+    if deep < len(survey.rows):
+        other = next(file for kind, file in survey.first_of.items() if kind in SHALLOW)
+        raise InputError(
+            f"'{one}' is greyscale of 16 bits and '{plain(other)}' is not: convert them to one kind"
+        )
+    if channels == 4:
+        raise InputError(
+            f"'{one}' is greyscale of 16 bits, of which 4 channels cannot be made: choose "
+            "--channels 1 or 3"
+        )
+    return torch.uint16
+
+
 def _choose_channels(survey: _Survey) -> int:
     counts: Counter[str] = Counter()
     for mode, count in survey.modes.items():
@@ -251,7 +284,7 @@ def _choose_channels(survey: _Survey) -> int:
             f"{n} {kind} (such as '{plain(survey.first_of[kind])}')" for kind, n in counts.items()
         )
         raise InputError(f"images of mixed modes: {found}; choose with --channels 1, 3 or 4")
-    return 1 if next(iter(counts)).startswith("greyscale") else 3
+    return 1 if "greyscale" in next(iter(counts)) else 3
 
 
 def _one_size(survey: _Survey) -> tuple[int, int]:

@@ -29,7 +29,9 @@ class PictureFile(Protocol):
 
 
 class Header(NamedTuple):
-    """size: (width, height) of the upright picture. several: animated, or of several pages."""
+    """mode: Pillow's, or with ";16" behind it where the file has 16 bits, which Pillow keeps in
+    greyscale alone ("I;16"). size: (width, height) of the upright picture. several: animated, or
+    of several pages."""
 
     file: PictureFile
     mode: str
@@ -41,7 +43,7 @@ def read_header(file: PictureFile, max_pixels: int | None) -> Header:
     """Everything but the pixels. Raises whatever Pillow raises, and InputError for the limit."""
     with _opened(file, max_pixels) as (image, stream):
         width, height = image.size
-        mode = image.mode
+        mode = _mode(image)
         if image.format == "PNG" and _metadata_after_pixels(stream):
             _load_if_whole(image)
         turned = _orientation(image) in SIDEWAYS
@@ -53,7 +55,8 @@ def read_header(file: PictureFile, max_pixels: int | None) -> Header:
 def decode(
     file: PictureFile, image_size: int | None, channels: int, max_pixels: int | None
 ) -> np.ndarray:
-    """uint8 (H, W, C), upright. Raises whatever Pillow raises, and InputError for the limit."""
+    """uint8 or, of 16-bit greyscale, uint16 (H, W, C), upright. Raises whatever Pillow raises, and
+    InputError for the limit."""
     with _opened(file, max_pixels) as (image, _):
         image.load()
         return to_array(_upright(image), image_size, channels)
@@ -142,6 +145,17 @@ def _orientation(image: Any) -> int:
     except Exception:  # damaged EXIF spoils no picture
         return 1
     return found if found in range(1, 9) else 1
+
+
+def _mode(image: Any) -> str:
+    """The mode of a picture that is not decoded yet."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return "I;16"
+    for *_, arguments in image.tile:  # how a decoder is asked to read a part of the picture
+        raw, *others = arguments if isinstance(arguments, tuple) else (arguments,)
+        if ";16" in str(raw) or (image.format == "PPM" and others and others[0] > 255):
+            return f"{image.mode};16"
+    return image.mode
 
 
 def _metadata_after_pixels(stream: BinaryIO) -> bool:

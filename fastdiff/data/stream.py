@@ -22,7 +22,7 @@ _PREFETCH = 2  # batches that workers prepare ahead
 
 
 class BatchStream:
-    """Endless batches (uint8 images (n, C, H, W), int64 labels (n,)).
+    """Endless batches (images (n, C, H, W) of the set's dtype, int64 labels (n,)).
 
     Epochs follow each other without a gap, inside a batch too, so after e epochs every image has
     been drawn exactly e times, whatever the batch size. ``position`` is the number of batches
@@ -160,8 +160,10 @@ class BatchStream:
     def _load(self, indices: np.ndarray, flips: np.ndarray) -> Batch:
         images = self.dataset.gather(indices)
         if flips.any():
+            # torch mirrors no uint16; int16 has the same bits.
+            bits = images.view(torch.int16) if images.dtype == torch.uint16 else images
             mirrored = torch.from_numpy(flips)
-            images[mirrored] = images[mirrored].flip(-1)
+            bits[mirrored] = bits[mirrored].flip(-1)
         return images, self.dataset.gather_labels(indices)
 
 

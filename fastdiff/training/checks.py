@@ -21,7 +21,7 @@ def check_fit(model: UNet, diffusion: Any, dataset: ImageDataset, config: TrainC
     if not isinstance(dataset, ImageDataset):
         raise InputError(
             f"Trainer needs a fastdiff.data.ImageDataset, got a {type(dataset).__name__}: "
-            "fastdiff.data.ArrayDataset(images, labels=labels) makes one of a uint8 array "
+            "fastdiff.data.ArrayDataset(images, labels=labels) makes one of an array "
             "(N, H, W, C)"
         )
     check_images(model, dataset, "training")

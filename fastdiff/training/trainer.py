@@ -14,6 +14,7 @@ from torch import Tensor
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.run_directory import checkpoint_path, held, newest_checkpoint, require_run
 from fastdiff.data import BatchStream, ImageDataset, match_classes
+from fastdiff.data.dataset import check_bytes
 from fastdiff.errors import InputError
 from fastdiff.images import save_grid, to_float
 from fastdiff.models.ema import EMA
@@ -45,7 +46,7 @@ class Trainer:
     Args:
         model: a 2-D UNet; trained in place, on ``device``.
         diffusion: a GaussianDiffusion; its loss_type is what is minimised.
-        dataset: uint8 images, see ``fastdiff.data.load_dataset``.
+        dataset: images, see ``fastdiff.data.load_dataset``.
         config: see TrainConfig.
         run_dir: made if missing; must be empty or a run without checkpoints (``resume`` continues
             those). ``fit`` keeps other processes out of it.
@@ -76,6 +77,8 @@ class Trainer:
                 eval_dataset, dataset.class_names, model.num_classes, "the evaluation set"
             )
         check_images(model, eval_dataset or dataset, "evaluation")
+        if config.nll_every:
+            check_bytes(eval_dataset or dataset, "nll_every, a bound on bits/dim,")
         self.run_dir = Path(run_dir)
         self.device = choose_device(device)
         self.model = model.to(self.device).train()
