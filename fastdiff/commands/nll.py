@@ -16,7 +16,7 @@ from fastdiff.commands.checkpoint_options import (
     load_checkpoint,
 )
 from fastdiff.commands.class_options import class_names
-from fastdiff.commands.data_options import add_reading_arguments, reading_options
+from fastdiff.commands.data_options import KINDS_OF_DATA, add_reading_arguments, reading_options
 from fastdiff.commands.reports import check_report, write_report
 from fastdiff.data import ImageDataset, load_dataset, match_classes
 from fastdiff.data.dataset import check_bytes
@@ -36,8 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         default=argparse.SUPPRESS,
         metavar="SPEC",
-        help="'digits', a folder, a .npz file, CIFAR-10; its classes are matched to the network's "
-        "by name",
+        help=f"{KINDS_OF_DATA}; its classes are matched to the network's by name",
     )
     add_reading_arguments(parser)
     parser.add_argument(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fastdiff.checkpoints.run_directory import identify, list_checkpoints, require_run
-from fastdiff.commands.data_options import reading_options
+from fastdiff.commands.data_options import KINDS_OF_DATA, reading_options
 from fastdiff.commands.train_options import DEFAULT_PRESET, add_arguments, part_of
 from fastdiff.data import ImageDataset, load_dataset
 from fastdiff.errors import InputError
@@ -63,7 +63,7 @@ def _check_folder(run_dir: Path, resume: bool) -> None:
 
 def _start(run_dir: Path, given: Mapping[str, Any]) -> Trainer:
     if "data" not in given:
-        raise InputError("--data is missing: 'digits', a folder of images, a .npz or CIFAR-10")
+        raise InputError(f"--data is missing: {KINDS_OF_DATA}")
     if "data_changed" in given:
         raise InputError(
             "--data-changed is for a run with checkpoints to resume, and there is none"
