@@ -17,10 +17,12 @@ FEW = 1000  # entries: a larger folder holds pictures, and is not searched for a
 
 
 class Batch(NamedTuple):
-    """pixels: uint8 (n, p), the planes of each image. labels: integers (n,)."""
+    """pixels: uint8 (n, p), the planes of each image. labels: integers (n,). broken: a line for
+    every file that was left out."""
 
     pixels: np.ndarray
     labels: np.ndarray
+    broken: Sequence[str] = ()
 
 
 def names_of_few(folder: Path) -> list[str]:
@@ -51,16 +53,26 @@ def numbered_files(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     return []
 
 
-def read_batches(files: Sequence[Path], read: Callable[[Path], Batch], room: int) -> Batch:
+def read_batches(
+    files: Sequence[Path], read: Callable[[Path], Batch], room: int, skip_broken: bool
+) -> Batch:
     """All batches one behind the other, in the memory of all and one.
 
-    room: bytes of pixels in all files, or more.
+    room: bytes of pixels in all files, or more. skip_broken: leave out files that ``read`` refuses,
+    as long as one is left.
     """
     pixels = np.empty((0, 1), np.uint8)
     labels: list[np.ndarray] = []
+    broken: list[str] = []
     end = 0
     for file in files:
-        batch = read(file)
+        try:
+            batch = read(file)
+        except InputError as error:
+            broken.append(str(error))
+            if not skip_broken or len(broken) == len(files):
+                raise
+            continue
         width = batch.pixels.shape[1]
         if not labels:
             pixels = np.empty((room // width, width), np.uint8)  # unwritten, it takes no memory
@@ -73,7 +85,7 @@ def read_batches(files: Sequence[Path], read: Callable[[Path], Batch], room: int
         labels.append(batch.labels.astype(np.int64))
         end += len(batch.pixels)
         del batch  # before the next is read
-    return Batch(pixels[:end], np.concatenate(labels))
+    return Batch(pixels[:end], np.concatenate(labels), broken)
 
 
 def checked_batch(file: Path, pixels: Any, labels: Any, widths: Sequence[int]) -> Batch:

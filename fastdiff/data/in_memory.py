@@ -1,6 +1,7 @@
 """Arrays that a format has read, as a data set."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,10 +21,12 @@ def in_memory(
     options: Options,
     *,
     numbered: bool = False,
+    broken: Sequence[str] = (),
 ) -> ArrayDataset:
     """Images (N, H, W, C) and, where there are classes, labels (N,) and perhaps names as a set.
 
     name: of the set, for messages. numbered: the names only repeat the numbers.
+    broken: a line for every file that was left out.
     """
     class_cond = options.class_cond
     if class_cond and labels is None:
@@ -49,6 +52,7 @@ def in_memory(
             sizes=Counter({f"{width}x{height}": count}),
             modes=Counter({kind: count}),
             no_classes=no_classes,
+            broken=list(broken),
         ),
     )
 

@@ -67,9 +67,9 @@ def load_dataset(
             where there are two (``fastdiff.data.labels``).
         known_classes: names of a network's classes, which choose a reading where there are two. The
             labels keep the data's own numbers; ``match_classes`` brings them to the network's.
-        skip_broken: leave out picture files that cannot be used, which ``describe()`` counts and
-            names; every file is decoded once now, so that the set stays what it is. Otherwise such
-            a file is an error, now or when it is read.
+        skip_broken: leave out files of pictures or batches that cannot be used, which
+            ``describe()`` counts and names; every picture is decoded once now, so that the set
+            stays what it is. Otherwise such a file is an error, now or when it is read.
         max_pixels: the most pixels of a picture file; None: Pillow's limit, 178,956,970 unless
             ``PIL.Image.MAX_IMAGE_PIXELS`` was changed.
 

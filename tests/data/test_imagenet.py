@@ -79,6 +79,10 @@ def test_batches_that_were_cut_or_are_missing(suffix, tmp_path):
     second.write_bytes(second.read_bytes()[:-50])
     with pytest.raises(InputError, match="train_data_batch_2.* is not a readable batch"):
         load_dataset(tmp_path)
+    rest = load_dataset(tmp_path, class_cond=True, skip_broken=True)
+    assert len(rest) == 4 and "1, left out: " in rest.describe()
+    with pytest.raises(InputError, match="train_data_batch_2.* is not a readable batch"):
+        load_dataset(second, skip_broken=True)
     write(second, batch(2, 0, side=16))
     with pytest.raises(InputError, match="has 768 bytes for each image.*has 192"):
         load_dataset(tmp_path)

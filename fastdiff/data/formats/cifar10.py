@@ -30,14 +30,16 @@ def cifar10_files(path: Path) -> list[Path]:
 def load_cifar10(path: Path, options: Options) -> ArrayDataset:
     """The training batches of a folder, or one batch: 32x32 RGB, 10 classes."""
     files = cifar10_files(path)
-    pixels, labels = read_batches(files, _read, sum(file.stat().st_size for file in files))
+    room = sum(file.stat().st_size for file in files)
+    pixels, labels, broken = read_batches(files, _read, room, options.skip_broken)
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(CIFAR10_CLASSES):
         raise InputError(
             f"'{files[0].parent}': labels run from {labels.min()} to {labels.max()}, "
             f"expected 0 to {len(CIFAR10_CLASSES) - 1}"
         )
     images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return in_memory(images, labels, list(CIFAR10_CLASSES), f"'{files[0].parent}'", options)
+    name = f"'{files[0].parent}'"
+    return in_memory(images, labels, list(CIFAR10_CLASSES), name, options, broken=broken)
 
 
 def _read(file: Path) -> Batch:

@@ -42,7 +42,8 @@ def load_imagenet(path: Path, options: Options) -> ArrayDataset:
     order of the batches' own map_clsloc.txt, which is not that of the folders' names.
     """
     files = imagenet_files(path)
-    pixels, labels = read_batches(files, _read, sum(map(_room, files)))
+    room = sum(map(_room, files))
+    pixels, labels, broken = read_batches(files, _read, room, options.skip_broken)
     if len(labels) and not 1 <= labels.min() <= labels.max() <= CLASSES:
         raise InputError(
             f"'{plain(path)}': labels run from {labels.min()} to {labels.max()}, expected 1 to "
@@ -51,7 +52,9 @@ def load_imagenet(path: Path, options: Options) -> ArrayDataset:
     side = math.isqrt(pixels.shape[1] // 3)
     images = pixels.reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
     name = f"'{plain(path)}'"
-    return in_memory(images, labels - 1, numbers(CLASSES), name, options, numbered=True)
+    return in_memory(
+        images, labels - 1, numbers(CLASSES), name, options, numbered=True, broken=broken
+    )
 
 
 def _read(file: Path) -> Batch:
