@@ -1,14 +1,17 @@
 """What a folder of very many files costs: memory for each, in bytes."""
 
 import tracemalloc
+import zipfile
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastdiff.data import load_dataset
 from fastdiff.data.labels import WAYS, Reading, read_labels
 from fastdiff.data.listing import list_folder
 from fastdiff.data.paths import Chosen, PathTable
+from picture_tools import encoded
 
 NAMES = st.text("ab_.", min_size=1, max_size=5)
 PATHS = st.lists(
@@ -55,3 +58,25 @@ def test_names_that_are_no_text_come_back():
     table = PathTable()
     table.add("caf\udce9", ["\udcff.png"])
     assert list(table) == ["caf\udce9/\udcff.png"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.lists(st.sampled_from(["a", "a-b", "a.b", "A", "b", ".h", "@eaDir"]), max_size=2),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_an_archive_is_listed_as_its_folder_would_be(tmp_path_factory, folders):
+    root = tmp_path_factory.mktemp("tree")
+    paths = {"/".join([*folder, f"{i % 3}.png"]) for i, folder in enumerate(folders)}
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+        with zipfile.ZipFile(root / "all.zip", "a") as archive:
+            archive.writestr(path, encoded(0))
+    found = list_folder(root)
+    if len(found.files):
+        listed = load_dataset(root / "all.zip").files
+        assert [str(file).removeprefix(f"{root}/all.zip/") for file in listed] == list(found.files)
