@@ -22,15 +22,17 @@ def in_memory(
     *,
     numbered: bool = False,
     broken: Sequence[str] = (),
+    where_labels: str = "",
 ) -> ArrayDataset:
     """Images (N, H, W, C) and, where there are classes, labels (N,) and perhaps names as a set.
 
     name: of the set, for messages. numbered: the names only repeat the numbers.
-    broken: a line for every file that was left out.
+    broken: a line for every file that was left out. where_labels: for a message, where the format
+    has labels, if it need not have any.
     """
     class_cond = options.class_cond
     if class_cond and labels is None:
-        raise InputError(f"{name} has no labels (arr_1), which class_cond needs")
+        raise InputError(f"{name} has no labels, which class_cond needs: {where_labels}")
     no_classes = NOT_ASKED if class_cond is False and labels is not None else ""
     if class_cond is False:
         labels = class_names = None

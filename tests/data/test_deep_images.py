@@ -106,6 +106,8 @@ def test_arrays(suffix, dtype, tmp_path):
     assert dataset.dtype == kept and dataset[0][0].dtype == kept
     assert torch.equal(dataset.images[:, 0], torch.from_numpy(images[..., 0]).to(kept))
     assert f"1-channel {np.dtype(dtype)} from" in dataset.describe()
+    with pytest.raises(InputError, match=r"has no labels, .*: .*(arr_1|\.npz)"):
+        load_dataset(tmp_path / f"a{suffix}", class_cond=True)
     small = load_dataset(tmp_path / f"a{suffix}", image_size=4, channels=3)[0][0]
     assert small.shape == (3, 4, 4) and small.dtype == kept
     with pytest.raises(

@@ -55,7 +55,9 @@ def test_unpacked_beside_packed_is_one_set(tmp_path):
 def test_without_labels(tmp_path):
     file = write(tmp_path / "train-images-idx3-ubyte", images(2, 4, 4))
     assert load_dataset(file, class_cond=None).num_classes is None
-    with pytest.raises(InputError, match="has no labels"):
+    with pytest.raises(
+        InputError, match="has no labels, .*: expected the file train-labels-idx1-ubyte beside"
+    ):
         load_dataset(file, class_cond=True)
 
 

@@ -27,7 +27,8 @@ def load_idx(path: Path, options: Options) -> ArrayDataset:
     """
     file = _one_file(path, idx_files(path))
     images = _as_channels_last(read_idx(file), file)
-    beside = _labels_file(file)
+    name = _labels_name(file)
+    beside = next(filter(Path.is_file, map(file.with_name, (name, f"{name}.gz"))), None)
     labels = None if beside is None else read_idx(beside)
     if labels is not None and labels.shape != images.shape[:1]:
         raise InputError(
@@ -36,7 +37,8 @@ def load_idx(path: Path, options: Options) -> ArrayDataset:
         )
     if labels is not None:
         labels = labels.astype(np.int64)
-    return in_memory(images, labels, None, f"'{plain(file)}'", options)
+    where = f"expected the file {shown(name)} beside it"
+    return in_memory(images, labels, None, f"'{plain(file)}'", options, where_labels=where)
 
 
 def idx_files(path: Path) -> list[Path]:
@@ -79,14 +81,10 @@ def _one_file(path: Path, files: list[Path]) -> Path:
     return chosen[0]
 
 
-def _labels_file(images: Path) -> Path | None:
-    """The file of labels beside one of images, packed or not."""
-    before, kind, after = images.name.removesuffix(".gz").rpartition("images")
-    name = f"{before}labels{re.sub('idx[34]', 'idx1', after)}" if kind else ""
-    for beside in (images.with_name(name), images.with_name(f"{name}.gz")):
-        if beside.is_file():
-            return beside
-    return None
+def _labels_name(images: Path) -> str:
+    """What the file of labels beside one of images is called, not packed."""
+    before, _, after = images.name.removesuffix(".gz").rpartition("images")
+    return f"{before}labels{re.sub('idx[34]', 'idx1', after)}"
 
 
 def _as_channels_last(images: np.ndarray, file: Path) -> np.ndarray:

@@ -33,7 +33,9 @@ def load_npz(path: Path, options: Options) -> ArrayDataset:
             )
     if images.size == 0:
         raise InputError(f"'{path}' holds no images: arr_0 has shape {images.shape}")
-    return in_memory(images, labels, None if labels is None else names, f"'{path}'", options)
+    names = None if labels is None else names
+    where = "expected arr_1, integers (N,)"
+    return in_memory(images, labels, names, f"'{path}'", options, where_labels=where)
 
 
 @image_format("a .npy file", lambda path: path.is_file() and path.suffix.lower() == ".npy")
@@ -48,4 +50,5 @@ def load_npy(path: Path, options: Options) -> ArrayDataset:
     check_channels_last(images, name, deep=True)
     if images.size == 0:
         raise InputError(f"{name} holds no images: its shape is {images.shape}")
-    return in_memory(images, None, None, name, options)
+    where = "a .npz file can hold them, beside the images"
+    return in_memory(images, None, None, name, options, where_labels=where)
