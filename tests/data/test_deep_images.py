@@ -167,3 +167,9 @@ def test_bicubic_weights_do_not_leave_the_range():
     edges = np.where(np.arange(12) % 6 < 3, -1, 1).astype(np.float32)
     images = np.broadcast_to(edges[:, None, None], (1, 12, 12, 1))
     assert ArrayDataset(images)[0][0].abs().max() == 1
+
+
+@pytest.mark.cuda
+def test_to_float_on_a_gpu():
+    levels = torch.from_numpy(LEVELS)
+    assert torch.equal(to_float(levels.cuda()).cpu(), to_float(levels))
