@@ -24,6 +24,7 @@ MIN_GRID_WIDTH = 600  # pixels: small images are enlarged until one can look at 
 SEPARATOR = 2  # pixels between the images of a grid
 SEPARATOR_GREY = 96
 MAX_TRAJECTORY_COLUMNS = 12
+HALF_RANGES = {torch.uint8: 127.5, torch.uint16: 32767.5}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 SOFTWARE = ("Software", "fastdiff")  # what every PNG says of its origin
 
@@ -31,10 +32,13 @@ Pathlike = str | os.PathLike[str]
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 of any shape -> float32 in [-1, 1]: x / 127.5 - 1."""
-    if images.dtype != torch.uint8:
-        raise InputError(f"to_float takes uint8 images, got {images.dtype}")
-    return images.float() / 127.5 - 1
+    """Images of any shape -> float32 in [-1, 1]: uint8 as x / 127.5 - 1, uint16 as
+    x / 32767.5 - 1, floats as they are."""
+    if images.dtype in HALF_RANGES:
+        return images.float() / HALF_RANGES[images.dtype] - 1
+    if not images.is_floating_point():
+        raise InputError(f"to_float takes uint8, uint16 or float images, got {images.dtype}")
+    return images.float()
 
 
 def to_uint8(x: Tensor, rounding: str = "nearest") -> Tensor:
@@ -180,8 +184,11 @@ def load_samples_npz(path: Pathlike) -> tuple[np.ndarray, np.ndarray | None]:
     return images, labels
 
 
-def read_samples(path: Pathlike) -> Samples:
-    """All that ``save_samples_npz`` writes. The channels are taken to be last."""
+def read_samples(path: Pathlike, *, deep: bool = False) -> Samples:
+    """All that ``save_samples_npz`` writes. The channels are taken to be last.
+
+    deep: images of uint16 or floats are taken too.
+    """
     try:
         with np.load(path, allow_pickle=False) as archive:
             names = sorted(archive)
@@ -196,7 +203,7 @@ def read_samples(path: Pathlike) -> Samples:
             f"'{path}' holds {', '.join(names) or 'nothing'}, expected arr_0: write it with "
             "numpy.savez(file, images) or numpy.savez(file, images, labels)"
         )
-    _check_nhwc(arrays["arr_0"], f"'{path}': arr_0")
+    _check_nhwc(arrays["arr_0"], f"'{path}': arr_0", deep)
     labels = arrays.get("arr_1")
     if labels is not None:
         _check_labels(labels, len(arrays["arr_0"]), f"'{path}': arr_1")
@@ -233,12 +240,13 @@ def _picture_array(images: Tensor | np.ndarray) -> np.ndarray:
     return _nchw(images).transpose(0, 2, 3, 1)
 
 
-def check_channels_last(array: np.ndarray, name: str) -> None:
-    """InputError unless uint8 (N, H, W, C), as far as a shape can tell.
+def check_channels_last(array: np.ndarray, name: str, *, deep: bool = False) -> None:
+    """InputError unless uint8 (N, H, W, C), as far as a shape can tell; ``deep``: or uint16 or
+    floats.
 
     A picture is not 1, 3 or 4 pixels high with 5 channels or more, unless it is square.
     """
-    _check_nhwc(array, name)
+    _check_nhwc(array, name, deep)
     _, height, width, channels = array.shape
     if height in MODES and channels > max(MODES) and height != width:
         raise InputError(
@@ -247,10 +255,26 @@ def check_channels_last(array: np.ndarray, name: str) -> None:
         )
 
 
-def _check_nhwc(array: np.ndarray, name: str) -> None:
-    if array.dtype != np.uint8 or array.ndim != 4:
+def is_deep(dtype: np.dtype) -> bool:
+    """Whether images may have these numbers instead of bytes."""
+    return dtype == np.uint16 or dtype.kind == "f"
+
+
+def check_range(array: np.ndarray, name: str) -> None:
+    """InputError for floats outside [-1, 1]."""
+    if array.dtype.kind == "f" and array.size and not -1 <= array.min() <= array.max() <= 1:
         raise InputError(
-            f"{name}: {array.dtype} {array.shape}, expected uint8 (N, H, W, C){_remedy(array)}"
+            f"{name}: {array.dtype} {array.shape}, expected floats in [-1, 1], which are taken as "
+            f"they are{_remedy(array)}"
+        )
+
+
+def _check_nhwc(array: np.ndarray, name: str, deep: bool = False) -> None:
+    if array.ndim != 4 or not (array.dtype == np.uint8 or (deep and is_deep(array.dtype))):
+        others = ", or of uint16 or floats in [-1, 1]" if deep else ""
+        raise InputError(
+            f"{name}: {array.dtype} {array.shape}, expected uint8 (N, H, W, C){others}"
+            f"{_remedy(array)}"
         )
 
 

@@ -54,8 +54,10 @@ def test_no_colour_for_what_is_not_finite(value):
 def test_conversion_arguments():
     with pytest.raises(InputError, match="rounding is 'up'"):
         out.to_uint8(torch.zeros(1), "up")
-    with pytest.raises(InputError, match="uint8"):
-        out.to_float(torch.zeros(1))
+    with pytest.raises(
+        InputError, match="to_float takes uint8, uint16 or float images, got .*int32"
+    ):
+        out.to_float(torch.zeros(1, dtype=torch.int32))
 
 
 # --- pictures -------------------------------------------------------------------------------
@@ -255,7 +257,7 @@ def test_other_numbers_are_refused_with_the_conversion(images, words, tmp_path):
     with pytest.raises(
         InputError, match=rf"arr_0: {images.dtype} .*uint8 \(N, H, W, C\): .*{words}"
     ):
-        load_dataset(tmp_path / "a.npz")
+        out.load_samples_npz(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import argparse
 import numpy as np
 
 from fastdiff.checks import choose_device
-from fastdiff.commands.data_options import add_reading_arguments, reading_options
+from fastdiff.commands.data_options import KINDS_OF_DATA, add_reading_arguments, reading_options
 from fastdiff.commands.reports import check_report, write_report
 from fastdiff.data import ImageDataset, load_dataset
 from fastdiff.data.classes import numbers, renumber
@@ -18,9 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", required=True, metavar="FILE.npz", help="samples, as `sample` writes them"
     )
-    parser.add_argument(
-        "--data", required=True, help="real images: 'digits', a folder, a .npz file, CIFAR-10"
-    )
+    parser.add_argument("--data", required=True, help=f"real images: {KINDS_OF_DATA}")
     parser.add_argument(
         "--image-size", type=int, help="resize and crop the real images to this side"
     )

@@ -16,9 +16,10 @@ from fastdiff.commands.checkpoint_options import (
     load_checkpoint,
 )
 from fastdiff.commands.class_options import class_names
-from fastdiff.commands.data_options import add_reading_arguments, reading_options
+from fastdiff.commands.data_options import KINDS_OF_DATA, add_reading_arguments, reading_options
 from fastdiff.commands.reports import check_report, write_report
 from fastdiff.data import ImageDataset, load_dataset, match_classes
+from fastdiff.data.dataset import check_bytes
 from fastdiff.errors import InputError, TrainingError
 from fastdiff.images import to_float
 from fastdiff.ops.counters import sampling_step
@@ -35,8 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         default=argparse.SUPPRESS,
         metavar="SPEC",
-        help="'digits', a folder, a .npz file, CIFAR-10; its classes are matched to the network's "
-        "by name",
+        help=f"{KINDS_OF_DATA}; its classes are matched to the network's by name",
     )
     add_reading_arguments(parser)
     parser.add_argument(
@@ -105,6 +105,7 @@ def _dataset(args: argparse.Namespace, checkpoint: Checkpoint) -> ImageDataset:
         **reading_options(vars(args)),
     )
     print(dataset.describe(), flush=True)
+    check_bytes(dataset, "bits/dim")
     found = (dataset.channels, *dataset.image_size)
     if found != (model.in_channels, height, width):
         raise InputError(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastdiff.checkpoints.run_directory import identify, list_checkpoints, require_run
-from fastdiff.commands.data_options import reading_options
+from fastdiff.commands.data_options import KINDS_OF_DATA, reading_options
 from fastdiff.commands.train_options import DEFAULT_PRESET, add_arguments, part_of
 from fastdiff.data import ImageDataset, load_dataset
 from fastdiff.errors import InputError
@@ -91,7 +91,7 @@ def _trainer_options(given: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
 def _parts(given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """What a new run is made of, by the names of a trainer's arguments; lines for the terminal."""
     if "data" not in given:
-        raise InputError("--data is missing: 'digits', a folder of images, a .npz or CIFAR-10")
+        raise InputError(f"--data is missing: {KINDS_OF_DATA}")
     if "data_changed" in given:
         raise InputError(
             "--data-changed is for a run with checkpoints to resume, and there is none"

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastdiff.commands.data_options import add_reading_arguments
+from fastdiff.commands.data_options import KINDS_OF_DATA, add_reading_arguments
 from fastdiff.models import presets
 from fastdiff.process.losses import LOSS_TYPES
 from fastdiff.process.reverse import MEAN_TYPES, VAR_TYPES
@@ -60,8 +60,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="SPEC",
-        help="'digits', a folder of images, a .npz of uint8 images, or a CIFAR-10 folder; "
-        "needed unless a run is resumed",
+        help=f"{KINDS_OF_DATA}; needed unless a run is resumed",
     )
     parser.add_argument(
         "--preset",

@@ -2,16 +2,19 @@
 
 from fastdiff.data.classes import match_classes
 from fastdiff.data.dataset import NO_LABEL, ArrayDataset, ImageDataset
-from fastdiff.data.formats.folder import FolderDataset
 from fastdiff.data.items import Items
 from fastdiff.data.load import load_dataset
+from fastdiff.data.picture_set import PictureDataset
 from fastdiff.data.stream import BatchStream, iterate_once
 
+FolderDataset = PictureDataset  # its name while folders alone had pictures
+
 __all__ = [
+    "FolderDataset",
     "NO_LABEL",
     "ArrayDataset",
     "BatchStream",
-    "FolderDataset",
+    "PictureDataset",
     "ImageDataset",
     "Items",
     "iterate_once",

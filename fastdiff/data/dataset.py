@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastdiff.data.summary import Found, describe
 from fastdiff.errors import InputError
+from fastdiff.images import check_range, is_deep
 
 NO_LABEL = -1  # no valid class: an embedding table refuses it instead of using it
 
@@ -29,6 +30,7 @@ class ImageDataset:
         numbered: the classes have numbers alone; ``class_names`` repeats them.
         reading: how a folder's classes were read: one of ``fastdiff.data.labels.WAYS``.
         found: what ``describe`` says.
+        dtype: of what ``gather`` returns: torch.uint8, torch.uint16, or torch.float32 in [-1, 1].
 
     Attributes: those arguments but the first and the last, and ``num_classes``, None without
     labels. Raises InputError for a set without images.
@@ -46,6 +48,7 @@ class ImageDataset:
         numbered: bool = False,
         reading: str | None = None,
         found: Found | None = None,
+        dtype: torch.dtype = torch.uint8,
     ) -> None:
         if count == 0:
             raise InputError("the data set holds no images")
@@ -63,12 +66,13 @@ class ImageDataset:
         self.numbered = numbered
         self.reading = reading
         self._found = found
+        self.dtype = dtype
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Image ``index`` as a uint8 tensor (C, H, W), and its label (``NO_LABEL`` without)."""
+        """Image ``index``, (C, H, W) of ``dtype``, and its label (``NO_LABEL`` without)."""
         if not -self._count <= index < self._count:
             raise IndexError(f"image {index} of a set of {self._count}")
         index %= self._count
@@ -91,7 +95,7 @@ class ImageDataset:
         return self.gather(indices), self.gather_labels(indices)
 
     def gather(self, indices: np.ndarray) -> Tensor:
-        """Images at int64 ``indices`` (n,) in [0, N) as one new uint8 tensor (n, C, H, W)."""
+        """Images at int64 ``indices`` (n,) in [0, N) as one new tensor (n, C, H, W)."""
         raise NotImplementedError
 
     def gather_labels(self, indices: np.ndarray) -> Tensor:
@@ -105,7 +109,8 @@ class ArrayDataset(ImageDataset):
     """Images held in memory.
 
     Args:
-        images: uint8 (N, H, W, C); copied.
+        images: (N, H, W, C) of uint8, uint16 or floats; floats are taken as they are, in [-1, 1],
+            and kept as float32. Copied unless they lie in memory as (N, C, H, W).
         **options: the keyword arguments of :class:`ImageDataset`.
     """
 
@@ -114,15 +119,33 @@ class ArrayDataset(ImageDataset):
         images: np.ndarray,
         **options: Any,
     ) -> None:
-        if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
+        if (
+            not isinstance(images, np.ndarray)
+            or images.ndim != 4
+            or not (images.dtype == np.uint8 or is_deep(images.dtype))
+        ):
             came = getattr(images, "dtype", type(images).__name__), getattr(images, "shape", "")
-            raise InputError(f"images are {came[0]} {came[1]}; expected a uint8 array (N, H, W, C)")
+            raise InputError(
+                f"images are {came[0]} {came[1]}; expected a uint8 array (N, H, W, C), or one of "
+                "uint16 or floats in [-1, 1]"
+            )
+        check_range(images, "images")
         count, height, width, channels = images.shape
-        super().__init__(count, (height, width), channels, **options)
-        self.images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        kept = np.float32 if images.dtype.kind == "f" else images.dtype
+        planes = np.require(images.transpose(0, 3, 1, 2), kept, ["C", "W"])
+        self.images = torch.from_numpy(planes)
+        super().__init__(count, (height, width), channels, dtype=self.images.dtype, **options)
 
     def gather(self, indices: np.ndarray) -> Tensor:
         return self.images[torch.from_numpy(indices)]
+
+
+def check_bytes(dataset: ImageDataset, purpose: str) -> None:
+    """InputError unless the images are of 8 bits. purpose: what needs them to be."""
+    if dataset.dtype != torch.uint8:
+        raise InputError(
+            f"{purpose} needs images of 8 bits (uint8), these are {dataset.dtype}: give 8-bit ones"
+        )
 
 
 def numbers(count: int) -> list[str]:

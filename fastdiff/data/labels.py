@@ -12,8 +12,9 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from fastdiff.data.paths import Parts
 from fastdiff.data.text import listed, plain, shown
 
 WAYS = ("folders", "subfolders", "parents", "prefixes")
@@ -25,19 +26,22 @@ SHARD = r"(part|shard|batch|fold|chunk|split)[-_ ]?\d+([-_ ]?of[-_ ]?\d+)?"
 IS_SPLIT = re.compile(SPLIT, re.IGNORECASE)
 MAY_BE_PART = re.compile(rf"(.*[-_ ])?({SPLIT}|{SHARD})", re.IGNORECASE | re.DOTALL)
 
-Parts = tuple[str, ...]  # a path below the data's root: folders, then the file's name
-
 
 @dataclass(frozen=True)
 class Reading:
-    """way: one of WAYS. names: the class of every image, in the order of the paths."""
+    """way: one of WAYS. names: the class of every path, in their order. counts: images of each
+    path, where it is one for all that share folder and prefix."""
 
     way: str
     names: list[str]
+    counts: Sequence[int] = field(default=(), compare=False)
 
     def __str__(self) -> str:
-        counts = sorted(Counter(self.names).items())
-        return f"{self.way} ({listed([f'{shown(name)} {n:,}' for name, n in counts], 4)})"
+        images: Counter[str] = Counter()
+        for name, count in zip(self.names, self.counts or [1] * len(self.names), strict=True):
+            images[name] += count
+        classes = [f"{shown(name)} {n:,}" for name, n in sorted(images.items())]
+        return f"{self.way} ({listed(classes, 4)})"
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,14 @@ class Refusal:
 
 
 def read_labels(
-    paths: Sequence[Parts], way: str | None = None, known: Collection[str] = ()
+    paths: Sequence[Parts],
+    way: str | None = None,
+    known: Collection[str] = (),
+    counts: Sequence[int] = (),
 ) -> Reading | Refusal:
     """The one reading of these paths, or a refusal.
 
+    counts: for how many images each path stands, all of one folder and prefix; () for one.
     way: the reading that was asked for, which counts if it gives every image a class.
     known: class names that a network has. Where several readings exist and the names of one
         alone are all known, that is the one; of several such, the one that has all of them.
@@ -72,7 +80,7 @@ def read_labels(
     - classes whose names differ in case alone: refused;
     - one: taken.
     """
-    readings = _complete_readings(paths)
+    readings = _complete_readings(paths, counts)
     if way is not None:
         return readings.get(way) or Refusal(_missing(paths, way))
     if known:
@@ -113,13 +121,13 @@ def read_labels(
     return reading
 
 
-def _complete_readings(paths: Sequence[Parts]) -> dict[str, Reading]:
+def _complete_readings(paths: Sequence[Parts], counts: Sequence[int]) -> dict[str, Reading]:
     """The readings that give every image a class."""
     found = {}
     for way in WAYS:
         names = [_class(parts, way) for parts in paths]
         if names and all(names):
-            found[way] = Reading(way, names)
+            found[way] = Reading(way, names, counts)
     return found
 
 

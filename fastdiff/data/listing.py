@@ -1,10 +1,16 @@
 """The image files of a folder and its sub-folders, and what is passed over on the way."""
 
 import os
+from array import array
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
+import numpy as np
+
+from fastdiff.data.paths import PathTable
 from fastdiff.data.text import counted, listed, plain, shown
 from fastdiff.errors import InputError
 
@@ -33,7 +39,7 @@ SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 class Listing:
     """Paths in the order of their names, folder by folder, and counts of everything else."""
 
-    files: list[Path] = field(default_factory=list)
+    files: PathTable = field(default_factory=PathTable)
     pictures: Counter[str] = field(default_factory=Counter)  # not read, by suffix
     others: Counter[str] = field(default_factory=Counter)  # no pictures, by suffix
     hidden: int = 0
@@ -67,42 +73,69 @@ def list_folder(root: Path) -> Listing:
     found = Listing()
     visited: set[str] = set()
 
-    def visit(folder: Path) -> None:
+    def visit(folder: Path, below_root: str) -> None:
         real = os.path.realpath(folder)
         if real in visited:
             found.links += 1
             return
         visited.add(real)
-        for entry in _entries(folder):
-            path = folder / entry.name
-            if entry.name.startswith("."):
-                found.hidden += 1
-            elif _is_folder(entry):
-                if entry.name.lower() in SYSTEM_FOLDERS:
-                    found.system[entry.name] += 1
-                else:
-                    before = len(found.files)
-                    visit(path)
-                    if folder == root and len(found.files) == before:
-                        found.empty.append(entry.name)
-            elif entry.name.lower() in SYSTEM_FILES:
-                found.system[entry.name] += 1
-            else:
-                _sort_in(entry, path, found)
+        names, folders = _entries(folder, found)
+        for is_folder, group in groupby(names, folders.__contains__):
+            if not is_folder:
+                found.files.add(below_root, group)
+                continue
+            for name in group:
+                before = len(found.files)
+                visit(folder / name, f"{below_root}/{name}" if below_root else name)
+                if not below_root and len(found.files) == before:
+                    found.empty.append(name)
 
-    visit(root)
+    visit(root, "")
     return found
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def list_members(paths: Iterable[str], found: Listing) -> np.ndarray:
+    """What a folder of these paths would hold, into ``found``; which are pictures, in order."""
+    rows, system = array("q"), set()
+    for row, path in enumerate(paths):
+        *folders, name = path.split("/")
+        inside = next((i for i, part in enumerate(folders) if part.lower() in SYSTEM_FOLDERS), None)
+        if name.startswith(".") or any(part.startswith(".") for part in folders):
+            found.hidden += 1
+        elif inside is not None:
+            system.add("/".join(folders[: inside + 1]))
+        elif _is_picture(name, found):
+            found.files.add("/".join(folders), [name])
+            rows.append(row)
+    found.system.update(path.rpartition("/")[2] for path in system)
+    return np.frombuffer(rows, np.int64) if rows else np.empty(0, np.int64)
+
+
+def _entries(folder: Path, found: Listing) -> tuple[list[str], set[str]]:
+    """Names of pictures and of folders to visit, sorted, and which of them are folders."""
+    names, folders = [], set()
     try:
         with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
+            for entry in entries:
+                if entry.name.startswith("."):
+                    found.hidden += 1
+                elif _is_folder(entry):
+                    if entry.name.lower() in SYSTEM_FOLDERS:
+                        found.system[entry.name] += 1
+                    else:
+                        folders.add(entry.name)
+                        names.append(entry.name)
+                elif _is_picture(entry.name, found):
+                    if not _is_file(entry) and os.path.exists(entry.path):
+                        found.special += 1  # opening a pipe would wait for its writer
+                    else:
+                        names.append(entry.name)
     except OSError as error:
         raise InputError(
             f"the folder '{plain(folder)}' cannot be listed ({error.strerror or error}): "
             "make it readable, or move it out of the data"
         ) from error
+    return sorted(names), folders
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -119,14 +152,16 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _sort_in(entry: os.DirEntry[str], path: Path, found: Listing) -> None:
-    """Count one file under what it is."""
-    suffix = path.suffix.lower()
-    if suffix in OTHER_PICTURES:
+def _is_picture(name: str, found: Listing) -> bool:
+    """Whether a file of this name is one; any other is counted under what it is."""
+    dot = name.rfind(".")
+    suffix = name[dot:].lower() if 0 < dot < len(name) - 1 else ""  # as pathlib has it, but faster
+    if suffix in SUFFIXES:
+        return True
+    if name.lower() in SYSTEM_FILES:
+        found.system[name] += 1
+    elif suffix in OTHER_PICTURES:
         found.pictures[suffix] += 1
-    elif suffix not in SUFFIXES:
-        found.others[suffix or "without a suffix"] += 1
-    elif not _is_file(entry) and path.exists():
-        found.special += 1  # opening a pipe would wait for its writer
     else:
-        found.files.append(path)
+        found.others[suffix or "without a suffix"] += 1
+    return False

@@ -2,15 +2,21 @@
 
 import os
 from collections.abc import Collection
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import numpy as np
 
+from fastdiff.data import formats
 from fastdiff.data.dataset import ImageDataset
 from fastdiff.data.formats.registry import CACHE_BYTES, FORMATS, Options
 from fastdiff.data.labels import WAYS
 from fastdiff.errors import InputError
+
+for _found in iter_modules(formats.__path__):
+    import_module(f"{formats.__name__}.{_found.name}")
 
 
 def load_dataset(
@@ -29,34 +35,48 @@ def load_dataset(
     """Open a set of images.
 
     Args:
-        spec: ``"digits"`` (the 1,797 8x8 images inside scikit-learn); a folder of images, searched
-            with its sub-folders; a ``.npz`` of uint8 (N, H, W, C) ``arr_0``, optional (N,) integer
-            ``arr_1`` and optional names ``class_names`` for its numbers; CIFAR-10 as it is
-            distributed (``cifar-10-batches-py`` or ``cifar-10-batches-bin``: the training batches,
-            or one batch file by its path).
+        spec: what lies at this path:
+
+            - ``"digits"``: the 1,797 8x8 images inside scikit-learn;
+            - a folder of images, searched with its sub-folders, or a ``.zip`` of one; where
+              StyleGAN's and EDM's ``dataset.json`` lies in it, that has the labels;
+            - tars, in which webdataset's ``key.cls`` or ``key.json`` ("label") may lie beside
+              ``key.png``: one, a folder of them or a pattern of names,
+              ``shard-{000000..000009}.tar`` or ``shard-*.tar``;
+            - an LMDB whose values are image files, as LSUN has it (the extra ``data``);
+            - ``.npz``: ``arr_0`` (N, H, W, C), optional integer ``arr_1`` (N,) and optional names
+              ``class_names`` for its numbers; or ``.npy``, one such array;
+            - CIFAR-10 as it is distributed (``cifar-10-batches-py`` or ``-bin``): the training
+              batches of a folder, or one batch by its path;
+            - the downsampled ImageNet as it is distributed (``train_data_batch_1`` and so on, or
+              ``.npz``): likewise, with 1000 classes; 64x64 takes 15.7 GB of memory;
+            - MNIST and its kin (``train-images-idx3-ubyte``, packed or not, with the labels
+              beside): the training images of a folder, or one file of images by its path.
         image_size: side in pixels to resize and centre-crop to, as improved-diffusion's loader
             does; None keeps the images as they are, and then they must share one size.
         class_cond: True demands labels, False ignores them (``num_classes`` is then None and every
             label ``NO_LABEL``), None takes them where there are at least two and no doubt about
             them.
         random_flip: what a BatchStream over the set does by default; items are never flipped.
-        channels: 1, 3 or 4; None keeps an array's own count and, for a folder, takes 1 when every
-            image is greyscale and 3 otherwise (an alpha channel is dropped, as published).
-        cache_bytes: a folder whose decoded images fit is kept in memory after the first read.
+        channels: 1, 3 or 4; None keeps an array's own count and, for picture files, takes 1 when
+            every image is greyscale and 3 otherwise (an alpha channel is dropped, as published).
+        cache_bytes: decoded pictures are kept in memory after the first read where all fit.
         labels: what a folder's classes are read from: ``"folders"`` (the first level),
             ``"subfolders"`` (the second), ``"parents"`` (the folder that an image lies in) or
             ``"prefixes"`` (file names before "_"). None takes the one reading there is, and refuses
             where there are two (``fastdiff.data.labels``).
         known_classes: names of a network's classes, which choose a reading where there are two. The
             labels keep the data's own numbers; ``match_classes`` brings them to the network's.
-        skip_broken: leave out a folder's files that cannot be used, which ``describe()`` counts and
-            names; every file is decoded once now, so that the set stays what it is. Otherwise such
-            a file is an error, now or when it is read.
-        max_pixels: the most pixels of an image file; None: Pillow's limit, 178,956,970 unless
+        skip_broken: leave out files of pictures or batches that cannot be used, which
+            ``describe()`` counts and names; every picture is decoded once now, so that the set
+            stays what it is. Otherwise such a file is an error, now or when it is read.
+        max_pixels: the most pixels of a picture file; None: Pillow's limit, 178,956,970 unless
             ``PIL.Image.MAX_IMAGE_PIXELS`` was changed.
 
     Pictures stand upright, as their EXIF says. ``describe()`` of the set says what was found.
-    Items are (uint8 tensor (C, H, W), int label). Raises InputError for what cannot be used.
+    Items are (tensor (C, H, W), int label). The tensor is uint8; uint16 where an array is, or
+    where the pictures are greyscale of 16 bits; float32 where an array has floats, which are taken
+    as they are and must lie in [-1, 1]. Raises InputError for what cannot be used.
     """
     if image_size is not None and not _is_size(image_size):
         raise InputError(f"image_size is {image_size!r}, expected a positive number of pixels")

@@ -8,8 +8,7 @@ plugins without ``Image.open``, which alone looks at that global (WebP and GIF l
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,20 +22,28 @@ SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
 LATE_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # PNG chunks that can hold EXIF or XMP
 
 
-class Header(NamedTuple):
-    """size: (width, height) of the upright picture. several: animated, or of several pages."""
+class PictureFile(Protocol):
+    """A Path, or a member of an archive: it opens, and ``str`` of it is its name."""
 
-    file: Path
+    def open(self, mode: Literal["rb"], /) -> BinaryIO: ...
+
+
+class Header(NamedTuple):
+    """mode: Pillow's, or with ";16" behind it where the file has 16 bits, which Pillow keeps in
+    greyscale alone ("I;16"). size: (width, height) of the upright picture. several: animated, or
+    of several pages."""
+
+    file: PictureFile
     mode: str
     size: tuple[int, int]
     several: bool
 
 
-def read_header(file: Path, max_pixels: int | None) -> Header:
+def read_header(file: PictureFile, max_pixels: int | None) -> Header:
     """Everything but the pixels. Raises whatever Pillow raises, and InputError for the limit."""
     with _opened(file, max_pixels) as (image, stream):
         width, height = image.size
-        mode = image.mode
+        mode = _mode(image)
         if image.format == "PNG" and _metadata_after_pixels(stream):
             _load_if_whole(image)
         turned = _orientation(image) in SIDEWAYS
@@ -45,14 +52,17 @@ def read_header(file: Path, max_pixels: int | None) -> Header:
         return Header(file, mode, (height, width) if turned else (width, height), _several(image))
 
 
-def decode(file: Path, image_size: int | None, channels: int, max_pixels: int | None) -> np.ndarray:
-    """uint8 (H, W, C), upright. Raises whatever Pillow raises, and InputError for the limit."""
+def decode(
+    file: PictureFile, image_size: int | None, channels: int, max_pixels: int | None
+) -> np.ndarray:
+    """uint8 or, of 16-bit greyscale, uint16 (H, W, C), upright. Raises whatever Pillow raises, and
+    InputError for the limit."""
     with _opened(file, max_pixels) as (image, _):
         image.load()
         return to_array(_upright(image), image_size, channels)
 
 
-def check_pixels(file: Path, max_pixels: int | None) -> None:
+def check_pixels(file: PictureFile, max_pixels: int | None) -> None:
     """Decode the whole file and forget it; raises as ``decode`` does."""
     with _opened(file, max_pixels) as (image, _):
         image.load()
@@ -67,7 +77,7 @@ def pixel_limit(max_pixels: int | None) -> float:
 
 
 @contextmanager
-def _opened(file: Path, max_pixels: int | None) -> Iterator[tuple[Any, BinaryIO]]:
+def _opened(file: PictureFile, max_pixels: int | None) -> Iterator[tuple[Any, BinaryIO]]:
     """The Pillow image in ``file``, not decoded yet, and the stream it reads."""
     pillow = require("PIL.Image", "train")
     with file.open("rb") as stream:
@@ -135,6 +145,17 @@ def _orientation(image: Any) -> int:
     except Exception:  # damaged EXIF spoils no picture
         return 1
     return found if found in range(1, 9) else 1
+
+
+def _mode(image: Any) -> str:
+    """The mode of a picture that is not decoded yet."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return "I;16"
+    for *_, arguments in image.tile:  # how a decoder is asked to read a part of the picture
+        raw, *others = arguments if isinstance(arguments, tuple) else (arguments,)
+        if ";16" in str(raw) or (image.format == "PPM" and others and others[0] > 255):
+            return f"{image.mode};16"
+    return image.mode
 
 
 def _metadata_after_pixels(stream: BinaryIO) -> bool:

@@ -24,8 +24,8 @@ Drawn = tuple[np.ndarray, np.ndarray]  # what a batch is made of: indices and fl
 
 
 class BatchStream:
-    """Endless batches: of an :class:`ImageDataset` (uint8 images (n, C, H, W), int64 labels (n,)),
-    of :class:`Items` (x (n, ...), a dict of the network's arguments).
+    """Endless batches: of an :class:`ImageDataset` (images (n, C, H, W) of the set's dtype, int64
+    labels (n,)), of :class:`Items` (x (n, ...), a dict of the network's arguments).
 
     Epochs follow each other without a gap, inside a batch too, so after e epochs every image has
     been drawn exactly e times, whatever the batch size. ``position`` is the number of batches
@@ -170,8 +170,10 @@ class _Loaded(torch.utils.data.Dataset):
         except Exception as error:
             return error
         if flips.any():
+            # torch mirrors no uint16; int16 has the same bits.
+            bits = images.view(torch.int16) if images.dtype == torch.uint16 else images
             mirrored = torch.from_numpy(flips)
-            images[mirrored] = images[mirrored].flip(-1)
+            bits[mirrored] = bits[mirrored].flip(-1)
         return images, others
 
 

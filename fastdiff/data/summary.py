@@ -43,6 +43,8 @@ def describe(
     used = f"{image_size[1]}x{image_size[0]}"
     brought = "" if list(found.sizes) == [used] else f"; brought to {used}"
     first = "; of animations and pages the first" if found.several else ""
+    if any(mode.endswith(";16") and mode != "I;16" for mode in found.modes):
+        first += "; colours of 16 bits cut to 8"
     lines = [
         f"{plain(found.place)}: {_plural(found.sizes.total(), 'image')}",
         f"  sizes    {counted(found.sizes, MOST)}{brought}",

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.data.dataset import ImageDataset
+from fastdiff.data.dataset import ImageDataset, check_bytes
 from fastdiff.errors import InputError
 from fastdiff.evaluation.classifier import MEMBERS, Classifier, train_classifier
 from fastdiff.evaluation.distances import (
@@ -100,6 +100,7 @@ def evaluate(
 
 def _real_images(dataset: ImageDataset, seed: int) -> tuple[Tensor, Tensor, int]:
     """Real images (n, C, H, W) and labels: all, or a random part that fits in memory."""
+    check_bytes(dataset, "a comparison with samples")
     total = len(dataset)
     bytes_each = dataset.channels * dataset.image_size[0] * dataset.image_size[1]
     count = min(total, MAX_REAL, max(MAX_REAL_BYTES // bytes_each, 1))

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from fastdiff.data import ImageDataset, Items, match_classes
+from fastdiff.data.dataset import check_bytes
 from fastdiff.errors import InputError
 from fastdiff.models.unet import UNet
 from fastdiff.models.wrappers import unwrapped
@@ -86,7 +87,7 @@ def _check_unet(model: UNet, diffusion: Any, data: Any) -> None:
         )
 
 
-def match_eval(model: nn.Module, data: Any, eval_data: Any) -> Any:
+def match_eval(model: nn.Module, data: Any, eval_data: Any, config: TrainConfig) -> Any:
     """What bits/dim are measured on: ``eval_data`` with the classes of ``data``, or these."""
     if isinstance(eval_data, ImageDataset) and isinstance(data, ImageDataset):
         classes = getattr(unwrapped(model), "num_classes", None)
@@ -94,6 +95,8 @@ def match_eval(model: nn.Module, data: Any, eval_data: Any) -> Any:
     found = eval_data or data
     if isinstance(model, UNet) and isinstance(found, ImageDataset):
         check_images(model, found, "evaluation")
+    if config.nll_every and isinstance(found, ImageDataset):
+        check_bytes(found, "nll_every, a bound on bits/dim,")
     return found
 
 

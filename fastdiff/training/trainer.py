@@ -87,8 +87,10 @@ class Trainer:
         self.device = choose_device(self.ranks.device if self.ranks.count > 1 else device)
         self.model = model.to(self.device).train()
         self.diffusion = diffusion
-        self.eval_dataset = match_eval(model, self.data, eval_dataset)
         self.config = config
+        self.eval_dataset = self.ranks.together(
+            lambda: match_eval(model, self.data, eval_dataset, config)
+        )
         self.info = {**describe(self.data), **(info or {})}
         self.ranks.agree(facts(self))
 

@@ -83,6 +83,10 @@ def test_damaged_cifar10(tmp_path):
         file.write_bytes(file.read_bytes()[:-40])
         with pytest.raises(InputError, match="data_batch_1"):
             load_dataset(folder)
+        write_cifar(tmp_path / f"{kind}2", kind, [cifar_batch(2, 0)] * 2)
+        (tmp_path / f"{kind}2" / file.name).write_bytes(file.read_bytes())
+        whole = load_dataset(tmp_path / f"{kind}2", skip_broken=True)
+        assert len(whole) == 2 and "broken   1, left out: " in whole.describe()
     write_cifar(tmp_path / "gap", "bin", [cifar_batch(2, 0)] * 3)
     (tmp_path / "gap" / "data_batch_2.bin").unlink()
     with pytest.raises(InputError, match="lacks data_batch_2.bin"):

@@ -250,12 +250,6 @@ def test_truncated_image_is_named_when_read(suffix, workers, tmp_path):
         next(BatchStream(dataset, 2, workers=workers))
 
 
-def test_sixteen_bit_image_is_refused(tmp_path):
-    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(InputError, match=r"deep\.png' has the pixel mode I;16"):
-        load_dataset(tmp_path)
-
-
 def test_image_replaced_by_another_size(tmp_path):
     path = write(tmp_path, "a.png")
     dataset = load_dataset(tmp_path)
@@ -314,7 +308,9 @@ def test_a_format_is_added_by_registering_it(tmp_path):
     try:
         (tmp_path / "a.grey").write_text("1 2 3")
         assert load_dataset(tmp_path / "a.grey")[1][0].item() == 2
-        with pytest.raises(InputError, match="a text of grey levels or a folder of images"):
+        with pytest.raises(
+            InputError, match="a text of grey levels, a folder of images or a .npz file"
+        ):
             load_dataset(tmp_path / "nowhere")
     finally:
         registry.FORMATS[:] = [f for f in registry.FORMATS if f.load is not load]
@@ -330,7 +326,8 @@ def test_labels_without_names_are_numbers():
 @pytest.mark.parametrize(
     "images, labels, message",
     [
-        (np.zeros((2, 4, 4, 1), np.float32), None, "images are float32 .*expected a uint8 array"),
+        (np.zeros((2, 4, 4, 1), np.int32), None, "images are int32 .*expected a uint8 array"),
+        (np.full((2, 4, 4, 1), 1.5), None, r"images: float64 .*floats in \[-1, 1\].*from 1.5 to"),
         (np.zeros((2, 4, 4), np.uint8), None, r"images are uint8 \(2, 4, 4\); expected"),
         (torch.zeros(2, 4, 4, 1, dtype=torch.uint8), None, "expected a uint8 array"),
         (np.zeros((2, 4, 4, 1), np.uint8), np.array([0]), r"labels are int64 \(1,\); expected"),

@@ -197,7 +197,7 @@ def broken_folder(folder):
     cut.write_bytes(cut.read_bytes()[:-200])
     (folder / "empty.png").touch()
     (folder / "text.png").write_text("<html>404</html>")
-    Image.fromarray(np.full((64, 64), 40000, np.uint16)).save(folder / "deep.png")
+    Image.fromarray(np.full((64, 64), 0.5, np.float32)).save(folder / "deep.tif")
     (folder / "gone.png").symlink_to(folder / "nowhere")
     (folder / "round.png").symlink_to(folder / "round.png")
     return folder

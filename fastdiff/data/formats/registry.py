@@ -32,17 +32,19 @@ class Format:
 
     name: for messages, such as "a .npz file". is_one: whether a path that exists is such a set; or
     it is the word that names the set, where no path leads to it. general: asked after the others.
+    patterns: asked also about a path where nothing is, which may be a pattern of names.
     """
 
     name: str
     is_one: Callable[[Path], bool] | str
     load: Callable[[Path, Options], ImageDataset]
     general: bool
+    patterns: bool
 
     def recognises(self, spec: str | os.PathLike[str], path: Path) -> bool:
         if isinstance(self.is_one, str):
             return spec == self.is_one  # a folder of that name is given as ./name
-        return path.exists() and self.is_one(path)
+        return (self.patterns or path.exists()) and self.is_one(path)
 
 
 FORMATS: list[Format] = []
@@ -50,12 +52,16 @@ Load = TypeVar("Load", bound=Callable[[Path, Options], ImageDataset])
 
 
 def image_format(
-    name: str, is_one: Callable[[Path], bool] | str, *, general: bool = False
+    name: str,
+    is_one: Callable[[Path], bool] | str,
+    *,
+    general: bool = False,
+    patterns: bool = False,
 ) -> Callable[[Load], Load]:
     """Register the decorated function as the format's ``load``; InputError is its refusal."""
 
     def register(load: Load) -> Load:
-        FORMATS.append(Format(name, is_one, load, general))
+        FORMATS.append(Format(name, is_one, load, general, patterns))
         FORMATS.sort(key=lambda known: known.general)
         return load
 
