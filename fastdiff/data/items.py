@@ -32,7 +32,8 @@ class Items:
         random_flip: mirror the last axis at random in training, unless the trainer is told.
 
     A label is the network's argument ``y``. What else a dict holds is given to the network by its
-    name, where x and label are not named; where they are, nothing else is.
+    name, where x and label are not named; where they are, nothing else is. An argument with as many
+    axes as x, such as a ``low_res``, is mirrored with it, and scaled where it is uint8.
 
     Raises InputError for a set without items or without ``len``, and in ``batch`` for an item that
     is no sample, and for samples of different shapes.

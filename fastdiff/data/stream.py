@@ -171,8 +171,16 @@ class _Loaded(torch.utils.data.Dataset):
             return error
         if flips.any():
             mirrored = torch.from_numpy(flips)
-            images[mirrored] = images[mirrored].flip(-1)
+            for value in (images, *pictures_in(others, images.dim())):
+                value[mirrored] = value[mirrored].flip(-1)
         return images, others
+
+
+def pictures_in(others: Any, axes: int) -> list[torch.Tensor]:
+    """Of the network's arguments those with as many axes as x: what lies beside it is mirrored with
+    it, a picture of low resolution, a mask."""
+    given = others.values() if isinstance(others, dict) else (others,)
+    return [value for value in given if value.dim() == axes]
 
 
 def _stay(worker: int) -> None:

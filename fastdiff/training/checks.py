@@ -11,6 +11,7 @@ from fastdiff.models.wrappers import unwrapped
 from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.training.batches import readable
 from fastdiff.training.config import TrainConfig
+from fastdiff.training.self_condition import check_argument
 
 
 def checked(model: nn.Module, diffusion: Any, data: Any, config: TrainConfig) -> Any:
@@ -34,6 +35,8 @@ def checked(model: nn.Module, diffusion: Any, data: Any, config: TrainConfig) ->
             f"label_dropout is {config.label_dropout}, which needs a class-conditional network "
             "with null_class=True, or one whose null_label says what stands for no label"
         )
+    if config.self_condition:
+        check_argument(model, config.self_condition)
     if config.nll_every and not isinstance(diffusion, GaussianDiffusion):
         raise InputError(
             f"nll_every is {config.nll_every}, and bits/dim are those of a GaussianDiffusion, not "
@@ -71,6 +74,10 @@ def _check_unet(model: UNet, diffusion: Any, data: Any) -> None:
             f"the network is {model.dims}-dimensional; x of the data has shape {tuple(shape)}"
         )
     channels, *sizes = shape
+    if model.in_channels != channels:
+        raise InputError(
+            f"x of the data has {channels} channels, the network takes {model.in_channels}"
+        )
     learned = getattr(diffusion, "learns_variance", False)
     wanted = channels * (2 if learned else 1)
     if model.out_channels != wanted:

@@ -388,8 +388,8 @@ def test_a_trainer_matches_what_it_is_given(tmp_path):
         same.images[:1].permute(0, 2, 3, 1).numpy(), labels=np.array([0]), class_names=["c2"]
     )
     trainer = Trainer.resume(tmp_path, turned, eval_dataset=few, device="cpu", progress=False)
-    assert trainer.dataset.labels.tolist() == same.labels.tolist()
-    assert trainer.dataset.class_names == ["c0", "c1", "c2"]
+    assert trainer.data.labels.tolist() == same.labels.tolist()
+    assert trainer.data.class_names == ["c0", "c1", "c2"]
     assert trainer.eval_dataset.labels.tolist() == [2]
     turned.class_names = ["c3", "c1", "c0"]
     with pytest.raises(InputError, match="does not know: c3"):
