@@ -74,6 +74,8 @@ def as_sample(item: Any, x: str | None = None, label: str | None = None) -> Samp
     if isinstance(item, Mapping):
         return _of_dict(item, x, label)
     if isinstance(item, tuple | list):
+        if len(item) == 1:  # as TensorDataset has them
+            return as_tensor(item[0], "x"), {}
         if len(item) != 2:
             raise InputError(
                 f"an item of the data set has {len(item)} parts; expected x, (x, label), or a dict "

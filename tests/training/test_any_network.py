@@ -343,6 +343,18 @@ def test_what_lies_beside_x_is_mirrored_with_it(tmp_path):
     assert 0 < mirrored < 24
 
 
+def test_items_of_one_part_are_x(tmp_path):
+    data = torch.utils.data.TensorDataset(pictures())
+    trainer = trainer_of(tmp_path, unet, cosine(), data, batch_size=6)
+    x, kwargs = trainer._next_batch()
+    assert x.shape == (6, 1, 8, 8) and kwargs == {}
+
+
+def test_x_of_other_channels_than_the_networks_is_refused(tmp_path):
+    with pytest.raises(InputError, match="x of the data has 2 channels, the network takes 1"):
+        trainer_of(tmp_path, unet, cosine(), floats(2, 8, 8))
+
+
 def test_trained_and_loaded_back_in_diffusers(tmp_path):
     from diffusers import UNet2DModel
 
