@@ -9,6 +9,7 @@
   ``load`` is given.
 """
 
+import functools
 import importlib
 import json
 from collections.abc import Callable, Mapping
@@ -117,7 +118,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> N
 
 def _no_class(network: Any, state: Mapping[str, Tensor]) -> str | None:
     """Why this network's class and config do not make it again; None where they do."""
-    kind = _class_of(network)
+    kind: Any = _class_of(network)
     if not isinstance(getattr(network, "config", None), Mapping):
         return "it has no config, a dict of what its class is made with"
     try:
@@ -130,7 +131,7 @@ def _no_class(network: Any, state: Mapping[str, Tensor]) -> str | None:
     except InputError as error:
         return str(error)
     try:
-        difference = state_difference(_state_of(kind, config), state)
+        difference = state_difference(_shapes_of(kind, json.dumps(config)), state)
     except Exception as error:  # whatever a constructor raises that did not expect such a config
         return f"its class cannot be called with its config: {first_line(error)}"
     return difference and f"its config describes other weights: {difference}"
@@ -157,7 +158,7 @@ def _found(name: Any) -> type[nn.Module]:
         found: Any = importlib.import_module(module)
         for part in path.split("."):
             found = getattr(found, part)
-    except Exception as error:  # a module runs whatever it holds
+    except (Exception, SystemExit) as error:  # a module runs whatever it holds
         raise InputError(f"its class {name!r} cannot be imported: {first_line(error)}") from None
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise InputError(f"{name!r} is no subclass of nn.Module, and was not called")
@@ -172,11 +173,13 @@ def _instance(kind: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
     return network
 
 
-def _state_of(kind: type[nn.Module], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights of what ``load`` will make, without values where that can be."""
+@functools.lru_cache(maxsize=8)  # a run asks at every save
+def _shapes_of(kind: type[nn.Module], config: str) -> dict[str, Tensor]:
+    """The weights of what ``load`` will make, without values."""
     try:
         with torch.device("meta"):
-            return plain_state(_instance(kind, config))
+            return plain_state(_instance(kind, json.loads(config)))
     except Exception:  # a constructor that looks at values; the caller's random numbers stay
         with torch.random.fork_rng(devices=[]):
-            return plain_state(_instance(kind, config))
+            state = plain_state(_instance(kind, json.loads(config)))
+        return {name: tensor.to("meta") for name, tensor in state.items()}

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastdiff.data import ImageDataset, Items, match_classes
@@ -41,11 +42,6 @@ def checked(model: nn.Module, diffusion: Any, data: Any, config: TrainConfig) ->
         raise InputError(
             f"nll_every is {config.nll_every}, and bits/dim are those of a GaussianDiffusion, not "
             f"of a {type(diffusion).__name__}: set it to 0"
-        )
-    if config.nll_every and not isinstance(data, ImageDataset | Items):
-        raise InputError(
-            f"nll_every is {config.nll_every}, which needs data with len() and items: give "
-            "eval_dataset, or set it to 0"
         )
     shape = sample_shape(data)
     if config.sample_every and shape and (len(shape) != 3 or shape[0] not in (1, 3, 4)):
@@ -93,15 +89,32 @@ def _check_unet(model: UNet, diffusion: Any, data: Any) -> None:
         )
 
 
-def match_eval(model: nn.Module, data: Any, eval_data: Any) -> Any:
+def match_eval(model: nn.Module, data: Any, eval_data: Any, config: TrainConfig) -> Any:
     """What bits/dim are measured on: ``eval_data`` with the classes of ``data``, or these."""
+    eval_data = eval_data if eval_data is None else readable(eval_data)
     if isinstance(eval_data, ImageDataset) and isinstance(data, ImageDataset):
         classes = getattr(unwrapped(model), "num_classes", None)
         eval_data = match_classes(eval_data, data.class_names, classes, "the evaluation set")
-    found = eval_data or data
+    found = data if eval_data is None else eval_data
+    if config.nll_every:
+        _check_bits(config, found)
     if isinstance(model, UNet) and isinstance(found, ImageDataset):
         check_images(model, found, "evaluation")
     return found
+
+
+def _check_bits(config: TrainConfig, data: Any) -> None:
+    """InputError unless ``data`` are what has bits/dim: items of bytes."""
+    if not isinstance(data, ImageDataset | Items):
+        raise InputError(
+            f"nll_every is {config.nll_every}, which needs data with len() and items: give "
+            "eval_dataset, or set it to 0"
+        )
+    if isinstance(data, Items) and (dtype := data[0][0].dtype) != torch.uint8:
+        raise InputError(
+            f"nll_every is {config.nll_every}, and bits/dim are those of uint8 values, not of "
+            f"{dtype}: give eval_dataset, or set it to 0"
+        )
 
 
 def check_images(model: UNet, dataset: ImageDataset, what: str) -> None:

@@ -60,7 +60,8 @@ class Trainer:
         config: see TrainConfig.
         run_dir: made if missing; must be empty or a run without checkpoints (``resume`` continues
             those). ``fit`` keeps other processes out of it.
-        eval_dataset: images the bits/dim are measured on; by default the training images.
+        eval_dataset: what the bits/dim are measured on, as ``data``, with items of uint8; by default
+            ``data``.
         device: by default CUDA if there is one, else the CPU; each of several ranks takes its own.
         info: facts to record in every checkpoint beside those of the data.
         progress: show a bar with the loss, steps/s and the time left (needs tqdm).
@@ -77,7 +78,7 @@ class Trainer:
         config: TrainConfig,
         run_dir: str | os.PathLike[str],
         *,
-        eval_dataset: ImageDataset | None = None,
+        eval_dataset: Any = None,
         device: torch.device | str | None = None,
         info: Mapping[str, Any] | None = None,
         progress: bool = True,
@@ -89,7 +90,7 @@ class Trainer:
         self.device = choose_device(self.ranks.device if self.ranks.count > 1 else device)
         self.model = model.to(self.device).train()
         self.diffusion = diffusion
-        self.eval_dataset = match_eval(model, self.data, eval_dataset)
+        self.eval_dataset = match_eval(model, self.data, eval_dataset, config)
         self.config = config
         self.info = {**describe(self.data), **(info or {})}
         self.self_condition: SelfCondition | None = None

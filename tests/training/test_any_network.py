@@ -1,6 +1,7 @@
 """Any network and any process through Trainer: trained, resumed bit for bit, loaded, sampled."""
 
 import itertools
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from fastdiff.process.edm import karras_sigmas
 from fastdiff.process.losses import LOSS_TYPES
 from fastdiff.training import TrainConfig, Trainer
 from network_tools import Plain, SmallDiT, diffusers_unet
-from training_tools import at_step
+from training_tools import at_step, read_lines
 
 SETTINGS = {"batch_size": 4, "steps": 4, "lr": 1e-2, "ema": (0.5,), "save_every": 2}
 SETTINGS |= {"log_every": 3, "tensorboard": False}
@@ -341,6 +342,49 @@ def test_what_lies_beside_x_is_mirrored_with_it(tmp_path):
             assert torch.equal(sample, one) or torch.equal(sample, other)
             mirrored += torch.equal(sample, other)
     assert 0 < mirrored < 24
+
+
+@pytest.mark.parametrize(
+    ("data", "given", "words"),
+    [
+        (floats(1, 8, 8), None, "uint8 values, not of torch.float32"),
+        (list(pictures()), floats(1, 8, 8), "uint8 values, not of torch.float32"),
+        (iter(pictures()), None, "needs data with len() and items: give eval_dataset"),
+    ],
+)
+def test_bits_are_those_of_bytes(tmp_path, data, given, words):
+    config = TrainConfig(**{**SETTINGS, "nll_every": 1})
+    with pytest.raises(InputError, match=re.escape(words)):
+        Trainer(unet(), cosine(), data, config, tmp_path, eval_dataset=given, device="cpu")
+
+
+class Answering(Conditioned):
+    """Its answer in a tuple, as some transformers have it."""
+
+    def forward(self, x: Tensor, t: Tensor, x_self_cond: Tensor) -> Any:
+        return (super().forward(x, t, x_self_cond),)
+
+
+@pytest.mark.seconds
+def test_all_that_a_run_shows_of_itself(tmp_path):
+    """Bits/dim of other data, and a grid, of a network that is self-conditioned."""
+    settings = {"self_condition": "x_self_cond", "nll_every": 2, "nll_images": 2, "steps": 2}
+    config = TrainConfig(**{**SETTINGS, **settings, "sample_every": 2, "sample_count": 2})
+    data, evaluated = floats(1, 8, 8), list(pictures())
+    trainer = Trainer(
+        Answering(),
+        cosine(),
+        data,
+        config,
+        tmp_path,
+        eval_dataset=evaluated,
+        device="cpu",
+        progress=False,
+    )
+    trainer.fit()
+    assert any("bits_per_dim" in line for line in read_lines(tmp_path))
+    assert (tmp_path / "samples" / "step_00000002.png").is_file()
+    sampled(fastdiff.load(tmp_path), pictures()[0])
 
 
 def test_items_of_one_part_are_x(tmp_path):
