@@ -118,7 +118,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> N
 
 def _no_class(network: Any, state: Mapping[str, Tensor]) -> str | None:
     """Why this network's class and config do not make it again; None where they do."""
-    kind: Any = _class_of(network)
+    kind = _class_of(network)
     if not isinstance(getattr(network, "config", None), Mapping):
         return "it has no config, a dict of what its class is made with"
     try:
@@ -126,7 +126,7 @@ def _no_class(network: Any, state: Mapping[str, Tensor]) -> str | None:
     except (TypeError, ValueError) as error:
         return f"its config has no JSON form: {first_line(error)}"
     try:
-        if _found(f"{kind.__module__}:{kind.__qualname__}") is not kind:
+        if _found(f"{kind.__module__}:{kind.__qualname__}") != kind:
             return "another class is imported by its name"
     except InputError as error:
         return str(error)
@@ -137,7 +137,7 @@ def _no_class(network: Any, state: Mapping[str, Tensor]) -> str | None:
     return difference and f"its config describes other weights: {difference}"
 
 
-def _class_of(network: nn.Module) -> type[nn.Module]:
+def _class_of(network: nn.Module) -> Any:
     """A network's class, also where ``fastdiff.accelerate`` has put a fused one in its place."""
     return getattr(network, "fastdiff_original", type(network))
 

@@ -60,7 +60,7 @@ class Trainer:
         config: see TrainConfig.
         run_dir: made if missing; must be empty or a run without checkpoints (``resume`` continues
             those). ``fit`` keeps other processes out of it.
-        eval_dataset: what the bits/dim are measured on, as ``data``, with items of uint8; by default
+        eval_dataset: what the bits/dim are measured on, uint8 items of the same kinds; by default
             ``data``.
         device: by default CUDA if there is one, else the CPU; each of several ranks takes its own.
         info: facts to record in every checkpoint beside those of the data.
