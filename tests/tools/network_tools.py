@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 
 class SmallDiT(nn.Module):
-    """Patches, two adaLN-free transformer layers, a label; ``config`` and all by which it is made.
+    """Patches, two transformer layers without adaLN, a label; ``config`` and all by which it is made.
 
     Its positions are a buffer of integers, its running mean one that no average holds.
     """
@@ -54,9 +55,8 @@ class Plain(nn.Module):
 
 
 def diffusers_unet(**changes: Any) -> nn.Module:
-    """A UNet2DModel for 8x8 images of one channel."""
-    import diffusers
-
+    """A UNet2DModel for 8x8 images of one channel; the test is skipped without diffusers."""
+    diffusers = pytest.importorskip("diffusers")
     blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D")}
     blocks |= {"up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
     sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16)}
