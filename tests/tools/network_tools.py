@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 
 class SmallDiT(nn.Module):
-    """Patches, two transformer layers without adaLN, a label; ``config`` and all by which it is made.
+    """Patches, two transformer layers, a label; and a ``config`` by which it is made.
 
-    Its positions are a buffer of integers, its running mean one that no average holds.
+    Its positions are a buffer of integers, its count of samples one that no average holds.
     """
 
     def __init__(self, size: int = 8, channels: int = 1, width: int = 16, num_classes: int = 3):
