@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+import fastdiff
 from page_tools import ROOT, blocks, parse_commands, run, save_pipeline, smaller
 
 README = (ROOT / "README.md").read_text()
@@ -12,10 +13,24 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.mark.seconds
 def test_the_first_example_runs_as_printed():
-    ten_lines, _ = blocks("README.md", "python")
+    ten_lines, _, _ = blocks("README.md", "python")
     done = run("README.md", ten_lines)
     assert done["images"].shape == done["x"].shape
     assert torch.isfinite(done["images"]).all()
+
+
+@pytest.mark.seconds
+def test_the_ten_lines_with_a_network_and_data_of_ones_own(tmp_path, monkeypatch):
+    _, example, _ = blocks("README.md", "python")
+    lines = [line for line in example.splitlines() if line and "import " not in line]
+    assert len(lines) == 10
+    monkeypatch.chdir(tmp_path)
+    done = run("README.md", smaller(example, batch_size=4, steps=3))
+    (loading,) = re.findall(r"`(fastdiff\.load\(.*?\))` loads it", README)
+    checkpoint = eval(loading, done)
+    assert checkpoint.step == 3
+    images = fastdiff.Sampler(checkpoint.model, checkpoint.diffusion, steps=2).sample((2, 3, 8, 8))
+    assert torch.isfinite(images).all()
 
 
 @pytest.mark.seconds
@@ -23,7 +38,7 @@ def test_the_drop_in_example_runs_as_printed_but_for_sizes(tmp_path, monkeypatch
     pytest.importorskip("diffusers")
     save_pipeline(tmp_path / "path/to/ddpm-cifar10")
     monkeypatch.chdir(tmp_path)
-    _, example = blocks("README.md", "python")
+    *_, example = blocks("README.md", "python")
     example = smaller(example, batch_size="2, output_type='np'", num_inference_steps=10)
     stock = re.sub(r"accelerate_pipeline\((.*)\)$", r"\1", example, flags=re.MULTILINE)
     assert stock != example

@@ -1,6 +1,7 @@
 """Checkpoints: directories that describe themselves, written so that no crash spoils an older one.
 
-- config.json: {"format", "model", "diffusion", "step", "info", "ema", "averages"}
+- config.json: {"format", "model", "diffusion", "step", "info", "ema", "averages"}; what "model" is
+  stands in network.py
 - model.safetensors: the network's state_dict
 - ema_<rate>.safetensors: one file per average
 - whatever the caller adds
@@ -28,6 +29,7 @@ from fastdiff.checkpoints.config import (
 )
 from fastdiff.checkpoints.diffusers_scheduler import load_process
 from fastdiff.checkpoints.diffusers_unet import load_unet, unet_folder
+from fastdiff.checkpoints.network import Given, described, load_state, made
 from fastdiff.checkpoints.run_directory import identify, list_checkpoints
 from fastdiff.checkpoints.weights import (
     CONFIG_FILE,
@@ -35,14 +37,12 @@ from fastdiff.checkpoints.weights import (
     check_target,
     load_json,
     load_tensors,
-    load_weights,
     write_directory,
 )
 from fastdiff.errors import InputError
 from fastdiff.files import previous_directory
 from fastdiff.models.ema import EMA, rate_name
-from fastdiff.models.unet import UNet
-from fastdiff.models.wrappers import plain_state, unwrapped
+from fastdiff.models.wrappers import plain_name, plain_state, unwrapped
 
 # The last two read what a caller of ``save`` added.
 __all__ = ["Checkpoint", "load", "save", "load_json", "load_tensors"]
@@ -55,7 +55,8 @@ class Checkpoint:
     """What ``load`` found.
 
     Attributes:
-        model: the network in eval mode, holding the weights asked for.
+        model: the network in eval mode, holding the weights asked for: a UNet, where no other was
+            saved.
         diffusion: the process it was trained with, or None if none was saved.
         step: optimizer steps taken, or None.
         info: facts about the data: image_size, channels, num_classes, class_names, ...
@@ -65,7 +66,7 @@ class Checkpoint:
         ema_rates: the averages that the checkpoint has, by name.
     """
 
-    model: UNet
+    model: Any
     diffusion: Any
     step: int | None
     info: dict[str, Any]
@@ -96,8 +97,11 @@ def save(
 
     Args:
         directory: its parent is made if missing.
-        model: a ``UNet``, on its own or in a wrapper: torch.compile's, DistributedDataParallel,
-            AveragedModel and their like, whose network is saved.
+        model: a ``UNet``; or any module, of which is recorded how it is made again where its class
+            can be imported by name and has a ``config`` with a JSON form that gives the same
+            weights by ``cls.from_config(config)`` or ``cls(**config)`` (diffusers' networks are
+            such), else the weights alone. On its own or in a wrapper: torch.compile's,
+            DistributedDataParallel, AveragedModel and their like, whose network is saved.
         diffusion: anything with ``to_config()``.
         ema: all of its rates are saved.
         step: optimizer steps taken, for config.json.
@@ -110,32 +114,33 @@ def save(
 
     Raises:
         OSError: the disk is full or not writable; nothing has changed.
-        InputError: ``directory`` is a file or a folder of other things, the model has no config or
-            other weights than its config describes, the averages are another model's, an extra
-            file has the name of one of the checkpoint's, or a value has no JSON form; nothing has
-            changed.
+        InputError: ``directory`` is a file or a folder of other things, the UNet has other weights
+            than its config describes, a weight has no values or a form that no file holds, the
+            averages are another model's, an extra file has the name of one of the checkpoint's, or
+            a value has no JSON form; nothing has changed.
     """
     target = Path(os.path.realpath(directory))
     check_target(target, foreign_entries)
     network = unwrapped(model)
-    if not isinstance(getattr(network, "config", None), dict):
-        raise InputError(
-            f"cannot save a {type(network).__name__}: it has no config, which a checkpoint needs "
-            "to describe itself; pass the UNet itself"
-        )
+    if not isinstance(network, nn.Module):
+        raise InputError(f"cannot save a {type(network).__name__}: expected an nn.Module")
+    state = plain_state(network)
+    description, expected = described(network, state)
     rates = ema.rates if ema is not None else []
     config = {
         "format": FORMAT,
-        "model": network.config,
+        "model": description,
         "diffusion": None if diffusion is None else diffusion.to_config(),
         "step": step,
         "info": dict(info or {}),
         "ema": rates,
         "averages": None if ema is None else {"updates": ema.updates, "warmup": ema.warmup},
     }
-    averages = {rate: ema.state_dict(rate) for rate in rates} if ema is not None else {}
-    state = plain_state(network)
-    check_saved(config, network, state, averages)
+    # What is no parameter is not averaged: the running figures of a norm, masks, frequencies.
+    buffers = {plain_name(name) for name, _ in network.named_buffers()}
+    kept = {name: tensor for name, tensor in state.items() if name in buffers}
+    averages = {rate: {**kept, **ema.state_dict(rate)} for rate in rates} if ema is not None else {}
+    check_saved(config, network, expected, averages)
     tensors = {MODEL_STEM: state, **{f"ema_{rate}": average for rate, average in averages.items()}}
     extras = dict(extra_tensors or {})
     check_extra_names(extras, tensors, "extra_tensors")
@@ -149,6 +154,7 @@ def load(
     *,
     weights: str | float = "ema",
     device: str | torch.device = "cpu",
+    model: Given = None,
 ) -> Checkpoint:
     """Read a checkpoint directory and build what it describes.
 
@@ -161,10 +167,15 @@ def load(
         weights: ``"model"`` for the trained weights, a rate such as ``"0.9999"`` for that average,
             ``"ema"`` for the average with the highest rate (the trained weights if there is none).
         device: where the network goes.
+        model: the network that the weights are put into, in place, or a function without arguments
+            that makes it. Needed where the checkpoint holds weights alone. Without it the class
+            that the checkpoint names is imported, and called if it is an ``nn.Module``'s; give it
+            for a checkpoint from somebody you do not trust.
 
     Raises:
         InputError: not a checkpoint, an unknown average, a damaged file, weights of another
-            network, a scheduler of another kind of process; the message names the file.
+            network, a network that cannot be made, a scheduler of another kind of process; the
+            message names the file.
     """
     path = Path(os.path.abspath(directory))
     if not path.exists() and previous_directory(path).is_dir():
@@ -173,24 +184,26 @@ def load(
     path = _checkpoint_in(path)
     diffusers_folder = unet_folder(path)
     if diffusers_folder is not None:
+        if model is not None:
+            raise InputError(f"{path} is a diffusers folder, which says what it holds: no model=")
         name, _ = _choose_weights(path, [], weights)
-        model = load_unet(diffusers_folder).to(device)
+        unet = load_unet(diffusers_folder).to(device)
         diffusion = load_process(path)
-        config = {**nothing_saved(), "format": FORMAT, "model": model.config}
+        config = {**nothing_saved(), "format": FORMAT, "model": unet.config}
         config["diffusion"] = None if diffusion is None else diffusion.to_config()
-        return Checkpoint(model, diffusion, None, {}, config, path, name)
+        return Checkpoint(unet, diffusion, None, {}, config, path, name)
     config = read_config(path)
     rates = build(path, "ema", lambda: [rate_name(rate) for rate in config["ema"]])
     name, stem = _choose_weights(path, rates, weights)
     state = load_tensors(path, stem)
 
-    model = build(path, "model", lambda: UNet(**config["model"]))
-    load_weights(model, state, path / f"{stem}.safetensors")
+    network = made(path, config["model"], model)
+    load_state(network, state, path / f"{stem}.safetensors")
     diffusion = None
     if config["diffusion"] is not None:
         diffusion = build(path, "diffusion", lambda: process_from_config(config["diffusion"]))
     return Checkpoint(
-        model=model.to(device).eval(),
+        model=network.to(device).eval(),
         diffusion=diffusion,
         step=config["step"],
         info=config["info"],

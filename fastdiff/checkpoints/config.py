@@ -104,19 +104,18 @@ def foreign_entries(path: Path) -> list[str]:
 def check_saved(
     config: Mapping[str, Any],
     network: nn.Module,
-    state: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
     averages: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
-    """That ``load`` will build from this config what takes these weights and averages.
+    """That ``load`` will read this config, and averages of the weights that it ``expected``.
 
     Raises:
         InputError: one line that says what does not fit.
     """
     as_read = json.loads(to_json(CONFIG_FILE, config))
     _check_kinds(as_read, f"cannot save {CONFIG_FILE}")
-    described = check_described(network, as_read["model"], state)
     for rate, average in averages.items():
-        difference = state_difference(described, average)
+        difference = state_difference(expected, average)
         if difference is not None:
             raise InputError(
                 f"cannot save the average of rate {rate}: it is of another network than the "
@@ -146,8 +145,6 @@ def check_described(
             described = UNet(**config).state_dict()
     except UNBUILDABLE as error:
         reason = f"its config describes no fastdiff UNet ({first_line(error)})"
-        if hasattr(network, "save_pretrained"):
-            reason += "; write it with its save_pretrained, whose directory fastdiff.load reads"
         raise InputError(f"cannot save a {kind}: {reason}") from error
     difference = state_difference(described, state)
     if difference is not None:

@@ -86,11 +86,13 @@ def check_state(
     source: str | Path,
     *,
     without_prefix: str = "save the network inside",
+    floats: bool = True,
 ) -> None:
     """That ``state`` has the names and shapes of ``expected``, and values.
 
     Args:
         without_prefix: what to do where a wrapper's {prefix} stands before the names.
+        floats: whether floating-point numbers are expected of every tensor.
 
     Raises:
         InputError: it has not; one line that names ``source``.
@@ -104,7 +106,7 @@ def check_state(
             advice += without_prefix.format(prefix=prefix)
         raise InputError(f"{source} holds the weights of another network: {difference} ({advice})")
     for name, tensor in state.items():
-        unfit = no_weight(tensor)
+        unfit = no_weight(tensor, floats=floats)
         if unfit is not None:
             raise InputError(f"{source} holds no weights of a network: its {name} {unfit}")
 
@@ -126,16 +128,24 @@ def state_difference(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]
     return None
 
 
-def no_weight(tensor: Tensor) -> str | None:
-    """Why a tensor cannot be a network's weight (a file's quantized one, for example), or None."""
+def no_weight(tensor: Tensor, *, floats: bool = True) -> str | None:
+    """Why a tensor cannot be a network's weight (a file's quantized one, for example), or None.
+
+    Args:
+        floats: whether it must hold floating-point numbers: networks of others have counters and
+            masks among their weights.
+    """
+    if not isinstance(tensor, Tensor):
+        return f"is a {type(tensor).__name__}, not a tensor"
     if is_lazy(tensor):
         return "has no shape yet; run the network once"
     if tensor.is_meta:
         return "has no values (it is on the meta device)"
     if type(tensor) not in (Tensor, nn.Parameter):
         return f"is a {type(tensor).__name__}, not a plain tensor"
-    if tensor.layout != torch.strided or not tensor.is_floating_point():
-        layout = "" if tensor.layout == torch.strided else f" in layout {tensor.layout}"
+    strided = tensor.layout == torch.strided
+    if not strided or tensor.is_quantized or (floats and not tensor.is_floating_point()):
+        layout = "" if strided else f" in layout {tensor.layout}"
         return f"is {tensor.dtype}{layout}; expected floating-point numbers"
     return None
 

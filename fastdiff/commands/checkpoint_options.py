@@ -11,6 +11,7 @@ import torch
 from fastdiff.checkpoints.averages import young_average
 from fastdiff.checkpoints.checkpoint import Checkpoint, load
 from fastdiff.checks import choose_device
+from fastdiff.commands.networks import check_network
 from fastdiff.errors import InputError
 
 
@@ -44,22 +45,8 @@ def load_checkpoint(args: argparse.Namespace, device: str | None = None) -> Chec
     path = checkpoint.path
     if checkpoint.diffusion is None:
         raise InputError(f"{path} holds a network without its diffusion process")
-    if checkpoint.model.dims != 2 or checkpoint.model.super_res:
-        kind = "a super-resolution" if checkpoint.model.super_res else "no image"
-        raise InputError(
-            f"{path} is {kind} network; the command line handles plain image networks "
-            "(fastdiff.Sampler and GaussianDiffusion handle every kind)"
-        )
+    check_network(checkpoint)
     return checkpoint
-
-
-def image_size(checkpoint: Checkpoint) -> tuple[int, int]:
-    """(H, W) the network was trained with."""
-    size = checkpoint.info.get("image_size") or checkpoint.model.image_size
-    if size is None:
-        raise InputError(f"{checkpoint.path} does not say its image size (info.image_size)")
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
 
 
 def describe(checkpoint: Checkpoint) -> str:

@@ -10,6 +10,7 @@ import csv
 from collections.abc import Sequence
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.commands.networks import num_classes
 from fastdiff.data.classes import form
 from fastdiff.data.text import listed, shown
 from fastdiff.errors import InputError
@@ -20,7 +21,7 @@ ALL = "all"
 
 def class_names(checkpoint: Checkpoint) -> list[str] | None:
     """The names of the network's classes in their order, where the checkpoint records them."""
-    names, count = checkpoint.info.get("class_names"), checkpoint.model.num_classes
+    names, count = checkpoint.info.get("class_names"), num_classes(checkpoint)
     if names is None or count is None:
         return None
     if not isinstance(names, list) or len(names) != count:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from fastdiff.checkpoints.checkpoint import load_weights, save
+from fastdiff.checkpoints.checkpoint import save
 from fastdiff.checkpoints.published import unet_config_from_state
 from fastdiff.checkpoints.published_file import read_published
+from fastdiff.checkpoints.weights import load_weights
 from fastdiff.errors import InputError
 from fastdiff.models import presets
 from fastdiff.models.ema import EMA, rate_name

@@ -9,10 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.commands import networks
 from fastdiff.commands.checkpoint_options import (
     add_checkpoint_arguments,
     describe,
-    image_size,
     load_checkpoint,
 )
 from fastdiff.commands.class_options import class_names
@@ -93,26 +93,26 @@ def run(args: argparse.Namespace) -> int:
 
 def _dataset(args: argparse.Namespace, checkpoint: Checkpoint) -> ImageDataset:
     """The images in the format, and the classes in the numbers, the network was trained with."""
-    height, width = image_size(checkpoint)
-    model = checkpoint.model
+    height, width = networks.image_size(checkpoint)
+    channels, classes = networks.channels(checkpoint), networks.num_classes(checkpoint)
     names = class_names(checkpoint)
     dataset = load_dataset(
         args.data,
         image_size=height if height == width else None,
-        channels=model.in_channels if model.in_channels in (1, 3, 4) else None,
-        class_cond=model.num_classes is not None,
+        channels=channels if channels in (1, 3, 4) else None,
+        class_cond=classes is not None,
         known_classes=names or (),
         **reading_options(vars(args)),
     )
     print(dataset.describe(), flush=True)
     check_bytes(dataset, "bits/dim")
     found = (dataset.channels, *dataset.image_size)
-    if found != (model.in_channels, height, width):
+    if found != (channels, height, width):
         raise InputError(
             f"--data {args.data} has images of (C, H, W) {found}; the network was trained with "
-            f"{(model.in_channels, height, width)}"
+            f"{(channels, height, width)}"
         )
-    return match_classes(dataset, names, model.num_classes, f"--data {args.data}")
+    return match_classes(dataset, names, classes, f"--data {args.data}")
 
 
 def _score(
@@ -126,14 +126,16 @@ def _score(
     count = min(args.num or len(dataset), len(dataset))
     indices = np.linspace(0, len(dataset) - 1, count).round().astype(np.int64)
     starts = range(0, count, args.batch_size)
-    terms = []
+    terms, model = [], networks.predictor(checkpoint)
     with require("tqdm", "train").tqdm(
         total=len(starts) * diffusion.num_timesteps, desc="scoring", unit="step"
     ) as bar:
         for start in starts:
             part = indices[start : start + args.batch_size]
             x_start = to_float(dataset.gather(part).to(device))
-            labels = dataset.gather_labels(part).to(device)
+            kwargs = {}
+            if networks.num_classes(checkpoint) is not None:
+                kwargs = networks.labelled(checkpoint, dataset.gather_labels(part))
 
             def noise(t: int, shape: tuple[int, ...] = tuple(x_start.shape), first: int = start):
                 bar.update()
@@ -147,9 +149,9 @@ def _score(
 
             terms.append(
                 diffusion.calc_bpd_loop(
-                    checkpoint.model,
+                    model,
                     x_start,
-                    model_kwargs=None if checkpoint.model.num_classes is None else {"y": labels},
+                    model_kwargs=kwargs,
                     noise=noise,
                 )
             )

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.commands import networks
 from fastdiff.commands.checkpoint_options import (
     add_checkpoint_arguments,
     describe,
     fingerprint,
-    image_size,
     load_checkpoint,
     writable_folder,
 )
@@ -151,12 +151,12 @@ def _prepare(args: argparse.Namespace, device: str | None) -> _Task:
     _check_numbers(args)
     checkpoint = load_checkpoint(args, device)
     names = class_names(checkpoint)
-    classes = choose_classes(args.classes, checkpoint.model.num_classes, names)
+    classes = choose_classes(args.classes, networks.num_classes(checkpoint), names)
     sampler = _sampler(args, checkpoint)
-    channels = checkpoint.model.in_channels
+    channels = networks.channels(checkpoint)
     followed = args.trajectory if channels in MODES else 0
     batches = split(args.first_sample, args.num, args.batch_size, followed)
-    shape = (*image_size(checkpoint), channels)
+    shape = (*networks.image_size(checkpoint), channels)
     parts = Parts(writable_folder(args.out), batches, shape, names)
     return _Task(checkpoint, sampler, classes, parts)
 
@@ -190,7 +190,6 @@ def _settings(args: argparse.Namespace, task: _Task) -> dict[str, Any]:
 
 def _draw(args: argparse.Namespace, task: _Task, batches: list[Batch], shown: bool) -> None:
     """Draw these batches, each written at once: an interrupted run keeps what it has."""
-    parameter = next(task.checkpoint.model.parameters())
     steps = len(task.sampler.table)
     height, width, channels = task.parts.shape
     with require("tqdm", "train").tqdm(
@@ -199,11 +198,13 @@ def _draw(args: argparse.Namespace, task: _Task, batches: list[Batch], shown: bo
         for batch in batches:
             labels = _labels(task.classes, batch)
             trajectory = _Trajectory(batch.followed, steps)
+            kwargs = {} if labels is None else networks.labelled(task.checkpoint, labels)
             x = task.sampler.sample(
                 (batch.size, channels, height, width),
                 seed=args.seed,
                 first_sample=batch.number,
-                model_kwargs=None if labels is None else {"y": labels.to(parameter.device)},
+                model_kwargs=kwargs,
+                uncond_kwargs=_unconditional(args, task, kwargs),
                 progress=bar.update,
                 callback=trajectory.add if batch.followed else None,
             )
@@ -218,6 +219,16 @@ def _labels(classes: list[int], batch: Batch) -> Tensor | None:
         return None
     numbers = torch.arange(batch.number, batch.number + batch.size)
     return torch.tensor(classes)[numbers % len(classes)]
+
+
+def _unconditional(
+    args: argparse.Namespace, task: _Task, kwargs: dict[str, Tensor]
+) -> dict[str, Tensor] | None:
+    """For guidance: the label, whatever the network calls it, that means none."""
+    null = networks.null_label(task.checkpoint)
+    if args.guidance_scale is None or null is None:
+        return None
+    return {name: torch.full_like(labels, null) for name, labels in kwargs.items()}
 
 
 class _Trajectory:
@@ -303,7 +314,7 @@ def _steps(args: argparse.Namespace, checkpoint: Checkpoint) -> str | int:
 
 
 def _sampler(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampler:
-    if args.guidance_scale is not None and checkpoint.model.null_label is None:
+    if args.guidance_scale is not None and networks.null_label(checkpoint) is None:
         raise InputError(
             "--guidance-scale needs a network that was trained with label dropout "
             "(it has a class of its own for 'no label'); this one was not"
@@ -317,6 +328,7 @@ def _sampler(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampler:
         guidance_scale=args.guidance_scale,
         dtype=torch.bfloat16 if args.dtype == "bfloat16" else None,
         spacing=args.spacing,
+        self_condition=networks.self_condition(checkpoint),
     )
 
 

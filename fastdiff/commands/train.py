@@ -22,6 +22,7 @@ from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
 from fastdiff.ranks import Ranks, join
 from fastdiff.training import TrainConfig, Trainer
 from fastdiff.training.init import Init, describe_init, fit_to_init, read_init
+from fastdiff.training.network import label_argument
 from fastdiff.training.saved import SavedRun
 
 __all__ = ["add_arguments", "run"]
@@ -100,8 +101,11 @@ def _parts(given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     known = init.info.get("preset") if init is not None else None
     preset = presets.get(given.get("preset", known or DEFAULT_PRESET))
     config = TrainConfig(**{**preset.train, **part_of(given, "train")})
-    wanted = preset.model.get("num_classes") if init is None else init.model.num_classes
-    class_cond = given.get("class_cond", wanted is not None)
+    if init is None:
+        wanted = preset.model.get("num_classes") is not None
+    else:
+        wanted = label_argument(init.model) is not None
+    class_cond = given.get("class_cond", wanted)
     source = {
         "spec": given["data"],
         "image_size": given.get("image_size"),
@@ -154,8 +158,9 @@ def _init_diffusion(init: Init, given: Mapping[str, Any]) -> Any:
     return build_diffusion(recipe, flags)
 
 
-def _init_model(init: Init, flags: Mapping[str, Any]) -> UNet:
+def _init_model(init: Init, flags: Mapping[str, Any]) -> Any:
     """The checkpoint's network. Flags may change what only training knows, its dropout."""
+    _check_unet(init.path, init.model, flags)
     for name, value in flags.items():
         if name not in TRAINING_ONLY:
             remedy = "leave the flag out, or start without --init"
@@ -304,6 +309,7 @@ def check_same_run(saved: SavedRun, given: Mapping[str, Any]) -> None:
             _check_unchanged(saved.path, name, before.get(name), given[name])
     if "labels" in given and before.get("labels"):
         _check_unchanged(saved.path, "labels", before["labels"], given["labels"])
+    _check_unet(saved.path, saved.model, part_of(given, "model"))
     for name, value in part_of(given, "model").items():
         _check_unchanged(saved.path, name, saved.model.config[name], value)
 
@@ -326,6 +332,15 @@ def check_same_run(saved: SavedRun, given: Mapping[str, Any]) -> None:
             _check_unchanged(saved.path, flag, before, now)
         if not np.array_equal(asked.betas, saved.diffusion.betas):
             raise InputError(f"the noise schedule is not the one {saved.path} was trained with")
+
+
+def _check_unet(path: str | Path, model: Any, flags: Mapping[str, Any]) -> None:
+    """InputError where flags describe a UNet, and the network is another."""
+    if flags and not isinstance(model, UNet):
+        raise InputError(
+            f"--{next(iter(flags)).replace('_', '-')} is of fastdiff's UNet, and {path} holds a "
+            f"{type(model).__name__}, which stays as it is: leave the flag out"
+        )
 
 
 def _check_unchanged(

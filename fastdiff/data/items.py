@@ -32,7 +32,8 @@ class Items:
         random_flip: mirror the last axis at random in training, unless the trainer is told.
 
     A label is the network's argument ``y``. What else a dict holds is given to the network by its
-    name, where x and label are not named; where they are, nothing else is.
+    name, where x and label are not named; where they are, nothing else is. An argument with as many
+    axes as x, such as a ``low_res``, is mirrored with it, and scaled where it is uint8.
 
     Raises InputError for a set without items or without ``len``, and in ``batch`` for an item that
     is no sample, and for samples of different shapes.
@@ -73,6 +74,8 @@ def as_sample(item: Any, x: str | None = None, label: str | None = None) -> Samp
     if isinstance(item, Mapping):
         return _of_dict(item, x, label)
     if isinstance(item, tuple | list):
+        if len(item) == 1:  # as TensorDataset has them
+            return as_tensor(item[0], "x"), {}
         if len(item) != 2:
             raise InputError(
                 f"an item of the data set has {len(item)} parts; expected x, (x, label), or a dict "

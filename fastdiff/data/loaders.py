@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from fastdiff.data.items import Sample, as_sample, collated
+from fastdiff.data.words import LOADER, words
 from fastdiff.errors import InputError
 
 
@@ -20,7 +21,8 @@ class LoaderStream:
     IterableDataset's or an iterable's, rank r takes the r-th slice of each ``batch_size`` in a row,
     so that a batch is the same on any number of ranks; every rank reads all of them. What is left
     at the end of an epoch and fills no batch is left out, and the next epoch begins: ``set_epoch``
-    tells a loader, its sampler or a set that has one.
+    tells a loader, its sampler or a set that has one. torch's own generator, by which loaders
+    shuffle and torchvision augments, is seeded before each batch, by ``seed`` and its number.
 
     ``position`` counts batches. Set on a stream that is new, it reads on to there; a loader that
     has ``state_dict`` and ``load_state_dict``, as torchdata's StatefulDataLoader, begins there.
@@ -37,6 +39,7 @@ class LoaderStream:
         data: DataLoader | IterableDataset | Iterable[Any],
         batch_size: int,
         *,
+        seed: int = 0,
         workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -48,6 +51,7 @@ class LoaderStream:
                 f"({world_size})"
             )
         self.data, self.rank, self.workers, self.pin = data, rank, workers, pin_memory
+        self.seed = seed
         self.batch_size, self.share = batch_size, batch_size // world_size
         self.is_loader = isinstance(data, DataLoader) or hasattr(data, "load_state_dict")
         self.epoch = 0
@@ -97,10 +101,14 @@ class LoaderStream:
     def _read(self) -> Sample:
         if self._batches is None:
             self._batches = self._endless()
-            for _ in range(self._to_skip):
-                next(self._batches)
+            for number in range(self._to_skip):
+                self._draw(self._batches, number)
             self._to_skip = 0
-        return next(self._batches)
+        return self._draw(self._batches, self._position)
+
+    def _draw(self, batches: Iterator[Sample], number: int) -> Sample:
+        torch.manual_seed(int(words(self.seed, number, LOADER, 1)[0]))
+        return next(batches)
 
     def close(self) -> None:
         """End the workers. A stream that is used again begins at its first batch."""

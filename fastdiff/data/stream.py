@@ -170,11 +170,19 @@ class _Loaded(torch.utils.data.Dataset):
         except Exception as error:
             return error
         if flips.any():
-            # torch mirrors no uint16; int16 has the same bits.
-            bits = images.view(torch.int16) if images.dtype == torch.uint16 else images
             mirrored = torch.from_numpy(flips)
-            bits[mirrored] = bits[mirrored].flip(-1)
+            for value in (images, *pictures_in(others, images.dim())):
+                # torch mirrors no uint16; int16 has the same bits.
+                bits = value.view(torch.int16) if value.dtype == torch.uint16 else value
+                bits[mirrored] = bits[mirrored].flip(-1)
         return images, others
+
+
+def pictures_in(others: Any, axes: int) -> list[torch.Tensor]:
+    """Of the network's arguments those with as many axes as x: what lies beside it is mirrored with
+    it, a picture of low resolution, a mask."""
+    given = others.values() if isinstance(others, dict) else (others,)
+    return [value for value in given if value.dim() == axes]
 
 
 def _stay(worker: int) -> None:

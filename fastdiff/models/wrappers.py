@@ -27,6 +27,11 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     return {plain_name(name): tensor for name, tensor in unwrapped(model).state_dict().items()}
 
 
+def tensor_of(output: Any) -> Tensor:
+    """What a network answers: a tensor, a tuple that begins with it, or diffusers' object."""
+    return output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+
+
 def attribute_of(model: Any, name: str) -> Any:
     """An attribute of the network that a callable ends in, None where there is none.
 

@@ -145,6 +145,13 @@ class EDM:
         deviations = torch.special.ndtri(t.double()).clamp(-_TAIL, _TAIL)
         return torch.exp(self.P_mean + self.P_std * deviations)
 
+    def x_start_coefficients_at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) with D = a·(c_in·x_t) + b·F at each quantile: c_skip/c_in and c_out, float64, of
+        t's shape. ``t`` and errors: :meth:`sigma_of`."""
+        sigma = self.sigma_of(t)
+        total_std = torch.hypot(sigma, torch.full_like(sigma, self.sigma_data))
+        return self.sigma_data**2 / total_std, sigma * self.sigma_data / total_std
+
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """Draw x_t ~ N(x_start, sigma_of(t)²·I): like x_start.
 

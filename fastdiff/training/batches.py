@@ -54,9 +54,14 @@ def batches_of(data: Any, config: TrainConfig, ranks: Ranks, device: torch.devic
             pin_memory=pin,
         )
     return LoaderStream(
-        data, config.batch_size, workers=config.workers, rank=ranks.rank, world_size=ranks.count,
+        data,
+        config.batch_size,
+        seed=config.seed,
+        workers=config.workers,
+        rank=ranks.rank,
+        world_size=ranks.count,
         pin_memory=pin,
-    )  # fmt: skip
+    )
 
 
 def size_of(data: Any) -> int | None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastdiff.data import ImageDataset, Items, match_classes
@@ -12,6 +13,7 @@ from fastdiff.models.wrappers import unwrapped
 from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.training.batches import readable
 from fastdiff.training.config import TrainConfig
+from fastdiff.training.self_condition import check_argument
 
 
 def checked(model: nn.Module, diffusion: Any, data: Any, config: TrainConfig) -> Any:
@@ -35,15 +37,12 @@ def checked(model: nn.Module, diffusion: Any, data: Any, config: TrainConfig) ->
             f"label_dropout is {config.label_dropout}, which needs a class-conditional network "
             "with null_class=True, or one whose null_label says what stands for no label"
         )
+    if config.self_condition:
+        check_argument(model, config.self_condition)
     if config.nll_every and not isinstance(diffusion, GaussianDiffusion):
         raise InputError(
             f"nll_every is {config.nll_every}, and bits/dim are those of a GaussianDiffusion, not "
             f"of a {type(diffusion).__name__}: set it to 0"
-        )
-    if config.nll_every and not isinstance(data, ImageDataset | Items):
-        raise InputError(
-            f"nll_every is {config.nll_every}, which needs data with len() and items: give "
-            "eval_dataset, or set it to 0"
         )
     shape = sample_shape(data)
     if config.sample_every and shape and (len(shape) != 3 or shape[0] not in (1, 3, 4)):
@@ -72,6 +71,10 @@ def _check_unet(model: UNet, diffusion: Any, data: Any) -> None:
             f"the network is {model.dims}-dimensional; x of the data has shape {tuple(shape)}"
         )
     channels, *sizes = shape
+    if model.in_channels != channels:
+        raise InputError(
+            f"x of the data has {channels} channels, the network takes {model.in_channels}"
+        )
     learned = getattr(diffusion, "learns_variance", False)
     wanted = channels * (2 if learned else 1)
     if model.out_channels != wanted:
@@ -89,15 +92,32 @@ def _check_unet(model: UNet, diffusion: Any, data: Any) -> None:
 
 def match_eval(model: nn.Module, data: Any, eval_data: Any, config: TrainConfig) -> Any:
     """What bits/dim are measured on: ``eval_data`` with the classes of ``data``, or these."""
+    eval_data = eval_data if eval_data is None else readable(eval_data)
     if isinstance(eval_data, ImageDataset) and isinstance(data, ImageDataset):
         classes = getattr(unwrapped(model), "num_classes", None)
         eval_data = match_classes(eval_data, data.class_names, classes, "the evaluation set")
-    found = eval_data or data
+    found = data if eval_data is None else eval_data
+    if config.nll_every:
+        _check_bits(config, found)
     if isinstance(model, UNet) and isinstance(found, ImageDataset):
         check_images(model, found, "evaluation")
     if config.nll_every and isinstance(found, ImageDataset):
         check_bytes(found, "nll_every, a bound on bits/dim,")
     return found
+
+
+def _check_bits(config: TrainConfig, data: Any) -> None:
+    """InputError unless ``data`` are what has bits/dim: items of bytes."""
+    if not isinstance(data, ImageDataset | Items):
+        raise InputError(
+            f"nll_every is {config.nll_every}, which needs data with len() and items: give "
+            "eval_dataset, or set it to 0"
+        )
+    if isinstance(data, Items) and (dtype := data[0][0].dtype) != torch.uint8:
+        raise InputError(
+            f"nll_every is {config.nll_every}, and bits/dim are those of uint8 values, not of "
+            f"{dtype}: give eval_dataset, or set it to 0"
+        )
 
 
 def check_images(model: UNet, dataset: ImageDataset, what: str) -> None:

@@ -50,6 +50,12 @@ class TrainConfig:
     label_dropout: float = setting(
         0.0, "probability that a label is hidden, for classifier-free guidance"
     )
+    self_condition: str = setting(
+        "",
+        "the network's argument by which it is given its own estimate of x_0, in half of the steps "
+        "(none: no such)",
+        fixed=True,
+    )
     timestep_sampler: str = setting(
         "uniform", "how timesteps are drawn", choices=TIMESTEP_SAMPLERS, fixed=True
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastdiff.checkpoints.averages import young_average
 from fastdiff.checkpoints.checkpoint import load
+from fastdiff.checkpoints.network import Given
 from fastdiff.data import ImageDataset, match_classes
 from fastdiff.errors import InputError
 from fastdiff.models.unet import UNet
@@ -36,12 +37,14 @@ class Init:
         return str(self.record["path"])
 
 
-def read_init(source: str | os.PathLike[str], weights: str | float = "ema") -> Init:
+def read_init(
+    source: str | os.PathLike[str], weights: str | float = "ema", model: Given = None
+) -> Init:
     """Read any checkpoint that ``fastdiff.load`` does, or the newest one of a run's folder.
 
     InputError when it cannot be read or has no such weights.
     """
-    loaded = load(source, weights=weights)
+    loaded = load(source, weights=weights, model=model)
     record = {
         "checkpoint": os.path.abspath(source),
         "path": str(loaded.path),

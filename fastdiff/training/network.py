@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.errors import InputError
+from fastdiff.images import HALF_RANGES, to_float
 from fastdiff.models.unet import UNet
-from fastdiff.models.wrappers import unwrapped
+from fastdiff.models.wrappers import tensor_of, unwrapped
 from fastdiff.ranks import Ranks
 from fastdiff.training.config import TrainConfig
 
@@ -42,9 +43,14 @@ def arguments_of(given: Any, label: str | None) -> dict[str, Tensor]:
     return kwargs
 
 
-def on(device: torch.device, kwargs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The network's arguments on its device."""
-    return {name: value.to(device, non_blocking=True) for name, value in kwargs.items()}
+def on(device: torch.device, kwargs: dict[str, Tensor], axes: int) -> dict[str, Tensor]:
+    """The network's arguments on its device; of those that have as many ``axes`` as x, which are
+    pictures such as a ``low_res``, integers are scaled to [-1, 1]."""
+    found = {name: value.to(device, non_blocking=True) for name, value in kwargs.items()}
+    return {
+        name: to_float(value) if value.dtype in HALF_RANGES and value.dim() == axes else value
+        for name, value in found.items()
+    }
 
 
 def over_ranks(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
@@ -75,8 +81,3 @@ def predictor(network: nn.Module, config: TrainConfig, device: torch.device) -> 
             return tensor_of(run(x, t, **kwargs))
 
     return predict
-
-
-def tensor_of(output: Any) -> Tensor:
-    """What a network answers: a tensor, a tuple that begins with it, or diffusers' object."""
-    return output[0] if isinstance(output, tuple) else getattr(output, "sample", output)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastdiff.data import ImageDataset, Items
 from fastdiff.images import to_float, to_uint8
 from fastdiff.models.replicas.replica import replica_of
+from fastdiff.models.wrappers import tensor_of
 from fastdiff.ops.counters import sampling_step
 from fastdiff.ops.normal import normal
 from fastdiff.process.likelihood import summarize_bpd
@@ -39,6 +40,7 @@ def draw_samples(trainer: "Trainer") -> Tensor:
         # A fixed variance wants all of its steps; DDIM does without them.
         method="ddpm" if strided else "ddim",
         dtype=network.PRECISIONS.get(config.dtype),
+        self_condition=config.self_condition or None,
     )
     bounds = np.linspace(0, config.sample_count, ranks.count + 1).astype(int)
     first, last = (int(bound) for bound in bounds[ranks.rank : ranks.rank + 2])
@@ -63,10 +65,17 @@ def _example(trainer: "Trainer", numbers: np.ndarray) -> tuple[Tensor, dict[str,
     elif isinstance(data, Items):
         x, given = data.batch(numbers % len(data))
     else:
-        x, given = trainer.last_batch
+        x, given = trainer.last_batch or _next_batch(trainer)
         chosen = torch.from_numpy(numbers % len(x))
         x, given = x[chosen], {name: value[chosen] for name, value in given.items()}
-    return x, network.on(trainer.device, network.arguments_of(given, trainer.label))
+    return x, network.on(trainer.device, network.arguments_of(given, trainer.label), x.dim())
+
+
+def _next_batch(trainer: "Trainer") -> Any:
+    """A look at the batch that the next step will get, where there was no step yet."""
+    batch = next(trainer.stream)
+    trainer.stream.position -= 1
+    return batch
 
 
 def measure_nll(trainer: "Trainer") -> dict[str, float]:
@@ -83,13 +92,16 @@ def measure_nll(trainer: "Trainer") -> dict[str, float]:
     with replica_of(trainer.model) as replica:
 
         def model(x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
-            return network.tensor_of(replica(x, t, **kwargs))
+            if config.self_condition:  # from zeros, as in half of the steps
+                kwargs[config.self_condition] = torch.zeros_like(x)
+            return tensor_of(replica(x, t, **kwargs))
 
         for start in trainer.ranks.share(range(0, count, size)):
             numbers = np.arange(start, min(start + size, count))
             images, given = dataset.batch(numbers)
             x_start = to_float(images.to(trainer.device))
-            kwargs = network.on(trainer.device, network.arguments_of(given, trainer.label))
+            kwargs = network.arguments_of(given, trainer.label)
+            kwargs = network.on(trainer.device, kwargs, x_start.dim())
             noise = _noise(x_start, config.seed, start)
             terms.append(process.calc_bpd_loop(model, x_start, model_kwargs=kwargs, noise=noise))
     found = [{name: v.cpu() for name, v in term.items()} for term in terms]
@@ -106,8 +118,8 @@ def _noise(x: Tensor, seed: int, first: int) -> Any:
 
 
 def plot_curve(run_dir: Path) -> None:
-    """Draw loss_curve.png, where matplotlib is installed and a loss was logged."""
+    """Draw loss_curve.png, where matplotlib is installed and a loss above 0 was logged."""
     metrics = run_dir / "metrics.jsonl"
-    drawable = any("loss" in record for record in read_metrics(metrics))
+    drawable = any(record.get("loss", 0) > 0 for record in read_metrics(metrics))
     if drawable and importlib.util.find_spec("matplotlib") is not None:
         plot_loss(metrics, run_dir / "loss_curve.png")

@@ -1,7 +1,7 @@
 """A checkpoint as a trainer writes it and reads it back: all of it, or an error that names the
 damaged file."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fastdiff.checkpoints.checkpoint import load
+from fastdiff.checkpoints.network import Given, described
 from fastdiff.checkpoints.weights import load_json, load_tensors
 from fastdiff.errors import InputError
-from fastdiff.models.wrappers import unwrapped
+from fastdiff.models.wrappers import plain_name, plain_state, unwrapped
 from fastdiff.training import state
 from fastdiff.training.batches import size_of
 from fastdiff.training.config import TrainConfig
@@ -44,11 +45,15 @@ class SavedRun:
         return with_prefix(prefix, self.tensors)
 
 
-def read_checkpoint(path: Path) -> SavedRun:
-    """Read every file of ``path``. Raises InputError naming the file that is missing or damaged."""
+def read_checkpoint(path: Path, model: Given = None) -> SavedRun:
+    """Read every file of ``path``, the network into ``model`` where that is given.
+
+    Raises InputError naming the file that is missing or damaged.
+    """
     try:
-        loaded = load(path, weights="model")
+        loaded = load(path, weights="model", model=model)
         record = load_json(path, STATE)
+        _freeze(loaded.model, record.get("frozen", []))
         return SavedRun(
             path=path,
             model=loaded.model,
@@ -73,9 +78,17 @@ def _advice(path: Path) -> str:
     return f"delete {path} to resume from the checkpoint before it"
 
 
+def _freeze(model: nn.Module, names: Sequence[str]) -> None:
+    """What was not trained is not trained on."""
+    for name, parameter in model.named_parameters():
+        if plain_name(name) in names:
+            parameter.requires_grad_(False)
+
+
 def model_config(model: nn.Module) -> Any:
-    """What a run's config.json says of the network."""
-    return getattr(unwrapped(model), "config", None)
+    """What a run's config.json says of the network. InputError for one that cannot be saved."""
+    network = unwrapped(model)
+    return described(network, plain_state(network))[0]
 
 
 def tensors_of(trainer: "Trainer", meter: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -96,6 +109,11 @@ def record_of(trainer: "Trainer") -> dict[str, Any]:
         "batches_drawn": trainer.stream.position,
         "images": size_of(trainer.data),
         "config": trainer.config.to_dict(),
+        "frozen": [
+            plain_name(name)
+            for name, parameter in trainer.model.named_parameters()
+            if not parameter.requires_grad
+        ],
     }
 
 
@@ -117,7 +135,9 @@ def restore(trainer: "Trainer", read: SavedRun, data_changed: bool) -> None:
     trainer.step = trainer.ema.updates = read.step
     trainer.reports.done = read.reported
     for rate in trainer.ema.rates:
-        trainer.ema.load_state_dict(rate, read.averages[rate])
+        average = read.averages[rate]  # in whose file is what is not averaged, too
+        names = average.keys() & set(trainer.ema.names)
+        trainer.ema.load_state_dict(rate, {name: average[name] for name in names})
     state.load_optimizer_tensors(trainer.optimizer, trainer.model, read.part("optimizer"))
     trainer.timesteps.load_state_dict(read.part("timesteps"))
     trainer.meter.load_state_dict(read.part("meter"), trainer.ranks.rank)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.training.self_condition import SelfCondition
+
 
 def backward(
     diffusion: Any,
@@ -18,6 +20,7 @@ def backward(
     *,
     microbatch: int,
     noise: Mapping[str, int],
+    self_condition: SelfCondition | None = None,
     unsynchronised: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, Tensor]:
     """Add the gradients of the weighted mean loss; the loss terms, each (N,).
@@ -26,6 +29,7 @@ def backward(
         x_start: (N, ...); t, weights: (N,); kwargs: the network's, each (N, ...).
         microbatch: samples per forward pass; 0 takes all.
         noise: seed, step and first_sample, from which the noise is drawn.
+        self_condition: how the network is given its own estimate of x_0; None: it is not.
         unsynchronised: around all passes but the last, whose gradients need not be averaged yet.
     """
     batch = len(x_start)
@@ -33,9 +37,12 @@ def backward(
     parts = []
     for start in range(0, batch, size):
         part = slice(start, start + size)
+        run = network
+        if self_condition is not None:
+            run = self_condition.around(network, t[part], noise["step"])
         with nullcontext() if start + size >= batch else unsynchronised():
             losses = diffusion.training_losses(
-                network,
+                run,
                 x_start[part],
                 t[part],
                 {name: value[part] for name, value in kwargs.items()},

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fastdiff
 from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.network import Given
 from fastdiff.checkpoints.run_directory import checkpoint_path, held, newest_checkpoint, require_run
 from fastdiff.checks import choose_device
 from fastdiff.data import ImageDataset, match_classes
@@ -33,6 +34,7 @@ from fastdiff.training.reports import Reports
 from fastdiff.training.rescue import rescued
 from fastdiff.training.run_folder import opened
 from fastdiff.training.saved import STATE, SavedRun, read_checkpoint
+from fastdiff.training.self_condition import SelfCondition
 from fastdiff.training.step import backward, clip_gradients
 from fastdiff.training.stop import StopRequest
 from fastdiff.training.timestep_samplers import create_timestep_sampler
@@ -58,7 +60,8 @@ class Trainer:
         config: see TrainConfig.
         run_dir: made if missing; must be empty or a run without checkpoints (``resume`` continues
             those). ``fit`` keeps other processes out of it.
-        eval_dataset: images the bits/dim are measured on; by default the training images.
+        eval_dataset: what the bits/dim are measured on, uint8 items of the same kinds; by default
+            ``data``.
         device: by default CUDA if there is one, else the CPU; each of several ranks takes its own.
         info: facts to record in every checkpoint beside those of the data.
         progress: show a bar with the loss, steps/s and the time left (needs tqdm).
@@ -75,7 +78,7 @@ class Trainer:
         config: TrainConfig,
         run_dir: str | os.PathLike[str],
         *,
-        eval_dataset: ImageDataset | None = None,
+        eval_dataset: Any = None,
         device: torch.device | str | None = None,
         info: Mapping[str, Any] | None = None,
         progress: bool = True,
@@ -92,6 +95,12 @@ class Trainer:
             lambda: match_eval(model, self.data, eval_dataset, config)
         )
         self.info = {**describe(self.data), **(info or {})}
+        self.self_condition: SelfCondition | None = None
+        if config.self_condition:
+            self.info["self_condition"] = config.self_condition
+            self.self_condition = SelfCondition(
+                config.self_condition, diffusion, config.seed, self.device
+            )
         self.ranks.agree(facts(self))
 
         self._over_ranks = network.over_ranks(self.model, self.ranks, self.device)
@@ -121,6 +130,7 @@ class Trainer:
         self.last_checkpoint: Path | None = None
         self.saved_as: tuple[int, int] | None = None  # its step, and the step reported then
         self.half_done = False  # between an update of the weights and the end of its step
+        self.last_batch: Any = None
 
     @classmethod
     def from_checkpoint(
@@ -131,6 +141,7 @@ class Trainer:
         run_dir: str | os.PathLike[str],
         *,
         weights: str | float = "ema",
+        model: Given = None,
         diffusion: Any = None,
         info: Mapping[str, Any] | None = None,
         **options: Any,
@@ -139,12 +150,13 @@ class Trainer:
 
         The network and its weights are carried over, and the process unless ``diffusion`` is
         given; the step, the optimizer, the averages and the order of the images start anew.
-        ``weights`` chooses among the checkpoint's as ``load`` does; ``options`` are Trainer's.
+        ``weights`` chooses among the checkpoint's as ``load`` does, and ``model`` is what it needs
+        of a checkpoint of weights alone; ``options`` are Trainer's.
 
         Raises InputError when ``source`` cannot be read, has no process and none is given, or does
         not fit the images.
         """
-        init = read_init(source, weights)
+        init = read_init(source, weights, model)
         if init.warning is not None:
             warnings.warn(init.warning, RuntimeWarning, stacklevel=2)
         data = fit_to_init(init, data)
@@ -160,13 +172,16 @@ class Trainer:
         run_dir: str | os.PathLike[str],
         data: Any,
         *,
+        model: Given = None,
         changes: Mapping[str, Any] | None = None,
         data_changed: bool = False,
         **options: Any,
     ) -> "Trainer":
         """The trainer of the newest checkpoint in ``run_dir``, ready to continue with ``fit``.
 
-        On a CPU it continues bit for bit as if it had never stopped. ``changes`` are settings of
+        On a CPU it continues bit for bit as if it had never stopped. ``model``, a network or a
+        function that makes one, is needed of a network of which the checkpoints hold weights alone
+        (see ``fastdiff.save``). ``changes`` are settings of
         TrainConfig that shall differ from now on; batch size, seed, EMA rates and their warm-up,
         timestep sampler and flips cannot. A learning-rate schedule follows the new ``steps``.
         ``data_changed`` continues on other images of the same kind: their order starts anew, and
@@ -178,19 +193,21 @@ class Trainer:
         """
         device = options.get("device")
         ranks = options.pop("ranks", None) or join(device and str(device), TrainConfig.rank_minutes)
-        read = cls.read_run(run_dir, ranks)
+        read = cls.read_run(run_dir, ranks, model)
         options |= {"changes": changes, "data_changed": data_changed, "ranks": ranks}
         return cls.from_saved(read, data, run_dir, **options)
 
     @staticmethod
-    def read_run(run_dir: str | os.PathLike[str], ranks: Ranks = ALONE) -> SavedRun:
+    def read_run(
+        run_dir: str | os.PathLike[str], ranks: Ranks = ALONE, model: Given = None
+    ) -> SavedRun:
         """The newest checkpoint of ``run_dir``, for ``from_saved``; InputError as ``resume``."""
         run = Path(run_dir)
         with contextlib.ExitStack() as stack:
             ranks.on_first(lambda: require_run(run))
             # No other process deletes it while it is read.
             ranks.on_first(lambda: stack.enter_context(held(run)) and None)
-            found = ranks.together(lambda: read_checkpoint(newest_checkpoint(run)))
+            found = ranks.together(lambda: read_checkpoint(newest_checkpoint(run), model))
             ranks.gather(None)
         return found
 
@@ -274,8 +291,8 @@ class Trainer:
 
     def _train_step(self) -> None:
         """One optimizer step. Waits for nothing but the next batch (and, on the CPU, the loss)."""
-        self._seed()
         x_start, kwargs = self._next_batch()
+        self._seed()
         t, weights = self.timesteps.sample(len(x_start), self.device, u=self._uniform(TIMESTEPS))
         self.optimizer.zero_grad(set_to_none=True)
         losses = backward(
@@ -287,6 +304,7 @@ class Trainer:
             kwargs,
             microbatch=self.config.microbatch,
             noise={"seed": self.config.seed, "step": self.step, "first_sample": self._mine.start},
+            self_condition=self.self_condition,
             unsynchronised=getattr(self._over_ranks, "no_sync", contextlib.nullcontext),
         )
         grad_norm = clip_gradients(self.parameters, self.config.grad_clip)
@@ -317,7 +335,8 @@ class Trainer:
         return torch.from_numpy(found).to(self.device, non_blocking=True)
 
     def _seed(self) -> None:
-        """torch's generators, from which the network's dropout draws: another stream each step."""
+        """torch's generators, from which the network's dropout draws: another stream each step,
+        whatever a loader has drawn from them."""
         (seed,) = words(self.config.seed, self.step, NETWORK + self.ranks.rank, 1)
         torch.manual_seed(int(seed))
 
@@ -328,7 +347,8 @@ class Trainer:
         x_start = x_start if x_start.is_floating_point() else to_float(x_start)
         if x_start.dim() == 4:
             x_start = x_start.contiguous(memory_format=torch.channels_last)
-        kwargs = network.on(self.device, network.arguments_of(given, self.label))
+        kwargs = network.arguments_of(given, self.label)
+        kwargs = network.on(self.device, kwargs, x_start.dim())
         if self.config.label_dropout and self.label in kwargs:
             hidden = self._uniform(HIDDEN_LABELS) < self.config.label_dropout
             kwargs[self.label] = torch.where(hidden, self.null_label, kwargs[self.label])

@@ -224,9 +224,9 @@ def test_weights_of_another_network(saved, changes, message):
 # Saving that fails
 
 
-def test_model_without_config(tmp_path):
-    with pytest.raises(InputError, match="cannot save a Linear: it has no config"):
-        save(tmp_path / "c", torch.nn.Linear(2, 2))
+def test_what_is_no_module(tmp_path):
+    with pytest.raises(InputError, match="cannot save a function: expected an nn.Module"):
+        save(tmp_path / "c", lambda x, t: x)
 
 
 def test_target_is_a_file(tmp_path):

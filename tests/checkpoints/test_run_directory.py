@@ -339,8 +339,8 @@ def test_images_that_the_weights_do_not_know(tmp_path, run):
     refused(named, "classes that the network does not know: dog")
     named.class_names = ["c0", "c2", "c1"]
     begun = Trainer.from_checkpoint(run, named, config, tmp_path / "new", progress=False)
-    assert begun.dataset.class_names == ["c0", "c1", "c2"]
-    assert begun.dataset.labels.tolist() == [[0, 2, 1][label] for label in named.labels]
+    assert begun.data.class_names == ["c0", "c1", "c2"]
+    assert begun.data.labels.tolist() == [[0, 2, 1][label] for label in named.labels]
     colour = make_dataset()
     colour.channels = 3
     refused(colour, "have 3 channels, the network of .* takes 1: load them with --channels 1")

@@ -18,6 +18,7 @@ from fastdiff.images import load_samples_npz, read_samples, save_samples_npz
 from fastdiff.models.unet import UNet
 from fastdiff.process.gaussian import create_diffusion
 from fastdiff.training import Trainer
+from network_tools import SmallDiT
 from training_tools import make_dataset, make_trainer
 
 ANIMALS = ["ant", "bee", "cow"]
@@ -121,7 +122,7 @@ def test_a_name_stands_for_one_class(tmp_path):
         with pytest.raises(InputError, match=r"class_names holds .* twice"):
             save_samples_npz(tmp_path / "b.npz", pixels, labels, names)
         checkpoint = argparse.Namespace(
-            path="it", info={"class_names": names}, model=argparse.Namespace(num_classes=3)
+            path="it", info={"class_names": names}, model=SmallDiT(num_classes=3)
         )
         with pytest.raises(InputError, match=r"it: info.class_names holds .* twice"):
             class_names(checkpoint)
@@ -368,7 +369,7 @@ def test_images_for_evaluation_are_matched(tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(
         "fastdiff.training.preview.measure_nll",
-        lambda model, diffusion, dataset, config: seen.append(dataset.labels.tolist()) or {},
+        lambda trainer: seen.append(trainer.eval_dataset.labels.tolist()) or {},
     )
     words = ("--data", data, "--class-cond", "--steps", 1, "--nll-every", 1)
     assert train(tmp_path / "run", *words, "--eval-data", some) == 0
@@ -388,8 +389,8 @@ def test_a_trainer_matches_what_it_is_given(tmp_path):
         same.images[:1].permute(0, 2, 3, 1).numpy(), labels=np.array([0]), class_names=["c2"]
     )
     trainer = Trainer.resume(tmp_path, turned, eval_dataset=few, device="cpu", progress=False)
-    assert trainer.dataset.labels.tolist() == same.labels.tolist()
-    assert trainer.dataset.class_names == ["c0", "c1", "c2"]
+    assert trainer.data.labels.tolist() == same.labels.tolist()
+    assert trainer.data.class_names == ["c0", "c1", "c2"]
     assert trainer.eval_dataset.labels.tolist() == [2]
     turned.class_names = ["c3", "c1", "c0"]
     with pytest.raises(InputError, match="does not know: c3"):

@@ -63,7 +63,9 @@ ema = fastdiff.EMA(model, (0.999,))
 assert_type(fastdiff.save("checkpoint", model, diffusion=process, ema=ema), Path)
 loaded = fastdiff.load(Path("checkpoint"), weights=0.999)
 assert_type(loaded, fastdiff.Checkpoint)
-assert_type(loaded.model, fastdiff.UNet)
+unet: fastdiff.UNet = loaded.model
+fastdiff.load("weights", model=lambda: net)
+fastdiff.load("weights", model=net)
 
 # Training
 dataset = load_dataset("digits")

@@ -12,6 +12,7 @@ from fastdiff.models.layouts import plain_convolutions
 from fastdiff.models.replicas.opening import modules_in
 from fastdiff.models.replicas.replica import Replica
 from fastdiff.models.replicas.twin import Twin
+from fastdiff.models.wrappers import tensor_of
 from fastdiff.sampling.network.attributes import attributes_of
 from fastdiff.sampling.network.packing import PackedConvolution, packable
 from fastdiff.sampling.network.padding import PaddedConvolution, paddable
@@ -65,7 +66,7 @@ class Network:
         if self.watched:
             with self.lock:
                 self.replica.write_back()
-        return output if isinstance(output, Tensor) else getattr(output, "sample", output)
+        return tensor_of(output)
 
     def _run(self, x: Tensor, timesteps: Tensor, kwargs: Mapping[str, Any]) -> Any:
         if not self.compiles:

@@ -1,0 +1,125 @@
+"""What commands ask of a checkpoint's network, whoever's it is: pictures, classes, arguments.
+
+A UNet says all of it. Of other networks the data that a run was trained on are recorded (``info``),
+and much stands in their ``config``, under diffusers' names or ours.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.errors import InputError
+from fastdiff.models.unet import UNet
+from fastdiff.models.wrappers import tensor_of
+from fastdiff.training.network import label_argument
+
+IN_PYTHON = "fastdiff.Sampler and GaussianDiffusion handle every kind"
+
+
+def check_network(checkpoint: Checkpoint) -> None:
+    """InputError unless the network makes pictures of noise, and labels at most."""
+    path, model = checkpoint.path, checkpoint.model
+    if isinstance(model, UNet):
+        if model.dims != 2 or model.super_res:
+            kind = "a super-resolution" if model.super_res else "no image"
+            raise InputError(
+                f"{path} is {kind} network; the command line handles plain image networks "
+                f"({IN_PYTHON})"
+            )
+        return
+    known = (label_argument(model), self_condition(checkpoint))
+    _, _, *others = inspect.signature(model.forward).parameters.values()
+    needed = [
+        p.name
+        for p in others
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    unknown = [name for name in needed if name not in known]
+    if unknown:
+        raise InputError(
+            f"{path} holds a {type(model).__name__}, which needs {' and '.join(unknown)}; the "
+            f"command line gives a network x, the time and a label ({IN_PYTHON})"
+        )
+    if known[0] in needed and num_classes(checkpoint) is None:
+        raise InputError(
+            f"{path} does not say how many classes its {type(model).__name__} has: give the "
+            "network a num_classes, or the run info={'num_classes': ...}"
+        )
+
+
+def image_size(checkpoint: Checkpoint) -> tuple[int, int]:
+    """(H, W) the network was trained with."""
+    size = _fact(checkpoint, "image_size", "sample_size")
+    if size is None:
+        raise InputError(f"{checkpoint.path} does not say its image size (info.image_size)")
+    sides = [size, size] if isinstance(size, int) else list(size)
+    if len(sides) != 2:
+        raise InputError(
+            f"{checkpoint.path} was trained on x of {len(sides)} axes; the command line handles "
+            f"images ({IN_PYTHON})"
+        )
+    return int(sides[0]), int(sides[1])
+
+
+def channels(checkpoint: Checkpoint) -> int:
+    """Of the network's images."""
+    if isinstance(checkpoint.model, UNet):
+        return checkpoint.model.in_channels
+    found = _fact(checkpoint, "channels", "in_channels")
+    if found is None:
+        raise InputError(f"{checkpoint.path} does not say its channels (info.channels)")
+    return int(found)
+
+
+def num_classes(checkpoint: Checkpoint) -> int | None:
+    """Of the network; None where it takes no label."""
+    if isinstance(checkpoint.model, UNet):
+        return checkpoint.model.num_classes
+    if label_argument(checkpoint.model) is None:
+        return None
+    own = getattr(checkpoint.model, "num_classes", None)
+    return own or _fact(checkpoint, "num_classes", "num_class_embeds")
+
+
+def null_label(checkpoint: Checkpoint) -> int | None:
+    """The label that stands for none, for guidance."""
+    return getattr(checkpoint.model, "null_label", None)
+
+
+def labelled(checkpoint: Checkpoint, labels: Tensor) -> dict[str, Tensor]:
+    """int64 labels (n,) as the network's argument, on its device; none where it takes none."""
+    name = label_argument(checkpoint.model)
+    if name is None:
+        return {}
+    return {name: labels.to(next(checkpoint.model.parameters()).device)}
+
+
+def self_condition(checkpoint: Checkpoint) -> str | None:
+    """The argument by which the network is given its own estimate of x_0, None where it is not."""
+    return checkpoint.info.get("self_condition") or None
+
+
+def predictor(checkpoint: Checkpoint) -> Callable[..., Tensor]:
+    """The network as a bound asks it: its answer a tensor, its own estimate of x_0 zeros."""
+    own = self_condition(checkpoint)
+
+    def predict(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        if own is not None:
+            kwargs[own] = torch.zeros_like(x)
+        return tensor_of(checkpoint.model(x, t, **kwargs))
+
+    return predict
+
+
+def _fact(checkpoint: Checkpoint, name: str, theirs: str) -> Any:
+    """What the run recorded as ``name``, or the network says of itself, by that name or another."""
+    config = getattr(checkpoint.model, "config", None)
+    said: Mapping[str, Any] = config if isinstance(config, Mapping) else {}
+    for value in (checkpoint.info.get(name), said.get(name), said.get(theirs)):
+        if value is not None:
+            return value
+    return None
