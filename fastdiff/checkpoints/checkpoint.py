@@ -42,6 +42,7 @@ from fastdiff.checkpoints.weights import (
 from fastdiff.errors import InputError
 from fastdiff.files import previous_directory
 from fastdiff.models.ema import EMA, rate_name
+from fastdiff.models.shards import is_spread, whole
 from fastdiff.models.wrappers import plain_name, plain_state, unwrapped
 
 # The last two read what a caller of ``save`` added.
@@ -101,7 +102,8 @@ def save(
             can be imported by name and has a ``config`` with a JSON form that gives the same
             weights by ``cls.from_config(config)`` or ``cls(**config)`` (diffusers' networks are
             such), else the weights alone. On its own or in a wrapper: torch.compile's,
-            DistributedDataParallel, AveragedModel and their like, whose network is saved.
+            DistributedDataParallel, AveragedModel and their like, whose network is saved. One that
+            FSDP2 has spread over ranks is saved by all of them together, and written by rank 0.
         diffusion: anything with ``to_config()``.
         ema: all of its rates are saved.
         step: optimizer steps taken, for config.json.
@@ -124,7 +126,8 @@ def save(
     network = unwrapped(model)
     if not isinstance(network, nn.Module):
         raise InputError(f"cannot save a {type(network).__name__}: expected an nn.Module")
-    state = plain_state(network)
+    spread = any(map(is_spread, network.parameters()))
+    state = _whole(plain_state(network))
     description, expected = described(network, state)
     rates = ema.rates if ema is not None else []
     config = {
@@ -139,14 +142,22 @@ def save(
     # What is no parameter is not averaged: the running figures of a norm, masks, frequencies.
     buffers = {plain_name(name) for name, _ in network.named_buffers()}
     kept = {name: tensor for name, tensor in state.items() if name in buffers}
-    averages = {rate: {**kept, **ema.state_dict(rate)} for rate in rates} if ema is not None else {}
+    averages = {}
+    if ema is not None:
+        averages = {rate: {**kept, **_whole(ema.state_dict(rate))} for rate in rates}
     check_saved(config, network, expected, averages)
     tensors = {MODEL_STEM: state, **{f"ema_{rate}": average for rate, average in averages.items()}}
-    extras = dict(extra_tensors or {})
+    extras = {stem: _whole(group) for stem, group in (extra_tensors or {}).items()}
     check_extra_names(extras, tensors, "extra_tensors")
     check_extra_names(extra_json or {}, {"config"}, "extra_json")
-    write_directory(target, {**tensors, **extras}, {"config": config, **(extra_json or {})})
+    if not (spread and torch.distributed.get_rank()):
+        write_directory(target, {**tensors, **extras}, {"config": config, **(extra_json or {})})
     return target
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, one after the other gathered where ranks hold parts of them."""
+    return {name: whole(tensor) for name, tensor in tensors.items()}
 
 
 def load(

@@ -29,6 +29,7 @@ from fastdiff.checkpoints.weights import (
     state_difference,
 )
 from fastdiff.errors import InputError, first_line
+from fastdiff.models.shards import plain_class
 from fastdiff.models.unet import UNet
 from fastdiff.models.wrappers import LINKS, plain_name, plain_state, unwrapped
 
@@ -44,7 +45,7 @@ def described(
     Raises:
         InputError: a UNet whose weights are not those of its config; or weights that no file holds.
     """
-    if type(network) is UNet:
+    if isinstance(network, UNet) and plain_class(network) is UNet:
         return network.config, check_described(network, network.config, state)
     if len(state) < len(network.state_dict()):
         raise InputError(
@@ -138,8 +139,8 @@ def _no_class(network: Any, state: Mapping[str, Tensor]) -> str | None:
 
 
 def _class_of(network: nn.Module) -> Any:
-    """A network's class, also where ``fastdiff.accelerate`` has put a fused one in its place."""
-    return getattr(network, "fastdiff_original", type(network))
+    """A network's class, also where ``fastdiff.accelerate`` or FSDP2 has put one in its place."""
+    return getattr(network, "fastdiff_original", plain_class(network))
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.errors import InputError
+from fastdiff.models.shards import local, placed
 from fastdiff.models.wrappers import plain_name
 
 
@@ -117,7 +118,7 @@ class EMA:
                     f"the model has {tuple(average.shape)}"
                 )
         for name, average in pairs:
-            average.copy_(state[name])
+            local(average).copy_(local(placed(state[name], average)))
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module, rate: float | str) -> None:
@@ -186,6 +187,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _lerp(targets: list[Tensor], sources: list[Tensor], weight: float) -> None:
+    targets, sources = [local(v) for v in targets], [local(v) for v in sources]
     # A few launches for the whole list; the underscore says that some torch may not have it.
     if hasattr(torch, "_foreach_lerp_"):
         torch._foreach_lerp_(targets, sources, weight)
@@ -197,7 +199,7 @@ def _lerp(targets: list[Tensor], sources: list[Tensor], weight: float) -> None:
 @torch.no_grad()
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
+        local(target).copy_(local(source))
 
 
 def rate_name(rate: float | str) -> str:

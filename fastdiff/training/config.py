@@ -77,6 +77,9 @@ class TrainConfig:
     )
     workers: int = setting(0, "processes that prepare batches ahead (0: none)")
     compile: bool = setting(False, "run the network through torch.compile")
+    shard: bool = setting(
+        False, "spread weights, gradients and optimizer over the processes (FSDP2), for memory"
+    )
     rank_minutes: float = setting(
         30.0, "how long a process waits for another of the run before it gives up"
     )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import TrainingError
+from fastdiff.models.shards import local
 from fastdiff.ranks import ALONE, Ranks
 
 
@@ -37,6 +38,6 @@ class FiniteGuard:
 
 def check_weights(parameters: Sequence[Tensor], step: int, advice: str) -> None:
     """Raise TrainingError when an update made a weight infinite or NaN. Waits for the device."""
-    finite = torch.stack([torch.isfinite(p.detach()).all() for p in parameters]).all()
+    finite = torch.stack([torch.isfinite(local(p.detach())).all() for p in parameters]).all()
     if not bool(finite):
         raise TrainingError(f"the weights are not finite after step {step}; {advice}")

@@ -1,8 +1,9 @@
 """How training runs a network, whoever's it is: ``model(x, t, **arguments)``."""
 
+import functools
 import inspect
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from fastdiff.errors import InputError
 from fastdiff.images import HALF_RANGES, to_float
+from fastdiff.models import shards
 from fastdiff.models.unet import UNet
 from fastdiff.models.wrappers import tensor_of, unwrapped
 from fastdiff.ranks import Ranks
@@ -53,8 +55,14 @@ def on(device: torch.device, kwargs: dict[str, Tensor], axes: int) -> dict[str, 
     }
 
 
-def over_ranks(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
-    """The network whose backward averages gradients over the ranks, from rank 0's weights."""
+def over_ranks(
+    model: nn.Module, config: TrainConfig, ranks: Ranks, device: torch.device
+) -> nn.Module:
+    """The network on its device, whose backward averages gradients over the ranks: spread over
+    them where the settings say so, else a copy on each with rank 0's weights."""
+    if config.shard and ranks.group is not None:
+        return shards.spread(model, device, PRECISIONS.get(config.dtype))
+    model.to(device)
     if ranks.group is None:
         return model
     try:
@@ -67,6 +75,23 @@ def over_ranks(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Modul
         if "gradient" not in str(error):
             raise
         raise InputError(f"a {type(model).__name__} cannot be trained: {error}") from None
+
+
+def unsynchronised(network: nn.Module) -> Callable[[], AbstractContextManager]:
+    """A block whose backward passes leave the gradients of other ranks for a later one."""
+    if isinstance(network, nn.parallel.DistributedDataParallel):
+        return network.no_sync
+    tell = getattr(network, "set_requires_gradient_sync", None)  # FSDP2's
+    return nullcontext if tell is None else functools.partial(_without_sync, tell)
+
+
+@contextmanager
+def _without_sync(tell: Callable[[bool], None]) -> Iterator[None]:
+    tell(False)
+    try:
+        yield
+    finally:
+        tell(True)
 
 
 def predictor(network: nn.Module, config: TrainConfig, device: torch.device) -> Callable:

@@ -16,6 +16,7 @@ from fastdiff.models.wrappers import tensor_of
 from fastdiff.ops.counters import sampling_step
 from fastdiff.ops.normal import normal
 from fastdiff.process.likelihood import summarize_bpd
+from fastdiff.ranks import ALONE, Ranks
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.training import network
 from fastdiff.training.loss_curve import plot_loss
@@ -31,7 +32,7 @@ def draw_samples(trainer: "Trainer") -> Tensor:
     The noise is the same at every step of a run, so that its grids can be compared, and on any
     number of ranks, of which each draws some.
     """
-    config, ranks, diffusion = trainer.config, trainer.ranks, trainer.diffusion
+    config, ranks, diffusion = trainer.config, _sharing(trainer), trainer.diffusion
     strided = getattr(diffusion, "learns_variance", False) or diffusion.mean_type == "previous_x"
     sampler = Sampler(
         trainer.model,
@@ -41,6 +42,7 @@ def draw_samples(trainer: "Trainer") -> Tensor:
         method="ddpm" if strided else "ddim",
         dtype=network.PRECISIONS.get(config.dtype),
         self_condition=config.self_condition or None,
+        capture=False if trainer.is_spread else "auto",  # a block is gathered when it runs
     )
     bounds = np.linspace(0, config.sample_count, ranks.count + 1).astype(int)
     first, last = (int(bound) for bound in bounds[ranks.rank : ranks.rank + 2])
@@ -52,6 +54,12 @@ def draw_samples(trainer: "Trainer") -> Tensor:
         images = sampler.sample(shape, seed=config.seed, first_sample=first, model_kwargs=kwargs)
         mine = to_uint8(images).cpu()
     return torch.cat([part for part in ranks.gather(mine) if part is not None])
+
+
+def _sharing(trainer: "Trainer") -> Ranks:
+    """The ranks that share the work. Of a network spread over them all have to do all of it: each
+    pass gathers the parts that the others hold."""
+    return ALONE if trainer.is_spread else trainer.ranks
 
 
 def _example(trainer: "Trainer", numbers: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
@@ -83,7 +91,7 @@ def measure_nll(trainer: "Trainer") -> dict[str, float]:
 
     Image i draws the same noise in any batch, on any number of ranks.
     """
-    config, dataset = trainer.config, trainer.eval_dataset
+    config, dataset, ranks = trainer.config, trainer.eval_dataset, _sharing(trainer)
     steps, diffusion = config.nll_steps, trainer.diffusion
     process = diffusion.respace(steps) if 0 < steps < diffusion.num_timesteps else diffusion
     size = config.microbatch or config.batch_size
@@ -96,7 +104,7 @@ def measure_nll(trainer: "Trainer") -> dict[str, float]:
                 kwargs[config.self_condition] = torch.zeros_like(x)
             return tensor_of(replica(x, t, **kwargs))
 
-        for start in trainer.ranks.share(range(0, count, size)):
+        for start in ranks.share(range(0, count, size)):
             numbers = np.arange(start, min(start + size, count))
             images, given = dataset.batch(numbers)
             x_start = to_float(images.to(trainer.device))
@@ -105,7 +113,7 @@ def measure_nll(trainer: "Trainer") -> dict[str, float]:
             noise = _noise(x_start, config.seed, start)
             terms.append(process.calc_bpd_loop(model, x_start, model_kwargs=kwargs, noise=noise))
     found = [{name: v.cpu() for name, v in term.items()} for term in terms]
-    every: Sequence[Any] = trainer.ranks.gather(found)
+    every: Sequence[Any] = ranks.gather(found)
     summary = summarize_bpd([term for part in every for term in part])
     return {"bits_per_dim": summary.total, "bits_per_dim_stderr": summary.total_stderr}
 

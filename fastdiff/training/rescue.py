@@ -19,6 +19,9 @@ class Rescued(Protocol):
     ranks: Ranks
     half_done: bool
 
+    @property
+    def is_spread(self) -> bool: ...
+
     def advice(self) -> str: ...
     def write_checkpoint(self) -> Path: ...
 
@@ -56,6 +59,8 @@ def _saved(trainer: Rescued, step: int, position: int) -> str:
         trainer.stream.position = position
     if trainer.step == 0:
         return "no step had been finished"
+    if trainer.is_spread:  # the other ranks would have to give their parts
+        return trainer.advice()
     if trainer.ranks.rank:
         return f"this was rank {trainer.ranks.rank}; rank 0 saves step {trainer.step} if it can"
     try:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoints.run_directory import list_checkpoints
 from fastdiff.errors import InputError
+from fastdiff.models.shards import is_spread, placed
 
 _DOOMED = ".deleting"
 
@@ -58,8 +59,11 @@ def load_optimizer_tensors(
                 f"the network's is {tuple(parameter.shape)}"
             )
         # Files have no strides; the fused optimizer walks weights and moments side by side.
-        laid_out = torch.empty_like(parameter, dtype=value.dtype) if value.dim() else value
-        state.setdefault(order[name], {})[moment] = laid_out.copy_(value) if value.dim() else value
+        if value.dim() and is_spread(parameter):
+            value = placed(value, parameter)
+        elif value.dim():
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        state.setdefault(order[name], {})[moment] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

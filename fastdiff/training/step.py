@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.models.shards import together
 from fastdiff.training.self_condition import SelfCondition
 
 
@@ -56,7 +57,7 @@ def backward(
 def clip_gradients(parameters: Sequence[Tensor], largest: float) -> Tensor:
     """Clip the gradients' norm to ``largest`` (0: not); the norm before, a scalar on the device."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = together(torch.nn.utils.get_total_norm(gradients))
     if largest:
         torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     return norm

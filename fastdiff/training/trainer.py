@@ -21,6 +21,7 @@ from fastdiff.data import ImageDataset, match_classes
 from fastdiff.data.words import HIDDEN_LABELS, NETWORK, TIMESTEPS, uniform, words
 from fastdiff.errors import InputError
 from fastdiff.images import to_float
+from fastdiff.models import shards
 from fastdiff.models.ema import EMA
 from fastdiff.ranks import ALONE, Ranks, join
 from fastdiff.training import network, preview, saved, state
@@ -88,7 +89,7 @@ class Trainer:
         self.data = self.ranks.together(lambda: checked(model, diffusion, data, config))
         self.run_dir = Path(run_dir)
         self.device = choose_device(self.ranks.device if self.ranks.count > 1 else device)
-        self.model = model.to(self.device).train()
+        self.model = model.train()
         self.diffusion = diffusion
         self.config = config
         self.eval_dataset = self.ranks.together(
@@ -103,7 +104,8 @@ class Trainer:
             )
         self.ranks.agree(facts(self))
 
-        self._over_ranks = network.over_ranks(self.model, self.ranks, self.device)
+        self.description = self.ranks.together(lambda: saved.model_config(model))
+        self._over_ranks = network.over_ranks(model, config, self.ranks, self.device)
         self._predict = network.predictor(self._over_ranks, config, self.device)
         self.label = network.label_argument(self.model)
         self.null_label: Any = getattr(self.model, "null_label", None)
@@ -253,7 +255,7 @@ class Trainer:
         """
         settings = {
             "train": self.config.to_dict(),
-            "model": saved.model_config(self.model),
+            "model": self.description,
             "diffusion": self.diffusion.to_config(),
             "info": self.info,
         }
@@ -305,7 +307,7 @@ class Trainer:
             microbatch=self.config.microbatch,
             noise={"seed": self.config.seed, "step": self.step, "first_sample": self._mine.start},
             self_condition=self.self_condition,
-            unsynchronised=getattr(self._over_ranks, "no_sync", contextlib.nullcontext),
+            unsynchronised=network.unsynchronised(self._over_ranks),
         )
         grad_norm = clip_gradients(self.parameters, self.config.grad_clip)
 
@@ -398,7 +400,8 @@ class Trainer:
         """
         self.check_finite()
         meter = self.meter.merged(self.ranks)
-        path = self.ranks.on_first(lambda: self._save(meter))
+        work = self.ranks.together if self.is_spread else self.ranks.on_first
+        path = work(lambda: self._save(meter))
         self.last_checkpoint, self.saved_as = path, (self.step, self.reports.done)
         return path
 
@@ -429,9 +432,15 @@ class Trainer:
                 extra_tensors={STATE: saved.tensors_of(self, meter or self.meter.state_dict())},
                 extra_json={STATE: saved.record_of(self)},
             )
-            state.prune_checkpoints(self.run_dir, self.config.keep)
+            if self.ranks.rank == 0:
+                state.prune_checkpoints(self.run_dir, self.config.keep)
         self.last_checkpoint, self.saved_as = path, as_now
         return path
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether each rank holds a part of the weights alone."""
+        return any(map(shards.is_spread, self.parameters))
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Within it the model holds its slowest average, which is what a user would sample."""

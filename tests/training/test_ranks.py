@@ -96,6 +96,8 @@ def assert_same_run(run, expected, tolerance=SAME):
     [
         (2, []),
         (4, ["--microbatch", "1"]),
+        (2, ["--shard"]),
+        (4, ["--shard", "--microbatch", "1"]),
         (2, ["--timestep-sampler", "loss-second-moment", "--diffusion-steps", "2"]),
     ],
 )
@@ -137,6 +139,18 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < end, "it does not come"
         time.sleep(0.02)
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize(("before", "after"), [([], ["--shard"]), (["--shard"], [])])
+def test_a_run_goes_on_sharded_and_back(cifar, alone, start, tmp_path, before, after):
+    run = tmp_path / "run"
+    codes, log = start(4, command(cifar, run, "--steps", "4", *before)).finish()
+    assert codes == [0] * 4, log
+    options = ["--resume", "--steps", "6", *(after or ["--no-shard"])]
+    codes, log = start(2, command(cifar, run, *options)).finish()
+    assert codes == [0] * 2, log
+    assert_same_run(run, alone)
 
 
 @pytest.mark.seconds
@@ -235,12 +249,13 @@ def test_a_rank_that_hangs_is_named(cifar, start, tmp_path):
     assert "step_0000000" in line
 
 
-def test_grids_and_bits_do_not_depend_on_the_number_of_ranks(cifar, start, tmp_path):
+@pytest.mark.parametrize("shard", [[], ["--shard"]])
+def test_grids_and_bits_do_not_depend_on_the_number_of_ranks(cifar, start, tmp_path, shard):
     options = ["--steps", "1", "--sample-every", "1", "--sample-count", "5", "--sample-steps", "3"]
     options += ["--nll-every", "1", "--nll-images", "9", "--nll-steps", "4"]
     runs = [tmp_path / "one", tmp_path / "three"]
     assert main(command(cifar, runs[0], *options, "--batch-size", "6")) == 0
-    codes, log = start(3, command(cifar, runs[1], *options, "--batch-size", "6")).finish()
+    codes, log = start(3, command(cifar, runs[1], *options, *shard, "--batch-size", "6")).finish()
     assert codes == [0, 0, 0], log
     bits = [lines(run)[-1]["bits_per_dim"] for run in runs]
     assert bits[0] == pytest.approx(bits[1], rel=1e-5)
