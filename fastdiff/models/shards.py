@@ -57,7 +57,8 @@ def spread(model: nn.Module, device: torch.device, dtype: torch.dtype | None) ->
     for block in _blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # After a forward of its own, a preview's, the parameters must be in parts again.
-    return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    return model
 
 
 def _blocks(model: nn.Module) -> Iterable[nn.Module]:
