@@ -97,6 +97,7 @@ class Commands:
         dry = ("--device", "cpu", "--budget", "0", "--first", "2")
         arguments += dry if self.dry else ("--device", "cuda", "--budget", "0.05")
         results = ("--benchmark-quiet", "--results", str(self.out / "operations.json"))
+        results += ("--lines", str(self.out))
         file = f"benchmarks/bench_{operation}.py"
         return self.tests(f"bench_{operation}", limit_s, *arguments, *results, file, measures=True)
 
