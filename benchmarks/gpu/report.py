@@ -134,7 +134,7 @@ def missing(rows: list[Row]) -> Iterator[Sequence[Any]]:
             found[phase, f"{row['op']} by {peer}"] = said
         for case in row.get("planned", ()):
             if not any(case.items() <= other.items() for other in of_phase(rows, phase)):
-                found[phase, named(case)] = "not begun when the phase ended"
+                found[phase, named(case)] = "not done when the phase ended"
     for (phase, what), why in found.items():
         if what != WHOLE or not why.startswith("ok"):
             yield phase, what, why

@@ -151,7 +151,7 @@ def test_what_is_missing_is_what_the_last_run_says():
         {"phase": "ncu", "outcome": "failed (exit 1)"},
     ]
     assert list(report.missing(rows)) == [
-        ("compiled", "diffusers, net, 64", "not begun when the phase ended"),
+        ("compiled", "diffusers, net, 64", "not done when the phase ended"),
         ("compiled", "the phase", "cut after 130 s"),
         ("smoke", "q_sample, cuda", "off by 0.5, 0.1 is allowed"),
         ("bench_q_sample", "q_sample by sdpa flash", "no kernel"),
