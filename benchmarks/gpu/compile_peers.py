@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         compile_one(phase, one.fields(), partial(run_kernels, phase, NETWORK, one.batch))
     for one in peers:
         fields = one.fields()
-        if compile_one(phase, fields, partial(sample_once, phase, **fields)):
+        compiled = compile_one(phase, fields, partial(sample_once, phase, **fields))
+        if compiled and not phase.dry:  # where nothing is compiled
             one.note()
     return phase.ended()
 

@@ -63,7 +63,7 @@ class Commands:
 
     def __init__(self, out: Path, dry: bool):
         self.out, self.dry = out, dry
-        self.patience = 2 if dry else 1  # two cores, perhaps shared, are no sixteen
+        self.patience = 3 if dry else 1  # two cores, perhaps shared, are no sixteen
 
     def module(self, name: str, limit_s: float, *, phase: str = "", **options) -> Phase:
         """benchmarks/gpu/NAME.py"""

@@ -61,7 +61,7 @@ def test_every_phase_of_a_plan_runs_and_is_told_its_time(dry_run, tmp_path):
     status, ended = whole(out)
     assert status == 0 and set(ended.values()) == {"ok"} and sorted(ended) == sorted(names(which))
     rows = [row for row in lines.read(out) if "budget" in row]
-    assert all(row["dry"] and 1 <= row["budget"] < 300 for row in rows)
+    assert all(row["dry"] and 1 <= row["budget"] < 420 for row in rows)
     files = {path.name for path in out.iterdir()}
     assert files == {run.LOG, lines.FILE, "report.md"}
     assert "| not measured |" in (out / "report.md").read_text()

@@ -40,10 +40,14 @@ def caches(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
 
 
+def lines_of(script, out, *arguments, status=0):
+    assert script.main(["--out", str(out), "--dry", *arguments]) == status
+    return lines.read(out)
+
+
 def rows_of(script, out, *arguments, status=0):
     """What it measured, and all that it planned to has a row."""
-    assert script.main(["--out", str(out), "--dry", *arguments]) == status
-    rows = lines.read(out)
+    rows = lines_of(script, out, *arguments, status=status)
     for case in (case for row in rows for case in row.get("planned", ())):
         assert any(case.items() <= row.items() for row in rows), case
     return [row for row in rows if "planned" not in row]
@@ -100,9 +104,13 @@ def test_all_that_is_raced_is_compiled_beforehand(tmp_path, monkeypatch):
     assert {row["contender"] for row in rows} == {compile_peers.KERNELS, *COMPILED}
     assert compilations.cache() == tmp_path / "inductor"
     assert compilations.os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "cache" / "triton")
-    # What is in the caches is not compiled again.
-    (again,) = rows_of(compile_peers, tmp_path / "again")
-    assert again["contender"] == compile_peers.KERNELS
+
+
+def test_what_is_in_the_caches_is_not_compiled_again(tmp_path):
+    first, *_ = compilations.wanted(phase_in(tmp_path))
+    first.note()
+    planned, *_ = lines_of(compile_peers, tmp_path / "run", "--budget", "0")
+    assert len(planned["planned"]) == 4 and first.fields() not in planned["planned"]
 
 
 def test_what_is_compiled_first_is_what_the_goal_is_stated_for(tmp_path):
