@@ -11,15 +11,18 @@ import triton.language as tl
 from .philox import high_word, interleave4, low_word, philox_normals
 
 BLOCK = 256  # counters a program draws; it computes four elements of each
+WARPS = 2  # 16 elements of a thread share addresses and the generator's keys: a fifth of the work
 
 
 @triton.jit
 def block_of_program(channels, spatial, BLOCK: tl.constexpr):
     """(sample, first quad, elements of a sample) of this program: BLOCK counters of one sample."""
     elements = channels.to(tl.int64) * spatial
-    blocks = tl.cdiv(elements, 4 * BLOCK)
-    program = tl.program_id(0).to(tl.int64)
-    return program // blocks, (program % blocks) * BLOCK, elements
+    blocks = tl.cdiv(elements, 4 * BLOCK).to(tl.uint32)  # as a grid: 64-bit divisions are slow
+    program = tl.program_id(0).to(tl.uint32)
+    sample = program // blocks
+    first_quad = (program - sample * blocks).to(tl.int64) * BLOCK
+    return sample.to(tl.int64), first_quad, elements
 
 
 @triton.jit

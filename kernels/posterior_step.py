@@ -21,6 +21,7 @@ from fastdiff.methods.table import COLUMNS
 
 from .elementwise import (
     BLOCK,
+    WARPS,
     addresses_and_numbers,
     block_of_program,
     draw,
@@ -50,9 +51,10 @@ def exp(x):
 
 
 @triton.jit
-def term(coefficient, value):
-    """coefficient·value; a zero coefficient gives 0 even for a value that is not finite."""
-    return tl.where(coefficient != 0, coefficient * value, 0.0)
+def add_term(total, coefficient, value):
+    """total + coefficient·value; a zero coefficient adds nothing, whatever the value: NaN too."""
+    added = tl.fma(tl.zeros_like(value) + coefficient, value, total)
+    return tl.where(coefficient != 0, added, total)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -131,14 +133,14 @@ def posterior_step_kernel(
         unconditional = tl.load(output + guidance_offset + at, mask=inside).to(tl.float32)
         said = unconditional + guidance * (said - unconditional)
 
-    x0 = a * x + b * said  # a comparison with NaN is false: it passes the clip
-    x0 = tl.where(x0 < -clip, -clip, x0)
-    x0 = tl.where(x0 > clip, clip, x0)
-    value = term(c, x0) + term(d, x) + term(o, said)
+    x0 = tl.fma(tl.zeros_like(x) + b, said, a * x)
+    x0 = tl.maximum(x0, -clip, propagate_nan=tl.PropagateNan.ALL)
+    x0 = tl.minimum(x0, clip, propagate_nan=tl.PropagateNan.ALL)
+    value = add_term(add_term(add_term(tl.zeros_like(x), c, x0), d, x), o, said)
     if prev_x_start is not None:
         before = place(element, spatial, before_channel, before_spatial, ONE_RUN)
         before = tl.load(prev_x_start + sample * before_sample + before, mask=inside)
-        value += term(e, before.to(tl.float32))
+        value = add_term(value, e, before.to(tl.float32))
     if DRAWS or noise is not None:
         if DRAWS:
             number = sample_number(first_sample_address, first_sample, sample)
@@ -151,7 +153,7 @@ def posterior_step_kernel(
             log_max = tl.load(row + PLACE.log_max, mask=known, other=float("nan"))
             f = tl.load(output + variance_offset + at, mask=inside).to(tl.float32) * 0.5 + 0.5
             z = exp(0.5 * (f * log_max + (1.0 - f) * log_min)) * z
-        value += term(sigma, z)
+        value = add_term(value, sigma, z)
 
     at = place(element, spatial, prev_channel, prev_spatial, ONE_RUN)
     tl.store(x_prev + sample * prev_sample + at, value.to(x_prev.dtype.element_ty), mask=inside)
@@ -203,5 +205,6 @@ def prepared(plan: tuple, draws: bool) -> Launch:
         ONE_RUN=is_one_run(shape, *layouts),
         WIDE=is_wide(shape),
         BLOCK=BLOCK,
+        num_warps=WARPS,
         enable_fp_fusion=False,
     )
