@@ -1,7 +1,7 @@
 """An installed wheel, tried: the native library loads, and each operation answers as its reference.
 
     python .ci/check_wheel.py                      the fastdiff that this Python imports
-    python .ci/check_wheel.py --torch 2.11.0 2.13.0 fastdiff-*.whl
+    python .ci/check_wheel.py --torch 2.11.0 --torch 2.13.0 fastdiff-*.whl
                                                    in a new environment for each torch
 
 cibuildwheel runs the first form in every wheel's environment. The second shows that one wheel
@@ -19,7 +19,8 @@ from pathlib import Path
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--torch", nargs="+", default=[], metavar="VERSION")
+    # One at a time: a list would take the wheel for a version too.
+    parser.add_argument("--torch", action="append", default=[], metavar="VERSION")
     parser.add_argument("wheel", nargs="?", type=Path)
     args = parser.parse_args()
     if not args.torch:

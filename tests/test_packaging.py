@@ -326,8 +326,29 @@ assert torch.version.cuda or "libcudart" not in open("/proc/self/maps").read()
     assert done.returncode == 0, done.stdout
 
 
+def with_each_torch(wheel):
+    """The command that tries the wheel with the oldest torch that it allows, and a newer one."""
+    return [ROOT / ".ci" / "check_wheel.py", "--torch", "2.11.0", "--torch", "2.13.0", wheel]
+
+
+@pytest.mark.parametrize("broken", [None, "2.11.0", "2.13.0"])
+def test_a_wheel_is_tried_with_every_torch_that_is_named(tmp_path, monkeypatch, capsys, broken):
+    script, *arguments = map(str, with_each_torch(tmp_path / "a.whl"))
+    main, tried = runpy.run_path(script)["main"], []
+
+    def serves(wheel, version):
+        tried.append((wheel, version))
+        return version != broken
+
+    monkeypatch.setitem(main.__globals__, "serves", serves)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    assert main() == (0 if broken is None else 1)
+    assert tried == [(tmp_path / "a.whl", version) for version in ("2.11.0", "2.13.0")]
+    said = "one wheel serves them all" if broken is None else f"failed with torch {broken}"
+    assert capsys.readouterr().out.splitlines() == [said]
+
+
 @pytest.mark.long
 def test_one_wheel_serves_several_versions_of_torch(wheel):
-    check = ROOT / ".ci" / "check_wheel.py"
-    command = [sys.executable, check, "--torch", "2.11.0", "2.13.0", wheel]
+    command = [sys.executable, *with_each_torch(wheel)]
     assert "one wheel serves them all" in run_or_skip_offline(command, cwd=wheel.parent)
