@@ -19,6 +19,7 @@ from extent import examples
 from fastdiff import EMA, Checkpoint, UNet, load, save
 from fastdiff.errors import InputError
 from json_values import json_values
+from patience import WAIT
 
 TINY = (1, 8, 1, 1, ())
 SUFFIX = ".saving-"
@@ -111,7 +112,7 @@ def test_a_save_killed_at_any_call_leaves_the_older_or_the_newer_whole(tmp_path)
         [sys.executable, "-c", textwrap.dedent(KILL_EVERYWHERE), str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=WAIT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
@@ -254,7 +255,7 @@ def test_weights_cut_anywhere_name_the_file(intact, tmp_path_factory, size):
 @settings(
     max_examples=examples(50, of=150),
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     part=st.sampled_from(["format", "model", "diffusion", "step", "info", "ema"]),

@@ -18,7 +18,6 @@ from fastdiff.sampling.sampler import Sampler
 from parts_tools import (
     SMALL,
     STARTS,
-    WAIT,
     arguments,
     error_line,
     files,
@@ -29,6 +28,7 @@ from parts_tools import (
     sample,
     save_network,
 )
+from patience import WAIT
 
 
 def test_nothing_of_the_parts_is_left(whole):
