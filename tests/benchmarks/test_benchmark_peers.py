@@ -14,6 +14,7 @@ from fastdiff.checkpoints.diffusers_unet_config import diffusers_config
 from gpu import goals, lines
 from harness import peers, peers_eager, peers_sampling, results
 from paths import ROOT
+from patience import WAIT
 
 CPU = torch.device("cpu")
 
@@ -166,7 +167,7 @@ def test_what_a_benchmark_needs_is_a_package_and_no_file_of_ours():
 
 def run_benchmark(*args: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *args]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=WAIT)
 
 
 OPTIONS = ("--device=cpu", "--shapes=quick", "--compiled=none", "--budget=0.001")
