@@ -8,7 +8,6 @@ own, and so is every one where it does more than launch: in the interpreter, wit
 modes for debugging and instrumenting, and in a version that is not known here.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -56,10 +55,6 @@ class Launch:
         names = self.kernel.arg_names[changing + len(self.numbers) :]
         rest = *self.numbers, *(self.constants[name] for name in names)
         return compiled.run, compiled.function, compiled.packed_metadata, rest
-
-
-# The launch for such arguments, made once: where no plan keeps it. 1, 1.0 and True are three.
-launch_of = functools.lru_cache(LARGEST_CACHE, typed=True)(Launch)
 
 
 def _specialised(values: tuple) -> tuple[tuple, list]:

@@ -92,6 +92,21 @@ def arguments(backend: str, counter: Counter | None, bits: int = 64, base: int =
     return low_bits(base + number, bits), address
 
 
+def addresses_and_numbers(*counters: Counter | None) -> tuple:
+    """What Triton's kernels take for counters: their tensors or None each, then their bits as
+    signed integers, because Triton types an integer by its value; None is 0."""
+    tensors: list[Tensor | None] = []
+    numbers: list[int] = []
+    for counter in counters:
+        if type(counter) is int:
+            tensors.append(None)
+            numbers.append(signed(counter))
+        else:
+            tensors.append(counter)  # type: ignore[arg-type]
+            numbers.append(0)
+    return *tensors, *numbers
+
+
 # --- Checks -----------------------------------------------------------------------------------
 
 

@@ -7,8 +7,9 @@ which halves its cost.
 """
 
 import itertools
+import operator
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor
 from fastdiff.errors import InputError
 from fastdiff.ops import backends, counters
 from fastdiff.ops.counters import Counters
-from fastdiff.ops.layouts import dense
 
 Outputs = tuple[Any, ...]  # tensors, or None where one is not wanted
+LARGEST_CACHE = 2048
 
 _LIBRARY = torch.library.Library("fastdiff", "FRAGMENT")
 _SCHEMAS: dict[Any, str] = {
@@ -33,9 +34,10 @@ class Kernel:
 
     ``record`` is a NamedTuple of tensors, then of numbers, names, Counters or another such record.
     ``allocate(call)`` makes the outputs (N of them; the operator returns an empty tensor in the
-    place of None), ``launch(call, plan, *outputs)`` fills them. ``plan(call)`` is what the launch
-    needs to know of layouts, or None where some argument has a layout or dtype that no kernel
-    reads: ``readable(call)``, the same call on copies, runs then.
+    place of None), ``plan(call)`` what fills them: ``launch(call, *outputs)``. It is kept for calls
+    alike, as is that ``check(call)`` refused nothing: both look at shapes, strides, dtypes and
+    devices of the tensors, at the rest of the record, and of Counters at whether they have a seed.
+    ``readable(call)`` is the call with copies of the tensors that no kernel reads as they stand.
     """
 
     def __init__(
@@ -43,17 +45,20 @@ class Kernel:
         name: str,
         record: Any,
         allocate: Callable[..., Outputs],
-        launch: Callable[..., None],
+        plan: Callable[[Any], Callable[..., None]],
+        check: Callable[[Any], None] = lambda call: None,
+        readable: Callable[[Any], Any] = lambda call: call,
         *,
         outputs: int,
-        plan: Callable[[Any], Any] = lambda call: (),
-        readable: Callable[[Any], Any] = dense,
+        described: Callable[[Any], tuple] | None = None,
     ) -> None:
         self.name, self.record, self.allocate = name, record, allocate
-        self.launch, self.plan, self.readable = launch, plan, readable
+        self.plan, self.check, self.copies = plan, check, readable
         kinds = typing.get_type_hints(record).values()
         tensors = itertools.takewhile(lambda kind: kind in (Tensor, Tensor | None), kinds)
         self.tensors = len(list(tensors))
+        self.key = described or self._key
+        self.plans: dict[tuple, Any] = {}
         self.eager: Any = None  # an autograd Function's apply, where there are gradients
         returns = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
         _LIBRARY.define(f"{name}({', '.join(_fields(record))}) -> {returns}")
@@ -66,26 +71,48 @@ class Kernel:
     def __call__(self, call: Any, wants_gradient: bool = False) -> Outputs:
         """The outputs; ``wants_gradient``: autograd will ask for one."""
         if not backends.launches_directly(*call[: self.tensors]):
+            self.check(call)
             return self.dispatch(call)
         return self.eager(*call) if wants_gradient else self.run(call)
 
     def run(self, call: Any) -> Outputs:
+        launch = self.launch_of(call)
         outputs = self.allocate(call)
-        if outputs[0].numel() == 0:
-            for output in outputs:
-                if output is not None:
-                    output.zero_()
-            return outputs
-        plan = self.plan(call)
-        if plan is None:
+        if launch is None:
             pairs = zip(outputs, self.run(self.readable(call)), strict=True)
             return tuple(v if v is None or _alike(v, room) else room.copy_(v) for room, v in pairs)
         if outputs[0].is_cpu:
-            self.launch(call, plan, *outputs)
+            launch(call, *outputs)
         else:
             with backends.device_of(outputs[0]):
-                self.launch(call, plan, *outputs)
+                launch(call, *outputs)
         return outputs
+
+    def launch_of(self, call: Any) -> Any:
+        """What fills the outputs of calls like this one; None where kernels read copies only."""
+        key = self.key(call)
+        launch = self.plans.get(key, self)
+        if launch is self:
+            self.check(call)
+            if len(self.plans) >= LARGEST_CACHE:
+                self.plans.clear()
+            launch = self.plans[key] = self._planned(call)
+        return launch
+
+    def _key(self, call: Any) -> tuple:
+        """All of a call that its checks and its plan may depend on."""
+        others = [v.seed is None if type(v) is Counters else v for v in call[self.tensors :]]
+        return *_described(call[: self.tensors]), *others
+
+    def _planned(self, call: Any) -> Callable[..., None] | None:
+        if call[0].numel() == 0:
+            return _fill_with_zeros
+        return self.plan(call) if self.readable(call) is call else None
+
+    def readable(self, call: Any) -> Any:
+        """The call itself where kernels read it as it stands, else on copies."""
+        copies = self.copies(call)
+        return call if all(map(operator.is_, call, copies)) else copies
 
     def dispatch(self, call: Any) -> Outputs:
         """The outputs through PyTorch's dispatcher."""
@@ -105,50 +132,42 @@ class Kernel:
         """Gradients: ``setup(ctx, call, outputs)`` keeps what ``backward(ctx, grad)`` needs for the
         gradients of the record's tensors from that of the first output. The others have none; only
         the first ``returns`` outputs are the caller's."""
-        fields = len(self.record._fields)
 
-        def padded(ctx: Any, grad: Tensor | None, count: int) -> tuple[Any, ...]:
-            given = (None,) * self.tensors if grad is None else tuple(backward(ctx, grad))
-            return given + (None,) * (count - self.tensors)
-
-        def setup_flat(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.count = len(inputs)
+        def keep(ctx: Any, call: Any, outputs: Outputs, inputs: int, returned: int) -> None:
+            ctx.inputs = inputs
             ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*(v for v in outputs[1:returned] if v is not None))
+            setup(ctx, call, outputs)
+
+        def keep_flat(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             outputs = (output,) if isinstance(output, Tensor) else output
-            ctx.mark_non_differentiable(*outputs[1:])
-            setup(ctx, _built(self.record, iter(inputs)), outputs)
+            call = _built(self.record, iter(inputs))
+            keep(ctx, call, outputs, len(inputs), len(outputs))
+
+        def gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+            given = (None,) * self.tensors if grad is None else tuple(backward(ctx, grad))
+            return given + (None,) * (ctx.inputs - self.tensors)
 
         torch.library.register_autograd(
-            f"fastdiff::{self.name}",
-            lambda ctx, grad, *_: padded(ctx, grad, ctx.count),
-            setup_context=setup_flat,
-            lib=_LIBRARY,
+            f"fastdiff::{self.name}", gradients, setup_context=keep_flat, lib=_LIBRARY
         )
 
-        class Eager(torch.autograd.Function):
-            """The same in eager mode, for a fifth of what register_autograd costs per call."""
+        def forward(ctx: Any, *values: Any) -> Outputs:
+            call = self.record(*values)
+            outputs = self.run(call)
+            keep(ctx, call, outputs, len(values), returns)
+            return outputs[:returns]
 
-            @staticmethod
-            def forward(ctx: Any, *values: Any) -> Outputs:
-                call = self.record(*values)
-                outputs = self.run(call)
-                ctx.set_materialize_grads(False)
-                setup(ctx, call, outputs)
-                if returns > 1:
-                    ctx.mark_non_differentiable(*(v for v in outputs[1:] if v is not None))
-                return outputs[:returns]
-
-            @staticmethod
-            def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
-                return padded(ctx, grad, fields)
-
-        self.eager = Eager.apply
+        # The same in eager mode, for a fifth of what register_autograd costs per call.
+        both = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+        function: Any = type(self.name, (torch.autograd.Function,), both)
+        self.eager = function.apply
 
 
 def differentiable_once(
     forward: Kernel,
     allocate: Callable[..., Outputs],
-    launch: Callable[..., None],
+    plan: Callable[[Any], Callable[..., None]],
     *,
     keeps: dict[str, int],
 ) -> None:
@@ -165,9 +184,9 @@ def differentiable_once(
         f"{forward.name}_backward",
         typing.NamedTuple("Backward", [*fields, ("call", forward.record)]),  # type: ignore[misc]
         allocate,
-        launch,
+        plan,
         outputs=count,
-        plan=lambda given: forward.plan(given.call),
+        described=lambda given: (*_described(given[:-1]), *forward.key(given.call)),
         readable=lambda given: given._replace(call=forward.readable(given.call)),
     )
 
@@ -196,6 +215,21 @@ def differentiable_once(
         )
 
     torch.library.register_autograd(f"fastdiff::{backward.name}", refuse, lib=_LIBRARY)
+
+
+def _fill_with_zeros(call: Any, *outputs: Tensor | None) -> None:
+    """All there is to do for no elements: gradients of parameters are sums of none."""
+    for output in outputs:
+        if output is not None:
+            output.zero_()
+
+
+def _described(tensors: Iterable[Tensor | None]) -> list[Any]:
+    """What plans know of tensors."""
+    return [  # to ask whether it is contiguous costs less than its strides
+        v if v is None else (v.shape, v.dtype, v.device, None if v.is_contiguous() else v.stride())
+        for v in tensors
+    ]
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -44,16 +44,22 @@ class Choice(NamedTuple):
 @dataclass(eq=False)
 class Operation:
     """A fused operation: the backends beside the reference that have kernels of it, and
-    ``choose``, which takes the operation's own arguments."""
+    ``choose``, which takes the operation's own arguments, the first an x or its like. Where none is
+    given, its kernels have no gradients."""
 
     name: str
     kernels: tuple[str, ...]
-    choose: Callable[..., Choice]
+    choose: Any = None
 
     def __post_init__(self) -> None:
+        self.choose = self.choose or self._without_gradients
         self.on_cpu = Choice(self.name, "reference", no_kernel(self, "native"))
         if "native" in self.kernels:
             self.on_cpu = Choice(self.name, "native", "the C++ kernel serves every CPU call")
+
+    def _without_gradients(self, x: Tensor, *others: Any, **named: Any) -> Choice:
+        wanted = wants_gradient(x, *others, *named.values())
+        return choose(self, x, NO_GRADIENTS if wanted else "")
 
 
 OPERATIONS: dict[str, Operation] = {}  # by name; each op.py adds its own

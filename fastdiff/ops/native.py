@@ -134,6 +134,13 @@ def launch(name: str, backend: str, x: torch.Tensor, *arguments: Any) -> Any:
     return getattr(library(), name + "_cuda")(*arguments, cuda_stream(x.device))
 
 
+def launch_elementwise(name: str, backend: str, x: torch.Tensor, *arguments: Any) -> Any:
+    """``launch`` of a kernel whose grid strides over its work on CUDA."""
+    if backend == "cuda":
+        arguments = *arguments, multiprocessors(x.device)
+    return launch(name, backend, x, *arguments)
+
+
 def cuda_stream(device: torch.device) -> int:
     """The address of the device's current stream; 0, the default stream, in the emulation."""
     if device.type != "cuda":

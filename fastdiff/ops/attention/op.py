@@ -1,5 +1,6 @@
 """Attention on the qkv projection of the published U-Nets in one call."""
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -141,25 +142,35 @@ def _allocate(call: Arguments) -> tuple[Tensor, Maybe]:
     return out, call.qkv.new_empty(n, call.num_heads, tokens, dtype=torch.float32)
 
 
-def _forward(call: Arguments, _: Any, out: Tensor, lse: Maybe) -> None:
+def _forward(call: Arguments) -> Any:
+    """What fills out and lse for calls like this one."""
     if call.backend == "native":
-        _native("attention_forward", call, out, lse)
-        return
-    import fastdiff.kernels.attention as kernels
+        return functools.partial(_native, "attention_forward")
+    from fastdiff.kernels import attention as kernels
 
-    kernels.forward(call.qkv, call.num_heads, call.order, out, lse)
+    out, _ = _allocate(call)
+    launch = kernels.forward(call.qkv, call.num_heads, call.order, out)
+    return lambda call, out, lse: launch(call.qkv, out, lse)
 
 
-def _backward(given: Any, _: Any, grad_qkv: Tensor) -> None:
-    grad, out, lse, call = given
-    if 1 not in grad.stride()[1:]:  # an expanded one, from a sum
-        grad = grad.contiguous()
+def _backward(given: Any) -> Any:
+    """What fills the gradient of qkv for calls like this one."""
+    call = given.call
     if call.backend == "native":
-        _native("attention_backward", call, out, lse, grad, grad_qkv)
-        return
-    import fastdiff.kernels.attention as kernels
+        return lambda given, grad_qkv: _native(
+            "attention_backward", given.call, given.out, given.lse, _adjacent(given.grad), grad_qkv
+        )
+    from fastdiff.kernels import attention as kernels
 
-    kernels.backward(call.qkv, call.num_heads, call.order, out, lse, grad, grad_qkv)
+    rest = (given.out, _adjacent(given.grad), torch.empty_like(call.qkv))
+    launch = kernels.backward(call.qkv, call.num_heads, call.order, *rest)
+    return lambda given, grad_qkv: launch(
+        given.call.qkv, given.out, given.lse, _adjacent(given.grad), grad_qkv
+    )
+
+
+def _adjacent(grad: Tensor) -> Tensor:
+    return grad if 1 in grad.stride()[1:] else grad.contiguous()  # an expanded one, from a sum
 
 
 def _native(name: str, call: Arguments, out: Tensor, lse: Maybe, *gradients: Tensor) -> None:

@@ -33,7 +33,14 @@ from torch import Tensor
 from fastdiff.checks import check_device
 from fastdiff.errors import InputError
 from fastdiff.ops import backends, dispatch, native
-from fastdiff.ops.counters import X_T_STEP, Counters, arguments, check_counters, low_bits
+from fastdiff.ops.counters import (
+    X_T_STEP,
+    Counters,
+    addresses_and_numbers,
+    arguments,
+    check_counters,
+    low_bits,
+)
 from fastdiff.ops.dispatch import Operation
 from fastdiff.ops.layouts import Layout, code, sample_layout
 from fastdiff.ops.normal.reference import reference_sample
@@ -137,7 +144,8 @@ def _launch(backend: str, out: Tensor, layout: Layout, counters: Counters, exact
     if backend == "triton":
         from fastdiff.kernels import normal as kernels
 
-        kernels.fill(out, layout, counters, exact)
+        launch = kernels.launch_for(out.shape[0], layout, exact)
+        launch(out, *addresses_and_numbers(seed, step, first_sample))
         return
     given = arguments(backend, seed), arguments(backend, step, 32), arguments(backend, first_sample)
     numbers, *addresses = zip(*given, strict=True)

@@ -1,5 +1,6 @@
 """q_sample: noise images to their timesteps, x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · noise."""
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -7,13 +8,18 @@ from torch import Tensor
 
 from fastdiff.checks import check_float, check_like, check_timesteps
 from fastdiff.errors import InputError
-from fastdiff.ops import dispatch, native
-from fastdiff.ops.counters import TRAINING_STEP_BASE, Counters, arguments, check_counters
+from fastdiff.ops import dispatch, layouts, native
+from fastdiff.ops.counters import (
+    TRAINING_STEP_BASE,
+    Counters,
+    addresses_and_numbers,
+    arguments,
+    check_counters,
+)
 from fastdiff.ops.differentiable import Kernel, Outputs
 from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
-from fastdiff.ops.layouts import Maybe, address, common_layout, launch_elementwise, one_or_two_like
+from fastdiff.ops.layouts import Maybe, address
 from fastdiff.ops.normal import draw_like, drawn_apart, normal
-from fastdiff.ops.plans import plan_of
 from fastdiff.ops.q_sample.reference import q_sample as reference_q_sample
 
 
@@ -53,36 +59,30 @@ def q_sample(
     """
     signal, sigma = sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod
     check_float(x_start, "x_start")
-    check_float(signal, "sqrt_alphas_cumprod")
-    check_like(sigma, "sqrt_one_minus_alphas_cumprod", signal, "sqrt_alphas_cumprod")
-    if signal.dim() != 1 or signal.shape[0] == 0 or signal.device != x_start.device:
-        raise InputError(
-            "the coefficient tables must have shape (K,) with K >= 1 on x_start's device "
-            f"{x_start.device}, got {tuple(signal.shape)} on {signal.device}"
-        )
+    if x_start.dim() == 0:
+        check_timesteps(t, x_start, 0, "x_start")  # no samples: it refuses any t
     backend = choose(x_start, t, signal, sigma).backend
-    # The native kernel looks at t by itself, where it runs at all; the CUDA kernel answers NaN,
-    # emulated or not.
-    looks = x_start.numel() == 0 or backend not in ("native", "cuda")
-    t = check_timesteps(t, x_start, signal.shape[0], "x_start", look=looks)
     counters = Counters()
     if noise is not None:
         if seed is not None:
             raise InputError("q_sample takes noise or seed, not both")
-        check_like(noise, "noise", x_start, "x_start")
     elif seed is None:
         noise = draw_like(x_start)
     else:
         counters = check_counters(step, seed, first_sample, 2**32 - TRAINING_STEP_BASE, x_start)
         if backend == "reference" or drawn_apart(backend):
             noise, counters = _drawn(x_start, counters), Counters()
+    returns_drawn = noise is None and return_noise
+    call = Arguments(x_start, noise, t, signal, sigma, counters, returns_drawn, backend)
 
+    # The native kernel looks at t by itself, where it runs at all; those for GPUs answer NaN. What
+    # is left on the CPU is Triton's interpreter.
+    if backend == "reference" or (x_start.is_cpu and (backend == "triton" or not x_start.numel())):
+        _check(call, look=True)
     if backend == "reference":
         assert noise is not None
-        x_t = reference_q_sample(x_start, t, signal, sigma, noise)
+        x_t = reference_q_sample(x_start, t.long(), signal, sigma, noise)
     else:
-        returns_drawn = noise is None and return_noise
-        call = Arguments(x_start, noise, t, signal, sigma, counters, returns_drawn, backend)
         x_t, drawn = _kernel(call, dispatch.wants_gradient(x_start, noise))
         noise = drawn if noise is None else noise
     return x_t, noise if return_noise else None
@@ -96,7 +96,7 @@ def choose(
     **_: Any,
 ) -> Choice:
     """Which backend serves this call, and why (``fastdiff.explain``)."""
-    tracked = sqrt_alphas_cumprod.requires_grad or sqrt_one_minus_alphas_cumprod.requires_grad
+    tracked = dispatch.wants_gradient(sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
     missing = "only 'reference' has gradients for the tables" if tracked else ""
     return dispatch.choose(OPERATION, x_start, missing)
 
@@ -123,52 +123,76 @@ class Arguments(NamedTuple):
     signal: Tensor
     sigma: Tensor
     counters: Counters  # their step is the training step's number
-    returns_drawn: bool
+    returns_both: bool
     backend: str
 
 
-def _launch(call: Arguments, plan: Any, x_t: Tensor, drawn: Maybe) -> None:
-    x_start, noise, t, signal, sigma, counters, _, backend = call
-    step, seed, first_sample = counters
-    draws = seed is not None
-    t, signal, sigma = t.contiguous(), signal.float().contiguous(), sigma.float().contiguous()
-    tensors = (x_start, t, signal, sigma, drawn if draws else noise, x_t)  # written, or read
-    if backend == "triton":
-        from fastdiff.kernels import q_sample as kernels
-
-        kernels.launch(plan, tensors, counters)
-        return
-    numbers = *arguments(backend, seed), *arguments(backend, step, 32, TRAINING_STEP_BASE)
-    numbers = *numbers, *arguments(backend, first_sample)
-    given = (plan, *map(address, tensors), draws, *numbers)
-    bad = launch_elementwise("q_sample", backend, x_t, *given)
-    if bad is not None and bad >= 0:
-        rows = signal.shape[0]
+def _check(call: Arguments, *, look: bool = False) -> None:
+    """InputError for tensors that do not fit each other; ``look``: and for values of t."""
+    x_start, noise, t, signal, sigma, *_ = call
+    check_float(signal, "sqrt_alphas_cumprod")
+    check_like(sigma, "sqrt_one_minus_alphas_cumprod", signal, "sqrt_alphas_cumprod")
+    if signal.dim() != 1 or signal.shape[0] == 0 or signal.device != x_start.device:
         raise InputError(
-            f"t must lie in 0 … {rows - 1} for a process of {rows} steps, got {int(t[bad])}"
+            "the coefficient tables must have shape (K,) with K >= 1 on x_start's device "
+            f"{x_start.device}, got {tuple(signal.shape)} on {signal.device}"
         )
+    check_timesteps(t, x_start, signal.shape[0], "x_start", look=look)
+    if noise is not None:
+        check_like(noise, "noise", x_start, "x_start")
+
+
+def _layout(call: Arguments) -> Any:
+    x_t = torch.empty_like(call.x_start)
+    operands = [call.x_start, x_t if call.noise is None else call.noise, x_t]
+    return layouts.common_layout(operands, counted=call.counters.seed is not None)
+
+
+def _readable(call: Arguments) -> Arguments:
+    """With copies of what no kernel reads as it stands."""
+    signal, sigma = call.signal.float().contiguous(), call.sigma.float().contiguous()
+    call = call._replace(t=call.t.long().contiguous(), signal=signal, sigma=sigma)
+    return call if _layout(call) else layouts.dense(call)
 
 
 def _plan(call: Arguments) -> Any:
-    """The kernel's description of the layouts; None where it reads none of the kind."""
-    x_t = torch.empty_like(call.x_start)
-    operands = [call.x_start, x_t if call.noise is None else call.noise, x_t]
-    common = common_layout(operands, counted=call.counters.seed is not None)
-    if common is None:
-        return None
-    plan = (common[0], call.signal.shape[0], *common[1])
-    return plan if call.backend == "triton" else native.library().QSample(*plan)
+    shape, operands = _layout(call)
+    described = (shape, call.signal.shape[0], *operands)
+    if call.backend != "triton":
+        return functools.partial(_by_library, native.library().QSample(*described))
+    from fastdiff.kernels.q_sample import launch_for
+
+    return functools.partial(
+        _by_triton, launch_for(*described, draws=call.counters.seed is not None)
+    )
 
 
-def _plan_of(call: Arguments) -> Any:
-    draws = call.counters.seed is not None
-    return plan_of(_plan, call, call[:2], call.signal.shape[0], draws, call.backend)
+def _tensors(call: Arguments, x_t: Tensor, drawn: Maybe) -> tuple[Maybe, ...]:
+    x_start, noise, t, signal, sigma, counters, *_ = call
+    return x_start, t, signal, sigma, noise if counters.seed is None else drawn, x_t
+
+
+def _by_triton(launch: Any, call: Arguments, *outputs: Any) -> None:
+    step, seed, first_sample = call.counters
+    launch(*_tensors(call, *outputs), *addresses_and_numbers(seed, step, first_sample))
+
+
+def _by_library(plan: Any, call: Arguments, *outputs: Any) -> None:
+    (step, seed, first_sample), backend = call.counters, call.backend
+    numbers = *arguments(backend, seed), *arguments(backend, step, 32, TRAINING_STEP_BASE)
+    numbers = *numbers, *arguments(backend, first_sample)
+    given = (plan, *map(address, _tensors(call, *outputs)), seed is not None, *numbers)
+    bad = native.launch_elementwise("q_sample", backend, call.x_start, *given)
+    if bad is not None and bad >= 0:
+        rows = call.signal.shape[0]
+        raise InputError(
+            f"t must lie in 0 … {rows - 1} for a process of {rows} steps, got {int(call.t[bad])}"
+        )
 
 
 _kernel = Kernel(
-    "q_sample", Arguments, lambda call: one_or_two_like(call.x_start, call.returns_drawn), _launch,
-    outputs=2, plan=_plan_of,
-)  # fmt: skip
+    "q_sample", Arguments, layouts.one_or_two_like, _plan, _check, _readable, outputs=2
+)
 
 
 # --- Gradients: the operation is its own derivative ---------------------------------------------
