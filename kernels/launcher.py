@@ -10,13 +10,16 @@ modes for debugging and instrumenting, and in a version that is not known here.
 
 from typing import Any
 
-import torch
 import triton
+from torch import Tensor
+from torch.nn import Parameter
 from triton.runtime.jit import JITFunction
 
 VERSIONS = (3, 6), (3, 9)  # the first and the last of Triton whose launchers are known here
 KNOWN = VERSIONS[0] <= tuple(map(int, triton.__version__.split(".")[:2])) <= VERSIONS[1]
 LARGEST_CACHE = 2048
+TENSORS = Tensor, Parameter  # a subclass is found too, but later
+TYPED = float, bool, type(None)  # by their types alone
 _run = JITFunction.run
 
 
@@ -59,28 +62,26 @@ class Launch:
 
 def _specialised(values: tuple) -> tuple[tuple, list]:
     """What Triton specialises by, or more, and the values, with addresses for tensors."""
-    kinds: list[Any] = []
-    given: list[Any] = []
+    kinds: list[Any] = list(map(type, values))
+    given = list(values)
     addresses = 0
-    for value in values:
-        kind: Any = type(value)
-        if kind is int:
+    for i, kind in enumerate(kinds):
+        value = given[i]
+        if kind in TYPED:
+            continue
+        if kind in TENSORS or isinstance(value, Tensor):
+            kinds[i] = value.dtype
+            given[i] = address = value.data_ptr()
+            addresses |= address
+        elif kind is int:
             if -(2**31) <= value < 2**31:
-                kind = 1 if value == 1 else 16 if value % 16 == 0 else 0
+                kinds[i] = 1 if value == 1 else 16 if value % 16 == 0 else 0
             else:
-                kind = value < 2**63, value % 16 == 0
-        elif kind is float or kind is bool or value is None:
-            pass  # typed by their types alone
-        elif isinstance(value, torch.Tensor):
-            kind = value.dtype
-            value = value.data_ptr()
-            addresses |= value
+                kinds[i] = value < 2**63, value % 16 == 0
         else:
             raise TypeError(f"a launch changes by tensors, None and numbers, not by {value!r}")
-        kinds.append(kind)
-        given.append(value)
     if addresses % 16:
-        kinds += [v.data_ptr() % 16 == 0 for v in values if isinstance(v, torch.Tensor)]
+        kinds += [v.data_ptr() % 16 == 0 for v in values if isinstance(v, Tensor)]
     return tuple(kinds), given
 
 

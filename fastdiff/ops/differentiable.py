@@ -9,7 +9,7 @@ which halves its cost.
 import itertools
 import operator
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ _SCHEMAS: dict[Any, str] = {
 class Kernel:
     """An operation's kernels: ``fastdiff::name`` for PyTorch, and a launch of its own beside it.
 
-    ``record`` is a NamedTuple of tensors, then of numbers, names, Counters or another such record.
+    ``record`` is a NamedTuple of tensors, then of numbers, names or Counters.
     ``allocate(call)`` makes the outputs (N of them; the operator returns an empty tensor in the
     place of None), ``plan(call)`` what fills them: ``launch(call, *outputs)``. It is kept for calls
     alike, as is that ``check(call)`` refused nothing: both look at shapes, strides, dtypes and
@@ -50,18 +50,20 @@ class Kernel:
         readable: Callable[[Any], Any] = lambda call: call,
         *,
         outputs: int,
-        described: Callable[[Any], tuple] | None = None,
     ) -> None:
         self.name, self.record, self.allocate = name, record, allocate
         self.plan, self.check, self.copies = plan, check, readable
-        kinds = typing.get_type_hints(record).values()
-        tensors = itertools.takewhile(lambda kind: kind in (Tensor, Tensor | None), kinds)
-        self.tensors = len(list(tensors))
-        self.key = described or self._key
+        fields = typing.get_type_hints(record)
+        self.kinds = list(fields.values())
+        self.tensors = sum(kind in (Tensor, Tensor | None) for kind in self.kinds)
         self.plans: dict[tuple, Any] = {}
         self.eager: Any = None  # an autograd Function's apply, where there are gradients
+        schema = [
+            counters.SCHEMA if kind is Counters else f"{_SCHEMAS[kind]} {field}"
+            for field, kind in fields.items()
+        ]
         returns = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
-        _LIBRARY.define(f"{name}({', '.join(_fields(record))}) -> {returns}")
+        _LIBRARY.define(f"{name}({', '.join(schema)}) -> {returns}")
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(name, lambda *values: self._operate(self.run, values), key)
         fake = lambda *values: self._operate(self.allocate, values)  # noqa: E731
@@ -90,7 +92,12 @@ class Kernel:
 
     def launch_of(self, call: Any) -> Any:
         """What fills the outputs of calls like this one; None where kernels read copies only."""
-        key = self.key(call)
+        described = [  # to ask whether it is contiguous costs less than its strides
+            None if v is None else (v.shape, v.dtype, v.device, v.is_contiguous() or v.stride())
+            for v in call[: self.tensors]
+        ]
+        others = [v.seed is None if type(v) is Counters else v for v in call[self.tensors :]]
+        key = (*described, *others)
         launch = self.plans.get(key, self)
         if launch is self:
             self.check(call)
@@ -98,11 +105,6 @@ class Kernel:
                 self.plans.clear()
             launch = self.plans[key] = self._planned(call)
         return launch
-
-    def _key(self, call: Any) -> tuple:
-        """All of a call that its checks and its plan may depend on."""
-        others = [v.seed is None if type(v) is Counters else v for v in call[self.tensors :]]
-        return *_described(call[: self.tensors]), *others
 
     def _planned(self, call: Any) -> Callable[..., None] | None:
         if call[0].numel() == 0:
@@ -116,15 +118,22 @@ class Kernel:
 
     def dispatch(self, call: Any) -> Outputs:
         """The outputs through PyTorch's dispatcher."""
-        outputs = self.operator(*_flat(call))
+        flat = [w for v in call for w in (v.flat() if isinstance(v, Counters) else (v,))]
+        outputs = self.operator(*flat)
         return (outputs,) if isinstance(outputs, Tensor) else outputs
 
     def _operate(self, function: Callable[[Any], Outputs], values: tuple[Any, ...]) -> Any:
         """``function`` as an operator has it: of flat values, to tensors."""
-        first, *others = function(_built(self.record, iter(values)))
+        first, *others = function(self._built(values))
         if not others:
             return first
         return first, *(first.new_empty(0) if other is None else other for other in others)
+
+    def _built(self, flat: tuple[Any, ...]) -> Any:
+        """The record of an operator's values."""
+        rest = iter(flat)
+        joined = lambda: Counters.joined(*itertools.islice(rest, 4))  # noqa: E731
+        return self.record(*(joined() if kind is Counters else next(rest) for kind in self.kinds))
 
     def differentiate(
         self, setup: Callable[..., None], backward: Callable[..., Any], *, returns: int
@@ -141,8 +150,7 @@ class Kernel:
 
         def keep_flat(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             outputs = (output,) if isinstance(output, Tensor) else output
-            call = _built(self.record, iter(inputs))
-            keep(ctx, call, outputs, len(inputs), len(outputs))
+            keep(ctx, self._built(inputs), outputs, len(inputs), len(outputs))
 
         def gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
             given = (None,) * self.tensors if grad is None else tuple(backward(ctx, grad))
@@ -175,36 +183,34 @@ def differentiable_once(
     those of gradients.
 
     That kernel's record is ``grad``, the first output's gradient, the outputs that ``keeps`` names
-    and numbers, and ``call``, ``forward``'s record. Its outputs are the gradients of ``forward``'s
+    and numbers, and the fields of ``forward``'s. Its outputs are the gradients of ``forward``'s
     tensors, None for a tensor whose gradient is that of the first (a residual).
     """
-    count, places = forward.tensors, keeps.values()
-    fields = [(name, Tensor) for name in ("grad", *keeps)]
-    backward = Kernel(
-        f"{forward.name}_backward",
-        typing.NamedTuple("Backward", [*fields, ("call", forward.record)]),  # type: ignore[misc]
-        allocate,
-        plan,
-        outputs=count,
-        described=lambda given: (*_described(given[:-1]), *forward.key(given.call)),
-        readable=lambda given: given._replace(call=forward.readable(given.call)),
-    )
+    count, first = forward.tensors, 1 + len(keeps)  # of forward's fields
+    fields = {"grad": Tensor, **dict.fromkeys(keeps, Tensor)}
+    fields |= typing.get_type_hints(forward.record)
+    record = typing.cast(Any, typing.NamedTuple)("Backward", list(fields.items()))
+
+    def readable(call: Any) -> Any:
+        return record(*call[:first], *forward.copies(forward.record(*call[first:])))
+
+    name = f"{forward.name}_backward"
+    backward = Kernel(name, record, allocate, plan, readable=readable, outputs=count)
 
     def setup(ctx: Any, call: Any, outputs: Outputs) -> None:
-        ctx.save_for_backward(*(outputs[i] for i in places), *call[:count])
+        ctx.save_for_backward(*(outputs[i] for i in keeps.values()), *call[:count])
         ctx.rest = call[count:]
 
     def gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-        saved = ctx.saved_tensors
-        kept, tensors = saved[: len(keeps)], saved[len(keeps) :]
-        call = backward.record(grad, *kept, forward.record(*tensors, *ctx.rest))
+        call = record(grad, *ctx.saved_tensors, *ctx.rest)
+        tensors = call[first : first + count]
         if backends.launches_backward_directly(grad) and not torch.is_grad_enabled():
             found = backward.run(call)
         else:  # the operator refuses the derivative that whoever keeps the backward's graph may ask
             pairs = zip(backward.dispatch(call), tensors, strict=True)
             found = tuple(g if t is not None and g.shape == t.shape else None for g, t in pairs)
-        first = found[0]
-        return [first if g is None and t is not None else g for g, t in zip(found, tensors)]  # noqa: B905
+        residual = found[0]
+        return [residual if g is None and t is not None else g for g, t in zip(found, tensors)]  # noqa: B905
 
     forward.differentiate(setup, gradients, returns=1)
 
@@ -214,7 +220,7 @@ def differentiable_once(
             "higher derivatives run it under fastdiff.backend('reference')"
         )
 
-    torch.library.register_autograd(f"fastdiff::{backward.name}", refuse, lib=_LIBRARY)
+    torch.library.register_autograd(f"fastdiff::{name}", refuse, lib=_LIBRARY)
 
 
 def _fill_with_zeros(call: Any, *outputs: Tensor | None) -> None:
@@ -224,48 +230,5 @@ def _fill_with_zeros(call: Any, *outputs: Tensor | None) -> None:
             output.zero_()
 
 
-def _described(tensors: Iterable[Tensor | None]) -> list[Any]:
-    """What plans know of tensors."""
-    return [  # to ask whether it is contiguous costs less than its strides
-        v if v is None else (v.shape, v.dtype, v.device, None if v.is_contiguous() else v.stride())
-        for v in tensors
-    ]
-
-
 def _alike(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.stride() == b.stride()
-
-
-# --- Records and operators' arguments ---------------------------------------------------------
-
-
-def _fields(record: Any) -> Iterator[str]:
-    """The operator's arguments for a record's fields."""
-    for name, kind in typing.get_type_hints(record).items():
-        if kind is Counters:
-            yield counters.SCHEMA
-        elif hasattr(kind, "_fields"):
-            yield from _fields(kind)
-        else:
-            yield f"{_SCHEMAS[kind]} {name}"
-
-
-def _flat(record: Any) -> list[Any]:
-    """A record's values as the operator takes them."""
-    values: list[Any] = []
-    for value in record:
-        if isinstance(value, Counters):
-            values += value.flat()
-        elif isinstance(value, tuple):
-            values += _flat(value)
-        else:
-            values.append(value)
-    return values
-
-
-def _built(record: Any, values: Iterator[Any]) -> Any:
-    """The inverse of ``_flat``."""
-    if record is Counters:
-        return Counters.joined(*itertools.islice(values, 4))
-    kinds = typing.get_type_hints(record).values()
-    return record(*(_built(k, values) if hasattr(k, "_fields") else next(values) for k in kinds))

@@ -134,11 +134,12 @@ def launch(name: str, backend: str, x: torch.Tensor, *arguments: Any) -> Any:
     return getattr(library(), name + "_cuda")(*arguments, cuda_stream(x.device))
 
 
-def launch_elementwise(name: str, backend: str, x: torch.Tensor, *arguments: Any) -> Any:
-    """``launch`` of a kernel whose grid strides over its work on CUDA."""
+def launch_elementwise(name: str, backend: str, plan: Any, tensors: Any, *numbers: Any) -> Any:
+    """``launch`` for ``tensors``, of which the first is there, by a grid that strides on CUDA."""
     if backend == "cuda":
-        arguments = *arguments, multiprocessors(x.device)
-    return launch(name, backend, x, *arguments)
+        numbers = *numbers, multiprocessors(tensors[0].device)
+    addresses = (0 if v is None else v.data_ptr() for v in tensors)
+    return launch(name, backend, tensors[0], plan, *addresses, *numbers)
 
 
 def cuda_stream(device: torch.device) -> int:

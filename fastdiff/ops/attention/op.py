@@ -149,31 +149,28 @@ def _forward(call: Arguments) -> Any:
     from fastdiff.kernels import attention as kernels
 
     out, _ = _allocate(call)
-    launch = kernels.forward(call.qkv, call.num_heads, call.order, out)
-    return lambda call, out, lse: launch(call.qkv, out, lse)
+    fill = kernels.forward(call.qkv, call.num_heads, call.order, out)
+    return lambda call, out, lse: fill(call.qkv, out, lse)
 
 
-def _backward(given: Any) -> Any:
+def _backward(call: Any) -> Any:
     """What fills the gradient of qkv for calls like this one."""
-    call = given.call
     if call.backend == "native":
-        return lambda given, grad_qkv: _native(
-            "attention_backward", given.call, given.out, given.lse, _adjacent(given.grad), grad_qkv
+        return lambda call, grad_qkv: _native(
+            "attention_backward", call, call.out, call.lse, _adjacent(call.grad), grad_qkv
         )
     from fastdiff.kernels import attention as kernels
 
-    rest = (given.out, _adjacent(given.grad), torch.empty_like(call.qkv))
-    launch = kernels.backward(call.qkv, call.num_heads, call.order, *rest)
-    return lambda given, grad_qkv: launch(
-        given.call.qkv, given.out, given.lse, _adjacent(given.grad), grad_qkv
-    )
+    rest = (call.out, _adjacent(call.grad), torch.empty_like(call.qkv))
+    fill = kernels.backward(call.qkv, call.num_heads, call.order, *rest)
+    return lambda call, grad_qkv: fill(call.qkv, call.out, call.lse, _adjacent(call.grad), grad_qkv)
 
 
 def _adjacent(grad: Tensor) -> Tensor:
     return grad if 1 in grad.stride()[1:] else grad.contiguous()  # an expanded one, from a sum
 
 
-def _native(name: str, call: Arguments, out: Tensor, lse: Maybe, *gradients: Tensor) -> None:
+def _native(name: str, call: Any, out: Tensor, lse: Maybe, *gradients: Tensor) -> None:
     """``attention_forward``, or ``attention_backward`` with the gradients of out and qkv."""
     qkv, heads = call.qkv, call.num_heads
     n, width, tokens = qkv.shape
@@ -207,9 +204,10 @@ def _borrow(floats: int) -> Tensor:
 
 
 _kernel = Kernel(OP, Arguments, _allocate, _forward, outputs=2)
-differentiable_once(
-    _kernel,
-    lambda given: (torch.empty_like(given.call.qkv),),
-    _backward,
-    keeps={"out": 0, "lse": 1},
-)
+
+
+def _allocate_gradient(call: Any) -> tuple[Tensor]:
+    return (torch.empty_like(call.qkv),)
+
+
+differentiable_once(_kernel, _allocate_gradient, _backward, keeps={"out": 0, "lse": 1})

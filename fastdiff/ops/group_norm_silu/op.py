@@ -128,9 +128,9 @@ def _allocate(call: Arguments) -> tuple[Tensor, Maybe]:
     return torch.empty_like(x), statistics
 
 
-def _allocate_gradients(given: Any) -> tuple[Maybe, ...]:
-    """Those of the call's tensors. A residual's is that of x."""
-    x, *small, add = given.call[:6]
+def _allocate_gradients(call: Any) -> tuple[Maybe, ...]:
+    """Those of the forward's tensors. A residual's is that of x."""
+    x, *small, add = call[2:8]
     if add is not None and add.shape == x.shape:
         add = None
     dense = torch.contiguous_format
@@ -140,36 +140,35 @@ def _allocate_gradients(given: Any) -> tuple[Maybe, ...]:
 
 def _forward(call: Arguments) -> Any:
     """What fills y and the statistics for calls like this one."""
-    if call.backend == "triton":
+    x, _, _, scale, shift, add, num_groups, eps, silu, backend, _ = call
+    if backend == "triton":
         from fastdiff.kernels import group_norm_silu as kernels
 
-        x, _, _, scale, shift, add, num_groups, eps, silu, *_ = call
         fill = kernels.forward(x, num_groups, eps, scale, shift, add, silu)
     else:
         fill = _of_library(OP, call, read_wide=(0, 5, 6))
     return lambda call, *outputs: fill(*call[:6], *outputs)
 
 
-def _backward(given: Any) -> Any:
+def _backward(call: Any) -> Any:
     """What fills the gradients of x, and of weight, bias, scale, shift and add where there is room,
     for calls like this one."""
-    call = given.call
-    if call.backend == "triton":
+    _, _, x, _, _, scale, shift, add, num_groups, _, silu, backend, _ = call
+    if backend == "triton":
         from fastdiff.kernels import group_norm_silu as kernels
 
-        x, _, _, scale, shift, add, num_groups, _, silu, *_ = call
         fill = kernels.backward(x, num_groups, scale, shift, add, silu)
     else:
         fill = _of_library(f"{OP}_backward", call, read_wide=(0, 1, 6, 8))
 
-    def launch(given: Any, dx: Tensor, *small: Maybe) -> None:
-        dy, statistics, call = given
-        fill(layouts.in_layout_of(dx, dy), *call[:6], statistics, dx, *small)
+    def launch(call: Any, dx: Tensor, *small: Maybe) -> None:
+        dy, statistics, *operands = call[:8]
+        fill(layouts.in_layout_of(dx, dy), *operands, statistics, dx, *small)
 
     return launch
 
 
-def _of_library(name: str, call: Arguments, read_wide: tuple[int, ...]) -> Any:
+def _of_library(name: str, call: Any, read_wide: tuple[int, ...]) -> Any:
     """The C++ kernel of the CPU, or CUDA's; ``read_wide``: the tensors that are read or written by
     16 bytes where all begin at a multiple of these."""
     x, add, backend = call.x, call.add, call.backend

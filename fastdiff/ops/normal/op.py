@@ -111,6 +111,16 @@ def drawn_apart(backend: str) -> bool:
     return _exact and backend in ("triton", "cuda")
 
 
+def draw_at(counters: Counters, base: int, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The noise of a fused operation on x by itself, in x's layout and, unless ``dtype`` is given,
+    in x's own dtype; the operation's steps are the generator's from ``base`` on."""
+    step, seed, first_sample = counters
+    assert seed is not None
+    step = (step.long() if isinstance(step, Tensor) else step) + base
+    out = torch.empty_like(x, dtype=dtype, requires_grad=False)
+    return normal(tuple(out.shape), seed=seed, step=step, first_sample=first_sample, out=out)
+
+
 def draw_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """N(0, 1) of x's shape, dtype, device and memory layout, by ``torch.randn``.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastdiff.checks import is_finite
 from fastdiff.errors import InputError
-from fastdiff.methods.table import COLUMNS, StepTable
+from fastdiff.methods.table import StepTable
 from fastdiff.ops import layouts, native
 from fastdiff.ops.backends import KERNEL_DTYPES as DTYPES
 from fastdiff.ops.checks import check_tensor, refusal
@@ -24,7 +24,7 @@ from fastdiff.ops.counters import (
 from fastdiff.ops.differentiable import Kernel
 from fastdiff.ops.dispatch import OPERATIONS, Operation
 from fastdiff.ops.layouts import Maybe, address
-from fastdiff.ops.normal import drawn_apart, normal
+from fastdiff.ops.normal import draw_at, drawn_apart
 from fastdiff.ops.posterior_step import reference
 
 OP = "posterior_step"
@@ -80,12 +80,16 @@ def posterior_step(
             f"{OP}: this step is a second-order multistep one; give prev_x_start=, the "
             "pred_x_start that the step before returned"
         )
+    for name, tensor, read in (("noise", noise, noisy), ("prev_x_start", prev_x_start, multistep)):
+        if tensor is not None and not read:
+            check_tensor(OP, name, tensor, x_t, x_t.shape)
     backend = OPERATION.choose(x_t, model_output, noise, prev_x_start, guidance_scale).backend
     noise, prev_x_start = noise if noisy else None, prev_x_start if multistep else None
     seed = check_counter("seed", seed, 2**64, x_t.device) if noisy and seed is not None else None
     counters = Counters(step, seed, check_first_sample(first_sample, x_t.shape[0], x_t.device))
     if seed is not None and (backend == "reference" or drawn_apart(backend)):
-        noise, counters = _drawn(x_t, counters), Counters(step)
+        noise = draw_at(counters, FIRST_COUNTER_STEP, x_t, torch.float32)
+        counters = Counters(step)
     # The native kernel looks at a step tensor by itself, where it runs at all; those for GPUs
     # answer NaN, emulated or not: looking would stall.
     if (backend == "reference" or x_t.numel() == 0) and isinstance(step, Tensor) and step.is_cpu:
@@ -103,7 +107,7 @@ def posterior_step(
     )  # fmt: skip
     if backend == "reference":
         _check(call)
-    x_prev, x_start = _reference(call) if backend == "reference" else _kernel(call)
+    x_prev, x_start = reference.of_call(call) if backend == "reference" else _kernel(call)
     return x_prev, x_start if return_x_start else None
 
 
@@ -113,7 +117,7 @@ def posterior_step(
 def check_tensors(
     x_t: Tensor,
     model_output: Tensor,
-    packed: Tensor,  # the table's
+    packed: Tensor,
     doubled: bool,
     guidance: float | Tensor | None,
 ) -> None:
@@ -187,35 +191,6 @@ class Arguments(NamedTuple):
         return self.guidance_scale if self.guidance_tensor is None else self.guidance_tensor
 
 
-def _drawn(x_t: Tensor, counters: Counters) -> Tensor:
-    """The noise of a step by itself, in float32."""
-    step, seed, first = counters
-    assert seed is not None
-    counted = (step.long() if isinstance(step, Tensor) else step) + FIRST_COUNTER_STEP
-    return normal(x_t.shape, seed=seed, step=counted, first_sample=first, device=x_t.device)
-
-
-def _reference(call: Arguments) -> tuple[Tensor, Tensor]:
-    x_t, packed, noise, before = call.x_t, call.packed, call.noise, call.prev_x_start
-    step = call.counters.step
-    if isinstance(step, Tensor):  # a gather on the device: no synchronisation
-        row = packed.index_select(0, step.reshape(1))[0]
-    else:
-        row = packed[step]
-    n, channels = x_t.shape[:2]
-    output = call.model_output[:, :channels].float()
-    variance = call.model_output[:n, channels:].float() if call.learned_variance else None
-    x_prev, x_start = reference.posterior_step(
-        x_t.float(),
-        output if call.guidance is None else reference.guide(output, call.guidance),
-        dict(zip(COLUMNS, row.unbind(), strict=True)),
-        variance_output=variance,
-        z=None if noise is None else noise.float(),
-        x_start_before=None if before is None else before.float(),
-    )
-    return x_prev.to(x_t.dtype), x_start.to(x_t.dtype)
-
-
 def _layout(call: Arguments) -> Any:
     batch, channels = call.x_t.shape[:2]
     x_prev = torch.empty_like(call.x_t)
@@ -232,35 +207,34 @@ def _readable(call: Arguments) -> Arguments:
 
 
 def _plan(call: Arguments) -> Any:
+    """What fills x_prev and x_start for calls like this one."""
     shape, (x_t, output, *others) = _layout(call)
     n, channels = call.x_t.shape[:2]
     variance = channels * call.model_output.stride(1) if call.learned_variance else -1
     unconditional = n * call.model_output.stride(0) if call.guidance is not None else -1
     described = (shape, call.packed.shape[0], x_t, output, variance, unconditional, *others)
-    if call.backend != "triton":
-        return functools.partial(_by_library, native.library().PosteriorStep(*described))
-    from fastdiff.kernels.posterior_step import launch_for
+    if call.backend == "triton":
+        from fastdiff.kernels.posterior_step import launch_for
 
-    return functools.partial(
-        _by_triton, launch_for(*described, draws=call.counters.seed is not None)
-    )
+        launch: Any = launch_for(*described, draws=call.counters.seed is not None)
+    else:
+        plan = native.library().PosteriorStep(*described)
+        launch = functools.partial(native.launch_elementwise, OP, call.backend, plan)
 
+    def fill(call: Arguments, *outputs: Maybe) -> None:
+        tensors, guidance, number = (*call[:5], *outputs), call.guidance_tensor, call.guidance_scale
+        (step, seed, first_sample), backend = call.counters, call.backend
+        if backend == "triton":
+            counters = addresses_and_numbers(step, seed, first_sample)
+            launch(*tensors, *counters, guidance, number or 0.0)
+            return
+        wide_step = isinstance(step, Tensor) and step.dtype == torch.int64
+        row = (*value_or_address(step), wide_step, number or 0.0, address(guidance))
+        noise = *arguments(backend, seed), FIRST_COUNTER_STEP, *arguments(backend, first_sample)
+        if launch(tensors, *row, seed is not None, *noise) is False:
+            raise step_error(int(step), call.packed.shape[0])
 
-def _by_triton(launch: Any, call: Arguments, *outputs: Maybe) -> None:
-    number = call.guidance_scale or 0.0
-    counters = addresses_and_numbers(*call.counters)
-    launch(*call[:5], *outputs, *counters, call.guidance_tensor, number)
-
-
-def _by_library(plan: Any, call: Arguments, *outputs: Maybe) -> None:
-    (step, seed, first_sample), backend = call.counters, call.backend
-    wide_step = isinstance(step, Tensor) and step.dtype == torch.int64
-    row = (*value_or_address(step), wide_step)
-    scale = (call.guidance_scale or 0.0, address(call.guidance_tensor))
-    noise_of = *arguments(backend, seed), FIRST_COUNTER_STEP, *arguments(backend, first_sample)
-    given = (plan, *map(address, (*call[:5], *outputs)), *row, *scale, seed is not None, *noise_of)
-    if native.launch_elementwise(OP, backend, call.x_t, *given) is False:
-        raise step_error(int(step), call.packed.shape[0])
+    return fill
 
 
 _kernel = Kernel(OP, Arguments, layouts.one_or_two_like, _plan, _check, _readable, outputs=2)

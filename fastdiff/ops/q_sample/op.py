@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.checks import check_float, check_like, check_timesteps
+from fastdiff.checks import check_float, check_like, check_timesteps, timestep_error
 from fastdiff.errors import InputError
 from fastdiff.ops import dispatch, layouts, native
 from fastdiff.ops.counters import (
@@ -18,8 +18,8 @@ from fastdiff.ops.counters import (
 )
 from fastdiff.ops.differentiable import Kernel, Outputs
 from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
-from fastdiff.ops.layouts import Maybe, address
-from fastdiff.ops.normal import draw_like, drawn_apart, normal
+from fastdiff.ops.layouts import Maybe
+from fastdiff.ops.normal import draw_at, draw_like, drawn_apart
 from fastdiff.ops.q_sample.reference import q_sample as reference_q_sample
 
 
@@ -71,7 +71,7 @@ def q_sample(
     else:
         counters = check_counters(step, seed, first_sample, 2**32 - TRAINING_STEP_BASE, x_start)
         if backend == "reference" or drawn_apart(backend):
-            noise, counters = _drawn(x_start, counters), Counters()
+            noise, counters = draw_at(counters, TRAINING_STEP_BASE, x_start), Counters()
     returns_drawn = noise is None and return_noise
     call = Arguments(x_start, noise, t, signal, sigma, counters, returns_drawn, backend)
 
@@ -102,18 +102,6 @@ def choose(
 
 
 OPERATION = OPERATIONS["q_sample"] = Operation("q_sample", ("native", "triton", "cuda"), choose)
-
-
-def _drawn(x_start: Tensor, counters: Counters) -> Tensor:
-    """The noise by itself, in x_start's own dtype and layout."""
-    step, seed, first_sample = counters
-    assert seed is not None
-    out = torch.empty_like(x_start, requires_grad=False)
-    step = step + TRAINING_STEP_BASE
-    return normal(tuple(out.shape), seed=seed, step=step, first_sample=first_sample, out=out)
-
-
-# --- Launching --------------------------------------------------------------------------------
 
 
 class Arguments(NamedTuple):
@@ -156,38 +144,29 @@ def _readable(call: Arguments) -> Arguments:
 
 
 def _plan(call: Arguments) -> Any:
+    """What fills x_t, and the noise that is drawn, for calls like this one."""
     shape, operands = _layout(call)
     described = (shape, call.signal.shape[0], *operands)
-    if call.backend != "triton":
-        return functools.partial(_by_library, native.library().QSample(*described))
-    from fastdiff.kernels.q_sample import launch_for
+    if call.backend == "triton":
+        from fastdiff.kernels.q_sample import launch_for
 
-    return functools.partial(
-        _by_triton, launch_for(*described, draws=call.counters.seed is not None)
-    )
+        launch: Any = launch_for(*described, draws=call.counters.seed is not None)
+    else:
+        plan = native.library().QSample(*described)
+        launch = functools.partial(native.launch_elementwise, "q_sample", call.backend, plan)
 
+    def fill(call: Arguments, x_t: Tensor, drawn: Maybe) -> None:
+        x_start, noise, t, signal, sigma, (step, seed, first_sample), _, backend = call
+        tensors = (x_start, t, signal, sigma, noise if seed is None else drawn, x_t)
+        if backend == "triton":
+            launch(*tensors, *addresses_and_numbers(seed, step, first_sample))
+            return
+        numbers = *arguments(backend, seed), *arguments(backend, step, 32, TRAINING_STEP_BASE)
+        bad = launch(tensors, seed is not None, *numbers, *arguments(backend, first_sample))
+        if bad is not None and bad >= 0:
+            raise timestep_error(int(t[bad]), signal.shape[0])
 
-def _tensors(call: Arguments, x_t: Tensor, drawn: Maybe) -> tuple[Maybe, ...]:
-    x_start, noise, t, signal, sigma, counters, *_ = call
-    return x_start, t, signal, sigma, noise if counters.seed is None else drawn, x_t
-
-
-def _by_triton(launch: Any, call: Arguments, *outputs: Any) -> None:
-    step, seed, first_sample = call.counters
-    launch(*_tensors(call, *outputs), *addresses_and_numbers(seed, step, first_sample))
-
-
-def _by_library(plan: Any, call: Arguments, *outputs: Any) -> None:
-    (step, seed, first_sample), backend = call.counters, call.backend
-    numbers = *arguments(backend, seed), *arguments(backend, step, 32, TRAINING_STEP_BASE)
-    numbers = *numbers, *arguments(backend, first_sample)
-    given = (plan, *map(address, _tensors(call, *outputs)), seed is not None, *numbers)
-    bad = native.launch_elementwise("q_sample", backend, call.x_start, *given)
-    if bad is not None and bad >= 0:
-        rows = call.signal.shape[0]
-        raise InputError(
-            f"t must lie in 0 … {rows - 1} for a process of {rows} steps, got {int(call.t[bad])}"
-        )
+    return fill
 
 
 _kernel = Kernel(
