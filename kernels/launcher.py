@@ -12,14 +12,12 @@ from typing import Any
 
 import triton
 from torch import Tensor
-from torch.nn import Parameter
+from triton import runtime
 from triton.runtime.jit import JITFunction
 
 VERSIONS = (3, 6), (3, 9)  # the first and the last of Triton whose launchers are known here
 KNOWN = VERSIONS[0] <= tuple(map(int, triton.__version__.split(".")[:2])) <= VERSIONS[1]
 LARGEST_CACHE = 2048
-TENSORS = Tensor, Parameter  # a subclass is found too, but later
-TYPED = float, bool, type(None)  # by their types alone
 _run = JITFunction.run
 
 
@@ -40,7 +38,7 @@ class Launch:
         if not _only_launches(self.kernel):
             self.kernel[self.grid](*changing, *self.numbers, **self.constants)
             return
-        driver = triton.runtime.driver.active
+        driver = runtime.driver.active
         device = driver.get_current_device()
         key, values = _specialised(changing)
         found = self.found.get((device, key))
@@ -62,24 +60,26 @@ class Launch:
 
 def _specialised(values: tuple) -> tuple[tuple, list]:
     """What Triton specialises by, or more, and the values, with addresses for tensors."""
-    kinds: list[Any] = list(map(type, values))
-    given = list(values)
+    kinds: list[Any] = []
+    given: list[Any] = []
     addresses = 0
-    for i, kind in enumerate(kinds):
-        value = given[i]
-        if kind in TYPED:
-            continue
-        if kind in TENSORS or isinstance(value, Tensor):
-            kinds[i] = value.dtype
-            given[i] = address = value.data_ptr()
-            addresses |= address
+    for value in values:
+        kind: Any = type(value)
+        if value is None or kind is float or kind is bool:
+            pass  # typed by their types alone
         elif kind is int:
             if -(2**31) <= value < 2**31:
-                kinds[i] = 1 if value == 1 else 16 if value % 16 == 0 else 0
+                kind = 1 if value == 1 else 16 if value % 16 == 0 else 0
             else:
-                kinds[i] = value < 2**63, value % 16 == 0
+                kind = value < 2**63, value % 16 == 0
+        elif kind is Tensor or isinstance(value, Tensor):
+            kind = value.dtype
+            value = value.data_ptr()
+            addresses |= value
         else:
             raise TypeError(f"a launch changes by tensors, None and numbers, not by {value!r}")
+        kinds.append(kind)
+        given.append(value)
     if addresses % 16:
         kinds += [v.data_ptr() % 16 == 0 for v in values if isinstance(v, Tensor)]
     return tuple(kinds), given
@@ -89,12 +89,12 @@ def _only_launches(kernel: Any) -> bool:
     """Whether a launch of a kernel that is compiled does nothing else, in a Triton known here."""
     if not KNOWN or type(kernel) is not JITFunction or JITFunction.run is not _run:
         return False
-    runtime = triton.knobs.runtime
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+    knobs = triton.knobs.runtime
+    for hook in (knobs.launch_enter_hook, knobs.launch_exit_hook):
         if getattr(hook, "calls", hook):  # of a chain of hooks, where it is one
             return False
-    inspected = getattr(runtime, "add_stages_inspection_hook", None)
-    modes = runtime.debug or triton.knobs.compilation.instrumentation_mode or inspected
+    inspected = getattr(knobs, "add_stages_inspection_hook", None)
+    modes = knobs.debug or triton.knobs.compilation.instrumentation_mode or inspected
     return not (modes or kernel.pre_run_hooks)
 
 

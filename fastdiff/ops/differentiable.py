@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError
-from fastdiff.ops import backends, counters
-from fastdiff.ops.counters import Counters
+from fastdiff.ops import backends
+from fastdiff.ops.counters import SCHEMA, Counters
 
 Outputs = tuple[Any, ...]  # tensors, or None where one is not wanted
 LARGEST_CACHE = 2048
@@ -32,11 +32,12 @@ _SCHEMAS: dict[Any, str] = {
 class Kernel:
     """An operation's kernels: ``fastdiff::name`` for PyTorch, and a launch of its own beside it.
 
-    ``record`` is a NamedTuple of tensors, then of numbers, names or Counters.
-    ``allocate(call)`` makes the outputs (N of them; the operator returns an empty tensor in the
-    place of None), ``plan(call)`` what fills them: ``launch(call, *outputs)``. It is kept for calls
-    alike, as is that ``check(call)`` refused nothing: both look at shapes, strides, dtypes and
-    devices of the tensors, at the rest of the record, and of Counters at whether they have a seed.
+    ``record`` is a NamedTuple of tensors, then of numbers and names, and of Counters at the end or
+    nowhere. ``allocate(call)`` makes the outputs (N of them; the operator returns an empty tensor
+    in the place of None), ``plan(call)`` what fills them: ``launch(*tensors, *outputs, *counters)``
+    is kept for calls alike, as is that ``check(call)`` refused nothing: both look at shapes,
+    strides, dtypes and devices of the tensors, at numbers and names, and of Counters at whether
+    they have a seed.
     ``readable(call)`` is the call with copies of the tensors that no kernel reads as they stand.
     """
 
@@ -48,18 +49,18 @@ class Kernel:
         plan: Callable[[Any], Callable[..., None]],
         check: Callable[[Any], None] = lambda call: None,
         readable: Callable[[Any], Any] = lambda call: call,
-        *,
-        outputs: int,
+        outputs: int = 1,
     ) -> None:
         self.name, self.record, self.allocate = name, record, allocate
         self.plan, self.check, self.copies = plan, check, readable
         fields = typing.get_type_hints(record)
         self.kinds = list(fields.values())
         self.tensors = sum(kind in (Tensor, Tensor | None) for kind in self.kinds)
+        self.plain = len(self.kinds) - (self.kinds[-1] is Counters)  # what is no Counters
         self.plans: dict[tuple, Any] = {}
         self.eager: Any = None  # an autograd Function's apply, where there are gradients
         schema = [
-            counters.SCHEMA if kind is Counters else f"{_SCHEMAS[kind]} {field}"
+            SCHEMA if kind is Counters else f"{_SCHEMAS[kind]} {field}"
             for field, kind in fields.items()
         ]
         returns = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
@@ -81,13 +82,14 @@ class Kernel:
         launch = self.launch_of(call)
         outputs = self.allocate(call)
         if launch is None:
-            pairs = zip(outputs, self.run(self.readable(call)), strict=True)
-            return tuple(v if v is None or _alike(v, room) else room.copy_(v) for room, v in pairs)
+            found = zip(outputs, self.run(self.readable(call)), strict=True)
+            return tuple(None if room is None else room.copy_(v) for room, v in found)
+        given = (*call[: self.tensors], *outputs, *call[self.plain :])
         if outputs[0].is_cpu:
-            launch(call, *outputs)
+            launch(*given)
         else:
             with backends.device_of(outputs[0]):
-                launch(call, *outputs)
+                launch(*given)
         return outputs
 
     def launch_of(self, call: Any) -> Any:
@@ -96,8 +98,8 @@ class Kernel:
             None if v is None else (v.shape, v.dtype, v.device, v.is_contiguous() or v.stride())
             for v in call[: self.tensors]
         ]
-        others = [v.seed is None if type(v) is Counters else v for v in call[self.tensors :]]
-        key = (*described, *others)
+        draws = [counters.seed is None for counters in call[self.plain :]]
+        key = (*described, *call[self.tensors : self.plain], *draws)
         launch = self.plans.get(key, self)
         if launch is self:
             self.check(call)
@@ -107,9 +109,14 @@ class Kernel:
         return launch
 
     def _planned(self, call: Any) -> Callable[..., None] | None:
-        if call[0].numel() == 0:
-            return _fill_with_zeros
+        if call[0].numel() == 0:  # gradients of parameters are sums of nothing
+            return self._zero
         return self.plan(call) if self.readable(call) is call else None
+
+    def _zero(self, *given: Any) -> None:
+        for output in given[self.tensors :]:
+            if isinstance(output, Tensor):
+                output.zero_()
 
     def readable(self, call: Any) -> Any:
         """The call itself where kernels read it as it stands, else on copies."""
@@ -135,22 +142,19 @@ class Kernel:
         joined = lambda: Counters.joined(*itertools.islice(rest, 4))  # noqa: E731
         return self.record(*(joined() if kind is Counters else next(rest) for kind in self.kinds))
 
-    def differentiate(
-        self, setup: Callable[..., None], backward: Callable[..., Any], *, returns: int
-    ) -> None:
+    def differentiate(self, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
         """Gradients: ``setup(ctx, call, outputs)`` keeps what ``backward(ctx, grad)`` needs for the
-        gradients of the record's tensors from that of the first output. The others have none; only
-        the first ``returns`` outputs are the caller's."""
+        gradients of the record's tensors from that of the first output. The others have none."""
 
-        def keep(ctx: Any, call: Any, outputs: Outputs, inputs: int, returned: int) -> None:
+        def keep(ctx: Any, call: Any, outputs: Outputs, inputs: int) -> None:
             ctx.inputs = inputs
             ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(*(v for v in outputs[1:returned] if v is not None))
+            ctx.mark_non_differentiable(*(v for v in outputs[1:] if v is not None))
             setup(ctx, call, outputs)
 
         def keep_flat(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             outputs = (output,) if isinstance(output, Tensor) else output
-            keep(ctx, self._built(inputs), outputs, len(inputs), len(outputs))
+            keep(ctx, self._built(inputs), outputs, len(inputs))
 
         def gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
             given = (None,) * self.tensors if grad is None else tuple(backward(ctx, grad))
@@ -163,8 +167,8 @@ class Kernel:
         def forward(ctx: Any, *values: Any) -> Outputs:
             call = self.record(*values)
             outputs = self.run(call)
-            keep(ctx, call, outputs, len(values), returns)
-            return outputs[:returns]
+            keep(ctx, call, outputs, len(values))
+            return outputs
 
         # The same in eager mode, for a fifth of what register_autograd costs per call.
         both = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
@@ -212,7 +216,7 @@ def differentiable_once(
         residual = found[0]
         return [residual if g is None and t is not None else g for g, t in zip(found, tensors)]  # noqa: B905
 
-    forward.differentiate(setup, gradients, returns=1)
+    forward.differentiate(setup, gradients)
 
     def refuse(ctx: Any, *_: Any) -> Any:
         raise InputError(
@@ -221,14 +225,3 @@ def differentiable_once(
         )
 
     torch.library.register_autograd(f"fastdiff::{name}", refuse, lib=_LIBRARY)
-
-
-def _fill_with_zeros(call: Any, *outputs: Tensor | None) -> None:
-    """All there is to do for no elements: gradients of parameters are sums of none."""
-    for output in outputs:
-        if output is not None:
-            output.zero_()
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.stride() == b.stride()

@@ -12,19 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.ops import native
 from fastdiff.ops.backends import KERNEL_DTYPES
+from fastdiff.ops.native import code
 
 Maybe = Tensor | None
-
-
-def address(tensor: Maybe) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def code(tensor: Maybe) -> int:
-    """The dtype's number in csrc/common/dtype.h."""
-    return 0 if tensor is None else native.DTYPE_CODES[tensor.dtype]
 
 
 def row_stride(tensor: Maybe) -> int:
@@ -33,13 +24,14 @@ def row_stride(tensor: Maybe) -> int:
 
 def dense(call: Any) -> Any:
     """A record with contiguous copies of its tensors, in dtypes that kernels read."""
-    return call._make(_dense(value) if isinstance(value, Tensor) else value for value in call)
 
+    def copied(v: Any) -> Any:
+        if not isinstance(v, Tensor):
+            return v
+        wide = v.is_floating_point() and v.dtype not in KERNEL_DTYPES
+        return (v.float() if wide else v).contiguous()
 
-def _dense(x: Tensor) -> Tensor:
-    if x.is_floating_point() and x.dtype not in KERNEL_DTYPES:
-        x = x.float()
-    return x.contiguous()
+    return call._make(map(copied, call))
 
 
 # --- Elementwise kernels ----------------------------------------------------------------------
@@ -96,7 +88,8 @@ def common_layout(operands: Sequence[Tensor], *, counted: bool) -> tuple[tuple, 
     if any(v.dtype not in KERNEL_DTYPES for v in operands):
         return None
     # One run each, in memory's order or in the logical one; else channels apart.
-    found = None if counted else _layouts([_in_order_of(operands[0], v) for v in operands])
+    order = sorted(range(1, operands[0].dim()), key=operands[0].stride, reverse=True)
+    found = None if counted else _layouts([v.permute(0, *order) for v in operands])
     found = found or _layouts(operands) or _layouts(operands, merged=False)
     if found is None:
         return None
@@ -109,11 +102,6 @@ def _layouts(operands: Sequence[Tensor], *, merged: bool = True) -> list[Layout]
     found = [sample_layout(v, merged=merged) for v in operands]
     known = [v for v in found if v is not None and (v.channels == 1 or not merged)]
     return known if len(known) == len(found) else None
-
-
-def _in_order_of(first: Tensor, x: Tensor) -> Tensor:
-    """``x`` with its dimensions in the order in which ``first`` has them in memory."""
-    return x.permute(0, *sorted(range(1, x.dim()), key=first.stride, reverse=True))
 
 
 def one_or_two_like(call: Any) -> tuple[Tensor, Maybe]:

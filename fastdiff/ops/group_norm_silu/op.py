@@ -12,7 +12,8 @@ from fastdiff.ops.checks import check_activation, check_pair, check_tensor, chec
 from fastdiff.ops.differentiable import LARGEST_CACHE, Kernel, differentiable_once
 from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
 from fastdiff.ops.group_norm_silu import reference
-from fastdiff.ops.layouts import Maybe, address, code, row_stride, rows
+from fastdiff.ops.layouts import Maybe, row_stride, rows
+from fastdiff.ops.native import address, code
 
 OP = "group_norm_silu"
 # Contiguous float32 tensors up to this size train on PyTorch's operations: a call of autograd's
@@ -66,14 +67,11 @@ def group_norm_silu(
     operands = (x, weight, bias, scale, shift, add)
     training = dispatch.wants_gradient(*operands)
     backend = choose(*operands).backend
-    silu = activation is not None
-    call = Arguments(*operands, num_groups, float(eps), silu, backend, training)
+    call = Arguments(*operands, num_groups, float(eps), activation is not None, backend, training)
     if backend == "reference":
         _check(call)
-        film: dict[str, Any] = {"scale": scale, "shift": shift, "add": add}
-        return reference.group_norm_silu(
-            x, num_groups, weight, bias, eps, **film, activation=activation
-        )
+        film: dict[str, Any] = {"scale": scale, "shift": shift, "activation": activation}
+        return reference.group_norm_silu(x, num_groups, weight, bias, eps, add=add, **film)
     return _kernel(call, training)[0]
 
 
@@ -81,17 +79,11 @@ def choose(x: Tensor, *others: Any, **options: Any) -> Choice:
     """Which backend serves this call, and why (``fastdiff.explain``)."""
     small = x.is_cpu and x.dtype == torch.float32 and 0 < x.numel() <= SMALL and x.is_contiguous()
     trains = small and dispatch.wants_gradient(x, *others, *options.values())
-    return dispatch.choose(OPERATION, x, rule=_pytorch_trains if trains else None)
-
-
-def _pytorch_trains() -> tuple[str, str]:
-    return "reference", f"PyTorch's operations train up to {SMALL} float32 elements faster"
+    pytorch = "reference", f"PyTorch's operations train up to {SMALL} float32 elements faster"
+    return dispatch.choose(OPERATION, x, rule=(lambda: pytorch) if trains else None)
 
 
 OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton", "cuda"), choose)
-
-
-# --- Launching --------------------------------------------------------------------------------
 
 
 class Arguments(NamedTuple):
@@ -140,29 +132,28 @@ def _allocate_gradients(call: Any) -> tuple[Maybe, ...]:
 
 def _forward(call: Arguments) -> Any:
     """What fills y and the statistics for calls like this one."""
-    x, _, _, scale, shift, add, num_groups, eps, silu, backend, _ = call
-    if backend == "triton":
-        from fastdiff.kernels import group_norm_silu as kernels
+    if call.backend != "triton":
+        return _of_library(OP, call, read_wide=(0, 5, 6))
+    from fastdiff.kernels import group_norm_silu as kernels
 
-        fill = kernels.forward(x, num_groups, eps, scale, shift, add, silu)
-    else:
-        fill = _of_library(OP, call, read_wide=(0, 5, 6))
-    return lambda call, *outputs: fill(*call[:6], *outputs)
+    x, _, _, scale, shift, add, num_groups, eps, silu, *_ = call
+    return kernels.forward(x, num_groups, eps, scale, shift, add, silu)
 
 
 def _backward(call: Any) -> Any:
     """What fills the gradients of x, and of weight, bias, scale, shift and add where there is room,
     for calls like this one."""
-    _, _, x, _, _, scale, shift, add, num_groups, _, silu, backend, _ = call
-    if backend == "triton":
+    if call.backend == "triton":
         from fastdiff.kernels import group_norm_silu as kernels
 
-        fill = kernels.backward(x, num_groups, scale, shift, add, silu)
+        fill = kernels.backward(
+            call.x, call.num_groups, call.scale, call.shift, call.add, call.silu
+        )
     else:
         fill = _of_library(f"{OP}_backward", call, read_wide=(0, 1, 6, 8))
 
-    def launch(call: Any, dx: Tensor, *small: Maybe) -> None:
-        dy, statistics, *operands = call[:8]
+    def launch(dy: Tensor, statistics: Tensor, *others: Any) -> None:
+        operands, (dx, *small) = others[:6], others[6:]
         fill(layouts.in_layout_of(dx, dy), *operands, statistics, dx, *small)
 
     return launch
@@ -183,19 +174,18 @@ def _of_library(name: str, call: Any, read_wide: tuple[int, ...]) -> Any:
         add_dtype=code(add),
         add_stride=row_stride(add) if embedding else 0,
     )
+    if backend == "native":
+        return lambda *tensors: native.launch_on(name, backend, shape, tensors)
 
-    def fill(*tensors: Maybe) -> None:
-        x, plan = tensors[0], [shape]
-        assert x is not None
-        if backend == "cuda":
-            aligned = all(address(tensors[i]) % 16 == 0 for i in read_wide)
-            tile = tile_of(shape, native.cuda_limits(x.device), name.endswith("backward"), aligned)
-            # From torch's allocator, which a graph's capture knows: it lives as long as it must.
-            workspace = x.new_empty(tile.workspace_floats, dtype=torch.float32)
-            plan, tensors = [shape, tile], (*tensors, workspace)
-        native.launch(name, backend, x, *plan, *map(address, tensors))
+    def by_cuda(*tensors: Any) -> None:
+        aligned = all(address(tensors[i]) % 16 == 0 for i in read_wide)
+        x = tensors[0]
+        tile = tile_of(shape, native.cuda_limits(x.device), name.endswith("backward"), aligned)
+        # From torch's allocator, which a graph's capture knows: it lives as long as it must.
+        workspace = x.new_empty(tile.workspace_floats, dtype=torch.float32)
+        native.launch(name, backend, x, shape, tile, *map(address, (*tensors, workspace)))
 
-    return fill
+    return by_cuda
 
 
 @functools.lru_cache(LARGEST_CACHE)

@@ -36,13 +36,14 @@ from fastdiff.ops import backends, dispatch, native
 from fastdiff.ops.counters import (
     X_T_STEP,
     Counters,
-    addresses_and_numbers,
     arguments,
     check_counters,
     low_bits,
+    noise_arguments,
 )
 from fastdiff.ops.dispatch import Operation
-from fastdiff.ops.layouts import Layout, code, sample_layout
+from fastdiff.ops.layouts import Layout, sample_layout
+from fastdiff.ops.native import code
 from fastdiff.ops.normal.reference import reference_sample
 
 EXACT_VARIABLE = "FASTDIFF_EXACT_NORMALS"
@@ -155,7 +156,7 @@ def _launch(backend: str, out: Tensor, layout: Layout, counters: Counters, exact
         from fastdiff.kernels import normal as kernels
 
         launch = kernels.launch_for(out.shape[0], layout, exact)
-        launch(out, *addresses_and_numbers(seed, step, first_sample))
+        launch(out, *noise_arguments(backend, counters))
         return
     given = arguments(backend, seed), arguments(backend, step, 32), arguments(backend, first_sample)
     numbers, *addresses = zip(*given, strict=True)

@@ -9,26 +9,19 @@ from torch import Tensor
 from fastdiff.checks import is_finite
 from fastdiff.errors import InputError
 from fastdiff.methods.table import StepTable
-from fastdiff.ops import layouts, native
+from fastdiff.ops import counters, layouts, native
 from fastdiff.ops.backends import KERNEL_DTYPES as DTYPES
 from fastdiff.ops.checks import check_tensor, refusal
-from fastdiff.ops.counters import (
-    Counters,
-    addresses_and_numbers,
-    arguments,
-    check_counter,
-    check_first_sample,
-    sampling_step,
-    value_or_address,
-)
+from fastdiff.ops.counters import Counters, addresses_and_numbers, arguments, value_or_address
 from fastdiff.ops.differentiable import Kernel
 from fastdiff.ops.dispatch import OPERATIONS, Operation
-from fastdiff.ops.layouts import Maybe, address
+from fastdiff.ops.layouts import Maybe
+from fastdiff.ops.native import address
 from fastdiff.ops.normal import draw_at, drawn_apart
 from fastdiff.ops.posterior_step import reference
 
 OP = "posterior_step"
-FIRST_COUNTER_STEP = sampling_step(0)
+FIRST_COUNTER_STEP = counters.sampling_step(0)
 OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton", "cuda"))
 
 
@@ -85,11 +78,10 @@ def posterior_step(
             check_tensor(OP, name, tensor, x_t, x_t.shape)
     backend = OPERATION.choose(x_t, model_output, noise, prev_x_start, guidance_scale).backend
     noise, prev_x_start = noise if noisy else None, prev_x_start if multistep else None
-    seed = check_counter("seed", seed, 2**64, x_t.device) if noisy and seed is not None else None
-    counters = Counters(step, seed, check_first_sample(first_sample, x_t.shape[0], x_t.device))
+    seed = counters.check_seed(seed, x_t) if noisy else None
+    drawn = Counters(step, seed, counters.check_first_sample(first_sample, x_t))
     if seed is not None and (backend == "reference" or drawn_apart(backend)):
-        noise = draw_at(counters, FIRST_COUNTER_STEP, x_t, torch.float32)
-        counters = Counters(step)
+        noise, drawn = draw_at(drawn, FIRST_COUNTER_STEP, x_t, torch.float32), Counters(step)
     # The native kernel looks at a step tensor by itself, where it runs at all; those for GPUs
     # answer NaN, emulated or not: looking would stall.
     if (backend == "reference" or x_t.numel() == 0) and isinstance(step, Tensor) and step.is_cpu:
@@ -103,7 +95,7 @@ def posterior_step(
     scale = None if by_tensor or guidance_scale is None else float(guidance_scale)
     call = Arguments(
         x_t, model_output, table.packed, noise, prev_x_start, guidance, scale,
-        table.doubled_output, table.learned_variance, counters, return_x_start, backend,
+        table.doubled_output, table.learned_variance, return_x_start, backend, drawn,
     )  # fmt: skip
     if backend == "reference":
         _check(call)
@@ -111,28 +103,20 @@ def posterior_step(
     return x_prev, x_start if return_x_start else None
 
 
-# --- Checks -----------------------------------------------------------------------------------
-
-
 def check_tensors(
-    x_t: Tensor,
-    model_output: Tensor,
-    packed: Tensor,
-    doubled: bool,
-    guidance: float | Tensor | None,
+    x_t: Tensor, output: Tensor, packed: Tensor, doubled: bool, guidance: float | Tensor | None
 ) -> None:
     """InputError for tensors that do not fit each other."""
-    _check_images("x_t", x_t)
-    _check_images("model_output", model_output)
+    _check_images("model_output", output)
     n, channels, *spatial = x_t.shape
     guided = guidance is not None
     expected = (2 * n if guided else n, 2 * channels if doubled else channels, *spatial)
-    if model_output.shape != expected:
+    if output.shape != expected:
         why = "; two halves of the batch for guidance" if guided else ""
         why += "; 2C channels for the learned variance" if doubled else ""
         fits = f"{expected} for x_t of shape {tuple(x_t.shape)}{why}"
-        raise refusal(OP, "model_output", model_output, fits)
-    for name, tensor in (("model_output", model_output), ("table", packed)):
+        raise refusal(OP, "model_output", output, fits)
+    for name, tensor in (("model_output", output), ("table", packed)):
         if tensor.device != x_t.device:
             raise refusal(OP, name, tensor, f"it on {x_t.device}, where x_t is")
     if isinstance(guidance, Tensor) and (guidance.numel() != 1 or guidance.device != x_t.device):
@@ -169,9 +153,6 @@ def step_error(step: int, rows: int) -> InputError:
     return InputError(f"step is {step}; the table has rows 0 … {rows - 1}")
 
 
-# --- Launching --------------------------------------------------------------------------------
-
-
 class Arguments(NamedTuple):
     x_t: Tensor
     model_output: Tensor
@@ -182,9 +163,9 @@ class Arguments(NamedTuple):
     guidance_scale: float | None  # where no tensor says it
     doubled_output: bool  # the network returns 2C channels
     learned_variance: bool
-    counters: Counters  # their step is the table's row
     returns_both: bool
     backend: str
+    counters: Counters  # their step is the table's row
 
     @property
     def guidance(self) -> float | Tensor | None:
@@ -208,31 +189,32 @@ def _readable(call: Arguments) -> Arguments:
 
 def _plan(call: Arguments) -> Any:
     """What fills x_prev and x_start for calls like this one."""
+    backend, rows, scale = call.backend, call.packed.shape[0], call.guidance_scale or 0.0
     shape, (x_t, output, *others) = _layout(call)
     n, channels = call.x_t.shape[:2]
     variance = channels * call.model_output.stride(1) if call.learned_variance else -1
     unconditional = n * call.model_output.stride(0) if call.guidance is not None else -1
-    described = (shape, call.packed.shape[0], x_t, output, variance, unconditional, *others)
-    if call.backend == "triton":
+    described = (shape, rows, x_t, output, variance, unconditional, *others)
+    if backend == "triton":
         from fastdiff.kernels.posterior_step import launch_for
 
         launch: Any = launch_for(*described, draws=call.counters.seed is not None)
     else:
         plan = native.library().PosteriorStep(*described)
-        launch = functools.partial(native.launch_elementwise, OP, call.backend, plan)
+        launch = functools.partial(native.launch_on, OP, backend, plan)
 
-    def fill(call: Arguments, *outputs: Maybe) -> None:
-        tensors, guidance, number = (*call[:5], *outputs), call.guidance_tensor, call.guidance_scale
-        (step, seed, first_sample), backend = call.counters, call.backend
+    def fill(*given: Any) -> None:
+        *read, guidance, x_prev, x_start, (step, seed, first_sample) = given
+        tensors = (*read, x_prev, x_start)
         if backend == "triton":
-            counters = addresses_and_numbers(step, seed, first_sample)
-            launch(*tensors, *counters, guidance, number or 0.0)
+            numbers = addresses_and_numbers(step, seed, first_sample)
+            launch(*tensors, *numbers, guidance, scale)
             return
         wide_step = isinstance(step, Tensor) and step.dtype == torch.int64
-        row = (*value_or_address(step), wide_step, number or 0.0, address(guidance))
+        row = (*value_or_address(step), wide_step, scale, address(guidance))
         noise = *arguments(backend, seed), FIRST_COUNTER_STEP, *arguments(backend, first_sample)
         if launch(tensors, *row, seed is not None, *noise) is False:
-            raise step_error(int(step), call.packed.shape[0])
+            raise step_error(int(step), rows)
 
     return fill
 

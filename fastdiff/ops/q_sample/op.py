@@ -9,18 +9,14 @@ from torch import Tensor
 from fastdiff.checks import check_float, check_like, check_timesteps, timestep_error
 from fastdiff.errors import InputError
 from fastdiff.ops import dispatch, layouts, native
-from fastdiff.ops.counters import (
-    TRAINING_STEP_BASE,
-    Counters,
-    addresses_and_numbers,
-    arguments,
-    check_counters,
-)
+from fastdiff.ops.counters import TRAINING_STEP_BASE, Counters, check_counters, noise_arguments
 from fastdiff.ops.differentiable import Kernel, Outputs
 from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
 from fastdiff.ops.layouts import Maybe
 from fastdiff.ops.normal import draw_at, draw_like, drawn_apart
 from fastdiff.ops.q_sample.reference import q_sample as reference_q_sample
+
+OP = "q_sample"
 
 
 def q_sample(
@@ -73,7 +69,7 @@ def q_sample(
         if backend == "reference" or drawn_apart(backend):
             noise, counters = draw_at(counters, TRAINING_STEP_BASE, x_start), Counters()
     returns_drawn = noise is None and return_noise
-    call = Arguments(x_start, noise, t, signal, sigma, counters, returns_drawn, backend)
+    call = Arguments(x_start, noise, t, signal, sigma, returns_drawn, backend, counters)
 
     # The native kernel looks at t by itself, where it runs at all; those for GPUs answer NaN. What
     # is left on the CPU is Triton's interpreter.
@@ -101,7 +97,7 @@ def choose(
     return dispatch.choose(OPERATION, x_start, missing)
 
 
-OPERATION = OPERATIONS["q_sample"] = Operation("q_sample", ("native", "triton", "cuda"), choose)
+OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton", "cuda"), choose)
 
 
 class Arguments(NamedTuple):
@@ -110,9 +106,9 @@ class Arguments(NamedTuple):
     t: Tensor
     signal: Tensor
     sigma: Tensor
-    counters: Counters  # their step is the training step's number
     returns_both: bool
     backend: str
+    counters: Counters  # their step is the training step's number
 
 
 def _check(call: Arguments, *, look: bool = False) -> None:
@@ -145,33 +141,33 @@ def _readable(call: Arguments) -> Arguments:
 
 def _plan(call: Arguments) -> Any:
     """What fills x_t, and the noise that is drawn, for calls like this one."""
+    backend = call.backend
     shape, operands = _layout(call)
     described = (shape, call.signal.shape[0], *operands)
-    if call.backend == "triton":
+    if backend == "triton":
         from fastdiff.kernels.q_sample import launch_for
 
         launch: Any = launch_for(*described, draws=call.counters.seed is not None)
     else:
         plan = native.library().QSample(*described)
-        launch = functools.partial(native.launch_elementwise, "q_sample", call.backend, plan)
+        launch = functools.partial(native.launch_on, OP, backend, plan)
 
-    def fill(call: Arguments, x_t: Tensor, drawn: Maybe) -> None:
-        x_start, noise, t, signal, sigma, (step, seed, first_sample), _, backend = call
-        tensors = (x_start, t, signal, sigma, noise if seed is None else drawn, x_t)
+    def fill(*given: Any) -> None:
+        x_start, noise, t, signal, sigma, x_t, drawn, counters = given
+        draws = counters.seed is not None
+        tensors = (x_start, t, signal, sigma, drawn if draws else noise, x_t)
+        numbers = noise_arguments(backend, counters, TRAINING_STEP_BASE)
         if backend == "triton":
-            launch(*tensors, *addresses_and_numbers(seed, step, first_sample))
+            launch(*tensors, *numbers)
             return
-        numbers = *arguments(backend, seed), *arguments(backend, step, 32, TRAINING_STEP_BASE)
-        bad = launch(tensors, seed is not None, *numbers, *arguments(backend, first_sample))
+        bad = launch(tensors, draws, *numbers)
         if bad is not None and bad >= 0:
             raise timestep_error(int(t[bad]), signal.shape[0])
 
     return fill
 
 
-_kernel = Kernel(
-    "q_sample", Arguments, layouts.one_or_two_like, _plan, _check, _readable, outputs=2
-)
+_kernel = Kernel(OP, Arguments, layouts.one_or_two_like, _plan, _check, _readable, outputs=2)
 
 
 # --- Gradients: the operation is its own derivative ---------------------------------------------
@@ -187,7 +183,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Maybe, ...]:
     t, signal, sigma = ctx.saved_tensors
 
     def scaled(grad: Tensor, by: Tensor, other: Tensor) -> Maybe:
-        call = Arguments(grad, None, t, by, other, Counters(), False, ctx.backend)
+        call = Arguments(grad, None, t, by, other, False, ctx.backend, Counters())
         return _kernel(call, dispatch.wants_gradient(grad))[0]
 
     x_start = scaled(grad, signal, sigma) if ctx.needs_input_grad[0] else None
@@ -195,4 +191,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Maybe, ...]:
     return x_start, noise, None, None, None
 
 
-_kernel.differentiate(_setup, _backward, returns=2)
+_kernel.differentiate(_setup, _backward)

@@ -10,7 +10,8 @@ from fastdiff.ops.backends import KERNEL_DTYPES
 from fastdiff.ops.checks import check_activation, check_pair, check_tensor, check_x, refusal
 from fastdiff.ops.differentiable import Kernel
 from fastdiff.ops.dispatch import OPERATIONS, Operation
-from fastdiff.ops.layouts import Maybe, address, code, in_kernels_layout, norm_shape, rows
+from fastdiff.ops.layouts import Maybe, in_kernels_layout, norm_shape, rows
+from fastdiff.ops.native import code
 from fastdiff.ops.rms_norm_silu import reference
 
 OP = "rms_norm_silu"
@@ -56,9 +57,6 @@ def rms_norm_silu(
     return _kernel(call)[0]
 
 
-# --- Launching --------------------------------------------------------------------------------
-
-
 class Arguments(NamedTuple):
     x: Tensor
     weight: Tensor
@@ -93,19 +91,14 @@ def _readable(call: Arguments) -> Arguments:
 def _plan(call: Arguments) -> Any:
     """What fills y for calls like this one."""
     x, weight, scale, shift, eps, silu, backend = call
-    if backend == "native":
-        shape = native.library().RmsNormShape(
-            **norm_shape(x, scale, shift), silu=silu, eps=eps, weight_dtype=code(weight)
-        )
-        return lambda call, y: native.launch(OP, backend, y, shape, *map(address, (*call[:4], y)))
-    from fastdiff.kernels import rms_norm_silu as kernels
+    if backend == "triton":
+        from fastdiff.kernels import rms_norm_silu as kernels
 
-    launch = kernels.forward(x, eps, scale, shift, silu)
-    return lambda call, y: launch(*call[:4], y)
-
-
-def _allocate(call: Arguments) -> tuple[Tensor]:
-    return (torch.empty_like(call.x),)
+        return kernels.forward(x, eps, scale, shift, silu)
+    shape = native.library().RmsNormShape(
+        **norm_shape(x, scale, shift), silu=silu, eps=eps, weight_dtype=code(weight)
+    )
+    return lambda *tensors: native.launch_on(OP, backend, shape, tensors)
 
 
-_kernel = Kernel(OP, Arguments, _allocate, _plan, _check, _readable, outputs=1)
+_kernel = Kernel(OP, Arguments, lambda call: (torch.empty_like(call.x),), _plan, _check, _readable)
