@@ -144,7 +144,8 @@ def check_seed(value: Counter | None, x: Tensor) -> Counter | None:
 
 def check_first_sample(value: Counter, x: Tensor) -> Counter:
     """``value`` if it is a counter from which x's samples have numbers below 2⁶⁴, or a tensor."""
-    return check_counter("first_sample", value, 2**64 + min(1 - x.shape[0], 0), x.device)
+    samples = x.shape[:1].numel()
+    return check_counter("first_sample", value, 2**64 + min(1 - samples, 0), x.device)
 
 
 def check_counters(

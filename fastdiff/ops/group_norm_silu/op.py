@@ -21,6 +21,7 @@ OP = "group_norm_silu"
 # forward+backward). Not channels_last ones and not those in half precision, which the reference
 # copies to float32 and back.
 SMALL = 32768
+PYTORCH_TRAINS = "reference", f"PyTorch's operations train up to {SMALL} float32 elements faster"
 
 
 def group_norm_silu(
@@ -79,8 +80,7 @@ def choose(x: Tensor, *others: Any, **options: Any) -> Choice:
     """Which backend serves this call, and why (``fastdiff.explain``)."""
     small = x.is_cpu and x.dtype == torch.float32 and 0 < x.numel() <= SMALL and x.is_contiguous()
     trains = small and dispatch.wants_gradient(x, *others, *options.values())
-    pytorch = "reference", f"PyTorch's operations train up to {SMALL} float32 elements faster"
-    return dispatch.choose(OPERATION, x, rule=(lambda: pytorch) if trains else None)
+    return dispatch.choose(OPERATION, x, rule=(lambda: PYTORCH_TRAINS) if trains else None)
 
 
 OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton", "cuda"), choose)
@@ -134,21 +134,18 @@ def _forward(call: Arguments) -> Any:
     """What fills y and the statistics for calls like this one."""
     if call.backend != "triton":
         return _of_library(OP, call, read_wide=(0, 5, 6))
-    from fastdiff.kernels import group_norm_silu as kernels
+    from fastdiff.kernels.group_norm_silu import forward
 
-    x, _, _, scale, shift, add, num_groups, eps, silu, *_ = call
-    return kernels.forward(x, num_groups, eps, scale, shift, add, silu)
+    return forward(call.x, call.num_groups, call.eps, call.scale, call.shift, call.add, call.silu)
 
 
 def _backward(call: Any) -> Any:
     """What fills the gradients of x, and of weight, bias, scale, shift and add where there is room,
     for calls like this one."""
     if call.backend == "triton":
-        from fastdiff.kernels import group_norm_silu as kernels
+        from fastdiff.kernels.group_norm_silu import backward
 
-        fill = kernels.backward(
-            call.x, call.num_groups, call.scale, call.shift, call.add, call.silu
-        )
+        fill = backward(call.x, call.num_groups, call.scale, call.shift, call.add, call.silu)
     else:
         fill = _of_library(f"{OP}_backward", call, read_wide=(0, 1, 6, 8))
 

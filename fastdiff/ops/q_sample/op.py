@@ -55,26 +55,24 @@ def q_sample(
     """
     signal, sigma = sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod
     check_float(x_start, "x_start")
-    if x_start.dim() == 0:
-        check_timesteps(t, x_start, 0, "x_start")  # no samples: it refuses any t
     backend = choose(x_start, t, signal, sigma).backend
     counters = Counters()
-    if noise is not None:
-        if seed is not None:
-            raise InputError("q_sample takes noise or seed, not both")
-    elif seed is None:
+    if noise is not None and seed is not None:
+        raise InputError("q_sample takes noise or seed, not both")
+    if noise is None and seed is None:
         noise = draw_like(x_start)
-    else:
+    elif seed is not None:
         counters = check_counters(step, seed, first_sample, 2**32 - TRAINING_STEP_BASE, x_start)
-        if backend == "reference" or drawn_apart(backend):
-            noise, counters = draw_at(counters, TRAINING_STEP_BASE, x_start), Counters()
-    returns_drawn = noise is None and return_noise
-    call = Arguments(x_start, noise, t, signal, sigma, returns_drawn, backend, counters)
-
+    call = Arguments(
+        x_start, noise, t, signal, sigma, noise is None and return_noise, backend, counters
+    )
     # The native kernel looks at t by itself, where it runs at all; those for GPUs answer NaN. What
     # is left on the CPU is Triton's interpreter.
     if backend == "reference" or (x_start.is_cpu and (backend == "triton" or not x_start.numel())):
         _check(call, look=True)
+    if seed is not None and (backend == "reference" or drawn_apart(backend)):
+        noise = draw_at(counters, TRAINING_STEP_BASE, x_start)
+        call = call._replace(noise=noise, counters=Counters())
     if backend == "reference":
         assert noise is not None
         x_t = reference_q_sample(x_start, t.long(), signal, sigma, noise)
