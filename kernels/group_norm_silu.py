@@ -268,10 +268,9 @@ def forward(
     grid = (cut.samples * cut.slabs,)
     launch = Launch(forward_once_kernel, grid, *cut.sizes, eps, silu, **cut.exact, **cut.constants)
 
-    def fill(*tensors):
-        *operands, y, statistics = tensors
-        both = (None, None) if statistics is None else statistics.unbind()
-        launch(*cut.operands(*operands), y, *both)
+    def fill(x, weight, bias, scale, shift, add, y, statistics):
+        mean, rstd = (None, None) if statistics is None else statistics.unbind()
+        launch(*cut.operands(x, weight, bias, scale, shift, add), y, mean, rstd)
 
     return fill
 

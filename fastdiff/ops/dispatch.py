@@ -53,6 +53,7 @@ class Operation:
 
     def __post_init__(self) -> None:
         self.choose = self.choose or self._without_gradients
+        self.named = {v: Choice(self.name, v, NAMED_REASON) for v in backends.BACKENDS}
         self.on_cpu = Choice(self.name, "reference", no_kernel(self, "native"))
         if "native" in self.kernels:
             self.on_cpu = Choice(self.name, "native", "the C++ kernel serves every CPU call")
@@ -93,7 +94,7 @@ def choose(
         missing = TRANSFORMS
     if name is not None and (name == "reference" or name in op.kernels):
         require(op, name, x.device, x.dtype, missing)
-        return Choice(op.name, name, NAMED_REASON)
+        return op.named[name]
     if missing:
         backend, reason = "reference", missing
     elif rule is None and name is None and x.is_cpu and x.dtype in KERNEL_DTYPES:

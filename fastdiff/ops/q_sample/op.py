@@ -63,9 +63,8 @@ def q_sample(
         noise = draw_like(x_start)
     elif seed is not None:
         counters = check_counters(step, seed, first_sample, 2**32 - TRAINING_STEP_BASE, x_start)
-    call = Arguments(
-        x_start, noise, t, signal, sigma, noise is None and return_noise, backend, counters
-    )
+    returned = noise is None and return_noise
+    call = Arguments(x_start, noise, t, signal, sigma, returned, backend, counters)
     # The native kernel looks at t by itself, where it runs at all; those for GPUs answer NaN. What
     # is left on the CPU is Triton's interpreter.
     if backend == "reference" or (x_start.is_cpu and (backend == "triton" or not x_start.numel())):
