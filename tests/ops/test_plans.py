@@ -60,7 +60,9 @@ def plans(monkeypatch):
 
 
 def images(*shape, dtype=torch.float32):
-    return torch.randn(shape or (3, 6, 5, 7), generator=torch.Generator("cpu")).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(shape or (3, 6, 5, 7), generator=generator, device="cpu", dtype=dtype)
+    return x.to(torch.get_default_device())
 
 
 @pytest.mark.parametrize("call", CALLS)
