@@ -4,7 +4,6 @@ An operand's sample is a (channels, spatial) array whose element (c, s) has inde
 the noise's counter and stands at c·channel_stride + s·spatial_stride.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -75,26 +74,6 @@ def draw(
         low_word(seed), high_word(seed), low_word(step), sample_low, sample_high, quad, EXACT
     )
     return interleave4(n0, n1, n2, n3)
-
-
-def addresses_and_numbers(*counters: int | torch.Tensor | None) -> tuple:
-    """Kernel arguments for counters: their tensors or None each, then their bits as signed
-    integers, because Triton types an integer argument by its value."""
-    tensors: list[torch.Tensor | None] = []
-    numbers: list[int] = []
-    for v in counters:
-        if isinstance(v, int):
-            tensors.append(None)
-            numbers.append(signed(v, 64))
-        else:
-            tensors.append(v)
-            numbers.append(0)
-    return *tensors, *numbers
-
-
-def signed(value: int, bits: int) -> int:
-    """The signed integer with the same bits."""
-    return value - 2**bits if value >= 2 ** (bits - 1) else value
 
 
 def is_one_run(shape: tuple[int, int, int], *layouts: tuple[int, int, int, int]) -> bool:

@@ -10,10 +10,8 @@ its number, the seed, the first sample's number and the guidance scale are read 
 Range: element indices below 2^34. A step out of range gives NaN.
 """
 
-import functools
 from collections import namedtuple
 
-import torch
 import triton
 import triton.language as tl
 
@@ -22,7 +20,6 @@ from fastdiff.methods.table import COLUMNS
 from .elementwise import (
     BLOCK,
     WARPS,
-    addresses_and_numbers,
     block_of_program,
     draw,
     elements_from,
@@ -31,7 +28,7 @@ from .elementwise import (
     place,
     sample_number,
 )
-from .launcher import LARGEST_CACHE, Launch
+from .launcher import Launch
 
 FIRST_COUNTER_STEP = tl.constexpr(1)  # fastdiff.ops.counters.sampling_step(0)
 UNSPECIALIZED = ["seed", "step", "first_sample", "guidance", "rows", "channels", "spatial"]
@@ -162,31 +159,21 @@ def posterior_step_kernel(
         tl.store(x_start + sample * start_sample + at, x0.to(x_start.dtype.element_ty), mask=inside)
 
 
-def launch(
-    plan: tuple,
-    tensors: tuple[torch.Tensor | None, ...],
-    counters: tuple,
-    scale: float | torch.Tensor | None,
-) -> None:
-    """``plan``: shape, rows, layouts of x_t and output, the offsets of variance and unconditional
-    half (negative: none), layouts of noise, prev_x_start, x_prev, x_start
-    (fastdiff.ops.layouts); ``tensors``: x_t, output, packed, noise, prev_x_start, x_prev, x_start;
-    ``counters``: the row, seed or None, and first sample (fastdiff.ops.counters.Counters)."""
-    by_tensor = isinstance(scale, torch.Tensor)
-    prepared(plan, counters[1] is not None)(
-        *tensors,
-        *addresses_and_numbers(*counters),
-        scale if by_tensor else None,
-        0.0 if by_tensor or scale is None else float(scale),
-    )
-
-
-@functools.lru_cache(LARGEST_CACHE)
-def prepared(plan: tuple, draws: bool) -> Launch:
-    """The launch that serves the calls of a plan."""
-    shape, rows, *layouts = plan
-    variance_offset, guidance_offset = layouts[2:4]
-    del layouts[2:4]
+def launch_for(
+    shape: tuple[int, int, int],
+    rows: int,
+    x_t: tuple[int, int, int, int],
+    output: tuple[int, int, int, int],
+    variance_offset: int,  # of that half of the output; negative: it has none
+    guidance_offset: int,  # of the unconditional half
+    *others: tuple[int, int, int, int],
+    draws: bool,
+) -> Launch:
+    """The launch for operands of ``shape`` with the layouts (fastdiff.ops.layouts) of x_t, output,
+    noise, prev_x_start, x_prev and x_start, and a table of so many rows. It takes x_t, output,
+    packed, noise, prev_x_start, x_prev, x_start, then addresses and numbers of the row, seed and
+    first sample, then the guidance scale: its tensor or None, and a float."""
+    layouts = (x_t, output, *others)
     samples, channels, spatial = shape
     blocks = triton.cdiv(channels * spatial, 4 * BLOCK)
     return Launch(

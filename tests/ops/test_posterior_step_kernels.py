@@ -319,7 +319,7 @@ def test_the_operator_passes_opcheck(returns_x_start, draws):
     step = torch.tensor(1)
     counters = Counters(step, 4, torch.tensor(2**40)) if draws else Counters(step)
     tensors = (x_t, output, rows.packed, None, before, None)
-    arguments = (*tensors, None, True, *counters.flat(), returns_x_start, "native")
+    arguments = (*tensors, None, True, True, returns_x_start, "native", *counters.flat())
     torch.library.opcheck(torch.ops.fastdiff.posterior_step.default, arguments)
 
 

@@ -300,7 +300,7 @@ def test_the_operator_passes_opcheck(drawn, gradient):
     x_start.requires_grad_(gradient)
     counters = Counters(torch.tensor(3), 4, torch.tensor(2**40)) if drawn else Counters()
     tensors = (x_start, None if drawn else noise, t, SIGNAL, SIGMA)
-    arguments = (*tensors, *counters.flat(), drawn, "native")
+    arguments = (*tensors, drawn, "native", *counters.flat())
     torch.library.opcheck(torch.ops.fastdiff.q_sample.default, arguments)
 
 
