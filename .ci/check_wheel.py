@@ -1,8 +1,8 @@
 """An installed wheel, tried: the native library loads, and each operation answers as its reference.
 
     python .ci/check_wheel.py                      the fastdiff that this Python imports
-    python .ci/check_wheel.py --torch 2.11.0 2.13.0 fastdiff-*.whl
-                                                   in a new environment for each torch
+    python .ci/check_wheel.py --torch 2.11.0 --torch 2.13.0 fastdiff-*.whl
+                                                   each, in a new environment for every torch
 
 cibuildwheel runs the first form in every wheel's environment. The second shows that one wheel
 serves several versions of torch: it needs a package index, and is for the nights.
@@ -19,27 +19,33 @@ from pathlib import Path
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--torch", nargs="+", default=[], metavar="VERSION")
-    parser.add_argument("wheel", nargs="?", type=Path)
+    # One at a time: a list would take the wheel for a version too.
+    parser.add_argument("--torch", action="append", default=[], metavar="VERSION")
+    parser.add_argument("wheels", nargs="*", type=Path, metavar="wheel")
     args = parser.parse_args()
     if not args.torch:
         check()
         return 0
-    if args.wheel is None:
+    if not args.wheels:
         parser.error("--torch needs a wheel")
-    failed = [version for version in args.torch if not serves(args.wheel.resolve(), version)]
+    wheels = [wheel.resolve() for wheel in args.wheels]
+    failed = [version for version in args.torch if not serve(wheels, version)]
     print(f"failed with torch {', '.join(failed)}" if failed else "one wheel serves them all")
     return 1 if failed else 0
 
 
-def serves(wheel: Path, version: str) -> bool:
+def serve(wheels: list[Path], version: str) -> bool:
+    """Whether each of them does, one after another: that torch is fetched and installed once."""
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         python = Path(folder, "bin", "python")
-        install = [python, "-m", "pip", "install", "--quiet", f"torch=={version}", wheel]
-        for command in (install, [python, Path(__file__).resolve()]):
-            if subprocess.run(command, cwd=folder).returncode != 0:
-                return False
+        pip = [python, "-m", "pip", "--quiet"]
+        for wheel in wheels:
+            install = [*pip, "install", "--no-compile", f"torch=={version}", wheel]
+            uninstall = [*pip, "uninstall", "--yes", "fastdiff"]
+            for command in (install, [python, Path(__file__).resolve()], uninstall):
+                if subprocess.run(command, cwd=folder).returncode != 0:
+                    return False
     return True
 
 

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fastdiff
 from conftest import Case
 from fastdiff.ops.dispatch import OPERATIONS
-from harness import contenders, peers_eager
+from harness import contenders, peers_eager, summary
 from harness.timing import Contender, Inputs, normal, with_backward
 
 SDPA = {
@@ -64,8 +64,7 @@ def test_attention(race, device, compiles, heads, batch_of_device, dtype, layout
         size_bytes=elements * dtype.itemsize * passes,
         flops=products * elements * heads.tokens,
         models=heads.count,
-        # PyTorch's fast kernels stop at a head_dim of 256.
-        targets={"best sdpa": 1.5 if heads.head_dim > 256 else 1.0} if on_gpu else {},
+        targets={summary.BEST_SDPA: summary.sdpa_target(heads.head_dim)} if on_gpu else {},
     )
     step = with_backward if backward else lambda call: call
     choose = partial(ours, first[0], OPERATIONS["attention"].choose)

@@ -17,6 +17,7 @@ import torch
 
 import fastdiff
 from fastdiff.ops import backends
+from gpu import lines
 from harness import results, shapes, summary
 from harness.timing import Contender, Inputs, choose_calls, input_sets, turn_type
 
@@ -76,6 +77,9 @@ def pytest_addoption(parser):
         const="",
         metavar="PATH",
         help="write the rows to this file, by default benchmarks/results/<device>.json",
+    )
+    group.addoption(
+        "--lines", type=Path, metavar="FOLDER", help="append each row to FOLDER/rows.jsonl at once"
     )
 
 
@@ -207,6 +211,8 @@ def race(benchmark, request, recorded):
         row |= {"reason": reason, "missing": missing, **(extra or {})}
         benchmark.extra_info |= row
         recorded.add(row)
+        if folder := request.config.getoption("lines"):
+            lines.write(folder, f"bench_{case.op}", dry=device.type == "cpu", **row)
         return row["times_faster"]
 
     named = backends.named()

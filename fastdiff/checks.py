@@ -38,11 +38,13 @@ def check_timesteps(
     if look and t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
         low, high = (int(value) for value in torch.aminmax(t))
         if low < 0 or high >= num_timesteps:
-            raise InputError(
-                f"t must lie in 0 … {num_timesteps - 1} for a process of {num_timesteps} steps, "
-                f"got {int(t[(t < 0) | (t >= num_timesteps)][0])}"
-            )
+            raise timestep_error(int(t[(t < 0) | (t >= num_timesteps)][0]), num_timesteps)
     return t
+
+
+def timestep_error(t: int, steps: int) -> InputError:
+    """What a timestep that a process of so many has not got raises."""
+    return InputError(f"t must lie in 0 … {steps - 1} for a process of {steps} steps, got {t}")
 
 
 def is_finite(value: Any) -> bool:

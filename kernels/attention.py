@@ -31,7 +31,7 @@ from .attention_tiles import (
     store_tile,
     zeros,
 )
-from .launcher import launch_of
+from .launcher import Launch
 
 Tensor = torch.Tensor
 __all__ = ["backward", "forward", "choose_tiles"]
@@ -112,23 +112,15 @@ def forward_kernel(
             tl.store(lse + row, (top + tl.log2(total)) * LN_2, mask=m < tokens)
 
 
-def forward(
-    qkv: Tensor,  # (N, 3C, T)
-    num_heads: int,
-    order: str,
-    out: Tensor,  # (N, C, T)
-    lse: Tensor | None,  # float32 (N, H, T)
-) -> None:
-    """Fill ``out`` and, for a backward to come, ``lse`` = log Σ exp(scores)."""
-    if qkv.numel() == 0:
-        return
+def forward(qkv: Tensor, num_heads: int, order: str, out: Tensor) -> Launch:
+    """The launch for a qkv (N, 3C, T) and an out (N, C, T) like these. It takes qkv, and fills out
+    and, for a backward to come, lse = log Σ exp(scores), float32 (N, H, T), unless that is None."""
     tokens, head_dim, tiles = prepare(qkv, num_heads)
     blocks = triton.cdiv(tokens, tiles.forward.rows)
     grid = (blocks * tiles.forward.splits * num_heads * qkv.shape[0],)
-    launch = launch_of(
+    return Launch(
         forward_kernel, grid,
-        head_dim**-0.5, blocks, num_heads, tokens, qkv.stride(), out.stride(),
+        head_dim**-0.5, blocks, int(num_heads), tokens, qkv.stride(), out.stride(),
         HOLD=qkv.element_size() == 2,
         **constants(head_dim, order, qkv.dtype, tiles.forward, qkv, out),
     )  # fmt: skip
-    launch(qkv, out, lse)

@@ -6,12 +6,16 @@ One kernel owns blocks of keys (dk, dv), one blocks of queries (dq), so no sum i
 programs and two runs are bit-equal. Layouts and range: see attention.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from .attention_tiles import (
     LOG2_E,
+    Tiles,
     append,
     constants,
     head_rows,
@@ -24,7 +28,7 @@ from .attention_tiles import (
     wide,
     zeros,
 )
-from .launcher import launch_of
+from .launcher import Launch
 
 Tensor = torch.Tensor
 
@@ -190,29 +194,39 @@ def backward(
     num_heads: int,
     order: str,
     out: Tensor,
-    lse: Tensor,
     grad_out: Tensor,  # (N, C, T)
     grad_qkv: Tensor,  # (N, 3C, T)
-) -> None:
-    """Fill ``grad_qkv``; ``out`` and ``lse`` are the forward's."""
-    if qkv.numel() == 0:
-        return
+) -> Callable[..., None]:
+    """What serves calls with tensors like these: it takes qkv, the forward's out and lse and
+    grad_out, and fills grad_qkv."""
     tokens, head_dim, tiles = prepare(qkv, num_heads)
     pairs = qkv.shape[0] * num_heads
-    delta = torch.empty_like(lse)
     rows = min(32, max(16, triton.next_power_of_2(tokens)))
     blocks = triton.cdiv(tokens, rows)
-    launch = launch_of(
-        delta_kernel, (blocks * pairs,), blocks, num_heads, tokens, out.stride(), grad_out.stride(),
+    heads = int(num_heads)
+    sum_up = Launch(
+        delta_kernel, (blocks * pairs,), blocks, heads, tokens, out.stride(), grad_out.stride(),
         D=head_dim, WIDE=wide(out, grad_out), BD=tiles.keys.chunk, CHUNKS=tiles.keys.chunks,
         BM=rows, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    launch(out, grad_out, delta)
-    for kernel, cut in ((keys_kernel, tiles.keys), (queries_kernel, tiles.queries)):
+
+    def launch_of(kernel: Any, cut: Tiles) -> Launch:
         blocks = triton.cdiv(tokens, cut.rows)
-        launch = launch_of(
-            kernel, (blocks * cut.splits * pairs,), head_dim**-0.5, blocks, num_heads, tokens,
+        return Launch(
+            kernel, (blocks * cut.splits * pairs,), head_dim**-0.5, blocks, heads, tokens,
             qkv.stride(), grad_out.stride(), grad_qkv.stride(),
             **constants(head_dim, order, qkv.dtype, cut, qkv, grad_out, grad_qkv),
         )  # fmt: skip
-        launch(qkv, grad_out, lse, delta, grad_qkv)
+
+    of_keys, of_queries = (
+        launch_of(keys_kernel, tiles.keys),
+        launch_of(queries_kernel, tiles.queries),
+    )
+
+    def launch(qkv, out, lse, grad_out, grad_qkv):
+        delta = torch.empty_like(lse)
+        sum_up(out, grad_out, delta)
+        of_keys(qkv, grad_out, lse, delta, grad_qkv)
+        of_queries(qkv, grad_out, lse, delta, grad_qkv)
+
+    return launch

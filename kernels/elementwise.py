@@ -4,22 +4,24 @@ An operand's sample is a (channels, spatial) array whose element (c, s) has inde
 the noise's counter and stands at c·channel_stride + s·spatial_stride.
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from .philox import high_word, interleave4, low_word, philox_normals
 
 BLOCK = 256  # counters a program draws; it computes four elements of each
+WARPS = 2  # 16 elements of a thread share addresses and the generator's keys: a fifth of the work
 
 
 @triton.jit
 def block_of_program(channels, spatial, BLOCK: tl.constexpr):
     """(sample, first quad, elements of a sample) of this program: BLOCK counters of one sample."""
     elements = channels.to(tl.int64) * spatial
-    blocks = tl.cdiv(elements, 4 * BLOCK)
-    program = tl.program_id(0).to(tl.int64)
-    return program // blocks, (program % blocks) * BLOCK, elements
+    blocks = tl.cdiv(elements, 4 * BLOCK).to(tl.uint32)  # as a grid: 64-bit divisions are slow
+    program = tl.program_id(0).to(tl.uint32)
+    sample = program // blocks
+    first_quad = (program - sample * blocks).to(tl.int64) * BLOCK
+    return sample.to(tl.int64), first_quad, elements
 
 
 @triton.jit
@@ -72,26 +74,6 @@ def draw(
         low_word(seed), high_word(seed), low_word(step), sample_low, sample_high, quad, EXACT
     )
     return interleave4(n0, n1, n2, n3)
-
-
-def addresses_and_numbers(*counters: int | torch.Tensor | None) -> tuple:
-    """Kernel arguments for counters: their tensors or None each, then their bits as signed
-    integers, because Triton types an integer argument by its value."""
-    tensors: list[torch.Tensor | None] = []
-    numbers: list[int] = []
-    for v in counters:
-        if isinstance(v, int):
-            tensors.append(None)
-            numbers.append(signed(v, 64))
-        else:
-            tensors.append(v)
-            numbers.append(0)
-    return *tensors, *numbers
-
-
-def signed(value: int, bits: int) -> int:
-    """The signed integer with the same bits."""
-    return value - 2**bits if value >= 2 ** (bits - 1) else value
 
 
 def is_one_run(shape: tuple[int, int, int], *layouts: tuple[int, int, int, int]) -> bool:

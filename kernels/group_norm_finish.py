@@ -10,14 +10,12 @@ A program takes CB channels of all samples, SB samples at once: lane i adds up t
 i + SB, … in order, then the lanes are summed. Deterministic: no atomics.
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from .group_norm_tiles import UNSPECIALIZED, coefficients
-from .launcher import launch_of
+from .launcher import Launch
 
-Tensor = torch.Tensor
 CHANNELS, SAMPLES = 32, 32  # of a tile: a line of float32 side by side
 
 
@@ -73,20 +71,12 @@ def finish_kernel(
         tl.store(dbias + channel, value, mask=real)
 
 
-def finish(
-    sums: Tensor,  # float32 (3, N, C): Σ dv, Σ dv·x̂ and Σ dx over the positions
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,  # (N, C), inner stride 1
-    *gradients: Tensor | None,  # dweight, dbias (C,), dscale, dshift, dadd (N, C); dense
-) -> None:
-    """Fill those of the gradients that are not None, in their dtypes."""
-    if all(gradient is None for gradient in gradients):
-        return
-    _, samples, channels = sums.shape
-    launch = launch_of(
+def finish_for(samples: int, channels: int) -> Launch:
+    """The launch for N = ``samples`` and C = ``channels``. It takes float32 sums (3, N, C) of dv,
+    dv·x̂ and dx over the positions, the stride of its planes, weight, bias, scale (N, C) of inner
+    stride 1 with the stride of its rows, each or None, and fills those of dweight, dbias (C,),
+    dscale, dshift, dadd (N, C) that are not None, dense, in their dtypes."""
+    return Launch(
         finish_kernel, (triton.cdiv(channels, CHANNELS),), samples, channels,
         CB=CHANNELS, SB=SAMPLES, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    scale_stride = 0 if scale is None else scale.stride(0)
-    launch(sums, sums.stride(0), weight, bias, scale, scale_stride, *gradients)

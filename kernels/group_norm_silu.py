@@ -16,6 +16,8 @@ first and over the channels of a group second, so any number of channels per gro
 Deterministic: no atomics. Range: any C, any group of 2 elements or more, 64-bit offsets.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +25,7 @@ import triton.language as tl
 from .group_norm_silu_backward import backward
 from .group_norm_tiles import (
     UNSPECIALIZED,
+    Cut,
     apply_silu,
     choose_tiles,
     coefficients,
@@ -34,7 +37,7 @@ from .group_norm_tiles import (
     read,
     split_program,
 )
-from .launcher import launch_of
+from .launcher import Launch
 
 Tensor = torch.Tensor
 __all__ = ["backward", "forward", "choose_tiles"]
@@ -53,7 +56,7 @@ def forward_once_kernel(
     add,
     add_stride,
     y,
-    mean_out,
+    mean_out,  # or None, as rstd_out
     rstd_out,
     channels,
     positions,
@@ -95,9 +98,10 @@ def forward_once_kernel(
     if silu:
         v = apply_silu(v)
     tl.store(y + start + offsets, v.to(y.dtype.element_ty), mask=mask)
-    lead = leads(group, inside, SPAN, CB)
-    tl.store(mean_out + row, rough + rest, mask=lead)
-    tl.store(rstd_out + row, rstd, mask=lead)
+    if mean_out is not None:
+        lead = leads(group, inside, SPAN, CB)
+        tl.store(mean_out + row, rough + rest, mask=lead)
+        tl.store(rstd_out + row, rstd, mask=lead)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -249,44 +253,51 @@ def forward_apply_kernel(
 def forward(
     x: Tensor,  # (N, C, *spatial), contiguous or channels_last
     num_groups: int,
-    weight: Tensor | None,  # (C,)
-    bias: Tensor | None,
     eps: float,
     scale: Tensor | None,  # (N, C), inner stride 1
     shift: Tensor | None,
     add: Tensor | None,  # (N, C) with inner stride 1, or like x
     silu: bool,
-    y: Tensor,  # like x
-    mean: Tensor,  # float32 (N, num_groups)
-    rstd: Tensor,
-) -> None:
-    """Fill ``y``, ``mean`` and ``rstd``."""
-    call = prepare(x, num_groups, scale, shift, add, backward=False)
-    tiles, constants = call.tiles, call.constants
-    slabs = call.samples * call.slabs
-    if tiles.read_once:
-        launch = launch_of(
-            forward_once_kernel, (slabs,), *call.sizes, eps, silu, **call.exact, **constants
-        )
-        launch(x, weight, bias, *call.film, add, call.add_stride, y, mean, rstd)
-        return
-    total = tiles.parts * tiles.chunks
-    parted = tiles.parts > 1
-    grid = (slabs * tiles.chunks,)
-    partial = torch.empty(
-        (3, call.samples, num_groups, total), dtype=torch.float32, device=x.device
-    )
-    cut = (*call.sizes, tiles.parts, tiles.chunks)
-    plane = partial.stride(0)
-    launch = launch_of(moments_kernel, grid, plane, *cut, PARTED=parted, **constants)
-    launch(x, add, call.add_stride, partial)
+) -> Callable[..., None]:
+    """What serves calls with tensors like these: it takes x, weight and bias (C,) or None, scale,
+    shift, add, and fills y, like x, and the groups' mean and rstd, float32 (2, N, num_groups), or
+    None."""
+    cut = prepare(x, num_groups, scale, shift, add, backward=False)
+    if not cut.tiles.read_once:
+        return _forward_in_chunks(cut, eps, silu)
+    grid = (cut.samples * cut.slabs,)
+    launch = Launch(forward_once_kernel, grid, *cut.sizes, eps, silu, **cut.exact, **cut.constants)
+
+    def fill(x, weight, bias, scale, shift, add, y, statistics):
+        mean, rstd = (None, None) if statistics is None else statistics.unbind()
+        launch(*cut.operands(x, weight, bias, scale, shift, add), y, mean, rstd)
+
+    return fill
+
+
+def _forward_in_chunks(cut: Cut, eps: float, silu: bool) -> Callable[..., None]:
+    tiles, rows = cut.tiles, cut.samples * (cut.channels // cut.group)
+    total, parted = tiles.parts * tiles.chunks, tiles.parts > 1
+    plane = rows * total
     few = total <= 128
-    launch = launch_of(
-        merge_kernel, (call.samples * num_groups,),
-        call.positions, call.group, tiles.width, tiles.chunks, total, eps,
+    grid = (cut.samples * cut.slabs * tiles.chunks,)
+    sizes = (*cut.sizes, tiles.parts, tiles.chunks)
+    moments = Launch(moments_kernel, grid, plane, *sizes, PARTED=parted, **cut.constants)
+    merge = Launch(
+        merge_kernel, (rows,),
+        cut.positions, cut.group, tiles.width, tiles.chunks, total, eps,
         PARTED=parted, SB=tiles.tile_positions, BLOCK=128 if few else 1024,
         num_warps=1 if few else 4, enable_fp_fusion=True,
     )  # fmt: skip
-    launch(partial, plane, mean, rstd)
-    launch = launch_of(forward_apply_kernel, grid, *cut, silu, PARTED=parted, **constants)
-    launch(x, weight, bias, *call.film, add, call.add_stride, y, mean, rstd)
+    apply = Launch(forward_apply_kernel, grid, *sizes, silu, PARTED=parted, **cut.constants)
+
+    def fill(x, weight, bias, scale, shift, add, y, statistics):
+        partial = torch.empty((3, plane), dtype=torch.float32, device=x.device)
+        if statistics is None:
+            statistics = torch.empty((2, rows), dtype=torch.float32, device=x.device)
+        mean, rstd = statistics.unbind()
+        moments(x, add, cut.add_stride, partial)
+        merge(partial, plane, mean, rstd)
+        apply(*cut.operands(x, weight, bias, scale, shift, add), y, mean, rstd)
+
+    return fill

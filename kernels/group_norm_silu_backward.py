@@ -6,11 +6,13 @@
 Layouts, range and the two ways through memory: see group_norm_silu.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
-from .group_norm_finish import finish
+from .group_norm_finish import finish_for
 from .group_norm_tiles import (
     UNSPECIALIZED,
     Cut,
@@ -22,7 +24,7 @@ from .group_norm_tiles import (
     split_program,
     through_silu,
 )
-from .launcher import launch_of
+from .launcher import Launch
 
 Tensor = torch.Tensor
 
@@ -304,60 +306,64 @@ def backward_apply_kernel(
 
 
 def backward(
-    dy: Tensor,  # like x
     x: Tensor,
     num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
     add: Tensor | None,
     silu: bool,
-    dx: Tensor,  # like x
-    *small: Tensor | None,  # dweight, dbias (C,), dscale, dshift, dadd (N, C); dense
-) -> None:
-    """Fill ``dx`` and what is wanted of the small gradients.
+) -> Callable[..., None]:
+    """What serves calls with tensors like these: it takes dy, like x, x, weight, bias, scale,
+    shift, add, the forward's statistics, and fills dx, like x, and what is wanted of the small
+    gradients: dweight, dbias (C,), dscale, dshift, dadd (N, C), dense.
 
     v is what the activation is applied to, dv its gradient, x̂ the normalised x + add.
     Wu & He 2018 with dv·A as the gradient of x̂: dx = rstd·(A·dv − c1 − x̂·c2).
     """
-    call = prepare(x, num_groups, scale, shift, add, backward=True)
-    tiles = call.tiles
-    sums = mean.new_empty((3, call.samples, call.channels))
-    tensors = (dy, x, weight, bias, *call.film, add, call.add_stride, mean, rstd)
-    if tiles.read_once:
-        launch = launch_of(
-            backward_once_kernel, (call.samples * call.slabs,), sums.stride(0), *call.sizes, silu,
-            **call.exact, **call.constants,
-        )  # fmt: skip
-        launch(*tensors, dx, sums)
-    else:
-        _backward_in_chunks(call, tensors, weight, silu, dx, sums)
-    finish(sums, weight, bias, scale, *small)
+    cut = prepare(x, num_groups, scale, shift, add, backward=True)
+    fill = _backward_once(cut, silu) if cut.tiles.read_once else _backward_in_chunks(cut, silu)
+    finish = finish_for(cut.samples, cut.channels)
+    scale_stride = cut.film[1]
+
+    def launch(dy, x, weight, bias, scale, shift, add, statistics, dx, *small):
+        sums = statistics.new_empty((3, cut.samples, cut.channels))
+        operands = (dy, *cut.operands(x, weight, bias, scale, shift, add), *statistics.unbind())
+        fill(operands, weight, scale, dx, sums)
+        if any(gradient is not None for gradient in small):
+            finish(sums, sums.stride(0), weight, bias, scale, scale_stride, *small)
+
+    return launch
 
 
-def _backward_in_chunks(
-    call: Cut, tensors: tuple, weight: Tensor | None, silu: bool, dx: Tensor, sums: Tensor
-) -> None:
-    tiles, samples, groups = call.tiles, call.samples, call.channels // call.group
-    grid = (samples * call.slabs * tiles.chunks,)
-    cut = (*call.sizes, tiles.parts, tiles.chunks, silu)
+def _backward_once(cut: Cut, silu: bool) -> Callable[..., None]:
+    grid, plane = (cut.samples * cut.slabs,), cut.samples * cut.channels
+    launch = Launch(
+        backward_once_kernel, grid, plane, *cut.sizes, silu, **cut.exact, **cut.constants
+    )
+    return lambda operands, weight, scale, dx, sums: launch(*operands, dx, sums)
+
+
+def _backward_in_chunks(cut: Cut, silu: bool) -> Callable[..., None]:
+    tiles, rows = cut.tiles, cut.samples * (cut.channels // cut.group)
+    grid = (cut.samples * cut.slabs * tiles.chunks,)
+    sizes = (*cut.sizes, tiles.parts, tiles.chunks, silu)
+    sums_plane = cut.samples * cut.channels
+    planes = (sums_plane * tiles.chunks, sums_plane, rows)
     parted = tiles.parts > 1
-    partial = sums.new_empty((3, samples, call.channels, tiles.chunks))
-    constants = sums.new_empty((2, samples, groups))
-    planes = (partial.stride(0), sums.stride(0), constants.stride(0))
-    launch = launch_of(gradient_sums_kernel, grid, planes[0], *cut, PARTED=parted, **call.constants)
-    launch(*tensors, partial)
-    scale, _, film, scale_stride, _ = call.film
-    launch = launch_of(
-        gradient_merge_kernel, (samples * groups,),
-        *planes, call.channels, call.positions, call.group, tiles.chunks,
+    add_up = Launch(gradient_sums_kernel, grid, planes[0], *sizes, PARTED=parted, **cut.constants)
+    merge = Launch(
+        gradient_merge_kernel, (rows,),
+        *planes, cut.channels, cut.positions, cut.group, tiles.chunks,
         CB=32, BLOCK=32, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    launch(partial, weight, scale, film, scale_stride, sums, constants)
-    launch = launch_of(
-        backward_apply_kernel, grid, *planes[1:], *cut, PARTED=parted, **call.constants
-    )
-    launch(*tensors, dx, sums, constants)
+    apply = Launch(backward_apply_kernel, grid, *planes[1:], *sizes, PARTED=parted, **cut.constants)
+    counts, scale_stride, _ = cut.film
+
+    def launch(operands, weight, scale, dx, sums):
+        partial, constants = sums.new_empty((3, planes[0])), sums.new_empty((2, rows))
+        add_up(*operands, partial)
+        stand_in = operands[1] if scale is None else scale
+        merge(partial, weight, stand_in, counts, scale_stride, sums, constants)
+        apply(*operands, dx, sums, constants)
+
+    return launch

@@ -129,7 +129,7 @@ class Cut(NamedTuple):
     channels: int
     positions: int
     slabs: int  # per sample
-    film: tuple  # scale, shift, whether they count, and the strides of their rows
+    film: tuple[bool, int, int]  # whether scale and shift count, and the strides of their rows
     add_stride: int
     constants: dict  # of every kernel that places tiles
     exact: dict  # of those that read once: what of the tile they need neither mask nor compute
@@ -141,6 +141,13 @@ class Cut(NamedTuple):
         width = self.tiles.width // self.constants["ALIGN"]
         return self.channels, self.positions, self.group, width, self.slabs
 
+    def operands(self, x: Tensor, weight, bias, scale, shift, add) -> tuple:
+        """What a kernel that normalises x is given of them. Without FiLM x stands in for it and is
+        not read: one kernel serves both."""
+        if scale is None:
+            scale = shift = x
+        return x, weight, bias, scale, shift, *self.film, add, self.add_stride
+
 
 def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Cut:
     samples, channels = x.shape[:2]
@@ -149,10 +156,7 @@ def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Cut:
     channels_last = not x.is_contiguous()
     itemsize = x.element_size()
     tiles = choose_tiles(channels, groups, positions, itemsize, channels_last, backward)
-    # Without FiLM x stands in for it and is not read: one kernel serves both.
-    film = (x, x, False, 0, 0)
-    if scale is not None:
-        film = (scale, shift, True, scale.stride(0), shift.stride(0))
+    film = (False, 0, 0) if scale is None else (True, scale.stride(0), shift.stride(0))
     if add is None:
         kind = NO_ADD
     else:

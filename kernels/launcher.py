@@ -8,11 +8,11 @@ own, and so is every one where it does more than launch: in the interpreter, wit
 modes for debugging and instrumenting, and in a version that is not known here.
 """
 
-import functools
 from typing import Any
 
-import torch
 import triton
+from torch import Tensor
+from triton import runtime
 from triton.runtime.jit import JITFunction
 
 VERSIONS = (3, 6), (3, 9)  # the first and the last of Triton whose launchers are known here
@@ -38,7 +38,7 @@ class Launch:
         if not _only_launches(self.kernel):
             self.kernel[self.grid](*changing, *self.numbers, **self.constants)
             return
-        driver = triton.runtime.driver.active
+        driver = runtime.driver.active
         device = driver.get_current_device()
         key, values = _specialised(changing)
         found = self.found.get((device, key))
@@ -58,10 +58,6 @@ class Launch:
         return compiled.run, compiled.function, compiled.packed_metadata, rest
 
 
-# The launch for such arguments, made once: where no plan keeps it. 1, 1.0 and True are three.
-launch_of = functools.lru_cache(LARGEST_CACHE, typed=True)(Launch)
-
-
 def _specialised(values: tuple) -> tuple[tuple, list]:
     """What Triton specialises by, or more, and the values, with addresses for tensors."""
     kinds: list[Any] = []
@@ -69,14 +65,14 @@ def _specialised(values: tuple) -> tuple[tuple, list]:
     addresses = 0
     for value in values:
         kind: Any = type(value)
-        if kind is int:
+        if value is None or kind is float or kind is bool:
+            pass  # typed by their types alone
+        elif kind is int:
             if -(2**31) <= value < 2**31:
                 kind = 1 if value == 1 else 16 if value % 16 == 0 else 0
             else:
                 kind = value < 2**63, value % 16 == 0
-        elif kind is float or kind is bool or value is None:
-            pass  # typed by their types alone
-        elif isinstance(value, torch.Tensor):
+        elif kind is Tensor or isinstance(value, Tensor):
             kind = value.dtype
             value = value.data_ptr()
             addresses |= value
@@ -85,7 +81,7 @@ def _specialised(values: tuple) -> tuple[tuple, list]:
         kinds.append(kind)
         given.append(value)
     if addresses % 16:
-        kinds += [v.data_ptr() % 16 == 0 for v in values if isinstance(v, torch.Tensor)]
+        kinds += [v.data_ptr() % 16 == 0 for v in values if isinstance(v, Tensor)]
     return tuple(kinds), given
 
 
@@ -93,12 +89,12 @@ def _only_launches(kernel: Any) -> bool:
     """Whether a launch of a kernel that is compiled does nothing else, in a Triton known here."""
     if not KNOWN or type(kernel) is not JITFunction or JITFunction.run is not _run:
         return False
-    runtime = triton.knobs.runtime
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+    knobs = triton.knobs.runtime
+    for hook in (knobs.launch_enter_hook, knobs.launch_exit_hook):
         if getattr(hook, "calls", hook):  # of a chain of hooks, where it is one
             return False
-    inspected = getattr(runtime, "add_stages_inspection_hook", None)
-    modes = runtime.debug or triton.knobs.compilation.instrumentation_mode or inspected
+    inspected = getattr(knobs, "add_stages_inspection_hook", None)
+    modes = knobs.debug or triton.knobs.compilation.instrumentation_mode or inspected
     return not (modes or kernel.pre_run_hooks)
 
 

@@ -7,22 +7,24 @@ One program draws BLOCK counters of one sample, interleaves the four lanes and s
 neighbouring elements. Range: element indices below 2^34.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
+from fastdiff.ops.counters import signed
+
 from .elementwise import (
     BLOCK,
-    addresses_and_numbers,
     block_of_program,
     draw,
     elements_from,
     is_wide,
     place,
     sample_number,
-    signed,
 )
-from .launcher import launch_of
+from .launcher import LARGEST_CACHE, Launch
 from .philox import high_word, low_word, philox_words
 
 # An integer argument equal to 1 would otherwise become a constant without a type.
@@ -77,32 +79,23 @@ def philox_kernel(out, quads, seed, step, sample, first_quad, BLOCK: tl.constexp
     tl.store(to + 3, r3.to(tl.int32, bitcast=True), mask=row < quads)
 
 
-def fill(
-    out: torch.Tensor,
-    layout: tuple[int, int, int, int, int],
-    counters: tuple,
-    exact: bool,
-) -> None:
-    """Fill ``out``, whose samples stand as ``layout`` says (fastdiff.ops.layouts.Layout), from
-    step, seed and first sample (fastdiff.ops.counters.Counters); ``exact``: with the CPU's bits."""
-    step, seed, first_sample = counters
-    channels, spatial, sample_stride, channel_stride, spatial_stride = layout
+@functools.lru_cache(LARGEST_CACHE)
+def launch_for(samples: int, layout: tuple[int, int, int, int, int], exact: bool) -> Launch:
+    """The launch for outputs whose samples stand as ``layout`` says (fastdiff.ops.layouts.Layout);
+    ``exact``: with the CPU's bits. It takes the output, then addresses and numbers of seed, step
+    and first sample."""
+    channels, spatial, _, _, spatial_stride = layout
     blocks = triton.cdiv(channels * spatial, 4 * BLOCK)
-    launch = launch_of(
+    return Launch(
         normal_kernel,
-        (out.shape[0] * blocks,),
-        channels,
-        spatial,
-        sample_stride,
-        channel_stride,
-        spatial_stride,
+        (samples * blocks,),
+        *layout,
         ONE_RUN=channels == 1 and spatial_stride == 1,
-        WIDE=is_wide((out.shape[0], channels, spatial)),
+        WIDE=is_wide((samples, channels, spatial)),
         BLOCK=BLOCK,
         EXACT=exact,
         enable_fp_fusion=False,
     )
-    launch(out, *addresses_and_numbers(seed, step, first_sample))
 
 
 def philox(out: torch.Tensor, *, seed: int, step: int, sample: int, first_quad: int = 0) -> None:
@@ -110,4 +103,4 @@ def philox(out: torch.Tensor, *, seed: int, step: int, sample: int, first_quad: 
     quads = out.shape[0]
     grid = (triton.cdiv(quads, BLOCK),)
     numbers = signed(seed, 64), signed(step, 32), signed(sample, 64), signed(first_quad, 32)
-    launch_of(philox_kernel, grid, BLOCK=BLOCK)(out, quads, *numbers)
+    Launch(philox_kernel, grid, BLOCK=BLOCK)(out, quads, *numbers)

@@ -10,10 +10,8 @@ its number, the seed, the first sample's number and the guidance scale are read 
 Range: element indices below 2^34. A step out of range gives NaN.
 """
 
-import functools
 from collections import namedtuple
 
-import torch
 import triton
 import triton.language as tl
 
@@ -21,7 +19,7 @@ from fastdiff.methods.table import COLUMNS
 
 from .elementwise import (
     BLOCK,
-    addresses_and_numbers,
+    WARPS,
     block_of_program,
     draw,
     elements_from,
@@ -30,7 +28,7 @@ from .elementwise import (
     place,
     sample_number,
 )
-from .launcher import LARGEST_CACHE, Launch
+from .launcher import Launch
 
 FIRST_COUNTER_STEP = tl.constexpr(1)  # fastdiff.ops.counters.sampling_step(0)
 UNSPECIALIZED = ["seed", "step", "first_sample", "guidance", "rows", "channels", "spatial"]
@@ -50,9 +48,10 @@ def exp(x):
 
 
 @triton.jit
-def term(coefficient, value):
-    """coefficient·value; a zero coefficient gives 0 even for a value that is not finite."""
-    return tl.where(coefficient != 0, coefficient * value, 0.0)
+def add_term(total, coefficient, value):
+    """total + coefficient·value; a zero coefficient adds nothing, whatever the value: NaN too."""
+    added = tl.fma(tl.zeros_like(value) + coefficient, value, total)
+    return tl.where(coefficient != 0, added, total)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -131,14 +130,14 @@ def posterior_step_kernel(
         unconditional = tl.load(output + guidance_offset + at, mask=inside).to(tl.float32)
         said = unconditional + guidance * (said - unconditional)
 
-    x0 = a * x + b * said  # a comparison with NaN is false: it passes the clip
-    x0 = tl.where(x0 < -clip, -clip, x0)
-    x0 = tl.where(x0 > clip, clip, x0)
-    value = term(c, x0) + term(d, x) + term(o, said)
+    x0 = tl.fma(tl.zeros_like(x) + b, said, a * x)
+    x0 = tl.maximum(x0, -clip, propagate_nan=tl.PropagateNan.ALL)
+    x0 = tl.minimum(x0, clip, propagate_nan=tl.PropagateNan.ALL)
+    value = add_term(add_term(add_term(tl.zeros_like(x), c, x0), d, x), o, said)
     if prev_x_start is not None:
         before = place(element, spatial, before_channel, before_spatial, ONE_RUN)
         before = tl.load(prev_x_start + sample * before_sample + before, mask=inside)
-        value += term(e, before.to(tl.float32))
+        value = add_term(value, e, before.to(tl.float32))
     if DRAWS or noise is not None:
         if DRAWS:
             number = sample_number(first_sample_address, first_sample, sample)
@@ -151,7 +150,7 @@ def posterior_step_kernel(
             log_max = tl.load(row + PLACE.log_max, mask=known, other=float("nan"))
             f = tl.load(output + variance_offset + at, mask=inside).to(tl.float32) * 0.5 + 0.5
             z = exp(0.5 * (f * log_max + (1.0 - f) * log_min)) * z
-        value += term(sigma, z)
+        value = add_term(value, sigma, z)
 
     at = place(element, spatial, prev_channel, prev_spatial, ONE_RUN)
     tl.store(x_prev + sample * prev_sample + at, value.to(x_prev.dtype.element_ty), mask=inside)
@@ -160,31 +159,21 @@ def posterior_step_kernel(
         tl.store(x_start + sample * start_sample + at, x0.to(x_start.dtype.element_ty), mask=inside)
 
 
-def launch(
-    plan: tuple,
-    tensors: tuple[torch.Tensor | None, ...],
-    counters: tuple,
-    scale: float | torch.Tensor | None,
-) -> None:
-    """``plan``: shape, rows, layouts of x_t and output, the offsets of variance and unconditional
-    half (negative: none), layouts of noise, prev_x_start, x_prev, x_start
-    (fastdiff.ops.layouts); ``tensors``: x_t, output, packed, noise, prev_x_start, x_prev, x_start;
-    ``counters``: the row, seed or None, and first sample (fastdiff.ops.counters.Counters)."""
-    by_tensor = isinstance(scale, torch.Tensor)
-    prepared(plan, counters[1] is not None)(
-        *tensors,
-        *addresses_and_numbers(*counters),
-        scale if by_tensor else None,
-        0.0 if by_tensor or scale is None else float(scale),
-    )
-
-
-@functools.lru_cache(LARGEST_CACHE)
-def prepared(plan: tuple, draws: bool) -> Launch:
-    """The launch that serves the calls of a plan."""
-    shape, rows, *layouts = plan
-    variance_offset, guidance_offset = layouts[2:4]
-    del layouts[2:4]
+def launch_for(
+    shape: tuple[int, int, int],
+    rows: int,
+    x_t: tuple[int, int, int, int],
+    output: tuple[int, int, int, int],
+    variance_offset: int,  # of that half of the output; negative: it has none
+    guidance_offset: int,  # of the unconditional half
+    *others: tuple[int, int, int, int],
+    draws: bool,
+) -> Launch:
+    """The launch for operands of ``shape`` with the layouts (fastdiff.ops.layouts) of x_t, output,
+    noise, prev_x_start, x_prev and x_start, and a table of so many rows. It takes x_t, output,
+    packed, noise, prev_x_start, x_prev, x_start, then addresses and numbers of the row, seed and
+    first sample, then the guidance scale: its tensor or None, and a float."""
+    layouts = (x_t, output, *others)
     samples, channels, spatial = shape
     blocks = triton.cdiv(channels * spatial, 4 * BLOCK)
     return Launch(
@@ -203,5 +192,6 @@ def prepared(plan: tuple, draws: bool) -> Launch:
         ONE_RUN=is_one_run(shape, *layouts),
         WIDE=is_wide(shape),
         BLOCK=BLOCK,
+        num_warps=WARPS,
         enable_fp_fusion=False,
     )

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .group_norm_tiles import apply_silu, coefficients
-from .launcher import launch_of
+from .launcher import Launch
 
 Tensor = torch.Tensor
 MOST = 16384  # elements of a tile of all channels: 32 values a thread in 16 warps
@@ -170,21 +170,16 @@ def inverse_norm(squares, eps, root):
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-    y: Tensor,
-) -> None:
-    """Fills y; x and y dense in one layout, weight dense, channels of scale and shift adjacent."""
+    x: Tensor, eps: float, scale: Tensor | None, shift: Tensor | None, silu: bool
+) -> Launch:
+    """The launch for tensors like these, channels of scale and shift adjacent. It takes x, weight,
+    dense, scale, shift, and fills y; x and y are dense in one layout."""
     samples, channels = x.shape[:2]
     positions = x.numel() // (samples * channels)
     channels_last = not x.is_contiguous()
     tiles = choose_tiles(channels, positions, x.element_size(), channels_last)
     blocks = triton.cdiv(positions, tiles.tile_positions)
-    launch = launch_of(
+    return Launch(
         rms_norm_silu_kernel, (samples * blocks,),
         0 if scale is None else scale.stride(0), 0 if shift is None else shift.stride(0),
         channels, positions, blocks, eps, channels**0.5,
@@ -198,4 +193,3 @@ def forward(
         num_stages=1,
         enable_fp_fusion=True,
     )  # fmt: skip
-    launch(x, weight, scale, shift, y)

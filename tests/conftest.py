@@ -29,6 +29,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     extent.everything = config.getoption("--all")
+    if installed("hypothesis"):
+        no_example_is_too_slow()
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k
@@ -42,6 +44,15 @@ def pytest_collection_modifyitems(config, items):
     kept = set(chosen)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = chosen
+
+
+def no_example_is_too_slow():
+    """Hypothesis' own limits, 0.2 s an example and 1 s for drawing ten, fail on a busy machine."""
+    from hypothesis import HealthCheck, settings
+
+    unhurried = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("unhurried", **unhurried)
+    settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")

@@ -69,3 +69,10 @@ def test_what_a_run_takes():
 def test_files_with_long_tests_come_first():
     other = Item("test_b.py::test", {"long": True}, Path("test_b.py"))
     assert extent.ordered([*ITEMS[:4], other])[0] is other
+
+
+def test_a_busy_machine_fails_no_drawn_example():
+    hypothesis = pytest.importorskip("hypothesis")
+    chosen = hypothesis.settings()
+    assert chosen.deadline is None
+    assert hypothesis.HealthCheck.too_slow in chosen.suppress_health_check

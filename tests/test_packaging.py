@@ -21,7 +21,7 @@ import fastdiff
 from fastdiff.ops import native
 from paths import ROOT
 
-OFFLINE = ("No matching distribution found", "Could not find a version", "Connection", "resolve")
+OFFLINE = ("No matching distribution found", "Could not find a version", "Connection")
 
 VERSION = fastdiff.__version__
 
@@ -46,6 +46,22 @@ def run_or_skip_offline(command, *, cwd, **environment):
             pytest.skip(f"the build requirements cannot be had here: {done.stdout[-300:]}")
         pytest.fail(done.stdout[-3000:])
     return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("said", "outcome"),
+    [
+        ("ERROR: No matching distribution found for setuptools>=77", pytest.skip.Exception),
+        (
+            "ERROR: pip's dependency resolver found that fastdiff needs another",
+            pytest.fail.Exception,
+        ),
+    ],
+    ids=["offline", "at fault"],
+)
+def test_only_what_cannot_be_fetched_is_skipped(said, outcome, tmp_path):
+    with pytest.raises(outcome):
+        run_or_skip_offline([sys.executable, "-c", f"raise SystemExit({said!r})"], cwd=tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -326,8 +342,31 @@ assert torch.version.cuda or "libcudart" not in open("/proc/self/maps").read()
     assert done.returncode == 0, done.stdout
 
 
+def with_each_torch(*wheels):
+    """The command that tries the wheels with the oldest torch that they allow, and a newer one."""
+    return [ROOT / ".ci" / "check_wheel.py", "--torch", "2.11.0", "--torch", "2.13.0", *wheels]
+
+
+@pytest.mark.parametrize("broken", [None, "2.11.0", "2.13.0"])
+def test_a_wheel_is_tried_with_every_torch_that_is_named(tmp_path, monkeypatch, capsys, broken):
+    wheels = [tmp_path / "a.whl", tmp_path / "b.whl"]
+    script, *arguments = map(str, with_each_torch(*wheels))
+    main, tried = runpy.run_path(script)["main"], []
+
+    def serve(wheels, version):
+        tried.append((wheels, version))
+        return version != broken
+
+    monkeypatch.setitem(main.__globals__, "serve", serve)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    assert main() == (0 if broken is None else 1)
+    assert tried == [(wheels, version) for version in ("2.11.0", "2.13.0")]
+    said = "one wheel serves them all" if broken is None else f"failed with torch {broken}"
+    assert capsys.readouterr().out.splitlines() == [said]
+
+
 @pytest.mark.long
-def test_one_wheel_serves_several_versions_of_torch(wheel):
-    check = ROOT / ".ci" / "check_wheel.py"
-    command = [sys.executable, check, "--torch", "2.11.0", "2.13.0", wheel]
-    assert "one wheel serves them all" in run_or_skip_offline(command, cwd=wheel.parent)
+def test_one_wheel_serves_several_versions_of_torch(wheel_build, wheel_of_copies, tmp_path):
+    wheels = [wheel for folder in (wheel_build[0], wheel_of_copies) for wheel in folder.iterdir()]
+    command = [sys.executable, *with_each_torch(*wheels)]
+    assert "one wheel serves them all" in run_or_skip_offline(command, cwd=tmp_path)

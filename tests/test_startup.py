@@ -2,9 +2,9 @@
 
 import ast
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -47,10 +47,16 @@ def test_what_only_some_calls_need_is_not_loaded(start, later):
     assert done.stdout.split() == ["loaded:"]
 
 
+def of_children() -> float:
+    """Seconds of CPU: on a busy machine the clock says little."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def test_the_version_is_one_and_needs_no_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('torch was loaded')")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    started = time.monotonic()
+    before = of_children()
     done = subprocess.run(
         [sys.executable, "-m", "fastdiff", "--version"],
         capture_output=True,
@@ -58,7 +64,7 @@ def test_the_version_is_one_and_needs_no_torch(tmp_path):
         env={**os.environ, "PYTHONPATH": path},
     )
     assert (done.returncode, done.stdout) == (0, f"fastdiff {fastdiff.__version__}\n"), done.stderr
-    assert time.monotonic() - started < 5
+    assert of_children() - before < 1
 
 
 def test_the_public_names_are_listed_and_no_others_are_found():

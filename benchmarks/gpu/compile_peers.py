@@ -2,57 +2,56 @@
 
     python -m gpu.compile_peers --out FOLDER [--dry] [--budget SECONDS]
 
-Meant to run beside others: what it measures is how long compiling takes. Inductor's cache is
-$TORCHINDUCTOR_CACHE_DIR or FOLDER/../cache, so that the phase compiled finds everything there.
+Meant to run beside others: what it measures is how long compiling takes. What does not fit into
+its time is left for another run, and named in the report.
 """
 
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
-from gpu import compiled, device
+from gpu import device
+from gpu.compilations import Compilation, keep_caches, wanted
 from gpu.phase import Phase
-from gpu.sampling import chosen, modes, network
+from gpu.sampling import chosen, network
 from harness.peers_sampling import fastdiff_sampling
+
+KERNELS = "fastdiff's kernels"
+NETWORK = "ddpm-cifar10"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     phase = Phase.begin("compile_peers", __doc__, argv)
     keep_caches(phase)
-    for fields, make in work(phase):
-        if not phase.time_left(**fields):
-            break
+    kernels = [Compilation(KERNELS, NETWORK, b) for b in ((2,) if phase.dry else (64, 1, 256))]
+    peers = [one for one in wanted(phase) if not one.is_ready()]
+    phase.plan(one.fields() for one in (*kernels, *peers))
+    for one in kernels:
+        compile_one(phase, one.fields(), partial(run_kernels, phase, NETWORK, one.batch))
+    for one in peers:
+        fields = one.fields()
+        compiled = compile_one(phase, fields, partial(sample_once, phase, **fields))
+        if compiled and not phase.dry:  # where nothing is compiled
+            one.note()
+    return phase.ended()
+
+
+def compile_one(phase: Phase, fields: dict[str, Any], make: Callable[[], object]) -> bool:
+    """Whether there was time for it, and it went well."""
+    done = False
+    if phase.time_left(**fields):
         with phase.attempt(**fields):
             start = time.perf_counter()
             make()
             device.wait(phase.device)
             phase.write(**fields, compile_s=time.perf_counter() - start)
+            done = True
         device.release(phase.device)
-    return phase.ended()
-
-
-def keep_caches(phase: Phase) -> None:
-    cache = phase.out.absolute().parent / "cache"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
-    os.environ.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
-
-
-def work(phase: Phase) -> Iterator[tuple[dict, Callable[[], object]]]:
-    """What is compiled, first what is wanted first."""
-    cases = (("ddpm-cifar10", 2),) if phase.dry else compiled.CASES
-    for batch in (2,) if phase.dry else (64, 1, 256):
-        fields = {"contender": "fastdiff's kernels", "network": "ddpm-cifar10", "batch": batch}
-        yield fields, partial(run_kernels, phase, "ddpm-cifar10", batch)
-    for name, batch in cases:
-        for mode in modes(phase):
-            for peer in compiled.PEERS:
-                contender = f"{peer} bfloat16 {mode}"
-                fields = {"contender": contender, "network": name, "batch": batch}
-                yield fields, partial(sample_once, phase, name, batch, contender)
+    return done
 
 
 def run_kernels(phase: Phase, name: str, batch: int) -> None:
@@ -61,8 +60,8 @@ def run_kernels(phase: Phase, name: str, batch: int) -> None:
     fastdiff_sampling(*how, steps=1, capture=False)()
 
 
-def sample_once(phase: Phase, name: str, batch: int, contender: str) -> None:
-    chosen(phase, name, batch, [contender])[contender]().call()
+def sample_once(phase: Phase, contender: str, network: str, batch: int) -> None:
+    chosen(phase, network, batch, [contender])[contender]().call()
 
 
 if __name__ == "__main__":

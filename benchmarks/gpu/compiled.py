@@ -3,32 +3,34 @@
     python -m gpu.compiled --out FOLDER [--dry] [--budget SECONDS]
 
 Both diffusers' network and ours on plain PyTorch operations, bfloat16 weights in channels_last, on
-the caches that compile_peers filled. Batch 64 on both networks, then 256 while there is time.
+the caches that compile_peers filled. Batch 64 on both networks, then 256 while there is time; what
+is not in the caches comes last, where there is the time to compile it.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from gpu.compilations import Compilation, keep_caches, wanted
+from gpu.goals import OURS
 from gpu.phase import Phase
-from gpu.sampling import chosen, modes, race_samplers, write_matmul_rate
-
-CASES = (
-    ("ddpm-cifar10", 64),
-    ("iddpm-imagenet64", 64),
-    ("ddpm-cifar10", 256),
-    ("iddpm-imagenet64", 256),
-)
-PEERS = ("plain", "diffusers")  # the first needs no package
+from gpu.sampling import Case, chosen, race_samplers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     phase = Phase.begin("compiled", __doc__, argv)
-    write_matmul_rate(phase)
-    for name, batch in (("ddpm-cifar10", 2),) if phase.dry else CASES:
-        rivals = [f"{peer} bfloat16 {mode}" for mode in modes(phase) for peer in PEERS]
-        makers = chosen(phase, name, batch, ["fastdiff bfloat16", *rivals])
-        race_samplers(phase, name, batch, makers)
+    keep_caches(phase)
+    race_samplers(phase, list(cases(phase)))
     return phase.ended()
+
+
+def cases(phase: Phase) -> Iterator[Case]:
+    rivals: dict[tuple[str, int], list[Compilation]] = {}
+    for one in wanted(phase):
+        rivals.setdefault((one.network, one.batch), []).append(one)
+    for (network, batch), members in rivals.items():
+        takes = {one.contender: 0.0 if phase.dry else one.likely_s() for one in members}
+        names = [OURS, *sorted(takes, key=lambda name: takes[name])]
+        yield Case(network, batch, chosen(phase, network, batch, names), takes=takes)
 
 
 if __name__ == "__main__":

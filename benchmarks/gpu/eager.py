@@ -4,10 +4,10 @@ python -m gpu.eager --out FOLDER [--dry] [--budget SECONDS]
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from gpu.phase import Phase
-from gpu.sampling import STEPS, chosen, race_samplers, write_matmul_rate
+from gpu.sampling import STEPS, Case, chosen, race_samplers
 from harness.peers_sampling import EAGER
 
 CASES = (
@@ -28,12 +28,14 @@ CONTENDERS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     phase = Phase.begin("eager", __doc__, argv)
-    write_matmul_rate(phase)
+    race_samplers(phase, list(cases(phase)))
+    return phase.ended()
+
+
+def cases(phase: Phase) -> Iterator[Case]:
     for name, batch in (("ddpm-cifar10", 1),) if phase.dry else CASES:
         count = STEPS_ALONE if batch == 1 else STEPS
-        makers = chosen(phase, name, batch, list(CONTENDERS), count)
-        race_samplers(phase, name, batch, makers, count)
-    return phase.ended()
+        yield Case(name, batch, chosen(phase, name, batch, list(CONTENDERS), count), count)
 
 
 if __name__ == "__main__":

@@ -4,34 +4,38 @@ Attention, which is bound by its products, beside PyTorch's own.
     python -m gpu.operations --out FOLDER [--dry] [--budget SECONDS]
 
 Inputs that no cache holds, replayed as CUDA graphs. The copy is ``x.clone()`` of the operation's
-first input, in the same rounds.
+first input, in the same rounds. Of what training adds, the norm's backward: attention's, whose goal
+is a share of PyTorch's own forward and backward, is bench_attention's.
 """
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 import fastdiff
+from fastdiff.ops import backends
 from fastdiff.ops.dispatch import OPERATIONS, problem
 from gpu.phase import Phase, race
-from harness import contenders, floors, peers_eager, shapes
+from harness import contenders, floors, peers_eager, shapes, summary
 from harness.timing import Contender, Inputs, input_sets, normal
 
 BATCH, IMAGES = 64, 512
 NORMS = ((128, 32), (384, 64), (128, 128))  # channels, size
 SIZES = (32, 256)  # of images
 HEADS = ((256, 512), (256, 256))  # tokens, head_dim
+EPS = 1e-5
 STEP = 500  # a row that draws noise
 COPY, SDPA = "copy", "sdpa"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """``call(*inputs())``, the bytes that it has to move, and PyTorch's own call."""
+    """``call(*inputs())``, the bytes that it has to move, and PyTorch's own call, with how many
+    times faster than that it should be."""
 
     op: str
     shape: str
@@ -40,22 +44,26 @@ class Measured:
     call: Callable[..., Any]
     inputs: Callable[[], Inputs]
     size_bytes: int
+    direction: str = "forward"
     rival: Callable[..., Any] | None = None
+    target: float | None = None
 
     def fields(self) -> dict[str, Any]:
         dtype = str(self.dtype).removeprefix("torch.")
-        names = {"op": self.op, "shape": self.shape, "dtype": dtype, "layout": self.layout}
-        return {**names, "bytes": self.size_bytes}
+        names = {"op": self.op, "direction": self.direction, "shape": self.shape, "dtype": dtype}
+        targets = {} if self.target is None else {SDPA: self.target}
+        return {**names, "layout": self.layout, "bytes": self.size_bytes, "targets": targets}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     phase = Phase.begin("operations", __doc__, argv)
-    for measured in measurements(phase.device, phase.dry):
+    wanted = list(measurements(phase.device, phase.dry))
+    phase.plan(measured.fields() for measured in wanted)
+    for measured in wanted:
         fields = measured.fields()
-        if not phase.time_left(**fields):
-            break
-        with phase.attempt(**fields):
-            race_operation(phase, measured)
+        if phase.time_left(**fields):
+            with phase.attempt(**fields):
+                race_operation(phase, measured)
     return phase.ended()
 
 
@@ -85,26 +93,33 @@ def race_operation(phase: Phase, measured: Measured) -> None:
 
 def serving(measured: Measured, x: torch.Tensor) -> list[str]:
     operation = OPERATIONS[measured.op]
-    backends = ("native", "reference") if x.is_cpu else ("triton", "cuda")
-    return [name for name in backends if not problem(operation, name, x.device, x.dtype)]
+    kernels = ("native",) if x.is_cpu else ("triton", "cuda")
+    return [name for name in kernels if not problem(operation, name, x.device, x.dtype)]
 
 
 def measurements(device: torch.device, dry: bool) -> Iterator[Measured]:
     """The most wanted first: the norms of a U-Net in bfloat16, then one step's arithmetic."""
-    sizes, batch = (((32, 4),), 2) if dry else (NORMS, BATCH)
-    for channels, size in sizes:
-        yield norm(device, batch, channels, size, torch.bfloat16, "channels_last")
-    sizes, batch = ((8,), 2) if dry else (SIZES, IMAGES)
+    half, full = torch.bfloat16, torch.float32
+    norms, batch = (((32, 4),), 2) if dry else (NORMS, BATCH)
+    sizes, images = ((8,), 2) if dry else (SIZES, IMAGES)
+    for make in (norm, norm_backward):
+        for channels, size in norms:
+            yield make(device, batch, channels, size, half, "channels_last")
     for size in sizes:
-        for dtype in (torch.float32, torch.bfloat16):
-            yield noising(device, batch, size, dtype)
-            yield step(device, batch, size, dtype)
+        for dtype in (full, half):
+            yield noising(device, images, size, dtype)
+            yield step(device, images, size, dtype)
     for tokens, head_dim in ((16, 32),) if dry else HEADS:
-        yield attention(device, 2 if dry else BATCH, tokens, head_dim)
-    if not dry:
-        for channels, size in NORMS:
-            yield norm(device, BATCH, channels, size, torch.bfloat16, "NCHW")
-            yield norm(device, BATCH // 2, channels, size, torch.float32, "channels_last")
+        yield attention(device, batch, tokens, head_dim)
+    for dtype in (full, half):  # each a kernel of its own
+        yield noising(device, images, sizes[-1], dtype, returns_noise=False)
+        yield step(device, images, sizes[-1], dtype, returns_x_start=False)
+        yield step(device, images, sizes[-1], dtype, learned=True)
+    yield rms_norm(device, batch, *norms[0], half, "channels_last")
+    for channels, size in () if dry else norms:  # other layouts of the same kernels
+        yield norm(device, batch, channels, size, half, "NCHW")
+        yield norm_backward(device, batch, channels, size, half, "NCHW")
+        yield norm(device, batch // 2, channels, size, full, "channels_last")
 
 
 def norm(
@@ -124,7 +139,46 @@ def norm(
     return Measured("group_norm_silu", shape, dtype, layout, call, inputs, moved)
 
 
-def noising(device: torch.device, batch: int, size: int, dtype: torch.dtype) -> Measured:
+def norm_backward(
+    device: torch.device, batch: int, channels: int, size: int, dtype: torch.dtype, layout: str
+) -> Measured:
+    """The operator that autograd calls: autograd itself would launch it on the forward's stream,
+    where no graph is captured."""
+    forward = norm(device, batch, channels, size, dtype, layout)
+    backward = torch.ops.fastdiff.group_norm_silu_backward
+
+    def inputs() -> Inputs:
+        x, weight, bias = forward.inputs()
+        dy = normal(*x.shape, dtype=dtype, device=device, layout=layout, offset=3)
+        groups = x.float().reshape(batch, shapes.GROUPS, -1)
+        variance, mean = torch.var_mean(groups, dim=2, correction=0)
+        return dy, torch.stack([mean, (variance + EPS).rsqrt()]), x, weight, bias
+
+    def call(*tensors: torch.Tensor) -> Any:
+        no_film, no_add = (None, None), None
+        options = (shapes.GROUPS, EPS, True, backends.named(), True)
+        return backward(*tensors, *no_film, no_add, *options)
+
+    moved = forward.size_bytes // 2 * 3
+    return replace(forward, call=call, inputs=inputs, size_bytes=moved, direction="backward")
+
+
+def rms_norm(
+    device: torch.device, batch: int, channels: int, size: int, dtype: torch.dtype, layout: str
+) -> Measured:
+    make = partial(normal, dtype=dtype, device=device)
+
+    def inputs() -> Inputs:
+        return make(batch, channels, size, size, layout=layout), make(channels, offset=1)
+
+    moved = 2 * batch * channels * size**2 * dtype.itemsize
+    call, shape = fastdiff.ops.rms_norm_silu, f"{batch}x{channels}@{size}"
+    return Measured("rms_norm_silu", shape, dtype, layout, call, inputs, moved)
+
+
+def noising(
+    device: torch.device, batch: int, size: int, dtype: torch.dtype, *, returns_noise: bool = True
+) -> Measured:
     process = peers_eager.Process(device=device)
     t = torch.linspace(0, 999, batch, device=device).long()
     tables = (process.sqrt_alphas_cumprod, process.sqrt_one_minus_alphas_cumprod)
@@ -133,24 +187,39 @@ def noising(device: torch.device, batch: int, size: int, dtype: torch.dtype) -> 
         return (normal(batch, 3, size, size, dtype=dtype, device=device),)
 
     def call(x: torch.Tensor) -> Any:
-        return fastdiff.ops.q_sample(x, t, *tables, seed=1, return_noise=True)
+        return fastdiff.ops.q_sample(x, t, *tables, seed=1, return_noise=returns_noise)
 
-    moved = floors.q_sample(inputs()[0], returns_drawn=True)
-    return Measured("q_sample", f"{batch}x3@{size}", dtype, "NCHW", call, inputs, moved)
+    moved = floors.q_sample(inputs()[0], returns_drawn=returns_noise)
+    shape = f"{batch}x3@{size}{'' if returns_noise else ' x_t alone'}"
+    return Measured("q_sample", shape, dtype, "NCHW", call, inputs, moved)
 
 
-def step(device: torch.device, batch: int, size: int, dtype: torch.dtype) -> Measured:
-    table = fastdiff.StepTable.from_process(fastdiff.create_diffusion(steps=1000)).to(device)
-    make = partial(normal, batch, 3, size, size, dtype=dtype, device=device)
+def step(
+    device: torch.device,
+    batch: int,
+    size: int,
+    dtype: torch.dtype,
+    *,
+    learned: bool = False,
+    returns_x_start: bool = True,
+) -> Measured:
+    """``learned``: the output holds the variance too."""
+    process = fastdiff.create_diffusion(steps=1000, learn_sigma=learned)
+    table = fastdiff.StepTable.from_process(process).to(device)
+    make = partial(normal, dtype=dtype, device=device)
 
     def inputs() -> Inputs:
-        return make(), make(offset=1)
+        output = make(batch, 6 if learned else 3, size, size, offset=1)
+        return make(batch, 3, size, size), output
 
     def call(x: torch.Tensor, output: torch.Tensor) -> Any:
-        return fastdiff.ops.posterior_step(x, output, table, STEP, seed=1)
+        how = {"seed": 1, "return_x_start": returns_x_start}
+        return fastdiff.ops.posterior_step(x, output, table, STEP, **how)
 
-    moved = floors.posterior_step(*inputs())
-    return Measured("posterior_step", f"{batch}x3@{size}", dtype, "NCHW", call, inputs, moved)
+    moved = floors.posterior_step(*inputs(), learned=learned, returns_x_start=returns_x_start)
+    variant = (" learned" if learned else "") + ("" if returns_x_start else " x_prev alone")
+    shape = f"{batch}x3@{size}{variant}"
+    return Measured("posterior_step", shape, dtype, "NCHW", call, inputs, moved)
 
 
 def attention(device: torch.device, batch: int, tokens: int, head_dim: int) -> Measured:
@@ -168,7 +237,8 @@ def attention(device: torch.device, batch: int, tokens: int, head_dim: int) -> M
 
     moved = 4 * batch * head_dim * tokens * dtype.itemsize
     name = f"{batch}x1x{tokens}x{head_dim}"
-    return Measured("attention", name, dtype, "token-major", call, inputs, moved, rival)
+    made = Measured("attention", name, dtype, "token-major", call, inputs, moved)
+    return replace(made, rival=rival, target=summary.sdpa_target(head_dim))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 A contender that raises has a row that says so, and the others go on.
 """
 
+import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,17 +37,30 @@ class Phase:
     def begin(cls, name: str, doc: str | None, argv: Sequence[str] | None) -> "Phase":
         start = time.monotonic()
         given = lines.arguments(doc, argv)
+        # What the imports left is there for good: looking through it between two races took longer
+        # than the races.
+        gc.collect()
+        gc.freeze()
         return cls(name, given.out, given.dry, device.chosen(given.dry), start + given.budget)
 
     def write(self, **fields: Any) -> None:
         lines.write(self.out, self.name, dry=self.dry, **fields)
 
-    def time_left(self, **fields: Any) -> bool:
-        """False when the budget is spent, which a row then says of what ``fields`` name."""
-        left = time.monotonic() < self.deadline
-        if not left:
+    def plan(self, cases: Iterable[Mapping[str, Any]]) -> None:
+        """Write down what is to be measured: of what a cut or a crash then keeps from it, the
+        report knows all the same."""
+        self.write(planned=list(cases))
+
+    def time_left(self, likely_s: float = 0.0, **fields: Any) -> bool:
+        """False when the budget is spent, or too little of it is left for what likely takes so
+        long: a row then says so of what ``fields`` name."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
             self.write(**fields, skipped="the phase's time is over")
-        return left
+        elif left < likely_s:
+            why = f"to make it takes some {likely_s:.0f} s, and {left:.0f} s are left"
+            self.write(**fields, skipped=why)
+        return left > likely_s
 
     @contextmanager
     def attempt(self, **fields: Any) -> Iterator[None]:
@@ -76,14 +90,16 @@ def race(
     inputs: Sequence[Inputs] = ((),),
     describe: Callable[[Contender], dict[str, Any]] = lambda contender: {},
     rounds: int = ROUNDS,
+    takes: Mapping[str, float] | None = None,
     **fields: Any,
 ) -> None:
     """Time contenders turn by turn: a row of each turn as soon as it is taken.
 
     ``figures`` of (contender, seconds per call) and ``describe``, asked once outside of the timing,
     go into the rows beside ``fields``. Round 0 is taken as contenders are made; the rest alternate.
+    ``takes``: the seconds that it takes to make a contender, where these are many.
     """
-    before = backends.named()
+    before, takes = backends.named(), takes or {}
     turns, described = {}, {}
 
     def write(name: str, number: int, turn: Any, seconds: float) -> None:
@@ -99,8 +115,8 @@ def race(
 
     try:
         for name, make in makers.items():
-            if not phase.time_left(contender=name, **fields):
-                break
+            if not phase.time_left(takes.get(name, 0.0), contender=name, **fields):
+                continue
             with phase.attempt(contender=name, **fields):
                 contender = make()
                 turn = turn_type(phase.device)(contender, list(inputs))

@@ -12,6 +12,7 @@ from gpu.machine import program
 from gpu.places import ROOT
 
 STOP_S = 5.0  # from the request to stop to the end of the patience
+BUDGET = "BUDGET"  # in a command: the seconds that it is given once it is started
 # The seconds that each one's benchmark may take.
 OPERATIONS = {
     "group_norm_silu": 40,
@@ -43,6 +44,12 @@ class Phase:
     spare: bool = False
     reserved: bool = False
 
+    def within(self, limit_s: float) -> list[str]:
+        """The command, told to be done a little before ``limit_s`` is over: the total may have left
+        it less than its own limit."""
+        budget = f"{max(limit_s - STOP_S, 1):g}"
+        return [budget if word == BUDGET else word for word in self.command]
+
 
 @dataclass(frozen=True)
 class Run:
@@ -56,14 +63,13 @@ class Commands:
 
     def __init__(self, out: Path, dry: bool):
         self.out, self.dry = out, dry
-        self.patience = 2 if dry else 1  # two cores, perhaps shared, are no sixteen
+        self.patience = 3 if dry else 1  # two cores, perhaps shared, are no sixteen
 
     def module(self, name: str, limit_s: float, *, phase: str = "", **options) -> Phase:
-        """benchmarks/gpu/NAME.py, which is told to be done a little before its time is over."""
-        limit_s *= self.patience
+        """benchmarks/gpu/NAME.py"""
         command = [sys.executable, "-m", f"gpu.{name}", "--out", str(self.out)]
-        command += ["--budget", f"{max(limit_s - STOP_S, 1):g}", *(["--dry"] if self.dry else [])]
-        return Phase(phase or name, tuple(command), limit_s, **options)
+        command += ["--budget", BUDGET, *(["--dry"] if self.dry else [])]
+        return Phase(phase or name, tuple(command), limit_s * self.patience, **options)
 
     def tests(self, name: str, limit_s: float, *arguments: str, **options) -> Phase:
         command = [sys.executable, "-m", "pytest", "-q", "-rs", "--tb=short"]
@@ -91,6 +97,7 @@ class Commands:
         dry = ("--device", "cpu", "--budget", "0", "--first", "2")
         arguments += dry if self.dry else ("--device", "cuda", "--budget", "0.05")
         results = ("--benchmark-quiet", "--results", str(self.out / "operations.json"))
+        results += ("--lines", str(self.out))
         file = f"benchmarks/bench_{operation}.py"
         return self.tests(f"bench_{operation}", limit_s, *arguments, *results, file, measures=True)
 

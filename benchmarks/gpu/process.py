@@ -32,12 +32,13 @@ class Running:
         self.offset = log.stat().st_size if log.exists() else 0
         self.error: OSError | None = None
         self.process: subprocess.Popen | None = None
+        command = phase.within(limit_s)
         with log.open("ab") as output:
-            output.write(f"\n=== {phase.name}: {' '.join(phase.command)}\n".encode())
+            output.write(f"\n=== {phase.name}: {' '.join(command)}\n".encode())
             output.flush()
             try:
                 self.process = subprocess.Popen(
-                    phase.command,
+                    command,
                     cwd=ROOT,
                     env=_with(environment, phase.environment),
                     stdin=subprocess.DEVNULL,

@@ -35,11 +35,12 @@ KINDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     phase = Phase.begin("profile", __doc__, argv)
     (phase.out / FILE).unlink(missing_ok=True)
-    for batch in (2, 1) if phase.dry else BATCHES:
-        if not phase.time_left(batch=batch):
-            break
-        with phase.attempt(network=NETWORK, batch=batch):
-            profile_steps(phase, batch)
+    batches = (2, 1) if phase.dry else BATCHES
+    phase.plan({"network": NETWORK, "batch": batch} for batch in batches)
+    for batch in batches:
+        if phase.time_left(network=NETWORK, batch=batch):
+            with phase.attempt(network=NETWORK, batch=batch):
+                profile_steps(phase, batch)
     return phase.ended()
 
 

@@ -5,45 +5,16 @@
 Reads FOLDER/rows.jsonl, prints the report and writes it to FOLDER/report.md.
 """
 
-import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from gpu import lines
+from gpu.goals import CASE, Row, bench_case, bench_rows, goals, grouped, median, of_kind
 
 FILE = "report.md"
-Row = dict[str, Any]
 SAMPLING = ("sampler", "eager", "compiled")  # phases
-OURS = "fastdiff bfloat16"
-LARGE_BYTES = 64 << 20  # of an operation: less is bound by its launch
-
-
-@dataclass(frozen=True)
-class Goal:
-    """``least``: times faster than ``rival`` (None: than each), or % of a copy's rate."""
-
-    name: str
-    least: float
-    rival: str | None = None
-    batch: int | None = None
-
-    def verdict(self, case: str, value: float) -> tuple[str, str, str, str]:
-        met = "met" if value >= self.least else "missed"
-        return self.name, case, f"{value:.3g}{' %' if self.rival == 'copy' else 'x'}", met
-
-
-SAMPLER_GOALS = {  # by phase
-    "eager": Goal("sampler, 5x eager diffusers at batch 1", 5.0, "diffusers float32", 1),
-    "compiled": Goal("sampler, 1.3x compiled at batch 64", 1.3, None, 64),
-}
-OPERATION_GOALS = {
-    "group_norm_silu": Goal("norms, 85 % of a copy", 85.0, "copy"),
-    "q_sample": Goal("q_sample, 90 % of a copy", 90.0, "copy"),
-    "posterior_step": Goal("posterior_step, 90 % of a copy", 90.0, "copy"),
-    "attention": Goal("attention, 1.5x PyTorch's", 1.5, "sdpa"),
-}
+WHOLE = "the phase"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,10 +41,11 @@ def report(rows: list[Row]) -> str:
             ("network", "batch", "contender", "norms", "ms/step", "% of matmul", "PSNR dB"),
             sampling(rows),
         ),
+        section("Operations", (*CASE, "contender", "us", "GB/s", "% of copy"), operations(rows)),
         section(
-            "Operations",
-            ("operation", "shape", "dtype", "layout", "contender", "us", "GB/s", "% of copy"),
-            operations(rows),
+            "Benchmarks",
+            ("op", "direction", "case", "by", "ms", "GB/s", "% of floor", "times faster than"),
+            benchmarks(rows),
         ),
         section("Profile", ("batch", "kind", "ms/step", "%", "kernels/step"), profile(rows)),
         section("ncu", ("kernel", "DRAM %", "issue %", "occupancy %", "registers"), ncu(rows)),
@@ -99,19 +71,6 @@ def cell(value: Any) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def median(rows: Iterable[Row], figure: str) -> float | None:
-    """Over the rounds."""
-    values = [row[figure] for row in rows if row.get(figure) is not None]
-    return statistics.median(values) if values else None
-
-
-def grouped(rows: Iterable[Row], *names: str) -> Iterator[tuple[tuple, list[Row]]]:
-    found: dict[tuple, list[Row]] = {}
-    for row in rows:
-        found.setdefault(tuple(row.get(name) for name in names), []).append(row)
-    yield from found.items()
-
-
 # The tables
 
 
@@ -129,10 +88,18 @@ def sampling(rows: list[Row]) -> Iterator[Sequence[Any]]:
 
 def operations(rows: list[Row]) -> Iterator[Sequence[Any]]:
     kept = of_kind(rows, "gbps", ("operations",))
-    for key, members in grouped(kept, "op", "shape", "dtype", "layout", "contender"):
+    for key, members in grouped(kept, *CASE, "contender"):
         seconds = median(members, "seconds")
         us = None if seconds is None else 1e6 * seconds
         yield *key, us, median(members, "gbps"), median(members, "percent_of_copy")
+
+
+def benchmarks(rows: list[Row]) -> Iterator[Sequence[Any]]:
+    """Ours is what the plan chose; other backends are among the peers."""
+    for row in bench_rows(rows):
+        figures = 1e3 * row["times_s"][row["ours"]], row.get("gbps"), row.get("percent_of_floor")
+        peers = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in row["times_faster"].items())
+        yield row["op"], row["direction"], bench_case(row), row["ours"], *figures, peers
 
 
 def profile(rows: list[Row]) -> Iterator[Sequence[Any]]:
@@ -152,64 +119,44 @@ def compiling(rows: list[Row]) -> Iterator[Sequence[Any]]:
 
 
 def missing(rows: list[Row]) -> Iterator[Sequence[Any]]:
-    known = ("contender", "network", "op", "shape", "dtype", "layout", "batch", "ceiling")
+    """What was skipped, raised or was wrong, what was planned and never begun, and phases that did
+    not end well; in a folder of several runs what the last one says."""
+    found: dict[tuple[str, str | None], str] = {}
     for row in rows:
-        why = row.get("error") or row.get("skipped")
-        if why:
-            what = ", ".join(str(row[name]) for name in known if row.get(name) is not None)
-            yield row["phase"], what or None, why
+        phase, why_not = row["phase"], reason(row)
+        if "outcome" in row:
+            found[phase, WHOLE] = row["outcome"]
+        elif why_not:
+            found[phase, named(row)] = why_not
+        else:
+            found.pop((phase, named(row)), None)
+        for peer, said in row.get("missing", {}).items():
+            found[phase, f"{row['op']} by {peer}"] = said
+        for case in row.get("planned", ()):
+            if not any(case.items() <= other.items() for other in of_phase(rows, phase)):
+                found[phase, named(case)] = "not done when the phase ended"
+    for (phase, what), why in found.items():
+        if what != WHOLE or not why.startswith("ok"):
+            yield phase, what, why
 
 
-def of_kind(rows: list[Row], figure: str, phases: Sequence[str] = ()) -> list[Row]:
-    """Those that have the figure, of the named phases or of all."""
-    found = [row for row in rows if row.get(figure) is not None]
-    return [row for row in found if not phases or row["phase"] in phases]
+def reason(row: Row) -> str | None:
+    """Why a row is none of a measurement."""
+    if row.get("skipped"):
+        return row["skipped"]
+    error = row.get("error")
+    if isinstance(error, float):  # a number's, which may be allowed
+        return None if row["ok"] else f"off by {error:.3g}, {row['allowed']:.3g} is allowed"
+    return error
 
 
-# The goals
+def named(row: Row) -> str | None:
+    known = ("contender", "network", *CASE, "backend", "batch", "ceiling")
+    return ", ".join(str(row[name]) for name in known if row.get(name) is not None) or None
 
 
-def goals(rows: list[Row]) -> Iterator[Sequence[Any]]:
-    found = [*sampler_goals(rows), *operation_goals(rows)]
-    yield from found
-    for goal in (*SAMPLER_GOALS.values(), *OPERATION_GOALS.values()):
-        if not any(name == goal.name for name, *_ in found):
-            yield goal.name, None, None, "not measured"
-
-
-def sampler_goals(rows: list[Row]) -> Iterator[Sequence[Any]]:
-    """Each against the peers of its own phase."""
-    kept = of_kind(rows, "ms_per_step", tuple(SAMPLER_GOALS))
-    for (phase, network, batch), members in grouped(kept, "phase", "network", "batch"):
-        goal = SAMPLER_GOALS[phase]
-        steps = {name: median(of, "ms_per_step") for (name,), of in grouped(members, "contender")}
-        if OURS not in steps or not (batch == goal.batch or members[0].get("dry")):
-            continue
-        for rival in steps:
-            if rival != OURS and goal.rival in (None, rival):
-                faster = steps[rival] / steps[OURS]
-                yield goal.verdict(f"{network}, batch {batch}, over {rival}", faster)
-
-
-def operation_goals(rows: list[Row]) -> Iterator[Sequence[Any]]:
-    """Of the fastest backend of each case that is large enough."""
-    kept = of_kind(rows, "gbps", ("operations",))
-    for (op, *case), members in grouped(kept, "op", "shape", "dtype", "layout"):
-        goal = OPERATION_GOALS[op]
-        shares, seconds = (
-            {name: median(of, figure) for (name,), of in grouped(members, "contender")}
-            for figure in ("percent_of_copy", "seconds")
-        )
-        backends = [name for name in shares if name not in ("copy", "sdpa")]
-        small = members[0]["bytes"] < LARGE_BYTES and not members[0].get("dry")
-        if not backends or (small and goal.rival == "copy"):
-            continue
-        best = min(backends, key=lambda name: seconds[name])
-        if goal.rival == "copy":
-            yield goal.verdict(f"{' '.join(case)}, {best}", shares[best])
-        elif goal.rival in seconds:
-            faster = seconds[goal.rival] / seconds[best]
-            yield goal.verdict(f"{' '.join(case)}, {best} over {goal.rival}", faster)
+def of_phase(rows: list[Row], phase: str) -> list[Row]:
+    return [row for row in rows if row["phase"] == phase]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from gpu.phase import Phase
-from gpu.sampling import network, peer, race_samplers, steps, write_matmul_rate
+from gpu.sampling import Case, network, peer, race_samplers, steps
 from harness.peers_sampling import fastdiff_sampling
 from harness.timing import Contender
 
@@ -25,9 +25,8 @@ SEARCH = {"off": "deterministic", "on": "benchmark"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     phase = Phase.begin("sampler", __doc__, argv)
-    write_matmul_rate(phase)
-    for batch in (2,) if phase.dry else BATCHES:
-        race_samplers(phase, NETWORK, batch, dict(contenders(phase, batch)))
+    batches = (2,) if phase.dry else BATCHES
+    race_samplers(phase, [Case(NETWORK, b, dict(contenders(phase, b))) for b in batches])
     return phase.ended()
 
 

@@ -4,7 +4,8 @@ A contender's row has ms per step, the share of the matrix product's rate that i
 products reach, and the PSNR of its images against the float32 peer's.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -48,12 +49,32 @@ def chosen(phase: Phase, name: str, batch: int, wanted: list[str], at_most: int 
     return {one: partial(peer, made[one]) for one in wanted}
 
 
-def race_samplers(
-    phase: Phase, name: str, batch: int, makers: Makers, at_most: int = STEPS
-) -> None:
-    """``at_most``: steps."""
-    fields = {"network": name, "batch": batch}
-    count, tried = steps(phase, at_most), network(phase, name)
+@dataclass(frozen=True)
+class Case:
+    """What is raced on a network at a batch. ``takes``: the seconds to make a contender, if it
+    takes many."""
+
+    network: str
+    batch: int
+    makers: Makers
+    at_most: int = STEPS  # steps
+    takes: Mapping[str, float] = field(default_factory=dict)
+
+    def fields(self) -> dict[str, Any]:
+        return {"network": self.network, "batch": self.batch}
+
+
+def race_samplers(phase: Phase, cases: Sequence[Case]) -> None:
+    write_matmul_rate(phase)
+    phase.plan({"contender": name, **case.fields()} for case in cases for name in case.makers)
+    for case in cases:
+        if phase.time_left(**case.fields()):
+            race_case(phase, case)
+
+
+def race_case(phase: Phase, case: Case) -> None:
+    fields, batch = case.fields(), case.batch
+    count, tried = steps(phase, case.at_most), network(phase, case.network)
     flops = peers.network_flops(tried, batch)
     compared: dict[str, torch.Tensor] = {}  # by who made them
     with phase.attempt(contender="float32 reference", **fields):
@@ -74,7 +95,8 @@ def race_samplers(
             known["seconds_of_a_call"] = sampler.stats.seconds
         return known
 
-    race(phase, makers, figures, describe=describe, steps=count, **fields)
+    how = {"describe": describe, "takes": case.takes, "steps": count}
+    race(phase, case.makers, figures, **how, **fields)
 
 
 def norms(phase: Phase) -> str:

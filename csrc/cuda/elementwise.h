@@ -3,15 +3,20 @@
 // registers.
 //
 // An operation is a struct Op with
-//   kInputs, kOutputs, kNoise   operands; which input is the noise, drawn or given
+//   kInputs, kOutputs, kNoise   operands, of which the first ones are always there; which input is
+//                               the noise, drawn or given
+//   kRoundsNoise                whether drawn noise is rounded to the first input's dtype
 //   kBlocks                     blocks of kThreads that a multiprocessor has registers for
 //   Start start()               what it reads from the device once, and what it then needs
 //   Row row(start, sample)      what it reads for one sample
-//   apply(start, row, in, out)  the arithmetic on elements in registers
+//   apply(start, row, read, noise, out)
+//                               the arithmetic on elements in registers; read(i, values) unpacks an
+//                               input that start() says is read: unpacked beforehand, those that
+//                               are not would take registers and instructions too
 //
 // Three kernels, of which run() chooses:
-//   flat     contiguous samples: eight elements a thread in 128-bit accesses, two of each float32
-//            operand and one of each narrower one
+//   flat     contiguous samples: two 128-bit accesses of each operand, for one storage type of all
+//            operands and for Mixed ones (operand.h)
 //   across   the same accesses where all operands stand in one order of memory that is not the
 //            counters', as in channels_last: blocks draw into shared memory what their threads then
 //            read in memory's order
@@ -28,7 +33,7 @@
 namespace fastdiff::cuda {
 
 constexpr int kThreads = 128;
-constexpr int kTile = kThreads * kEach;  // elements of a block
+constexpr int64_t kMostFlat = int64_t{1} << 30;  // elements of a sample
 static_assert(kThreads % kGroup == 0);
 
 // What every operation's start() says: which inputs are read, bit i for input i, and whether and
@@ -53,7 +58,6 @@ struct Work {
   Shape shape;
   Operand in[Op::kInputs];
   Operand out[Op::kOutputs];
-  DType drawn_as;  // what drawn noise is rounded to
   bool draws;
   uint64_t first_sample;
   const uint64_t* first_sample_address;  // overrides it
@@ -99,7 +103,6 @@ struct Walk {
 struct Tiling {
   unsigned pieces;    // of a sample
   unsigned elements;  // of a piece
-  bool neighbours;    // Span
 };
 
 // Noise of `count` elements, those of all channels at a piece's positions, in memory's order.
@@ -120,58 +123,87 @@ __device__ __forceinline__ void draw_across(const Start& start, const Shape& sha
   }
 }
 
-template <typename Op, bool kAcross>
+// Where a block in across draws for its threads.
+__device__ __forceinline__ float* drawn() { return reinterpret_cast<float*>(shared_memory()); }
+
+// The normals of a thread's octet, drawn by itself or by its block.
+template <typename T>
+__device__ __forceinline__ void draw_octet(const Start& start, uint64_t number, const Span<T>& span,
+                                           int octet, float (&noise)[kOctet]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const Normals4 normals = drawn_quad(start, number, span.quad(octet, half) / 4);
+    memcpy(noise + 4 * half, normals.n, sizeof normals.n);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void take_octet(const float* drawn, unsigned begin, const Span<T>& span,
+                                           int octet, float (&noise)[kOctet]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (span.has(octet, half))
+      memcpy(noise + 4 * half, drawn + (span.quad(octet, half) - begin), 16);
+  }
+}
+
+template <typename Op, typename T, bool kAcross>
 __global__ void __launch_bounds__(kThreads, Op::kBlocks)
     flat_kernel(const __grid_constant__ Work<Op> work, const Tiling tiling) {
   const auto start = work.op.start();
-  const int64_t elements = work.shape.channels * work.shape.spatial;
+  const unsigned samples = static_cast<unsigned>(work.shape.samples);
+  const unsigned elements = static_cast<unsigned>(work.shape.channels * work.shape.spatial);
   constexpr unsigned kTogether = kAcross ? kThreads : kGroup;
 
-  for (Walk at(tiling.pieces, kTogether); at.sample < work.shape.samples; at.advance()) {
-    const int64_t begin = static_cast<int64_t>(at.piece) * tiling.elements;
-    const int64_t end = begin + tiling.elements < elements ? begin + tiling.elements : elements;
-    const Span span(begin, end, threadIdx.x % kTogether, tiling.neighbours);
-    Octet raw[Op::kInputs] = {};
+  for (Walk at(tiling.pieces, kTogether); at.sample < samples; at.advance()) {
+    const unsigned begin = at.piece * tiling.elements;
+    unsigned end = elements;
+    if (kAcross && begin + tiling.elements < end) end = begin + tiling.elements;
+    const Span<T> span(begin, end, threadIdx.x % kTogether);
+    Octet raw[Span<T>::kOctets][Op::kInputs] = {};
 #pragma unroll
     for (int i = 0; i < Op::kInputs; ++i) {
-      if (start.has(i)) raw[i] = load_octet(work.in[i], at.sample, span);
+      if (!start.has(i)) continue;
+#pragma unroll
+      for (int octet = 0; octet < Span<T>::kOctets; ++octet) {
+        load_octet(work.in[i], at.sample, span, octet, raw[octet][i]);
+      }
     }
     // In flight while noise is drawn, where the drawing leaves registers for it.
     decltype(work.op.row(start, 0)) row = {};
     if constexpr (!kAcross) row = work.op.row(start, at.sample);
-
-    float in[Op::kInputs][kEach];
-#pragma unroll
-    for (int i = 0; i < Op::kInputs; ++i) unpack(work.in[i].layout.dtype, raw[i], in[i]);
-    if (start.draws) {
-      const uint64_t number = work.number(at.sample);
-      float (&noise)[kEach] = in[Op::kNoise];
-      if constexpr (kAcross) {
-        float* drawn = reinterpret_cast<float*>(shared_memory());
-        __syncthreads();  // the tile before has been read
-        draw_across(start, work.shape, number, at.piece, tiling.elements,
-                    static_cast<unsigned>(end - begin), drawn);
-        __syncthreads();
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (span.inside[half]) memcpy(noise + 4 * half, drawn + (span.element[half] - begin), 16);
-        }
-      } else {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const Normals4 normals =
-              drawn_quad(start, number, static_cast<uint32_t>(span.element[half] / 4));
-          memcpy(noise + 4 * half, normals.n, 16);
-        }
-      }
-      round_to(work.drawn_as, noise);
+    const uint64_t number = start.draws ? work.number(at.sample) : 0;
+    if (kAcross && start.draws) {
+      __syncthreads();  // the tile before has been read
+      draw_across(start, work.shape, number, at.piece, tiling.elements, end - begin, drawn());
+      __syncthreads();
     }
     if constexpr (kAcross) row = work.op.row(start, at.sample);
-    float out[Op::kOutputs][kEach];
-    work.op.apply(start, row, in, out);
+
 #pragma unroll
-    for (int i = 0; i < Op::kOutputs; ++i) {
-      if (work.out[i].at != nullptr) store_octet(work.out[i], at.sample, span, out[i]);
+    for (int octet = 0; octet < Span<T>::kOctets; ++octet) {
+      const auto read = [&](int i, float (&values)[kOctet]) {
+        unpack(dtype_of<T>(work.in[i]), raw[octet][i], values);
+      };
+      float noise[kOctet] = {};
+      if (start.draws) {
+        if constexpr (kAcross) {
+          take_octet(drawn(), begin, span, octet, noise);
+        } else {
+          draw_octet(start, number, span, octet, noise);
+        }
+        if (Op::kRoundsNoise) round_to(dtype_of<T>(work.in[0]), noise);
+      } else if (start.has(Op::kNoise)) {
+        read(Op::kNoise, noise);
+      }
+      float out[Op::kOutputs][kOctet];
+      work.op.apply(start, row, read, noise, out);
+#pragma unroll
+      for (int i = 0; i < Op::kOutputs; ++i) {
+        if (i == 0 || work.out[i].at != nullptr) {
+          store_octet(work.out[i], at.sample, span, octet, out[i]);
+        }
+      }
     }
   }
 }
@@ -198,17 +230,20 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks)
     }
     const auto row = work.op.row(start, quad.sample);
 
-    float in[Op::kInputs][4];
-#pragma unroll
-    for (int i = 0; i < Op::kInputs; ++i) unpack(work.in[i].layout.dtype, raw[i], in[i]);
+    const auto read = [&](int i, float (&values)[4]) {
+      unpack(work.in[i].layout.dtype, raw[i], values);
+    };
+    float noise[4] = {};
     if (start.draws) {
       const uint64_t number = work.number(quad.sample);
       const Normals4 normals = drawn_quad(start, number, static_cast<uint32_t>(quad.counter));
-      memcpy(in[Op::kNoise], normals.n, sizeof normals.n);
-      round_to(work.drawn_as, in[Op::kNoise]);
+      memcpy(noise, normals.n, sizeof noise);
+      if (Op::kRoundsNoise) round_to(work.in[0].layout.dtype, noise);
+    } else if (start.has(Op::kNoise)) {
+      read(Op::kNoise, noise);
     }
     float out[Op::kOutputs][4];
-    work.op.apply(start, row, in, out);
+    work.op.apply(start, row, read, noise, out);
 #pragma unroll
     for (int i = 0; i < Op::kOutputs; ++i) {
       const Operand& to = work.out[i];
@@ -237,58 +272,78 @@ bool all_operands(const Work<Op>& work, const Predicate& holds) {
   return true;
 }
 
-// Whether all samples stand in one order of memory without gaps, and 128-bit accesses reach them.
+// Whether all samples stand in one order of memory without gaps, 128-bit accesses reach them, and
+// 32 bits hold their elements' offsets.
 template <typename Op>
-bool is_flat(const Work<Op>& work, bool neighbours) {
+bool is_flat(const Work<Op>& work) {
   const Shape& shape = work.shape;
-  if (shape.channels * shape.spatial % (neighbours ? kEach : 4) != 0) return false;
-  return all_operands(work, [&](const Operand& o) {
-    const bool dense =
-        o.layout.spatial == shape.channels && (shape.channels == 1 || o.layout.channel == 1);
-    return dense && is_aligned(o.at, kAccessBytes) &&
-           (shape.samples == 1 || o.layout.sample * bytes_of(o.layout.dtype) % kAccessBytes == 0);
-  });
+  const int64_t elements = shape.channels * shape.spatial;
+  return elements <= kMostFlat && all_operands(work, [&](const Operand& o) {
+           const int64_t size = bytes_of(o.layout.dtype);
+           const bool dense =
+               o.layout.spatial == shape.channels && (shape.channels == 1 || o.layout.channel == 1);
+           return dense && is_aligned(o.at, kAccessBytes) && elements * size % kAccessBytes == 0 &&
+                  (shape.samples == 1 || o.layout.sample * size % kAccessBytes == 0);
+         });
 }
 
 // The elements of a block's tile in across: whole counters of every channel, whole octets; 0 where
 // there is no such tile.
-inline unsigned across_tile(const Shape& shape) {
+template <typename T>
+unsigned across_tile(const Shape& shape) {
   if (shape.spatial % 4 != 0) return 0;
   const int64_t unit = 4 * shape.channels * (shape.channels % 2 == 0 ? 1 : 2);
-  return static_cast<unsigned>(kTile / unit * unit);
+  return static_cast<unsigned>(kThreads * Span<T>::kElements / unit * unit);
+}
+
+// Calls visit(T{}) with the storage type of all operands, or with Mixed{}.
+template <typename Op, typename Visit>
+void with_one_type(const Work<Op>& work, const Visit& visit) {
+  const DType first = work.in[0].layout.dtype;
+  if (all_operands(work, [&](const Operand& o) { return o.layout.dtype == first; })) {
+    with_type(first, visit);
+  } else {
+    visit(Mixed{});
+  }
 }
 
 template <typename Op>
 void run(const char* name, const Work<Op>& work, const Target& on) {
-  const int64_t elements = work.shape.channels * work.shape.spatial;
-  if (elements == 0 || work.shape.samples == 0) return;
-  const bool neighbours =
-      !all_operands(work, [](const Operand& o) { return o.layout.dtype == DType::kFloat32; });
+  const Shape& shape = work.shape;
+  const int64_t elements = shape.channels * shape.spatial;
+  if (elements == 0 || shape.samples == 0) return;
   const auto blocks = [&](int64_t wanted, int64_t in_a_block) {
     const int64_t needed = (wanted + in_a_block - 1) / in_a_block;
     const int64_t held = static_cast<int64_t>(on.multiprocessors) * Op::kBlocks;
     return dim3(static_cast<unsigned>(needed < held ? needed : held));
   };
   const auto tiling = [&](unsigned piece) {
-    return Tiling{static_cast<unsigned>((elements + piece - 1) / piece), piece, neighbours};
+    return Tiling{static_cast<unsigned>((elements + piece - 1) / piece), piece};
   };
-  const bool flat = is_flat(work, neighbours);
-  const unsigned tile = across_tile(work.shape);
-  if (flat && (work.shape.channels == 1 || !work.draws)) {
-    const Tiling cut = tiling(kGroup * kEach);
-    const Launch how = {name, blocks(work.shape.samples * cut.pieces, kThreads / kGroup), kThreads,
-                        on.stream};
-    launch<flat_kernel<Op, false>>(how, work, cut);
-  } else if (flat && tile > 0) {
-    const Tiling cut = tiling(tile);
-    const Launch how = {name, blocks(work.shape.samples * cut.pieces, 1), kThreads, on.stream,
-                        tile * sizeof(float)};
-    launch<flat_kernel<Op, true>>(how, work, cut);
-  } else {
-    const Launch how = {name, blocks(work.shape.samples * ((elements + 3) / 4), kThreads), kThreads,
-                        on.stream};
-    launch<strided_kernel<Op>>(how, work);
+  bool done = false;
+  if (is_flat(work)) {
+    with_one_type(work, [&](auto type) {
+      using T = decltype(type);
+      const unsigned tile = across_tile<T>(shape);
+      if (shape.channels == 1 || !work.draws) {
+        const Tiling cut = tiling(kGroup * Span<T>::kElements);
+        const Launch how = {name, blocks(shape.samples * cut.pieces, kThreads / kGroup), kThreads,
+                            on.stream};
+        launch<flat_kernel<Op, T, false>>(how, work, cut);
+        done = true;
+      } else if (tile > 0) {
+        const Tiling cut = tiling(tile);
+        const Launch how = {name, blocks(shape.samples * cut.pieces, 1), kThreads, on.stream,
+                            tile * sizeof(float)};
+        launch<flat_kernel<Op, T, true>>(how, work, cut);
+        done = true;
+      }
+    });
   }
+  if (done) return;
+  const Launch how = {name, blocks(shape.samples * ((elements + 3) / 4), kThreads), kThreads,
+                      on.stream};
+  launch<strided_kernel<Op>>(how, work);
 }
 
 }  // namespace fastdiff::cuda

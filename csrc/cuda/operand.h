@@ -1,27 +1,31 @@
-// Operands of elementwise kernels (common/elementwise.h): their bits into registers and back, eight
-// elements a thread in 128-bit accesses, or four of any strides. Dtypes are looked at as the kernel
-// runs; all threads take the same branch.
+// Operands of elementwise kernels (common/elementwise.h): their bits into registers and back, octets
+// of elements in 128-bit accesses, or four of any strides. Dtypes that are not one storage type are
+// looked at as the kernel runs; all threads take the same branch.
 #pragma once
+
+#include <type_traits>
 
 #include "../common/elementwise.h"
 #include "vec.h"
 
 namespace fastdiff::cuda {
 
-constexpr int kEach = 8;   // elements of a thread: two counters'
+constexpr int kOctet = 8;  // elements that are computed together: two counters'
 constexpr int kGroup = 8;  // neighbouring threads whose accesses fill a 128-byte line
 
 struct Operand {
   void* at;  // null: not there
   Layout layout;
+  uint64_t sample_bytes;  // from one sample to the next
 };
 
 // The operand at some elements from its beginning; nowhere where it is not wanted.
 inline Operand operand(const void* base, const Layout& layout, int64_t offset = 0,
                        bool wanted = true) {
-  if (base == nullptr || !wanted) return {nullptr, layout};
+  if (base == nullptr || !wanted) return {nullptr, layout, 0};
   auto* bytes = static_cast<unsigned char*>(const_cast<void*>(base));
-  return {bytes + offset * bytes_of(layout.dtype), layout};
+  return {bytes + offset * bytes_of(layout.dtype), layout,
+          static_cast<uint64_t>(layout.sample * bytes_of(layout.dtype))};
 }
 
 // --- Values in registers -------------------------------------------------------------------------
@@ -32,12 +36,13 @@ struct alignas(kAccessBytes) Raw {
   uint32_t word[kCount];
 };
 
+using Octet = Raw<kOctet>;
+
 template <typename T, int kCount>
 __device__ __forceinline__ void unpack_as(const Raw<kCount>& raw, float (&values)[kCount]) {
-  T stored[kCount];
-  memcpy(stored, &raw, sizeof stored);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) values[i] = to_float(stored[i]);
+  Pack<T, kCount> stored;
+  memcpy(&stored, &raw, sizeof stored);
+  unpack(stored, values);
 }
 
 template <int kCount>
@@ -54,11 +59,9 @@ __device__ __forceinline__ void unpack(DType dtype, const Raw<kCount>& raw,
 
 template <typename T, int kCount>
 __device__ __forceinline__ Raw<kCount> pack_as(const float (&values)[kCount]) {
-  T stored[kCount];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) stored[i] = from_float<T>(values[i]);
+  const Pack<T, kCount> stored = packed<T>(values);
   Raw<kCount> raw = {};
-  memcpy(&raw, stored, sizeof stored);
+  memcpy(&raw, &stored, sizeof stored);
   return raw;
 }
 
@@ -75,60 +78,87 @@ __device__ __forceinline__ void round_to(DType dtype, float (&values)[kCount]) {
   if (dtype != DType::kFloat32) unpack(dtype, pack(dtype, values), values);
 }
 
-// --- Eight elements of a contiguous sample -------------------------------------------------------
+// --- Octets of a contiguous sample ---------------------------------------------------------------
 
-// A thread's two quads of a sample, by their first elements in memory's order. Where an operand is
-// narrow they are neighbours; where all are float32 each quad stands beside the next thread's, so
-// that every access of eight threads is one line.
+// In place of a storage type where operands differ in theirs.
+struct Mixed {};
+
+// What a thread takes of each operand of a contiguous sample: two accesses, or of a narrow operand
+// among Mixed ones the first. Accesses of one type are a line apart, each beside the next thread's, so
+// that eight threads' fill the line; Mixed operands' are eight neighbours.
+template <typename T>
 struct Span {
-  int64_t element[2];
+  static constexpr bool kMixed = std::is_same_v<T, Mixed>;
+  static constexpr unsigned kAccess = kAccessBytes / (sizeof(T) == 2 ? 2 : 4);  // elements
+  static constexpr unsigned kApart = kMixed ? kAccess : kAccess * kGroup;
+  static constexpr unsigned kElements = 2 * kAccess;
+  static constexpr int kOctets = kElements / kOctet;
+
+  unsigned first;
   bool inside[2];
 
-  __device__ __forceinline__ Span(int64_t begin, int64_t end, unsigned thread, bool neighbours) {
+  __device__ __forceinline__ Span(unsigned begin, unsigned end, unsigned thread) {
     const unsigned lane = thread % kGroup;
-    const int64_t group = begin + thread / kGroup * (kGroup * kEach);
-    element[0] = group + (neighbours ? kEach : 4) * lane;
-    element[1] = element[0] + (neighbours ? 4 : 4 * kGroup);
-    inside[0] = element[0] < end;
-    inside[1] = element[1] < end;
+    first = begin + thread / kGroup * (kGroup * kElements) + lane * (kMixed ? kElements : kAccess);
+    inside[0] = first < end;
+    // Narrow operands' samples are whole octets.
+    inside[1] = kMixed ? inside[0] : first + kApart < end;
+  }
+
+  // The first element of each half of an octet.
+  __device__ __forceinline__ unsigned quad(int octet, int half) const {
+    return first + (kOctets == 2 ? octet * kApart + half * 4 : half * kApart);
+  }
+  __device__ __forceinline__ bool has(int octet, int half) const {
+    return inside[kOctets == 2 ? octet : half];
   }
 };
 
-using Octet = Raw<kEach>;
-
-__device__ __forceinline__ uint4* address(const Operand& operand, int64_t sample, int64_t element) {
-  const int64_t offset = sample * operand.layout.sample + element;
-  return reinterpret_cast<uint4*>(static_cast<unsigned char*>(operand.at) +
-                                  offset * bytes_of(operand.layout.dtype));
+template <typename T>
+__device__ __forceinline__ DType dtype_of(const Operand& operand) {
+  if constexpr (std::is_same_v<T, Mixed>) {
+    return operand.layout.dtype;
+  } else {
+    return code_of(T{});
+  }
 }
 
-// float32 takes an access for each quad, narrower ones hold both in the first's.
-__device__ __forceinline__ bool accesses(const Operand& operand, const Span& span, int half) {
-  return span.inside[half] && (half == 0 || operand.layout.dtype == DType::kFloat32);
+// Calls each(half, at) for the accesses of an octet: float32 takes one for each half, narrower ones
+// hold both in the first's.
+template <typename T, typename Each>
+__device__ __forceinline__ void visit_octet(const Operand& operand, unsigned sample,
+                                            const Span<T>& span, int octet, const Each& each) {
+  const DType dtype = dtype_of<T>(operand);
+  auto* at = static_cast<unsigned char*>(operand.at) + sample * operand.sample_bytes +
+             static_cast<uint64_t>(span.first) * static_cast<unsigned>(bytes_of(dtype));
+  if (Span<T>::kOctets == 2) at += octet * kGroup * kAccessBytes;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (half == 1 && dtype != DType::kFloat32) break;
+    if (span.has(octet, half)) each(half, reinterpret_cast<uint4*>(at));
+    at += Span<T>::kMixed ? kAccessBytes : kGroup * kAccessBytes;
+  }
 }
 
 // All operands' loads are issued before the first is waited for: the bits now, floats later.
-__device__ __forceinline__ Octet load_octet(const Operand& from, int64_t sample, const Span& span) {
-  Octet raw = {};
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (!accesses(from, span, half)) continue;
-    const uint4 bits = load_streaming(address(from, sample, span.element[half]));
+template <typename T>
+__device__ __forceinline__ void load_octet(const Operand& from, unsigned sample,
+                                           const Span<T>& span, int octet, Octet& raw) {
+  visit_octet(from, sample, span, octet, [&](int half, const uint4* at) {
+    const uint4 bits = load_streaming(at);
     memcpy(raw.word + 4 * half, &bits, sizeof bits);
-  }
-  return raw;
+  });
 }
 
-__device__ __forceinline__ void store_octet(const Operand& to, int64_t sample, const Span& span,
-                                            const float (&values)[kEach]) {
-  const Octet raw = pack(to.layout.dtype, values);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (!accesses(to, span, half)) continue;
+template <typename T>
+__device__ __forceinline__ void store_octet(const Operand& to, unsigned sample, const Span<T>& span,
+                                            int octet, const float (&values)[kOctet]) {
+  const Octet raw = pack(dtype_of<T>(to), values);
+  visit_octet(to, sample, span, octet, [&](int half, uint4* at) {
     uint4 bits;
     memcpy(&bits, raw.word + 4 * half, sizeof bits);
-    store_streaming(address(to, sample, span.element[half]), bits);
-  }
+    store_streaming(at, bits);
+  });
 }
 
 // --- Four elements of any strides ----------------------------------------------------------------

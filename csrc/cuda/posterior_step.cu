@@ -6,8 +6,8 @@
 // x_start returned. Floor for (64, 3, 256, 256) float32, three passes: 151 MB, 35.1 µs at the
 // 4.3 TB/s of an H200.
 //
-// Algorithm: elementwise.h's: load eight elements of what the row uses, draw their noise where it
-// adds some, and combine. The row, its number, the seed, the first sample's number and the
+// Algorithm: elementwise.h's: load a thread's elements of what the row uses, draw their noise
+// where it adds some, and combine. The row, its number, the seed, the first sample's number and the
 // guidance scale are read from the device. Range: element indices below 2^34 where noise is drawn. A
 // step out of range gives NaN.
 #include "posterior_step.h"
@@ -22,6 +22,7 @@ struct PosteriorOp {
   enum Input { kXt, kOutput, kUnconditional, kVariance, kNoise, kBefore, kInputs };
   enum Output { kXPrev, kXStart, kOutputs };
   static constexpr int kBlocks = 5;
+  static constexpr bool kRoundsNoise = false;
 
   struct Start : cuda::Start {
     StepRow row;
@@ -59,25 +60,41 @@ struct PosteriorOp {
 
   __device__ __forceinline__ Row row(const Start&, int64_t) const { return {}; }
 
-  template <int kCount>
-  __device__ __forceinline__ void apply(const Start& start, const Row&,
-                                        const float (&in)[kInputs][kCount],
+  // What the row does not use costs a branch for all elements.
+  template <int kCount, typename Read>
+  __device__ __forceinline__ void apply(const Start& start, const Row&, const Read& read,
+                                        const float (&noise)[kCount],
                                         float (&out)[kOutputs][kCount]) const {
     using L = Lanes<float>;
     const StepRow& row = start.row;
+    float x_t[kCount], output[kCount], other[kCount];
+    read(kXt, x_t);
+    read(kOutput, output);
+    if (start.has(kUnconditional)) {
+      read(kUnconditional, other);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) output[i] = guide(output[i], other[i], start.guidance);
+    }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      float output = in[kOutput][i];
-      if (start.has(kUnconditional)) output = guide(output, in[kUnconditional][i], start.guidance);
-      const float x0 = predicted_x_start(row, in[kXt][i], output);
-      float x_prev = mean_of_step(row, x0, in[kXt][i], output);
-      if (start.has(kBefore)) x_prev = add_term(x_prev, row.e, in[kBefore][i]);
-      if (start.draws || start.has(kNoise)) {
-        const float std = start.has(kVariance) ? learned_std(row, in[kVariance][i]) : row.sigma;
-        x_prev = L::fma(std, in[kNoise][i], x_prev);
+      out[kXStart][i] = predicted_x_start(row, x_t[i], output[i]);
+      out[kXPrev][i] = mean_of_step(row, out[kXStart][i], x_t[i], output[i]);
+    }
+    if (start.has(kBefore)) {
+      read(kBefore, other);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) out[kXPrev][i] = add_term(out[kXPrev][i], row.e, other[i]);
+    }
+    if (!start.draws && !start.has(kNoise)) return;
+    if (start.has(kVariance)) {
+      read(kVariance, other);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        out[kXPrev][i] = L::fma(learned_std(row, other[i]), noise[i], out[kXPrev][i]);
       }
-      out[kXPrev][i] = x_prev;
-      out[kXStart][i] = x0;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) out[kXPrev][i] = L::fma(row.sigma, noise[i], out[kXPrev][i]);
     }
   }
 };
@@ -99,7 +116,6 @@ void posterior_step(const PosteriorStep& plan, const PosteriorStepCall& call,
   work.in[Op::kBefore] = operand(call.prev_x_start, plan.prev_x_start);
   work.out[Op::kXPrev] = operand(call.x_prev, plan.x_prev);
   work.out[Op::kXStart] = operand(call.x_start, plan.x_start);
-  work.drawn_as = DType::kFloat32;
   work.draws = call.draws;
   work.first_sample = call.first_sample;
   work.first_sample_address = first_sample_address;

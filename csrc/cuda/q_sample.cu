@@ -5,7 +5,7 @@
 // noise is given or returned. Floor for (64, 3, 256, 256) float32, two passes: 100.7 MB, 23.4 µs at
 // the 4.3 TB/s of an H200.
 //
-// Algorithm: elementwise.h's: load eight elements, draw their noise and round it to the storage
+// Algorithm: elementwise.h's: load a thread's elements, draw their noise and round it to the storage
 // type, so that x_t holds what a caller of the generator gets, and combine. Range: element indices
 // below 2^34 where noise is drawn. A t out of range gives NaN.
 #include "q_sample.h"
@@ -19,6 +19,7 @@ struct QSampleOp {
   enum Input { kXStart, kNoise, kInputs };
   enum Output { kXt, kDrawn, kOutputs };
   static constexpr int kBlocks = 8;
+  static constexpr bool kRoundsNoise = true;
 
   struct Row {
     float signal, sigma;
@@ -44,17 +45,19 @@ struct QSampleOp {
     return {signal[i], sigma[i]};
   }
 
-  template <int kCount>
-  __device__ __forceinline__ void apply(const Start& start, const Row& row,
-                                        const float (&in)[kInputs][kCount],
+  template <int kCount, typename Read>
+  __device__ __forceinline__ void apply(const Start& start, const Row& row, const Read& read,
+                                        const float (&noise)[kCount],
                                         float (&out)[kOutputs][kCount]) const {
     using L = Lanes<float>;
+    float x_start[kCount];
+    read(kXStart, x_start);
     const bool noisy = start.draws || start.has(kNoise);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const float sum = L::mul(in[kXStart][i], row.signal);
-      out[kXt][i] = noisy ? L::fma(in[kNoise][i], row.sigma, sum) : sum;
-      out[kDrawn][i] = in[kNoise][i];
+      const float sum = L::mul(x_start[i], row.signal);
+      out[kXt][i] = noisy ? L::fma(noise[i], row.sigma, sum) : sum;
+      out[kDrawn][i] = noise[i];
     }
   }
 };
@@ -69,7 +72,6 @@ void q_sample(const QSample& plan, const QSampleCall& call, const DeviceCounters
   work.in[QSampleOp::kNoise] = operand(call.noise, plan.noise, 0, !call.draws);
   work.out[QSampleOp::kXt] = operand(call.x_t, plan.x_t);
   work.out[QSampleOp::kDrawn] = operand(call.noise, plan.noise, 0, call.draws);
-  work.drawn_as = plan.x_start.dtype;
   work.draws = call.draws;
   work.first_sample = call.first_sample;
   work.first_sample_address = counters.first_sample;

@@ -134,6 +134,10 @@ inline bool is_aligned(const void* address, size_t bytes) {
   return reinterpret_cast<uintptr_t>(address) % bytes == 0;
 }
 
+__host__ __device__ constexpr DType code_of(float) { return DType::kFloat32; }
+__host__ __device__ constexpr DType code_of(__nv_bfloat16) { return DType::kBFloat16; }
+__host__ __device__ constexpr DType code_of(__half) { return DType::kFloat16; }
+
 // Calls visit(T{}) with the storage type of a code.
 template <typename Visit>
 void with_type(DType dtype, const Visit& visit) {

@@ -92,6 +92,23 @@ def arguments(backend: str, counter: Counter | None, bits: int = 64, base: int =
     return low_bits(base + number, bits), address
 
 
+def addresses_and_numbers(*counters: Counter | None) -> tuple:
+    """What Triton's kernels take for counters: their tensors or None each, then their bits as
+    signed integers, because Triton types an integer by its value; None is 0."""
+    tensors = [None if type(v) is int else v for v in counters]
+    numbers = [signed(v) if type(v) is int else 0 for v in counters]
+    return *tensors, *numbers
+
+
+def noise_arguments(backend: str, counters: Counters, base: int = 0) -> tuple:
+    """What kernels take for seed, step and first sample; Triton's add ``base`` by themselves."""
+    step, seed, first = counters
+    if backend == "triton":
+        return addresses_and_numbers(seed, step, first)
+    of_step = arguments(backend, step, 32, base)
+    return *arguments(backend, seed), *of_step, *arguments(backend, first)
+
+
 # --- Checks -----------------------------------------------------------------------------------
 
 
@@ -120,18 +137,20 @@ def check_counter(name: str, value: Counter, limit: int, device: torch.device) -
     return value
 
 
-def check_first_sample(value: Counter, samples: int, device: torch.device) -> Counter:
-    """``value`` if it is a counter from which ``samples`` numbers stay below 2⁶⁴, or a tensor."""
-    return check_counter("first_sample", value, 2**64 + min(1 - samples, 0), device)
+def check_seed(value: Counter | None, x: Tensor) -> Counter | None:
+    """``value`` if it is a counter for noise that is x's, or None."""
+    return None if value is None else check_counter("seed", value, 2**64, x.device)
+
+
+def check_first_sample(value: Counter, x: Tensor) -> Counter:
+    """``value`` if it is a counter from which x's samples have numbers below 2⁶⁴, or a tensor."""
+    samples = x.shape[:1].numel()
+    return check_counter("first_sample", value, 2**64 + min(1 - samples, 0), x.device)
 
 
 def check_counters(
     step: Counter, seed: Counter, first_sample: Counter, steps: int, x: Tensor
 ) -> Counters:
     """The counters of a call whose noise is x's: its step is less than ``steps``."""
-    device = x.device
-    step, seed = (
-        check_counter("step", step, steps, device),
-        check_counter("seed", seed, 2**64, device),
-    )
-    return Counters(step, seed, check_first_sample(first_sample, x.shape[0], device))
+    step = check_counter("step", step, steps, x.device)
+    return Counters(step, check_seed(seed, x), check_first_sample(first_sample, x))

@@ -7,19 +7,20 @@ which halves its cost.
 """
 
 import itertools
+import operator
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError
-from fastdiff.ops import backends, counters
-from fastdiff.ops.counters import Counters
-from fastdiff.ops.layouts import dense
+from fastdiff.ops import backends
+from fastdiff.ops.counters import SCHEMA, Counters
 
 Outputs = tuple[Any, ...]  # tensors, or None where one is not wanted
+LARGEST_CACHE = 2048
 
 _LIBRARY = torch.library.Library("fastdiff", "FRAGMENT")
 _SCHEMAS: dict[Any, str] = {
@@ -31,11 +32,13 @@ _SCHEMAS: dict[Any, str] = {
 class Kernel:
     """An operation's kernels: ``fastdiff::name`` for PyTorch, and a launch of its own beside it.
 
-    ``record`` is a NamedTuple of tensors, then of numbers, names, Counters or another such record.
-    ``allocate(call)`` makes the outputs (N of them; the operator returns an empty tensor in the
-    place of None), ``launch(call, plan, *outputs)`` fills them. ``plan(call)`` is what the launch
-    needs to know of layouts, or None where some argument has a layout or dtype that no kernel
-    reads: ``readable(call)``, the same call on copies, runs then.
+    ``record`` is a NamedTuple of tensors, then of numbers and names, and of Counters at the end or
+    nowhere. ``allocate(call)`` makes the outputs (N of them; the operator returns an empty tensor
+    in the place of None), ``plan(call)`` what fills them: ``launch(*tensors, *outputs, *counters)``
+    is kept for calls alike, as is that ``check(call)`` refused nothing: both look at shapes,
+    strides, dtypes and devices of the tensors, at numbers and names, and of Counters at whether
+    they have a seed.
+    ``readable(call)`` is the call with copies of the tensors that no kernel reads as they stand.
     """
 
     def __init__(
@@ -43,20 +46,25 @@ class Kernel:
         name: str,
         record: Any,
         allocate: Callable[..., Outputs],
-        launch: Callable[..., None],
-        *,
-        outputs: int,
-        plan: Callable[[Any], Any] = lambda call: (),
-        readable: Callable[[Any], Any] = dense,
+        plan: Callable[[Any], Callable[..., None]],
+        check: Callable[[Any], None] = lambda call: None,
+        readable: Callable[[Any], Any] = lambda call: call,
+        outputs: int = 1,
     ) -> None:
         self.name, self.record, self.allocate = name, record, allocate
-        self.launch, self.plan, self.readable = launch, plan, readable
-        kinds = typing.get_type_hints(record).values()
-        tensors = itertools.takewhile(lambda kind: kind in (Tensor, Tensor | None), kinds)
-        self.tensors = len(list(tensors))
+        self.plan, self.check, self.copies = plan, check, readable
+        fields = typing.get_type_hints(record)
+        self.kinds = list(fields.values())
+        self.tensors = sum(kind in (Tensor, Tensor | None) for kind in self.kinds)
+        self.plain = len(self.kinds) - (self.kinds[-1] is Counters)  # what is no Counters
+        self.plans: dict[tuple, Any] = {}
         self.eager: Any = None  # an autograd Function's apply, where there are gradients
+        schema = [
+            SCHEMA if kind is Counters else f"{_SCHEMAS[kind]} {field}"
+            for field, kind in fields.items()
+        ]
         returns = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
-        _LIBRARY.define(f"{name}({', '.join(_fields(record))}) -> {returns}")
+        _LIBRARY.define(f"{name}({', '.join(schema)}) -> {returns}")
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(name, lambda *values: self._operate(self.run, values), key)
         fake = lambda *values: self._operate(self.allocate, values)  # noqa: E731
@@ -66,89 +74,112 @@ class Kernel:
     def __call__(self, call: Any, wants_gradient: bool = False) -> Outputs:
         """The outputs; ``wants_gradient``: autograd will ask for one."""
         if not backends.launches_directly(*call[: self.tensors]):
+            self.check(call)
             return self.dispatch(call)
         return self.eager(*call) if wants_gradient else self.run(call)
 
     def run(self, call: Any) -> Outputs:
+        launch = self.launch_of(call)
         outputs = self.allocate(call)
-        if outputs[0].numel() == 0:
-            for output in outputs:
-                if output is not None:
-                    output.zero_()
-            return outputs
-        plan = self.plan(call)
-        if plan is None:
-            pairs = zip(outputs, self.run(self.readable(call)), strict=True)
-            return tuple(v if v is None or _alike(v, room) else room.copy_(v) for room, v in pairs)
+        if launch is None:
+            found = zip(outputs, self.run(self.readable(call)), strict=True)
+            return tuple(None if room is None else room.copy_(v) for room, v in found)
+        given = (*call[: self.tensors], *outputs, *call[self.plain :])
         if outputs[0].is_cpu:
-            self.launch(call, plan, *outputs)
+            launch(*given)
         else:
             with backends.device_of(outputs[0]):
-                self.launch(call, plan, *outputs)
+                launch(*given)
         return outputs
+
+    def launch_of(self, call: Any) -> Any:
+        """What fills the outputs of calls like this one; None where kernels read copies only."""
+        described = [  # to ask whether it is contiguous costs less than its strides
+            None if v is None else (v.shape, v.dtype, v.device, v.is_contiguous() or v.stride())
+            for v in call[: self.tensors]
+        ]
+        draws = [counters.seed is None for counters in call[self.plain :]]
+        key = (*described, *call[self.tensors : self.plain], *draws)
+        launch = self.plans.get(key, self)
+        if launch is self:
+            self.check(call)
+            if len(self.plans) >= LARGEST_CACHE:
+                self.plans.clear()
+            launch = self.plans[key] = self._planned(call)
+        return launch
+
+    def _planned(self, call: Any) -> Callable[..., None] | None:
+        if call[0].numel() == 0:  # gradients of parameters are sums of nothing
+            return self._zero
+        return self.plan(call) if self.readable(call) is call else None
+
+    def _zero(self, *given: Any) -> None:
+        for output in given[self.tensors :]:
+            if isinstance(output, Tensor):
+                output.zero_()
+
+    def readable(self, call: Any) -> Any:
+        """The call itself where kernels read it as it stands, else on copies."""
+        copies = self.copies(call)
+        return call if all(map(operator.is_, call, copies)) else copies
 
     def dispatch(self, call: Any) -> Outputs:
         """The outputs through PyTorch's dispatcher."""
-        outputs = self.operator(*_flat(call))
+        flat = [w for v in call for w in (v.flat() if isinstance(v, Counters) else (v,))]
+        outputs = self.operator(*flat)
         return (outputs,) if isinstance(outputs, Tensor) else outputs
 
     def _operate(self, function: Callable[[Any], Outputs], values: tuple[Any, ...]) -> Any:
         """``function`` as an operator has it: of flat values, to tensors."""
-        first, *others = function(_built(self.record, iter(values)))
+        first, *others = function(self._built(values))
         if not others:
             return first
         return first, *(first.new_empty(0) if other is None else other for other in others)
 
-    def differentiate(
-        self, setup: Callable[..., None], backward: Callable[..., Any], *, returns: int
-    ) -> None:
+    def _built(self, flat: tuple[Any, ...]) -> Any:
+        """The record of an operator's values."""
+        rest = iter(flat)
+        joined = lambda: Counters.joined(*itertools.islice(rest, 4))  # noqa: E731
+        return self.record(*(joined() if kind is Counters else next(rest) for kind in self.kinds))
+
+    def differentiate(self, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
         """Gradients: ``setup(ctx, call, outputs)`` keeps what ``backward(ctx, grad)`` needs for the
-        gradients of the record's tensors from that of the first output. The others have none; only
-        the first ``returns`` outputs are the caller's."""
-        fields = len(self.record._fields)
+        gradients of the record's tensors from that of the first output. The others have none."""
 
-        def padded(ctx: Any, grad: Tensor | None, count: int) -> tuple[Any, ...]:
-            given = (None,) * self.tensors if grad is None else tuple(backward(ctx, grad))
-            return given + (None,) * (count - self.tensors)
-
-        def setup_flat(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.count = len(inputs)
+        def keep(ctx: Any, call: Any, outputs: Outputs, inputs: int) -> None:
+            ctx.inputs = inputs
             ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*(v for v in outputs[1:] if v is not None))
+            setup(ctx, call, outputs)
+
+        def keep_flat(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             outputs = (output,) if isinstance(output, Tensor) else output
-            ctx.mark_non_differentiable(*outputs[1:])
-            setup(ctx, _built(self.record, iter(inputs)), outputs)
+            keep(ctx, self._built(inputs), outputs, len(inputs))
+
+        def gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+            given = (None,) * self.tensors if grad is None else tuple(backward(ctx, grad))
+            return given + (None,) * (ctx.inputs - self.tensors)
 
         torch.library.register_autograd(
-            f"fastdiff::{self.name}",
-            lambda ctx, grad, *_: padded(ctx, grad, ctx.count),
-            setup_context=setup_flat,
-            lib=_LIBRARY,
+            f"fastdiff::{self.name}", gradients, setup_context=keep_flat, lib=_LIBRARY
         )
 
-        class Eager(torch.autograd.Function):
-            """The same in eager mode, for a fifth of what register_autograd costs per call."""
+        def forward(ctx: Any, *values: Any) -> Outputs:
+            call = self.record(*values)
+            outputs = self.run(call)
+            keep(ctx, call, outputs, len(values))
+            return outputs
 
-            @staticmethod
-            def forward(ctx: Any, *values: Any) -> Outputs:
-                call = self.record(*values)
-                outputs = self.run(call)
-                ctx.set_materialize_grads(False)
-                setup(ctx, call, outputs)
-                if returns > 1:
-                    ctx.mark_non_differentiable(*(v for v in outputs[1:] if v is not None))
-                return outputs[:returns]
-
-            @staticmethod
-            def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
-                return padded(ctx, grad, fields)
-
-        self.eager = Eager.apply
+        # The same in eager mode, for a fifth of what register_autograd costs per call.
+        both = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+        function: Any = type(self.name, (torch.autograd.Function,), both)
+        self.eager = function.apply
 
 
 def differentiable_once(
     forward: Kernel,
     allocate: Callable[..., Outputs],
-    launch: Callable[..., None],
+    plan: Callable[[Any], Callable[..., None]],
     *,
     keeps: dict[str, int],
 ) -> None:
@@ -156,38 +187,36 @@ def differentiable_once(
     those of gradients.
 
     That kernel's record is ``grad``, the first output's gradient, the outputs that ``keeps`` names
-    and numbers, and ``call``, ``forward``'s record. Its outputs are the gradients of ``forward``'s
+    and numbers, and the fields of ``forward``'s. Its outputs are the gradients of ``forward``'s
     tensors, None for a tensor whose gradient is that of the first (a residual).
     """
-    count, places = forward.tensors, keeps.values()
-    fields = [(name, Tensor) for name in ("grad", *keeps)]
-    backward = Kernel(
-        f"{forward.name}_backward",
-        typing.NamedTuple("Backward", [*fields, ("call", forward.record)]),  # type: ignore[misc]
-        allocate,
-        launch,
-        outputs=count,
-        plan=lambda given: forward.plan(given.call),
-        readable=lambda given: given._replace(call=forward.readable(given.call)),
-    )
+    count, first = forward.tensors, 1 + len(keeps)  # of forward's fields
+    fields = {"grad": Tensor, **dict.fromkeys(keeps, Tensor)}
+    fields |= typing.get_type_hints(forward.record)
+    record = typing.cast(Any, typing.NamedTuple)("Backward", list(fields.items()))
+
+    def readable(call: Any) -> Any:
+        return record(*call[:first], *forward.copies(forward.record(*call[first:])))
+
+    name = f"{forward.name}_backward"
+    backward = Kernel(name, record, allocate, plan, readable=readable, outputs=count)
 
     def setup(ctx: Any, call: Any, outputs: Outputs) -> None:
-        ctx.save_for_backward(*(outputs[i] for i in places), *call[:count])
+        ctx.save_for_backward(*(outputs[i] for i in keeps.values()), *call[:count])
         ctx.rest = call[count:]
 
     def gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-        saved = ctx.saved_tensors
-        kept, tensors = saved[: len(keeps)], saved[len(keeps) :]
-        call = backward.record(grad, *kept, forward.record(*tensors, *ctx.rest))
+        call = record(grad, *ctx.saved_tensors, *ctx.rest)
+        tensors = call[first : first + count]
         if backends.launches_backward_directly(grad) and not torch.is_grad_enabled():
             found = backward.run(call)
         else:  # the operator refuses the derivative that whoever keeps the backward's graph may ask
             pairs = zip(backward.dispatch(call), tensors, strict=True)
             found = tuple(g if t is not None and g.shape == t.shape else None for g, t in pairs)
-        first = found[0]
-        return [first if g is None and t is not None else g for g, t in zip(found, tensors)]  # noqa: B905
+        residual = found[0]
+        return [residual if g is None and t is not None else g for g, t in zip(found, tensors)]  # noqa: B905
 
-    forward.differentiate(setup, gradients, returns=1)
+    forward.differentiate(setup, gradients)
 
     def refuse(ctx: Any, *_: Any) -> Any:
         raise InputError(
@@ -195,43 +224,4 @@ def differentiable_once(
             "higher derivatives run it under fastdiff.backend('reference')"
         )
 
-    torch.library.register_autograd(f"fastdiff::{backward.name}", refuse, lib=_LIBRARY)
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.stride() == b.stride()
-
-
-# --- Records and operators' arguments ---------------------------------------------------------
-
-
-def _fields(record: Any) -> Iterator[str]:
-    """The operator's arguments for a record's fields."""
-    for name, kind in typing.get_type_hints(record).items():
-        if kind is Counters:
-            yield counters.SCHEMA
-        elif hasattr(kind, "_fields"):
-            yield from _fields(kind)
-        else:
-            yield f"{_SCHEMAS[kind]} {name}"
-
-
-def _flat(record: Any) -> list[Any]:
-    """A record's values as the operator takes them."""
-    values: list[Any] = []
-    for value in record:
-        if isinstance(value, Counters):
-            values += value.flat()
-        elif isinstance(value, tuple):
-            values += _flat(value)
-        else:
-            values.append(value)
-    return values
-
-
-def _built(record: Any, values: Iterator[Any]) -> Any:
-    """The inverse of ``_flat``."""
-    if record is Counters:
-        return Counters.joined(*itertools.islice(values, 4))
-    kinds = typing.get_type_hints(record).values()
-    return record(*(_built(k, values) if hasattr(k, "_fields") else next(values) for k in kinds))
+    torch.library.register_autograd(f"fastdiff::{name}", refuse, lib=_LIBRARY)

@@ -44,16 +44,23 @@ class Choice(NamedTuple):
 @dataclass(eq=False)
 class Operation:
     """A fused operation: the backends beside the reference that have kernels of it, and
-    ``choose``, which takes the operation's own arguments."""
+    ``choose``, which takes the operation's own arguments, the first an x or its like. Where none is
+    given, its kernels have no gradients."""
 
     name: str
     kernels: tuple[str, ...]
-    choose: Callable[..., Choice]
+    choose: Any = None
 
     def __post_init__(self) -> None:
+        self.choose = self.choose or self._without_gradients
+        self.named = {v: Choice(self.name, v, NAMED_REASON) for v in backends.BACKENDS}
         self.on_cpu = Choice(self.name, "reference", no_kernel(self, "native"))
         if "native" in self.kernels:
             self.on_cpu = Choice(self.name, "native", "the C++ kernel serves every CPU call")
+
+    def _without_gradients(self, x: Tensor, *others: Any, **named: Any) -> Choice:
+        wanted = wants_gradient(x, *others, *named.values())
+        return choose(self, x, NO_GRADIENTS if wanted else "")
 
 
 OPERATIONS: dict[str, Operation] = {}  # by name; each op.py adds its own
@@ -87,7 +94,7 @@ def choose(
         missing = TRANSFORMS
     if name is not None and (name == "reference" or name in op.kernels):
         require(op, name, x.device, x.dtype, missing)
-        return Choice(op.name, name, NAMED_REASON)
+        return op.named[name]
     if missing:
         backend, reason = "reference", missing
     elif rule is None and name is None and x.is_cpu and x.dtype in KERNEL_DTYPES:

@@ -12,19 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.ops import native
 from fastdiff.ops.backends import KERNEL_DTYPES
+from fastdiff.ops.native import code
 
 Maybe = Tensor | None
-
-
-def address(tensor: Maybe) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def code(tensor: Maybe) -> int:
-    """The dtype's number in csrc/common/dtype.h."""
-    return 0 if tensor is None else native.DTYPE_CODES[tensor.dtype]
 
 
 def row_stride(tensor: Maybe) -> int:
@@ -33,13 +24,14 @@ def row_stride(tensor: Maybe) -> int:
 
 def dense(call: Any) -> Any:
     """A record with contiguous copies of its tensors, in dtypes that kernels read."""
-    return call._make(_dense(value) if isinstance(value, Tensor) else value for value in call)
 
+    def copied(v: Any) -> Any:
+        if not isinstance(v, Tensor):
+            return v
+        wide = v.is_floating_point() and v.dtype not in KERNEL_DTYPES
+        return (v.float() if wide else v).contiguous()
 
-def _dense(x: Tensor) -> Tensor:
-    if x.is_floating_point() and x.dtype not in KERNEL_DTYPES:
-        x = x.float()
-    return x.contiguous()
+    return call._make(map(copied, call))
 
 
 # --- Elementwise kernels ----------------------------------------------------------------------
@@ -55,11 +47,14 @@ class Layout(NamedTuple):
     spatial_stride: int
 
 
-def sample_layout(out: Tensor) -> Layout | None:
-    """``out``'s samples as (channels, spatial) with strides, or None where that cannot be said."""
-    shape, strides = out.shape, out.stride()
+def sample_layout(x: Tensor, *, merged: bool = True) -> Layout | None:
+    """``x``'s samples as (channels, spatial) with strides, or None where that cannot be said.
+
+    ``merged``: as one channel where they are one run.
+    """
+    shape, strides = x.shape, x.stride()
     sample_stride = strides[0] if shape[0] > 1 else math.prod(shape[1:])
-    whole = _merged_stride(shape[1:], strides[1:])
+    whole = _merged_stride(shape[1:], strides[1:]) if merged else None
     if whole is not None:
         return Layout(1, math.prod(shape[1:]), sample_stride, 0, whole)
     spatial_stride = _merged_stride(shape[2:], strides[2:])
@@ -87,51 +82,31 @@ def common_layout(operands: Sequence[Tensor], *, counted: bool) -> tuple[tuple, 
     sample stride, channel stride, spatial stride): csrc/common/elementwise.h.
 
     ``counted``: the kernel needs the elements' places in the logical order, because it draws noise;
-    otherwise dense operands of one layout are one run in memory's order. None where some operand's
+    otherwise operands of one layout are one run in memory's order. None where some operand's
     samples are not (channels, spatial) with strides, or its dtype is not the kernels'.
     """
-    known = [v for operand in operands if (v := sample_layout(operand)) is not None]
-    if len(known) < len(operands) or any(v.dtype not in KERNEL_DTYPES for v in operands):
+    if any(v.dtype not in KERNEL_DTYPES for v in operands):
         return None
-    channels = max(layout.channels for layout in known)
-    if channels > 1 and not counted and all(_same_dense(operands[0], v) for v in operands):
-        elements = math.prod(operands[0].shape[1:])
-        known = [Layout(1, elements, layout.sample_stride, 0, 1) for layout in known]
-    elif channels > 1:
-        known = [_split(layout, channels) for layout in known]
-    strides = [(code(v), *layout[2:]) for v, layout in zip(operands, known, strict=True)]
-    return (operands[0].shape[0], known[0].channels, known[0].spatial), strides
+    # One run each, in memory's order or in the logical one; else channels apart.
+    order = sorted(range(1, operands[0].dim()), key=operands[0].stride, reverse=True)
+    found = None if counted else _layouts([v.permute(0, *order) for v in operands])
+    found = found or _layouts(operands) or _layouts(operands, merged=False)
+    if found is None:
+        return None
+    strides = [(code(v), *layout[2:]) for v, layout in zip(operands, found, strict=True)]
+    return (operands[0].shape[0], *found[0][:2]), strides
 
 
-def _same_dense(first: Tensor, operand: Tensor) -> bool:
-    """Whether both samples fill one stretch of memory, in the same order."""
-    dimensions = zip(first.stride()[1:], operand.stride()[1:], first.shape[1:], strict=True)
-    reached = 1
-    for stride, other, size in sorted(d for d in dimensions if d[2] > 1):
-        if not stride == other == reached:
-            return False
-        reached *= size
-    return True
+def _layouts(operands: Sequence[Tensor], *, merged: bool = True) -> list[Layout] | None:
+    """Of all, or None where one has none or, ``merged``, has several channels."""
+    found = [sample_layout(v, merged=merged) for v in operands]
+    known = [v for v in found if v is not None and (v.channels == 1 or not merged)]
+    return known if len(known) == len(found) else None
 
 
-def _split(layout: Layout, channels: int) -> Layout:
-    """The same sample as ``channels`` channels."""
-    if layout.channels == channels:
-        return layout
-    spatial, step = layout.spatial // channels, layout.spatial_stride
-    return Layout(channels, spatial, layout.sample_stride, spatial * step, step)
-
-
-def one_or_two_like(x: Tensor, two: bool) -> tuple[Tensor, Maybe]:
-    """Room for what comes out: x's successor, and a second of its kind where it is wanted."""
-    return torch.empty_like(x), torch.empty_like(x) if two else None
-
-
-def launch_elementwise(name: str, backend: str, x: Tensor, *arguments: Any) -> Any:
-    """The C++ kernel of the CPU, or CUDA's, whose grid strides over its work."""
-    if backend == "cuda":
-        arguments = *arguments, native.multiprocessors(x.device)
-    return native.launch(name, backend, x, *arguments)
+def one_or_two_like(call: Any) -> tuple[Tensor, Maybe]:
+    """Room for what comes out: like the record's first tensor, two where ``returns_both`` says."""
+    return torch.empty_like(call[0]), torch.empty_like(call[0]) if call.returns_both else None
 
 
 # --- Norms ------------------------------------------------------------------------------------

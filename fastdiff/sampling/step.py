@@ -87,7 +87,7 @@ class Run:
         conditions, scale = self.conditions, self.guidance_scale
         noisy = self.table.noisy_rows[i] if isinstance(i, int) else self.table.is_noisy
         if conditions.x_start:  # which reads the output before posterior_step would check it
-            check_tensors(x, output, self.table, scale)
+            check_tensors(x, output, self.table.packed, self.table.doubled_output, scale)
         noise = self.noise.of_step(i, noisy)
         x_prev, x_start = self.update(
             x, output, i, prev_x_start=before, guidance_scale=scale, **noise

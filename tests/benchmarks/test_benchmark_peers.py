@@ -11,8 +11,10 @@ import torch
 
 import fastdiff
 from fastdiff.checkpoints.diffusers_unet_config import diffusers_config
+from gpu import goals, lines
 from harness import peers, peers_eager, peers_sampling, results
 from paths import ROOT
+from patience import WAIT
 
 CPU = torch.device("cpu")
 
@@ -165,7 +167,7 @@ def test_what_a_benchmark_needs_is_a_package_and_no_file_of_ours():
 
 def run_benchmark(*args: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *args]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=WAIT)
 
 
 OPTIONS = ("--device=cpu", "--shapes=quick", "--compiled=none", "--budget=0.001")
@@ -173,9 +175,9 @@ CASE = "benchmarks/bench_{0}.py::test_{0}[{1}]"
 NORM = CASE.format("group_norm_silu", "256@8-8-float32-NCHW-forward+backward")
 
 
-def rows_after(node, path) -> list[dict]:
+def rows_after(node, path, *more: str) -> list[dict]:
     """Of the results in ``path`` when a benchmark has run."""
-    done = run_benchmark(node, *OPTIONS, f"--results={path}")
+    done = run_benchmark(node, *OPTIONS, f"--results={path}", *more)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "times faster than eager" in done.stdout
     return json.loads(path.read_text())["rows"]
@@ -184,7 +186,13 @@ def rows_after(node, path) -> list[dict]:
 @pytest.mark.seconds
 def test_a_run_writes_its_rows(tmp_path):
     path = tmp_path / "results.json"
-    (norm,) = rows_after(NORM, path)
+    (norm,) = rows_after(NORM, path, "--lines", str(tmp_path))
+    # A GPU run's report reads them from there.
+    (line,) = lines.read(tmp_path)
+    assert (line["phase"], line["dry"]) == ("bench_group_norm_silu", True)
+    assert norm.items() <= {**line, "date": norm["date"]}.items()
+    (judged,) = goals.benched([line])
+    assert judged.percent == pytest.approx(norm["percent_of_floor"])
     assert norm["op"] == "group_norm_silu"
     assert (norm["shape"], norm["batch"], norm["dtype"]) == ("256@8", 8, "float32")
     assert norm["bytes"] == 5 * 4 * 8 * 256 * 8 * 8

@@ -7,7 +7,9 @@ import time
 import pytest
 import torch
 
+import fastdiff
 from gpu import (
+    compilations,
     compile_peers,
     compiled,
     device,
@@ -16,11 +18,11 @@ from gpu import (
     ncu,
     operations,
     profile,
-    report,
     sampler,
     watched,
 )
 from gpu.phase import Phase, race
+from harness import summary
 from harness.timing import Contender
 
 CPU = torch.device("cpu")
@@ -31,9 +33,24 @@ COMPILED = {
 }
 
 
-def rows_of(script, out, *arguments, status=0):
+@pytest.fixture(autouse=True)
+def caches(tmp_path, monkeypatch):
+    """What is compiled here is this test's alone."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+
+
+def lines_of(script, out, *arguments, status=0):
     assert script.main(["--out", str(out), "--dry", *arguments]) == status
     return lines.read(out)
+
+
+def rows_of(script, out, *arguments, status=0):
+    """What it measured, and all that it planned to has a row."""
+    rows = lines_of(script, out, *arguments, status=status)
+    for case in (case for row in rows for case in row.get("planned", ())):
+        assert any(case.items() <= row.items() for row in rows), case
+    return [row for row in rows if "planned" not in row]
 
 
 def phase_in(out, seconds=60.0):
@@ -81,13 +98,51 @@ def test_without_diffusers_a_row_says_so_and_the_others_go_on(tmp_path, monkeypa
 @pytest.mark.seconds
 def test_all_that_is_raced_is_compiled_beforehand(tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kept"))
-    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.delenv("TRITON_CACHE_DIR")
     rows = rows_of(compile_peers, tmp_path / "run")
     assert all(row["compile_s"] > 0 for row in rows)
-    assert {row["contender"] for row in rows} == {"fastdiff's kernels", *COMPILED}
-    assert compile_peers.os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "kept")
-    assert compile_peers.os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "cache" / "triton")
+    assert {row["contender"] for row in rows} == {compile_peers.KERNELS, *COMPILED}
+    assert compilations.cache() == tmp_path / "inductor"
+    assert compilations.os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "cache" / "triton")
+
+
+def test_what_is_in_the_caches_is_not_compiled_again(tmp_path):
+    first, *_ = compilations.wanted(phase_in(tmp_path))
+    first.note()
+    planned, *_ = lines_of(compile_peers, tmp_path / "run", "--budget", "0")
+    assert len(planned["planned"]) == 4 and first.fields() not in planned["planned"]
+
+
+def test_what_is_compiled_first_is_what_the_goal_is_stated_for(tmp_path):
+    phase = Phase("compile_peers", tmp_path, False, CPU, 0.0)
+    made = list(compilations.wanted(phase))
+    assert len(made) == len(set(made)) == 16 and {one.batch for one in made[:8]} == {64}
+    assert [(one.network, one.contender) for one in made[:4]] == [
+        ("ddpm-cifar10", "plain bfloat16 compiled"),
+        ("ddpm-cifar10", "plain bfloat16 max-autotune"),
+        ("iddpm-imagenet64", "plain bfloat16 compiled"),
+        ("iddpm-imagenet64", "plain bfloat16 max-autotune"),
+    ]
+
+
+def test_what_is_not_compiled_yet_is_raced_last(tmp_path):
+    phase = Phase("compiled", tmp_path, False, CPU, 0.0)
+    ready = "diffusers bfloat16 max-autotune"
+    compilations.Compilation(ready, "ddpm-cifar10", 64).note()
+    first, *others = compiled.cases(phase)
+    assert (first.network, first.batch, len(others)) == ("ddpm-cifar10", 64, 3)
+    ours, raced_first, *rest = first.makers
+    assert (ours, raced_first, first.takes[ready]) == ("fastdiff bfloat16", ready, 0.0)
+    assert rest[-1] == "plain bfloat16 max-autotune" and {*rest, ready} == COMPILED
+    assert all(seconds > 0 for case in others for seconds in case.takes.values())
+
+
+def test_what_was_compiled_elsewhere_is_not_ready_here(tmp_path, monkeypatch):
+    made = compilations.Compilation("plain bfloat16 compiled", "ddpm-cifar10", 64)
+    made.note()
+    assert made.is_ready()
+    monkeypatch.setattr(lines, "stamp", lambda: {"device": "another", "versions": {}})
+    assert not made.is_ready()
 
 
 @pytest.mark.seconds
@@ -126,13 +181,29 @@ def test_kernels_are_told_apart_by_name(kernel, kind):
 @pytest.mark.seconds
 def test_every_operation_is_raced_with_a_copy(tmp_path):
     rows = rows_of(operations, tmp_path)
-    assert {row["op"] for row in rows} == set(report.OPERATION_GOALS)
+    # What a goal is stated for, but for what only the benchmarks measure.
+    goals = {*summary.GPU_SHARES, ("attention", "forward")}
+    assert {(row["op"], row["direction"]) for row in rows} == goals
     for row in rows:
         assert row["gbps"] > 0
         assert (row["contender"] == "copy") == ("percent_of_copy" not in row)
         if row["contender"] != "copy":
             assert row["gbps"] == pytest.approx(row["bytes"] / row["seconds"] / 1e9)
     assert {r["contender"] for r in rows if r["op"] == "attention"} >= {"copy", "native", "sdpa"}
+
+
+def test_the_norms_backward_is_that_of_autograd():
+    made = operations.norm_backward(CPU, 2, 64, 4, torch.float32, "channels_last")
+    dy, statistics, x, weight, bias = made.inputs()
+    with fastdiff.backend("native"):
+        found = made.call(dy, statistics, x, weight, bias)
+    with fastdiff.backend("reference"):
+        leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+        y = fastdiff.ops.group_norm_silu(x, operations.shapes.GROUPS, weight, bias)
+        wanted = torch.autograd.grad(y, leaves, dy)
+    for ours, theirs in zip(found, wanted, strict=False):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert made.size_bytes == 3 * x.nbytes
 
 
 def test_a_contender_that_raises_leaves_the_others_rows(tmp_path):
@@ -169,6 +240,17 @@ def test_what_there_is_no_time_for_is_said(tmp_path):
     (row,) = lines.read(tmp_path)
     assert (row["contender"], row["skipped"]) == ("late", "the phase's time is over")
     assert phase.ended() == 0
+
+
+def test_what_is_not_made_in_the_time_that_is_left_is_said(tmp_path):
+    made = lambda: Contender("", lambda: None)  # noqa: E731
+    late = lambda: pytest.fail("it was begun")  # noqa: E731
+    phase = phase_in(tmp_path, seconds=30.0)
+    race(phase, {"slow": late, "sound": made}, lambda *_: {}, takes={"slow": 200.0})
+    skipped, *rows = lines.read(tmp_path)
+    assert skipped["contender"] == "slow"
+    assert skipped["skipped"] == "to make it takes some 200 s, and 30 s are left"
+    assert [row["contender"] for row in rows] == ["sound"] * 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -114,6 +114,17 @@ def test_the_total_cuts_too_and_what_is_reserved_runs_all_the_same(tmp_path, mon
     assert time.monotonic() - start < 20
 
 
+def test_a_phase_is_told_of_the_time_that_the_total_leaves_it(tmp_path):
+    told = tmp_path / "told"
+    code = f"import sys; print(sys.argv[1], file=open({str(told)!r}, 'a'))"
+    for limit_s in (60, 8):
+        command = (sys.executable, "-c", code, plan.BUDGET)
+        assert outcomes([Phase("a", command, limit_s)], tmp_path, total_s=30) == ["ok"]
+    shortened, whole = map(float, told.read_text().split())
+    assert 30 - 2 * run.STOP_S - 5 < shortened <= 30 - 2 * run.STOP_S
+    assert whole == 8 - run.STOP_S
+
+
 def test_what_runs_beside_the_others_ends_before_one_that_measures(tmp_path):
     begun, ended = tmp_path / "begun", tmp_path / "ended"
     background = (
@@ -164,6 +175,7 @@ def test_the_plans_fit_their_time_and_name_what_is_there(name, most_s, dry, tmp_
         assert all((ROOT / file).exists() for file in files), phase
         if "gpu." in " ".join(phase.command):
             assert ("--dry" in phase.command) == dry
+            assert phase.command[phase.command.index("--budget") + 1] == plan.BUDGET
     if dry:
         return
     # What shows whether anything works fits, and most of what measures.

@@ -19,6 +19,7 @@ from fastdiff.checkpoints.published import load_published
 from fastdiff.errors import InputError
 from fastdiff.process.gaussian import create_diffusion
 from fastdiff.process.variance_exploding import VarianceExploding, geometric_sigmas
+from patience import WAIT
 
 TINY = {
     "in_channels": 1,
@@ -249,7 +250,7 @@ def in_a_new_process(code: str, *arguments: Path, **options) -> subprocess.Compl
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=WAIT,
         **options,
     )
 

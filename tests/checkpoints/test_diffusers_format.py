@@ -119,7 +119,7 @@ def test_fields_and_defaults_are_those_of_the_real_constructor():
 @settings(
     max_examples=examples(12, of=40),
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(config=configs(), seed=st.integers(0, 2**31))
 def test_from_diffusers_and_back(tmp_path, config, seed):
@@ -176,7 +176,7 @@ def arguments(draw) -> dict:
 @settings(
     max_examples=examples(12, of=40),
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(arguments=arguments(), seed=st.integers(0, 2**31))
 def test_to_diffusers_and_back(tmp_path, arguments, seed):

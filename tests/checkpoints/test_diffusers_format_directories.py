@@ -324,7 +324,9 @@ def test_shards_that_are_not_there(tmp_path):
 
 @pytest.mark.seconds
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(field=st.sampled_from(["_class_name", *FIELDS]), value=json_values(40))
 @example(field="in_channels", value=10**18)

@@ -6,11 +6,12 @@ import sys
 import pytest
 
 from fastdiff import cli
+from patience import WAIT
 
 
 def run_command(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "fastdiff", *args], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "fastdiff", *args], capture_output=True, text=True, timeout=WAIT
     )
 
 

@@ -178,7 +178,9 @@ def test_a_safetensors_file_that_is_none(folder, capsys):
 
 @pytest.mark.seconds
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.data())
 def test_damaged_files(tmp_path_factory, capsys, data):

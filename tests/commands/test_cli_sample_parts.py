@@ -18,7 +18,6 @@ from fastdiff.sampling.sampler import Sampler
 from parts_tools import (
     SMALL,
     STARTS,
-    WAIT,
     arguments,
     error_line,
     files,
@@ -29,6 +28,8 @@ from parts_tools import (
     sample,
     save_network,
 )
+from patience import WAIT
+from small_disk import small_disk
 
 
 def test_nothing_of_the_parts_is_left(whole):
@@ -241,10 +242,7 @@ def test_spacing_reaches_the_sampler(checkpoint, tmp_path, monkeypatch):
 def test_a_full_disk_keeps_the_finished_batches(checkpoint, tmp_path, drawn, capsys):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
+    with small_disk(disk, "64k"):
         options = ["--num", "30", "--batch-size", "1", "--steps", "2", "--no-pngs"]
         assert sample(checkpoint, disk, *options) == 2
         line = error_line(capsys.readouterr().err)
@@ -257,8 +255,6 @@ def test_a_full_disk_keeps_the_finished_batches(checkpoint, tmp_path, drawn, cap
         # The batch for which there was no room, once more, and the rest.
         assert drawn[len(kept) :] == [len(kept), *range(len(kept), 30)]
         assert load_samples_npz(disk / "samples_30x8x8x1.npz")[0].shape == (30, 8, 8, 1)
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_no_room_for_the_final_file(checkpoint, whole, tmp_path, drawn, capsys):

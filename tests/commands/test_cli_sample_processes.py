@@ -16,7 +16,6 @@ from fastdiff.errors import InputError
 from parts_tools import (
     SMALL,
     STARTS,
-    WAIT,
     Group,
     arguments,
     error_line,
@@ -27,6 +26,7 @@ from parts_tools import (
     sample,
 )
 from paths import ROOT
+from patience import WAIT
 
 
 @pytest.fixture

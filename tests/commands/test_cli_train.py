@@ -20,6 +20,7 @@ from fastdiff.commands.train import build_diffusion
 from fastdiff.errors import InputError
 from fastdiff.models import presets
 from fastdiff.training import TrainConfig
+from patience import WAIT
 
 SMALL = "--model-channels 32 --channel-mult 1 --attention-resolutions none --batch-size 8"
 QUICK = f"{SMALL} --diffusion-steps 8 --log-every 2 --warmup 0 --quiet --no-tensorboard"
@@ -260,11 +261,11 @@ def test_a_signal_saves_and_exits(tmp_path, images, number, code):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     metrics = run / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + WAIT
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=WAIT)
     assert process.returncode == code, stderr
     (path,) = list_checkpoints(run)
     assert f"stopped; continue with --resume from {path}" in stderr

@@ -62,7 +62,7 @@ class Wide(NamedTuple):
 # Of a template's instances those for accesses of 16 bytes: four float32, eight of 16 bits. The
 # last is the pass: all at once or the second of two.
 WIDE_ACCESS = r"Access(If|I13__nv_bfloat16|I6__half)Lb[01]ELi[48]E.*PassE[02]E"
-# Elementwise, two of each for every operand: a float32 one takes both, a narrower one the first.
+# Elementwise, two of each for every operand; a narrow one among wider ones takes the first.
 WIDE = [
     Wide(FORWARD, WIDE_ACCESS, 1, 1, and_small=True),
     Wide(BACKWARD, WIDE_ACCESS, 2, 1, and_small=True),
@@ -84,22 +84,25 @@ class Arithmetic(NamedTuple):
     budget: float
 
 
-def contiguous(loads: int, stores: int, halves: int) -> dict[str, int]:
-    """A round of flat_kernel: both counters drawn, 128-bit accesses, pairs rounded to bfloat16."""
-    drawn = {"MUFU.LG2": 4, r"LDG\S*\.128": loads, r"STG\S*\.128": stores}
+def contiguous(loads: int, stores: int, octets: int, halves: int) -> dict[str, int]:
+    """A round of flat_kernel: all counters drawn, 128-bit accesses, pairs rounded to bfloat16."""
+    drawn = {"MUFU.LG2": 4 * octets, r"LDG\S*\.128": loads, r"STG\S*\.128": stores}
     return drawn | {"F2FP.BF16": halves, "F2FP.F16|HADD2": 0}
 
 
-FLAT = "flat_kernel.*Lb0"  # a narrow operand's second load is there and masked
+Q, P = "q_sample.cu", "posterior_step.cu"
+F32, BF16 = (f"flat_kernel.*OpE{stored}Lb0" for stored in ("f", "13__nv_bfloat16"))
+MIXED, UPPER = "flat_kernel.*MixedELb0", {"0xffff0000": 4}  # one operand's upper halves taken
 DRAWING = [
-    Arithmetic("q_sample.cu", FLAT, "float32, x_t", contiguous(2, 2, 0), 8, 45, 62),
-    Arithmetic("q_sample.cu", FLAT, "float32, x_t and noise", contiguous(2, 4, 0), 8, 51, 93),
-    Arithmetic("q_sample.cu", FLAT, "bfloat16, x_t", contiguous(2, 1, 8), 8, 47, 31),
-    Arithmetic("q_sample.cu", FLAT, "bfloat16, x_t and noise", contiguous(2, 2, 8), 8, 48, 47),
-    Arithmetic("posterior_step.cu", FLAT, "float32, x_prev", contiguous(4, 2, 0), 8, 70, 93),
-    Arithmetic("posterior_step.cu", FLAT, "float32, and x_0", contiguous(4, 4, 0), 8, 76, 124),
-    Arithmetic("posterior_step.cu", FLAT, "bfloat16, x_prev", contiguous(4, 1, 4), 8, 69, 47),
-    Arithmetic("posterior_step.cu", FLAT, "bfloat16, and x_0", contiguous(4, 2, 8), 8, 73, 62),
+    Arithmetic(Q, F32, "float32, x_t", contiguous(2, 2, 1, 0), 8, 33, 62),
+    Arithmetic(Q, F32, "float32, x_t and noise", contiguous(2, 4, 1, 0), 8, 34, 93),
+    Arithmetic(Q, BF16, "bfloat16, x_t", contiguous(2, 2, 2, 16), 16, 31, 31),
+    Arithmetic(Q, BF16, "bfloat16, x_t and noise", contiguous(2, 4, 2, 24), 16, 32, 47),
+    Arithmetic(P, F32, "float32, x_prev", contiguous(4, 2, 1, 0), 8, 46, 93),
+    Arithmetic(P, F32, "float32, and x_0", contiguous(4, 4, 1, 0), 8, 47, 124),
+    Arithmetic(P, BF16, "bfloat16, x_prev", contiguous(4, 2, 2, 8), 16, 42, 47),
+    Arithmetic(P, BF16, "bfloat16, and x_0", contiguous(4, 4, 2, 16), 16, 43, 62),
+    Arithmetic(P, MIXED, "float32, output bfloat16", contiguous(4, 2, 1, 0) | UPPER, 8, 51, 77),
     Arithmetic("normal.cu", "normal_kernelIfLb1ELb0", "fast", {"STG": 1}, 4, 32, 31),
     Arithmetic("normal.cu", "normal_kernelIfLb1ELb1", "exact", {"STG": 1}, 4, 60, 31),
 ]

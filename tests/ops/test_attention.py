@@ -1,7 +1,5 @@
 """attention's numbers: every implementation on the CPU against a loop over heads in float64."""
 
-import importlib
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +17,7 @@ from attention_tools import (
     projection,
     sdpa,
 )
+from fastdiff.ops import native
 from fastdiff.ops.attention.op import attention, run
 from fastdiff.ops.attention.reference import attention as reference
 
@@ -37,9 +36,8 @@ EDGES = [  # of panels, blocks of rows and blocks of keys
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """torch.empty and its kin hold NaN: whatever is read before it is written shows."""
-    module = importlib.import_module("fastdiff.ops.attention.op")  # the package has the function
-    monkeypatch.setattr(module, "_IDLE", [])
-    monkeypatch.setattr(module, "_KEPT_FLOATS", 0)
+    monkeypatch.setattr(native, "_IDLE", [])
+    monkeypatch.setattr(native, "_KEPT_FLOATS", 0)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all() and torch.empty(3).new_empty(2).isnan().all()

@@ -52,10 +52,10 @@ def launch(samples, heads, tokens, head_dim, dtype, token_major=False):
 
     width = heads * head_dim
     lse = torch.empty(samples, heads, tokens, device="meta")
-    kernels.forward(blank(3 * width), heads, "heads_first", blank(width), lse)
-    kernels.backward(
-        blank(3 * width), heads, "heads_first", blank(width), lse, blank(width), blank(3 * width)
-    )
+    qkv, out = blank(3 * width), blank(width)
+    kernels.forward(qkv, heads, "heads_first", out)(qkv, out, lse)
+    launch = kernels.backward(qkv, heads, "heads_first", out, out, qkv)
+    launch(qkv, out, lse, blank(width), blank(3 * width))
 
 
 SOME = [(6, 1024, 64, torch.bfloat16, False)]

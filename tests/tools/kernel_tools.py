@@ -104,9 +104,9 @@ def poisoned_outputs():
         torch.empty_like = original
 
 
-def compile_for(capability, kernel, types, constants, aligned=()):
+def compile_for(capability, kernel, types, constants, aligned=(), **options):
     """A Triton kernel compiled with no GPU. ``types``: what is no int32; None is absent;
-    ``aligned``: what 16 divides."""
+    ``aligned``: what 16 divides; ``options``: Triton's own."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -120,7 +120,7 @@ def compile_for(capability, kernel, types, constants, aligned=()):
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"enable_fp_fusion": False},
+        options={"enable_fp_fusion": False} | options,
     )
 
 
@@ -138,9 +138,12 @@ def dumped(compiled, folder, option):
 
 def instructions_drawing(kernel, types, flags, aligned, folder):
     """An element's, of a kernel that draws noise for one run of a sample, on Hopper: the whole
-    program's, of which each thread has eight elements."""
-    compiled = compile_for(90, kernel, types, flags, aligned)
-    return len(instructions(dumped(compiled, folder, "-sass"))) / 8
+    program's, divided by the elements of a thread."""
+    from fastdiff.kernels.elementwise import BLOCK, WARPS
+
+    compiled = compile_for(90, kernel, types, flags | {"BLOCK": BLOCK}, aligned, num_warps=WARPS)
+    elements = 4 * BLOCK / (32 * WARPS)
+    return len(instructions(dumped(compiled, folder, "-sass"))) / elements
 
 
 def spilled(compiled, folder):

@@ -20,8 +20,8 @@ from fastdiff.models.ema import EMA
 from fastdiff.models.unet import UNet
 from fastdiff.process.gaussian import create_diffusion
 from fastdiff.sampling.sampler import Sampler
+from patience import WAIT
 
-WAIT = 300  # seconds for what takes a few, on machines that are busy
 # Six batches: numbers 5 … 8, 9 … 12, and so on; the last has two images.
 SMALL = ["--num", "22", "--batch-size", "4", "--first-sample", "5", "--steps", "3"]
 STARTS = [5, 9, 13, 17, 21, 25]

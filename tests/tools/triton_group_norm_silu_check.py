@@ -70,17 +70,17 @@ def check(
 
     def run():
         y, dx = tensor(torch.full(shape, float("nan"))), tensor(torch.full(shape, float("nan")))
-        means, rstd = blank(n, groups), blank(n, groups)
+        statistics = blank(2, n, groups)
         embedding = extra if add == EMBEDDING else None
         small = [
             None if v is None else torch.full_like(v, float("nan"), memory_format=DENSE)
             for v in (weight, bias, scale, shift, embedding)
         ]
-        kernels.forward(x, groups, weight, bias, EPS, scale, shift, extra, silu, y, means, rstd)
-        kernels.backward(
-            dy, x, groups, weight, bias, means, rstd, scale, shift, extra, silu, dx, *small
-        )
-        return y, means, rstd, dx, *small
+        tensors = (x, weight, bias, scale, shift, extra)
+        kernels.forward(x, groups, EPS, scale, shift, extra, silu)(*tensors, y, statistics)
+        launch = kernels.backward(x, groups, scale, shift, extra, silu)
+        launch(dy, *tensors, statistics, dx, *small)
+        return y, *statistics, dx, *small
 
     def eager(to):
         """The same from PyTorch in dtype ``to``."""

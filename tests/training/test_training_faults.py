@@ -19,6 +19,7 @@ from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.training import TrainConfig, Trainer
 from fastdiff.training.guard import FiniteGuard
 from paths import TOOLS
+from small_disk import small_disk
 from training_tools import (
     SETTINGS,
     make_dataset,
@@ -211,10 +212,7 @@ def test_a_write_that_fails_keeps_the_earlier_checkpoint(tmp_path):
 def test_a_full_disk_keeps_the_earlier_checkpoints(tmp_path):
     size = 4 * sum(p.numel() for p in make_model().parameters())
     # Weights, two averages and two moments: two checkpoints of five sizes fit, a third does not.
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={14 * size}", "none", str(tmp_path)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
+    with small_disk(tmp_path, 14 * size):
         done = fill_disk(tmp_path, "mount")
         assert done.returncode == 2, done.stderr
         found = list_checkpoints(tmp_path)
@@ -223,8 +221,6 @@ def test_a_full_disk_keeps_the_earlier_checkpoints(tmp_path):
         assert f"the last good checkpoint is {found[-1]}" in done.stdout
         assert sorted((tmp_path / "checkpoints").iterdir()) == found
         assert resume_trainer(tmp_path).step == checkpoint.load(found[-1]).step
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 # What is refused

@@ -3,18 +3,17 @@
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.errors import InputError
 from fastdiff.ops import backends, dispatch, native
+from fastdiff.ops.attention import reference
 from fastdiff.ops.attention.fastest import Workload, fastest
-from fastdiff.ops.attention.reference import attention as reference_attention
-from fastdiff.ops.attention.reference import join_heads, split_heads
 from fastdiff.ops.checks import refusal
 from fastdiff.ops.differentiable import Kernel, differentiable_once
 from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
-from fastdiff.ops.layouts import Maybe, address
+from fastdiff.ops.layouts import Maybe
+from fastdiff.ops.native import address
 
 OP = "attention"
 
@@ -60,9 +59,6 @@ def _check(qkv: Tensor, num_heads: int, order: str) -> None:
         raise InputError(f"{OP}: order={order!r}; expected 'heads_first' or 'qkv_first'")
 
 
-# --- Choosing ---------------------------------------------------------------------------------
-
-
 def choose(qkv: Tensor, num_heads: int, *, order: str = "heads_first") -> Choice:
     """What serves this call and why (``fastdiff.explain``)."""
     _check(qkv, num_heads, order)
@@ -96,33 +92,14 @@ def cpu() -> tuple[str, bool]:
 _AMX: bool = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
-# --- Launching --------------------------------------------------------------------------------
-
-
 def run(implementation: str, qkv: Tensor, num_heads: int, order: str) -> Tensor:
     """One of IMPLEMENTATIONS, without checks."""
     if implementation == "reference":
-        return reference_attention(qkv, num_heads, order=order)
-    if implementation == "sdpa":
-        return scaled_dot_product(qkv, num_heads, order)
-    if implementation == "matmuls":
-        return written_out(qkv, num_heads, order)
+        return reference.attention(qkv, num_heads, order=order)
+    if implementation in ("sdpa", "matmuls"):
+        return getattr(reference, implementation)(qkv, num_heads, order)
     training = dispatch.wants_gradient(qkv)
     return _kernel(Arguments(qkv, num_heads, order, implementation, training), training)[0]
-
-
-def scaled_dot_product(qkv: Tensor, num_heads: int, order: str) -> Tensor:
-    """PyTorch's own fused attention; under autocast in autocast's dtype."""
-    q, k, v = split_heads(qkv, num_heads, order)
-    return join_heads(F.scaled_dot_product_attention(q, k, v)).to(qkv.dtype)
-
-
-def written_out(qkv: Tensor, num_heads: int, order: str) -> Tensor:
-    """Two matrix products and a softmax in qkv's own dtype: PyTorch's fused CPU backward is slow
-    in half precision."""
-    q, k, v = split_heads(qkv, num_heads, order)
-    weights = torch.softmax((q * q.shape[3] ** -0.5) @ k.transpose(2, 3), dim=3)
-    return join_heads(weights @ v).to(qkv.dtype)
 
 
 class Arguments(NamedTuple):
@@ -141,64 +118,57 @@ def _allocate(call: Arguments) -> tuple[Tensor, Maybe]:
     return out, call.qkv.new_empty(n, call.num_heads, tokens, dtype=torch.float32)
 
 
-def _forward(call: Arguments, _: Any, out: Tensor, lse: Maybe) -> None:
-    if call.backend == "native":
-        _native("attention_forward", call, out, lse)
-        return
-    import fastdiff.kernels.attention as kernels
+def _forward(call: Arguments) -> Any:
+    """What fills out and lse for calls like this one."""
+    if call.backend != "triton":
+        return _of_library("attention_forward", call)
+    from fastdiff.kernels import attention as kernels
 
-    kernels.forward(call.qkv, call.num_heads, call.order, out, lse)
-
-
-def _backward(given: Any, _: Any, grad_qkv: Tensor) -> None:
-    grad, out, lse, call = given
-    if 1 not in grad.stride()[1:]:  # an expanded one, from a sum
-        grad = grad.contiguous()
-    if call.backend == "native":
-        _native("attention_backward", call, out, lse, grad, grad_qkv)
-        return
-    import fastdiff.kernels.attention as kernels
-
-    kernels.backward(call.qkv, call.num_heads, call.order, out, lse, grad, grad_qkv)
+    return kernels.forward(call.qkv, call.num_heads, call.order, _allocate(call)[0])
 
 
-def _native(name: str, call: Arguments, out: Tensor, lse: Maybe, *gradients: Tensor) -> None:
-    """``attention_forward``, or ``attention_backward`` with the gradients of out and qkv."""
-    qkv, heads = call.qkv, call.num_heads
-    n, width, tokens = qkv.shape
+def _backward(call: Any) -> Any:
+    """What fills the gradient of qkv for calls like this one."""
+    if call.backend == "triton":
+        from fastdiff.kernels import attention as kernels
+
+        rest = (call.out, _adjacent(call.grad), torch.empty_like(call.qkv))
+        fill = kernels.backward(call.qkv, call.num_heads, call.order, *rest)
+    else:
+        fill = _of_library("attention_backward", call)
+    return lambda grad, out, lse, qkv, grad_qkv: fill(qkv, out, lse, _adjacent(grad), grad_qkv)
+
+
+def _adjacent(grad: Tensor) -> Tensor:
+    return grad if 1 in grad.stride()[1:] else grad.contiguous()  # an expanded one, from a sum
+
+
+def _of_library(name: str, call: Any) -> Any:
+    """The C++ kernel for qkv, out, lse and, backwards, the gradients of out and qkv."""
+    heads, library = call.num_heads, native.library()
+    n, width, tokens = call.qkv.shape
     head_dim = width // (3 * heads)
     # Rows from a head's q to the next head's, and from q to k, and on to v.
     rows = (3 * head_dim, head_dim) if call.order == "heads_first" else (head_dim, heads * head_dim)
-    problem = native.library().Attention(
-        *(native.DTYPE_CODES[qkv.dtype], n, heads, tokens, head_dim, *rows),
-        *(qkv.data_ptr(), qkv.stride(), out.data_ptr(), out.stride(), address(lse)),
-    )
-    floats = native.library().attention_workspace(problem, bool(gradients), torch.get_num_threads())
-    workspace = _borrow(floats)
-    places = (value for v in gradients for value in (v.data_ptr(), v.stride()))
-    native.launch(name, "native", qkv, problem, *places, workspace.data_ptr())
-    if workspace.numel() <= _KEPT_FLOATS:
-        _IDLE.append(workspace)
+    described = (native.DTYPE_CODES[call.qkv.dtype], n, heads, tokens, head_dim, *rows)
 
+    def fill(qkv: Tensor, out: Tensor, lse: Maybe, *gradients: Tensor) -> None:
+        places = (qkv.data_ptr(), qkv.stride(), out.data_ptr(), out.stride(), address(lse))
+        problem = library.Attention(*described, *places)
+        threads = torch.get_num_threads()
+        workspace = native.borrow(library.attention_workspace(problem, bool(gradients), threads))
+        rest = (value for v in gradients for value in (v.data_ptr(), v.stride()))
+        native.launch(name, "native", qkv, problem, *rest, workspace.data_ptr())
+        native.give_back(workspace)
 
-# Scratch memory that no call uses now: a fresh one may come from the system page by page, zeroed,
-# which was measured to cost a tenth of a call. A list's pop and append are atomic.
-_IDLE: list[Tensor] = []
-_KEPT_FLOATS = 1 << 23  # 32 MiB; what is larger goes back
-
-
-def _borrow(floats: int) -> Tensor:
-    try:
-        workspace = _IDLE.pop()
-    except IndexError:
-        return torch.empty(floats, dtype=torch.float32)
-    return workspace if workspace.numel() >= floats else torch.empty(floats, dtype=torch.float32)
+    return fill
 
 
 _kernel = Kernel(OP, Arguments, _allocate, _forward, outputs=2)
-differentiable_once(
-    _kernel,
-    lambda given: (torch.empty_like(given.call.qkv),),
-    _backward,
-    keeps={"out": 0, "lse": 1},
-)
+
+
+def _allocate_gradient(call: Any) -> tuple[Tensor]:
+    return (torch.empty_like(call.qkv),)
+
+
+differentiable_once(_kernel, _allocate_gradient, _backward, keeps={"out": 0, "lse": 1})

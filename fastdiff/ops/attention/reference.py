@@ -1,6 +1,8 @@
-"""Attention over the qkv projection of the published U-Nets, in plain PyTorch."""
+"""Attention over the qkv projection of the published U-Nets, in plain PyTorch: the reference, and
+two that are faster where no kernel is."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.ops.arithmetic import arithmetic
@@ -16,6 +18,20 @@ def attention(qkv: Tensor, num_heads: int, *, order: str = "heads_first") -> Ten
         q, k, v = split_heads(wide, num_heads, order)  # (N, H, T, D) each
         weights = torch.softmax(q @ k.transpose(2, 3) * q.shape[3] ** -0.5, dim=3)  # (N, H, T, T)
         return join_heads(weights @ v).to(qkv.dtype)
+
+
+def sdpa(qkv: Tensor, num_heads: int, order: str) -> Tensor:
+    """PyTorch's own fused attention; under autocast in autocast's dtype."""
+    q, k, v = split_heads(qkv, num_heads, order)
+    return join_heads(F.scaled_dot_product_attention(q, k, v)).to(qkv.dtype)
+
+
+def matmuls(qkv: Tensor, num_heads: int, order: str) -> Tensor:
+    """Two matrix products and a softmax in qkv's own dtype: PyTorch's fused CPU backward is slow
+    in half precision."""
+    q, k, v = split_heads(qkv, num_heads, order)
+    weights = torch.softmax((q * q.shape[3] ** -0.5) @ k.transpose(2, 3), dim=3)
+    return join_heads(weights @ v).to(qkv.dtype)
 
 
 def split_heads(qkv: Tensor, num_heads: int, order: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """GroupNorm + FiLM + SiLU in one call, forward and backward."""
 
 import functools
-import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -10,11 +9,11 @@ from torch import Tensor
 from fastdiff.errors import InputError
 from fastdiff.ops import dispatch, layouts, native
 from fastdiff.ops.checks import check_activation, check_pair, check_tensor, check_x, refusal
-from fastdiff.ops.differentiable import Kernel, differentiable_once
+from fastdiff.ops.differentiable import LARGEST_CACHE, Kernel, differentiable_once
 from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
 from fastdiff.ops.group_norm_silu import reference
-from fastdiff.ops.layouts import Maybe, address, code, row_stride, rows
-from fastdiff.ops.plans import LARGEST_CACHE, plan_of
+from fastdiff.ops.layouts import Maybe, row_stride, rows
+from fastdiff.ops.native import address, code
 
 OP = "group_norm_silu"
 # Contiguous float32 tensors up to this size train on PyTorch's operations: a call of autograd's
@@ -22,6 +21,7 @@ OP = "group_norm_silu"
 # forward+backward). Not channels_last ones and not those in half precision, which the reference
 # copies to float32 and back.
 SMALL = 32768
+PYTORCH_TRAINS = "reference", f"PyTorch's operations train up to {SMALL} float32 elements faster"
 
 
 def group_norm_silu(
@@ -64,24 +64,15 @@ def group_norm_silu(
         raise InputError(
             f"{OP}: num_groups={num_groups!r}; expected an int that divides x's {nc[1]} channels"
         )
-    check_pair(OP, ("weight", "bias"), weight, bias, x, nc[1:])
-    check_pair(OP, ("scale", "shift"), scale, shift, x, nc)
     check_activation(OP, activation)
-    if add is not None:
-        check_tensor(OP, "add", add, x, nc, x.shape)
-        if add.shape == x.shape and add.dtype != x.dtype:
-            raise refusal(OP, "add", add, f"{x.dtype}, as a residual has the dtype of x")
-
-    training = dispatch.wants_gradient(x, weight, bias, scale, shift, add)
-    backend = choose(x, weight, bias, scale, shift, add).backend
-    if backend == "reference":
-        film: dict[str, Any] = {"scale": scale, "shift": shift, "add": add}
-        return reference.group_norm_silu(
-            x, num_groups, weight, bias, eps, **film, activation=activation
-        )
-    silu = activation is not None
     operands = (x, weight, bias, scale, shift, add)
-    call = Arguments(*operands, num_groups, float(eps), silu, backend, training)
+    training = dispatch.wants_gradient(*operands)
+    backend = choose(*operands).backend
+    call = Arguments(*operands, num_groups, float(eps), activation is not None, backend, training)
+    if backend == "reference":
+        _check(call)
+        film: dict[str, Any] = {"scale": scale, "shift": shift, "activation": activation}
+        return reference.group_norm_silu(x, num_groups, weight, bias, eps, add=add, **film)
     return _kernel(call, training)[0]
 
 
@@ -89,17 +80,10 @@ def choose(x: Tensor, *others: Any, **options: Any) -> Choice:
     """Which backend serves this call, and why (``fastdiff.explain``)."""
     small = x.is_cpu and x.dtype == torch.float32 and 0 < x.numel() <= SMALL and x.is_contiguous()
     trains = small and dispatch.wants_gradient(x, *others, *options.values())
-    return dispatch.choose(OPERATION, x, rule=_pytorch_trains if trains else None)
-
-
-def _pytorch_trains() -> tuple[str, str]:
-    return "reference", f"PyTorch's operations train up to {SMALL} float32 elements faster"
+    return dispatch.choose(OPERATION, x, rule=(lambda: PYTORCH_TRAINS) if trains else None)
 
 
 OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton", "cuda"), choose)
-
-
-# --- Launching --------------------------------------------------------------------------------
 
 
 class Arguments(NamedTuple):
@@ -116,18 +100,29 @@ class Arguments(NamedTuple):
     keep: bool  # the groups' mean and rstd, for a backward to come
 
 
+def _check(call: Arguments) -> None:
+    """InputError for tensors that do not fit each other."""
+    x, weight, bias, scale, shift, add, *_ = call
+    nc = x.shape[:2]
+    check_pair(OP, ("weight", "bias"), weight, bias, x, nc[1:])
+    check_pair(OP, ("scale", "shift"), scale, shift, x, nc)
+    if add is not None:
+        check_tensor(OP, "add", add, x, nc, x.shape)
+        if add.shape == x.shape and add.dtype != x.dtype:
+            raise refusal(OP, "add", add, f"{x.dtype}, as a residual has the dtype of x")
+
+
 def _allocate(call: Arguments) -> tuple[Tensor, Maybe]:
     """y, and room for the groups' mean and rstd, (2, N, G)."""
-    return torch.empty_like(call.x), _statistics(call) if call.keep else None
+    x, statistics = call.x, None
+    if call.keep:
+        statistics = x.new_empty((2, x.shape[0], call.num_groups), dtype=torch.float32)
+    return torch.empty_like(x), statistics
 
 
-def _statistics(call: Arguments) -> Tensor:
-    return call.x.new_empty((2, call.x.shape[0], call.num_groups), dtype=torch.float32)
-
-
-def _allocate_gradients(given: Any) -> tuple[Maybe, ...]:
-    """Those of the call's tensors. A residual's is that of x."""
-    x, *small, add = given.call[:6]
+def _allocate_gradients(call: Any) -> tuple[Maybe, ...]:
+    """Those of the forward's tensors. A residual's is that of x."""
+    x, *small, add = call[2:8]
     if add is not None and add.shape == x.shape:
         add = None
     dense = torch.contiguous_format
@@ -135,69 +130,38 @@ def _allocate_gradients(given: Any) -> tuple[Maybe, ...]:
     return torch.empty_like(x), *rest
 
 
-def _forward(call: Arguments, shape: Any, y: Tensor, statistics: Maybe) -> None:
+def _forward(call: Arguments) -> Any:
+    """What fills y and the statistics for calls like this one."""
     if call.backend != "triton":
-        _call(OP, shape, call, (*call[:6], y, statistics), (call.add, y))
-        return
-    from fastdiff.kernels import group_norm_silu as kernels
+        return _of_library(OP, call, read_wide=(0, 5, 6))
+    from fastdiff.kernels.group_norm_silu import forward
 
-    x, weight, bias, scale, shift, add, num_groups, eps, silu, _, _ = call
-    mean, rstd = (_statistics(call) if statistics is None else statistics).unbind()
-    kernels.forward(x, num_groups, weight, bias, eps, scale, shift, add, silu, y, mean, rstd)
+    return forward(call.x, call.num_groups, call.eps, call.scale, call.shift, call.add, call.silu)
 
 
-def _backward(given: Any, shape: Any, dx: Tensor, *small: Maybe) -> None:
-    """Fill the gradients of x, and of weight, bias, scale, shift and add where there is room."""
-    dy, statistics, call = given
-    dy = layouts.in_layout_of(dx, dy)
-    if call.backend != "triton":
-        tensors = (dy, *call[:6], statistics, dx, *small)
-        _call(f"{OP}_backward", shape, call, tensors, (dy, call.add, dx))
-        return
-    from fastdiff.kernels import group_norm_silu as kernels
-
-    x, weight, bias, scale, shift, add, num_groups, _, silu, _, _ = call
-    film = (scale, shift, add)
-    kernels.backward(dy, x, num_groups, weight, bias, *statistics, *film, silu, dx, *small)
-
-
-def _call(
-    name: str, shape: Any, call: Arguments, tensors: tuple[Maybe, ...], read_wide: tuple[Maybe, ...]
-) -> None:
-    """The C++ kernel of the CPU, or CUDA's; ``read_wide``: with x, what is read or written by 16
-    bytes where all begin at a multiple of these."""
-    x, plan = call.x, [shape]
-    if call.backend == "cuda":
-        aligned = all(v is None or v.data_ptr() % 16 == 0 for v in (x, *read_wide))
-        tile = tile_of(shape, native.cuda_limits(x.device), name.endswith("backward"), aligned)
-        # From torch's allocator, which a graph's capture knows: it lives as long as it is needed.
-        workspace = x.new_empty(tile.workspace_floats, dtype=torch.float32)
-        plan, tensors = [shape, tile], (*tensors, workspace)
-    native.launch(name, call.backend, x, *plan, *map(address, tensors))
-
-
-@functools.lru_cache(LARGEST_CACHE)
-def tile_of(shape: Any, limits: tuple[int, int, int, int], is_backward: bool, aligned: bool) -> Any:
-    """How CUDA cuts a call into blocks (csrc/cuda/group_norm_tile.h)."""
-    return native.library().group_norm_tile(shape, limits, is_backward, aligned)
-
-
-# --- Plans ------------------------------------------------------------------------------------
-
-
-def shape_of(call: Arguments) -> Any:
-    """What the kernel is told of the shapes; None for arguments that it does not read."""
-    return plan_of(_plan, call, call[:6], call[6:10])  # what is kept changes no plan
-
-
-def _plan(call: Arguments) -> Any:
-    if not all(map(operator.is_, call, _readable(call))):
-        return None
+def _backward(call: Any) -> Any:
+    """What fills the gradients of x, and of weight, bias, scale, shift and add where there is room,
+    for calls like this one."""
     if call.backend == "triton":
-        return ()  # its launcher derives its own
-    x, add = call.x, call.add
+        from fastdiff.kernels.group_norm_silu import backward
+
+        fill = backward(call.x, call.num_groups, call.scale, call.shift, call.add, call.silu)
+    else:
+        fill = _of_library(f"{OP}_backward", call, read_wide=(0, 1, 6, 8))
+
+    def launch(dy: Tensor, statistics: Tensor, *others: Any) -> None:
+        operands, (dx, *small) = others[:6], others[6:]
+        fill(layouts.in_layout_of(dx, dy), *operands, statistics, dx, *small)
+
+    return launch
+
+
+def _of_library(name: str, call: Any, read_wide: tuple[int, ...]) -> Any:
+    """The C++ kernel of the CPU, or CUDA's; ``read_wide``: the tensors that are read or written by
+    16 bytes where all begin at a multiple of these."""
+    x, add, backend = call.x, call.add, call.backend
     embedding = add is not None and add.shape != x.shape
-    return native.library().GroupNormShape(
+    shape = native.library().GroupNormShape(
         **layouts.norm_shape(x, call.scale, call.shift),
         groups=call.num_groups,
         silu=call.silu,
@@ -207,6 +171,24 @@ def _plan(call: Arguments) -> Any:
         add_dtype=code(add),
         add_stride=row_stride(add) if embedding else 0,
     )
+    if backend == "native":
+        return lambda *tensors: native.launch_on(name, backend, shape, tensors)
+
+    def by_cuda(*tensors: Any) -> None:
+        aligned = all(address(tensors[i]) % 16 == 0 for i in read_wide)
+        x = tensors[0]
+        tile = tile_of(shape, native.cuda_limits(x.device), name.endswith("backward"), aligned)
+        # From torch's allocator, which a graph's capture knows: it lives as long as it must.
+        workspace = x.new_empty(tile.workspace_floats, dtype=torch.float32)
+        native.launch(name, backend, x, shape, tile, *map(address, (*tensors, workspace)))
+
+    return by_cuda
+
+
+@functools.lru_cache(LARGEST_CACHE)
+def tile_of(shape: Any, limits: tuple[int, int, int, int], is_backward: bool, aligned: bool) -> Any:
+    """How CUDA cuts a call into blocks (csrc/cuda/group_norm_tile.h)."""
+    return native.library().group_norm_tile(shape, limits, is_backward, aligned)
 
 
 def _readable(call: Arguments) -> Arguments:
@@ -220,5 +202,5 @@ def _readable(call: Arguments) -> Arguments:
     return Arguments(x, weight, bias, scale, shift, add, *call[6:])
 
 
-_kernel = Kernel(OP, Arguments, _allocate, _forward, outputs=2, plan=shape_of, readable=_readable)
+_kernel = Kernel(OP, Arguments, _allocate, _forward, outputs=2, check=_check, readable=_readable)
 differentiable_once(_kernel, _allocate_gradients, _backward, keeps={"statistics": 1})

@@ -33,9 +33,17 @@ from torch import Tensor
 from fastdiff.checks import check_device
 from fastdiff.errors import InputError
 from fastdiff.ops import backends, dispatch, native
-from fastdiff.ops.counters import X_T_STEP, Counters, arguments, check_counters, low_bits
+from fastdiff.ops.counters import (
+    X_T_STEP,
+    Counters,
+    arguments,
+    check_counters,
+    low_bits,
+    noise_arguments,
+)
 from fastdiff.ops.dispatch import Operation
-from fastdiff.ops.layouts import Layout, code, sample_layout
+from fastdiff.ops.layouts import Layout, sample_layout
+from fastdiff.ops.native import code
 from fastdiff.ops.normal.reference import reference_sample
 
 EXACT_VARIABLE = "FASTDIFF_EXACT_NORMALS"
@@ -104,6 +112,16 @@ def drawn_apart(backend: str) -> bool:
     return _exact and backend in ("triton", "cuda")
 
 
+def draw_at(counters: Counters, base: int, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The noise of a fused operation on x by itself, in x's layout and, unless ``dtype`` is given,
+    in x's own dtype; the operation's steps are the generator's from ``base`` on."""
+    step, seed, first_sample = counters
+    assert seed is not None
+    step = (step.long() if isinstance(step, Tensor) else step) + base
+    out = torch.empty_like(x, dtype=dtype, requires_grad=False)
+    return normal(tuple(out.shape), seed=seed, step=step, first_sample=first_sample, out=out)
+
+
 def draw_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """N(0, 1) of x's shape, dtype, device and memory layout, by ``torch.randn``.
 
@@ -137,7 +155,8 @@ def _launch(backend: str, out: Tensor, layout: Layout, counters: Counters, exact
     if backend == "triton":
         from fastdiff.kernels import normal as kernels
 
-        kernels.fill(out, layout, counters, exact)
+        launch = kernels.launch_for(out.shape[0], layout, exact)
+        launch(out, *noise_arguments(backend, counters))
         return
     given = arguments(backend, seed), arguments(backend, step, 32), arguments(backend, first_sample)
     numbers, *addresses = zip(*given, strict=True)

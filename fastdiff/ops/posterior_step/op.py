@@ -1,5 +1,6 @@
 """posterior_step: one sampler step (DDPM, DDIM, DPM-Solver++) from one row of a StepTable."""
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -7,33 +8,21 @@ from torch import Tensor
 
 from fastdiff.checks import is_finite
 from fastdiff.errors import InputError
-from fastdiff.methods.table import COLUMNS, StepTable
-from fastdiff.ops import dispatch, native
+from fastdiff.methods.table import StepTable
+from fastdiff.ops import counters, layouts, native
 from fastdiff.ops.backends import KERNEL_DTYPES as DTYPES
 from fastdiff.ops.checks import check_tensor, refusal
-from fastdiff.ops.counters import (
-    Counters,
-    arguments,
-    check_counter,
-    check_first_sample,
-    sampling_step,
-    value_or_address,
-)
+from fastdiff.ops.counters import Counters, addresses_and_numbers, arguments, value_or_address
 from fastdiff.ops.differentiable import Kernel
-from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
-from fastdiff.ops.layouts import (
-    Maybe,
-    address,
-    common_layout,
-    launch_elementwise,
-    one_or_two_like,
-)
-from fastdiff.ops.normal import drawn_apart, normal
-from fastdiff.ops.plans import plan_of
+from fastdiff.ops.dispatch import OPERATIONS, Operation
+from fastdiff.ops.layouts import Maybe
+from fastdiff.ops.native import address
+from fastdiff.ops.normal import draw_at, drawn_apart
 from fastdiff.ops.posterior_step import reference
 
 OP = "posterior_step"
-FIRST_COUNTER_STEP = sampling_step(0)
+FIRST_COUNTER_STEP = counters.sampling_step(0)
+OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton", "cuda"))
 
 
 def posterior_step(
@@ -71,7 +60,9 @@ def posterior_step(
     Gradients are the reference's alone. Raises InputError for shapes, dtypes, devices or a ``step``
     that do not fit. Equations: fastdiff/methods/table.py.
     """
-    check_tensors(x_t, model_output, table, guidance_scale)
+    _check_images("x_t", x_t)
+    if not isinstance(table, StepTable):
+        raise refusal(OP, "table", table, "a StepTable")
     noisy, multistep = _what_is_read(step, table, x_t)
     if noise is not None and seed is not None:
         raise InputError(f"{OP}: noise and seed are both given; expected one of them")
@@ -82,18 +73,15 @@ def posterior_step(
             f"{OP}: this step is a second-order multistep one; give prev_x_start=, the "
             "pred_x_start that the step before returned"
         )
-    for name, tensor in (("noise", noise), ("prev_x_start", prev_x_start)):
-        if tensor is not None:
+    for name, tensor, read in (("noise", noise, noisy), ("prev_x_start", prev_x_start, multistep)):
+        if tensor is not None and not read:
             check_tensor(OP, name, tensor, x_t, x_t.shape)
-    if seed is not None:
-        seed = check_counter("seed", seed, 2**64, x_t.device) if noisy else None
-    first_sample = check_first_sample(first_sample, x_t.shape[0], x_t.device)
-    counters = Counters(step, seed, first_sample)
-    backend = choose(x_t, model_output, noise, prev_x_start, guidance_scale).backend
-    noise = noise if noisy else None
+    backend = OPERATION.choose(x_t, model_output, noise, prev_x_start, guidance_scale).backend
+    noise, prev_x_start = noise if noisy else None, prev_x_start if multistep else None
+    seed = counters.check_seed(seed, x_t) if noisy else None
+    drawn = Counters(step, seed, counters.check_first_sample(first_sample, x_t))
     if seed is not None and (backend == "reference" or drawn_apart(backend)):
-        noise, counters = _drawn(x_t, counters), Counters(step)
-    prev_x_start = prev_x_start if multistep else None
+        noise, drawn = draw_at(drawn, FIRST_COUNTER_STEP, x_t, torch.float32), Counters(step)
     # The native kernel looks at a step tensor by itself, where it runs at all; those for GPUs
     # answer NaN, emulated or not: looking would stall.
     if (backend == "reference" or x_t.numel() == 0) and isinstance(step, Tensor) and step.is_cpu:
@@ -101,54 +89,50 @@ def posterior_step(
             raise step_error(int(step), len(table))
 
     by_tensor = isinstance(guidance_scale, Tensor)
-    scale = None if guidance_scale is None or by_tensor else float(guidance_scale)
+    if not by_tensor and guidance_scale is not None and not is_finite(guidance_scale):
+        raise InputError(f"{OP}: guidance_scale is {guidance_scale!r}; expected a finite number")
     guidance: Any = guidance_scale if by_tensor else None
-    packed, learned = table.packed, table.learned_variance
+    scale = None if by_tensor or guidance_scale is None else float(guidance_scale)
     call = Arguments(
-        x_t, model_output, packed, noise, prev_x_start, guidance, scale,
-        learned, counters, return_x_start, backend,
+        x_t, model_output, table.packed, noise, prev_x_start, guidance, scale,
+        table.doubled_output, table.learned_variance, return_x_start, backend, drawn,
     )  # fmt: skip
-    x_prev, x_start = _reference(call) if backend == "reference" else _kernel(call)
+    if backend == "reference":
+        _check(call)
+    x_prev, x_start = reference.of_call(call) if backend == "reference" else _kernel(call)
     return x_prev, x_start if return_x_start else None
 
 
-def choose(x_t: Tensor, *others: Any, **named: Any) -> Choice:
-    """Which backend serves this call, and why (``fastdiff.explain``)."""
-    wanted = dispatch.wants_gradient(x_t, *others, *named.values())
-    return dispatch.choose(OPERATION, x_t, dispatch.NO_GRADIENTS if wanted else "")
-
-
-OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton", "cuda"), choose)
-
-
-# --- Checks -----------------------------------------------------------------------------------
-
-
 def check_tensors(
-    x_t: Tensor, model_output: Tensor, table: StepTable, guidance_scale: float | Tensor | None
+    x_t: Tensor, output: Tensor, packed: Tensor, doubled: bool, guidance: float | Tensor | None
 ) -> None:
     """InputError for tensors that do not fit each other."""
-    for name, tensor in (("x_t", x_t), ("model_output", model_output)):
-        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES or tensor.dim() < 2:
-            raise refusal(OP, name, tensor, "(N, C, ...) in float32, bfloat16 or float16")
-    if not isinstance(table, StepTable):
-        raise refusal(OP, "table", table, "a StepTable")
-    guided, doubled = guidance_scale is not None, table.doubled_output
+    _check_images("model_output", output)
     n, channels, *spatial = x_t.shape
+    guided = guidance is not None
     expected = (2 * n if guided else n, 2 * channels if doubled else channels, *spatial)
-    if model_output.shape != expected:
+    if output.shape != expected:
         why = "; two halves of the batch for guidance" if guided else ""
         why += "; 2C channels for the learned variance" if doubled else ""
         fits = f"{expected} for x_t of shape {tuple(x_t.shape)}{why}"
-        raise refusal(OP, "model_output", model_output, fits)
-    for name, tensor in (("model_output", model_output), ("table", table.packed)):
+        raise refusal(OP, "model_output", output, fits)
+    for name, tensor in (("model_output", output), ("table", packed)):
         if tensor.device != x_t.device:
             raise refusal(OP, name, tensor, f"it on {x_t.device}, where x_t is")
-    if isinstance(guidance_scale, Tensor):
-        if guidance_scale.numel() != 1 or guidance_scale.device != x_t.device:
-            raise refusal(OP, "guidance_scale", guidance_scale, f"one element on {x_t.device}")
-    elif guided and not is_finite(guidance_scale):
-        raise InputError(f"{OP}: guidance_scale is {guidance_scale!r}; expected a finite number")
+    if isinstance(guidance, Tensor) and (guidance.numel() != 1 or guidance.device != x_t.device):
+        raise refusal(OP, "guidance_scale", guidance, f"one element on {x_t.device}")
+
+
+def _check(call: "Arguments") -> None:
+    check_tensors(call.x_t, call.model_output, call.packed, call.doubled_output, call.guidance)
+    for name, tensor in (("noise", call.noise), ("prev_x_start", call.prev_x_start)):
+        if tensor is not None:
+            check_tensor(OP, name, tensor, call.x_t, call.x_t.shape)
+
+
+def _check_images(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES or tensor.dim() < 2:
+        raise refusal(OP, name, tensor, "(N, C, ...) in float32, bfloat16 or float16")
 
 
 def _what_is_read(step: int | Tensor, table: StepTable, x_t: Tensor) -> tuple[bool, bool]:
@@ -169,9 +153,6 @@ def step_error(step: int, rows: int) -> InputError:
     return InputError(f"step is {step}; the table has rows 0 … {rows - 1}")
 
 
-# --- Launching --------------------------------------------------------------------------------
-
-
 class Arguments(NamedTuple):
     x_t: Tensor
     model_output: Tensor
@@ -180,92 +161,62 @@ class Arguments(NamedTuple):
     prev_x_start: Maybe
     guidance_tensor: Maybe
     guidance_scale: float | None  # where no tensor says it
+    doubled_output: bool  # the network returns 2C channels
     learned_variance: bool
-    counters: Counters  # their step is the table's row
-    returns_x_start: bool
+    returns_both: bool
     backend: str
+    counters: Counters  # their step is the table's row
 
     @property
     def guidance(self) -> float | Tensor | None:
         return self.guidance_scale if self.guidance_tensor is None else self.guidance_tensor
 
 
-def _drawn(x_t: Tensor, counters: Counters) -> Tensor:
-    """The noise of a step by itself, in float32."""
-    step, seed, first = counters
-    assert seed is not None
-    counted = (step.long() if isinstance(step, Tensor) else step) + FIRST_COUNTER_STEP
-    return normal(x_t.shape, seed=seed, step=counted, first_sample=first, device=x_t.device)
+def _layout(call: Arguments) -> Any:
+    batch, channels = call.x_t.shape[:2]
+    x_prev = torch.empty_like(call.x_t)
+    given = (call.x_t if v is None else v for v in (call.noise, call.prev_x_start))
+    operands = [call.x_t, call.model_output[:batch, :channels], *given, x_prev, x_prev]
+    return layouts.common_layout(operands, counted=call.counters.seed is not None)
 
 
-def _reference(call: Arguments) -> tuple[Tensor, Tensor]:
-    x_t, packed, noise, before = call.x_t, call.packed, call.noise, call.prev_x_start
-    step = call.counters.step
-    if isinstance(step, Tensor):  # a gather on the device: no synchronisation
-        row = packed.index_select(0, step.reshape(1))[0]
-    else:
-        row = packed[step]
-    n, channels = x_t.shape[:2]
-    output = call.model_output[:, :channels].float()
-    variance = call.model_output[:n, channels:].float() if call.learned_variance else None
-    x_prev, x_start = reference.posterior_step(
-        x_t.float(),
-        output if call.guidance is None else reference.guide(output, call.guidance),
-        dict(zip(COLUMNS, row.unbind(), strict=True)),
-        variance_output=variance,
-        z=None if noise is None else noise.float(),
-        x_start_before=None if before is None else before.float(),
-    )
-    return x_prev.to(x_t.dtype), x_start.to(x_t.dtype)
-
-
-def _launch(call: Arguments, plan: Any, x_prev: Tensor, x_start: Maybe) -> None:
-    x_t, output, packed, noise, before, guidance, number, _, counters, _, backend = call
-    step, seed, first_sample = counters
-    packed = packed.contiguous()
-    guidance = None if guidance is None else guidance.float()
-    tensors = (x_t, output, packed, noise, before, x_prev, x_start)
-    if backend == "triton":
-        from fastdiff.kernels import posterior_step as kernels
-
-        kernels.launch(plan, tensors, counters, number if guidance is None else guidance)
-        return
-    wide_step = isinstance(step, Tensor) and step.dtype == torch.int64
-    row, scale = (*value_or_address(step), wide_step), (number or 0.0, address(guidance))
-    noise_of = *arguments(backend, seed), FIRST_COUNTER_STEP, *arguments(backend, first_sample)
-    given = (plan, *map(address, tensors), *row, *scale, seed is not None, *noise_of)
-    served = launch_elementwise(OP, backend, x_t, *given)
-    if served is False:
-        raise step_error(int(step), packed.shape[0])
+def _readable(call: Arguments) -> Arguments:
+    """With copies of what no kernel reads as it stands."""
+    guidance = None if call.guidance_tensor is None else call.guidance_tensor.float()
+    call = call._replace(packed=call.packed.contiguous(), guidance_tensor=guidance)
+    return call if _layout(call) else layouts.dense(call)
 
 
 def _plan(call: Arguments) -> Any:
-    """The kernel's description of the layouts; None where it reads none of the kind."""
-    x_t, output = call.x_t, call.model_output
-    batch, channels = x_t.shape[:2]
-    x_prev = torch.empty_like(x_t)
-    given = (x_t if v is None else v for v in (call.noise, call.prev_x_start))
-    operands = [x_t, output[:batch, :channels], *given, x_prev, x_prev]
-    common = common_layout(operands, counted=call.counters.seed is not None)
-    if common is None:
-        return None
-    shape, layouts = common
-    variance = channels * output.stride(1) if call.learned_variance else -1
-    unconditional = batch * output.stride(0) if call.guidance is not None else -1
-    rows = call.packed.shape[0]
-    plan = (shape, rows, *layouts[:2], variance, unconditional, *layouts[2:])
-    return plan if call.backend == "triton" else native.library().PosteriorStep(*plan)
+    """What fills x_prev and x_start for calls like this one."""
+    backend, rows, scale = call.backend, call.packed.shape[0], call.guidance_scale or 0.0
+    shape, (x_t, output, *others) = _layout(call)
+    n, channels = call.x_t.shape[:2]
+    variance = channels * call.model_output.stride(1) if call.learned_variance else -1
+    unconditional = n * call.model_output.stride(0) if call.guidance is not None else -1
+    described = (shape, rows, x_t, output, variance, unconditional, *others)
+    if backend == "triton":
+        from fastdiff.kernels.posterior_step import launch_for
+
+        launch: Any = launch_for(*described, draws=call.counters.seed is not None)
+    else:
+        plan = native.library().PosteriorStep(*described)
+        launch = functools.partial(native.launch_on, OP, backend, plan)
+
+    def fill(*given: Any) -> None:
+        *read, guidance, x_prev, x_start, (step, seed, first_sample) = given
+        tensors = (*read, x_prev, x_start)
+        if backend == "triton":
+            numbers = addresses_and_numbers(step, seed, first_sample)
+            launch(*tensors, *numbers, guidance, scale)
+            return
+        wide_step = isinstance(step, Tensor) and step.dtype == torch.int64
+        row = (*value_or_address(step), wide_step, scale, address(guidance))
+        noise = *arguments(backend, seed), FIRST_COUNTER_STEP, *arguments(backend, first_sample)
+        if launch(tensors, *row, seed is not None, *noise) is False:
+            raise step_error(int(step), rows)
+
+    return fill
 
 
-def _plan_of(call: Arguments) -> Any:
-    layouts = (call.x_t, call.model_output, call.noise, call.prev_x_start)
-    guided = call.guidance_scale is not None or call.guidance_tensor is not None
-    draws = call.counters.seed is not None
-    options = (call.packed.shape[0], call.learned_variance, guided, draws, call.backend)
-    return plan_of(_plan, call, layouts, *options)
-
-
-_kernel = Kernel(
-    OP, Arguments, lambda call: one_or_two_like(call.x_t, call.returns_x_start), _launch,
-    outputs=2, plan=_plan_of,
-)  # fmt: skip
+_kernel = Kernel(OP, Arguments, layouts.one_or_two_like, _plan, _check, _readable, outputs=2)

@@ -1,6 +1,10 @@
 """One sampler step as the step table's equations write it (see fastdiff/methods/table.py)."""
 
+from typing import Any
+
 import torch
+
+from fastdiff.methods.table import COLUMNS
 
 
 def posterior_step(
@@ -27,6 +31,28 @@ def posterior_step(
     if z is not None:
         x_prev = x_prev + torch.where(row["sigma"] != 0, std * z, 0.0)
     return x_prev, x_start
+
+
+def of_call(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x_prev, x_start) of a call's record (``Arguments`` of op.py), in the dtype of x_t."""
+    x_t, packed, noise, before = call.x_t, call.packed, call.noise, call.prev_x_start
+    step = call.counters.step
+    if isinstance(step, torch.Tensor):  # a gather on the device: no synchronisation
+        row = packed.index_select(0, step.reshape(1))[0]
+    else:
+        row = packed[step]
+    n, channels = x_t.shape[:2]
+    output = call.model_output[:, :channels].float()
+    variance = call.model_output[:n, channels:].float() if call.learned_variance else None
+    x_prev, x_start = posterior_step(
+        x_t.float(),
+        output if call.guidance is None else guide(output, call.guidance),
+        dict(zip(COLUMNS, row.unbind(), strict=True)),
+        variance_output=variance,
+        z=None if noise is None else noise.float(),
+        x_start_before=None if before is None else before.float(),
+    )
+    return x_prev.to(x_t.dtype), x_start.to(x_t.dtype)
 
 
 def log_variance(

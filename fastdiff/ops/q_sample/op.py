@@ -1,20 +1,22 @@
 """q_sample: noise images to their timesteps, x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · noise."""
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdiff.checks import check_float, check_like, check_timesteps
+from fastdiff.checks import check_float, check_like, check_timesteps, timestep_error
 from fastdiff.errors import InputError
-from fastdiff.ops import dispatch, native
-from fastdiff.ops.counters import TRAINING_STEP_BASE, Counters, arguments, check_counters
+from fastdiff.ops import dispatch, layouts, native
+from fastdiff.ops.counters import TRAINING_STEP_BASE, Counters, check_counters, noise_arguments
 from fastdiff.ops.differentiable import Kernel, Outputs
 from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
-from fastdiff.ops.layouts import Maybe, address, common_layout, launch_elementwise, one_or_two_like
-from fastdiff.ops.normal import draw_like, drawn_apart, normal
-from fastdiff.ops.plans import plan_of
+from fastdiff.ops.layouts import Maybe
+from fastdiff.ops.normal import draw_at, draw_like, drawn_apart
 from fastdiff.ops.q_sample.reference import q_sample as reference_q_sample
+
+OP = "q_sample"
 
 
 def q_sample(
@@ -53,36 +55,27 @@ def q_sample(
     """
     signal, sigma = sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod
     check_float(x_start, "x_start")
-    check_float(signal, "sqrt_alphas_cumprod")
-    check_like(sigma, "sqrt_one_minus_alphas_cumprod", signal, "sqrt_alphas_cumprod")
-    if signal.dim() != 1 or signal.shape[0] == 0 or signal.device != x_start.device:
-        raise InputError(
-            "the coefficient tables must have shape (K,) with K >= 1 on x_start's device "
-            f"{x_start.device}, got {tuple(signal.shape)} on {signal.device}"
-        )
     backend = choose(x_start, t, signal, sigma).backend
-    # The native kernel looks at t by itself, where it runs at all; the CUDA kernel answers NaN,
-    # emulated or not.
-    looks = x_start.numel() == 0 or backend not in ("native", "cuda")
-    t = check_timesteps(t, x_start, signal.shape[0], "x_start", look=looks)
     counters = Counters()
-    if noise is not None:
-        if seed is not None:
-            raise InputError("q_sample takes noise or seed, not both")
-        check_like(noise, "noise", x_start, "x_start")
-    elif seed is None:
+    if noise is not None and seed is not None:
+        raise InputError("q_sample takes noise or seed, not both")
+    if noise is None and seed is None:
         noise = draw_like(x_start)
-    else:
+    elif seed is not None:
         counters = check_counters(step, seed, first_sample, 2**32 - TRAINING_STEP_BASE, x_start)
-        if backend == "reference" or drawn_apart(backend):
-            noise, counters = _drawn(x_start, counters), Counters()
-
+    returned = noise is None and return_noise
+    call = Arguments(x_start, noise, t, signal, sigma, returned, backend, counters)
+    # The native kernel looks at t by itself, where it runs at all; those for GPUs answer NaN. What
+    # is left on the CPU is Triton's interpreter.
+    if backend == "reference" or (x_start.is_cpu and (backend == "triton" or not x_start.numel())):
+        _check(call, look=True)
+    if seed is not None and (backend == "reference" or drawn_apart(backend)):
+        noise = draw_at(counters, TRAINING_STEP_BASE, x_start)
+        call = call._replace(noise=noise, counters=Counters())
     if backend == "reference":
         assert noise is not None
-        x_t = reference_q_sample(x_start, t, signal, sigma, noise)
+        x_t = reference_q_sample(x_start, t.long(), signal, sigma, noise)
     else:
-        returns_drawn = noise is None and return_noise
-        call = Arguments(x_start, noise, t, signal, sigma, counters, returns_drawn, backend)
         x_t, drawn = _kernel(call, dispatch.wants_gradient(x_start, noise))
         noise = drawn if noise is None else noise
     return x_t, noise if return_noise else None
@@ -96,24 +89,12 @@ def choose(
     **_: Any,
 ) -> Choice:
     """Which backend serves this call, and why (``fastdiff.explain``)."""
-    tracked = sqrt_alphas_cumprod.requires_grad or sqrt_one_minus_alphas_cumprod.requires_grad
+    tracked = dispatch.wants_gradient(sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
     missing = "only 'reference' has gradients for the tables" if tracked else ""
     return dispatch.choose(OPERATION, x_start, missing)
 
 
-OPERATION = OPERATIONS["q_sample"] = Operation("q_sample", ("native", "triton", "cuda"), choose)
-
-
-def _drawn(x_start: Tensor, counters: Counters) -> Tensor:
-    """The noise by itself, in x_start's own dtype and layout."""
-    step, seed, first_sample = counters
-    assert seed is not None
-    out = torch.empty_like(x_start, requires_grad=False)
-    step = step + TRAINING_STEP_BASE
-    return normal(tuple(out.shape), seed=seed, step=step, first_sample=first_sample, out=out)
-
-
-# --- Launching --------------------------------------------------------------------------------
+OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton", "cuda"), choose)
 
 
 class Arguments(NamedTuple):
@@ -122,53 +103,68 @@ class Arguments(NamedTuple):
     t: Tensor
     signal: Tensor
     sigma: Tensor
-    counters: Counters  # their step is the training step's number
-    returns_drawn: bool
+    returns_both: bool
     backend: str
+    counters: Counters  # their step is the training step's number
 
 
-def _launch(call: Arguments, plan: Any, x_t: Tensor, drawn: Maybe) -> None:
-    x_start, noise, t, signal, sigma, counters, _, backend = call
-    step, seed, first_sample = counters
-    draws = seed is not None
-    t, signal, sigma = t.contiguous(), signal.float().contiguous(), sigma.float().contiguous()
-    tensors = (x_start, t, signal, sigma, drawn if draws else noise, x_t)  # written, or read
-    if backend == "triton":
-        from fastdiff.kernels import q_sample as kernels
-
-        kernels.launch(plan, tensors, counters)
-        return
-    numbers = *arguments(backend, seed), *arguments(backend, step, 32, TRAINING_STEP_BASE)
-    numbers = *numbers, *arguments(backend, first_sample)
-    given = (plan, *map(address, tensors), draws, *numbers)
-    bad = launch_elementwise("q_sample", backend, x_t, *given)
-    if bad is not None and bad >= 0:
-        rows = signal.shape[0]
+def _check(call: Arguments, *, look: bool = False) -> None:
+    """InputError for tensors that do not fit each other; ``look``: and for values of t."""
+    x_start, noise, t, signal, sigma, *_ = call
+    check_float(signal, "sqrt_alphas_cumprod")
+    check_like(sigma, "sqrt_one_minus_alphas_cumprod", signal, "sqrt_alphas_cumprod")
+    if signal.dim() != 1 or signal.shape[0] == 0 or signal.device != x_start.device:
         raise InputError(
-            f"t must lie in 0 … {rows - 1} for a process of {rows} steps, got {int(t[bad])}"
+            "the coefficient tables must have shape (K,) with K >= 1 on x_start's device "
+            f"{x_start.device}, got {tuple(signal.shape)} on {signal.device}"
         )
+    check_timesteps(t, x_start, signal.shape[0], "x_start", look=look)
+    if noise is not None:
+        check_like(noise, "noise", x_start, "x_start")
+
+
+def _layout(call: Arguments) -> Any:
+    x_t = torch.empty_like(call.x_start)
+    operands = [call.x_start, x_t if call.noise is None else call.noise, x_t]
+    return layouts.common_layout(operands, counted=call.counters.seed is not None)
+
+
+def _readable(call: Arguments) -> Arguments:
+    """With copies of what no kernel reads as it stands."""
+    signal, sigma = call.signal.float().contiguous(), call.sigma.float().contiguous()
+    call = call._replace(t=call.t.long().contiguous(), signal=signal, sigma=sigma)
+    return call if _layout(call) else layouts.dense(call)
 
 
 def _plan(call: Arguments) -> Any:
-    """The kernel's description of the layouts; None where it reads none of the kind."""
-    x_t = torch.empty_like(call.x_start)
-    operands = [call.x_start, x_t if call.noise is None else call.noise, x_t]
-    common = common_layout(operands, counted=call.counters.seed is not None)
-    if common is None:
-        return None
-    plan = (common[0], call.signal.shape[0], *common[1])
-    return plan if call.backend == "triton" else native.library().QSample(*plan)
+    """What fills x_t, and the noise that is drawn, for calls like this one."""
+    backend = call.backend
+    shape, operands = _layout(call)
+    described = (shape, call.signal.shape[0], *operands)
+    if backend == "triton":
+        from fastdiff.kernels.q_sample import launch_for
+
+        launch: Any = launch_for(*described, draws=call.counters.seed is not None)
+    else:
+        plan = native.library().QSample(*described)
+        launch = functools.partial(native.launch_on, OP, backend, plan)
+
+    def fill(*given: Any) -> None:
+        x_start, noise, t, signal, sigma, x_t, drawn, counters = given
+        draws = counters.seed is not None
+        tensors = (x_start, t, signal, sigma, drawn if draws else noise, x_t)
+        numbers = noise_arguments(backend, counters, TRAINING_STEP_BASE)
+        if backend == "triton":
+            launch(*tensors, *numbers)
+            return
+        bad = launch(tensors, draws, *numbers)
+        if bad is not None and bad >= 0:
+            raise timestep_error(int(t[bad]), signal.shape[0])
+
+    return fill
 
 
-def _plan_of(call: Arguments) -> Any:
-    draws = call.counters.seed is not None
-    return plan_of(_plan, call, call[:2], call.signal.shape[0], draws, call.backend)
-
-
-_kernel = Kernel(
-    "q_sample", Arguments, lambda call: one_or_two_like(call.x_start, call.returns_drawn), _launch,
-    outputs=2, plan=_plan_of,
-)  # fmt: skip
+_kernel = Kernel(OP, Arguments, layouts.one_or_two_like, _plan, _check, _readable, outputs=2)
 
 
 # --- Gradients: the operation is its own derivative ---------------------------------------------
@@ -184,7 +180,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Maybe, ...]:
     t, signal, sigma = ctx.saved_tensors
 
     def scaled(grad: Tensor, by: Tensor, other: Tensor) -> Maybe:
-        call = Arguments(grad, None, t, by, other, Counters(), False, ctx.backend)
+        call = Arguments(grad, None, t, by, other, False, ctx.backend, Counters())
         return _kernel(call, dispatch.wants_gradient(grad))[0]
 
     x_start = scaled(grad, signal, sigma) if ctx.needs_input_grad[0] else None
@@ -192,4 +188,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Maybe, ...]:
     return x_start, noise, None, None, None
 
 
-_kernel.differentiate(_setup, _backward, returns=2)
+_kernel.differentiate(_setup, _backward)

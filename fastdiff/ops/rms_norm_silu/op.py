@@ -1,20 +1,21 @@
 """RMS norm over the channels + FiLM + SiLU in one call."""
 
-import operator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdiff.ops import checks, dispatch, native
+from fastdiff.ops import native
 from fastdiff.ops.backends import KERNEL_DTYPES
+from fastdiff.ops.checks import check_activation, check_pair, check_tensor, check_x, refusal
 from fastdiff.ops.differentiable import Kernel
-from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
-from fastdiff.ops.layouts import Maybe, address, code, in_kernels_layout, norm_shape, rows
-from fastdiff.ops.plans import plan_of
+from fastdiff.ops.dispatch import OPERATIONS, Operation
+from fastdiff.ops.layouts import Maybe, in_kernels_layout, norm_shape, rows
+from fastdiff.ops.native import code
 from fastdiff.ops.rms_norm_silu import reference
 
 OP = "rms_norm_silu"
+OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton"))
 
 
 def rms_norm_silu(
@@ -45,35 +46,15 @@ def rms_norm_silu(
     Source: Zhang & Sennrich 2019, equation 4, over the channels as denoising-diffusion-pytorch has
     it; FiLM as in Nichol & Dhariwal 2021, section 3.
     """
-    film: dict[str, Any] = {"scale": scale, "shift": shift, "activation": activation}
-    backend = choose(x, weight, **film).backend
+    check_x(OP, x)
+    check_activation(OP, activation)
+    backend = OPERATION.choose(x, weight, scale, shift).backend
+    call = Arguments(x, weight, scale, shift, float(eps), activation is not None, backend)
     if backend == "reference":
+        _check(call)
+        film: dict[str, Any] = {"scale": scale, "shift": shift, "activation": activation}
         return reference.rms_norm_silu(x, weight, eps=eps, **film)
-    silu = activation is not None
-    return _kernel(Arguments(x, weight, scale, shift, float(eps), silu, backend))[0]
-
-
-def choose(
-    x: Tensor, weight: Tensor, *, scale: Maybe = None, shift: Maybe = None,
-    activation: str | None = "silu", **_: Any,
-) -> Choice:  # fmt: skip
-    """Which backend serves this call, once checked, and why (``fastdiff.explain``)."""
-    checks.check_x(OP, x)
-    rows = x.shape[:2]
-    if not isinstance(weight, Tensor) or weight.numel() != rows[1]:
-        raise checks.refusal(OP, "weight", weight, f"{rows[1]} elements, one for each channel of x")
-    checks.check_tensor(OP, "weight", weight, x, weight.shape)
-    broadcast = rows + (1,) * (x.dim() - 2)
-    checks.check_pair(OP, ("scale", "shift"), scale, shift, x, rows, broadcast)
-    checks.check_activation(OP, activation)
-    wanted = dispatch.wants_gradient(x, weight, scale, shift)
-    return dispatch.choose(OPERATION, x, dispatch.NO_GRADIENTS if wanted else "")
-
-
-OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton"), choose)
-
-
-# --- Launching --------------------------------------------------------------------------------
+    return _kernel(call)[0]
 
 
 class Arguments(NamedTuple):
@@ -86,14 +67,15 @@ class Arguments(NamedTuple):
     backend: str
 
 
-def _launch(call: Arguments, shape: Any, y: Tensor) -> None:
-    x, weight, scale, shift, eps, silu, backend = call
-    if backend == "native":
-        native.launch(OP, backend, x, shape, *map(address, (*call[:4], y)))
-        return
-    from fastdiff.kernels import rms_norm_silu as kernels
-
-    kernels.forward(x, weight, eps, scale, shift, silu, y)
+def _check(call: Arguments) -> None:
+    """InputError for tensors that do not fit each other."""
+    x, weight = call.x, call.weight
+    rows = x.shape[:2]
+    if not isinstance(weight, Tensor) or weight.numel() != rows[1]:
+        raise refusal(OP, "weight", weight, f"{rows[1]} elements, one for each channel of x")
+    check_tensor(OP, "weight", weight, x, weight.shape)
+    broadcast = rows + (1,) * (x.dim() - 2)
+    check_pair(OP, ("scale", "shift"), call.scale, call.shift, x, rows, broadcast)
 
 
 def _readable(call: Arguments) -> Arguments:
@@ -107,23 +89,16 @@ def _readable(call: Arguments) -> Arguments:
 
 
 def _plan(call: Arguments) -> Any:
-    """What the kernel is told of the shapes; None for arguments that it does not read."""
-    if not all(map(operator.is_, call, _readable(call))):
-        return None
-    if call.backend == "triton":
-        return ()  # its launcher derives its own
-    shape = norm_shape(call.x, call.scale, call.shift)
-    return native.library().RmsNormShape(
-        **shape, silu=call.silu, eps=call.eps, weight_dtype=code(call.weight)
+    """What fills y for calls like this one."""
+    x, weight, scale, shift, eps, silu, backend = call
+    if backend == "triton":
+        from fastdiff.kernels import rms_norm_silu as kernels
+
+        return kernels.forward(x, eps, scale, shift, silu)
+    shape = native.library().RmsNormShape(
+        **norm_shape(x, scale, shift), silu=silu, eps=eps, weight_dtype=code(weight)
     )
+    return lambda *tensors: native.launch_on(OP, backend, shape, tensors)
 
 
-_kernel = Kernel(
-    OP,
-    Arguments,
-    lambda call: (torch.empty_like(call.x),),
-    _launch,
-    outputs=1,
-    plan=lambda call: plan_of(_plan, call, call[:4], *call[4:]),
-    readable=_readable,
-)
+_kernel = Kernel(OP, Arguments, lambda call: (torch.empty_like(call.x),), _plan, _check, _readable)
