@@ -19,6 +19,7 @@ Tensor = torch.Tensor
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+LEAST = tl.constexpr(torch.finfo(torch.float32).min)
 # Tensor cores round float32 operands to 11 bits: attention in float32 means float32.
 FLOAT32_PRECISION = "tf32x3"
 
