@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .attention_backward import backward
 from .attention_tiles import (
+    LEAST,
     LN_2,
     LOG2_E,
     append,
@@ -69,7 +70,8 @@ def forward_kernel(
             d = indices(c * BD, BD, WIDE)
             q = append(q, load_tile(q_base, m, d, strides[2], strides[1], tokens, D))
 
-    top = tl.full((BM,), float("-inf"), tl.float32)
+    # The least number, not -inf: of a block of scores that overflowed, -inf − -inf would be NaN.
+    top = tl.full((BM,), LEAST, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = zeros(BM, BD, OWNED)
     for start in range(0, tokens, BN):

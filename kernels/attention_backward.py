@@ -172,8 +172,9 @@ def queries_kernel(
             g_base, grad_strides, v_base, strides, m, n, tokens,
             D, BD, CHUNKS, BM, BN, WIDE, PRECISION,
         )  # fmt: skip
-        p = tl.exp2(s * (scale * LOG2_E) - (row_lse * LOG2_E)[:, None])
-        # Past the tokens k is zero, and so is what the other factor multiplies.
+        # Past the tokens s and k are zero, but exp(0 - lse) may overflow, and inf·0 is NaN.
+        s = tl.where((n < tokens)[None, :], s * (scale * LOG2_E), float("-inf"))
+        p = tl.exp2(s - (row_lse * LOG2_E)[:, None])
         ds = p * (dp - row_delta[:, None])
         new_dq = ()
         for i in tl.static_range(OWNED):

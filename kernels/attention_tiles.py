@@ -19,6 +19,7 @@ Tensor = torch.Tensor
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+LEAST = tl.constexpr(torch.finfo(torch.float32).min)
 # Tensor cores round float32 operands to 11 bits: attention in float32 means float32.
 FLOAT32_PRECISION = "tf32x3"
 
@@ -79,7 +80,9 @@ def choose_tiles(head_dim: int, tokens: int, itemsize: int) -> KernelTiles:
     return KernelTiles(
         forward=tiles(128, 256, 64, 32, 8, 2),
         keys=tiles(64, 128, 64, 32 if head_dim <= 256 else 16, 8, 2),
-        queries=tiles(64, 256, 64, 32, 8, 2),
+        # Chunks wider than the rows: else Ampere's warps stand in a column, of which 64 rows fill
+        # half, and hold each sum twice. Where those are too much padding, fewer sums fit.
+        queries=tiles(128, 256 if head_dim <= 256 or head_dim % 128 == 0 else 128, 64, 32, 8, 2),
     )
 
 

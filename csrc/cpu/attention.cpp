@@ -26,6 +26,10 @@ namespace {
 
 // --- Forward ----------------------------------------------------------------------------------
 
+// A row's maximum starts from the least number, not from -inf: scores may be -inf (their product
+// overflows, or k has one), and of a first block of nothing else -inf − -inf would make NaN.
+constexpr float kLeast = -__FLT_MAX__;
+
 FASTDIFF_VEC Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 FASTDIFF_VEC Vec first_lanes(Vec v, int64_t n, float others) {
@@ -111,7 +115,7 @@ void attend(const Attention& p, const Cut& cut, int64_t head, int64_t block, con
                          scratch, cut.width);
 
   float m[kRows], total[kRows];
-  for (int64_t i = 0; i < kRows; ++i) m[i] = -__builtin_inff(), total[i] = 0.0f;
+  for (int64_t i = 0; i < kRows; ++i) m[i] = kLeast, total[i] = 0.0f;
   for (int64_t key = 0; key < tokens; key += kKeys) {
     const int64_t keys = smaller(kKeys, tokens - key);
     multiply<false>(q.data, q.stride, k_panels + key * head_dim, head_dim, 0, scores,
@@ -128,6 +132,8 @@ void attend(const Attention& p, const Cut& cut, int64_t head, int64_t block, con
                     keys, key > 0);
   }
   for (int64_t i = 0; i < rows; ++i) {
+    // Of nothing but -inf there is no softmax; exp, which is never zero, would make one.
+    if (m[i] == kLeast) total[i] = __builtin_nanf("");
     multiply_row(out + i * cut.width, cut.width, 1.0f / total[i]);
     if (p.lse != nullptr) p.lse[head * tokens + first + i] = m[i] + __builtin_logf(total[i]);
   }

@@ -1,5 +1,11 @@
 """attention's numbers: every implementation on the CPU against a loop over heads in float64."""
 
+<<<<<<< HEAD
+=======
+import importlib
+import math
+
+>>>>>>> attn
 import pytest
 import torch
 from hypothesis import given, settings
@@ -160,6 +166,42 @@ def test_the_maximum_may_come_late(isa):
     qkv = projection(1, 3 * 16, 600)
     qkv[:, 16:32] *= torch.linspace(0.1, 60, 600)
     check_values(natively, qkv, 1, "heads_first")
+
+
+def with_scores(query, key, keys, tokens, dtype):
+    """Channel 0 of q is ``query``, of the first ``keys`` keys ``key`` and of the others 0."""
+    qkv = projection(2, 3 * 2 * 12, tokens, dtype)
+    packed = qkv.view(2, 2, 3, 12, tokens)
+    packed[:, :, 0, 0] = query
+    packed[:, :, 1, 0] = 0
+    packed[:, :, 1, 0, :keys] = key
+    return qkv
+
+
+@pytest.mark.parametrize("keys", [255, 256, 257, 290])  # a block has 256
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_may_be_minus_infinity(isa, keys, dtype):
+    narrow = dtype == torch.float16  # its products do not overflow
+    query, key = (1.0, -math.inf) if narrow else (1e20, -1e20)
+    qkv = with_scores(query, key, keys, 300, dtype)
+    truth = head_by_head(qkv, 2, "heads_first")
+    plain = reference(qkv, 2)
+    assert error(natively(qkv, 2, "heads_first"), truth) <= allowed(plain, truth, dtype, 2)
+    if not narrow:  # 0·inf
+        upstream = projection(2, 24, 300, dtype, seed=1)
+        truth = gradient(head_by_head, qkv.double(), 2, "heads_first", upstream.double())
+        found = gradient(natively, qkv, 2, "heads_first", upstream)
+        plain = gradient(lambda x, h, o: reference(x, h, order=o), qkv, 2, "heads_first", upstream)
+        assert error(found, truth) <= allowed(plain, truth, dtype, 3)
+
+
+@pytest.mark.parametrize(("query", "key"), [(1e20, -1e20), (1e20, 1e20)])
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_a_softmax_that_is_not_there_is_nan(isa, tokens, query, key):
+    """Of nothing but -inf, or of an inf, as the reference has it."""
+    qkv = with_scores(query, key, tokens, tokens, torch.float32)
+    assert reference(qkv, 2).isnan().all()
+    assert natively(qkv, 2, "heads_first").isnan().all()
 
 
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, -1])

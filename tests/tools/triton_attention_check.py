@@ -26,11 +26,13 @@ def check(
     dtype=torch.float32,
     token_major=False,
     spread=1.0,
+    low=None,
     backward=True,
     device="cpu",
 ):
     """out within 2× the error of PyTorch's SDPA in the same dtype, the gradient within 3×, and a
-    few ulps; lse to float32's precision; two runs bit-equal."""
+    few ulps; lse to float32's precision; two runs bit-equal. low: (query, key, keys), what channel
+    0 of one head's q and of the first keys has; of the others 0."""
     torch.manual_seed(0)
     width = heads * head_dim
 
@@ -40,6 +42,11 @@ def check(
         return t.transpose(1, 2) if token_major else t
 
     qkv = blank(3 * width).copy_(torch.randn(samples, 3 * width, tokens) * spread)
+    if low is not None:
+        query, key, keys = low
+        qkv[:, 0] = query
+        qkv[:, head_dim] = 0
+        qkv[:, head_dim, :keys] = key
     grad = blank(width).copy_(torch.randn(samples, width, tokens))
 
     def run():
@@ -104,6 +111,10 @@ def main():
 
     check(1, 1, 80, 32, spread=8.0)  # one key takes nearly everything
     print("large scores: agree")
+
+    check(1, 1, 80, 32, low=(30.0, -40.0, 80))  # exp(-lse) overflows; the last block is not full
+    check(1, 1, 80, 32, low=(1e20, -1e20, 70))  # the scores overflow, of two whole blocks
+    print("low scores: agree")
 
     qkv = torch.randn(1, 24, 5)
     out, with_lse = torch.full((2, 1, 8, 5), float("nan"))
