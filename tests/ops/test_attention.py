@@ -1,11 +1,7 @@
 """attention's numbers: every implementation on the CPU against a loop over heads in float64."""
 
-<<<<<<< HEAD
-=======
-import importlib
 import math
 
->>>>>>> attn
 import pytest
 import torch
 from hypothesis import given, settings
