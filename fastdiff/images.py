@@ -24,6 +24,7 @@ MIN_GRID_WIDTH = 600  # pixels: small images are enlarged until one can look at 
 SEPARATOR = 2  # pixels between the images of a grid
 SEPARATOR_GREY = 96
 MAX_TRAJECTORY_COLUMNS = 12
+HALF_RANGES = {torch.uint8: 127.5, torch.uint16: 32767.5}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 SOFTWARE = ("Software", "fastdiff")  # what every PNG says of its origin
 
@@ -31,10 +32,13 @@ Pathlike = str | os.PathLike[str]
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 of any shape -> float32 in [-1, 1]: x / 127.5 - 1."""
-    if images.dtype != torch.uint8:
-        raise InputError(f"to_float takes uint8 images, got {images.dtype}")
-    return images.float() / 127.5 - 1
+    """Images of any shape -> float32 in [-1, 1]: uint8 as x / 127.5 - 1, uint16 as
+    x / 32767.5 - 1, floats as they are."""
+    if images.dtype in HALF_RANGES:
+        return images.float() / HALF_RANGES[images.dtype] - 1
+    if not images.is_floating_point():
+        raise InputError(f"to_float takes uint8, uint16 or float images, got {images.dtype}")
+    return images.float()
 
 
 def to_uint8(x: Tensor, rounding: str = "nearest") -> Tensor:

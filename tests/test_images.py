@@ -55,7 +55,7 @@ def test_conversion_arguments():
     with pytest.raises(InputError, match="rounding is 'up'"):
         out.to_uint8(torch.zeros(1), "up")
     with pytest.raises(InputError, match="uint8"):
-        out.to_float(torch.zeros(1))
+        out.to_float(torch.zeros(1, dtype=torch.int64))
 
 
 # --- pictures -------------------------------------------------------------------------------

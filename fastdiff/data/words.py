@@ -7,6 +7,8 @@ import numpy.typing as npt
 ORDER, FLIPS = 0, 1  # epochs
 TIMESTEPS, HIDDEN_LABELS = 2, 3  # training steps
 NETWORK = 4  # and up, one for each rank: training steps
+ITEMS = 1 << 20  # batches
+READER = ITEMS + 1  # and up, one for each rank: epochs
 
 
 def words(seed: int, number: int, purpose: int, count: int) -> npt.NDArray[np.uint64]:

@@ -57,7 +57,7 @@ def sample_shape(data: Any) -> tuple[int, ...] | None:
     """The shape of x, (C, ...), where it is known before data are drawn."""
     if isinstance(data, ImageDataset):
         return data.channels, *data.image_size
-    return tuple(data[0][0].shape) if isinstance(data, Items) else None
+    return data.shape if isinstance(data, Items) else None
 
 
 def _check_unet(model: UNet, diffusion: Any, data: Any) -> None:

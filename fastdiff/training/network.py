@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.errors import InputError
+from fastdiff.images import HALF_RANGES, to_float
 from fastdiff.models.unet import UNet
 from fastdiff.models.wrappers import unwrapped
 from fastdiff.ranks import Ranks
@@ -43,8 +44,13 @@ def arguments_of(given: Any, label: str | None) -> dict[str, Tensor]:
 
 
 def on(device: torch.device, kwargs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The network's arguments on its device."""
-    return {name: value.to(device, non_blocking=True) for name, value in kwargs.items()}
+    """The network's arguments on its device; pictures among them in floats, as x is."""
+    return {n: _as_argument(value.to(device, non_blocking=True)) for n, value in kwargs.items()}
+
+
+def _as_argument(value: Tensor) -> Tensor:
+    picture = value.dtype in HALF_RANGES and value.dim() > 2
+    return to_float(value) if picture or value.dtype == torch.float64 else value
 
 
 def over_ranks(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
