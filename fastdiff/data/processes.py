@@ -49,12 +49,13 @@ def _obey_parent() -> None:
     os._exit(0)
 
 
-def unreadable(what: str, error: Exception) -> InputError | OSError:
+def unreadable(what: str, error: Exception) -> InputError | OSError | MemoryError:
     """What a data set raised while ``what`` was read, in one line, as an error that can be sent to
     another process; where it came from is a note."""
     text = str(error).strip()
-    if isinstance(error, InputError):
-        found: InputError | OSError = InputError(text)
+    found: InputError | OSError | MemoryError
+    if isinstance(error, InputError | MemoryError):
+        found = InputError(text) if isinstance(error, InputError) else MemoryError(text)
     elif text.startswith(WORKER_GONE):
         found = OSError(
             f"{first_line(error).rstrip('. ')}: of memory, or of /dev/shm, there may be too little "
