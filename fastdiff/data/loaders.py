@@ -55,6 +55,7 @@ class LoaderStream:
         self.data, self.rank, self.workers, self.pin = data, rank, workers, pin_memory
         self.batch_size, self.share, self.seed = batch_size, batch_size // world_size, seed
         self.is_loader = isinstance(data, DataLoader)
+        self.stateful = self.is_loader and hasattr(data, "load_state_dict")
         if world_size > 1:
             _check_shared(data)
         self.epoch = 0
@@ -81,13 +82,13 @@ class LoaderStream:
 
     def state_dict(self) -> dict[str, Any] | None:
         """Where the loader is; None where it does not say. For ``load_state_dict``."""
-        if not (self.is_loader and hasattr(self.data, "state_dict")):
+        if not self.stateful:
             return None
         if self._batches is None:
             return self._resumed
         return {
             "epoch": self.epoch,
-            "loader": self.data.state_dict(),
+            "loader": self.data.state_dict(),  # type: ignore[union-attr]
             "random": self._random.state_dict(),
             "next": self._last if self._again else None,
         }
@@ -120,11 +121,15 @@ class LoaderStream:
                 self._to_skip = 0
             return next(self._batches)
         except Exception as error:
+            found = unreadable("a batch of the data", error)
+            error.__traceback__ = None  # its frames would keep the workers alive
             self.close()
-            raise unreadable("a batch of the data", error) from error
+            raise found from None
 
     def close(self) -> None:
         """End the workers. A stream that is used again reads on to where it was."""
+        if self._batches is not None and self.stateful:
+            self.data.load_state_dict({})  # type: ignore[union-attr]  # lets its iterator go
         self._batches, self._last, self._again, self._resumed = None, None, False, None
         self.epoch, self._to_skip = 0, self._position
 

@@ -1,5 +1,6 @@
 """Worker processes that read data: when they end, and what they say when something fails."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -33,6 +34,7 @@ def begun(loader: DataLoader) -> Iterator[Any]:
 
 def _stay(own: Callable[[int], None] | None, worker: int) -> None:
     """Begin a worker: deaf to SIGINT, and to SIGTERM but from its parent."""
+    gc.freeze()  # what is garbage of the parent's is not collected here: other loaders' workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         threading.Thread(target=_obey_parent, daemon=True).start()
@@ -49,23 +51,26 @@ def _obey_parent() -> None:
     os._exit(0)
 
 
-def unreadable(what: str, error: Exception) -> InputError | OSError | MemoryError:
-    """What a data set raised while ``what`` was read, in one line, as an error that can be sent to
-    another process; where it came from is a note."""
+class UnreadableFile(OSError):
+    """An OSError that a data set raised, in one line."""
+
+
+def unreadable(what: str, error: Exception) -> Exception:
+    """What a data set raised while ``what`` was read, in one line, as an InputError, an OSError or
+    a MemoryError that can be sent to another process; where it came from is a note."""
     text = str(error).strip()
-    found: InputError | OSError | MemoryError
-    if isinstance(error, InputError | MemoryError):
-        found = InputError(text) if isinstance(error, InputError) else MemoryError(text)
+    found: Exception
+    if isinstance(error, InputError | UnreadableFile | MemoryError):
+        found = type(error)(text)
     elif text.startswith(WORKER_GONE):
-        found = OSError(
+        found = UnreadableFile(
             f"{first_line(error).rstrip('. ')}: of memory, or of /dev/shm, there may be too little "
             "for so many worker processes"
         )
     elif text.startswith(IN_WORKER):
         found = InputError(f"{what} cannot be read: {text.splitlines()[-1]}")
     elif isinstance(error, OSError):
-        found = OSError(f"{what} cannot be read: {first_line(error)}")
-        found.errno = error.errno
+        found = UnreadableFile(f"{what} cannot be read: {first_line(error)}")
     else:
         kind, line = type(error).__name__, first_line(error)
         found = InputError(f"{what} cannot be read: {kind if line == kind else f'{kind}: {line}'}")

@@ -167,9 +167,8 @@ def restore(trainer: "Trainer", read: SavedRun, data_changed: bool) -> None:
 def _restore_reader(trainer: "Trainer", read: SavedRun) -> None:
     """Go on in the data as the loaders of as many ranks said, else by reading up to there."""
     readers, stream = read.part("reader"), trainer.stream
-    if len(readers) == trainer.ranks.count and isinstance(stream, LoaderStream):
-        if hasattr(stream.data, "load_state_dict"):
-            mine = _unpacked(readers[str(trainer.ranks.rank)])
-            stream.load_state_dict(mine, read.batches_drawn)
-            return
-    stream.position = read.batches_drawn
+    if len(readers) == trainer.ranks.count and isinstance(stream, LoaderStream) and stream.stateful:
+        mine = _unpacked(readers[str(trainer.ranks.rank)])
+        stream.load_state_dict(mine, read.batches_drawn)
+    else:
+        stream.position = read.batches_drawn
