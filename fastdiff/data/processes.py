@@ -51,6 +51,11 @@ def _obey_parent() -> None:
     os._exit(0)
 
 
+def is_gone(error: BaseException) -> bool:
+    """Whether torch says that a worker is gone, which it may say at any place in the program."""
+    return isinstance(error, RuntimeError) and str(error).startswith(WORKER_GONE)
+
+
 class UnreadableFile(OSError):
     """An OSError that a data set raised, in one line."""
 
@@ -62,7 +67,7 @@ def unreadable(what: str, error: Exception) -> Exception:
     found: Exception
     if isinstance(error, InputError | UnreadableFile | MemoryError):
         found = type(error)(text)
-    elif text.startswith(WORKER_GONE):
+    elif is_gone(error):
         found = UnreadableFile(
             f"{first_line(error).rstrip('. ')}: of memory, or of /dev/shm, there may be too little "
             "for so many worker processes"

@@ -110,7 +110,7 @@ class BatchStream:
             if self._loading is None:
                 self._loading = begun(self._loader())
             batch = next(self._loading)
-        except RuntimeError as error:  # a worker is gone
+        except (RuntimeError, OSError, EOFError) as error:  # a worker is gone
             batch = unreadable("a batch", error)
         if isinstance(batch, Exception):
             self._loading = None  # what follows it in the workers is lost

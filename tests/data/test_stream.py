@@ -106,20 +106,6 @@ def test_workers_change_nothing(workers, tmp_path):
     helped.close()
 
 
-def test_a_worker_that_is_gone_is_one_line():
-    stream = make(7, 3, workers=1)
-    next(stream)
-    (worker,) = multiprocessing.active_children()
-    worker.kill()
-    with pytest.raises(OSError, match=r"DataLoader worker \(pid.*memory.* too little") as caught:
-        for _ in range(9):  # those that were ready
-            next(stream)
-    assert "\n" not in str(caught.value)
-    assert len(draw(stream, 2)) == 2  # with a new worker
-    stream.close()
-    assert not multiprocessing.active_children()
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_workers_are_deaf_to_signals_but_obey_their_parent(number):
     stream = make(7, 3, workers=1)

@@ -1,4 +1,4 @@
-"""Any data through a Trainer: resumed bit for bit, stopped by signals, what goes wrong in a line."""
+"""Any data through a Trainer: resumed bit for bit, stopped by signals, errors in one line."""
 
 import os
 import random
@@ -271,10 +271,11 @@ def test_data_that_cannot_be_trained_on(tmp_path, data, message):
 # --- Processes --------------------------------------------------------------------------------
 
 SCRIPT = """
-import sys
+import multiprocessing, sys
 import training_tools as tools
 trainer = tools.make_trainer(sys.argv[1], workers=2, steps=100000, save_every=0)
-tools.at_step(trainer, 4, lambda: print("training", flush=True))
+workers = multiprocessing.active_children
+tools.at_step(trainer, 4, lambda: print(*[worker.pid for worker in workers()], flush=True))
 trainer.fit()
 """
 
@@ -293,7 +294,8 @@ def started(tmp_path):
         start_new_session=True,
     )
     try:
-        assert process.stdout.readline() == "training\n", process.stderr.read()
+        process.workers = [int(number) for number in process.stdout.readline().split()]
+        assert len(process.workers) == 2, process.stderr.read()
         yield process
     finally:
         if process.poll() is None:
@@ -316,3 +318,12 @@ def test_a_signal_to_the_whole_group_saves_and_stops(tmp_path, started, number):
 def test_workers_end_with_a_run_that_is_killed(started):
     started.kill()
     started.communicate(timeout=60)  # until no process has the pipes open
+
+
+@pytest.mark.seconds
+def test_a_worker_that_is_killed_costs_no_steps(tmp_path, started):
+    os.kill(started.workers[0], signal.SIGKILL)  # as a machine does whose memory is full
+    _, errors = started.communicate(timeout=60)
+    last = errors.splitlines()[-1]
+    (path,) = list_checkpoints(tmp_path)
+    assert last.startswith("OSError: ") and f"is saved in {path}" in last, errors
