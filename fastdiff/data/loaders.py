@@ -4,11 +4,12 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from fastdiff.data.items import Sample, as_sample, collated
-from fastdiff.data.words import LOADER, words
+from fastdiff.data.private_random import PrivateRandom, set_seed, set_state
+from fastdiff.data.processes import begun, unreadable
+from fastdiff.data.words import READER, words
 from fastdiff.errors import InputError
 
 
@@ -21,17 +22,18 @@ class LoaderStream:
     IterableDataset's or an iterable's, rank r takes the r-th slice of each ``batch_size`` in a row,
     so that a batch is the same on any number of ranks; every rank reads all of them. What is left
     at the end of an epoch and fills no batch is left out, and the next epoch begins: ``set_epoch``
-    tells a loader, its sampler or a set that has one. torch's own generator, by which loaders
-    shuffle and torchvision augments, is seeded before each batch, by ``seed`` and its number.
+    tells a loader, its sampler or a set that has one. What they draw at random in this process
+    (torch's, numpy's and Python's global generators) follows from ``seed`` and the epoch, and
+    leaves the caller's generators alone.
 
-    ``position`` counts batches. Set on a stream that is new, it reads on to there; a loader that
-    has ``state_dict`` and ``load_state_dict``, as torchdata's StatefulDataLoader, begins there.
+    ``position`` counts batches. Set on a new stream, it reads on to there; where ``state_dict`` has
+    an answer, as of torchdata's StatefulDataLoader, ``load_state_dict`` begins there.
 
-    Args: as :class:`fastdiff.data.BatchStream`'s; ``workers`` are of an IterableDataset, a
-        DataLoader has its own.
+    Args: as :class:`fastdiff.data.BatchStream`'s; with ``workers`` an IterableDataset is read by
+        one process (more would each read all of it), a DataLoader has its own.
 
-    Raises InputError for batches of another size, for data that ends before its first batch, and
-    for items that are no samples.
+    Raises InputError for batches of another size, for data that ends before its first batch, for
+    items that are no samples, and what reading raises as ``BatchStream`` does.
     """
 
     def __init__(
@@ -51,15 +53,19 @@ class LoaderStream:
                 f"({world_size})"
             )
         self.data, self.rank, self.workers, self.pin = data, rank, workers, pin_memory
-        self.seed = seed
-        self.batch_size, self.share = batch_size, batch_size // world_size
-        self.is_loader = isinstance(data, DataLoader) or hasattr(data, "load_state_dict")
+        self.batch_size, self.share, self.seed = batch_size, batch_size // world_size, seed
+        self.is_loader = isinstance(data, DataLoader)
+        self.stateful = self.is_loader and hasattr(data, "load_state_dict")
+        if world_size > 1:
+            _check_shared(data)
         self.epoch = 0
         self._position = 0
         self._to_skip = 0  # batches, before the first
+        self._random = PrivateRandom()
         self._batches: Iterator[Sample] | None = None
         self._last: Sample | None = None
         self._again = False  # the last batch is the next one too
+        self._resumed: dict[str, Any] | None = None  # where the next epoch begins
 
     @property
     def position(self) -> int:
@@ -69,56 +75,72 @@ class LoaderStream:
     @position.setter
     def position(self, position: int) -> None:
         if position == self._position - 1 and self._last is not None and not self._again:
-            self._again = True  # the step that it was for failed
+            self._position, self._again = position, True  # the step that it was for failed
         elif position != self._position:
+            self._position = position
             self.close()
-            self.epoch, self._to_skip = 0, position
-        self._position = position
 
     def state_dict(self) -> dict[str, Any] | None:
-        """What the loader says of where it is, or None where it says nothing."""
-        if not hasattr(self.data, "state_dict"):
+        """Where the loader is; None where it does not say. For ``load_state_dict``."""
+        if not self.stateful:
             return None
-        return {"epoch": self.epoch, "loader": self.data.state_dict()}
+        if self._batches is None:
+            return self._resumed
+        return {
+            "epoch": self.epoch,
+            "loader": self.data.state_dict(),  # type: ignore[union-attr]
+            "random": self._random.state_dict(),
+            "next": self._last if self._again else None,
+        }
 
     def load_state_dict(self, state: dict[str, Any], position: int) -> None:
         """Go on where ``state_dict`` was asked, after ``position`` batches."""
         self.close()
-        self.data.load_state_dict(state["loader"])  # type: ignore[union-attr]
-        self.epoch, self._position, self._to_skip = state["epoch"], position, 0
+        self._resumed, self.epoch = state, state["epoch"]
+        self._position, self._to_skip = position, 0
+        self._last, self._again = state["next"], state["next"] is not None
 
     def __iter__(self) -> "LoaderStream":
         return self
 
     def __next__(self) -> Sample:
         if not self._again:
-            self._last = self._read()
+            with self._random:
+                self._last = self._read()
         self._again = False
         self._position += 1
         assert self._last is not None
         return self._last
 
     def _read(self) -> Sample:
-        if self._batches is None:
-            self._batches = self._endless()
-            for number in range(self._to_skip):
-                self._draw(self._batches, number)
-            self._to_skip = 0
-        return self._draw(self._batches, self._position)
-
-    def _draw(self, batches: Iterator[Sample], number: int) -> Sample:
-        torch.manual_seed(int(words(self.seed, number, LOADER, 1)[0]))
-        return next(batches)
+        try:
+            if self._batches is None:
+                self._batches = self._endless()
+                for _ in range(self._to_skip):
+                    next(self._batches)
+                self._to_skip = 0
+            return next(self._batches)
+        except Exception as error:
+            found = unreadable("a batch of the data", error)
+            error.__traceback__ = None  # its frames would keep the workers alive
+            self.close()
+            raise found from None
 
     def close(self) -> None:
-        """End the workers. A stream that is used again begins at its first batch."""
-        self._batches, self._last, self._again = None, None, False
+        """End the workers. A stream that is used again reads on to where it was."""
+        if self._batches is not None and self.stateful:
+            self.data.load_state_dict({})  # type: ignore[union-attr]  # lets its iterator go
+        self._batches, self._last, self._again, self._resumed = None, None, False, None
+        self.epoch, self._to_skip = 0, self._position
 
     def _endless(self) -> Iterator[Sample]:
         while True:
+            rank = self.rank if self.is_loader else 0  # a set's items are the same on all ranks
+            set_seed(int(words(self.seed, self.epoch, READER + rank, 1)[0]))
             self._tell_epoch()
-            found = 0
-            for found, batch in enumerate(self._epoch(), 1):  # noqa: B007
+            found = self._resumed is not None
+            for batch in self._of_loader() if self.is_loader else self._of_items():
+                found = True
                 yield batch
             if not found:
                 raise InputError(
@@ -134,31 +156,61 @@ class LoaderStream:
             if tell is not None:
                 tell(self.epoch)
 
-    def _epoch(self) -> Iterator[Sample]:
-        if self.is_loader:
-            for batch in self.data:  # type: ignore[union-attr]
-                sample = as_sample(batch)
-                if len(sample[0]) == self.share:
-                    yield sample
-                elif len(sample[0]) > self.share:
-                    raise InputError(
-                        f"a batch of the loader has {len(sample[0])} samples; expected "
-                        f"{self.share}, this rank's part of batch_size {self.batch_size}"
-                    )
-            return
-        items = iter(self._items())
-        first = self.rank * self.share
-        for number in itertools.count():
-            whole = list(itertools.islice(items, self.batch_size))
-            if len(whole) < self.batch_size:
-                return
-            mine = slice(first, first + self.share)
-            names = range(number * self.batch_size, (number + 1) * self.batch_size)[mine]
-            yield collated([as_sample(item) for item in whole[mine]], names)
+    def _of_loader(self) -> Iterator[Sample]:
+        loader: Any = self.data
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            loader.load_state_dict(resumed["loader"])
+        batches = begun(loader)
+        if resumed is not None:
+            set_state(resumed["random"])
+        for number, batch in enumerate(batches):
+            sample = as_sample(batch)
+            size = sample[0].shape[0] if sample[0].dim() else 0
+            if size > self.share or (size < self.share and number == 0 and resumed is None):
+                raise InputError(
+                    f"a batch of the loader has {size} samples; expected {self.share}, this rank's "
+                    f"part of batch_size {self.batch_size}"
+                )
+            if size == self.share:
+                yield sample
 
-    def _items(self) -> Iterable[Any]:
-        if self.workers and isinstance(self.data, IterableDataset):
-            return DataLoader(
-                self.data, batch_size=None, num_workers=self.workers, generator=torch.Generator()
-            )
-        return self.data
+    def _of_items(self) -> Iterator[Sample]:
+        first = self.rank * self.share
+        slices = _Slices(self.data, self.batch_size, slice(first, first + self.share))
+        in_process = self.workers and isinstance(self.data, IterableDataset)
+        loader: DataLoader = DataLoader(
+            slices, batch_size=None, num_workers=1 if in_process else 0, pin_memory=self.pin
+        )
+        for sample in begun(loader):
+            if isinstance(sample, Exception):
+                raise sample
+            yield sample
+
+
+class _Slices(IterableDataset):
+    """The part ``mine`` of each ``count`` items in a row. An error is an answer, as one that a
+    worker raises would reach the user as a page of text."""
+
+    def __init__(self, items: Iterable[Any], count: int, mine: slice) -> None:
+        self.items, self.count, self.mine = items, count, mine
+
+    def __iter__(self) -> Iterator[Sample | Exception]:
+        first = 0
+        try:
+            items = iter(self.items)
+            while len(whole := list(itertools.islice(items, self.count))) == self.count:
+                names = range(first, first + self.count)[self.mine]
+                yield collated([as_sample(item) for item in whole[self.mine]], names)
+                first += self.count
+        except Exception as error:
+            yield unreadable(f"a batch from item {first} of the data on", error)
+
+
+def _check_shared(data: Any) -> None:
+    """InputError for a DataLoader that would give every rank the same samples, or any."""
+    if type(getattr(data, "sampler", None)) in (SequentialSampler, RandomSampler):
+        raise InputError(
+            "the DataLoader does not know of the other ranks: give it a sampler of torch's "
+            "DistributedSampler, or give the data set itself, which is then shared out"
+        )

@@ -5,7 +5,6 @@ from (seed, epoch, image). So one integer resumes a stream, on any number of wor
 """
 
 import itertools
-import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,11 +15,12 @@ from torch.utils.data import DataLoader
 
 from fastdiff.data.dataset import ImageDataset
 from fastdiff.data.items import Items
-from fastdiff.data.words import FLIPS, ORDER, words
+from fastdiff.data.processes import begun, unreadable
+from fastdiff.data.words import FLIPS, ITEMS, ORDER, words
 from fastdiff.errors import InputError
 
 Batch = tuple[Tensor, Any]
-Drawn = tuple[np.ndarray, np.ndarray]  # what a batch is made of: indices and flips
+Drawn = tuple[np.ndarray, np.ndarray, np.ndarray]  # of a batch's samples: indices, flips, seeds
 
 
 class BatchStream:
@@ -29,7 +29,9 @@ class BatchStream:
 
     Epochs follow each other without a gap, inside a batch too, so after e epochs every image has
     been drawn exactly e times, whatever the batch size. ``position`` is the number of batches
-    drawn; a stream made (or set) at position k goes on exactly as one that drew k batches.
+    drawn; a stream made (or set) at position k goes on exactly as one that drew k batches. What a
+    set draws at random for a sample (torch's, numpy's and Python's global generators) follows from
+    the seed and the sample's number in the run, and leaves the caller's generators alone.
 
     Args:
         dataset: what is drawn from.
@@ -44,7 +46,8 @@ class BatchStream:
         world_size: how many processes share each batch.
         pin_memory: page-locked batches, for copies to a GPU that do not wait.
 
-    Raises InputError for arguments that make no sense, and passes on what reading a file raises.
+    Raises InputError for arguments that make no sense; what reading an item raises, as InputError
+    or OSError in one line; OSError when a worker is gone.
     """
 
     def __init__(
@@ -103,9 +106,12 @@ class BatchStream:
         return self
 
     def __next__(self) -> Batch:
-        if self._loading is None:
-            self._loading = iter(self._loader())
-        batch = next(self._loading)
+        try:
+            if self._loading is None:
+                self._loading = begun(self._loader())
+            batch = next(self._loading)
+        except (RuntimeError, OSError, EOFError) as error:  # a worker is gone
+            batch = unreadable("a batch", error)
         if isinstance(batch, Exception):
             self._loading = None  # what follows it in the workers is lost
             raise batch
@@ -124,13 +130,12 @@ class BatchStream:
             batch_size=None,
             sampler=drawn,  # type: ignore[arg-type]  # any iterable will do
             num_workers=self.workers,
-            worker_init_fn=_stay,
             pin_memory=self._pin,
             generator=torch.Generator(),  # else it draws from everybody's
         )
 
     def _draw(self, position: int) -> Drawn:
-        """Indices and flips of this rank's part of batch ``position``."""
+        """What this rank's part of batch ``position`` is made of."""
         first = position * self.batch_size + self._first
         epochs, offsets = np.divmod(np.arange(first, first + self._share), len(self.dataset))
         indices = np.empty(self._share, np.int64)
@@ -141,7 +146,8 @@ class BatchStream:
             indices[here] = order[offsets[here]]
             if self.random_flip:
                 flips[here] = flipped[indices[here]]
-        return indices, flips
+        seeds = words(self.seed, position, ITEMS, self.batch_size)
+        return indices, flips, seeds[self._first : self._first + self._share]
 
     def _epoch_plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if epoch not in self._epochs:
@@ -164,11 +170,12 @@ class _Loaded(torch.utils.data.Dataset):
         self.dataset = dataset
 
     def __getitem__(self, drawn: Drawn) -> Batch | Exception:
-        indices, flips = drawn
+        indices, flips, seeds = drawn
         try:
-            images, others = self.dataset.batch(indices)
+            own = (seeds,) if isinstance(self.dataset, Items) else ()
+            images, others = self.dataset.batch(indices, *own)
         except Exception as error:
-            return error
+            return unreadable("a batch of the data set", error)
         if flips.any():
             mirrored = torch.from_numpy(flips)
             for value in (images, *pictures_in(others, images.dim())):
@@ -183,12 +190,6 @@ def pictures_in(others: Any, axes: int) -> list[torch.Tensor]:
     it, a picture of low resolution, a mask."""
     given = others.values() if isinstance(others, dict) else (others,)
     return [value for value in given if value.dim() == axes]
-
-
-def _stay(worker: int) -> None:
-    """A signal to all processes of a run ends its workers when the trainer that it stops ends."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def iterate_once(

@@ -7,8 +7,9 @@ import numpy.typing as npt
 ORDER, FLIPS = 0, 1  # epochs
 TIMESTEPS, HIDDEN_LABELS = 2, 3  # training steps
 NETWORK = 4  # and up, one for each rank: training steps
-# Beyond every rank's: training steps; batches of a loader.
-SELF_CONDITION, LOADER = 1 << 31, (1 << 31) + 1
+ITEMS = 1 << 20  # batches
+READER = ITEMS + 1  # and up, one for each rank: epochs
+SELF_CONDITION = 1 << 31  # beyond every rank's: training steps
 
 
 def words(seed: int, number: int, purpose: int, count: int) -> npt.NDArray[np.uint64]:

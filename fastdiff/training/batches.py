@@ -1,5 +1,7 @@
 """Where a run's batches come from: any kind of data, as x and the network's arguments."""
 
+import os
+import warnings
 from typing import Any, Protocol
 
 import torch
@@ -9,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from fastdiff.data import BatchStream, ImageDataset, Items
 from fastdiff.data.loaders import LoaderStream
 from fastdiff.errors import InputError
+from fastdiff.images import HALF_RANGES, MODES
 from fastdiff.ranks import Ranks
 from fastdiff.training.config import TrainConfig
 
@@ -29,6 +32,10 @@ def readable(data: Any) -> Any:
     or an IterableDataset. InputError for what is none."""
     if isinstance(data, ImageDataset | Items | DataLoader | IterableDataset):
         return data
+    if isinstance(data, str | os.PathLike):
+        raise InputError(
+            f"Trainer trains on a data set, {data!r} is a name: fastdiff.data.load_dataset reads it"
+        )
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         return Items(data)
     if hasattr(data, "__iter__"):
@@ -64,10 +71,62 @@ def batches_of(data: Any, config: TrainConfig, ranks: Ranks, device: torch.devic
     )
 
 
+class Form:
+    """What all batches of a run have in common: the shapes and dtypes of the first, which is
+    looked at."""
+
+    def __init__(self) -> None:
+        self.first: dict[str, str] | None = None
+
+    def checked(self, batch: Any) -> Any:
+        """``batch``. InputError where it cannot be trained on, or is not as those before."""
+        x, given = batch
+        parts = {"y": given} if isinstance(given, Tensor) else given
+        form = {n: f"{tuple(v.shape)} {v.dtype}" for n, v in {"x": x, **parts}.items()}
+        if self.first is None:
+            _look(x)
+            self.first = form
+        if form != self.first:
+            name = next(n for n in {**self.first, **form} if form.get(n) != self.first.get(n))
+            raise InputError(
+                f"{name} of a batch is {form.get(name, 'missing')}, it was "
+                f"{self.first.get(name, 'missing')} before; expected one shape and dtype in a run"
+            )
+        return batch
+
+
+def _look(x: Tensor) -> None:
+    """InputError for what cannot be x (n, C, ...); a warning for floats that should be scaled."""
+    shape = tuple(x.shape)
+    if x.dtype not in HALF_RANGES and not x.is_floating_point():
+        raise InputError(f"x of a batch is {x.dtype} {shape}; expected uint8, uint16 or floats")
+    if x.dim() < 2:
+        raise InputError(f"x of a batch has shape {shape}; expected (n, C, ...)")
+    if x.dtype in HALF_RANGES and x.dim() == 4 and shape[3] in MODES and shape[1] not in MODES:
+        raise InputError(
+            f"x of a batch has shape {shape}, channels last; expected (n, C, H, W): give items "
+            "that are transposed to (C, H, W)"
+        )
+    if x.is_floating_point() and x.min() >= 0:
+        high = float(x.max())
+        scales = {"[0, 1]": (0.5, 1, "2 * x - 1"), "[0, 255]": (128, 255, "x / 127.5 - 1")}
+        for name, (low, top, remedy) in scales.items():
+            if low < high <= top:
+                warnings.warn(
+                    f"x of the first batch is floats in {name} and trained on as it is; if these "
+                    f"are pictures, give {remedy}, in [-1, 1], or uint8",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+
 def size_of(data: Any) -> int | None:
     """How many items there are, where that can be known."""
-    items = data.dataset if isinstance(data, DataLoader) else data
-    return len(items) if hasattr(items, "__len__") else None
+    items: Any = data.dataset if isinstance(data, DataLoader) else data
+    try:
+        return len(items)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def describe(data: Any) -> dict[str, Any]:
@@ -81,5 +140,5 @@ def describe(data: Any) -> dict[str, Any]:
         }
     if not isinstance(data, Items):
         return {}
-    shape = list(data[0][0].shape)
+    shape = list(data.shape)
     return {"channels": shape[0], "image_size": shape[1:]} if len(shape) > 1 else {}

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -57,7 +58,7 @@ def sample_shape(data: Any) -> tuple[int, ...] | None:
     """The shape of x, (C, ...), where it is known before data are drawn."""
     if isinstance(data, ImageDataset):
         return data.channels, *data.image_size
-    return tuple(data[0][0].shape) if isinstance(data, Items) else None
+    return data.shape if isinstance(data, Items) else None
 
 
 def _check_unet(model: UNet, diffusion: Any, data: Any) -> None:
@@ -113,7 +114,10 @@ def _check_bits(config: TrainConfig, data: Any) -> None:
             f"nll_every is {config.nll_every}, which needs data with len() and items: give "
             "eval_dataset, or set it to 0"
         )
-    if isinstance(data, Items) and (dtype := data[0][0].dtype) != torch.uint8:
+    if (
+        isinstance(data, Items)
+        and (dtype := data.batch(np.zeros(1, np.int64))[0].dtype) != torch.uint8
+    ):
         raise InputError(
             f"nll_every is {config.nll_every}, and bits/dim are those of uint8 values, not of "
             f"{dtype}: give eval_dataset, or set it to 0"

@@ -49,10 +49,12 @@ def on(device: torch.device, kwargs: dict[str, Tensor], axes: int) -> dict[str, 
     """The network's arguments on its device; of those that have as many ``axes`` as x, which are
     pictures such as a ``low_res``, integers are scaled to [-1, 1]."""
     found = {name: value.to(device, non_blocking=True) for name, value in kwargs.items()}
-    return {
-        name: to_float(value) if value.dtype in HALF_RANGES and value.dim() == axes else value
-        for name, value in found.items()
-    }
+    return {name: _as_argument(value, axes) for name, value in found.items()}
+
+
+def _as_argument(value: Tensor, axes: int) -> Tensor:
+    picture = value.dtype in HALF_RANGES and value.dim() == axes
+    return to_float(value) if picture or value.dtype == torch.float64 else value
 
 
 def over_ranks(

@@ -5,6 +5,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from fastdiff.data.processes import is_gone, unreadable
 from fastdiff.errors import InputError, LostRank, TrainingError, first_line
 from fastdiff.ranks import Ranks
 from fastdiff.training.stop import StopRequest
@@ -77,6 +78,8 @@ def _saved(trainer: Rescued, step: int, position: int) -> str:
 def _with_note(error: BaseException, note: str) -> BaseException:
     """The error with ``note`` at the end of its message: another one of its kind, where it is one
     the command line prints, else the same with a note (PEP 678)."""
+    if isinstance(error, Exception) and is_gone(error):
+        error = unreadable("a batch", error)
     if isinstance(error, InputError):
         return InputError(f"{error}; {note}")
     if isinstance(error, OSError):

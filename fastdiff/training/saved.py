@@ -1,18 +1,24 @@
 """A checkpoint as a trainer writes it and reads it back: all of it, or an error that names the
 damaged file."""
 
+import io
+import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoints.checkpoint import load
 from fastdiff.checkpoints.network import Given, described
 from fastdiff.checkpoints.weights import load_json, load_tensors
+from fastdiff.data.loaders import LoaderStream
 from fastdiff.errors import InputError
 from fastdiff.models.wrappers import plain_name, plain_state, unwrapped
+from fastdiff.ranks import ALONE, Ranks
 from fastdiff.training import state
 from fastdiff.training.batches import size_of
 from fastdiff.training.config import TrainConfig
@@ -41,7 +47,7 @@ class SavedRun:
     tensors: Mapping[str, Tensor]
 
     def part(self, prefix: str) -> dict[str, Tensor]:
-        """The trainer's tensors of one origin: optimizer, timesteps or meter."""
+        """The trainer's tensors of one origin: optimizer, timesteps, meter or reader."""
         return with_prefix(prefix, self.tensors)
 
 
@@ -91,13 +97,47 @@ def model_config(model: nn.Module) -> Any:
     return described(network, plain_state(network))[0]
 
 
-def tensors_of(trainer: "Trainer", meter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The trainer's own tensors; ``meter``: what is measured since the last log line."""
+def _reader_of(trainer: "Trainer") -> Tensor | None:
+    """Where this rank's loader is in its data, as it says itself: bytes of ``torch.save``."""
+    stream = trainer.stream
+    found = stream.state_dict() if isinstance(stream, LoaderStream) else None
+    if found is None:
+        return None
+    buffer = io.BytesIO()
+    torch.save(found, buffer)
+    packed = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+    try:
+        _unpacked(packed)
+    except pickle.UnpicklingError:
+        warnings.warn(
+            "the DataLoader's state_dict holds more than numbers, text and tensors, and is not "
+            "saved: a resumed run will read the data from the start up to its step",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return packed
+
+
+def _unpacked(packed: Tensor) -> Any:
+    return torch.load(io.BytesIO(packed.numpy().tobytes()), weights_only=True)
+
+
+def shares_of(trainer: "Trainer", ranks: Ranks) -> dict[str, Tensor]:
+    """What each of ``ranks`` adds to the trainer's tensors: what it has measured since the last log
+    line, where it is in the data."""
+    readers = ranks.gather(_reader_of(trainer))
+    known = {str(rank): reader for rank, reader in enumerate(readers) if reader is not None}
+    return {**prefixed("meter", trainer.meter.merged(ranks)), **prefixed("reader", known)}
+
+
+def tensors_of(trainer: "Trainer", shares: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The trainer's own tensors; ``shares`` of all ranks, None: of this one alone."""
     names = state.parameter_names(trainer.model)
     return {
         **prefixed("optimizer", state.optimizer_tensors(trainer.optimizer, names)),
         **prefixed("timesteps", trainer.timesteps.state_dict()),
-        **prefixed("meter", meter),
+        **(shares_of(trainer, ALONE) if shares is None else shares),
     }
 
 
@@ -131,7 +171,7 @@ def restore(trainer: "Trainer", read: SavedRun, data_changed: bool) -> None:
             "(in Python data_changed=True)"
         )
     else:
-        trainer.stream.position = read.batches_drawn
+        _restore_reader(trainer, read)
     trainer.step = trainer.ema.updates = read.step
     trainer.reports.done = read.reported
     for rate in trainer.ema.rates:
@@ -142,3 +182,13 @@ def restore(trainer: "Trainer", read: SavedRun, data_changed: bool) -> None:
     trainer.timesteps.load_state_dict(read.part("timesteps"))
     trainer.meter.load_state_dict(read.part("meter"), trainer.ranks.rank)
     trainer.last_checkpoint, trainer.saved_as = read.path, (read.step, read.reported)
+
+
+def _restore_reader(trainer: "Trainer", read: SavedRun) -> None:
+    """Go on in the data as the loaders of as many ranks said, else by reading up to there."""
+    readers, stream = read.part("reader"), trainer.stream
+    if len(readers) == trainer.ranks.count and isinstance(stream, LoaderStream) and stream.stateful:
+        mine = _unpacked(readers[str(trainer.ranks.rank)])
+        stream.load_state_dict(mine, read.batches_drawn)
+    else:
+        stream.position = read.batches_drawn

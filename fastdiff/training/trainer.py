@@ -25,7 +25,7 @@ from fastdiff.models import shards
 from fastdiff.models.ema import EMA
 from fastdiff.ranks import ALONE, Ranks, join
 from fastdiff.training import network, preview, saved, state
-from fastdiff.training.batches import Batch, Batches, batches_of, describe, size_of
+from fastdiff.training.batches import Batch, Batches, Form, batches_of, describe, size_of
 from fastdiff.training.checks import checked, match_eval
 from fastdiff.training.config import TrainConfig, learning_rate
 from fastdiff.training.guard import FiniteGuard, check_weights
@@ -128,6 +128,7 @@ class Trainer:
         self.stream: Batches = self.ranks.together(
             lambda: batches_of(self.data, config, self.ranks, self.device)
         )
+        self.form = Form()
         self.reports, self.show_progress = Reports(), progress
         self.last_checkpoint: Path | None = None
         self.saved_as: tuple[int, int] | None = None  # its step, and the step reported then
@@ -345,8 +346,7 @@ class Trainer:
     def _next_batch(self) -> Batch:
         """x (n, ...) in floats, images in [-1, 1], and the network's arguments, on the device."""
         x, given = self.last_batch = self._read()
-        x_start = x.to(self.device, non_blocking=True)
-        x_start = x_start if x_start.is_floating_point() else to_float(x_start)
+        x_start = to_float(x.to(self.device, non_blocking=True))
         if x_start.dim() == 4:
             x_start = x_start.contiguous(memory_format=torch.channels_last)
         kwargs = network.arguments_of(given, self.label)
@@ -359,7 +359,7 @@ class Trainer:
     def _read(self) -> Any:
         """The next batch of the stream, where every rank has one, and of one shape."""
         try:
-            batch = next(self.stream)
+            batch = self.form.checked(next(self.stream))
         except Exception:
             self.ranks.numbers(1, 0)
             raise
@@ -399,23 +399,23 @@ class Trainer:
         Raises TrainingError instead when the run has diverged, OSError when the disk is full.
         """
         self.check_finite()
-        meter = self.meter.merged(self.ranks)
+        shares = saved.shares_of(self, self.ranks)
         work = self.ranks.together if self.is_spread else self.ranks.on_first
-        path = work(lambda: self._save(meter))
+        path = work(lambda: self._save(shares))
         self.last_checkpoint, self.saved_as = path, (self.step, self.reports.done)
         return path
 
-    def _save(self, meter: dict[str, Tensor]) -> Path:
+    def _save(self, shares: dict[str, Tensor]) -> Path:
         try:
             self.reports.sync()
-            return self.write_checkpoint(meter)
+            return self.write_checkpoint(shares)
         except OSError as error:
             raise OSError(f"checkpoint not saved: {error}; {self.advice()}") from error
 
-    def write_checkpoint(self, meter: dict[str, Tensor] | None = None) -> Path:
+    def write_checkpoint(self, shares: dict[str, Tensor] | None = None) -> Path:
         """:meth:`save` by this rank alone, without advice in the message of an OSError.
 
-        ``meter``: what all ranks have measured since the last log line; None: what this one has.
+        ``shares``: what each rank adds (``saved.shares_of``); None: what this one has.
         """
         path = checkpoint_path(self.run_dir, self.step)
         as_now = self.step, self.reports.done
@@ -429,7 +429,7 @@ class Trainer:
                 ema=self.ema,
                 step=self.step,
                 info=self.info,
-                extra_tensors={STATE: saved.tensors_of(self, meter or self.meter.state_dict())},
+                extra_tensors={STATE: saved.tensors_of(self, shares)},
                 extra_json={STATE: saved.record_of(self)},
             )
             if self.ranks.rank == 0:

@@ -1,5 +1,9 @@
 """The order in which a set's images are drawn."""
 
+import multiprocessing
+import signal
+import subprocess
+
 import numpy as np
 import pytest
 import torch
@@ -100,6 +104,21 @@ def test_workers_change_nothing(workers, tmp_path):
     helped.close()
     assert all(map(torch.equal, next(alone), next(helped)))
     helped.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_are_deaf_to_signals_but_obey_their_parent(number):
+    stream = make(7, 3, workers=1)
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    # From a process that is not their parent, as a scheduler is.
+    subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
+    assert len(draw(stream, 9)) == 9 and worker.is_alive()
+    if hasattr(signal, "sigwaitinfo"):
+        worker.terminate()
+        worker.join(10)
+        assert worker.exitcode == 0
+    stream.close()
 
 
 def test_order_and_flips_vary_with_seed_and_epoch():
