@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.errors import InputError
+from fastdiff.models.power_function import exponent, relative_width, share_of_newest
 from fastdiff.models.shards import local, placed
 from fastdiff.models.wrappers import plain_name
+
+POWER = "power-"  # before sigma_rel in a power function's name
+YOUNG = 0.01  # of untrained weights in an average: more than this shows
 
 
 class EMA:
@@ -19,7 +23,11 @@ class EMA:
     min(rate, (1 + n) / (10 + n)) after n updates. That short memory at first forgets the untrained
     weights, of which a constant rate keeps much for some 3 / (1 − rate) steps.
 
-    A rate is called by its shortest decimal form, ``"0.9999"``; that is its name in checkpoints.
+    Each ``sigma_rel`` is an average of another kind beside them, a power function of time: its
+    memory stays that share of the run (fastdiff/models/power_function.py).
+
+    A rate is called by its shortest decimal form, ``"0.9999"``; that is its name in checkpoints. A
+    power function is called ``"power-0.05"`` after its sigma_rel, wherever a rate is asked for.
     The averages are float32 whatever the dtype of the parameters: bfloat16 loses a step of 1e-4.
     An update is a few fused launches per rate and waits for nothing.
 
@@ -28,19 +36,25 @@ class EMA:
             and have the names that the parameters have without wrappers (torch.compile's, DDP's).
         rates: each strictly between 0 and 1; no two alike.
         warmup: whether r grows up to the rate.
+        sigma_rel: of power functions, each strictly between 0 and 0.288; no two alike.
 
     Attributes:
         updates: how often ``update`` was called; whoever restores averages restores it too.
 
     Raises:
-        InputError: a rate out of range or given twice.
+        InputError: a rate or sigma_rel out of range or given twice.
 
     Source: Ho et al. 2020, appendix B (rate 0.9999, constant); the warm-up is TensorFlow's
-    ExponentialMovingAverage with num_updates.
+    ExponentialMovingAverage with num_updates; power functions: Karras et al. 2024, eq. 127.
     """
 
     def __init__(
-        self, model: nn.Module, rates: Sequence[float] = (0.9999,), *, warmup: bool = False
+        self,
+        model: nn.Module,
+        rates: Sequence[float] = (0.9999,),
+        *,
+        warmup: bool = False,
+        sigma_rel: Sequence[float] = (),
     ):
         self.warmup = warmup
         self.updates = 0
@@ -50,10 +64,9 @@ class EMA:
         # Where each parameter hangs: load_state_dict(assign=True) replaces the parameters.
         self._owners = [_owner(model, name) for name in names]
         self.shadows: dict[str, list[Tensor]] = {}
-        for rate in rates:
-            name = rate_name(rate)
+        for name in [*map(rate_name, rates), *map(power_name, sigma_rel)]:
             if name in self.shadows:
-                raise InputError(f"EMA: rate {name} was given twice")
+                raise InputError(f"EMA: average {name} was given twice")
             self.shadows[name] = [
                 parameter.detach().to(torch.float32, copy=True) for parameter in self.parameters
             ]
@@ -65,15 +78,22 @@ class EMA:
 
     @property
     def rates(self) -> list[str]:
-        """The names of the rates, in the order given."""
+        """The names of the averages: rates, then power functions, each in the order given."""
         return list(self.shadows)
 
     @property
     def highest_rate(self) -> str:
-        """The slowest average: the one the published systems sample from. InputError for none."""
-        if not self.shadows:
+        """The rate of the slowest average of those with a rate: the one the published systems
+        sample from. InputError for none."""
+        rates = [name for name in self.shadows if sigma_rel_of(name) is None]
+        if not rates:
             raise InputError("EMA: it was made with no rates, so there is no average")
-        return max(self.shadows, key=float)
+        return max(rates, key=float)
+
+    @property
+    def best_suited(self) -> str | None:
+        """The average to sample from now; None where the weights themselves are better."""
+        return best_suited(self.rates, self.updates, warmup=self.warmup)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -82,11 +102,14 @@ class EMA:
         if any(source.dtype != torch.float32 for source in sources):
             sources = [source.float() for source in sources]
         for name, shadow in self.shadows.items():
-            _lerp(shadow, sources, 1.0 - self._rate_now(name))
+            _lerp(shadow, sources, self._share_of_newest(name))
         self.updates += 1
 
-    def _rate_now(self, name: str) -> float:
-        return min(float(name), _warm(self.updates)) if self.warmup else float(name)
+    def _share_of_newest(self, name: str) -> float:
+        sigma_rel = sigma_rel_of(name)
+        if sigma_rel is not None:
+            return share_of_newest(exponent(sigma_rel), self.updates + 1)
+        return 1.0 - (min(float(name), _warm(self.updates)) if self.warmup else float(name))
 
     def state_dict(self, rate: float | str) -> dict[str, Tensor]:
         """The averages of one rate under the parameters' names (float32, not copied).
@@ -156,16 +179,16 @@ class EMA:
             _copy(self.parameters, kept)
 
     def _shadow(self, rate: float | str) -> list[Tensor]:
-        name = rate_name(rate)
+        name = average_name(rate)
         if name not in self.shadows:
-            raise InputError(
-                f"EMA: no average with rate {name}; there are {', '.join(self.shadows)}"
-            )
+            raise InputError(f"EMA: no average {name}; there are {', '.join(self.shadows)}")
         return self.shadows[name]
 
 
 def initial_share(rate: float | str, updates: int, *, warmup: bool) -> float:
     """The share of the weights it began with that an average still holds: the product of its r."""
+    if sigma_rel_of(rate) is not None:
+        return 0.0 if updates else 1.0
     rate = float(rate)
     if not warmup:
         return rate**updates
@@ -174,6 +197,26 @@ def initial_share(rate: float | str, updates: int, *, warmup: bool) -> float:
     return math.exp(math.lgamma(warm + 1) + math.lgamma(10) - math.lgamma(warm + 10)) * rate ** (
         updates - warm
     )
+
+
+def best_suited(names: Sequence[str], updates: int | None, *, warmup: bool) -> str | None:
+    """The slowest of the averages that hold next to nothing of the untrained weights, None for no
+    such. ``updates``: how often they were updated; None where nobody knows: then all are old."""
+
+    def is_old(name: str) -> bool:
+        return updates is None or initial_share(name, updates, warmup=warmup) <= YOUNG
+
+    def slowness(name: str) -> tuple[float, float]:
+        """(standard deviation of its memory in steps, what decides between two alike)."""
+        sigma_rel = sigma_rel_of(name)
+        if sigma_rel is not None:
+            return sigma_rel * (updates or 0), sigma_rel
+        steps = 1 / (1 - float(name))
+        # (1 + n) / (10 + n) is the beta of a power function of exponent 8, but for a few steps.
+        growing = relative_width(8) * updates if warmup and updates is not None else math.inf
+        return min(steps, growing), float(name)
+
+    return max(filter(is_old, names), key=slowness, default=None)
 
 
 def _warm(updates: int) -> float:
@@ -200,6 +243,32 @@ def _lerp(targets: list[Tensor], sources: list[Tensor], weight: float) -> None:
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     for target, source in zip(targets, sources, strict=True):
         local(target).copy_(local(source))
+
+
+def average_name(rate: float | str) -> str:
+    """The name of an average: a rate's or a power function's. InputError for what is neither."""
+    sigma_rel = sigma_rel_of(rate)
+    return rate_name(rate) if sigma_rel is None else power_name(sigma_rel)
+
+
+def power_name(sigma_rel: float) -> str:
+    """0.05 -> ``"power-0.05"``. InputError for a sigma_rel out of range."""
+    exponent(sigma_rel)
+    return f"{POWER}{float(sigma_rel)!r}"
+
+
+def sigma_rel_of(name: float | str) -> float | None:
+    """``"power-0.05"`` -> 0.05; None for the name of a rate.
+
+    Raises:
+        InputError: no number stands there.
+    """
+    if not isinstance(name, str) or not name.startswith(POWER):
+        return None
+    try:
+        return float(name.removeprefix(POWER))
+    except ValueError as error:
+        raise InputError(f"EMA: {name!r} is no power function, such as {POWER}0.05") from error
 
 
 def rate_name(rate: float | str) -> str:

@@ -118,9 +118,9 @@ def test_rates_out_of_range_are_refused(rate):
 
 
 def test_rates_given_twice_or_unknown_are_refused():
-    with pytest.raises(InputError, match="rate 0.99 was given twice"):
+    with pytest.raises(InputError, match="average 0.99 was given twice"):
         EMA(network(), (0.99, 0.990))
-    with pytest.raises(InputError, match="no average with rate 0.9; there are 0.99"):
+    with pytest.raises(InputError, match="no average 0.9; there are 0.99"):
         EMA(network(), (0.99,)).state_dict(0.9)
 
 
