@@ -15,6 +15,7 @@ COMMANDS = {
     "nll": "score a checkpoint: bits per dimension of images, with its terms",
     "evaluate": "score samples against real images: recognition, class shares, Fréchet, memorising",
     "convert": "turn a published .pt checkpoint into one that describes itself",
+    "average": "make an average of the weights, of any width, of a run's snapshots",
     "bench": "time the fused operations against eager PyTorch on this machine",
     "info": "print versions, devices, instruction sets and what was compiled for what",
 }

@@ -3,12 +3,12 @@
 - config.json: {"format", "model", "diffusion", "step", "info", "ema", "averages"}; what "model" is
   stands in network.py
 - model.safetensors: the network's state_dict
-- ema_<rate>.safetensors: one file per average
+- ema_<name>.safetensors: one file per average, by its rate or as power-<sigma_rel>
 - whatever the caller adds
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.checkpoints.averages import suited_weights
 from fastdiff.checkpoints.config import (
     FORMAT,
     MODEL_STEM,
@@ -41,7 +42,7 @@ from fastdiff.checkpoints.weights import (
 )
 from fastdiff.errors import InputError
 from fastdiff.files import previous_directory
-from fastdiff.models.ema import EMA, rate_name
+from fastdiff.models.ema import EMA, average_name
 from fastdiff.models.shards import is_spread, whole
 from fastdiff.models.wrappers import plain_name, plain_state, unwrapped
 
@@ -63,7 +64,7 @@ class Checkpoint:
         info: facts about the data: image_size, channels, num_classes, class_names, ...
         config: the whole of config.json; of a diffusers network, as ``save`` would write it.
         path: the checkpoint's directory: of a run's, the one inside that was read.
-        weights: ``"model"`` or the rate of the average that was loaded.
+        weights: ``"model"`` or the name of the average that was loaded: its rate, or ``"power-…"``.
         ema_rates: the averages that the checkpoint has, by name.
     """
 
@@ -139,12 +140,7 @@ def save(
         "ema": rates,
         "averages": None if ema is None else {"updates": ema.updates, "warmup": ema.warmup},
     }
-    # What is no parameter is not averaged: the running figures of a norm, masks, frequencies.
-    buffers = {plain_name(name) for name, _ in network.named_buffers()}
-    kept = {name: tensor for name, tensor in state.items() if name in buffers}
-    averages = {}
-    if ema is not None:
-        averages = {rate: {**kept, **_whole(ema.state_dict(rate))} for rate in rates}
+    averages = {} if ema is None else whole_averages(network, ema, rates)
     check_saved(config, network, expected, averages)
     tensors = {MODEL_STEM: state, **{f"ema_{rate}": average for rate, average in averages.items()}}
     extras = {stem: _whole(group) for stem, group in (extra_tensors or {}).items()}
@@ -153,6 +149,18 @@ def save(
     if not (spread and torch.distributed.get_rank()):
         write_directory(target, {**tensors, **extras}, {"config": config, **(extra_json or {})})
     return target
+
+
+def whole_averages(
+    model: nn.Module, ema: EMA, names: Sequence[str]
+) -> dict[str, dict[str, Tensor]]:
+    """Averages by their names, each with all that a state_dict of the network has; gathered where
+    ranks hold parts of them, by all of them together."""
+    network = unwrapped(model)
+    # What is no parameter is not averaged: the running figures of a norm, masks, frequencies.
+    buffers = {plain_name(name) for name, _ in network.named_buffers()}
+    kept = {name: tensor for name, tensor in plain_state(network).items() if name in buffers}
+    return {name: {**_whole(kept), **_whole(ema.state_dict(name))} for name in names}
 
 
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -175,8 +183,10 @@ def load(
             ``"model"`` and whose process is the pipeline's scheduler's: its betas, prediction and
             variance. A directory of the network alone, such as the ``unet_ema/`` that a training
             script leaves beside ``unet/``, has no process.
-        weights: ``"model"`` for the trained weights, a rate such as ``"0.9999"`` for that average,
-            ``"ema"`` for the average with the highest rate (the trained weights if there is none).
+        weights: ``"model"`` for the trained weights, a rate such as ``"0.9999"`` or a power
+            function such as ``"power-0.05"`` for that average, ``"ema"`` for what suits best: the
+            slowest average that has forgotten the untrained weights (less than 1 % of them left),
+            the trained weights if there is none. ``Checkpoint.weights`` says which.
         device: where the network goes.
         model: the network that the weights are put into, in place, or a function without arguments
             that makes it. Needed where the checkpoint holds weights alone. Without it the class
@@ -197,15 +207,15 @@ def load(
     if diffusers_folder is not None:
         if model is not None:
             raise InputError(f"{path} is a diffusers folder, which says what it holds: no model=")
-        name, _ = _choose_weights(path, [], weights)
+        name, _ = _choose_weights(path, {}, [], weights)
         unet = load_unet(diffusers_folder).to(device)
         diffusion = load_process(path)
         config = {**nothing_saved(), "format": FORMAT, "model": unet.config}
         config["diffusion"] = None if diffusion is None else diffusion.to_config()
         return Checkpoint(unet, diffusion, None, {}, config, path, name)
     config = read_config(path)
-    rates = build(path, "ema", lambda: [rate_name(rate) for rate in config["ema"]])
-    name, stem = _choose_weights(path, rates, weights)
+    rates = build(path, "ema", lambda: [average_name(rate) for rate in config["ema"]])
+    name, stem = _choose_weights(path, config, rates, weights)
     state = load_tensors(path, stem)
 
     network = made(path, config["model"], model)
@@ -246,14 +256,16 @@ def _checkpoint_in(path: Path) -> Path:
     return path
 
 
-def _choose_weights(path: Path, rates: list[str], weights: str | float) -> tuple[str, str]:
+def _choose_weights(
+    path: Path, config: Mapping[str, Any], rates: list[str], weights: str | float
+) -> tuple[str, str]:
     """(name of the weights, file stem)."""
-    if weights == "model" or (weights == "ema" and not rates):
+    name = suited_weights(config, rates) if weights == "ema" else str(weights)
+    if name == "model":
         return "model", "model"
-    name = max(rates, key=float) if weights == "ema" else str(weights)
     if name not in rates:
-        with suppress(InputError):  # "0.90" and 0.9 mean "0.9"; other words are no rates
-            name = rate_name(weights)
+        with suppress(InputError):  # "0.90" and 0.9 mean "0.9"; other words are no averages
+            name = average_name(weights)
     if name not in rates:
         there = ", ".join(["model", *rates])
         raise InputError(f"{path} has no weights {name!r}; there are {there}")

@@ -1,8 +1,8 @@
 """What a folder is (a training run's, a checkpoint, something else), and a run's checkpoints.
 
-A run leaves config.json, checkpoints/step_XXXXXXXX (the newest of them last), metrics.jsonl,
-tensorboard/, samples/, loss_curve.png and .lock. Only a folder that shows it is a run is written
-into.
+A run leaves config.json, checkpoints/step_XXXXXXXX (the newest of them last), averages/ (snapshots
+of them), metrics.jsonl, tensorboard/, samples/, loss_curve.png and .lock. Only a folder that shows
+it is a run is written into.
 """
 
 import json
@@ -26,7 +26,14 @@ _COMPLETE = re.compile(r"step_(\d{8,})")
 _OURS = re.compile(r"step_\d{8,}|\.step_\d{8,}\.(saving-.+|previous|deleting)")
 _OUR_LINE = re.compile(r'\{"step": \d+, "(grad_norm|bits_per_dim)": ')  # of metrics.jsonl
 _RUN_PARTS = {"train", "model", "diffusion", "info"}  # of a run's config.json
-_RUN_ENTRIES = {"checkpoints", "metrics.jsonl", "tensorboard", "samples", "loss_curve.png"}
+_RUN_ENTRIES = {
+    "checkpoints",
+    "averages",
+    "metrics.jsonl",
+    "tensorboard",
+    "samples",
+    "loss_curve.png",
+}
 # What a run that was killed in its first moments leaves, and what a file system puts everywhere.
 _NOTHING = {LOCK, "config.json.new", "metrics.jsonl.new", ".DS_Store", ".gitkeep", "lost+found"}
 

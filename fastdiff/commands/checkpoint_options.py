@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from fastdiff.checkpoints.averages import young_average
+from fastdiff.checkpoints.averages import passed_over, young_average
 from fastdiff.checkpoints.checkpoint import Checkpoint, load
 from fastdiff.checks import choose_device
 from fastdiff.commands.networks import check_network
 from fastdiff.errors import InputError
+from fastdiff.models.ema import POWER
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,8 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         default="ema",
-        help="'ema' (the slowest average there is, else the model), 'model', or a rate: 0.999",
+        help="'ema' (the slowest average that has forgotten the untrained weights, else the "
+        "model), 'model', or an average: 0.999, power-0.05",
     )
     parser.add_argument(
         "--device",
@@ -49,10 +51,16 @@ def load_checkpoint(args: argparse.Namespace, device: str | None = None) -> Chec
     return checkpoint
 
 
-def describe(checkpoint: Checkpoint) -> str:
-    """A line: which weights of which step, on what device; another for a young average's."""
+def describe(checkpoint: Checkpoint, asked: str) -> str:
+    """A line: which weights of which step, on what device; another on young averages.
+
+    asked: --weights, as given.
+    """
     device = next(checkpoint.model.parameters()).device
     line = f"{checkpoint.path}: {_weights(checkpoint)}, on {device}"
+    if asked == "ema":
+        others = passed_over(checkpoint)
+        return line if others is None else f"{line}\n{others}"
     warning = young_average(checkpoint, "--weights model")
     return line if warning is None else f"{line}\nwarning: {warning}"
 
@@ -70,6 +78,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 def _weights(checkpoint: Checkpoint) -> str:
     weights = "weights" if checkpoint.weights == "model" else f"EMA {checkpoint.weights}"
+    made = checkpoint.info.get("average")  # by fastdiff average
+    if isinstance(made, dict) and checkpoint.weights == "model":
+        weights = f"EMA {POWER}{made.get('sigma_rel')}"
     return weights if checkpoint.step is None else f"{weights} of step {checkpoint.step}"
 
 

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     dataset = _dataset(args, checkpoint)
     if args.out is not None:
         check_report(args.out, ("checkpoint", "bits_per_dim", "steps"))
-    print(describe(checkpoint))
+    print(describe(checkpoint, args.weights))
 
     terms = _score(args, checkpoint, diffusion, dataset)
     summary = summarize_bpd(terms)

@@ -163,7 +163,7 @@ def _prepare(args: argparse.Namespace, device: str | None) -> _Task:
 
 def _open(args: argparse.Namespace, task: _Task) -> list[Batch]:
     """Say what is there already; the batches still to draw."""
-    print(describe(task.checkpoint))
+    print(describe(task.checkpoint, args.weights))
     parts = task.parts
     parts.check_targets()
     missing = parts.open(_settings(args, task))

@@ -87,8 +87,8 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init-weights",
         metavar="NAME",
-        help="of --init: 'ema' (its slowest average, else its model; the default), 'model', "
-        "or a rate",
+        help="of --init: 'ema' (its slowest average that has forgotten the untrained weights, else "
+        "its model; the default), 'model', or an average",
     )
     parser.add_argument("--image-size", type=int, help="resize and centre-crop images to this side")
     parser.add_argument("--channels", type=int, choices=(1, 3, 4), help="grey, RGB or RGBA")
@@ -109,7 +109,7 @@ def _add_train_flags(group: Any) -> None:
     for field in dataclasses.fields(TrainConfig):
         default, choices = field.default, field.metadata["choices"]
         kind = numbers(float) if isinstance(default, tuple) else type(default)
-        text = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        text = ",".join(map(str, default)) or "none" if isinstance(default, tuple) else default
         note = f"{field.metadata['help']} (default: {text})"
         _add_flag(group, "train", field.name, kind, note, choices)
 

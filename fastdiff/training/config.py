@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdiff.errors import InputError
+from fastdiff.models.power_function import WIDEST
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
 TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment")
@@ -47,6 +48,17 @@ class TrainConfig:
         "averages forget the untrained weights; off: constant rates, as published",
         fixed=True,
     )
+    ema_sigma_rel: tuple[float, ...] = setting(
+        (),
+        "widths of power-function averages beside them, as shares of the steps so far, separated "
+        "by commas (0.05,0.1, as published)",
+        fixed=True,
+    )
+    ema_snapshot_every: int = setting(
+        0,
+        "steps between snapshots of the power-function averages, all kept, of which fastdiff "
+        "average makes one of any width (0: none)",
+    )
     label_dropout: float = setting(
         0.0, "probability that a label is hidden, for classifier-free guidance"
     )
@@ -87,7 +99,7 @@ class TrainConfig:
     tensorboard: bool = setting(True, "write TensorBoard event files")
 
     def __post_init__(self) -> None:
-        for name in ("betas", "ema"):
+        for name in ("betas", "ema", "ema_sigma_rel"):
             object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
         for name in ("batch_size", "steps", "log_every", "sample_count", "sample_steps"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
@@ -113,6 +125,21 @@ class TrainConfig:
         )
         self._require("ema", all(0 < r < 1 for r in self.ema), "rates between 0 and 1")
         self._require("ema", len(set(self.ema)) == len(self.ema), "rates that differ")
+        self._require(
+            "ema_sigma_rel",
+            all(0 < s < WIDEST for s in self.ema_sigma_rel),
+            "widths between 0 and 0.288",
+        )
+        self._require(
+            "ema_sigma_rel",
+            len(set(self.ema_sigma_rel)) == len(self.ema_sigma_rel),
+            "widths that differ",
+        )
+        self._require(
+            "ema_snapshot_every",
+            not self.ema_snapshot_every or len(self.ema_sigma_rel) > 0,
+            "0 where ema_sigma_rel is none, as there is nothing to store",
+        )
 
     def _require(self, name: str, condition: bool, expected: str) -> None:
         if not condition:
@@ -156,6 +183,7 @@ _COUNTS = (
     "sample_every",
     "nll_every",
     "nll_steps",
+    "ema_snapshot_every",
     "workers",
 )
 

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoints.checkpoint import load
+from fastdiff.checkpoints.checkpoint import load, whole_averages
 from fastdiff.checkpoints.network import Given, described
+from fastdiff.checkpoints.snapshots import write_snapshot
 from fastdiff.checkpoints.weights import load_json, load_tensors
 from fastdiff.data.loaders import LoaderStream
 from fastdiff.errors import InputError
+from fastdiff.models.ema import sigma_rel_of
 from fastdiff.models.wrappers import plain_name, plain_state, unwrapped
 from fastdiff.ranks import ALONE, Ranks
 from fastdiff.training import state
@@ -155,6 +157,18 @@ def record_of(trainer: "Trainer") -> dict[str, Any]:
             if not parameter.requires_grad
         ],
     }
+
+
+def take_snapshot(trainer: "Trainer") -> None:
+    """Store the power-function averages of this step: a call of all ranks. Rank 0 writes."""
+    names = [name for name in trainer.ema.rates if sigma_rel_of(name) is not None]
+
+    def work() -> None:
+        averages = whole_averages(trainer.model, trainer.ema, names)
+        if trainer.ranks.rank == 0:
+            write_snapshot(trainer.run_dir, trainer.step, averages)
+
+    (trainer.ranks.together if trainer.is_spread else trainer.ranks.on_first)(work)
 
 
 def restore(trainer: "Trainer", read: SavedRun, data_changed: bool) -> None:

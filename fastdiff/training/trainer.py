@@ -44,10 +44,10 @@ from fastdiff.training.timestep_samplers import create_timestep_sampler
 class Trainer:
     """Trains ``model`` to reverse ``diffusion`` on ``data``; leaves everything in ``run_dir``.
 
-    ``run_dir`` gets checkpoints/step_XXXXXXXX/, metrics.jsonl, tensorboard/, samples/ and, at the
-    end, loss_curve.png. Timesteps, noise, flips and hidden labels follow from (seed, step, sample
-    number), so that one seed decides the run, whatever the number of processes: started by
-    torchrun, each of N ranks takes 1/N of every batch, gradients are averaged over them
+    ``run_dir`` gets checkpoints/step_XXXXXXXX/, averages/ (snapshots), metrics.jsonl, tensorboard/,
+    samples/ and, at the end, loss_curve.png. Timesteps, noise, flips and hidden labels follow from
+    (seed, step, sample number), so that one seed decides the run, whatever the number of processes:
+    started by torchrun, each of N ranks takes 1/N of every batch, gradients are averaged over them
     (DistributedDataParallel), and rank 0 writes. Dropout, the network's own, is each rank's.
 
     Args:
@@ -118,7 +118,9 @@ class Trainer:
             weight_decay=config.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
-        self.ema = EMA(self.model, config.ema, warmup=config.ema_warmup)
+        self.ema = EMA(
+            self.model, config.ema, warmup=config.ema_warmup, sigma_rel=config.ema_sigma_rel
+        )
         self.timesteps = create_timestep_sampler(config.timestep_sampler, diffusion)
         levels = 1 if diffusion.continuous else diffusion.num_timesteps
         self.meter = IntervalMeter(levels, self.device)
@@ -276,11 +278,11 @@ class Trainer:
     def _train(self, stop: StopRequest) -> None:
         if self.reports.done < self.step:  # an error came between that step and its log line
             with rescued(self, stop):
-                self.reports.make(self)
+                self._finish_step()
         while self.step < self.config.steps and not self._all_stop(stop):
             with rescued(self, stop), self.ranks.lost():
                 self._train_step()
-                self.reports.make(self)
+                self._finish_step()
             if self.due(self.config.save_every):
                 self.save()
         self.save()
@@ -324,6 +326,13 @@ class Trainer:
         self.meter.add(t, weights, losses, grad_norm)
         self.step += 1
         self.half_done = False
+
+    def _finish_step(self) -> None:
+        """What follows a step; a resumed run makes up for it where an error came between."""
+        if self.due(self.config.ema_snapshot_every):
+            self.check_finite()
+            saved.take_snapshot(self)
+        self.reports.make(self)
 
     # --- What a step is made of -----------------------------------------------------------------
 
@@ -443,8 +452,9 @@ class Trainer:
         return any(map(shards.is_spread, self.parameters))
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Within it the model holds its slowest average, which is what a user would sample."""
-        return self.ema.swapped() if self.ema.rates else contextlib.nullcontext()
+        """Within it the model holds what a user would sample: the average that suits best."""
+        best = self.ema.best_suited
+        return contextlib.nullcontext() if best is None else self.ema.swapped(best)
 
     def advice(self) -> str:
         """The end of an error message: where to go on from."""

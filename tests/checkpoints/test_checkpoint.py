@@ -56,6 +56,7 @@ def saved(tmp_path):
         for parameter in model.parameters():
             parameter.normal_()
     ema.update()
+    ema.updates = 100  # as many as make an average that has forgotten its start
     diffusion = create_diffusion(steps=20, noise_schedule="cosine", learn_sigma=True)
     info = {"image_size": [8, 8], "class_names": ["a", "b", "c"]}
     path = save(tmp_path / "run" / "last", model, diffusion=diffusion, ema=ema, step=7, info=info)

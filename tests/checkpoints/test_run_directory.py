@@ -180,11 +180,11 @@ def test_a_link_to_a_checkpoint_stays_a_link(tmp_path):
 @pytest.mark.seconds
 def test_a_young_average_to_begin_with_is_said(tmp_path):
     make_trainer(tmp_path / "run", steps=2, ema=(0.999,), ema_warmup=False).fit()
-    config = TrainConfig(**SETTINGS)
+    given = (tmp_path / "run", make_dataset(), TrainConfig(**SETTINGS), tmp_path / "new")
     with pytest.warns(RuntimeWarning, match="after 2 steps it still holds 99.8 %.*--init-weights"):
-        Trainer.from_checkpoint(
-            tmp_path / "run", make_dataset(), config, tmp_path / "new", progress=False
-        )
+        Trainer.from_checkpoint(*given, weights=0.999, progress=False)
+    trainer = Trainer.from_checkpoint(*given, progress=False)  # takes the weights themselves
+    assert trainer.info["init"]["weights"] == "model"
 
 
 @pytest.mark.parametrize(("step", "share"), [(0, 1.0), (None, 0.0), (400, 0.999**400)])
@@ -193,8 +193,10 @@ def test_how_much_of_the_start_an_average_holds(tmp_path, step, share):
     averages = EMA(make_model(), [0.999])
     averages.updates = step or 0
     checkpoint.save(tmp_path / "one", make_model(), ema=averages, step=step)
-    assert start_share(checkpoint.load(tmp_path / "one")) == pytest.approx(share)
-    assert start_share(checkpoint.load(tmp_path / "one", weights="model")) == 0
+    loaded = checkpoint.load(tmp_path / "one")
+    assert start_share(loaded.config, "0.999") == pytest.approx(share)
+    assert start_share(loaded.config, "model") == 0
+    assert loaded.weights == ("0.999" if share == 0 else "model")
 
 
 def test_save_does_not_replace_another_library_s_model(tmp_path):
@@ -287,7 +289,7 @@ def test_two_trainers_of_one_process(tmp_path):
 def test_a_run_from_a_checkpoint(tmp_path, run):
     options = {"device": "cpu", "progress": False}
     config = TrainConfig(**{**SETTINGS, "steps": 1, "warmup": 0, "lr": 1e-9})
-    for weights, name in (("ema", "0.9"), ("model", "model")):
+    for weights, name in ((0.90, "0.9"), ("model", "model")):
         folder = tmp_path / name
         trainer = Trainer.from_checkpoint(
             run, make_dataset(), config, folder, weights=weights, **options

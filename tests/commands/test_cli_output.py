@@ -224,6 +224,7 @@ def test_several_processes_are_refused(tmp_path, monkeypatch, capsys, name, rank
         "nll": ["--checkpoint", "c", "--data", "digits"],
         "evaluate": ["--samples", "s.npz", "--data", "digits"],
         "convert": ["--model", "m.pt", "--out", "run"],
+        "average": ["--run", "r", "--sigma-rel", "0.1", "--out", "run"],
         "bench": [],
     }
     if set(rank.values()) - {"0"}:

@@ -317,7 +317,7 @@ def test_a_run_begins_with_a_checkpoint(small_run, tmp_path, capsys):
     printed = capsys.readouterr().out
     first = list_checkpoints(small_run)[-1]
     assert f"init from {first}\n" in printed
-    assert re.search(r"carried over .*network .*parameters\), its average EMA 0.995 of", printed)
+    assert re.search(r"carried over .*network .*parameters\), its weights of step", printed)
     assert re.search("starts anew .*step 0, the optimizer, .*the diffusion process", printed)
     config = last_config(run)
     assert config["model"] == last_config(small_run)["model"] | {"dropout": 0.2}
@@ -328,8 +328,8 @@ def test_a_run_begins_with_a_checkpoint(small_run, tmp_path, capsys):
     assert "resuming at step 2: --init was the start" in capsys.readouterr().out
     message = refused(capsys, f"--resume --init {run} --out {run}")
     assert f"--init asks for the checkpoint {run}, but the run of" in message
-    message = refused(capsys, f"--resume --init {small_run} --init-weights model --out {run}")
-    assert "--init asks for the weights model, but" in message
+    message = refused(capsys, f"--resume --init {small_run} --init-weights 0.995 --out {run}")
+    assert "--init asks for the weights 0.995, but" in message
     message = refused(capsys, f"--resume --init {run} --out {small_run}")
     assert "is of a run that began without it; leave --init out" in message
 
@@ -395,8 +395,11 @@ def test_a_young_average_is_said_to_be_one(tmp_path, images, capsys):
     assert "EMA 0.9999 of step 4" in told(tmp_path / "warm")
     assert "warning" not in told(tmp_path / "warm")
     train(settings, tmp_path / "constant", "--no-ema-warmup")
+    chosen = told(tmp_path / "constant")
+    assert ": weights of step 4, on cpu" in chosen and "warning" not in chosen
+    assert "still hold untrained weights: EMA 0.5 (6.25 %), EMA 0.9999 (100 %)" in chosen
     warning = "warning: EMA 0.9999 is too young: after 4 steps it still holds 100 % of the weights"
-    assert warning in told(tmp_path / "constant")
+    assert warning in told(tmp_path / "constant", "--weights", "0.9999")
     assert "EMA 0.5 is too young: after 4 steps it still holds 6.25 %" in told(
         tmp_path / "constant", "--weights", "0.5"
     )
@@ -406,4 +409,4 @@ def test_a_young_average_is_said_to_be_one(tmp_path, images, capsys):
     config = json.loads((path / "config.json").read_text())
     del config["averages"]
     (path / "config.json").write_text(json.dumps(config))
-    assert warning in told(tmp_path / "constant")
+    assert warning in told(tmp_path / "constant", "--weights", "0.9999")
