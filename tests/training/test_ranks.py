@@ -21,7 +21,8 @@ from parts_tools import WAIT, Group, forkserver
 SMALL = (
     "--preset iddpm-cifar10 --model-channels 32 --channel-mult 1 --num-res-blocks 1 "
     "--attention-resolutions none --diffusion-steps 20 --dropout 0 --lr 1e-3 --batch-size 8 "
-    "--steps 6 --log-every 2 --save-every 3 --ema 0.9 --class-cond --label-dropout 0.3 --flip "
+    "--steps 6 --log-every 2 --save-every 3 --ema 0.9 --ema-sigma-rel 0.1 "
+    "--ema-snapshot-every 2 --class-cond --label-dropout 0.3 --flip "
     "--device cpu --quiet --no-tensorboard"
 ).split()
 # Float32 sums in another order: of gradients over ranks, of losses over an interval.
@@ -82,8 +83,13 @@ def assert_same_run(run, expected, tolerance=SAME):
         assert mine == pytest.approx(theirs, rel=tolerance)
     last = [list_checkpoints(r)[-1] for r in (run, expected)]
     assert last[0].name == last[1].name
-    for stem in ("model", "ema_0.9"):
-        mine, theirs = (safetensors.torch.load_file(p / f"{stem}.safetensors") for p in last)
+    stored = [sorted((r / "averages").rglob("*.safetensors")) for r in (run, expected)]
+    assert [len(files) for files in stored] == [3, 3]
+    pairs = list(zip(*stored, strict=True))
+    for stem in ("model", "ema_0.9", "ema_power-0.1"):
+        pairs.append(tuple(p / f"{stem}.safetensors" for p in last))
+    for pair in pairs:
+        mine, theirs = map(safetensors.torch.load_file, pair)
         # Adam divides by the gradient: where that is all rounding, as of a bias before a norm, a
         # step may be any step.
         off = torch.cat([(mine[name] - value).abs().flatten() for name, value in theirs.items()])
