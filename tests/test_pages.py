@@ -15,6 +15,7 @@ import fastdiff
 from accelerate_tools import T, X, network
 from ddpm_pytorch_package import package
 from fastdiff.acceleration.fused_class import Fused
+from fastdiff.models.power_function import coefficients
 from fastdiff.process.schedules import linear_betas
 from improved_diffusion_tools import CODEBASES
 from page_tools import ROOT, blocks, parse_commands, run, save_pipeline, smaller
@@ -165,5 +166,17 @@ def test_training(tmp_path, monkeypatch):
     pytest.importorskip("tqdm")  # the bar of a run
     monkeypatch.chdir(tmp_path)
     (example,) = blocks("docs/training.md", "python")
-    done = run("docs/training.md", smaller(example, steps=2))
-    assert (done["checkpoint"].step, done["checkpoint"].weights) == (2, "0.999")
+    done = run("docs/training.md", smaller(example, steps=4))
+    assert (done["checkpoint"].step, done["checkpoint"].weights) == (4, "0.999")
+
+
+def test_the_table_of_averages_made_of_snapshots():
+    text = (ROOT / "docs" / "training.md").read_text()
+    rows = re.findall(r"^\| (?:`--sigma-rel`|off, of (\d+).*?) \| (.+) \|$", text, re.MULTILINE)
+    (_, widths), *errors = rows
+    assert [count for count, _ in errors] == ["20", "100"]
+    for count, row in errors:
+        snapshots = [(i, s) for i in range(1, int(count) + 1) for s in (0.05, 0.1)]
+        for width, said in zip(widths.split(" | "), row.split(" | "), strict=True):
+            _, off = coefficients(snapshots, int(count), float(width))
+            assert float(said.removesuffix(" %")) == pytest.approx(100 * off, rel=0.1), width
