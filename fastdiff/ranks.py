@@ -20,6 +20,7 @@ from torch import Tensor
 from fastdiff.checks import choose_device
 from fastdiff.errors import InputError, LostRank, TrainingError, first_line
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 # Set by torchrun, or by whoever starts the processes in its place.
@@ -50,6 +51,19 @@ class Ranks:
     def share(self, items: Sequence[T]) -> list[T]:
         """This rank's share of what all have: every ``count``-th item."""
         return list(items[self.rank :: self.count])
+
+    def each(
+        self, work: Callable[[S], T], items: Sequence[S], *, on_first: bool = False
+    ) -> list[T]:
+        """``work`` of every item, in their order: one rank does it, all get its answer.
+
+        Answers can be pickled, and lie in the CPU's memory. ``on_first``: rank 0 alone gets them,
+        the others an empty list, where all of them are too much for every rank. What a rank raises
+        is its own, for ``heard`` to tell.
+        """
+        mine = [work(item) for item in self.share(items)]
+        found = self._to_first(mine) if on_first else self.gather(mine)
+        return [found[i % self.count][i // self.count] for i in range(len(items)) if found]
 
     def slice(self, items: int) -> slice:
         """This rank's part of ``items`` things in a row, which ``count`` divides."""
@@ -96,6 +110,15 @@ class Ranks:
         with self.lost():
             torch.distributed.all_gather_object(values, value, group=self.group)
         return values
+
+    def _to_first(self, value: T) -> list[T]:
+        """``gather`` for rank 0; the others get nothing."""
+        if self.group is None:
+            return [value]
+        values: Any = [None] * self.count if self.rank == 0 else None
+        with self.lost():
+            torch.distributed.gather_object(value, values, dst=0, group=self.group)
+        return values or []
 
     def numbers(self, *values: int) -> Tensor:
         """Every rank's ``values``, int64 (count, n): as ``gather``, for a tenth of its time."""
@@ -213,8 +236,8 @@ def refuse_several() -> None:
         raise SystemExit(2)
     raise InputError(
         f"started as {count} processes (WORLD_SIZE), which would each do all of the work and "
-        "overwrite each other's: start one process (unset WORLD_SIZE if it is one); "
-        "fastdiff sample shares its work"
+        "overwrite each other's: start one process (unset WORLD_SIZE if it is one); started by "
+        "torchrun, fastdiff train, sample, nll and evaluate share theirs"
     )
 
 
@@ -235,9 +258,11 @@ def join(device: str | None, minutes: float = DRAWING) -> Ranks:
         minutes: that a rank waits for another before it says that it is lost.
 
     Raises:
-        InputError: no such device, fewer GPUs than processes, or no number where one belongs.
+        InputError: no such device, fewer GPUs than processes, no number where one belongs, or
+            several processes that have not been told how to meet.
     """
     if not all(name in os.environ for name in NUMBERS + PLACE):
+        refuse_several()
         return Ranks(device=device)
     rank, count, local_rank, local_count = (_number(name, 0) for name in NUMBERS)
     if count == 1:

@@ -16,30 +16,15 @@ from fastdiff.errors import InputError
 from parts_tools import (
     SMALL,
     STARTS,
-    Group,
     arguments,
     error_line,
     files,
-    forkserver,
     interrupt,
     part,
     sample,
 )
 from paths import ROOT
 from patience import WAIT
-
-
-@pytest.fixture
-def start(tmp_path):
-    groups = []
-
-    def start_group(*args, **options):
-        groups.append(Group(forkserver(), tmp_path, *args, **options))
-        return groups[-1]
-
-    yield start_group
-    for group in groups:
-        group.kill()
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -129,6 +114,15 @@ def test_other_settings_are_refused_once(checkpoint, start, tmp_path):
     codes, log = start(2, arguments(checkpoint, out, *SMALL, "--seed", "3")).finish()
     assert codes == [2, 2]
     assert "seed is 0 there and 3 here" in error_line(log)
+
+
+def test_processes_with_other_settings_are_refused_once(checkpoint, start, tmp_path):
+    out = tmp_path / "out"
+    each = [arguments(checkpoint, out, *SMALL, "--seed", seed) for seed in ("3", "4")]
+    codes, log = start(2, each).finish()
+    assert codes == [2, 2]
+    assert "the ranks disagree: seed is 4 on rank 1 and 3 on rank 0" in error_line(log)
+    assert not list(out.glob("parts/part_*"))
 
 
 def test_an_error_of_one_process_ends_all(checkpoint, whole, start, tmp_path, drawn):

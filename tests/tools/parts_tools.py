@@ -27,12 +27,14 @@ SMALL = ["--num", "22", "--batch-size", "4", "--first-sample", "5", "--steps", "
 STARTS = [5, 9, 13, 17, 21, 25]
 
 
-def save_network(folder: Path, seed: int) -> Path:
+def save_network(folder: Path, seed: int, spoiled: bool = False) -> Path:
     torch.manual_seed(seed)
     model = UNet(1, 32, 1, 1, (), channel_mult=(1, 1), num_classes=3, null_class=True, image_size=8)
     for parameter in model.parameters():  # the last layer starts at zero
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
+    if spoiled:
+        nn.init.constant_(model.out[2].bias, float("nan"))
     diffusion = create_diffusion(steps=100, noise_schedule="cosine")
     info = {"image_size": [8, 8], "class_names": ["ant", "bee", "cat"]}
     return save(folder, model, diffusion=diffusion, ema=EMA(model, (0.9,)), info=info)

@@ -16,7 +16,7 @@ import torch
 
 from fastdiff.checkpoints.run_directory import list_checkpoints
 from fastdiff.cli import main
-from parts_tools import WAIT, Group, forkserver
+from patience import WAIT
 
 SMALL = (
     "--preset iddpm-cifar10 --model-channels 32 --channel-mult 1 --num-res-blocks 1 "
@@ -42,21 +42,6 @@ def cifar(tmp_path_factory):
     names = [f"c{i}".encode() for i in range(10)]
     (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": names}, protocol=4))
     return folder
-
-
-@pytest.fixture
-def start(tmp_path):
-    groups = []
-
-    def start_group(*args, **options):
-        folder = tmp_path / f"group{len(groups)}"
-        folder.mkdir()
-        groups.append(Group(forkserver(), folder, *args, **options))
-        return groups[-1]
-
-    yield start_group
-    for group in groups:
-        group.kill()
 
 
 def command(cifar, run, *options):
