@@ -46,6 +46,7 @@ class Ranks:
     device: str | None = None
     group: Any = None  # of the CPU
     store: Any = None  # what a rank says that has left the group
+    memory: Any = None  # what torchrun's processes know of those that it started before them
     minutes: float = DRAWING  # that a rank waits for another
 
     def share(self, items: Sequence[T]) -> list[T]:
@@ -151,6 +152,16 @@ class Ranks:
                         f"{every[0][name]} on rank 0; start all with the same command, versions "
                         "and data"
                     )
+
+    def remember(self, fact: str) -> None:
+        """Tell ``fact`` to the processes that torchrun starts in place of these, should they end
+        (``--max-restarts``)."""
+        if self.memory is not None:
+            self.memory.set(fact, "")
+
+    def remembers(self, fact: str) -> bool:
+        """Whether processes in whose place torchrun started these, or these, said ``fact``."""
+        return self.memory is not None and self.memory.check([fact])
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -266,7 +277,7 @@ def join(device: str | None, minutes: float = DRAWING) -> Ranks:
         return Ranks(device=device)
     rank, count, local_rank, local_count = (_number(name, 0) for name in NUMBERS)
     if count == 1:
-        return Ranks(device=device)
+        return Ranks(device=device, memory=_memory())
     try:
         on_gpus = _on_gpus(device, local_count)
     except InputError:
@@ -277,12 +288,23 @@ def join(device: str | None, minutes: float = DRAWING) -> Ranks:
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(choose_device(device))
     if not torch.distributed.is_initialized():
-        backend, arrival = "nccl" if on_gpus else "gloo", datetime.timedelta(minutes=ARRIVAL)
-        torch.distributed.init_process_group(backend, timeout=arrival)
+        _meet("nccl" if on_gpus else "gloo", rank, count)
     limit = datetime.timedelta(minutes=minutes)
     group = torch.distributed.new_group(backend="gloo", timeout=limit)
-    threading.Thread(target=_beat, args=(_store(), rank), daemon=True).start()
-    return Ranks(rank, count, device, group, _store(), minutes)
+    threading.Thread(target=_beat, args=(_store(_attempt()), rank), daemon=True).start()
+    return Ranks(rank, count, device, group, _store(_attempt()), _memory(), minutes)
+
+
+def _meet(backend: str, rank: int, count: int) -> None:
+    """``init_process_group``. torchrun's agents keep their store when they start processes again,
+    and gloo would wait for those that it finds there: each attempt has names of its own."""
+    arrival = datetime.timedelta(minutes=ARRIVAL)
+    if not _has_agent():
+        torch.distributed.init_process_group(backend, timeout=arrival)
+        return
+    torch.distributed.init_process_group(
+        backend, store=_store(f"torch/{_attempt()}"), rank=rank, world_size=count, timeout=arrival
+    )
 
 
 def _is_of_others(error: RuntimeError) -> bool:
@@ -291,13 +313,28 @@ def _is_of_others(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
-def _store() -> Any:
+def _has_agent() -> bool:
+    """Whether torchrun's agent holds the store by which the ranks meet."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _attempt() -> str:
+    """What tells these processes from those that torchrun started before, more of them or fewer."""
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return f"{restarts} of {os.environ['WORLD_SIZE']}"
+
+
+def _memory() -> Any:
+    """What outlives an attempt: of the agent's store, which is there as long as the agent."""
+    return _store("job") if _has_agent() else None
+
+
+def _store(prefix: str) -> Any:
     """A connection of our own to the store by which the ranks have met."""
     host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
     limit = datetime.timedelta(minutes=ARRIVAL)
     store = torch.distributed.TCPStore(host, port, is_master=False, timeout=limit)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # whose words count
-    return torch.distributed.PrefixStore(f"fastdiff/{attempt}", store)
+    return torch.distributed.PrefixStore(f"fastdiff/{prefix}", store)
 
 
 def _on_gpus(device: str | None, local_count: int) -> bool:

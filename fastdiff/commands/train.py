@@ -35,8 +35,12 @@ def run(args: argparse.Namespace) -> int:
     given, run_dir = vars(args), Path(args.out)
     ranks = join(given.get("device"), given.get("train.rank_minutes", TrainConfig.rank_minutes))
     with ranks.heard(), said_once(ranks):
-        goes_on = ranks.on_first(lambda: _goes_on(run_dir, given.get("resume", False)))
+        ours = f"trains into {run_dir.resolve()}"
+        goes_on = ranks.on_first(
+            lambda: _goes_on(run_dir, given.get("resume", False) or ranks.remembers(ours))
+        )
         trainer = (_resume if goes_on else _start)(run_dir, given, ranks)
+        ranks.remember(ours)  # started again, they need no --resume
         try:
             trainer.fit()
         except (KeyboardInterrupt, SystemExit):

@@ -277,8 +277,10 @@ class Trainer:
         if self.reports.done < self.step:  # an error came between that step and its log line
             with rescued(self, stop):
                 self.reports.make(self)
-        while self.step < self.config.steps and not self._all_stop(stop):
+        while self.step < self.config.steps:
             with rescued(self, stop), self.ranks.lost():
+                if self._all_stop(stop):
+                    break
                 self._train_step()
                 self.reports.make(self)
             if self.due(self.config.save_every):

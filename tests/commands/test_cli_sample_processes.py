@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,11 +16,13 @@ from parts_tools import (
     SMALL,
     STARTS,
     arguments,
+    children,
     error_line,
     files,
     interrupt,
     part,
     sample,
+    torchrun,
 )
 from paths import ROOT
 from patience import WAIT
@@ -148,16 +149,6 @@ def wait_for_parts(out: Path, count: int) -> list[Path]:
         assert time.monotonic() < end, "no parts"
         time.sleep(0.005)
     return found
-
-
-def children(pid: int) -> list[int]:
-    lists = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for text in lists for child in text.read_text().split()]
-
-
-def torchrun(argv: list[str]) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc-per-node", "2", "-m", "--", "fastdiff", *argv]
 
 
 @pytest.mark.seconds
