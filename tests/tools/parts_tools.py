@@ -142,8 +142,9 @@ class Group:
     """Processes with the environment torchrun makes, and its store, but started in no time."""
 
     def __init__(self, context, folder, count, argv, disk_full=None, fault=None, after=None):
-        """``argv``: of all processes, or a list with each one's; or a function to call instead. ``fault``: (rank, its name).
-        ``after``: the group in whose place torchrun starts this one."""
+        """``argv``: of all processes, or a list with each one's; or a function to call instead.
+        ``fault``: (rank, its name). ``after``: the group in whose place torchrun starts this one.
+        """
         self.log = folder / "log"
         self.attempt = 0 if after is None else after.attempt + 1
         if after is None:
