@@ -20,7 +20,7 @@ COMMANDS = {
     "info": "print versions, devices, instruction sets and what was compiled for what",
 }
 # These may be started as one of several processes: they share their work, or have none to do.
-SHARING = ("train", "sample", "info")
+SHARING = ("train", "sample", "nll", "evaluate", "info")
 
 
 def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastdiff.checks import choose_device
 from fastdiff.errors import InputError, LostRank, TrainingError, first_line
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 # Set by torchrun, or by whoever starts the processes in its place.
@@ -45,11 +46,25 @@ class Ranks:
     device: str | None = None
     group: Any = None  # of the CPU
     store: Any = None  # what a rank says that has left the group
+    memory: Any = None  # what torchrun's processes know of those that it started before them
     minutes: float = DRAWING  # that a rank waits for another
 
     def share(self, items: Sequence[T]) -> list[T]:
         """This rank's share of what all have: every ``count``-th item."""
         return list(items[self.rank :: self.count])
+
+    def each(
+        self, work: Callable[[S], T], items: Sequence[S], *, on_first: bool = False
+    ) -> list[T]:
+        """``work`` of every item, in their order: one rank does it, all get its answer.
+
+        Answers can be pickled, and lie in the CPU's memory. ``on_first``: rank 0 alone gets them,
+        the others an empty list, where all of them are too much for every rank. What a rank raises
+        is its own, for ``heard`` to tell.
+        """
+        mine = [work(item) for item in self.share(items)]
+        found = self._to_first(mine) if on_first else self.gather(mine)
+        return [found[i % self.count][i // self.count] for i in range(len(items)) if found]
 
     def slice(self, items: int) -> slice:
         """This rank's part of ``items`` things in a row, which ``count`` divides."""
@@ -97,6 +112,15 @@ class Ranks:
             torch.distributed.all_gather_object(values, value, group=self.group)
         return values
 
+    def _to_first(self, value: T) -> list[T]:
+        """``gather`` for rank 0; the others get nothing."""
+        if self.group is None:
+            return [value]
+        values: Any = [None] * self.count if self.rank == 0 else None
+        with self.lost():
+            torch.distributed.gather_object(value, values, dst=0, group=self.group)
+        return values or []
+
     def numbers(self, *values: int) -> Tensor:
         """Every rank's ``values``, int64 (count, n): as ``gather``, for a tenth of its time."""
         mine = torch.tensor(values, dtype=torch.int64)
@@ -128,6 +152,16 @@ class Ranks:
                         f"{every[0][name]} on rank 0; start all with the same command, versions "
                         "and data"
                     )
+
+    def remember(self, fact: str) -> None:
+        """Tell ``fact`` to the processes that torchrun starts in place of these, should they end
+        (``--max-restarts``)."""
+        if self.memory is not None:
+            self.memory.set(fact, "")
+
+    def remembers(self, fact: str) -> bool:
+        """Whether processes in whose place torchrun started these, or these, said ``fact``."""
+        return self.memory is not None and self.memory.check([fact])
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -213,8 +247,8 @@ def refuse_several() -> None:
         raise SystemExit(2)
     raise InputError(
         f"started as {count} processes (WORLD_SIZE), which would each do all of the work and "
-        "overwrite each other's: start one process (unset WORLD_SIZE if it is one); "
-        "fastdiff sample shares its work"
+        "overwrite each other's: start one process (unset WORLD_SIZE if it is one); started by "
+        "torchrun, fastdiff train, sample, nll and evaluate share theirs"
     )
 
 
@@ -235,13 +269,15 @@ def join(device: str | None, minutes: float = DRAWING) -> Ranks:
         minutes: that a rank waits for another before it says that it is lost.
 
     Raises:
-        InputError: no such device, fewer GPUs than processes, or no number where one belongs.
+        InputError: no such device, fewer GPUs than processes, no number where one belongs, or
+            several processes that have not been told how to meet.
     """
     if not all(name in os.environ for name in NUMBERS + PLACE):
+        refuse_several()
         return Ranks(device=device)
     rank, count, local_rank, local_count = (_number(name, 0) for name in NUMBERS)
     if count == 1:
-        return Ranks(device=device)
+        return Ranks(device=device, memory=_memory())
     try:
         on_gpus = _on_gpus(device, local_count)
     except InputError:
@@ -252,12 +288,23 @@ def join(device: str | None, minutes: float = DRAWING) -> Ranks:
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(choose_device(device))
     if not torch.distributed.is_initialized():
-        backend, arrival = "nccl" if on_gpus else "gloo", datetime.timedelta(minutes=ARRIVAL)
-        torch.distributed.init_process_group(backend, timeout=arrival)
+        _meet("nccl" if on_gpus else "gloo", rank, count)
     limit = datetime.timedelta(minutes=minutes)
     group = torch.distributed.new_group(backend="gloo", timeout=limit)
-    threading.Thread(target=_beat, args=(_store(), rank), daemon=True).start()
-    return Ranks(rank, count, device, group, _store(), minutes)
+    threading.Thread(target=_beat, args=(_store(_attempt()), rank), daemon=True).start()
+    return Ranks(rank, count, device, group, _store(_attempt()), _memory(), minutes)
+
+
+def _meet(backend: str, rank: int, count: int) -> None:
+    """``init_process_group``. torchrun's agents keep their store when they start processes again,
+    and gloo would wait for those that it finds there: each attempt has names of its own."""
+    arrival = datetime.timedelta(minutes=ARRIVAL)
+    if not _has_agent():
+        torch.distributed.init_process_group(backend, timeout=arrival)
+        return
+    torch.distributed.init_process_group(
+        backend, store=_store(f"torch/{_attempt()}"), rank=rank, world_size=count, timeout=arrival
+    )
 
 
 def _is_of_others(error: RuntimeError) -> bool:
@@ -266,13 +313,28 @@ def _is_of_others(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
-def _store() -> Any:
+def _has_agent() -> bool:
+    """Whether torchrun's agent holds the store by which the ranks meet."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _attempt() -> str:
+    """What tells these processes from those that torchrun started before, more of them or fewer."""
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return f"{restarts} of {os.environ['WORLD_SIZE']}"
+
+
+def _memory() -> Any:
+    """What outlives an attempt: of the agent's store, which is there as long as the agent."""
+    return _store("job") if _has_agent() else None
+
+
+def _store(prefix: str) -> Any:
     """A connection of our own to the store by which the ranks have met."""
     host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
     limit = datetime.timedelta(minutes=ARRIVAL)
     store = torch.distributed.TCPStore(host, port, is_master=False, timeout=limit)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # whose words count
-    return torch.distributed.PrefixStore(f"fastdiff/{attempt}", store)
+    return torch.distributed.PrefixStore(f"fastdiff/{prefix}", store)
 
 
 def _on_gpus(device: str | None, local_count: int) -> bool:

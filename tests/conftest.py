@@ -85,6 +85,24 @@ def made():
 
 
 @pytest.fixture
+def start(tmp_path):
+    """``start(count, argv, ...)``: processes (``parts_tools.Group``) that end with the test."""
+    from parts_tools import Group, forkserver
+
+    groups = []
+
+    def start_group(*args, **options):
+        folder = tmp_path / f"group{len(groups)}"
+        folder.mkdir()
+        groups.append(Group(forkserver(), folder, *args, **options))
+        return groups[-1]
+
+    yield start_group
+    for group in groups:
+        group.kill()
+
+
+@pytest.fixture
 def few_blocks(request):
     """Emulated grids cut to few blocks: a kernel that strides does all the work all the same."""
     from fastdiff.ops import native

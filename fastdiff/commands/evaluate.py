@@ -1,17 +1,20 @@
 """``fastdiff evaluate``: how close samples come to the real images."""
 
 import argparse
+from typing import Any
 
 import numpy as np
 
 from fastdiff.checks import choose_device
 from fastdiff.commands.data_options import KINDS_OF_DATA, add_reading_arguments, reading_options
+from fastdiff.commands.output import said_once
 from fastdiff.commands.reports import check_report, write_report
 from fastdiff.data import ImageDataset, load_dataset
 from fastdiff.data.classes import numbers, renumber
 from fastdiff.errors import InputError
 from fastdiff.evaluation import evaluate, format_report
 from fastdiff.images import Samples, check_channels_last, read_samples
+from fastdiff.ranks import join
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +36,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.seed < 0 or (args.classifier_steps is not None and args.classifier_steps < 1):
         raise InputError("--seed must not be negative and --classifier-steps must be positive")
+    ranks = join(args.device)
+    with ranks.heard(), said_once(ranks):
+        samples, dataset = ranks.together(lambda: _read(args))
+        sizes = {"samples": len(samples.images), "real images": len(dataset)}
+        ranks.agree({f"the number of {name}": size for name, size in sizes.items()})
+        if args.out:
+            ranks.on_first(lambda: check_report(args.out, ("samples", "real", "frechet")))
+        labels = ranks.together(lambda: _labels(samples, dataset))
+        report = evaluate(
+            samples.images,
+            dataset,
+            labels=labels,
+            seed=args.seed,
+            classifier_steps=args.classifier_steps,
+            device=choose_device(ranks.device),
+            ranks=ranks,
+        )
+        ranks.on_first(lambda: _finish(args, report))
+        ranks.leave()
+    return 0
+
+
+def _read(args: argparse.Namespace) -> tuple[Samples, ImageDataset]:
     samples = read_samples(args.samples)
     check_channels_last(samples.images, f"'{args.samples}': arr_0")
     dataset = load_dataset(
@@ -44,21 +70,14 @@ def run(args: argparse.Namespace) -> int:
         **reading_options(vars(args)),
     )
     print(dataset.describe(), flush=True)
-    if args.out:
-        check_report(args.out, ("samples", "real", "frechet"))
-    report = evaluate(
-        samples.images,
-        dataset,
-        labels=_labels(samples, dataset),
-        seed=args.seed,
-        classifier_steps=args.classifier_steps,
-        device=choose_device(args.device),
-    )
+    return samples, dataset
+
+
+def _finish(args: argparse.Namespace, report: dict[str, Any]) -> None:
     report["samples"]["file"], report["real"]["data"] = str(args.samples), str(args.data)
     if args.out:  # before anything can go wrong with printing
         write_report(args.out, report)
     print(format_report(report))
-    return 0
 
 
 def _labels(samples: Samples, dataset: ImageDataset) -> np.ndarray | None:

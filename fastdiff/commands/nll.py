@@ -13,10 +13,12 @@ from fastdiff.commands import networks
 from fastdiff.commands.checkpoint_options import (
     add_checkpoint_arguments,
     describe,
+    fingerprint,
     load_checkpoint,
 )
 from fastdiff.commands.class_options import class_names
 from fastdiff.commands.data_options import KINDS_OF_DATA, add_reading_arguments, reading_options
+from fastdiff.commands.output import said_once
 from fastdiff.commands.reports import check_report, write_report
 from fastdiff.data import ImageDataset, load_dataset, match_classes
 from fastdiff.data.dataset import check_bytes
@@ -27,6 +29,7 @@ from fastdiff.ops.normal import normal
 from fastdiff.optional import require
 from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.process.likelihood import BitsPerDim, rate_distortion, summarize_bpd
+from fastdiff.ranks import Ranks, join
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +68,27 @@ def run(args: argparse.Namespace) -> int:
         vars(args).setdefault(name, None)
     if args.batch_size < 1 or args.seed < 0 or (args.num is not None and args.num < 1):
         raise InputError("--batch-size and --num must be positive, and --seed not negative")
-    checkpoint = load_checkpoint(args)
+    ranks = join(getattr(args, "device", None))
+    with ranks.heard(), said_once(ranks):
+        checkpoint, diffusion, dataset = ranks.together(lambda: _prepare(args, ranks.device))
+        ranks.agree(
+            {"the checkpoint": fingerprint(checkpoint), "the number of images": len(dataset)}
+        )
+        if args.out is not None:
+            parts = ("checkpoint", "bits_per_dim", "steps")
+            ranks.on_first(lambda: check_report(args.out, parts))
+        print(describe(checkpoint, args.weights))
+        terms = _score(args, checkpoint, diffusion, dataset, ranks)
+        ranks.on_first(lambda: _finish(args, checkpoint, diffusion, terms))
+        ranks.leave()
+    return 0
+
+
+def _prepare(
+    args: argparse.Namespace, device: str | None
+) -> tuple[Checkpoint, GaussianDiffusion, ImageDataset]:
+    """What the options name. InputError before anything is scored."""
+    checkpoint = load_checkpoint(args, device)
     diffusion = checkpoint.diffusion
     if not isinstance(diffusion, GaussianDiffusion):
         raise InputError(
@@ -75,11 +98,16 @@ def run(args: argparse.Namespace) -> int:
     if args.respacing is not None:
         diffusion = diffusion.respace(args.respacing)
     dataset = _dataset(args, checkpoint)
-    if args.out is not None:
-        check_report(args.out, ("checkpoint", "bits_per_dim", "steps"))
-    print(describe(checkpoint, args.weights))
+    return checkpoint, diffusion, dataset
 
-    terms = _score(args, checkpoint, diffusion, dataset)
+
+def _finish(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    diffusion: GaussianDiffusion,
+    terms: list[dict[str, Tensor]],
+) -> None:
+    """Sum up, write, print. TrainingError where there is no figure."""
     summary = summarize_bpd(terms)
     if not math.isfinite(summary.total):
         raise TrainingError(f"the bound is {summary.total}: the network's output is not finite")
@@ -88,7 +116,6 @@ def run(args: argparse.Namespace) -> int:
     print(_report(summary))
     if args.out is not None:
         print(args.out)
-    return 0
 
 
 def _dataset(args: argparse.Namespace, checkpoint: Checkpoint) -> ImageDataset:
@@ -120,42 +147,41 @@ def _score(
     checkpoint: Checkpoint,
     diffusion: GaussianDiffusion,
     dataset: ImageDataset,
+    ranks: Ranks,
 ) -> list[dict[str, Tensor]]:
-    """calc_bpd_loop's terms for every batch. Image i draws the same noise in any batch."""
+    """calc_bpd_loop's terms for every batch, on rank 0: the ranks share the batches. Image i draws
+    the same noise in any batch, on any rank."""
     device = next(checkpoint.model.parameters()).device
     count = min(args.num or len(dataset), len(dataset))
     indices = np.linspace(0, len(dataset) - 1, count).round().astype(np.int64)
     starts = range(0, count, args.batch_size)
-    terms, model = [], networks.predictor(checkpoint)
+    model, labels = networks.predictor(checkpoint), networks.num_classes(checkpoint) is not None
+    steps = len(ranks.share(starts)) * diffusion.num_timesteps
     with require("tqdm", "train").tqdm(
-        total=len(starts) * diffusion.num_timesteps, desc="scoring", unit="step"
+        total=steps, desc="scoring", unit="step", disable=ranks.rank > 0
     ) as bar:
-        for start in starts:
+
+        def score(start: int) -> dict[str, Tensor]:
             part = indices[start : start + args.batch_size]
             x_start = to_float(dataset.gather(part).to(device))
             kwargs = {}
-            if networks.num_classes(checkpoint) is not None:
+            if labels:
                 kwargs = networks.labelled(checkpoint, dataset.gather_labels(part))
 
-            def noise(t: int, shape: tuple[int, ...] = tuple(x_start.shape), first: int = start):
+            def noise(t: int) -> Tensor:
                 bar.update()
                 return normal(
-                    shape,
+                    tuple(x_start.shape),
                     seed=args.seed,
                     step=sampling_step(t),
-                    first_sample=first,
+                    first_sample=start,
                     device=device,
                 )
 
-            terms.append(
-                diffusion.calc_bpd_loop(
-                    model,
-                    x_start,
-                    model_kwargs=kwargs,
-                    noise=noise,
-                )
-            )
-    return terms
+            terms = diffusion.calc_bpd_loop(model, x_start, model_kwargs=kwargs, noise=noise)
+            return {name: value.cpu() for name, value in terms.items()}
+
+        return ranks.each(score, starts, on_first=True)
 
 
 def _report(summary: BitsPerDim) -> str:

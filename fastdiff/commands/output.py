@@ -6,8 +6,11 @@ import os
 import sys
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # it loads torch
+    from fastdiff.ranks import Ranks
 
 # How a terminal that cannot show them reads what the reports are full of.
 PLAIN = {"±": "+/-", "−": "-", "–": "-", "…": "...", "×": "x", "²": "^2", "µ": "u"}
@@ -39,6 +42,11 @@ def safe_output() -> Iterator[None]:
         raise left
     if lost is not None and not isinstance(lost, BrokenPipeError):
         raise OSError(f"standard output could not be written ({lost.strerror or lost})")
+
+
+def said_once(ranks: "Ranks") -> AbstractContextManager[Any]:
+    """Inside, rank 0 alone prints to standard output."""
+    return redirect_stdout(None) if ranks.rank else nullcontext()
 
 
 class _Stream:

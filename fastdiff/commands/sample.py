@@ -127,7 +127,9 @@ def run(args: argparse.Namespace) -> int:
     ranks = join(getattr(args, "device", None))
     task = ranks.together(lambda: _prepare(args, ranks.device))
     with closing(task.parts), ranks.heard():
-        missing = ranks.on_first(lambda: _open(args, task))
+        settings = _settings(args, task)
+        ranks.agree(settings)
+        missing = ranks.on_first(lambda: _open(task, settings))
         started = time.perf_counter()
         _draw(args, task, ranks.share(missing), shown=ranks.rank == 0)
         ranks.leave()  # every part is on the disk now
@@ -161,12 +163,12 @@ def _prepare(args: argparse.Namespace, device: str | None) -> _Task:
     return _Task(checkpoint, sampler, classes, parts)
 
 
-def _open(args: argparse.Namespace, task: _Task) -> list[Batch]:
+def _open(task: _Task, settings: dict[str, Any]) -> list[Batch]:
     """Say what is there already; the batches still to draw."""
     print(describe(task.checkpoint, args.weights))
     parts = task.parts
     parts.check_targets()
-    missing = parts.open(_settings(args, task))
+    missing = parts.open(settings)
     for name in ("grid.png", "trajectory.png", "png/*"):
         remove_unfinished(parts.file.parent / name)
     if not missing and parts.is_merged():

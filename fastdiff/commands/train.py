@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 
 from fastdiff.checkpoints.run_directory import identify, list_checkpoints, require_run
 from fastdiff.commands.data_options import KINDS_OF_DATA, reading_options
+from fastdiff.commands.output import said_once
 from fastdiff.commands.train_options import DEFAULT_PRESET, add_arguments, part_of
 from fastdiff.data import ImageDataset, load_dataset
 from fastdiff.errors import InputError
@@ -34,10 +34,13 @@ TRAINING_ONLY = {"dropout", "use_checkpoint"}
 def run(args: argparse.Namespace) -> int:
     given, run_dir = vars(args), Path(args.out)
     ranks = join(given.get("device"), given.get("train.rank_minutes", TrainConfig.rank_minutes))
-    quiet = redirect_stdout(None) if ranks.rank else nullcontext()
-    with ranks.heard(), quiet:
-        goes_on = ranks.on_first(lambda: _goes_on(run_dir, given.get("resume", False)))
+    with ranks.heard(), said_once(ranks):
+        ours = f"trains into {run_dir.resolve()}"
+        goes_on = ranks.on_first(
+            lambda: _goes_on(run_dir, given.get("resume", False) or ranks.remembers(ours))
+        )
         trainer = (_resume if goes_on else _start)(run_dir, given, ranks)
+        ranks.remember(ours)  # started again, they need no --resume
         try:
             trainer.fit()
         except (KeyboardInterrupt, SystemExit):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastdiff.evaluation.threads import one_thread
 from fastdiff.images import to_float
+from fastdiff.ranks import ALONE, Ranks
 
 MEMBERS = 4
 HIDDEN = 16  # features of one member, of the layer before the last
@@ -24,25 +25,30 @@ class Classifier:
     Args:
         members: networks of uint8 images scaled to [-1, 1], whose last layer gives the logits.
         held_out: indices of the labelled images that training did not use.
+        ranks: the processes that share the images, all of which ask at once.
     """
 
-    def __init__(self, members: list[nn.Sequential], held_out: np.ndarray) -> None:
+    def __init__(
+        self, members: list[nn.Sequential], held_out: np.ndarray, ranks: Ranks = ALONE
+    ) -> None:
         self.members = members
         self.held_out = held_out
+        self.ranks = ranks
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, np.ndarray]:
         """uint8 (n, C, H, W) -> probabilities (n, K) on the CPU, hidden features (n, D) float64."""
-        probabilities, features = [], []
-        device = next(self.members[0].parameters()).device
         with one_thread(max(images.shape[2:]) <= ONE_THREAD_SIDE):
-            for part in images.split(256):
-                x = to_float(part.to(device))
-                hidden = [member[:-1](x) for member in self.members]
-                logits = [member[-1](h) for member, h in zip(self.members, hidden, strict=True)]
-                probabilities.append(torch.stack(logits).softmax(-1).mean(0).cpu())
-                features.append(torch.cat(hidden, dim=1).double().cpu())
+            seen = self.ranks.each(self._see, images.split(256))
+        probabilities, features = zip(*seen, strict=True)
         return torch.cat(probabilities), torch.cat(features).numpy()
+
+    def _see(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = to_float(images.to(next(self.members[0].parameters()).device))
+        hidden = [member[:-1](x) for member in self.members]
+        logits = [member[-1](h) for member, h in zip(self.members, hidden, strict=True)]
+        probabilities = torch.stack(logits).softmax(-1).mean(0)
+        return probabilities.cpu(), torch.cat(hidden, dim=1).double().cpu()
 
 
 def train_classifier(
@@ -53,6 +59,7 @@ def train_classifier(
     seed: int = 0,
     steps: int | None = None,
     device: torch.device | str = "cpu",
+    ranks: Ranks = ALONE,
 ) -> Classifier:
     """Train on four fifths of uint8 ``images`` (N, C, H, W) with int64 ``labels`` (N,).
 
@@ -63,6 +70,7 @@ def train_classifier(
         seed: the same one gives the same classifier on the same kind of machine.
         steps: of each member; by default 20 passes over the data, at least 200 and at most 500.
         device: where it is trained.
+        ranks: the processes that share the members, all of which get all of them.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     held_out, kept = order[: len(images) // HELD_OUT], order[len(images) // HELD_OUT :]
@@ -70,11 +78,12 @@ def train_classifier(
         steps = min(max(20 * len(kept) // BATCH, 200), 500)
     x, y = images[kept], labels[kept]
     with one_thread(max(images.shape[2:]) <= ONE_THREAD_SIDE):
-        members = [
-            _train_member(x, y, num_classes, steps, seed * MEMBERS + member, torch.device(device))
-            for member in range(MEMBERS)
-        ]
-    return Classifier(members, held_out.sort().values.numpy())
+        members = ranks.each(
+            lambda m: _train_member(x, y, num_classes, steps, m, torch.device(device)).cpu(),
+            range(seed * MEMBERS, (seed + 1) * MEMBERS),
+        )
+    members = [member.to(device) for member in members]
+    return Classifier(members, held_out.sort().values.numpy(), ranks)
 
 
 def _train_member(

@@ -15,6 +15,7 @@ from fastdiff.evaluation.distances import (
     nearest_distances,
 )
 from fastdiff.images import to_uint8
+from fastdiff.ranks import ALONE, Ranks
 
 DRAWS = 100  # random subsets behind each Fréchet distance
 MAX_REAL_BYTES = 1 << 30  # of real images compared with
@@ -31,6 +32,7 @@ def evaluate(
     seed: int = 0,
     classifier_steps: int | None = None,
     device: torch.device | str = "cpu",
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Score samples against a data set; returns a dictionary that JSON can hold.
 
@@ -63,14 +65,13 @@ def evaluate(
         seed: of the classifier, the noise and the draws.
         classifier_steps: of each of the classifier's members; None: by the number of images.
         device: where the classifier runs.
+        ranks: the processes that share the work, each given the same; all get the report.
 
     Raises InputError when the samples have another size or channel count than the data.
     """
-    real, real_labels, real_total = _real_images(dataset, seed)
-    fake = _sample_images(samples, dataset)
+    real, real_labels, real_total = ranks.together(lambda: _real_images(dataset, seed))
+    fake = ranks.together(lambda: _sample_images(samples, dataset))
     noise = _pure_noise(real[:2000].shape, seed)
-    if len(real) < 4:
-        raise InputError(f"the data set holds {len(real)} images, expected at least 4")
     report: dict[str, Any] = {
         "samples": {"count": len(fake), "shape": list(samples.shape[1:])},
         "real": {"count": len(real), "total": real_total},
@@ -78,23 +79,24 @@ def evaluate(
     reason = _why_no_classifier(dataset, real_labels)
     classifier = None
     if reason is None:
-        _check_labels(labels, len(fake), len(dataset.class_names or []))
+        names = dataset.class_names or []
+        ranks.together(lambda: _check_labels(labels, len(fake), len(names)))
         classifier = train_classifier(
             real,
             real_labels,
-            len(dataset.class_names or []),
+            len(names),
             seed=seed,
             steps=classifier_steps,
             device=device,
+            ranks=ranks,
         )
     else:
         report["no_classifier"] = reason
     report |= _recognition(classifier, fake, real, real_labels, noise, labels, dataset)
-    report["frechet"] = _frechet(
-        _features(classifier, fake), _features(classifier, real), _features(classifier, noise), seed
-    )
+    of_fake, of_real, of_noise = (_features(classifier, images) for images in (fake, real, noise))
+    report["frechet"] = _frechet(of_fake, of_real, of_noise, seed, ranks)
     report["frechet"]["features"] = "classifier" if classifier else "pixels averaged to 8x8"
-    report["nearest"] = _nearest(fake, real, noise, seed, device)
+    report["nearest"] = _nearest(fake, real, noise, seed, device, ranks)
     return report
 
 
@@ -102,6 +104,8 @@ def _real_images(dataset: ImageDataset, seed: int) -> tuple[Tensor, Tensor, int]
     """Real images (n, C, H, W) and labels: all, or a random part that fits in memory."""
     check_bytes(dataset, "a comparison with samples")
     total = len(dataset)
+    if total < 4:
+        raise InputError(f"the data set holds {total} images, expected at least 4")
     bytes_each = dataset.channels * dataset.image_size[0] * dataset.image_size[1]
     count = min(total, MAX_REAL, max(MAX_REAL_BYTES // bytes_each, 1))
     chosen = np.arange(total)
@@ -201,39 +205,54 @@ def _features(classifier: Classifier | None, images: Tensor) -> np.ndarray:
     return torch.cat(parts).flatten(1).numpy()
 
 
-def _frechet(fake: np.ndarray, real: np.ndarray, noise: np.ndarray, seed: int) -> dict[str, Any]:
+def _frechet(
+    fake: np.ndarray, real: np.ndarray, noise: np.ndarray, seed: int, ranks: Ranks
+) -> dict[str, Any]:
     """Distances between equal counts of features, over the same random draws."""
     rng = np.random.default_rng(seed)
     count = min(len(real) // 2, len(fake), len(noise))
-    draws: dict[str, list[float]] = {"samples": [], "halves": [], "noise": []}
-    for _ in range(DRAWS):
-        order = rng.permutation(len(real))
-        first, second = real[order[:count]], real[order[count : 2 * count]]
-        draws["halves"].append(frechet_distance(first, second))
-        for name, other in (("samples", fake), ("noise", noise)):
-            part = other[rng.permutation(len(other))[:count]]
-            draws[name].append(frechet_distance(part, first))
+    sets = {"samples": fake, "halves": real, "noise": noise}
+
+    def draw() -> tuple[np.ndarray, ...]:
+        order = rng.permutation(len(real))[: 2 * count]
+        samples, pure = (rng.permutation(len(other))[:count] for other in (fake, noise))
+        return order[:count], samples, order[count:], pure
+
+    def distances(chosen: tuple[np.ndarray, ...]) -> list[float]:
+        first, *others = chosen
+        pairs = zip(sets.values(), others, strict=True)
+        return [frechet_distance(features[other], real[first]) for features, other in pairs]
+
+    found = np.array(ranks.each(distances, [draw() for _ in range(DRAWS)]))
     result: dict[str, Any] = {"count": count, "draws": DRAWS}
-    result |= {name: float(np.mean(values)) for name, values in draws.items()}
-    result |= {f"{name}_std": float(np.std(values)) for name, values in draws.items()}
+    result |= dict(zip(sets, found.mean(0).tolist(), strict=True))
+    result |= dict(zip((f"{name}_std" for name in sets), found.std(0).tolist(), strict=True))
     result["ratio"] = result["samples"] / result["halves"] if result["halves"] else None
     return result
 
 
 def _nearest(
-    fake: Tensor, real: Tensor, noise: Tensor, seed: int, device: torch.device | str
+    fake: Tensor,
+    real: Tensor,
+    noise: Tensor,
+    seed: int,
+    device: torch.device | str,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """Distances to the nearest real image."""
     rng = np.random.default_rng(seed)
 
-    def pick(count: int) -> Tensor:
-        return torch.from_numpy(rng.permutation(count)[:MAX_QUERIES])
-
     references = real.to(device)
-    themselves = pick(len(real)).to(device)
-    of_real = nearest_distances(references[themselves], references, leave_out=themselves)
-    of_fake = nearest_distances(fake[pick(len(fake))].to(device), references)
-    of_noise = nearest_distances(noise[pick(len(noise))].to(device), references)
+
+    def distances(images: Tensor) -> np.ndarray:
+        def of(chosen: Tensor) -> np.ndarray:
+            itself = chosen.to(device) if images is real else None
+            return nearest_distances(images[chosen].to(device), references, leave_out=itself)
+
+        chosen = torch.from_numpy(rng.permutation(len(images))[:MAX_QUERIES])
+        return np.concatenate(ranks.each(of, chosen.tensor_split(ranks.count)))
+
+    of_real, of_fake, of_noise = map(distances, (real, fake, noise))
     result: dict[str, Any] = {
         name: {"mean": float(values.mean()), "min": float(values.min()), "count": len(values)}
         for name, values in (("samples", of_fake), ("real", of_real), ("noise", of_noise))

@@ -279,8 +279,10 @@ class Trainer:
         if self.reports.done < self.step:  # an error came between that step and its log line
             with rescued(self, stop):
                 self._finish_step()
-        while self.step < self.config.steps and not self._all_stop(stop):
+        while self.step < self.config.steps:
             with rescued(self, stop), self.ranks.lost():
+                if self._all_stop(stop):
+                    break
                 self._train_step()
                 self._finish_step()
             if self.due(self.config.save_every):

@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,30 +15,17 @@ from fastdiff.errors import InputError
 from parts_tools import (
     SMALL,
     STARTS,
-    Group,
     arguments,
+    children,
     error_line,
     files,
-    forkserver,
     interrupt,
     part,
     sample,
+    torchrun,
 )
 from paths import ROOT
 from patience import WAIT
-
-
-@pytest.fixture
-def start(tmp_path):
-    groups = []
-
-    def start_group(*args, **options):
-        groups.append(Group(forkserver(), tmp_path, *args, **options))
-        return groups[-1]
-
-    yield start_group
-    for group in groups:
-        group.kill()
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -131,6 +117,15 @@ def test_other_settings_are_refused_once(checkpoint, start, tmp_path):
     assert "seed is 0 there and 3 here" in error_line(log)
 
 
+def test_processes_with_other_settings_are_refused_once(checkpoint, start, tmp_path):
+    out = tmp_path / "out"
+    each = [arguments(checkpoint, out, *SMALL, "--seed", seed) for seed in ("3", "4")]
+    codes, log = start(2, each).finish()
+    assert codes == [2, 2]
+    assert "the ranks disagree: seed is 4 on rank 1 and 3 on rank 0" in error_line(log)
+    assert not list(out.glob("parts/part_*"))
+
+
 def test_an_error_of_one_process_ends_all(checkpoint, whole, start, tmp_path, drawn):
     # Nobody ends the first process when the second fails, as torchrun would; it finds out when its
     # own work is done, and has nothing to add to what the second has said.
@@ -154,16 +149,6 @@ def wait_for_parts(out: Path, count: int) -> list[Path]:
         assert time.monotonic() < end, "no parts"
         time.sleep(0.005)
     return found
-
-
-def children(pid: int) -> list[int]:
-    lists = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for text in lists for child in text.read_text().split()]
-
-
-def torchrun(argv: list[str]) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc-per-node", "2", "-m", "--", "fastdiff", *argv]
 
 
 @pytest.mark.seconds

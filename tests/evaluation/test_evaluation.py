@@ -14,6 +14,7 @@ from fastdiff.data import ArrayDataset, load_dataset
 from fastdiff.errors import InputError
 from fastdiff.evaluation import distances, scores, threads
 from fastdiff.evaluation.classifier import train_classifier
+from fastdiff.ranks import ALONE
 
 
 def random_covariance(rng, size, rank):
@@ -224,7 +225,7 @@ def test_the_halves_distance_is_stable(digits):
     """The mean over the draws moves little with the seed; a single halving moves a lot."""
     judge = train_classifier(digits.images, torch.from_numpy(digits.labels), 10, steps=60)
     features = judge(digits.images)[1]
-    halves = [scores._frechet(features, features, features, seed) for seed in range(4)]
+    halves = [scores._frechet(features, features, features, seed, ALONE) for seed in range(4)]
     means = [result["halves"] for result in halves]
     assert np.std(means) < 0.1 * np.mean(means)
     assert halves[0]["count"] == 898

@@ -27,12 +27,14 @@ SMALL = ["--num", "22", "--batch-size", "4", "--first-sample", "5", "--steps", "
 STARTS = [5, 9, 13, 17, 21, 25]
 
 
-def save_network(folder: Path, seed: int) -> Path:
+def save_network(folder: Path, seed: int, spoiled: bool = False) -> Path:
     torch.manual_seed(seed)
     model = UNet(1, 32, 1, 1, (), channel_mult=(1, 1), num_classes=3, null_class=True, image_size=8)
     for parameter in model.parameters():  # the last layer starts at zero
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
+    if spoiled:
+        nn.init.constant_(model.out[2].bias, float("nan"))
     diffusion = create_diffusion(steps=100, noise_schedule="cosine")
     info = {"image_size": [8, 8], "class_names": ["ant", "bee", "cat"]}
     return save(folder, model, diffusion=diffusion, ema=EMA(model, (0.9,)), info=info)
@@ -87,6 +89,17 @@ def interrupt(checkpoint, out, number, *options):
         assert sample(checkpoint, out, *SMALL, *options) == 130
 
 
+def torchrun(argv: list[str], *options: str) -> list[str]:
+    """The command that starts two processes of ``fastdiff`` with ``argv``."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options]
+    return [*launcher, "--nproc-per-node", "2", "-m", "--", "fastdiff", *argv]
+
+
+def children(pid: int) -> list[int]:
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for text in lists for child in text.read_text().split()]
+
+
 def forkserver():
     """Processes that need not import everything again."""
     context = multiprocessing.get_context("forkserver")
@@ -120,7 +133,7 @@ def process(argv, log, environment, disk_full=False, dies_at=None, fault=None):
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    code = main(argv)
+    code = argv() if callable(argv) else main(argv)
     sys.stdout.flush()
     os._exit(code)
 
@@ -128,10 +141,16 @@ def process(argv, log, environment, disk_full=False, dies_at=None, fault=None):
 class Group:
     """Processes with the environment torchrun makes, and its store, but started in no time."""
 
-    def __init__(self, context, folder, count, argv, disk_full=None, fault=None):
-        """``argv``: of all processes, or a list with each one's. ``fault``: (rank, its name)."""
+    def __init__(self, context, folder, count, argv, disk_full=None, fault=None, after=None):
+        """``argv``: of all processes, or a list with each one's; or a function to call instead.
+        ``fault``: (rank, its name). ``after``: the group in whose place torchrun starts this one.
+        """
         self.log = folder / "log"
-        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.attempt = 0 if after is None else after.attempt + 1
+        if after is None:
+            self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        else:
+            self.store = after.store
         self.processes = []
         for rank in range(count):
             environment = {
@@ -142,9 +161,10 @@ class Group:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(self.store.port),
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
-                "TORCHELASTIC_RESTART_COUNT": "0",
+                "TORCHELASTIC_RESTART_COUNT": str(self.attempt),
             }
-            own = argv[rank] if isinstance(argv[0], list) else argv
+            each = not callable(argv) and isinstance(argv[0], list)
+            own = argv[rank] if each else argv
             spoiled = fault[1] if fault is not None and fault[0] == rank else None
             target = (own, str(self.log), environment, rank == disk_full, None, spoiled)
             self.processes.append(context.Process(target=process, args=target))

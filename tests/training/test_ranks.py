@@ -3,11 +3,15 @@
 gloo's processes on CPUs, started as torchrun starts them.
 """
 
+import functools
 import json
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +20,10 @@ import torch
 
 from fastdiff.checkpoints.run_directory import list_checkpoints
 from fastdiff.cli import main
-from parts_tools import WAIT, Group, forkserver
+from parts_tools import children, torchrun
+from paths import ROOT, TOOLS
+from patience import WAIT
+from rank_programs import train_diffusers_unet
 
 SMALL = (
     "--preset iddpm-cifar10 --model-channels 32 --channel-mult 1 --num-res-blocks 1 "
@@ -43,21 +50,6 @@ def cifar(tmp_path_factory):
     names = [f"c{i}".encode() for i in range(10)]
     (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": names}, protocol=4))
     return folder
-
-
-@pytest.fixture
-def start(tmp_path):
-    groups = []
-
-    def start_group(*args, **options):
-        folder = tmp_path / f"group{len(groups)}"
-        folder.mkdir()
-        groups.append(Group(forkserver(), folder, *args, **options))
-        return groups[-1]
-
-    yield start_group
-    for group in groups:
-        group.kill()
 
 
 def command(cifar, run, *options):
@@ -120,6 +112,16 @@ def test_ranks_give_the_curve_of_one(cifar, alone, start, tmp_path, count, optio
 
 
 @pytest.mark.seconds
+@pytest.mark.parametrize("shard", [False, True])
+def test_ranks_give_a_diffusers_network_the_curve_of_one(start, tmp_path, shard):
+    alone, run = str(tmp_path / "alone"), str(tmp_path / "run")
+    assert train_diffusers_unet(alone) == 0
+    codes, log = start(2, functools.partial(train_diffusers_unet, run, shard)).finish()
+    assert codes == [0, 0], log
+    assert_same_run(Path(run), Path(alone))
+
+
+@pytest.mark.seconds
 def test_killed_and_resumed_by_another_number_of_ranks(cifar, alone, start, tmp_path):
     run = tmp_path / "run"
     group = start(4, command(cifar, run, "--steps", "1000000", "--rank-minutes", "0.5"))
@@ -170,7 +172,62 @@ def test_a_scheduler_that_stops_one_stops_all(cifar, start, tmp_path, told):
     assert codes == [128 + signal.SIGTERM] * 2, log
     assert log.count("stopped; continue with --resume from") == 1
     (saved,) = list_checkpoints(run)
-    assert lines(run)[-1]["step"] <= int(saved.name.removeprefix("step_"))
+    assert lines(run)[-1]["step"] <= step_of(saved)
+
+
+@pytest.mark.seconds
+def test_what_torchrun_starts_again_goes_on_where_it_was(cifar, alone, start, tmp_path):
+    argv = command(cifar, tmp_path / "run", "--rank-minutes", "0.5")
+    first = start(2, argv, fault=(1, "step"))
+    codes, log = first.finish()
+    assert codes == [2, 2] and "no memory for the activations" in only_line(log)
+    codes, log = start(2, argv, after=first).finish()
+    assert codes == [0, 0], log
+    assert_same_run(tmp_path / "run", alone)
+
+
+def test_a_forgotten_resume_is_refused_as_often_as_torchrun_tries(cifar, alone, start, tmp_path):
+    before = sorted(path.name for path in alone.rglob("*"))
+    first = start(2, command(cifar, alone))
+    for group in (first, start(2, command(cifar, alone), after=first)):
+        codes, log = group.finish()
+        assert codes == [2, 2] and "add --resume to continue the run in it" in only_line(log)
+    assert sorted(path.name for path in alone.rglob("*")) == before
+
+
+@pytest.mark.seconds
+def test_torchrun_loses_a_process_starts_again_and_is_stopped(cifar, alone, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    argv = torchrun(command(cifar, run, "--steps", "1000000"), "--max-restarts", "1")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (
+        log.open("w") as out,
+        subprocess.Popen(argv, cwd=ROOT, stdout=out, stderr=out, env=environment) as agent,
+    ):
+        try:
+            wait_for(lambda: list_checkpoints(run))
+            lost = children(agent.pid)
+            os.kill(lost[1], signal.SIGKILL)
+            wait_for(lambda: len(set(children(agent.pid)) - set(lost)) == 2)
+            there = list_checkpoints(run)[-1].name
+            wait_for(lambda: list_checkpoints(run)[-1].name > there)
+            workers = children(agent.pid)
+            agent.send_signal(signal.SIGTERM)
+            assert agent.wait(WAIT) != 0
+        finally:
+            agent.terminate()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    said = log.read_text()
+    saved = list_checkpoints(run)[-1]
+    assert said.count(f"stopped; continue with --resume from {saved}\n") == 1, said
+    steps = [line["step"] for line in lines(run)]
+    assert steps == list(range(2, steps[-1] + 1, 2)) and steps[-1] <= step_of(saved)
+    for mine, theirs in zip(lines(run), lines(alone), strict=False):
+        assert mine == pytest.approx(theirs, rel=SAME)
+
+
+def step_of(checkpoint):
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 # What is refused or fails: one line, from one rank, and all end
@@ -274,11 +331,6 @@ def test_grids_and_bits_do_not_depend_on_the_number_of_ranks(cifar, start, tmp_p
 @pytest.mark.seconds
 def test_a_users_script_under_torchrun(tmp_path):
     """The Python API joins by itself, and keeps a process group that the script has made."""
-    import subprocess
-    import sys
-
-    from paths import ROOT, TOOLS
-
     script = tmp_path / "script.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(TOOLS)!r})\n"
