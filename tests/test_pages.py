@@ -164,6 +164,8 @@ def test_operations():
 def test_training(tmp_path, monkeypatch):
     pytest.importorskip("tqdm")  # the bar of a run
     monkeypatch.chdir(tmp_path)
-    (example,) = blocks("docs/training.md", "python")
+    example, own = blocks("docs/training.md", "python")
     done = run("docs/training.md", smaller(example, steps=2))
     assert (done["checkpoint"].step, done["checkpoint"].weights) == (2, "0.999")
+    own = run("docs/training.md", own, **{k: v for k, v in done.items() if k != "__builtins__"})
+    assert own["trainer"].fit() == 2

@@ -160,17 +160,17 @@ _COUNTS = (
 )
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of the update that follows ``step`` finished ones.
+def learning_rate(step: int, config: TrainConfig, peak: float) -> float:
+    """The rate of the update that follows ``step`` finished ones, ``peak`` being the largest.
 
     A linear warm-up, then constant, linear to zero (the published anneal when there is no warm-up)
     or half a cosine to zero (Loshchilov and Hutter 2017, eq. 5), both ending at ``config.steps``.
     """
     if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
+        return peak * (step + 1) / config.warmup
     if config.lr_schedule == "constant":
-        return config.lr
+        return peak
     progress = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
     if config.lr_schedule == "linear":
-        return config.lr * (1 - progress)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        return peak * (1 - progress)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))

@@ -8,6 +8,7 @@ import time
 import torch
 
 from fastdiff.errors import InputError
+from fastdiff.training.feed import Feed
 from fastdiff.training.trainer import Trainer
 
 STEP = 4  # steps that are finished before
@@ -19,7 +20,7 @@ def spoil(fault: str) -> None:
     if fault == "disk":
         _fill_disk()
         return
-    read, take = Trainer._read, Trainer._train_step
+    read, take = Feed._read, Trainer._train_step
 
     def failing_step(self: Trainer) -> None:
         if self.step == STEP and fault == "hang":
@@ -37,8 +38,8 @@ def spoil(fault: str) -> None:
             self.diffusion.training_losses = spoiled
         take(self)
 
-    def failing_read(self: Trainer):
-        if self.step == STEP and fault in ("read", "shape"):
+    def failing_read(self: Feed, step: int):
+        if step == STEP and fault in ("read", "shape"):
             draw = type(self.stream).__next__
 
             def next_batch(stream):
@@ -48,9 +49,9 @@ def spoil(fault: str) -> None:
                 return images[1:], labels[1:]
 
             type(self.stream).__next__ = next_batch
-        return read(self)
+        return read(self, step)
 
-    Trainer._read, Trainer._train_step = failing_read, failing_step
+    Feed._read, Trainer._train_step = failing_read, failing_step
 
 
 def _fill_disk() -> None:

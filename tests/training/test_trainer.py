@@ -130,13 +130,14 @@ def test_bfloat16_computes_the_same_to_its_precision(tmp_path):
 @pytest.mark.seconds
 def test_labels_are_hidden_at_the_given_rate(tmp_path):
     trainer = make_trainer(tmp_path, batch_size=2000, label_dropout=0.3)
-    _, kwargs = trainer._next_batch()
+    _, kwargs = trainer.feed.next_batch(trainer.step)
     given_labels = next(BatchStream(make_dataset(), 2000))[1]
     hidden = kwargs["y"] == trainer.model.null_label
     assert abs(hidden.float().mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 2000)
     assert torch.equal(kwargs["y"][~hidden], given_labels[~hidden])
 
-    kept = make_trainer(tmp_path, batch_size=2000, label_dropout=0.0)._next_batch()[1]["y"]
+    trainer = make_trainer(tmp_path, batch_size=2000, label_dropout=0.0)
+    kept = trainer.feed.next_batch(trainer.step)[1]["y"]
     assert torch.equal(kept, given_labels)
 
 
@@ -144,7 +145,7 @@ def test_a_network_without_classes_gets_no_labels(tmp_path):
     trainer = make_trainer(
         tmp_path, model={"num_classes": None, "null_class": False}, label_dropout=0.0, steps=1
     )
-    assert trainer._next_batch()[1] == {}
+    assert trainer.feed.next_batch(trainer.step)[1] == {}
     assert trainer.fit() == 1
 
 
@@ -193,8 +194,8 @@ def test_a_step_waits_for_nothing_on_cuda(tmp_path):
 
 def test_learning_rate_by_hand():
     def rates(**settings):
-        config = TrainConfig(lr=1.0, steps=10, **settings)
-        return [learning_rate(step, config) for step in range(10)]
+        config = TrainConfig(steps=10, **settings)
+        return [learning_rate(step, config, 1.0) for step in range(10)]
 
     assert rates() == [1.0] * 10
     assert rates(warmup=4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
@@ -209,8 +210,8 @@ def test_learning_rate_by_hand():
     steps=st.integers(1, 100),
 )
 def test_learning_rate_rises_then_falls(schedule, warmup, steps):
-    config = TrainConfig(lr=2.0, lr_schedule=schedule, warmup=warmup, steps=steps)
-    rates = [learning_rate(step, config) for step in range(steps + 1)]
+    config = TrainConfig(lr_schedule=schedule, warmup=warmup, steps=steps)
+    rates = [learning_rate(step, config, 2.0) for step in range(steps + 1)]
     assert all(0 <= rate <= 2.0 for rate in rates)
     assert all(a < b for a, b in zip(rates[:warmup], rates[1:warmup], strict=False))
     assert all(a >= b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
