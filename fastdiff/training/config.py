@@ -9,7 +9,7 @@ from fastdiff.errors import InputError
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
 TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), fixed: bool = False) -> Any:
@@ -60,7 +60,10 @@ class TrainConfig:
         "uniform", "how timesteps are drawn", choices=TIMESTEP_SAMPLERS, fixed=True
     )
     dtype: str = setting(
-        "float32", "of the network's arithmetic (bfloat16: autocast)", choices=DTYPES
+        "float32",
+        "of the network's arithmetic (autocast; in float16 the loss is scaled, and a step whose "
+        "gradients overflow is left out)",
+        choices=DTYPES,
     )
     seed: int = setting(0, "of the weights, data order, timesteps and noise", fixed=True)
     flip: bool = setting(False, "mirror images at random", fixed=True)

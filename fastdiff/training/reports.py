@@ -66,6 +66,8 @@ class Reports:
             trainer.check_finite()
             values |= trainer.meter.summary(trainer.ranks)
             values["lr"] = float(trainer.update.lr)
+            if trainer.update.scaler.is_enabled():
+                values["loss_scale"] = trainer.update.scaler.get_scale()
             values["samples"] = trainer.step * config.batch_size
             values["steps_per_second"] = self._steps_per_second(trainer.step)
             self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)

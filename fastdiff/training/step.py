@@ -23,6 +23,7 @@ def backward(
     noise: Mapping[str, int],
     self_condition: SelfCondition | None = None,
     unsynchronised: Callable[[], AbstractContextManager] = nullcontext,
+    scaled: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> dict[str, Tensor]:
     """Add the gradients of the weighted mean loss; the loss terms, each (N,).
 
@@ -31,6 +32,7 @@ def backward(
         microbatch: samples per forward pass; 0 takes all.
         noise: seed, step and first_sample, from which the noise is drawn.
         self_condition: how the network is given its own estimate of x_0; None: it is not.
+        scaled: what the gradients are those of, from a pass's loss.
         unsynchronised: around all passes but the last, whose gradients need not be averaged yet.
     """
     batch = len(x_start)
@@ -49,7 +51,7 @@ def backward(
                 {name: value[part] for name, value in kwargs.items()},
                 **{**noise, "first_sample": noise["first_sample"] + start},
             )
-            ((losses["loss"] * weights[part]).sum() / batch).backward()
+            scaled((losses["loss"] * weights[part]).sum() / batch).backward()
         parts.append({name: value.detach() for name, value in losses.items()})
     return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 

@@ -330,10 +330,14 @@ class Trainer:
                 "first_sample": self.feed.first_sample,
             },
             self_condition=self.self_condition,
+            scaled=self.update.scaled,
             unsynchronised=network.unsynchronised(self._over_ranks),
         )
         grad_norm = self.update.clip()
-        self.guard.record(self.step + 1, (losses["loss"] * weights).mean(), grad_norm)
+        seen = [(losses["loss"] * weights).mean()]
+        if not self.update.scaler.is_enabled():  # which leaves out what overflows
+            seen.append(grad_norm)
+        self.guard.record(self.step + 1, *seen)
         if self.check_every == 1:
             self.check_finite()  # before the update: the weights stay good
         self.half_done = True

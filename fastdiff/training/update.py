@@ -1,4 +1,5 @@
-"""The update of the weights: the optimizer, and the learning rates it goes by."""
+"""The update of the weights: the optimizer, the learning rates it goes by, and in float16 the scale
+of the loss."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -49,11 +50,12 @@ class Update:
         scheduler: GivenScheduler = None,
     ) -> None:
         self.model, self.config = model, config
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        trained = [p for p in model.parameters() if p.requires_grad]
         if optimizer is None:
-            self.optimizer = _adamw(self.parameters, config, device)
+            self.optimizer = _adamw(trained, config, device)
         else:
-            self.optimizer = _checked(optimizer, self.parameters)
+            self.optimizer = _checked(optimizer, trained)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])  # as torch's schedulers call it
         self.scheduler = None
@@ -63,6 +65,11 @@ class Update:
             "optimizer": None if optimizer is None else _kind(self.optimizer),
             "scheduler": None if scheduler is None else _kind(self.scheduler),
         }
+        is_half = config.dtype == "float16"
+        if is_half and device.type not in ("cpu", "cuda"):
+            raise InputError(f"dtype is 'float16', which trains on cpu and cuda, not on {device}")
+        # Without float16 it does nothing, and a scale of 1 changes no bit.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=is_half)
         self.lr = self.optimizer.param_groups[0]["lr"]  # of the last step
         self._can_be_saved = optimizer is None
 
@@ -71,8 +78,14 @@ class Update:
         """Whether the optimizer's numbers are not those of the settings."""
         return any(self.kinds.values())
 
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss whose gradients :meth:`clip` and :meth:`step` take."""
+        return self.scaler.scale(loss)
+
     def clip(self) -> Tensor:
-        """Clip the gradients as the settings say; their norm before, a scalar on the device."""
+        """Clip the gradients as the settings say; their norm before, a scalar on the device: not
+        finite where a scaled gradient was too large for float16, whose step changes nothing."""
+        self.scaler.unscale_(self.optimizer)
         return clip_gradients(self.parameters, self.config.grad_clip)
 
     def step(self, number: int) -> None:
@@ -81,7 +94,8 @@ class Update:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(number, self.config, group["initial_lr"])
         self.lr = self.optimizer.param_groups[0]["lr"]
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step()
         if not self._can_be_saved:  # better said after one step than after a thousand
@@ -108,6 +122,7 @@ class Update:
             "groups": groups,
             "values": values,
             "schedule": schedule,
+            "scaler": self.scaler.state_dict(),
         }
 
     def load(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any] | None) -> None:
@@ -127,6 +142,8 @@ class Update:
         groups = record["groups"] if self.is_given else None
         load_optimizer(self.optimizer, self.model, tensors, record["values"], groups)
         self.lr = record["lr"]
+        if self.scaler.is_enabled() and record.get("scaler"):
+            self.scaler.load_state_dict(record["scaler"])
         if self.scheduler is not None:
             state = of_form(record["schedule"], self.scheduler.state_dict())
             self.scheduler.load_state_dict(state)

@@ -15,8 +15,8 @@ STEP = 4  # steps that are finished before
 
 
 def spoil(fault: str) -> None:
-    """Make this process's trainer fail so: "nan", "read", "step", "shape", "hang", or "disk",
-    which is full when step 6 is saved."""
+    """Make this process's trainer fail so: "nan", "read", "step", "shape", "hang", "overflow",
+    a gradient that no float16 holds, or "disk", which is full when step 6 is saved."""
     if fault == "disk":
         _fill_disk()
         return
@@ -25,14 +25,14 @@ def spoil(fault: str) -> None:
     def failing_step(self: Trainer) -> None:
         if self.step == STEP and fault == "hang":
             time.sleep(3600)
-        if self.step == STEP and fault in ("nan", "step"):
+        if self.step == STEP and fault in ("nan", "step", "overflow"):
             compute = self.diffusion.training_losses
 
             def spoiled(*args, **kwargs):
                 if fault == "step":
                     raise torch.OutOfMemoryError("no memory for the activations")
                 losses = compute(*args, **kwargs)
-                losses["loss"] = losses["loss"] * math.nan
+                losses["loss"] = losses["loss"] * (1e30 if fault == "overflow" else math.nan)
                 return losses
 
             self.diffusion.training_losses = spoiled

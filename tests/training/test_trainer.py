@@ -108,9 +108,10 @@ def test_training_fits_the_images(tmp_path):
 
 
 @pytest.mark.seconds
-def test_bfloat16_computes_the_same_to_its_precision(tmp_path):
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_computes_the_same_to_its_own(tmp_path, half):
     norms, losses, seen = [], [], []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", str(half).removeprefix("torch.")):
         trainer = make_trainer(
             tmp_path / dtype, model={"dropout": 0.0}, dtype=dtype, steps=1, grad_clip=0.0
         )
@@ -122,7 +123,7 @@ def test_bfloat16_computes_the_same_to_its_precision(tmp_path):
         losses.append(line["loss"])
         norms.append(line["grad_norm"])
         assert all(p.dtype == torch.float32 for p in trainer.parameters)
-    assert seen == [torch.float32, torch.bfloat16]
+    assert seen == [torch.float32, half]
     assert losses[1] != losses[0] and losses[1] == pytest.approx(losses[0], rel=0.02)
     assert norms[1] == pytest.approx(norms[0], rel=0.05)
 
@@ -169,13 +170,14 @@ def test_a_step_waits_for_nothing(tmp_path, sampler):
         trainer.guard.check("")  # such a reading would have been noticed
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_step_waits_for_nothing_on_cuda(tmp_path):
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_step_waits_for_nothing_on_cuda(tmp_path, dtype):
     trainer = Trainer(
         make_model(),
         make_diffusion(),
         make_dataset(),
-        TrainConfig(**{**SETTINGS, "dtype": "bfloat16"}),
+        TrainConfig(**{**SETTINGS, "dtype": dtype}),
         tmp_path,
         device="cuda",
         progress=False,

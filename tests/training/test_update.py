@@ -8,7 +8,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from fastdiff.checkpoints.run_directory import list_checkpoints
-from fastdiff.errors import InputError
+from fastdiff.errors import InputError, TrainingError
 from fastdiff.training import TrainConfig, Trainer
 from training_tools import make_dataset, make_diffusion, make_model, read_lines
 
@@ -201,3 +201,47 @@ def test_what_a_callback_raises_costs_no_step(tmp_path):
     make(tmp_path / "whole").fit()
     resume(tmp_path / "run").fit()
     assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+# float16
+
+
+def start_scale(trainer, scale, growth_interval=2):
+    state = trainer.update.scaler.state_dict()
+    state |= {"scale": scale, "growth_interval": growth_interval}
+    trainer.update.scaler.load_state_dict(state)
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("optimizer", [None, sgd])
+def test_an_overflowing_step_changes_nothing_and_ends_no_run(tmp_path, optimizer):
+    trainer = make(tmp_path, dtype="float16", optimizer=optimizer, steps=4, microbatch=2)
+    start_scale(trainer, 2.0**30)
+    before = [p.detach().clone() for p in trainer.parameters]
+    trainer._train_step()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+    start_scale(trainer, 2.0**10)
+    trainer.fit()
+    assert not all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+    assert [line["loss_scale"] for line in read_lines(tmp_path)] == [2**10, 2**10, 2**11, 2**11]
+    assert [line.get("skipped_steps") for line in read_lines(tmp_path)] == [1, None, None, None]
+
+
+@pytest.mark.seconds
+def test_a_run_in_float16_goes_on_bit_for_bit(tmp_path):
+    for name, steps in (("whole", 4), ("parts", 2)):
+        trainer = make(tmp_path / name, dtype="float16", steps=steps, warmup=3, batch_size=2)
+        start_scale(trainer, 2.0**17, growth_interval=1)
+        trainer.fit()
+    resume(tmp_path / "parts", steps=4).fit()
+    assert_same_end(tmp_path / "parts", tmp_path / "whole")
+    scales = [line["loss_scale"] for line in read_lines(tmp_path / "whole")]
+    assert len(set(scales)) > 1
+
+
+def test_a_loss_that_is_not_finite_ends_a_run_in_float16(tmp_path):
+    trainer = make(tmp_path, dtype="float16")
+    with torch.no_grad():
+        trainer.parameters[0].fill_(torch.nan)
+    with pytest.raises(TrainingError, match="not finite at step 1"):
+        trainer.fit()
