@@ -50,6 +50,13 @@ class TrainConfig:
     label_dropout: float = setting(
         0.0, "probability that a label is hidden, for classifier-free guidance"
     )
+    offset_noise: float = setting(
+        0.0, "noise added to all pixels of a channel alike, usually 0.1 (0: none)"
+    )
+    immiscible: bool = setting(
+        False,
+        "give each image the nearest of the batch's noises, among those of a process (needs SciPy)",
+    )
     self_condition: str = setting(
         "",
         "the network's argument by which it is given its own estimate of x_0, in half of the steps "
@@ -108,6 +115,7 @@ class TrainConfig:
         self._require("grad_clip", 0 <= self.grad_clip < math.inf, "0 or more")
         self._require("rank_minutes", 0 < self.rank_minutes < math.inf, "a positive number")
         self._require("max_minutes", 0 <= self.max_minutes < math.inf, "0 or more")
+        self._require("offset_noise", 0 <= self.offset_noise < math.inf, "0 or more")
         self._require("label_dropout", 0 <= self.label_dropout < 1, "in [0, 1)")
         self._require(
             "betas",

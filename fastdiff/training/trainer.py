@@ -29,6 +29,7 @@ from fastdiff.training.feed import Feed
 from fastdiff.training.guard import FiniteGuard, check_weights
 from fastdiff.training.init import fit_to_init, read_init
 from fastdiff.training.metrics import IntervalMeter
+from fastdiff.training.noise import Noise
 from fastdiff.training.reports import Reports
 from fastdiff.training.rescue import rescued
 from fastdiff.training.run_folder import opened
@@ -132,6 +133,7 @@ class Trainer:
         levels = 1 if diffusion.continuous else diffusion.num_timesteps
         self.meter = IntervalMeter(levels, self.device)
         self.guard = FiniteGuard(self.device)
+        self.noise = self.ranks.together(lambda: Noise(config))
         # Looking at the loss is free on the CPU; elsewhere it would make every step wait.
         self.check_every = 1 if self.device.type == "cpu" else config.log_every
         self.stream: Batches = self.ranks.together(
@@ -315,6 +317,7 @@ class Trainer:
         self.feed.seed(self.step)
         u = self.feed.uniform(self.step, TIMESTEPS)
         t, weights = self.timesteps.sample(len(x_start), self.device, u=u)
+        first_sample = self.feed.first_sample
         self.optimizer.zero_grad(set_to_none=True)
         losses = backward(
             self.diffusion,
@@ -324,11 +327,8 @@ class Trainer:
             weights,
             kwargs,
             microbatch=self.config.microbatch,
-            noise={
-                "seed": self.config.seed,
-                "step": self.step,
-                "first_sample": self.feed.first_sample,
-            },
+            noise={"seed": self.config.seed, "step": self.step, "first_sample": first_sample},
+            drawn=self.noise.drawn(x_start, self.step, first_sample),
             self_condition=self.self_condition,
             scaled=self.update.scaled,
             unsynchronised=network.unsynchronised(self._over_ranks),
