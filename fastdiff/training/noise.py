@@ -15,7 +15,7 @@ from fastdiff.training.config import TrainConfig
 class Noise:
     """Noise by ``config``: offset, immiscible, both or neither. InputError: no SciPy to assign by.
 
-    Offset noise (Guttenberg, "Diffusion with offset noise", CrossLabs 2023) adds to every channel of a
+    Offset noise (Guttenberg, "Diffusion with offset noise", 2023) adds to every channel of a
     sample one more normal number, offset_noise times: the network learns to move its mean.
     Immiscible noise (Li et al. 2024, arXiv:2406.12303) gives each sample that of the batch's noises
     which makes the sum of distances least.
