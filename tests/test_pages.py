@@ -165,9 +165,11 @@ def test_operations():
 def test_training(tmp_path, monkeypatch):
     pytest.importorskip("tqdm")  # the bar of a run
     monkeypatch.chdir(tmp_path)
-    (example,) = blocks("docs/training.md", "python")
+    example, own = blocks("docs/training.md", "python")
     done = run("docs/training.md", smaller(example, steps=4))
     assert (done["checkpoint"].step, done["checkpoint"].weights) == (4, "0.999")
+    own = run("docs/training.md", own, **{k: v for k, v in done.items() if k != "__builtins__"})
+    assert own["trainer"].fit() == 4
 
 
 def test_the_table_of_averages_made_of_snapshots():

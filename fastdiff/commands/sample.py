@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
     with closing(task.parts), ranks.heard():
         settings = _settings(args, task)
         ranks.agree(settings)
-        missing = ranks.on_first(lambda: _open(task, settings))
+        missing = ranks.on_first(lambda: _open(task, settings, args.weights))
         started = time.perf_counter()
         _draw(args, task, ranks.share(missing), shown=ranks.rank == 0)
         ranks.leave()  # every part is on the disk now
@@ -163,9 +163,9 @@ def _prepare(args: argparse.Namespace, device: str | None) -> _Task:
     return _Task(checkpoint, sampler, classes, parts)
 
 
-def _open(task: _Task, settings: dict[str, Any]) -> list[Batch]:
+def _open(task: _Task, settings: dict[str, Any], weights: str) -> list[Batch]:
     """Say what is there already; the batches still to draw."""
-    print(describe(task.checkpoint, args.weights))
+    print(describe(task.checkpoint, weights))
     parts = task.parts
     parts.check_targets()
     missing = parts.open(settings)

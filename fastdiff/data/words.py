@@ -10,6 +10,7 @@ NETWORK = 4  # and up, one for each rank: training steps
 ITEMS = 1 << 20  # batches
 READER = ITEMS + 1  # and up, one for each rank: epochs
 SELF_CONDITION = 1 << 31  # beyond every rank's: training steps
+OFFSET_NOISE = SELF_CONDITION + 1  # nothing: a seed
 
 
 def words(seed: int, number: int, purpose: int, count: int) -> npt.NDArray[np.uint64]:

@@ -1,20 +1,25 @@
 """Do the network, the process, the data and the settings fit each other? One line when not."""
 
-from typing import Any
+import hashlib
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
+import fastdiff
 from fastdiff.data import ImageDataset, Items, match_classes
 from fastdiff.data.dataset import check_bytes
 from fastdiff.errors import InputError
 from fastdiff.models.unet import UNet
 from fastdiff.models.wrappers import unwrapped
 from fastdiff.process.gaussian import GaussianDiffusion
-from fastdiff.training.batches import readable
+from fastdiff.training.batches import describe, readable, size_of
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.self_condition import check_argument
+
+if TYPE_CHECKING:
+    from fastdiff.training.trainer import Trainer
 
 
 def checked(model: nn.Module, diffusion: Any, data: Any, config: TrainConfig) -> Any:
@@ -136,3 +141,17 @@ def check_images(model: UNet, dataset: ImageDataset, what: str) -> None:
             f"the network has {model.num_classes} classes, the {what} images have "
             f"{dataset.num_classes or 'no labels'}"
         )
+
+
+def facts(trainer: "Trainer") -> dict[str, Any]:
+    """What must be the same on every rank."""
+    parameters = [(n, list(p.shape)) for n, p in trainer.model.named_parameters()]
+    return {
+        "fastdiff": fastdiff.__version__,
+        "torch": torch.__version__,
+        **{f"setting {name}": value for name, value in trainer.config.to_dict().items()},
+        "the process": trainer.diffusion.to_config(),
+        "the network": hashlib.sha256(repr(parameters).encode()).hexdigest(),
+        "the number of items": size_of(trainer.data),
+        "the data": describe(trainer.data),
+    }

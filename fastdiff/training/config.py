@@ -10,7 +10,7 @@ from fastdiff.models.power_function import WIDEST
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
 TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), fixed: bool = False) -> Any:
@@ -62,6 +62,13 @@ class TrainConfig:
     label_dropout: float = setting(
         0.0, "probability that a label is hidden, for classifier-free guidance"
     )
+    offset_noise: float = setting(
+        0.0, "noise added to all pixels of a channel alike, usually 0.1 (0: none)"
+    )
+    immiscible: bool = setting(
+        False,
+        "give each image the nearest of the batch's noises, among those of a process (needs SciPy)",
+    )
     self_condition: str = setting(
         "",
         "the network's argument by which it is given its own estimate of x_0, in half of the steps "
@@ -72,7 +79,10 @@ class TrainConfig:
         "uniform", "how timesteps are drawn", choices=TIMESTEP_SAMPLERS, fixed=True
     )
     dtype: str = setting(
-        "float32", "of the network's arithmetic (bfloat16: autocast)", choices=DTYPES
+        "float32",
+        "of the network's arithmetic (autocast; in float16 the loss is scaled, and a step whose "
+        "gradients overflow is left out)",
+        choices=DTYPES,
     )
     seed: int = setting(0, "of the weights, data order, timesteps and noise", fixed=True)
     flip: bool = setting(False, "mirror images at random", fixed=True)
@@ -117,6 +127,7 @@ class TrainConfig:
         self._require("grad_clip", 0 <= self.grad_clip < math.inf, "0 or more")
         self._require("rank_minutes", 0 < self.rank_minutes < math.inf, "a positive number")
         self._require("max_minutes", 0 <= self.max_minutes < math.inf, "0 or more")
+        self._require("offset_noise", 0 <= self.offset_noise < math.inf, "0 or more")
         self._require("label_dropout", 0 <= self.label_dropout < 1, "in [0, 1)")
         self._require(
             "betas",
@@ -188,17 +199,17 @@ _COUNTS = (
 )
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of the update that follows ``step`` finished ones.
+def learning_rate(step: int, config: TrainConfig, peak: float) -> float:
+    """The rate of the update that follows ``step`` finished ones, ``peak`` being the largest.
 
     A linear warm-up, then constant, linear to zero (the published anneal when there is no warm-up)
     or half a cosine to zero (Loshchilov and Hutter 2017, eq. 5), both ending at ``config.steps``.
     """
     if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
+        return peak * (step + 1) / config.warmup
     if config.lr_schedule == "constant":
-        return config.lr
+        return peak
     progress = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
     if config.lr_schedule == "linear":
-        return config.lr * (1 - progress)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        return peak * (1 - progress)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))

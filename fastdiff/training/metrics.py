@@ -15,6 +15,7 @@ from fastdiff.optional import require
 from fastdiff.ranks import ALONE, Ranks
 
 QUARTILES = 4
+OF_STEPS = ("grad_norm", "skipped_steps")  # the same on every rank; the others are of its samples
 
 
 class IntervalMeter:
@@ -43,7 +44,9 @@ class IntervalMeter:
         self._accumulate("weights", member @ weights.float())
         for name, values in losses.items():
             self._accumulate(f"loss.{name}", member @ (values.float() * weights))
-        self._accumulate("grad_norm", grad_norm.float())
+        fine = torch.isfinite(grad_norm)
+        self._accumulate("grad_norm", torch.where(fine, grad_norm.float(), 0.0))
+        self._accumulate("skipped_steps", (~fine).float())
         self.steps += 1
         self.samples += len(t)
 
@@ -59,17 +62,16 @@ class IntervalMeter:
         mine = {name: value.cpu() for name, value in self.state_dict().items()}
         every = ranks.gather(mine)
         total = {name: sum(part[name] for part in every) for name in mine}
-        # The steps and their gradients' norm are the same on all ranks.
         total["counts"][0] = mine["counts"][0]
-        total["sums.grad_norm"] = mine["sums.grad_norm"]
-        return total
+        return total | {name: mine[name] for name in map("sums.{}".format, OF_STEPS)}
 
     def summary(self, ranks: Ranks = ALONE) -> dict[str, float]:
         """Means over the interval, which then starts anew; a quartile without samples is left out.
 
         The overall means are of the importance-weighted losses, which is what the optimizer
         sees; a quartile's mean is divided by its own weights, so that it estimates the mean over
-        that quartile's timesteps however they were drawn.
+        that quartile's timesteps however they were drawn. Steps whose gradients overflowed, which
+        changed nothing, are counted ("skipped_steps", where there were any) and have no norm.
         """
         if self.steps == 0:
             return {}
@@ -81,7 +83,10 @@ class IntervalMeter:
         for name in names:
             rows[name], flat = flat[: self.sums[name].numel()], flat[self.sums[name].numel() :]
         weights = rows.pop("weights")
-        result = {"grad_norm": rows.pop("grad_norm")[0] / self.steps}
+        norm, skipped = (rows.pop(name)[0] for name in OF_STEPS)
+        result = {"grad_norm": norm / max(1, self.steps - skipped)}
+        if skipped:
+            result["skipped_steps"] = skipped
         for key, row in rows.items():
             term = key.removeprefix("loss.")
             result[term] = row[0] / self.samples
@@ -104,9 +109,9 @@ class IntervalMeter:
             if key.startswith("sums.")
         }
         if rank:
-            norm = self.sums.get("grad_norm")
-            self.samples, self.sums = 0, {k: torch.zeros_like(v) for k, v in self.sums.items()}
-            self.sums |= {} if norm is None else {"grad_norm": norm}
+            self.samples = 0
+            for name in self.sums.keys() - set(OF_STEPS):
+                self.sums[name] = torch.zeros_like(self.sums[name])
 
 
 class MetricsWriter:

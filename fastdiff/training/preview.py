@@ -73,10 +73,10 @@ def _example(trainer: "Trainer", numbers: np.ndarray) -> tuple[Tensor, dict[str,
     elif isinstance(data, Items):
         x, given = data.batch(numbers % len(data))
     else:
-        x, given = trainer.last_batch or _next_batch(trainer)
+        x, given = trainer.feed.last or _next_batch(trainer)
         chosen = torch.from_numpy(numbers % len(x))
         x, given = x[chosen], {name: value[chosen] for name, value in given.items()}
-    return x, network.on(trainer.device, network.arguments_of(given, trainer.label), x.dim())
+    return x, network.on(trainer.device, network.arguments_of(given, trainer.feed.label), x.dim())
 
 
 def _next_batch(trainer: "Trainer") -> Any:
@@ -108,7 +108,7 @@ def measure_nll(trainer: "Trainer") -> dict[str, float]:
             numbers = np.arange(start, min(start + size, count))
             images, given = dataset.batch(numbers)
             x_start = to_float(images.to(trainer.device))
-            kwargs = network.arguments_of(given, trainer.label)
+            kwargs = network.arguments_of(given, trainer.feed.label)
             kwargs = network.on(trainer.device, kwargs, x_start.dim())
             noise = _noise(x_start, config.seed, start)
             terms.append(process.calc_bpd_loop(model, x_start, model_kwargs=kwargs, noise=noise))

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from fastdiff.images import save_grid
 from fastdiff.training import preview
-from fastdiff.training.config import learning_rate
 from fastdiff.training.metrics import MetricsWriter
 from fastdiff.training.progress import progress_bar
 
@@ -47,24 +46,28 @@ class Reports:
         if self.metrics is not None:
             self.metrics.sync()
 
-    def make(self, trainer: "Trainer") -> None:
-        """Report what is due after the trainer's step; after an error it is still to do."""
+    def make(self, trainer: "Trainer") -> dict[str, float]:
+        """Report what is due after the trainer's step; after an error it is still to do. Its log
+        line, {} where it has none."""
         meter = trainer.meter.state_dict()
         try:
-            self._make(trainer)
+            values = self._make(trainer)
         except BaseException:
             trainer.meter.load_state_dict(meter)
             raise
         self.done = trainer.step
         self.bar.update()
+        return values
 
-    def _make(self, trainer: "Trainer") -> None:
+    def _make(self, trainer: "Trainer") -> dict[str, float]:
         config = trainer.config
         values: dict[str, float] = {}
         if trainer.due(config.log_every) or trainer.step == config.steps:
             trainer.check_finite()
             values |= trainer.meter.summary(trainer.ranks)
-            values["lr"] = learning_rate(trainer.step - 1, config)
+            values["lr"] = float(trainer.update.lr)
+            if trainer.update.scaler.is_enabled():
+                values["loss_scale"] = trainer.update.scaler.get_scale()
             values["samples"] = trainer.step * config.batch_size
             values["steps_per_second"] = self._steps_per_second(trainer.step)
             self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
@@ -79,6 +82,7 @@ class Reports:
             if self.metrics is not None:
                 save_grid(images, trainer.run_dir / "samples" / f"step_{trainer.step:08d}.png")
                 self.metrics.write_images(trainer.step, "samples", images)
+        return values
 
     def _steps_per_second(self, step: int) -> float:
         """Since the last call, whatever happened in between."""

@@ -21,7 +21,6 @@ from fastdiff.errors import InputError
 from fastdiff.models.ema import sigma_rel_of
 from fastdiff.models.wrappers import plain_name, plain_state, unwrapped
 from fastdiff.ranks import ALONE, Ranks
-from fastdiff.training import state
 from fastdiff.training.batches import size_of
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.state import prefixed, with_prefix
@@ -45,6 +44,7 @@ class SavedRun:
     reported: int
     batches_drawn: int
     images: int | None
+    update: Mapping[str, Any] | None
     averages: Mapping[str, Mapping[str, Tensor]]
     tensors: Mapping[str, Tensor]
 
@@ -73,6 +73,7 @@ def read_checkpoint(path: Path, model: Given = None) -> SavedRun:
             reported=record.get("reported", record["step"]),
             batches_drawn=record["batches_drawn"],
             images=record["images"],
+            update=record.get("update"),
             averages={r: load_tensors(path, f"ema_{r}") for r in loaded.ema_rates},
             tensors=load_tensors(path, STATE),
         )
@@ -135,9 +136,8 @@ def shares_of(trainer: "Trainer", ranks: Ranks) -> dict[str, Tensor]:
 
 def tensors_of(trainer: "Trainer", shares: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The trainer's own tensors; ``shares`` of all ranks, None: of this one alone."""
-    names = state.parameter_names(trainer.model)
     return {
-        **prefixed("optimizer", state.optimizer_tensors(trainer.optimizer, names)),
+        **prefixed("optimizer", trainer.update.tensors()),
         **prefixed("timesteps", trainer.timesteps.state_dict()),
         **(shares_of(trainer, ALONE) if shares is None else shares),
     }
@@ -151,6 +151,7 @@ def record_of(trainer: "Trainer") -> dict[str, Any]:
         "batches_drawn": trainer.stream.position,
         "images": size_of(trainer.data),
         "config": trainer.config.to_dict(),
+        "update": trainer.update.record(),
         "frozen": [
             plain_name(name)
             for name, parameter in trainer.model.named_parameters()
@@ -192,7 +193,8 @@ def restore(trainer: "Trainer", read: SavedRun, data_changed: bool) -> None:
         average = read.averages[rate]  # in whose file is what is not averaged, too
         names = average.keys() & set(trainer.ema.names)
         trainer.ema.load_state_dict(rate, {name: average[name] for name in names})
-    state.load_optimizer_tensors(trainer.optimizer, trainer.model, read.part("optimizer"))
+    trainer.update.check_changes(read.config)
+    trainer.update.load(read.part("optimizer"), read.update)
     trainer.timesteps.load_state_dict(read.part("timesteps"))
     trainer.meter.load_state_dict(read.part("meter"), trainer.ranks.rank)
     trainer.last_checkpoint, trainer.saved_as = read.path, (read.step, read.reported)

@@ -21,8 +21,10 @@ def backward(
     *,
     microbatch: int,
     noise: Mapping[str, int],
+    drawn: Tensor | None = None,
     self_condition: SelfCondition | None = None,
     unsynchronised: Callable[[], AbstractContextManager] = nullcontext,
+    scaled: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> dict[str, Tensor]:
     """Add the gradients of the weighted mean loss; the loss terms, each (N,).
 
@@ -30,7 +32,9 @@ def backward(
         x_start: (N, ...); t, weights: (N,); kwargs: the network's, each (N, ...).
         microbatch: samples per forward pass; 0 takes all.
         noise: seed, step and first_sample, from which the noise is drawn.
+        drawn: (N, ...), the noise, where it is drawn already.
         self_condition: how the network is given its own estimate of x_0; None: it is not.
+        scaled: what the gradients are those of, from a pass's loss.
         unsynchronised: around all passes but the last, whose gradients need not be averaged yet.
     """
     batch = len(x_start)
@@ -41,15 +45,18 @@ def backward(
         run = network
         if self_condition is not None:
             run = self_condition.around(network, t[part], noise["step"])
+        given: dict[str, Any] = {**noise, "first_sample": noise["first_sample"] + start}
+        if drawn is not None:
+            given = {"noise": drawn[part]}
         with nullcontext() if start + size >= batch else unsynchronised():
             losses = diffusion.training_losses(
                 run,
                 x_start[part],
                 t[part],
                 {name: value[part] for name, value in kwargs.items()},
-                **{**noise, "first_sample": noise["first_sample"] + start},
+                **given,
             )
-            ((losses["loss"] * weights[part]).sum() / batch).backward()
+            scaled((losses["loss"] * weights[part]).sum() / batch).backward()
         parts.append({name: value.detach() for name, value in losses.items()})
     return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 

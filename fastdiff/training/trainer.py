@@ -1,44 +1,44 @@
-"""Trainer: AdamW on a diffusion loss, with averages, logs and checkpoints that resume exactly."""
+"""Trainer: gradient steps on a diffusion loss, with averages, logs and checkpoints that resume
+exactly."""
 
 import contextlib
-import hashlib
 import os
 import warnings
-import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import fastdiff
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.network import Given
 from fastdiff.checkpoints.run_directory import checkpoint_path, held, newest_checkpoint, require_run
 from fastdiff.checks import choose_device
 from fastdiff.data import ImageDataset, match_classes
-from fastdiff.data.words import HIDDEN_LABELS, NETWORK, TIMESTEPS, uniform, words
+from fastdiff.data.words import TIMESTEPS
 from fastdiff.errors import InputError
-from fastdiff.images import to_float
 from fastdiff.models import shards
 from fastdiff.models.ema import EMA
 from fastdiff.ranks import ALONE, Ranks, join
 from fastdiff.training import network, preview, saved, state
-from fastdiff.training.batches import Batch, Batches, Form, batches_of, describe, size_of
-from fastdiff.training.checks import checked, match_eval
-from fastdiff.training.config import TrainConfig, learning_rate
+from fastdiff.training.batches import Batches, batches_of, describe
+from fastdiff.training.checks import checked, facts, match_eval
+from fastdiff.training.config import TrainConfig
+from fastdiff.training.feed import Feed
 from fastdiff.training.guard import FiniteGuard, check_weights
 from fastdiff.training.init import fit_to_init, read_init
 from fastdiff.training.metrics import IntervalMeter
+from fastdiff.training.noise import Noise
 from fastdiff.training.reports import Reports
 from fastdiff.training.rescue import rescued
 from fastdiff.training.run_folder import opened
 from fastdiff.training.saved import STATE, SavedRun, read_checkpoint
 from fastdiff.training.self_condition import SelfCondition
-from fastdiff.training.step import backward, clip_gradients
+from fastdiff.training.step import backward
 from fastdiff.training.stop import StopRequest
 from fastdiff.training.timestep_samplers import create_timestep_sampler
+from fastdiff.training.update import GivenOptimizer, GivenScheduler, Update
 
 
 class Trainer:
@@ -67,6 +67,18 @@ class Trainer:
         info: facts to record in every checkpoint beside those of the data.
         progress: show a bar with the loss, steps/s and the time left (needs tqdm).
         ranks: the processes that train together; by default those that torchrun has started.
+        optimizer: a torch optimizer of the network's parameters, or a function of the list of them
+            that makes one, such as ``torch.optim.SGD``; by default AdamW, by the settings ``lr``,
+            ``betas`` and ``weight_decay``, which are its alone. One with ``shard`` or of a resumed
+            run has to be a function: the parameters are made anew.
+        scheduler: of ``torch.optim.lr_scheduler``, or a function of the optimizer that makes it;
+            it takes a step after each of the optimizer's, a ReduceLROnPlateau after each log line,
+            by its loss. By default the settings ``warmup`` and ``lr_schedule`` multiply the rate
+            of each of the optimizer's groups.
+        callbacks: each is called ``callback(trainer, values)`` after every step, on every rank;
+            ``values`` are the step's log line, {} where it has none. On all ranks they are the
+            same, but for what the clock says. What a callback raises ends the run, whose step is
+            saved.
 
     Raises InputError for parts that do not fit each other, and where ranks were started otherwise.
     """
@@ -84,6 +96,9 @@ class Trainer:
         info: Mapping[str, Any] | None = None,
         progress: bool = True,
         ranks: Ranks | None = None,
+        optimizer: GivenOptimizer = None,
+        scheduler: GivenScheduler = None,
+        callbacks: Sequence[Callable[["Trainer", dict[str, float]], Any]] = (),
     ) -> None:
         self.ranks = ranks or join(None if device is None else str(device), config.rank_minutes)
         self.data = self.ranks.together(lambda: checked(model, diffusion, data, config))
@@ -107,35 +122,30 @@ class Trainer:
         self.description = self.ranks.together(lambda: saved.model_config(model))
         self._over_ranks = network.over_ranks(model, config, self.ranks, self.device)
         self._predict = network.predictor(self._over_ranks, config, self.device)
-        self.label = network.label_argument(self.model)
-        self.null_label: Any = getattr(self.model, "null_label", None)
         self.step = 0
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.lr,
-            betas=(config.betas[0], config.betas[1]),
-            weight_decay=config.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
+        self.update = self.ranks.together(
+            lambda: Update(model, config, self.device, optimizer, scheduler)
         )
-        self.ema = EMA(
-            self.model, config.ema, warmup=config.ema_warmup, sigma_rel=config.ema_sigma_rel
-        )
+        self.ranks.agree(self.update.kinds)
+        self.parameters, self.optimizer = self.update.parameters, self.update.optimizer
+        widths = config.ema_sigma_rel
+        self.ema = EMA(self.model, config.ema, warmup=config.ema_warmup, sigma_rel=widths)
         self.timesteps = create_timestep_sampler(config.timestep_sampler, diffusion)
         levels = 1 if diffusion.continuous else diffusion.num_timesteps
         self.meter = IntervalMeter(levels, self.device)
         self.guard = FiniteGuard(self.device)
+        self.noise = self.ranks.together(lambda: Noise(config))
         # Looking at the loss is free on the CPU; elsewhere it would make every step wait.
         self.check_every = 1 if self.device.type == "cpu" else config.log_every
         self.stream: Batches = self.ranks.together(
             lambda: batches_of(self.data, config, self.ranks, self.device)
         )
-        self.form = Form()
+        self.feed = Feed(self.stream, self.model, config, self.ranks, self.device)
         self.reports, self.show_progress = Reports(), progress
+        self.callbacks = list(callbacks)
         self.last_checkpoint: Path | None = None
         self.saved_as: tuple[int, int] | None = None  # its step, and the step reported then
         self.half_done = False  # between an update of the weights and the end of its step
-        self.last_batch: Any = None
 
     @classmethod
     def from_checkpoint(
@@ -289,6 +299,17 @@ class Trainer:
                 self.save()
         self.save()
 
+    def _finish_step(self) -> None:
+        """What follows a step; a resumed run makes up for it where an error came between."""
+        if self.due(self.config.ema_snapshot_every):
+            self.check_finite()
+            saved.take_snapshot(self)
+        values = self.reports.make(self)
+        if "loss" in values:
+            self.update.measured(values["loss"])
+        for callback in self.callbacks:
+            callback(self, dict(values))
+
     def _all_stop(self, stop: StopRequest) -> bool:
         """Whether some rank is asked to stop: all of them do, after the same step, and in the way
         that the signal would have it."""
@@ -298,9 +319,11 @@ class Trainer:
 
     def _train_step(self) -> None:
         """One optimizer step. Waits for nothing but the next batch (and, on the CPU, the loss)."""
-        x_start, kwargs = self._next_batch()
-        self._seed()
-        t, weights = self.timesteps.sample(len(x_start), self.device, u=self._uniform(TIMESTEPS))
+        x_start, kwargs = self.feed.next_batch(self.step)
+        self.feed.seed(self.step)
+        u = self.feed.uniform(self.step, TIMESTEPS)
+        t, weights = self.timesteps.sample(len(x_start), self.device, u=u)
+        first_sample = self.feed.first_sample
         self.optimizer.zero_grad(set_to_none=True)
         losses = backward(
             self.diffusion,
@@ -310,84 +333,26 @@ class Trainer:
             weights,
             kwargs,
             microbatch=self.config.microbatch,
-            noise={"seed": self.config.seed, "step": self.step, "first_sample": self._mine.start},
+            noise={"seed": self.config.seed, "step": self.step, "first_sample": first_sample},
+            drawn=self.noise.drawn(x_start, self.step, first_sample),
             self_condition=self.self_condition,
+            scaled=self.update.scaled,
             unsynchronised=network.unsynchronised(self._over_ranks),
         )
-        grad_norm = clip_gradients(self.parameters, self.config.grad_clip)
-
-        self.guard.record(self.step + 1, (losses["loss"] * weights).mean(), grad_norm)
+        grad_norm = self.update.clip()
+        seen = [(losses["loss"] * weights).mean()]
+        if not self.update.scaler.is_enabled():  # which leaves out what overflows
+            seen.append(grad_norm)
+        self.guard.record(self.step + 1, *seen)
         if self.check_every == 1:
             self.check_finite()  # before the update: the weights stay good
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.config)
         self.half_done = True
-        self.optimizer.step()
+        self.update.step(self.step)
         self.ema.update()
         self.timesteps.update_with_losses(*self._of_all_ranks(t, losses["loss"].detach()))
         self.meter.add(t, weights, losses, grad_norm)
         self.step += 1
         self.half_done = False
-
-    def _finish_step(self) -> None:
-        """What follows a step; a resumed run makes up for it where an error came between."""
-        if self.due(self.config.ema_snapshot_every):
-            self.check_finite()
-            saved.take_snapshot(self)
-        self.reports.make(self)
-
-    # --- What a step is made of -----------------------------------------------------------------
-
-    @property
-    def _mine(self) -> slice:
-        """This rank's samples of the batch."""
-        return self.ranks.slice(self.config.batch_size)
-
-    def _uniform(self, purpose: int) -> Tensor:
-        """This rank's numbers in [0, 1) of this step, float64, on the device."""
-        found = uniform(self.config.seed, self.step, purpose, self.config.batch_size)[self._mine]
-        return torch.from_numpy(found).to(self.device, non_blocking=True)
-
-    def _seed(self) -> None:
-        """torch's generators, from which the network's dropout draws: another stream each step,
-        whatever a loader has drawn from them."""
-        (seed,) = words(self.config.seed, self.step, NETWORK + self.ranks.rank, 1)
-        torch.manual_seed(int(seed))
-
-    def _next_batch(self) -> Batch:
-        """x (n, ...) in floats, images in [-1, 1], and the network's arguments, on the device."""
-        x, given = self.last_batch = self._read()
-        x_start = to_float(x.to(self.device, non_blocking=True))
-        if x_start.dim() == 4:
-            x_start = x_start.contiguous(memory_format=torch.channels_last)
-        kwargs = network.arguments_of(given, self.label)
-        kwargs = network.on(self.device, kwargs, x_start.dim())
-        if self.config.label_dropout and self.label in kwargs:
-            hidden = self._uniform(HIDDEN_LABELS) < self.config.label_dropout
-            kwargs[self.label] = torch.where(hidden, self.null_label, kwargs[self.label])
-        return x_start, kwargs
-
-    def _read(self) -> Any:
-        """The next batch of the stream, where every rank has one, and of one shape."""
-        try:
-            batch = self.form.checked(next(self.stream))
-        except Exception:
-            self.ranks.numbers(1, 0)
-            raise
-        shape = batch[0].shape
-        found = self.ranks.numbers(0, zlib.crc32(repr((batch[0].dtype, shape)).encode()))
-        if found[:, 0].any():
-            raise SystemExit(2)  # the rank that failed says why
-        if (found[:, 1] != found[0, 1]).any():
-            shapes = self.ranks.gather(tuple(shape))
-            rank = next(i for i, other in enumerate(shapes) if other != shapes[0])
-            if self.ranks.rank:
-                raise SystemExit(2)
-            raise InputError(
-                f"at step {self.step + 1} rank {rank} has a batch of {shapes[rank]}, rank 0 one of "
-                f"{shapes[0]}: give every rank the same number of samples of one shape"
-            )
-        return batch
 
     def _of_all_ranks(self, *values: Tensor) -> list[Tensor]:
         """Each of ``values`` (n,) of every rank, in the order of the batch (N,)."""
@@ -463,17 +428,3 @@ class Trainer:
         if self.last_checkpoint is None:
             return "no checkpoint had been saved yet"
         return f"the last good checkpoint is {self.last_checkpoint}"
-
-
-def facts(trainer: Trainer) -> dict[str, Any]:
-    """What must be the same on every rank."""
-    parameters = [(n, list(p.shape)) for n, p in trainer.model.named_parameters()]
-    return {
-        "fastdiff": fastdiff.__version__,
-        "torch": torch.__version__,
-        **{f"setting {name}": value for name, value in trainer.config.to_dict().items()},
-        "the process": trainer.diffusion.to_config(),
-        "the network": hashlib.sha256(repr(parameters).encode()).hexdigest(),
-        "the number of items": size_of(trainer.data),
-        "the data": describe(trainer.data),
-    }

@@ -8,37 +8,38 @@ import time
 import torch
 
 from fastdiff.errors import InputError
+from fastdiff.training.feed import Feed
 from fastdiff.training.trainer import Trainer
 
 STEP = 4  # steps that are finished before
 
 
 def spoil(fault: str) -> None:
-    """Make this process's trainer fail so: "nan", "read", "step", "shape", "hang", or "disk",
-    which is full when step 6 is saved."""
+    """Make this process's trainer fail so: "nan", "read", "step", "shape", "hang", "overflow",
+    a gradient that no float16 holds, or "disk", which is full when step 6 is saved."""
     if fault == "disk":
         _fill_disk()
         return
-    read, take = Trainer._read, Trainer._train_step
+    read, take = Feed._read, Trainer._train_step
 
     def failing_step(self: Trainer) -> None:
         if self.step == STEP and fault == "hang":
             time.sleep(3600)
-        if self.step == STEP and fault in ("nan", "step"):
+        if self.step == STEP and fault in ("nan", "step", "overflow"):
             compute = self.diffusion.training_losses
 
             def spoiled(*args, **kwargs):
                 if fault == "step":
                     raise torch.OutOfMemoryError("no memory for the activations")
                 losses = compute(*args, **kwargs)
-                losses["loss"] = losses["loss"] * math.nan
+                losses["loss"] = losses["loss"] * (1e30 if fault == "overflow" else math.nan)
                 return losses
 
             self.diffusion.training_losses = spoiled
         take(self)
 
-    def failing_read(self: Trainer):
-        if self.step == STEP and fault in ("read", "shape"):
+    def failing_read(self: Feed, step: int):
+        if step == STEP and fault in ("read", "shape"):
             draw = type(self.stream).__next__
 
             def next_batch(stream):
@@ -48,9 +49,9 @@ def spoil(fault: str) -> None:
                 return images[1:], labels[1:]
 
             type(self.stream).__next__ = next_batch
-        return read(self)
+        return read(self, step)
 
-    Trainer._read, Trainer._train_step = failing_read, failing_step
+    Feed._read, Trainer._train_step = failing_read, failing_step
 
 
 def _fill_disk() -> None:

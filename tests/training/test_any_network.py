@@ -335,7 +335,7 @@ def test_what_lies_beside_x_is_mirrored_with_it(tmp_path):
     )
     mirrored = 0
     for _ in range(4):
-        x, kwargs = trainer._next_batch()
+        x, kwargs = trainer.feed.next_batch(trainer.step)
         assert kwargs["low_res"].dtype == torch.float32
         straight, turned = x[..., ::2, ::2], x.flip(-1)[..., ::2, ::2].flip(-1)
         for sample, one, other in zip(kwargs["low_res"], straight, turned, strict=True):
@@ -390,7 +390,7 @@ def test_all_that_a_run_shows_of_itself(tmp_path):
 def test_items_of_one_part_are_x(tmp_path):
     data = torch.utils.data.TensorDataset(pictures())
     trainer = trainer_of(tmp_path, unet, cosine(), data, batch_size=6)
-    x, kwargs = trainer._next_batch()
+    x, kwargs = trainer.feed.next_batch(trainer.step)
     assert x.shape == (6, 1, 8, 8) and kwargs == {}
 
 

@@ -4,6 +4,7 @@ gloo's processes on CPUs, started as torchrun starts them.
 """
 
 import functools
+import itertools
 import json
 import os
 import pickle
@@ -296,6 +297,24 @@ def test_a_fault_of_one_rank(cifar, alone, start, tmp_path, rank, fault, message
     codes, log = start(2, command(cifar, run, "--resume")).finish()
     assert codes == [0, 0], log
     assert_same_run(run, alone)
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("shard", [[], ["--shard"]])
+def test_an_overflow_of_one_rank_is_no_step_of_any(cifar, start, tmp_path, shard):
+    run = tmp_path / "run"
+    options = ["--dtype", "float16", "--microbatch", "1", "--grad-clip", "1", "--log-every", "1"]
+    # Small: a CPU's gradients of convolutions take 500 times as long in float16.
+    options += ["--image-size", "8", "--batch-size", "4", "--save-every", "1", "--keep", "0"]
+    argv = command(cifar, run, *options, *shard)
+    codes, log = start(2, argv, fault=(1, "overflow")).finish()
+    assert codes == [0, 0], log
+    assert [line.get("skipped_steps", 0) for line in lines(run)] == [0, 0, 0, 0, 1, 1]
+    scales = [line["loss_scale"] for line in lines(run)]
+    assert scales == [scales[0]] * 4 + [scales[0] / 2, scales[0] / 4]
+    saved = [safetensors.torch.load_file(p / "model.safetensors") for p in list_checkpoints(run)]
+    same = [all(torch.equal(a[n], b[n]) for n in a) for a, b in itertools.pairwise(saved)]
+    assert same == [False, False, False, True, True]
 
 
 @pytest.mark.seconds

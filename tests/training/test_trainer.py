@@ -108,9 +108,10 @@ def test_training_fits_the_images(tmp_path):
 
 
 @pytest.mark.seconds
-def test_bfloat16_computes_the_same_to_its_precision(tmp_path):
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_computes_the_same_to_its_own(tmp_path, half):
     norms, losses, seen = [], [], []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", str(half).removeprefix("torch.")):
         trainer = make_trainer(
             tmp_path / dtype, model={"dropout": 0.0}, dtype=dtype, steps=1, grad_clip=0.0
         )
@@ -122,7 +123,7 @@ def test_bfloat16_computes_the_same_to_its_precision(tmp_path):
         losses.append(line["loss"])
         norms.append(line["grad_norm"])
         assert all(p.dtype == torch.float32 for p in trainer.parameters)
-    assert seen == [torch.float32, torch.bfloat16]
+    assert seen == [torch.float32, half]
     assert losses[1] != losses[0] and losses[1] == pytest.approx(losses[0], rel=0.02)
     assert norms[1] == pytest.approx(norms[0], rel=0.05)
 
@@ -130,13 +131,14 @@ def test_bfloat16_computes_the_same_to_its_precision(tmp_path):
 @pytest.mark.seconds
 def test_labels_are_hidden_at_the_given_rate(tmp_path):
     trainer = make_trainer(tmp_path, batch_size=2000, label_dropout=0.3)
-    _, kwargs = trainer._next_batch()
+    _, kwargs = trainer.feed.next_batch(trainer.step)
     given_labels = next(BatchStream(make_dataset(), 2000))[1]
     hidden = kwargs["y"] == trainer.model.null_label
     assert abs(hidden.float().mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 2000)
     assert torch.equal(kwargs["y"][~hidden], given_labels[~hidden])
 
-    kept = make_trainer(tmp_path, batch_size=2000, label_dropout=0.0)._next_batch()[1]["y"]
+    trainer = make_trainer(tmp_path, batch_size=2000, label_dropout=0.0)
+    kept = trainer.feed.next_batch(trainer.step)[1]["y"]
     assert torch.equal(kept, given_labels)
 
 
@@ -144,7 +146,7 @@ def test_a_network_without_classes_gets_no_labels(tmp_path):
     trainer = make_trainer(
         tmp_path, model={"num_classes": None, "null_class": False}, label_dropout=0.0, steps=1
     )
-    assert trainer._next_batch()[1] == {}
+    assert trainer.feed.next_batch(trainer.step)[1] == {}
     assert trainer.fit() == 1
 
 
@@ -168,13 +170,14 @@ def test_a_step_waits_for_nothing(tmp_path, sampler):
         trainer.guard.check("")  # such a reading would have been noticed
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_step_waits_for_nothing_on_cuda(tmp_path):
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_step_waits_for_nothing_on_cuda(tmp_path, dtype):
     trainer = Trainer(
         make_model(),
         make_diffusion(),
         make_dataset(),
-        TrainConfig(**{**SETTINGS, "dtype": "bfloat16"}),
+        TrainConfig(**{**SETTINGS, "dtype": dtype}),
         tmp_path,
         device="cuda",
         progress=False,
@@ -193,8 +196,8 @@ def test_a_step_waits_for_nothing_on_cuda(tmp_path):
 
 def test_learning_rate_by_hand():
     def rates(**settings):
-        config = TrainConfig(lr=1.0, steps=10, **settings)
-        return [learning_rate(step, config) for step in range(10)]
+        config = TrainConfig(steps=10, **settings)
+        return [learning_rate(step, config, 1.0) for step in range(10)]
 
     assert rates() == [1.0] * 10
     assert rates(warmup=4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
@@ -209,8 +212,8 @@ def test_learning_rate_by_hand():
     steps=st.integers(1, 100),
 )
 def test_learning_rate_rises_then_falls(schedule, warmup, steps):
-    config = TrainConfig(lr=2.0, lr_schedule=schedule, warmup=warmup, steps=steps)
-    rates = [learning_rate(step, config) for step in range(steps + 1)]
+    config = TrainConfig(lr_schedule=schedule, warmup=warmup, steps=steps)
+    rates = [learning_rate(step, config, 2.0) for step in range(steps + 1)]
     assert all(0 <= rate <= 2.0 for rate in rates)
     assert all(a < b for a, b in zip(rates[:warmup], rates[1:warmup], strict=False))
     assert all(a >= b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))

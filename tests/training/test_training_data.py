@@ -223,8 +223,8 @@ def one_step(data, tmp_path, model=None):
     )
     diffusion = make_diffusion(learn_sigma=False)
     trainer = Trainer(model, diffusion, data, config, tmp_path, device="cpu", progress=False)
-    trainer._seed()
-    return (*trainer._next_batch(), trainer)
+    trainer.feed.seed(trainer.step)
+    return (*trainer.feed.next_batch(trainer.step), trainer)
 
 
 def test_what_the_network_is_given(tmp_path):
@@ -246,7 +246,7 @@ def test_floats_that_look_unscaled_are_said_once(tmp_path, scale, name):
     data = [np.abs(x) * scale for x in X]
     with pytest.warns(RuntimeWarning, match=f"floats in {name} and trained on as it is") as caught:
         *_, trainer = one_step(data, tmp_path)
-        trainer._next_batch()
+        trainer.feed.next_batch(trainer.step)
     assert len([w for w in caught if "floats in" in str(w.message)]) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
