@@ -161,7 +161,7 @@ class EMA:
 
     @contextmanager
     def swapped(self, rate: float | str | None = None) -> Iterator[None]:
-        """Within the block the followed model holds an average (None: the slowest).
+        """Within the block the followed model holds an average (None: that of the highest rate).
 
         Afterwards it holds what it held before, bit for bit. The values move, not the storage, so
         captured graphs stay valid. They are the model's own: another thread that runs or trains
