@@ -92,19 +92,10 @@ def arguments(backend: str, counter: Counter | None, bits: int = 64, base: int =
     return low_bits(base + number, bits), address
 
 
-def addresses_and_numbers(*counters: Counter | None) -> tuple:
-    """What Triton's kernels take for counters: their tensors or None each, then their bits as
-    signed integers, because Triton types an integer by its value; None is 0."""
-    tensors = [None if type(v) is int else v for v in counters]
-    numbers = [signed(v) if type(v) is int else 0 for v in counters]
-    return *tensors, *numbers
-
-
-def noise_arguments(backend: str, counters: Counters, base: int = 0) -> tuple:
-    """What kernels take for seed, step and first sample; Triton's add ``base`` by themselves."""
-    step, seed, first = counters
-    if backend == "triton":
-        return addresses_and_numbers(seed, step, first)
+def noise_arguments(
+    backend: str, step: Counter, seed: Counter | None, first: Counter, base: int
+) -> tuple:
+    """What compiled kernels take for seed, ``base`` + step and first sample."""
     of_step = arguments(backend, step, 32, base)
     return *arguments(backend, seed), *of_step, *arguments(backend, first)
 

@@ -36,8 +36,8 @@ class Kernel:
     nowhere. ``allocate(call)`` makes the outputs (N of them; the operator returns an empty tensor
     in the place of None), ``plan(call)`` what fills them: ``launch(*tensors, *outputs, *counters)``
     is kept for calls alike, as is that ``check(call)`` refused nothing: both look at shapes,
-    strides, dtypes and devices of the tensors, at numbers and names, and of Counters at whether
-    they have a seed.
+    strides, dtypes and devices of the tensors, at numbers and names, and of Counters, whose fields
+    a launch takes one by one, at whether they have a seed.
     ``readable(call)`` is the call with copies of the tensors that no kernel reads as they stand.
     """
 
@@ -56,7 +56,8 @@ class Kernel:
         fields = typing.get_type_hints(record)
         self.kinds = list(fields.values())
         self.tensors = sum(kind in (Tensor, Tensor | None) for kind in self.kinds)
-        self.plain = len(self.kinds) - (self.kinds[-1] is Counters)  # what is no Counters
+        self.counted = self.kinds[-1] is Counters
+        self.plain = len(self.kinds) - self.counted  # what is no Counters
         self.plans: dict[tuple, Any] = {}
         self.eager: Any = None  # an autograd Function's apply, where there are gradients
         schema = [
@@ -84,7 +85,8 @@ class Kernel:
         if launch is None:
             found = zip(outputs, self.run(self.readable(call)), strict=True)
             return tuple(None if room is None else room.copy_(v) for room, v in found)
-        given = (*call[: self.tensors], *outputs, *call[self.plain :])
+        counters = call[-1] if self.counted else ()
+        given = (*call[: self.tensors], *outputs, *counters)
         if outputs[0].is_cpu:
             launch(*given)
         else:

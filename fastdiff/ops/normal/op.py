@@ -39,7 +39,6 @@ from fastdiff.ops.counters import (
     arguments,
     check_counters,
     low_bits,
-    noise_arguments,
 )
 from fastdiff.ops.dispatch import Operation
 from fastdiff.ops.layouts import Layout, sample_layout
@@ -155,8 +154,7 @@ def _launch(backend: str, out: Tensor, layout: Layout, counters: Counters, exact
     if backend == "triton":
         from fastdiff.kernels import normal as kernels
 
-        launch = kernels.launch_for(out.shape[0], layout, exact)
-        launch(out, *noise_arguments(backend, counters))
+        kernels.launch_for(out.shape[0], layout, exact)(out, *counters)
         return
     given = arguments(backend, seed), arguments(backend, step, 32), arguments(backend, first_sample)
     numbers, *addresses = zip(*given, strict=True)

@@ -12,7 +12,7 @@ from fastdiff.methods.table import StepTable
 from fastdiff.ops import counters, layouts, native
 from fastdiff.ops.backends import KERNEL_DTYPES as DTYPES
 from fastdiff.ops.checks import check_tensor, refusal
-from fastdiff.ops.counters import Counters, addresses_and_numbers, arguments, value_or_address
+from fastdiff.ops.counters import Counters, arguments, value_or_address
 from fastdiff.ops.differentiable import Kernel
 from fastdiff.ops.dispatch import OPERATIONS, Operation
 from fastdiff.ops.layouts import Maybe
@@ -198,18 +198,13 @@ def _plan(call: Arguments) -> Any:
     if backend == "triton":
         from fastdiff.kernels.posterior_step import launch_for
 
-        launch: Any = launch_for(*described, draws=call.counters.seed is not None)
-    else:
-        plan = native.library().PosteriorStep(*described)
-        launch = functools.partial(native.launch_on, OP, backend, plan)
+        return launch_for(*described, guidance=scale, draws=call.counters.seed is not None)
+    plan = native.library().PosteriorStep(*described)
+    launch = functools.partial(native.launch_on, OP, backend, plan)
 
     def fill(*given: Any) -> None:
-        *read, guidance, x_prev, x_start, (step, seed, first_sample) = given
+        *read, guidance, x_prev, x_start, step, seed, first_sample = given
         tensors = (*read, x_prev, x_start)
-        if backend == "triton":
-            numbers = addresses_and_numbers(step, seed, first_sample)
-            launch(*tensors, *numbers, guidance, scale)
-            return
         wide_step = isinstance(step, Tensor) and step.dtype == torch.int64
         row = (*value_or_address(step), wide_step, scale, address(guidance))
         noise = *arguments(backend, seed), FIRST_COUNTER_STEP, *arguments(backend, first_sample)

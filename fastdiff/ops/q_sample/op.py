@@ -144,19 +144,15 @@ def _plan(call: Arguments) -> Any:
     if backend == "triton":
         from fastdiff.kernels.q_sample import launch_for
 
-        launch: Any = launch_for(*described, draws=call.counters.seed is not None)
-    else:
-        plan = native.library().QSample(*described)
-        launch = functools.partial(native.launch_on, OP, backend, plan)
+        return launch_for(*described, draws=call.counters.seed is not None)
+    plan = native.library().QSample(*described)
+    launch = functools.partial(native.launch_on, OP, backend, plan)
 
     def fill(*given: Any) -> None:
-        x_start, noise, t, signal, sigma, x_t, drawn, counters = given
-        draws = counters.seed is not None
+        x_start, noise, t, signal, sigma, x_t, drawn, step, seed, first_sample = given
+        draws = seed is not None
         tensors = (x_start, t, signal, sigma, drawn if draws else noise, x_t)
-        numbers = noise_arguments(backend, counters, TRAINING_STEP_BASE)
-        if backend == "triton":
-            launch(*tensors, *numbers)
-            return
+        numbers = noise_arguments(backend, step, seed, first_sample, TRAINING_STEP_BASE)
         bad = launch(tensors, draws, *numbers)
         if bad is not None and bad >= 0:
             raise timestep_error(int(t[bad]), signal.shape[0])
