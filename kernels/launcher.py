@@ -11,7 +11,6 @@ modes for debugging and instrumenting, and in a version that is not known here.
 from typing import Any
 
 import triton
-from torch import Tensor
 from triton import runtime
 from triton.runtime.jit import JITFunction
 
@@ -81,7 +80,7 @@ def _specialised(device: int, values: tuple) -> tuple[tuple, list]:
             f"a launch changes by tensors, None and integers, not by {value!r}"
         ) from None
     if addresses % 16:
-        kinds += [v.data_ptr() % 16 == 0 for v in values if isinstance(v, Tensor)]
+        kinds += [v is not None and v % 16 == 0 for v in given]
     return tuple(kinds), given
 
 

@@ -114,34 +114,36 @@ def check_integer(name: str, value: SupportsIndex, limit: int) -> int:
     return number
 
 
-def check_counter(name: str, value: Counter, limit: int, device: torch.device) -> Counter:
-    """``value`` if it is a counter: 0 ≤ value < limit, or an int64 element on ``device``."""
+def check_counter(name: str, value: Counter, limit: int, x: Tensor) -> Counter:
+    """``value`` if it is a counter: 0 ≤ value < limit, or an int64 element on x's device."""
     if type(value) is int and 0 <= value < limit:
         return value
     if not isinstance(value, Tensor):
         return check_integer(name, value, limit)
-    if value.dtype != torch.int64 or value.numel() != 1 or value.device != device:
+    if value.dtype != torch.int64 or value.numel() != 1 or value.device != x.device:
         raise InputError(
             f"{name} is a {value.dtype} tensor of {value.numel()} elements on {value.device}: "
-            f"expected an integer, or an int64 tensor of one element on {device}"
+            f"expected an integer, or an int64 tensor of one element on {x.device}"
         )
     return value
 
 
 def check_seed(value: Counter | None, x: Tensor) -> Counter | None:
     """``value`` if it is a counter for noise that is x's, or None."""
-    return None if value is None else check_counter("seed", value, 2**64, x.device)
+    return None if value is None else check_counter("seed", value, 2**64, x)
 
 
 def check_first_sample(value: Counter, x: Tensor) -> Counter:
     """``value`` if it is a counter from which x's samples have numbers below 2⁶⁴, or a tensor."""
+    if type(value) is int and 0 <= value < 2**63:  # spares a look at x: its samples are fewer
+        return value
     samples = x.shape[:1].numel()
-    return check_counter("first_sample", value, 2**64 + min(1 - samples, 0), x.device)
+    return check_counter("first_sample", value, 2**64 + min(1 - samples, 0), x)
 
 
 def check_counters(
     step: Counter, seed: Counter, first_sample: Counter, steps: int, x: Tensor
 ) -> Counters:
     """The counters of a call whose noise is x's: its step is less than ``steps``."""
-    step = check_counter("step", step, steps, x.device)
+    step = check_counter("step", step, steps, x)
     return Counters(step, check_seed(seed, x), check_first_sample(first_sample, x))

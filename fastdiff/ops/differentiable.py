@@ -80,13 +80,14 @@ class Kernel:
         return self.eager(*call) if wants_gradient else self.run(call)
 
     def run(self, call: Any) -> Outputs:
-        launch = self.launch_of(call)
+        tensors = call[: self.tensors]
+        launch = self._launch(call, tensors)
         outputs = self.allocate(call)
         if launch is None:
             found = zip(outputs, self.run(self.readable(call)), strict=True)
             return tuple(None if room is None else room.copy_(v) for room, v in found)
         counters = call[-1] if self.counted else ()
-        given = (*call[: self.tensors], *outputs, *counters)
+        given = (*tensors, *outputs, *counters)
         if outputs[0].is_cpu:
             launch(*given)
         else:
@@ -94,14 +95,14 @@ class Kernel:
                 launch(*given)
         return outputs
 
-    def launch_of(self, call: Any) -> Any:
+    def _launch(self, call: Any, tensors: tuple[Any, ...]) -> Any:
         """What fills the outputs of calls like this one; None where kernels read copies only."""
         described = [  # to ask whether it is contiguous costs less than its strides
             None if v is None else (v.shape, v.dtype, v.device, v.is_contiguous() or v.stride())
-            for v in call[: self.tensors]
+            for v in tensors
         ]
-        draws = [counters.seed is None for counters in call[self.plain :]]
-        key = (*described, *call[self.tensors : self.plain], *draws)
+        draws = self.counted and call[-1].seed is None
+        key = (*described, *call[self.tensors : self.plain], draws)
         launch = self.plans.get(key, self)
         if launch is self:
             self.check(call)

@@ -59,10 +59,10 @@ def group_norm_silu(
     Source: Wu & He 2018, equation 1; FiLM as in Nichol & Dhariwal 2021, section 3.
     """
     check_x(OP, x)
-    nc = x.shape[:2]
-    if not isinstance(num_groups, int) or num_groups < 1 or nc[1] % num_groups:
+    channels = x.shape[1]
+    if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
         raise InputError(
-            f"{OP}: num_groups={num_groups!r}; expected an int that divides x's {nc[1]} channels"
+            f"{OP}: num_groups={num_groups!r}; expected an int that divides x's {channels} channels"
         )
     check_activation(OP, activation)
     operands = (x, weight, bias, scale, shift, add)

@@ -56,13 +56,12 @@ def q_sample(
     signal, sigma = sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod
     check_float(x_start, "x_start")
     backend = choose(x_start, t, signal, sigma).backend
-    counters = Counters()
     if noise is not None and seed is not None:
         raise InputError("q_sample takes noise or seed, not both")
-    if noise is None and seed is None:
-        noise = draw_like(x_start)
-    elif seed is not None:
+    if seed is not None:
         counters = check_counters(step, seed, first_sample, 2**32 - TRAINING_STEP_BASE, x_start)
+    else:
+        noise, counters = draw_like(x_start) if noise is None else noise, Counters()
     returned = noise is None and return_noise
     call = Arguments(x_start, noise, t, signal, sigma, returned, backend, counters)
     # The native kernel looks at t by itself, where it runs at all; those for GPUs answer NaN. What
