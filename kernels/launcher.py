@@ -89,9 +89,9 @@ def _only_launches(kernel: Any) -> bool:
     if not KNOWN or type(kernel) is not JITFunction or JITFunction.run is not _run:
         return False
     knobs = triton.knobs.runtime
-    for hook in (knobs.launch_enter_hook, knobs.launch_exit_hook):
-        if getattr(hook, "calls", hook):  # of a chain of hooks, where it is one
-            return False
+    enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # of a chain, where it is
+        return False
     inspected = getattr(knobs, "add_stages_inspection_hook", None)
     modes = knobs.debug or triton.knobs.compilation.instrumentation_mode or inspected
     return not (modes or kernel.pre_run_hooks)

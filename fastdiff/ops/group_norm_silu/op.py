@@ -67,7 +67,7 @@ def group_norm_silu(
     check_activation(OP, activation)
     operands = (x, weight, bias, scale, shift, add)
     training = dispatch.wants_gradient(*operands)
-    backend = choose(*operands).backend
+    backend = _choose(x, training).backend
     call = Arguments(*operands, num_groups, float(eps), activation is not None, backend, training)
     if backend == "reference":
         _check(call)
@@ -78,9 +78,13 @@ def group_norm_silu(
 
 def choose(x: Tensor, *others: Any, **options: Any) -> Choice:
     """Which backend serves this call, and why (``fastdiff.explain``)."""
-    small = x.is_cpu and x.dtype == torch.float32 and 0 < x.numel() <= SMALL and x.is_contiguous()
-    trains = small and dispatch.wants_gradient(x, *others, *options.values())
-    return dispatch.choose(OPERATION, x, rule=(lambda: PYTORCH_TRAINS) if trains else None)
+    return _choose(x, dispatch.wants_gradient(x, *others, *options.values()))
+
+
+def _choose(x: Tensor, training: bool) -> Choice:
+    small = training and x.is_cpu and x.dtype == torch.float32 and 0 < x.numel() <= SMALL
+    rule = (lambda: PYTORCH_TRAINS) if small and x.is_contiguous() else None
+    return dispatch.choose(OPERATION, x, rule=rule)
 
 
 OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton", "cuda"), choose)

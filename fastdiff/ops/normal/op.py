@@ -218,7 +218,8 @@ def _check_out(out: Tensor, shape: tuple[int, ...]) -> None:
         raise InputError(f"out has shape {tuple(out.shape)}: expected {shape}")
     if out.requires_grad:
         raise InputError("out requires grad: expected a tensor that autograd does not track")
-    overlapping = out.numel() > 0 and any(
+    overlapping = out.numel() > 0 and 0 in out.stride()
+    overlapping = overlapping and any(
         size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)
     )
     if overlapping or out.layout != torch.strided:
