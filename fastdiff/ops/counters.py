@@ -143,7 +143,8 @@ def check_first_sample(value: Counter, x: Tensor) -> Counter:
 
 def check_counters(
     step: Counter, seed: Counter, first_sample: Counter, steps: int, x: Tensor
-) -> Counters:
+) -> tuple[Counter, Counter, Counter]:
     """The counters of a call whose noise is x's: its step is less than ``steps``."""
     step = check_counter("step", step, steps, x)
-    return Counters(step, check_seed(seed, x), check_first_sample(first_sample, x))
+    seed = check_counter("seed", seed, 2**64, x)
+    return step, seed, check_first_sample(first_sample, x)

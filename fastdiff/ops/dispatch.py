@@ -59,7 +59,7 @@ class Operation:
             self.on_cpu = Choice(self.name, "native", "the C++ kernel serves every CPU call")
 
     def _without_gradients(self, x: Tensor, *others: Any, **named: Any) -> Choice:
-        wanted = wants_gradient(x, *others, *named.values())
+        wanted = wants_gradient(x, *others) or wants_gradient(*named.values())
         return choose(self, x, NO_GRADIENTS if wanted else "")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastdiff.checks import check_float, check_like, check_timesteps, timestep_error
 from fastdiff.errors import InputError
 from fastdiff.ops import dispatch, layouts, native
-from fastdiff.ops.counters import TRAINING_STEP_BASE, Counters, check_counters, noise_arguments
+from fastdiff.ops.counters import TRAINING_STEP_BASE, Counter, check_counters, noise_arguments
 from fastdiff.ops.differentiable import Kernel, Outputs
 from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
 from fastdiff.ops.layouts import Maybe
@@ -59,18 +59,22 @@ def q_sample(
     if noise is not None and seed is not None:
         raise InputError("q_sample takes noise or seed, not both")
     if seed is not None:
-        counters = check_counters(step, seed, first_sample, 2**32 - TRAINING_STEP_BASE, x_start)
+        steps = 2**32 - TRAINING_STEP_BASE
+        step, seed, first_sample = check_counters(step, seed, first_sample, steps, x_start)
     else:
-        noise, counters = draw_like(x_start) if noise is None else noise, Counters()
+        noise = draw_like(x_start) if noise is None else noise
+        step = first_sample = 0  # nothing counts
     returned = noise is None and return_noise
-    call = Arguments(x_start, noise, t, signal, sigma, returned, backend, counters)
+    call = Arguments(
+        x_start, noise, t, signal, sigma, returned, backend, step, seed, first_sample
+    )  # fmt: skip
     # The native kernel looks at t by itself, where it runs at all; those for GPUs answer NaN. What
     # is left on the CPU is Triton's interpreter.
     if backend == "reference" or (x_start.is_cpu and (backend == "triton" or not x_start.numel())):
         _check(call, look=True)
     if seed is not None and (backend == "reference" or drawn_apart(backend)):
-        noise = draw_at(counters, TRAINING_STEP_BASE, x_start)
-        call = call._replace(noise=noise, counters=Counters())
+        noise = draw_at((step, seed, first_sample), TRAINING_STEP_BASE, x_start)
+        call = call._replace(noise=noise, seed=None)
     if backend == "reference":
         assert noise is not None
         x_t = reference_q_sample(x_start, t.long(), signal, sigma, noise)
@@ -104,7 +108,9 @@ class Arguments(NamedTuple):
     sigma: Tensor
     returns_both: bool
     backend: str
-    counters: Counters  # their step is the training step's number
+    step: Counter = 0  # the training step's number
+    seed: Counter | None = None
+    first_sample: Counter = 0
 
 
 def _check(call: Arguments, *, look: bool = False) -> None:
@@ -125,7 +131,7 @@ def _check(call: Arguments, *, look: bool = False) -> None:
 def _layout(call: Arguments) -> Any:
     x_t = torch.empty_like(call.x_start)
     operands = [call.x_start, x_t if call.noise is None else call.noise, x_t]
-    return layouts.common_layout(operands, counted=call.counters.seed is not None)
+    return layouts.common_layout(operands, counted=call.seed is not None)
 
 
 def _readable(call: Arguments) -> Arguments:
@@ -143,7 +149,7 @@ def _plan(call: Arguments) -> Any:
     if backend == "triton":
         from fastdiff.kernels.q_sample import launch_for
 
-        return launch_for(*described, draws=call.counters.seed is not None)
+        return launch_for(*described, draws=call.seed is not None)
     plan = native.library().QSample(*described)
     launch = functools.partial(native.launch_on, OP, backend, plan)
 
@@ -175,7 +181,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Maybe, ...]:
     t, signal, sigma = ctx.saved_tensors
 
     def scaled(grad: Tensor, by: Tensor, other: Tensor) -> Maybe:
-        call = Arguments(grad, None, t, by, other, False, ctx.backend, Counters())
+        call = Arguments(grad, None, t, by, other, False, ctx.backend)
         return _kernel(call, dispatch.wants_gradient(grad))[0]
 
     x_start = scaled(grad, signal, sigma) if ctx.needs_input_grad[0] else None
