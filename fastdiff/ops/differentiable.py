@@ -97,8 +97,7 @@ class Kernel:
             None if v is None else (v.shape, v.dtype, v.device, v.is_contiguous() or v.stride())
             for v in tensors
         ]
-        draws = self.counted and call.seed is None
-        key = (*described, *call[self.tensors : self.plain], draws)
+        key = (*described, *call[self.tensors : self.plain], self.counted and call.seed is None)
         launch = self.plans.get(key, self)
         if launch is self:
             self.check(call)

@@ -65,9 +65,7 @@ def q_sample(
         noise = draw_like(x_start) if noise is None else noise
         step = first_sample = 0  # nothing counts
     returned = noise is None and return_noise
-    call = Arguments(
-        x_start, noise, t, signal, sigma, returned, backend, step, seed, first_sample
-    )  # fmt: skip
+    call = Arguments(x_start, noise, t, signal, sigma, returned, backend, step, seed, first_sample)
     # The native kernel looks at t by itself, where it runs at all; those for GPUs answer NaN. What
     # is left on the CPU is Triton's interpreter.
     if backend == "reference" or (x_start.is_cpu and (backend == "triton" or not x_start.numel())):
