@@ -10,9 +10,10 @@ the least of many rounds, turn by turn in one process:
 
 A GPU's calls take besides what torch asks of CUDA (the current device and stream: about a
 microsecond), Triton's launcher in C, and the driver. Small float32 tensors of a CPU stand for the
-GPU's; q_sample then looks at their t, which it does not on a GPU.
+GPU's, and q_sample is kept from looking at their t, which it does not on a GPU.
 """
 
+import importlib
 import time
 from collections.abc import Callable
 
@@ -85,6 +86,8 @@ def by_binder(operation: Callable[[], object]) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    q_sample = importlib.import_module("fastdiff.ops.q_sample.op")
+    q_sample._check = lambda *_, **__: None  # type: ignore[attr-defined]
     print(f"Triton {launcher.triton.__version__}, torch {torch.__version__}")
     print(f"{'µs per call':24s}{'binder':>10s}{'operation':>12s}{'launcher':>11s}")
     with fake_gpu(noting=False), fastdiff.backend("triton"):

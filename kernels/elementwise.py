@@ -46,28 +46,18 @@ def elements_from(first_quad, BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def sample_number(first_sample_address, first_sample, sample):
-    """The int64 number of a batch's sample ``sample``, wrapping around.
-
-    first_sample_address: int64 on the device, or None: then ``first_sample`` counts.
-    """
-    if first_sample_address is not None:
-        first_sample = tl.load(first_sample_address)
-    return first_sample.to(tl.int64) + sample
+def counted(counter):
+    """The int64 of a counter (fastdiff.ops.counters): of a number its bits, or what stands on the
+    device at its address."""
+    if counter.dtype.is_ptr():
+        counter = tl.load(counter)
+    return counter.to(tl.int64)
 
 
 @triton.jit
-def draw(
-    seed_address, seed, step, number, first_quad, BLOCK: tl.constexpr, EXACT: tl.constexpr = False
-):
-    """Float32 noise of elements 4·first_quad … of sample ``number`` at the counter's ``step``.
-
-    EXACT: the CPU's to the bit.
-    seed_address: int64 on the device, or None: then ``seed`` counts. All int64, their low bits.
-    """
-    if seed_address is not None:
-        seed = tl.load(seed_address)
-    seed = seed.to(tl.int64)
+def draw(seed, step, number, first_quad, BLOCK: tl.constexpr, EXACT: tl.constexpr = False):
+    """Float32 noise of elements 4·first_quad … of sample ``number`` at the counter's ``step``, all
+    int64, their low bits. EXACT: the CPU's to the bit."""
     quad = low_word(first_quad + tl.arange(0, BLOCK))
     sample_low, sample_high = low_word(number), high_word(number)
     n0, n1, n2, n3 = philox_normals(

@@ -32,6 +32,7 @@ from .group_norm_tiles import (
     inverse_std,
     leads,
     moments,
+    normalised,
     place,
     prepare,
     read,
@@ -50,14 +51,14 @@ def forward_once_kernel(
     bias,
     scale,
     shift,
-    film,
-    scale_stride,
-    shift_stride,
     add,
-    add_stride,
     y,
     mean_out,  # or None, as rstd_out
     rstd_out,
+    film,
+    scale_stride,
+    shift_stride,
+    add_stride,
     channels,
     positions,
     group,
@@ -108,8 +109,8 @@ def forward_once_kernel(
 def moments_kernel(
     x,
     add,
-    add_stride,
     partial,  # (3, N, G, parts·chunks): rough mean, mean − rough, M2
+    add_stride,
     plane,  # elements from the one to the other
     channels,
     positions,
@@ -206,14 +207,14 @@ def forward_apply_kernel(
     bias,
     scale,
     shift,
-    film,
-    scale_stride,
-    shift_stride,
     add,
-    add_stride,
     y,
     mean_in,
     rstd_in,
+    film,
+    scale_stride,
+    shift_stride,
+    add_stride,
     channels,
     positions,
     group,
@@ -266,11 +267,12 @@ def forward(
     if not cut.tiles.read_once:
         return _forward_in_chunks(cut, eps, silu)
     grid = (cut.samples * cut.slabs,)
-    launch = Launch(forward_once_kernel, grid, *cut.sizes, eps, silu, **cut.exact, **cut.constants)
+    numbers = (*cut.strides, *cut.sizes, eps, silu)
+    launch = Launch(forward_once_kernel, grid, *numbers, **cut.exact, **cut.constants)
 
     def fill(x, weight, bias, scale, shift, add, y, statistics):
         mean, rstd = (None, None) if statistics is None else statistics.unbind()
-        launch(*cut.operands(x, weight, bias, scale, shift, add), y, mean, rstd)
+        launch(*normalised(x, weight, bias, scale, shift, add), y, mean, rstd)
 
     return fill
 
@@ -282,22 +284,26 @@ def _forward_in_chunks(cut: Cut, eps: float, silu: bool) -> Callable[..., None]:
     few = total <= 128
     grid = (cut.samples * cut.slabs * tiles.chunks,)
     sizes = (*cut.sizes, tiles.parts, tiles.chunks)
-    moments = Launch(moments_kernel, grid, plane, *sizes, PARTED=parted, **cut.constants)
+    add_stride = cut.strides[-1]
+    moments = Launch(
+        moments_kernel, grid, add_stride, plane, *sizes, PARTED=parted, **cut.constants
+    )
     merge = Launch(
         merge_kernel, (rows,),
         cut.positions, cut.group, tiles.width, tiles.chunks, total, eps,
         PARTED=parted, SB=tiles.tile_positions, BLOCK=128 if few else 1024,
         num_warps=1 if few else 4, enable_fp_fusion=True,
     )  # fmt: skip
-    apply = Launch(forward_apply_kernel, grid, *sizes, silu, PARTED=parted, **cut.constants)
+    numbers = (*cut.strides, *sizes, silu)
+    apply = Launch(forward_apply_kernel, grid, *numbers, PARTED=parted, **cut.constants)
 
     def fill(x, weight, bias, scale, shift, add, y, statistics):
         partial = torch.empty((3, plane), dtype=torch.float32, device=x.device)
         if statistics is None:
             statistics = torch.empty((2, rows), dtype=torch.float32, device=x.device)
         mean, rstd = statistics.unbind()
-        moments(x, add, cut.add_stride, partial)
+        moments(x, add, partial)
         merge(partial, plane, mean, rstd)
-        apply(*cut.operands(x, weight, bias, scale, shift, add), y, mean, rstd)
+        apply(*normalised(x, weight, bias, scale, shift, add), y, mean, rstd)
 
     return fill

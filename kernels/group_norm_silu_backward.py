@@ -17,6 +17,7 @@ from .group_norm_tiles import (
     UNSPECIALIZED,
     Cut,
     coefficients,
+    normalised,
     over_group,
     place,
     prepare,
@@ -77,15 +78,15 @@ def backward_once_kernel(
     bias,
     scale,
     shift,
-    film,
-    scale_stride,
-    shift_stride,
     add,
-    add_stride,
     mean_in,
     rstd_in,
     dx,
     sums,  # (3, N, C): Σ dv, Σ dv·x̂, Σ dx
+    film,
+    scale_stride,
+    shift_stride,
+    add_stride,
     plane,  # N·C
     channels,
     positions,
@@ -142,14 +143,14 @@ def gradient_sums_kernel(
     bias,
     scale,
     shift,
-    film,
-    scale_stride,
-    shift_stride,
     add,
-    add_stride,
     mean_in,
     rstd_in,
     partial,  # (3, N, C, chunks): Σ dv, Σ dv·x̂, Σ x̂
+    film,
+    scale_stride,
+    shift_stride,
+    add_stride,
     plane,  # N·C·chunks
     channels,
     positions,
@@ -189,10 +190,10 @@ def gradient_merge_kernel(
     partial,
     weight,
     scale,
-    film,
-    scale_stride,
     sums,
     constants,  # (2, N, G): c1, c2
+    film,
+    scale_stride,
     partial_plane,
     sums_plane,
     constants_plane,
@@ -253,16 +254,16 @@ def backward_apply_kernel(
     bias,
     scale,
     shift,
-    film,
-    scale_stride,
-    shift_stride,
     add,
-    add_stride,
     mean_in,
     rstd_in,
     dx,
     sums,
     constants,
+    film,
+    scale_stride,
+    shift_stride,
+    add_stride,
     sums_plane,
     constants_plane,
     channels,
@@ -323,11 +324,11 @@ def backward(
     cut = prepare(x, num_groups, scale, shift, add, backward=True)
     fill = _backward_once(cut, silu) if cut.tiles.read_once else _backward_in_chunks(cut, silu)
     finish = finish_for(cut.samples, cut.channels)
-    scale_stride = cut.film[1]
+    scale_stride = cut.strides[1]
 
     def launch(dy, x, weight, bias, scale, shift, add, statistics, dx, *small):
         sums = statistics.new_empty((3, cut.samples, cut.channels))
-        operands = (dy, *cut.operands(x, weight, bias, scale, shift, add), *statistics.unbind())
+        operands = (dy, *normalised(x, weight, bias, scale, shift, add), *statistics.unbind())
         fill(operands, weight, scale, dx, sums)
         if any(gradient is not None for gradient in small):
             finish(sums, sums.stride(0), weight, bias, scale, scale_stride, *small)
@@ -337,9 +338,8 @@ def backward(
 
 def _backward_once(cut: Cut, silu: bool) -> Callable[..., None]:
     grid, plane = (cut.samples * cut.slabs,), cut.samples * cut.channels
-    launch = Launch(
-        backward_once_kernel, grid, plane, *cut.sizes, silu, **cut.exact, **cut.constants
-    )
+    numbers = (*cut.strides, plane, *cut.sizes, silu)
+    launch = Launch(backward_once_kernel, grid, *numbers, **cut.exact, **cut.constants)
     return lambda operands, weight, scale, dx, sums: launch(*operands, dx, sums)
 
 
@@ -350,20 +350,20 @@ def _backward_in_chunks(cut: Cut, silu: bool) -> Callable[..., None]:
     sums_plane = cut.samples * cut.channels
     planes = (sums_plane * tiles.chunks, sums_plane, rows)
     parted = tiles.parts > 1
-    add_up = Launch(gradient_sums_kernel, grid, planes[0], *sizes, PARTED=parted, **cut.constants)
+    how = dict(PARTED=parted, **cut.constants)
+    add_up = Launch(gradient_sums_kernel, grid, *cut.strides, planes[0], *sizes, **how)
     merge = Launch(
         gradient_merge_kernel, (rows,),
-        *planes, cut.channels, cut.positions, cut.group, tiles.chunks,
+        *cut.strides[:2], *planes, cut.channels, cut.positions, cut.group, tiles.chunks,
         CB=32, BLOCK=32, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    apply = Launch(backward_apply_kernel, grid, *planes[1:], *sizes, PARTED=parted, **cut.constants)
-    counts, scale_stride, _ = cut.film
+    apply = Launch(backward_apply_kernel, grid, *cut.strides, *planes[1:], *sizes, **how)
 
     def launch(operands, weight, scale, dx, sums):
         partial, constants = sums.new_empty((3, planes[0])), sums.new_empty((2, rows))
         add_up(*operands, partial)
         stand_in = operands[1] if scale is None else scale
-        merge(partial, weight, stand_in, counts, scale_stride, sums, constants)
+        merge(partial, weight, stand_in, sums, constants)
         apply(*operands, dx, sums, constants)
 
     return launch

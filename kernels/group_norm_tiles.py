@@ -129,8 +129,7 @@ class Cut(NamedTuple):
     channels: int
     positions: int
     slabs: int  # per sample
-    film: tuple[bool, int, int]  # whether scale and shift count, and the strides of their rows
-    add_stride: int
+    strides: tuple[bool, int, int, int]  # whether FiLM counts, then rows: of scale, shift, add
     constants: dict  # of every kernel that places tiles
     exact: dict  # of those that read once: what of the tile they need neither mask nor compute
 
@@ -141,12 +140,11 @@ class Cut(NamedTuple):
         width = self.tiles.width // self.constants["ALIGN"]
         return self.channels, self.positions, self.group, width, self.slabs
 
-    def operands(self, x: Tensor, weight, bias, scale, shift, add) -> tuple:
-        """What a kernel that normalises x is given of them. Without FiLM x stands in for it and is
-        not read: one kernel serves both."""
-        if scale is None:
-            scale = shift = x
-        return x, weight, bias, scale, shift, *self.film, add, self.add_stride
+
+def normalised(x: Tensor, weight, bias, scale, shift, add) -> tuple:
+    """What a kernel that normalises x is given of them. Without FiLM x stands in for it and is not
+    read: one kernel serves both."""
+    return (x, weight, bias, x, x, add) if scale is None else (x, weight, bias, scale, shift, add)
 
 
 def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Cut:
@@ -181,10 +179,8 @@ def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Cut:
         enable_fp_fusion=True,
     )
     slabs = groups * tiles.parts if tiles.parts > 1 else channels // tiles.width
-    add_stride = 0 if add is None else add.stride(0)
-    return Cut(
-        tiles, samples, group, channels, positions, slabs, film, add_stride, constants, exact
-    )
+    strides = (*film, 0 if add is None else add.stride(0))
+    return Cut(tiles, samples, group, channels, positions, slabs, strides, constants, exact)
 
 
 # --- Pieces of the kernels -------------------------------------------------------------------

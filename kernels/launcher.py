@@ -11,7 +11,6 @@ modes for debugging and instrumenting, and in a version that is not known here.
 from typing import Any
 
 import triton
-from torch import Tensor
 from triton import runtime
 from triton.runtime.jit import JITFunction
 
@@ -24,7 +23,7 @@ _run = JITFunction.run
 class Launch:
     """A kernel on a grid, with the arguments that stay: called with those that change.
 
-    A kernel takes what changes first (tensors, None and numbers), then ``numbers``, then its
+    A kernel takes what changes first (tensors, None and integers), then ``numbers``, then its
     constexprs, by name; Triton's options are among ``constants`` too. It runs on the current device
     and stream. No pointer is checked, but by the first call of a kind.
     """
@@ -40,12 +39,12 @@ class Launch:
             return
         driver = runtime.driver.active
         device = driver.get_current_device()
-        key, values = _specialised(changing)
-        found = self.found.get((device, key))
+        key, values = _specialised(device, changing)
+        found = self.found.get(key)
         if found is None:
             compiled = self.kernel[self.grid](*changing, *self.numbers, **self.constants)
             if _is_known(compiled):
-                self.found[device, key] = self._found(compiled, len(changing))
+                self.found[key] = self._found(compiled, len(changing))
             return
         run, function, metadata, rest = found
         stream = driver.get_current_stream(device)
@@ -58,30 +57,30 @@ class Launch:
         return compiled.run, compiled.function, compiled.packed_metadata, rest
 
 
-def _specialised(values: tuple) -> tuple[tuple, list]:
+def _specialised(device: int, values: tuple) -> tuple[tuple, list]:
     """What Triton specialises by, or more, and the values, with addresses for tensors."""
-    kinds: list[Any] = []
+    kinds: list[Any] = [device]
     given: list[Any] = []
     addresses = 0
-    for value in values:
-        kind: Any = type(value)
-        if value is None or kind is float or kind is bool:
-            pass  # typed by their types alone
-        elif kind is int:
-            if -(2**31) <= value < 2**31:
+    try:
+        for value in values:
+            if value is None:
+                kinds.append(None)
+            elif type(value) is int:
                 kind = 1 if value == 1 else 16 if value % 16 == 0 else 0
+                narrow = -(2**31) <= value < 2**31
+                kinds.append(kind if narrow else (kind, value < 2**63))
             else:
-                kind = value < 2**63, value % 16 == 0
-        elif kind is Tensor or isinstance(value, Tensor):
-            kind = value.dtype
-            value = value.data_ptr()
-            addresses |= value
-        else:
-            raise TypeError(f"a launch changes by tensors, None and numbers, not by {value!r}")
-        kinds.append(kind)
-        given.append(value)
+                kinds.append(value.dtype)
+                value = value.data_ptr()
+                addresses |= value
+            given.append(value)
+    except AttributeError:
+        raise TypeError(
+            f"a launch changes by tensors, None and integers, not by {value!r}"
+        ) from None
     if addresses % 16:
-        kinds += [v.data_ptr() % 16 == 0 for v in values if isinstance(v, Tensor)]
+        kinds += [v is not None and v % 16 == 0 for v in given]
     return tuple(kinds), given
 
 
@@ -90,9 +89,9 @@ def _only_launches(kernel: Any) -> bool:
     if not KNOWN or type(kernel) is not JITFunction or JITFunction.run is not _run:
         return False
     knobs = triton.knobs.runtime
-    for hook in (knobs.launch_enter_hook, knobs.launch_exit_hook):
-        if getattr(hook, "calls", hook):  # of a chain of hooks, where it is one
-            return False
+    enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # of a chain, where it is
+        return False
     inspected = getattr(knobs, "add_stages_inspection_hook", None)
     modes = knobs.debug or triton.knobs.compilation.instrumentation_mode or inspected
     return not (modes or kernel.pre_run_hooks)

@@ -18,11 +18,11 @@ from fastdiff.ops.counters import signed
 from .elementwise import (
     BLOCK,
     block_of_program,
+    counted,
     draw,
     elements_from,
     is_wide,
     place,
-    sample_number,
 )
 from .launcher import LARGEST_CACHE, Launch
 from .philox import high_word, low_word, philox_words
@@ -34,12 +34,9 @@ UNSPECIALIZED = ["seed", "step", "first_sample", "channels", "spatial"]
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def normal_kernel(
     out,
-    seed_address,  # int64 on the device, or None: then `seed` counts
-    step_address,
-    first_sample_address,
-    seed,  # the seed's bits as a signed integer
-    step,  # the low 32 bits count
-    first_sample,  # int64, the number's bits
+    step,  # a counter, like the two that follow; its low 32 bits count
+    seed,
+    first_sample,
     channels,
     spatial,
     sample_stride,
@@ -52,10 +49,8 @@ def normal_kernel(
 ):
     sample, first_quad, elements = block_of_program(channels, spatial, BLOCK)
     element = elements_from(first_quad, BLOCK, WIDE)
-    if step_address is not None:
-        step = tl.load(step_address)
-    number = sample_number(first_sample_address, first_sample, sample)
-    z = draw(seed_address, seed, step.to(tl.int64), number, first_quad, BLOCK, EXACT)
+    number = counted(first_sample) + sample
+    z = draw(counted(seed), counted(step), number, first_quad, BLOCK, EXACT)
     at = place(element, spatial, channel_stride, spatial_stride, ONE_RUN)
     to = out + sample * sample_stride + at
     tl.store(to, z.to(out.dtype.element_ty), mask=element < elements)
@@ -82,8 +77,8 @@ def philox_kernel(out, quads, seed, step, sample, first_quad, BLOCK: tl.constexp
 @functools.lru_cache(LARGEST_CACHE)
 def launch_for(samples: int, layout: tuple[int, int, int, int, int], exact: bool) -> Launch:
     """The launch for outputs whose samples stand as ``layout`` says (fastdiff.ops.layouts.Layout);
-    ``exact``: with the CPU's bits. It takes the output, then addresses and numbers of seed, step
-    and first sample."""
+    ``exact``: with the CPU's bits. It fills the output by the counters: step, seed and first
+    sample."""
     channels, spatial, _, _, spatial_stride = layout
     blocks = triton.cdiv(channels * spatial, 4 * BLOCK)
     return Launch(

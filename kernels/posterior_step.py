@@ -21,12 +21,12 @@ from .elementwise import (
     BLOCK,
     WARPS,
     block_of_program,
+    counted,
     draw,
     elements_from,
     is_one_run,
     is_wide,
     place,
-    sample_number,
 )
 from .launcher import Launch
 
@@ -61,15 +61,12 @@ def posterior_step_kernel(
     packed,  # float32 (rows, columns)
     noise,  # or None: drawn, or none
     prev_x_start,  # or None
+    guidance_address,  # or None: then `guidance` counts
     x_prev,
     x_start,  # or None: not wanted
-    step_address,  # int32 or int64 on the device, or None: then `step` counts
-    seed_address,
-    first_sample_address,
-    step,
-    seed,
+    step,  # a counter, like the two that follow
+    seed,  # or None: none is drawn
     first_sample,
-    guidance_address,
     guidance,
     rows,
     channels,
@@ -106,9 +103,7 @@ def posterior_step_kernel(
     element = elements_from(first_quad, BLOCK, WIDE)
     inside = element < elements
 
-    if step_address is not None:
-        step = tl.load(step_address)
-    step = step.to(tl.int64)
+    step = counted(step)
     known = (step >= 0) & (step < rows)
     row = packed + step * len(PLACE)
     a = tl.load(row + PLACE.a, mask=known, other=float("nan"))
@@ -140,8 +135,8 @@ def posterior_step_kernel(
         value = add_term(value, e, before.to(tl.float32))
     if DRAWS or noise is not None:
         if DRAWS:
-            number = sample_number(first_sample_address, first_sample, sample)
-            z = draw(seed_address, seed, step + FIRST_COUNTER_STEP, number, first_quad, BLOCK)
+            number = counted(first_sample) + sample
+            z = draw(counted(seed), step + FIRST_COUNTER_STEP, number, first_quad, BLOCK)
         else:
             z_at = place(element, spatial, noise_channel, noise_spatial, ONE_RUN)
             z = tl.load(noise + sample * noise_sample + z_at, mask=inside).to(tl.float32)
@@ -167,18 +162,20 @@ def launch_for(
     variance_offset: int,  # of that half of the output; negative: it has none
     guidance_offset: int,  # of the unconditional half
     *others: tuple[int, int, int, int],
+    guidance: float,
     draws: bool,
 ) -> Launch:
     """The launch for operands of ``shape`` with the layouts (fastdiff.ops.layouts) of x_t, output,
-    noise, prev_x_start, x_prev and x_start, and a table of so many rows. It takes x_t, output,
-    packed, noise, prev_x_start, x_prev, x_start, then addresses and numbers of the row, seed and
-    first sample, then the guidance scale: its tensor or None, and a float."""
+    noise, prev_x_start, x_prev and x_start, a table of so many rows, and a guidance scale where no
+    tensor says it. It takes x_t, output, packed, noise, prev_x_start, that tensor or None, fills
+    x_prev and x_start, and takes the counters: the row, seed and first sample."""
     layouts = (x_t, output, *others)
     samples, channels, spatial = shape
     blocks = triton.cdiv(channels * spatial, 4 * BLOCK)
     return Launch(
         posterior_step_kernel,
         (samples * blocks,),
+        guidance,
         rows,
         channels,
         spatial,

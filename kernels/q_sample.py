@@ -16,12 +16,12 @@ from .elementwise import (
     BLOCK,
     WARPS,
     block_of_program,
+    counted,
     draw,
     elements_from,
     is_one_run,
     is_wide,
     place,
-    sample_number,
 )
 from .launcher import Launch
 
@@ -33,17 +33,15 @@ TRAINING_STEP_BASE = tl.constexpr(2**31)  # fastdiff.ops.counters
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def q_sample_kernel(
     x_start,
+    noise,  # or None: drawn, or none
     t,  # int64, one a sample
     signal,  # float32 (rows,)
     sigma,
-    noise,  # read, or written where it is drawn; None: neither
     x_t,
-    seed_address,  # int64 on the device, or None: then `seed` counts
-    step_address,
-    first_sample_address,
-    seed,  # the seed's bits as a signed integer
-    step,
-    first_sample,  # int64, the number's bits
+    drawn,  # the noise, as x_t lies; or None: not wanted
+    step,  # a counter, like the two that follow
+    seed,  # or None: none is drawn
+    first_sample,
     rows,
     channels,
     spatial,
@@ -73,15 +71,13 @@ def q_sample_kernel(
     x_at = sample * x_sample + place(element, spatial, x_channel, x_spatial, ONE_RUN)
     value = tl.load(x_start + x_at, mask=inside).to(tl.float32) * signal_t
     if DRAWS:
-        if step_address is not None:
-            step = tl.load(step_address)
-        number = sample_number(first_sample_address, first_sample, sample)
-        counter_step = step.to(tl.int64) + TRAINING_STEP_BASE
-        z = draw(seed_address, seed, counter_step, number, first_quad, BLOCK)
+        counter_step = counted(step) + TRAINING_STEP_BASE
+        number = counted(first_sample) + sample
+        z = draw(counted(seed), counter_step, number, first_quad, BLOCK)
         stored = z.to(x_start.dtype.element_ty)
-        if noise is not None:
-            at = place(element, spatial, noise_channel, noise_spatial, ONE_RUN)
-            tl.store(noise + sample * noise_sample + at, stored, mask=inside)
+        if drawn is not None:
+            at = place(element, spatial, out_channel, out_spatial, ONE_RUN)
+            tl.store(drawn + sample * out_sample + at, stored, mask=inside)
         value = tl.fma(stored.to(tl.float32), tl.zeros_like(value) + sigma_t, value)
     elif noise is not None:
         at = place(element, spatial, noise_channel, noise_spatial, ONE_RUN)
@@ -95,8 +91,8 @@ def launch_for(
     shape: tuple[int, int, int], rows: int, *layouts: tuple[int, int, int, int], draws: bool
 ) -> Launch:
     """The launch for operands of ``shape`` and with these ``layouts`` (fastdiff.ops.layouts), of
-    x_start, noise and x_t, and tables of so many rows. It takes x_start, t, signal, sigma, noise,
-    x_t, then addresses and numbers of seed, training step and first sample."""
+    x_start, noise and x_t, and tables of so many rows. It takes x_start, noise, t, signal, sigma,
+    and fills x_t and drawn, then the counters: training step, seed and first sample."""
     samples, channels, spatial = shape
     blocks = triton.cdiv(channels * spatial, 4 * BLOCK)
     return Launch(

@@ -75,10 +75,13 @@ def named() -> str | None:
     return _named
 
 
+_HERE = contextlib.nullcontext()
+
+
 def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """CUDA kernels are launched on the current device: make that the tensor's."""
     if not x.is_cuda or torch.cuda.current_device() == x.device.index:
-        return contextlib.nullcontext()
+        return _HERE
     return torch.cuda.device(x.device)
 
 
@@ -98,38 +101,25 @@ def _private(path: str) -> Callable[..., Any]:
     return found or _always
 
 
-_LISTENERS = (
-    torch.compiler.is_compiling,
-    _private("_is_tracing"),  # torch.jit.trace
-    _private("_len_torch_dispatch_stack"),  # FakeTensorMode, make_fx, flop counters, …
-    _private("_are_functorch_transforms_active"),  # torch.func
-    _private("_autograd._profiler_enabled"),
-)
 _PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
-
-
-_transforming = _private("_are_functorch_transforms_active")
+_traced = _private("_is_tracing")  # by torch.jit.trace
+_modes = _private("_len_torch_dispatch_stack")  # FakeTensorMode, make_fx, flop counters, …
+_profiled = _private("_autograd._profiler_enabled")
+_transforming = _private("_are_functorch_transforms_active")  # torch.func
 _is_batched = _private("_functorch.is_legacy_batchedtensor")
-
-
-def forward_mode() -> bool:
-    """Whether forward-mode derivatives are taken: through a kernel they would be lost unsaid."""
-    return getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def transforms() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, which only plain PyTorch
-    follows."""
-    return _transforming() or forward_mode()
+    follows: through a kernel their derivatives would be lost unsaid."""
+    return _transforming() or getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def nobody_listens() -> bool:
     """Whether no compiler, transform, mode, profiler or forward-mode derivative wants to know of a
     call. A kernel may then be launched past PyTorch's dispatcher, which halves the call's cost."""
-    for listener in _LISTENERS:
-        if listener():
-            return False
-    return not forward_mode()
+    compiling = torch.compiler.is_compiling()
+    return not (compiling or _traced() or _modes() or transforms() or _profiled())
 
 
 def launches_directly(*arguments: torch.Tensor | None) -> bool:

@@ -92,19 +92,10 @@ def arguments(backend: str, counter: Counter | None, bits: int = 64, base: int =
     return low_bits(base + number, bits), address
 
 
-def addresses_and_numbers(*counters: Counter | None) -> tuple:
-    """What Triton's kernels take for counters: their tensors or None each, then their bits as
-    signed integers, because Triton types an integer by its value; None is 0."""
-    tensors = [None if type(v) is int else v for v in counters]
-    numbers = [signed(v) if type(v) is int else 0 for v in counters]
-    return *tensors, *numbers
-
-
-def noise_arguments(backend: str, counters: Counters, base: int = 0) -> tuple:
-    """What kernels take for seed, step and first sample; Triton's add ``base`` by themselves."""
-    step, seed, first = counters
-    if backend == "triton":
-        return addresses_and_numbers(seed, step, first)
+def noise_arguments(
+    backend: str, step: Counter, seed: Counter | None, first: Counter, base: int
+) -> tuple:
+    """What compiled kernels take for seed, ``base`` + step and first sample."""
     of_step = arguments(backend, step, 32, base)
     return *arguments(backend, seed), *of_step, *arguments(backend, first)
 
@@ -123,34 +114,37 @@ def check_integer(name: str, value: SupportsIndex, limit: int) -> int:
     return number
 
 
-def check_counter(name: str, value: Counter, limit: int, device: torch.device) -> Counter:
-    """``value`` if it is a counter: 0 ≤ value < limit, or an int64 element on ``device``."""
+def check_counter(name: str, value: Counter, limit: int, x: Tensor) -> Counter:
+    """``value`` if it is a counter: 0 ≤ value < limit, or an int64 element on x's device."""
     if type(value) is int and 0 <= value < limit:
         return value
     if not isinstance(value, Tensor):
         return check_integer(name, value, limit)
-    if value.dtype != torch.int64 or value.numel() != 1 or value.device != device:
+    if value.dtype != torch.int64 or value.numel() != 1 or value.device != x.device:
         raise InputError(
             f"{name} is a {value.dtype} tensor of {value.numel()} elements on {value.device}: "
-            f"expected an integer, or an int64 tensor of one element on {device}"
+            f"expected an integer, or an int64 tensor of one element on {x.device}"
         )
     return value
 
 
 def check_seed(value: Counter | None, x: Tensor) -> Counter | None:
     """``value`` if it is a counter for noise that is x's, or None."""
-    return None if value is None else check_counter("seed", value, 2**64, x.device)
+    return None if value is None else check_counter("seed", value, 2**64, x)
 
 
 def check_first_sample(value: Counter, x: Tensor) -> Counter:
     """``value`` if it is a counter from which x's samples have numbers below 2⁶⁴, or a tensor."""
+    if type(value) is int and 0 <= value < 2**63:  # spares a look at x: its samples are fewer
+        return value
     samples = x.shape[:1].numel()
-    return check_counter("first_sample", value, 2**64 + min(1 - samples, 0), x.device)
+    return check_counter("first_sample", value, 2**64 + min(1 - samples, 0), x)
 
 
 def check_counters(
     step: Counter, seed: Counter, first_sample: Counter, steps: int, x: Tensor
-) -> Counters:
+) -> tuple[Counter, Counter, Counter]:
     """The counters of a call whose noise is x's: its step is less than ``steps``."""
-    step = check_counter("step", step, steps, x.device)
-    return Counters(step, check_seed(seed, x), check_first_sample(first_sample, x))
+    step = check_counter("step", step, steps, x)
+    seed = check_counter("seed", seed, 2**64, x)
+    return step, seed, check_first_sample(first_sample, x)

@@ -6,7 +6,6 @@ Where nobody listens and no subclass is among the tensors, a call goes past PyTo
 which halves its cost.
 """
 
-import itertools
 import operator
 import typing
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from fastdiff.errors import InputError
 from fastdiff.ops import backends
-from fastdiff.ops.counters import SCHEMA, Counters
+from fastdiff.ops.counters import SCHEMA, Counter, Counters
 
 Outputs = tuple[Any, ...]  # tensors, or None where one is not wanted
 LARGEST_CACHE = 2048
@@ -32,12 +31,12 @@ _SCHEMAS: dict[Any, str] = {
 class Kernel:
     """An operation's kernels: ``fastdiff::name`` for PyTorch, and a launch of its own beside it.
 
-    ``record`` is a NamedTuple of tensors, then of numbers and names, and of Counters at the end or
-    nowhere. ``allocate(call)`` makes the outputs (N of them; the operator returns an empty tensor
-    in the place of None), ``plan(call)`` what fills them: ``launch(*tensors, *outputs, *counters)``
-    is kept for calls alike, as is that ``check(call)`` refused nothing: both look at shapes,
-    strides, dtypes and devices of the tensors, at numbers and names, and of Counters at whether
-    they have a seed.
+    ``record`` is a NamedTuple of tensors, then of numbers and names, and of the fields of Counters
+    at the end or nowhere. ``allocate(call)`` makes the outputs (N of them; the operator returns an
+    empty tensor in the place of None), ``plan(call)`` what fills them: ``launch(*tensors,
+    *outputs, *counters)`` is kept for calls alike, as is that ``check(call)`` refused nothing: both
+    look at shapes, strides, dtypes and devices of the tensors, at numbers and names, and of
+    counters at whether there is a seed.
     ``readable(call)`` is the call with copies of the tensors that no kernel reads as they stand.
     """
 
@@ -56,13 +55,12 @@ class Kernel:
         fields = typing.get_type_hints(record)
         self.kinds = list(fields.values())
         self.tensors = sum(kind in (Tensor, Tensor | None) for kind in self.kinds)
-        self.plain = len(self.kinds) - (self.kinds[-1] is Counters)  # what is no Counters
+        self.counted = self.kinds[-1] == Counter
+        self.plain = len(self.kinds) - len(Counters._fields) * self.counted  # what is no counter
         self.plans: dict[tuple, Any] = {}
         self.eager: Any = None  # an autograd Function's apply, where there are gradients
-        schema = [
-            SCHEMA if kind is Counters else f"{_SCHEMAS[kind]} {field}"
-            for field, kind in fields.items()
-        ]
+        plain = list(fields.items())[: self.plain]
+        schema = [f"{_SCHEMAS[kind]} {field}" for field, kind in plain] + [SCHEMA] * self.counted
         returns = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
         _LIBRARY.define(f"{name}({', '.join(schema)}) -> {returns}")
         for key in ("CPU", "CUDA"):
@@ -79,12 +77,13 @@ class Kernel:
         return self.eager(*call) if wants_gradient else self.run(call)
 
     def run(self, call: Any) -> Outputs:
-        launch = self.launch_of(call)
+        tensors = call[: self.tensors]
+        launch = self._launch(call, tensors)
         outputs = self.allocate(call)
         if launch is None:
             found = zip(outputs, self.run(self.readable(call)), strict=True)
             return tuple(None if room is None else room.copy_(v) for room, v in found)
-        given = (*call[: self.tensors], *outputs, *call[self.plain :])
+        given = (*tensors, *outputs, *call[self.plain :])
         if outputs[0].is_cpu:
             launch(*given)
         else:
@@ -92,14 +91,13 @@ class Kernel:
                 launch(*given)
         return outputs
 
-    def launch_of(self, call: Any) -> Any:
+    def _launch(self, call: Any, tensors: tuple[Any, ...]) -> Any:
         """What fills the outputs of calls like this one; None where kernels read copies only."""
         described = [  # to ask whether it is contiguous costs less than its strides
             None if v is None else (v.shape, v.dtype, v.device, v.is_contiguous() or v.stride())
-            for v in call[: self.tensors]
+            for v in tensors
         ]
-        draws = [counters.seed is None for counters in call[self.plain :]]
-        key = (*described, *call[self.tensors : self.plain], *draws)
+        key = (*described, *call[self.tensors : self.plain], self.counted and call.seed is None)
         launch = self.plans.get(key, self)
         if launch is self:
             self.check(call)
@@ -125,8 +123,8 @@ class Kernel:
 
     def dispatch(self, call: Any) -> Outputs:
         """The outputs through PyTorch's dispatcher."""
-        flat = [w for v in call for w in (v.flat() if isinstance(v, Counters) else (v,))]
-        outputs = self.operator(*flat)
+        counters = Counters(*call[self.plain :]).flat() if self.counted else ()
+        outputs = self.operator(*call[: self.plain], *counters)
         return (outputs,) if isinstance(outputs, Tensor) else outputs
 
     def _operate(self, function: Callable[[Any], Outputs], values: tuple[Any, ...]) -> Any:
@@ -138,9 +136,8 @@ class Kernel:
 
     def _built(self, flat: tuple[Any, ...]) -> Any:
         """The record of an operator's values."""
-        rest = iter(flat)
-        joined = lambda: Counters.joined(*itertools.islice(rest, 4))  # noqa: E731
-        return self.record(*(joined() if kind is Counters else next(rest) for kind in self.kinds))
+        counters = Counters.joined(*flat[self.plain :]) if self.counted else ()
+        return self.record(*flat[: self.plain], *counters)
 
     def differentiate(self, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
         """Gradients: ``setup(ctx, call, outputs)`` keeps what ``backward(ctx, grad)`` needs for the

@@ -59,7 +59,7 @@ class Operation:
             self.on_cpu = Choice(self.name, "native", "the C++ kernel serves every CPU call")
 
     def _without_gradients(self, x: Tensor, *others: Any, **named: Any) -> Choice:
-        wanted = wants_gradient(x, *others, *named.values())
+        wanted = wants_gradient(x, *others) or wants_gradient(*named.values())
         return choose(self, x, NO_GRADIENTS if wanted else "")
 
 
@@ -114,10 +114,11 @@ def default(op: Operation, device: torch.device, dtype: torch.dtype) -> tuple[st
     """(backend, reason): the kernels of the device, CUDA C++ where it is measured faster."""
     if dtype not in KERNEL_DTYPES:
         return "reference", f"the kernels take float32, bfloat16 and float16, not {short(dtype)}"
-    if device.type == "cpu":
+    kind = device.type
+    if kind == "cpu":
         return op.on_cpu[1:]
-    if device.type != "cuda":
-        return "reference", f"there are no kernels for {device.type} devices"
+    if kind != "cuda":
+        return "reference", f"there are no kernels for {kind} devices"
     if "triton" not in op.kernels and "cuda" not in op.kernels:
         return "reference", f"there is no kernel of {op.name} for GPUs"
     triton = backends.HAS_TRITON and "triton" in op.kernels

@@ -369,15 +369,15 @@ def test_triton_compiles_without_a_gpu_and_without_spills(capability, tmp_path, 
     from fastdiff.kernels.posterior_step import PLACE, WARPS, posterior_step_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    numbers = {"seed": "i64", "first_sample": "i64", "guidance": "fp32"}
+    numbers = {"step": "i32", "seed": "i64", "first_sample": "i64", "guidance": "fp32"}
     states = ("x_t", "prev_x_start", "x_prev", "x_start", "packed", "guidance_address")
-    counters = ("step_address", "seed_address", "first_sample_address")
-    pointers = dict.fromkeys(states, "*fp32") | dict.fromkeys(counters, "*i64")
+    pointers = dict.fromkeys(states, "*fp32")
+    pointers |= dict.fromkeys(("step", "seed", "first_sample"), "*i64")
     for output, extra, one_run in (
         ("*bf16", {"noise": None}, True),
         ("*fp32", {"noise": None}, False),
-        ("*fp32", {"noise": "*fp32", "prev_x_start": None, "step_address": None}, True),
-        ("*bf16", {"noise": None} | dict.fromkeys(counters), True),
+        ("*fp32", {"noise": "*fp32", "prev_x_start": None, "step": "i32"}, True),
+        ("*bf16", {"noise": None} | numbers, True),
     ):
         flags = dict.fromkeys(("LEARNED", "GUIDED"), extra["noise"] is None)
         flags |= {
@@ -386,7 +386,7 @@ def test_triton_compiles_without_a_gpu_and_without_spills(capability, tmp_path, 
             "WIDE": False,
             "PLACE": PLACE,
         }
-        types = pointers | numbers | {"output": output} | extra
+        types = pointers | {"guidance": "fp32", "output": output} | extra
         compiled = compile_for(capability, posterior_step_kernel, types, flags, num_warps=WARPS)
         assert not spilled(compiled, tmp_path)
 
@@ -403,8 +403,7 @@ def test_triton_draws_in_few_instructions(dtype, x_start, most, tmp_path, monkey
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = dict.fromkeys(("x_t", "output", "x_prev"), f"*{dtype}") | {"x_start": x_start}
     types |= {"packed": "*fp32", "seed": "i64", "first_sample": "i64", "guidance": "fp32"}
-    counters = ("step_address", "seed_address", "first_sample_address")
-    types |= dict.fromkeys((*counters, "guidance_address", "noise", "prev_x_start"))
+    types |= dict.fromkeys(("guidance_address", "noise", "prev_x_start"))
     flags = dict(LEARNED=False, GUIDED=False, DRAWS=True, ONE_RUN=True, WIDE=False, PLACE=PLACE)
     strides = (f"{name}_sample" for name in ("x", "output", "prev", "start"))
     aligned = ("x_t", "output", "x_prev", "x_start", "spatial", *strides)

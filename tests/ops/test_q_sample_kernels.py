@@ -357,17 +357,15 @@ def test_triton_compiles_without_a_gpu_and_without_spills(capability, tmp_path, 
     from fastdiff.kernels.q_sample import WARPS, q_sample_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    wide = {"seed": "i64", "first_sample": "i64", "t": "*i64"}
-    tables = {"signal": "*fp32", "sigma": "*fp32"}
+    tables = {"signal": "*fp32", "sigma": "*fp32", "t": "*i64"}
     for dtype, one_run in (("*fp32", True), ("*bf16", False)):
-        pointers = {"x_start": dtype, "noise": dtype, "x_t": dtype, **tables, **wide}
-        for addresses in (True, False):
-            names = ("seed_address", "step_address", "first_sample_address")
-            devices = dict.fromkeys(names, "*i64" if addresses else None)
+        pointers = {"x_start": dtype, "noise": None, "x_t": dtype, "drawn": dtype, **tables}
+        for counter in ("*i64", "i64"):
+            counters = dict.fromkeys(("step", "seed", "first_sample"), counter)
             compiled = compile_for(
                 capability,
                 q_sample_kernel,
-                pointers | devices,
+                pointers | counters,
                 {"DRAWS": True, "ONE_RUN": one_run, "WIDE": False},
                 num_warps=WARPS,
             )
@@ -376,19 +374,19 @@ def test_triton_compiles_without_a_gpu_and_without_spills(capability, tmp_path, 
 
 @pytest.mark.seconds
 @pytest.mark.parametrize(
-    ("dtype", "noise", "most"),
+    ("dtype", "drawn", "most"),
     [("fp32", None, 30), ("fp32", "*fp32", 31), ("bf16", None, 34), ("bf16", "*bf16", 35)],
 )
-def test_triton_draws_in_few_instructions(dtype, noise, most, tmp_path, monkeypatch):
+def test_triton_draws_in_few_instructions(dtype, drawn, most, tmp_path, monkeypatch):
     pytest.importorskip("triton")
     from fastdiff.kernels.q_sample import q_sample_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    types = {"x_start": f"*{dtype}", "x_t": f"*{dtype}", "noise": noise, "t": "*i64"}
+    types = {"x_start": f"*{dtype}", "x_t": f"*{dtype}", "drawn": drawn, "t": "*i64"}
     types |= {"signal": "*fp32", "sigma": "*fp32", "seed": "i64", "first_sample": "i64"}
-    types |= dict.fromkeys(("seed_address", "step_address", "first_sample_address"))
+    types["noise"] = None
     flags = {"DRAWS": True, "ONE_RUN": True, "WIDE": False}
-    aligned = ("x_start", "x_t", "noise", "x_sample", "noise_sample", "out_sample", "spatial")
+    aligned = ("x_start", "x_t", "drawn", "x_sample", "noise_sample", "out_sample", "spatial")
     assert instructions_drawing(q_sample_kernel, types, flags, aligned, tmp_path) <= most
 
 

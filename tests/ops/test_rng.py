@@ -401,19 +401,17 @@ def test_triton_kernels_compile_without_a_gpu(capability, tmp_path, monkeypatch)
     from fastdiff.kernels.normal import BLOCK, normal_kernel, philox_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for kernel, out, addresses, one_run in (  # of exact normals
-        (normal_kernel, "*fp32", False, True),
-        (normal_kernel, "*bf16", True, False),
-        (philox_kernel, "*i32", None, None),
+    for kernel, out, counter, one_run in (  # of exact normals
+        (normal_kernel, "*fp32", "i64", True),
+        (normal_kernel, "*bf16", "*i64", False),
+        (philox_kernel, "*i32", "i64", None),
     ):
         constants = {"BLOCK": BLOCK}
-        signature = {name: "i64" for name in kernel.arg_names} | {"out": out}
+        signature = dict.fromkeys(kernel.arg_names, "i64") | {"out": out}
+        signature |= dict.fromkeys(("step", "seed"), counter)
         if one_run is not None:
             constants |= {"ONE_RUN": one_run, "WIDE": not one_run, "EXACT": True}
-            for name in ("seed_address", "step_address", "first_sample_address"):
-                signature[name] = "*i64"
-                if not addresses:
-                    constants[name] = None
+            signature["first_sample"] = counter
         signature |= {name: "constexpr" for name in constants}
         compiled = triton.compile(
             ASTSource(kernel, signature, constants),

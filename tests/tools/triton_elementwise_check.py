@@ -96,9 +96,9 @@ def check_q_sample():
     from fastdiff.kernels.q_sample import launch_for
 
     x_t, layout = torch.empty(2, 5), (0, 5, 0, 1)
-    tensors = (torch.randn(2, 5), torch.tensor([10, 3]), signal, sigma, None, x_t)
+    tensors = (torch.randn(2, 5), None, torch.tensor([10, 3]), signal, sigma, x_t, None)
     launch = launch_for((2, 1, 5), 10, layout, layout, layout, draws=False)
-    launch(*tensors, None, None, None, 0, 0, 0)
+    launch(*tensors, 0, None, 0)
     assert x_t.isnan().all(1).tolist() == [True, False]
 
 

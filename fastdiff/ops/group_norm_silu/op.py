@@ -59,15 +59,15 @@ def group_norm_silu(
     Source: Wu & He 2018, equation 1; FiLM as in Nichol & Dhariwal 2021, section 3.
     """
     check_x(OP, x)
-    nc = x.shape[:2]
-    if not isinstance(num_groups, int) or num_groups < 1 or nc[1] % num_groups:
+    channels = x.shape[1]
+    if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
         raise InputError(
-            f"{OP}: num_groups={num_groups!r}; expected an int that divides x's {nc[1]} channels"
+            f"{OP}: num_groups={num_groups!r}; expected an int that divides x's {channels} channels"
         )
     check_activation(OP, activation)
     operands = (x, weight, bias, scale, shift, add)
     training = dispatch.wants_gradient(*operands)
-    backend = choose(*operands).backend
+    backend = _choose(x, training).backend
     call = Arguments(*operands, num_groups, float(eps), activation is not None, backend, training)
     if backend == "reference":
         _check(call)
@@ -78,9 +78,13 @@ def group_norm_silu(
 
 def choose(x: Tensor, *others: Any, **options: Any) -> Choice:
     """Which backend serves this call, and why (``fastdiff.explain``)."""
-    small = x.is_cpu and x.dtype == torch.float32 and 0 < x.numel() <= SMALL and x.is_contiguous()
-    trains = small and dispatch.wants_gradient(x, *others, *options.values())
-    return dispatch.choose(OPERATION, x, rule=(lambda: PYTORCH_TRAINS) if trains else None)
+    return _choose(x, dispatch.wants_gradient(x, *others, *options.values()))
+
+
+def _choose(x: Tensor, training: bool) -> Choice:
+    small = training and x.is_cpu and x.dtype == torch.float32 and 0 < x.numel() <= SMALL
+    rule = (lambda: PYTORCH_TRAINS) if small and x.is_contiguous() else None
+    return dispatch.choose(OPERATION, x, rule=rule)
 
 
 OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton", "cuda"), choose)

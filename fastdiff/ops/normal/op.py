@@ -35,11 +35,10 @@ from fastdiff.errors import InputError
 from fastdiff.ops import backends, dispatch, native
 from fastdiff.ops.counters import (
     X_T_STEP,
-    Counters,
+    Counter,
     arguments,
     check_counters,
     low_bits,
-    noise_arguments,
 )
 from fastdiff.ops.dispatch import Operation
 from fastdiff.ops.layouts import Layout, sample_layout
@@ -48,6 +47,7 @@ from fastdiff.ops.normal.reference import reference_sample
 
 EXACT_VARIABLE = "FASTDIFF_EXACT_NORMALS"
 FAST_ERROR = 1.2e-5  # of a normal that a GPU draws, absolute
+Numbers = tuple[Counter, Counter, Counter]  # step, seed, first sample
 MAX_SAMPLE_ELEMENTS = 2**34  # a 32-bit counter word of four elements each
 # The first that serves is chosen. Not among the OPERATIONS: it is no function of tensors.
 KERNELS = ("native", "cuda", "triton")
@@ -112,11 +112,10 @@ def drawn_apart(backend: str) -> bool:
     return _exact and backend in ("triton", "cuda")
 
 
-def draw_at(counters: Counters, base: int, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def draw_at(counters: Numbers, base: int, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The noise of a fused operation on x by itself, in x's layout and, unless ``dtype`` is given,
     in x's own dtype; the operation's steps are the generator's from ``base`` on."""
     step, seed, first_sample = counters
-    assert seed is not None
     step = (step.long() if isinstance(step, Tensor) else step) + base
     out = torch.empty_like(x, dtype=dtype, requires_grad=False)
     return normal(tuple(out.shape), seed=seed, step=step, first_sample=first_sample, out=out)
@@ -149,14 +148,12 @@ def _choose(out: Tensor, backend: str | None) -> str:
     return backend
 
 
-def _launch(backend: str, out: Tensor, layout: Layout, counters: Counters, exact: bool) -> None:
+def _launch(backend: str, out: Tensor, layout: Layout, counters: Numbers, exact: bool) -> None:
     step, seed, first_sample = counters
-    assert seed is not None
     if backend == "triton":
         from fastdiff.kernels import normal as kernels
 
-        launch = kernels.launch_for(out.shape[0], layout, exact)
-        launch(out, *noise_arguments(backend, counters))
+        kernels.launch_for(out.shape[0], layout, exact)(out, *counters)
         return
     given = arguments(backend, seed), arguments(backend, step, 32), arguments(backend, first_sample)
     numbers, *addresses = zip(*given, strict=True)
@@ -166,12 +163,10 @@ def _launch(backend: str, out: Tensor, layout: Layout, counters: Counters, exact
     native.launch("normal", backend, out, fill, *itertools.chain(*addresses), *exactly)
 
 
-def _fill_by_reference(out: Tensor, counters: Counters) -> None:
+def _fill_by_reference(out: Tensor, counters: Numbers) -> None:
     # float64 arithmetic, which some accelerators lack: those are served from the CPU.
     device = out.device if out.device.type in ("cpu", "cuda") else torch.device("cpu")
-    assert counters.seed is not None
-    seed, step = low_bits(counters.seed, 64), low_bits(counters.step, 32)
-    first = low_bits(counters.first_sample, 64)
+    step, seed, first = map(low_bits, counters, (32, 64, 64))
     for i, sample in enumerate(out):
         number = low_bits(first + i, 64)
         values = reference_sample(
@@ -220,7 +215,8 @@ def _check_out(out: Tensor, shape: tuple[int, ...]) -> None:
         raise InputError(f"out has shape {tuple(out.shape)}: expected {shape}")
     if out.requires_grad:
         raise InputError("out requires grad: expected a tensor that autograd does not track")
-    overlapping = out.numel() > 0 and any(
+    overlapping = out.numel() > 0 and 0 in out.stride()
+    overlapping = overlapping and any(
         size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)
     )
     if overlapping or out.layout != torch.strided:

@@ -12,7 +12,7 @@ from fastdiff.methods.table import StepTable
 from fastdiff.ops import counters, layouts, native
 from fastdiff.ops.backends import KERNEL_DTYPES as DTYPES
 from fastdiff.ops.checks import check_tensor, refusal
-from fastdiff.ops.counters import Counters, addresses_and_numbers, arguments, value_or_address
+from fastdiff.ops.counters import Counter, arguments, value_or_address
 from fastdiff.ops.differentiable import Kernel
 from fastdiff.ops.dispatch import OPERATIONS, Operation
 from fastdiff.ops.layouts import Maybe
@@ -79,9 +79,10 @@ def posterior_step(
     backend = OPERATION.choose(x_t, model_output, noise, prev_x_start, guidance_scale).backend
     noise, prev_x_start = noise if noisy else None, prev_x_start if multistep else None
     seed = counters.check_seed(seed, x_t) if noisy else None
-    drawn = Counters(step, seed, counters.check_first_sample(first_sample, x_t))
+    first_sample = counters.check_first_sample(first_sample, x_t)
     if seed is not None and (backend == "reference" or drawn_apart(backend)):
-        noise, drawn = draw_at(drawn, FIRST_COUNTER_STEP, x_t, torch.float32), Counters(step)
+        drawn = (step, seed, first_sample)
+        noise, seed = draw_at(drawn, FIRST_COUNTER_STEP, x_t, torch.float32), None
     # The native kernel looks at a step tensor by itself, where it runs at all; those for GPUs
     # answer NaN, emulated or not: looking would stall.
     if (backend == "reference" or x_t.numel() == 0) and isinstance(step, Tensor) and step.is_cpu:
@@ -95,7 +96,8 @@ def posterior_step(
     scale = None if by_tensor or guidance_scale is None else float(guidance_scale)
     call = Arguments(
         x_t, model_output, table.packed, noise, prev_x_start, guidance, scale,
-        table.doubled_output, table.learned_variance, return_x_start, backend, drawn,
+        table.doubled_output, table.learned_variance, return_x_start, backend,
+        step, seed, first_sample,
     )  # fmt: skip
     if backend == "reference":
         _check(call)
@@ -165,7 +167,9 @@ class Arguments(NamedTuple):
     learned_variance: bool
     returns_both: bool
     backend: str
-    counters: Counters  # their step is the table's row
+    step: Counter  # the table's row
+    seed: Counter | None
+    first_sample: Counter
 
     @property
     def guidance(self) -> float | Tensor | None:
@@ -177,7 +181,7 @@ def _layout(call: Arguments) -> Any:
     x_prev = torch.empty_like(call.x_t)
     given = (call.x_t if v is None else v for v in (call.noise, call.prev_x_start))
     operands = [call.x_t, call.model_output[:batch, :channels], *given, x_prev, x_prev]
-    return layouts.common_layout(operands, counted=call.counters.seed is not None)
+    return layouts.common_layout(operands, counted=call.seed is not None)
 
 
 def _readable(call: Arguments) -> Arguments:
@@ -198,18 +202,13 @@ def _plan(call: Arguments) -> Any:
     if backend == "triton":
         from fastdiff.kernels.posterior_step import launch_for
 
-        launch: Any = launch_for(*described, draws=call.counters.seed is not None)
-    else:
-        plan = native.library().PosteriorStep(*described)
-        launch = functools.partial(native.launch_on, OP, backend, plan)
+        return launch_for(*described, guidance=scale, draws=call.seed is not None)
+    plan = native.library().PosteriorStep(*described)
+    launch = functools.partial(native.launch_on, OP, backend, plan)
 
     def fill(*given: Any) -> None:
-        *read, guidance, x_prev, x_start, (step, seed, first_sample) = given
+        *read, guidance, x_prev, x_start, step, seed, first_sample = given
         tensors = (*read, x_prev, x_start)
-        if backend == "triton":
-            numbers = addresses_and_numbers(step, seed, first_sample)
-            launch(*tensors, *numbers, guidance, scale)
-            return
         wide_step = isinstance(step, Tensor) and step.dtype == torch.int64
         row = (*value_or_address(step), wide_step, scale, address(guidance))
         noise = *arguments(backend, seed), FIRST_COUNTER_STEP, *arguments(backend, first_sample)

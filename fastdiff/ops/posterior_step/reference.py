@@ -36,7 +36,7 @@ def posterior_step(
 def of_call(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """(x_prev, x_start) of a call's record (``Arguments`` of op.py), in the dtype of x_t."""
     x_t, packed, noise, before = call.x_t, call.packed, call.noise, call.prev_x_start
-    step = call.counters.step
+    step = call.step
     if isinstance(step, torch.Tensor):  # a gather on the device: no synchronisation
         row = packed.index_select(0, step.reshape(1))[0]
     else:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastdiff.checks import check_float, check_like, check_timesteps, timestep_error
 from fastdiff.errors import InputError
 from fastdiff.ops import dispatch, layouts, native
-from fastdiff.ops.counters import TRAINING_STEP_BASE, Counters, check_counters, noise_arguments
+from fastdiff.ops.counters import TRAINING_STEP_BASE, Counter, check_counters, noise_arguments
 from fastdiff.ops.differentiable import Kernel, Outputs
 from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
 from fastdiff.ops.layouts import Maybe
@@ -56,22 +56,23 @@ def q_sample(
     signal, sigma = sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod
     check_float(x_start, "x_start")
     backend = choose(x_start, t, signal, sigma).backend
-    counters = Counters()
     if noise is not None and seed is not None:
         raise InputError("q_sample takes noise or seed, not both")
-    if noise is None and seed is None:
-        noise = draw_like(x_start)
-    elif seed is not None:
-        counters = check_counters(step, seed, first_sample, 2**32 - TRAINING_STEP_BASE, x_start)
+    if seed is not None:
+        steps = 2**32 - TRAINING_STEP_BASE
+        step, seed, first_sample = check_counters(step, seed, first_sample, steps, x_start)
+    else:
+        noise = draw_like(x_start) if noise is None else noise
+        step = first_sample = 0  # nothing counts
     returned = noise is None and return_noise
-    call = Arguments(x_start, noise, t, signal, sigma, returned, backend, counters)
+    call = Arguments(x_start, noise, t, signal, sigma, returned, backend, step, seed, first_sample)
     # The native kernel looks at t by itself, where it runs at all; those for GPUs answer NaN. What
     # is left on the CPU is Triton's interpreter.
     if backend == "reference" or (x_start.is_cpu and (backend == "triton" or not x_start.numel())):
         _check(call, look=True)
     if seed is not None and (backend == "reference" or drawn_apart(backend)):
-        noise = draw_at(counters, TRAINING_STEP_BASE, x_start)
-        call = call._replace(noise=noise, counters=Counters())
+        noise = draw_at((step, seed, first_sample), TRAINING_STEP_BASE, x_start)
+        call = call._replace(noise=noise, seed=None)
     if backend == "reference":
         assert noise is not None
         x_t = reference_q_sample(x_start, t.long(), signal, sigma, noise)
@@ -105,7 +106,9 @@ class Arguments(NamedTuple):
     sigma: Tensor
     returns_both: bool
     backend: str
-    counters: Counters  # their step is the training step's number
+    step: Counter = 0  # the training step's number
+    seed: Counter | None = None
+    first_sample: Counter = 0
 
 
 def _check(call: Arguments, *, look: bool = False) -> None:
@@ -126,7 +129,7 @@ def _check(call: Arguments, *, look: bool = False) -> None:
 def _layout(call: Arguments) -> Any:
     x_t = torch.empty_like(call.x_start)
     operands = [call.x_start, x_t if call.noise is None else call.noise, x_t]
-    return layouts.common_layout(operands, counted=call.counters.seed is not None)
+    return layouts.common_layout(operands, counted=call.seed is not None)
 
 
 def _readable(call: Arguments) -> Arguments:
@@ -144,19 +147,15 @@ def _plan(call: Arguments) -> Any:
     if backend == "triton":
         from fastdiff.kernels.q_sample import launch_for
 
-        launch: Any = launch_for(*described, draws=call.counters.seed is not None)
-    else:
-        plan = native.library().QSample(*described)
-        launch = functools.partial(native.launch_on, OP, backend, plan)
+        return launch_for(*described, draws=call.seed is not None)
+    plan = native.library().QSample(*described)
+    launch = functools.partial(native.launch_on, OP, backend, plan)
 
     def fill(*given: Any) -> None:
-        x_start, noise, t, signal, sigma, x_t, drawn, counters = given
-        draws = counters.seed is not None
+        x_start, noise, t, signal, sigma, x_t, drawn, step, seed, first_sample = given
+        draws = seed is not None
         tensors = (x_start, t, signal, sigma, drawn if draws else noise, x_t)
-        numbers = noise_arguments(backend, counters, TRAINING_STEP_BASE)
-        if backend == "triton":
-            launch(*tensors, *numbers)
-            return
+        numbers = noise_arguments(backend, step, seed, first_sample, TRAINING_STEP_BASE)
         bad = launch(tensors, draws, *numbers)
         if bad is not None and bad >= 0:
             raise timestep_error(int(t[bad]), signal.shape[0])
@@ -180,7 +179,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Maybe, ...]:
     t, signal, sigma = ctx.saved_tensors
 
     def scaled(grad: Tensor, by: Tensor, other: Tensor) -> Maybe:
-        call = Arguments(grad, None, t, by, other, False, ctx.backend, Counters())
+        call = Arguments(grad, None, t, by, other, False, ctx.backend)
         return _kernel(call, dispatch.wants_gradient(grad))[0]
 
     x_start = scaled(grad, signal, sigma) if ctx.needs_input_grad[0] else None
