@@ -13,7 +13,13 @@ import torch
 
 from fastdiff.checkpoints.run_directory import identify, list_checkpoints, require_run
 from fastdiff.commands.data_options import KINDS_OF_DATA, reading_options
-from fastdiff.commands.train_options import DEFAULT_PRESET, add_arguments, part_of
+from fastdiff.commands.train_options import (
+    DEFAULT_PRESET,
+    add_arguments,
+    given_settings,
+    part_of,
+    recipe_of,
+)
 from fastdiff.data import ImageDataset, load_dataset
 from fastdiff.errors import InputError
 from fastdiff.models import presets
@@ -32,7 +38,7 @@ TRAINING_ONLY = {"dropout", "use_checkpoint"}
 
 
 def run(args: argparse.Namespace) -> int:
-    given, run_dir = vars(args), Path(args.out)
+    given, run_dir = given_settings(args), Path(args.out)
     ranks = join(given.get("device"), given.get("train.rank_minutes", TrainConfig.rank_minutes))
     quiet = redirect_stdout(None) if ranks.rank else nullcontext()
     with ranks.heard(), quiet:
@@ -114,7 +120,7 @@ def _parts(given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         **reading_options(given),
     }
     dataset = _load(source, None if init is None else init.info.get("class_names"))
-    info = {"preset": preset.name, "data": source}
+    info = {"preset": preset.name, "data": source, "recipe": recipe_of(given, preset.name)}
     torch.manual_seed(config.seed)
     lines = ""
     if init is None:
