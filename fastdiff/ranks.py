@@ -261,6 +261,17 @@ def _number(name: str, default: int) -> int:
         raise InputError(f"the environment's {name} is {text!r}, expected a number") from None
 
 
+@contextmanager
+def said_by_first() -> Iterator[None]:
+    """Before the ranks have met: an error that every one of them finds is the first one's to say."""
+    try:
+        yield
+    except InputError:
+        if _number("RANK", 0):
+            raise SystemExit(2) from None
+        raise
+
+
 def join(device: str | None, minutes: float = DRAWING) -> Ranks:
     """Meet the other processes; without torchrun's environment there are none.
 

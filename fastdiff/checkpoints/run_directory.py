@@ -1,8 +1,8 @@
 """What a folder is (a training run's, a checkpoint, something else), and a run's checkpoints.
 
-A run leaves config.json, checkpoints/step_XXXXXXXX (the newest of them last), averages/ (snapshots
-of them), metrics.jsonl, tensorboard/, samples/, loss_curve.png and .lock. Only a folder that shows
-it is a run is written into.
+A run leaves config.json, run.toml, checkpoints/step_XXXXXXXX (the newest of them last), averages/
+(snapshots of them), metrics.jsonl, tensorboard/, samples/, loss_curve.png and .lock. Only a folder
+that shows it is a run is written into.
 """
 
 import json

@@ -26,7 +26,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--skip-broken",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         default=argparse.SUPPRESS,
         help="leave out image files that cannot be read, and say which; decodes every file once "
         "before anything else",

@@ -13,13 +13,19 @@ import torch
 from fastdiff.checkpoints.run_directory import identify, list_checkpoints, require_run
 from fastdiff.commands.data_options import KINDS_OF_DATA, reading_options
 from fastdiff.commands.output import said_once
-from fastdiff.commands.train_options import DEFAULT_PRESET, add_arguments, part_of
+from fastdiff.commands.train_options import (
+    DEFAULT_PRESET,
+    add_arguments,
+    given_settings,
+    part_of,
+    recipe_of,
+)
 from fastdiff.data import ImageDataset, load_dataset
 from fastdiff.errors import InputError
 from fastdiff.models import presets
 from fastdiff.models.unet import UNet
 from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
-from fastdiff.ranks import Ranks, join
+from fastdiff.ranks import Ranks, join, said_by_first
 from fastdiff.training import TrainConfig, Trainer
 from fastdiff.training.init import Init, describe_init, fit_to_init, read_init
 from fastdiff.training.network import label_argument
@@ -32,7 +38,8 @@ TRAINING_ONLY = {"dropout", "use_checkpoint"}
 
 
 def run(args: argparse.Namespace) -> int:
-    given, run_dir = vars(args), Path(args.out)
+    with said_by_first():
+        given, run_dir = given_settings(args), Path(args.out)
     ranks = join(given.get("device"), given.get("train.rank_minutes", TrainConfig.rank_minutes))
     with ranks.heard(), said_once(ranks):
         ours = f"trains into {run_dir.resolve()}"
@@ -117,7 +124,7 @@ def _parts(given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         **reading_options(given),
     }
     dataset = _load(source, None if init is None else init.info.get("class_names"))
-    info = {"preset": preset.name, "data": source}
+    info = {"preset": preset.name, "data": source, "recipe": recipe_of(given, preset.name)}
     torch.manual_seed(config.seed)
     lines = ""
     if init is None:

@@ -5,13 +5,15 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastdiff.commands.data_options import KINDS_OF_DATA, add_reading_arguments
+from fastdiff.commands.config_file import read_config
+from fastdiff.commands.data_options import KINDS_OF_DATA, READING, add_reading_arguments
 from fastdiff.models import presets
 from fastdiff.process.losses import LOSS_TYPES
 from fastdiff.process.reverse import MEAN_TYPES, VAR_TYPES
 from fastdiff.training import TrainConfig
 
 DEFAULT_PRESET = "digits"
+DATA = ("data", "eval_data", "image_size", "channels", "class_cond", *READING)
 METAVARS: dict[Any, str] = {int: "N", float: "X", str: "NAME"}
 
 
@@ -50,23 +52,46 @@ MODEL_FLAGS: dict[str, tuple[Any, str]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.argument_default = argparse.SUPPRESS
     _add_run_flags(parser)
+    _add_start_flags(parser)
+    _add_data_flags(parser)
     _add_train_flags(parser.add_argument_group("training (a preset has its own defaults)"))
     _add_model_flags(parser.add_argument_group("network (defaults: the preset's)"))
     _add_diffusion_flags(parser.add_argument_group("diffusion (defaults: the preset's)"))
 
 
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What flags say, and where they do not, the file of --config."""
+    given = vars(args)
+    if "config" not in given:
+        return given
+    parts = {
+        "": _add_start_flags,
+        "data": _add_data_flags,
+        "train": _add_train_flags,
+        "model": _add_model_flags,
+        "diffusion": _add_diffusion_flags,
+    }
+    return {**read_config(given["config"], parts), **given}
+
+
+def recipe_of(given: Mapping[str, Any], preset: str) -> dict[str, Any]:
+    """What starts this run again, as --config takes it; but for [train], which the run knows."""
+    return {
+        "preset": preset,
+        **{name: given[name] for name in ("init", "init_weights") if name in given},
+        "data": {name: given[name] for name in DATA if name in given},
+        "model": part_of(given, "model"),
+        "diffusion": part_of(given, "diffusion"),
+    }
+
+
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="RUN_DIR", help="where everything goes")
     parser.add_argument(
-        "--data",
-        metavar="SPEC",
-        help=f"{KINDS_OF_DATA}; needed unless a run is resumed",
-    )
-    parser.add_argument(
-        "--preset",
-        metavar="NAME",
-        help=f"network, diffusion and hyperparameters to start from (default: {DEFAULT_PRESET}): "
-        + ", ".join(presets.names()),
+        "--config",
+        metavar="FILE",
+        help="settings in TOML: preset, init, and the tables [data], [train], [model] and "
+        "[diffusion] of flags by their names; flags override them. A run leaves its own run.toml",
     )
     parser.add_argument(
         "--resume",
@@ -77,6 +102,17 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--data-changed",
         action="store_true",
         help="resume on other images than before (fewer, more): their order starts anew",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_start_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help=f"network, diffusion and hyperparameters to start from (default: {DEFAULT_PRESET}): "
+        + ", ".join(presets.names()),
     )
     parser.add_argument(
         "--init",
@@ -90,6 +126,14 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="of --init: 'ema' (its slowest average that has forgotten the untrained weights, else "
         "its model; the default), 'model', or an average",
     )
+
+
+def _add_data_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        metavar="SPEC",
+        help=f"{KINDS_OF_DATA}; needed unless a run is resumed",
+    )
     parser.add_argument("--image-size", type=int, help="resize and centre-crop images to this side")
     parser.add_argument("--channels", type=int, choices=(1, 3, 4), help="grey, RGB or RGBA")
     parser.add_argument(
@@ -101,8 +145,6 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eval-data", metavar="SPEC", help="images for bits/dim (default: the training images)"
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def _add_train_flags(group: Any) -> None:

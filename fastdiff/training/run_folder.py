@@ -9,6 +9,7 @@ from typing import Any
 from fastdiff.checkpoints.run_directory import RUN_KIND, held, list_checkpoints, require_run
 from fastdiff.errors import InputError
 from fastdiff.files import replace_text
+from fastdiff.toml import to_toml
 
 
 @contextmanager
@@ -29,6 +30,10 @@ def opened(run_dir: Path, newest: Path | None, settings: Mapping[str, Any]) -> I
         _check_newest(run_dir, newest)
         text = json.dumps({"kind": RUN_KIND, **settings}, indent=2) + "\n"
         replace_text(run_dir / "config.json", text)
+        recipe = settings["info"].get("recipe")
+        if recipe is not None:  # of the command line's, which can start the run again
+            document = to_toml({**recipe, "train": settings["train"]})
+            replace_text(run_dir / "run.toml", f"# fastdiff train --config run.toml\n\n{document}")
         yield
 
 

@@ -108,6 +108,7 @@ def test_flags_reach_network_process_and_trainer(tmp_path, images, capsys):
         "config.json",
         "loss_curve.png",
         "metrics.jsonl",
+        "run.toml",
         "samples",
     }
 
