@@ -9,6 +9,7 @@ import datetime
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -298,23 +299,25 @@ def join(device: str | None, minutes: float = DRAWING) -> Ranks:
     if on_gpus:
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(choose_device(device))
+    attempt = _attempt(rank, count) if _has_agent() else "only"
     if not torch.distributed.is_initialized():
-        _meet("nccl" if on_gpus else "gloo", rank, count)
+        _meet("nccl" if on_gpus else "gloo", rank, count, attempt)
     limit = datetime.timedelta(minutes=minutes)
     group = torch.distributed.new_group(backend="gloo", timeout=limit)
-    threading.Thread(target=_beat, args=(_store(_attempt()), rank), daemon=True).start()
-    return Ranks(rank, count, device, group, _store(_attempt()), _memory(), minutes)
+    threading.Thread(target=_beat, args=(_store(attempt), rank), daemon=True).start()
+    return Ranks(rank, count, device, group, _store(attempt), _memory(), minutes)
 
 
-def _meet(backend: str, rank: int, count: int) -> None:
-    """``init_process_group``. torchrun's agents keep their store when they start processes again,
-    and gloo would wait for those that it finds there: each attempt has names of its own."""
+def _meet(backend: str, rank: int, count: int, attempt: str) -> None:
+    """``init_process_group``, under names that no earlier attempt has left in the agent's store:
+    torch's own are the same each time, and gloo would wait for processes that are gone
+    (github.com/pytorch/pytorch/issues/135712)."""
     arrival = datetime.timedelta(minutes=ARRIVAL)
     if not _has_agent():
         torch.distributed.init_process_group(backend, timeout=arrival)
         return
     torch.distributed.init_process_group(
-        backend, store=_store(f"torch/{_attempt()}"), rank=rank, world_size=count, timeout=arrival
+        backend, store=_store(f"torch/{attempt}"), rank=rank, world_size=count, timeout=arrival
     )
 
 
@@ -329,10 +332,29 @@ def _has_agent() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _attempt() -> str:
-    """What tells these processes from those that torchrun started before, more of them or fewer."""
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return f"{restarts} of {os.environ['WORLD_SIZE']}"
+def _attempt(rank: int, count: int) -> str:
+    """A name for these processes, which torchrun may have started in place of others.
+
+    Its count of restarts is each agent's own. So rank 0 names them, and answers all who say hello,
+    those of earlier attempts too, until each of its own has taken the name.
+    """
+    store, mine = _store("meeting"), uuid.uuid4().hex
+    store.set(f"hello/{rank}", mine)
+    if rank:
+        name = store.get(mine).decode()
+        store.set(f"{name}/{rank}", "")
+        return name
+    end = time.monotonic() + 60 * ARRIVAL
+    missing = list(range(1, count))
+    while missing:
+        if time.monotonic() > end:
+            raise LostRank(f"ranks {missing} of {count} have not come within {ARRIVAL:g} minutes")
+        for other in missing:
+            if store.check([f"hello/{other}"]):
+                store.set(store.get(f"hello/{other}"), mine)
+        missing = [other for other in missing if not store.check([f"{mine}/{other}"])]
+        time.sleep(0.01)
+    return mine
 
 
 def _memory() -> Any:

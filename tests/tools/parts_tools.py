@@ -146,7 +146,6 @@ class Group:
         ``fault``: (rank, its name). ``after``: the group in whose place torchrun starts this one.
         """
         self.log = folder / "log"
-        self.attempt = 0 if after is None else after.attempt + 1
         if after is None:
             self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         else:
@@ -161,7 +160,6 @@ class Group:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(self.store.port),
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
-                "TORCHELASTIC_RESTART_COUNT": str(self.attempt),
             }
             each = not callable(argv) and isinstance(argv[0], list)
             own = argv[rank] if each else argv

@@ -196,7 +196,7 @@ def test_a_forgotten_resume_is_refused_as_often_as_torchrun_tries(cifar, alone, 
     assert sorted(path.name for path in alone.rglob("*")) == before
 
 
-@pytest.mark.seconds
+@pytest.mark.long
 def test_torchrun_loses_a_process_starts_again_and_is_stopped(cifar, alone, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     argv = torchrun(command(cifar, run, "--steps", "1000000"), "--max-restarts", "1")
