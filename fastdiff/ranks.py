@@ -264,7 +264,7 @@ def _number(name: str, default: int) -> int:
 
 @contextmanager
 def said_by_first() -> Iterator[None]:
-    """Before the ranks have met: an error that every one of them finds is the first one's to say."""
+    """Before the ranks have met: an error that all of them find is said by the first."""
     try:
         yield
     except InputError:
