@@ -70,6 +70,8 @@ class Reports:
                 values["loss_scale"] = trainer.update.scaler.get_scale()
             values["samples"] = trainer.step * config.batch_size
             values["steps_per_second"] = self._steps_per_second(trainer.step)
+            steps_left = config.steps - trainer.step
+            values["seconds_left"] = steps_left / values["steps_per_second"]
             self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         if trainer.due(config.nll_every):
             with trainer.averaged():
@@ -85,8 +87,9 @@ class Reports:
         return values
 
     def _steps_per_second(self, step: int) -> float:
-        """Since the last call, whatever happened in between."""
+        """Since the last call, whatever happened in between; of all ranks, which go in step."""
         now = time.monotonic()
-        rate = (step - self._clock[0]) / max(now - self._clock[1], 1e-9)
+        # A line that an error had kept back is of steps before this clock: one step stands for it.
+        rate = max(step - self._clock[0], 1) / max(now - self._clock[1], 1e-9)
         self._clock = step, now
         return rate

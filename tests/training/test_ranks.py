@@ -4,7 +4,6 @@ gloo's processes on CPUs, started as torchrun starts them.
 """
 
 import itertools
-import json
 import os
 import pickle
 import signal
@@ -18,6 +17,7 @@ import torch
 from fastdiff.checkpoints.run_directory import list_checkpoints
 from fastdiff.cli import main
 from parts_tools import WAIT, Group, forkserver
+from training_tools import read_lines
 
 SMALL = (
     "--preset iddpm-cifar10 --model-channels 32 --channel-mult 1 --num-res-blocks 1 "
@@ -72,8 +72,7 @@ def alone(cifar, tmp_path_factory):
 
 
 def lines(run):
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "steps_per_second"} for line in found]
+    return read_lines(run)
 
 
 def assert_same_run(run, expected, tolerance=SAME):
@@ -215,7 +214,7 @@ def test_ranks_that_disagree(cifar, start, tmp_path):
         ("nan", "the loss or its gradient is not finite at step 5"),
         ("read", "'a.png' cannot be decoded"),
         ("step", "no memory for the activations"),
-        ("shape", "rank 1 has a batch of (3, 3, 32, 32), rank 0 one of (4, 3, 32, 32)"),
+        ("shape", "x of the batch is (3, 3, 32, 32) torch.uint8 on rank 1 and (4, 3, 32, 32)"),
         ("disk", "No space left on device"),
     ],
 )
