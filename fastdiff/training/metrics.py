@@ -3,17 +3,17 @@
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError
 from fastdiff.files import replace_text
-from fastdiff.optional import require
 from fastdiff.ranks import ALONE, Ranks
+from fastdiff.training.boards import Board
 
 QUARTILES = 4
 OF_STEPS = ("grad_norm", "skipped_steps")  # the same on every rank; the others are of its samples
@@ -129,29 +129,28 @@ class IntervalMeter:
 
 
 class MetricsWriter:
-    """Writes metrics.jsonl (one JSON object per logged step) and TensorBoard event files.
+    """Writes metrics.jsonl, one JSON object per logged step, and to ``boards``.
 
     Opened at a step > 0, it first drops what an earlier process recorded past that step, so that
     a resumed run leaves neither a gap nor a duplicate.
     """
 
-    def __init__(self, run_dir: Path, step: int, tensorboard: bool) -> None:
+    def __init__(self, run_dir: Path, step: int, boards: Sequence[Board]) -> None:
         self.path = run_dir / "metrics.jsonl"
-        self.board = open_tensorboard(run_dir / "tensorboard", step) if tensorboard else None
+        self.boards = boards
         truncate_metrics(self.path, step)
         self.file = open(self.path, "a", encoding="utf-8")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+        for board in self.boards:
+            board.write(step, values)
 
     def write_images(self, step: int, name: str, images: Tensor) -> None:
         """``images``: uint8 (N, C, H, W)."""
-        if self.board is not None:
-            self.board.add_images(name, images, step)
+        for board in self.boards:
+            board.write_images(step, name, images)
 
     def sync(self) -> None:
         """Put the lines on disk: a checkpoint must never be newer than the metrics before it."""
@@ -169,24 +168,11 @@ class MetricsWriter:
     ) -> None:
         try:
             self.file.close()
-            if self.board is not None:
-                self.board.close()
+            for board in self.boards:
+                board.close()
         except OSError:
             if error is None:  # a full disk is reported by whoever met it first
                 raise
-
-
-def open_tensorboard(directory: Path, step: int) -> Any:
-    require("tensorboard", "train")
-    try:
-        str(directory).encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"TensorBoard cannot write into '{directory}', whose name is not UTF-8: choose another "
-            "folder, or give --no-tensorboard (in Python tensorboard=False)"
-        ) from None
-    writer = require("torch.utils.tensorboard", "train").SummaryWriter
-    return writer(str(directory), purge_step=step + 1)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fastdiff.images import save_grid
 from fastdiff.training import preview
+from fastdiff.training.boards import open_boards
 from fastdiff.training.metrics import MetricsWriter
 from fastdiff.training.progress import progress_bar
 
@@ -35,7 +36,8 @@ class Reports:
         self._clock = trainer.step, time.monotonic()
         with contextlib.ExitStack() as stack:
             if first:
-                writer = MetricsWriter(trainer.run_dir, self.done, config.tensorboard)
+                boards = open_boards(trainer.run_dir, self.done, config, trainer.info)
+                writer = MetricsWriter(trainer.run_dir, self.done, boards)
                 self.metrics = stack.enter_context(writer)
             bar = progress_bar(config.steps, trainer.step, trainer.show_progress and first)
             self.bar = stack.enter_context(bar)

@@ -3,6 +3,7 @@ exactly."""
 
 import contextlib
 import os
+import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -117,6 +118,8 @@ class Trainer:
             self.self_condition = SelfCondition(
                 config.self_condition, diffusion, config.seed, self.device
             )
+        if config.wandb:
+            self.info.setdefault("wandb", uuid.uuid4().hex)  # which run it is there
         self.ranks.agree(facts(self))
 
         self.description = self.ranks.together(lambda: saved.model_config(model))
