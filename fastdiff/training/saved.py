@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoints.checkpoint import load
+from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.network import Given, described
 from fastdiff.checkpoints.weights import load_json, load_tensors
 from fastdiff.data.loaders import LoaderStream
@@ -21,7 +21,7 @@ from fastdiff.models.wrappers import plain_name, plain_state, unwrapped
 from fastdiff.ranks import ALONE, Ranks
 from fastdiff.training.batches import size_of
 from fastdiff.training.config import TrainConfig
-from fastdiff.training.state import prefixed, with_prefix
+from fastdiff.training.state import prefixed, prune_checkpoints, with_prefix
 
 if TYPE_CHECKING:
     from fastdiff.training.trainer import Trainer
@@ -57,7 +57,7 @@ def read_checkpoint(path: Path, model: Given = None) -> SavedRun:
     Raises InputError naming the file that is missing or damaged.
     """
     try:
-        loaded = load(path, weights="model", model=model)
+        loaded = checkpoint.load(path, weights="model", model=model)
         record = load_json(path, STATE)
         _freeze(loaded.model, record.get("frozen", []))
         return SavedRun(
@@ -155,6 +155,35 @@ def record_of(trainer: "Trainer") -> dict[str, Any]:
             for name, parameter in trainer.model.named_parameters()
             if not parameter.requires_grad
         ],
+    }
+
+
+def write(trainer: "Trainer", path: Path, shares: Mapping[str, Tensor] | None) -> None:
+    """The checkpoint ``path`` of the trainer as it is; older ones than are kept go.
+
+    ``shares``: as :func:`tensors_of`'s.
+    """
+    checkpoint.save(
+        path,
+        trainer.model,
+        diffusion=trainer.diffusion,
+        ema=trainer.ema,
+        step=trainer.step,
+        info=trainer.info,
+        extra_tensors={STATE: tensors_of(trainer, shares)},
+        extra_json={STATE: record_of(trainer)},
+    )
+    if trainer.ranks.rank == 0:
+        prune_checkpoints(trainer.run_dir, trainer.config.keep)
+
+
+def settings_of(trainer: "Trainer") -> dict[str, Any]:
+    """What a run's config.json says."""
+    return {
+        "train": trainer.config.to_dict(),
+        "model": trainer.description,
+        "diffusion": trainer.diffusion.to_config(),
+        "info": trainer.info,
     }
 
 

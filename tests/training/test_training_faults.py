@@ -243,7 +243,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoints(tmp_path):
         {"ema": (0.9, 0.9)},
         {"label_dropout": 1.0},
         {"timestep_sampler": "best"},
-        {"dtype": "float16"},
+        {"dtype": "float64"},
         {"nll_images": 1},
         {"max_minutes": -1.0},
         {"keep": -1},
