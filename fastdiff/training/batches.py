@@ -71,20 +71,24 @@ def batches_of(data: Any, config: TrainConfig, ranks: Ranks, device: torch.devic
     )
 
 
+def form_of(batch: Any) -> dict[str, str]:
+    """The shape and dtype of x and of each of the network's arguments."""
+    x, given = batch
+    parts = {"y": given} if isinstance(given, Tensor) else given
+    return {n: f"{tuple(v.shape)} {v.dtype}" for n, v in {"x": x, **parts}.items()}
+
+
 class Form:
-    """What all batches of a run have in common: the shapes and dtypes of the first, which is
-    looked at."""
+    """What all batches of a run have in common: the form of the first, which is looked at."""
 
     def __init__(self) -> None:
         self.first: dict[str, str] | None = None
 
     def checked(self, batch: Any) -> Any:
         """``batch``. InputError where it cannot be trained on, or is not as those before."""
-        x, given = batch
-        parts = {"y": given} if isinstance(given, Tensor) else given
-        form = {n: f"{tuple(v.shape)} {v.dtype}" for n, v in {"x": x, **parts}.items()}
+        form = form_of(batch)
         if self.first is None:
-            _look(x)
+            _look(batch[0])
             self.first = form
         if form != self.first:
             name = next(n for n in {**self.first, **form} if form.get(n) != self.first.get(n))

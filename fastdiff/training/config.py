@@ -107,6 +107,7 @@ class TrainConfig:
     )
     max_minutes: float = setting(0.0, "stop and save after this wall-clock time (0: no limit)")
     tensorboard: bool = setting(True, "write TensorBoard event files")
+    wandb: str = setting("", "project of Weights & Biases to log to as well (none: not)")
 
     def __post_init__(self) -> None:
         for name in ("betas", "ema", "ema_sigma_rel"):

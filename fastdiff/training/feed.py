@@ -1,7 +1,7 @@
 """What a step begins with: this rank's part of the batch, and what is drawn for it."""
 
 import zlib
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from fastdiff.errors import InputError
 from fastdiff.images import to_float
 from fastdiff.ranks import Ranks
 from fastdiff.training import network
-from fastdiff.training.batches import Batch, Batches, Form
+from fastdiff.training.batches import Batch, Batches, Form, form_of
 from fastdiff.training.config import TrainConfig
 
 
@@ -65,23 +65,28 @@ class Feed:
         torch.manual_seed(int(seed))
 
     def _read(self, step: int) -> Any:
-        """The next batch of the stream, where every rank has one, and of one shape."""
+        """The next batch of the stream, where every rank has one, and all are of one form."""
         try:
-            batch = self.form.checked(next(self.stream))
+            batch = next(self.stream)
+            form = form_of(batch)
         except Exception:
             self.ranks.numbers(1, 0)
             raise
-        shape = batch[0].shape
-        found = self.ranks.numbers(0, zlib.crc32(repr((batch[0].dtype, shape)).encode()))
+        found = self.ranks.numbers(0, zlib.crc32(repr(form).encode()))
         if found[:, 0].any():
             raise SystemExit(2)  # the rank that failed says why
         if (found[:, 1] != found[0, 1]).any():
-            shapes = self.ranks.gather(tuple(shape))
-            rank = next(i for i, other in enumerate(shapes) if other != shapes[0])
-            if self.ranks.rank:
-                raise SystemExit(2)
-            raise InputError(
-                f"at step {step + 1} rank {rank} has a batch of {shapes[rank]}, rank 0 one of "
-                f"{shapes[0]}: give every rank the same number of samples of one shape"
-            )
-        return batch
+            self._refuse(step, self.ranks.gather(form))
+        return self.form.checked(batch)
+
+    def _refuse(self, step: int, forms: list[dict[str, str]]) -> NoReturn:
+        """End where the ranks' batches have other ``forms``: the first rank says how."""
+        if self.ranks.rank:
+            raise SystemExit(2)
+        rank, other = next((i, f) for i, f in enumerate(forms) if f != forms[0])
+        name = next(n for n in {**forms[0], **other} if other.get(n) != forms[0].get(n))
+        raise InputError(
+            f"at step {step + 1} {name} of the batch is {other.get(name, 'missing')} on rank "
+            f"{rank} and {forms[0].get(name, 'missing')} on rank 0: give every rank the same "
+            "number of samples of one shape"
+        )

@@ -36,6 +36,13 @@ class Init:
     def path(self) -> str:
         return str(self.record["path"])
 
+    def process(self, given: Any) -> Any:
+        """``given``, else the checkpoint's. InputError where there is neither."""
+        found = given or self.diffusion
+        if found is None:
+            raise InputError(f"{self.path} holds a network without its process: give diffusion=")
+        return found
+
 
 def read_init(
     source: str | os.PathLike[str], weights: str | float = "ema", model: Given = None

@@ -1,18 +1,19 @@
 """What a run measures: sums kept on the device between log lines, and the files they end up in."""
 
 import json
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError
 from fastdiff.files import replace_text
-from fastdiff.optional import require
 from fastdiff.ranks import ALONE, Ranks
+from fastdiff.training.boards import Board
 
 QUARTILES = 4
 OF_STEPS = ("grad_norm", "skipped_steps")  # the same on every rank; the others are of its samples
@@ -24,6 +25,9 @@ class IntervalMeter:
     ``add`` costs no host-device synchronisation; ``summary`` costs one. Each loss term is kept
     overall and per quartile of the timestep, q0 holding the least noisy ones; of a continuous
     process, whose t is in [0, 1), ``num_timesteps`` is 1.
+
+    The gradient has no quartiles: its norm for each would be four backward passes, and what is
+    cheap, the gradient by the network's output, is the loss again.
     """
 
     def __init__(self, num_timesteps: int, device: torch.device) -> None:
@@ -40,10 +44,14 @@ class IntervalMeter:
     def add(self, t: Tensor, weights: Tensor, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
         """Count one step. ``t`` (N,), ``weights`` (N,), every loss term (N,)."""
         quartile = t * QUARTILES // self.num_timesteps
-        member = ((quartile == self.groups) | (self.groups < 0)).float()  # (5, N)
-        self._accumulate("weights", member @ weights.float())
+        # (5, N) in float64: of the squares much is subtracted again.
+        member = ((quartile == self.groups) | (self.groups < 0)).double()
+        weights = weights.double()
+        self._accumulate("counts", member.sum(1))
+        self._accumulate("weights", member @ weights)
         for name, values in losses.items():
-            self._accumulate(f"loss.{name}", member @ (values.float() * weights))
+            self._accumulate(f"loss.{name}", member @ (values.double() * weights))
+        self._accumulate("squares", member @ (losses["loss"].double() ** 2 * weights))
         fine = torch.isfinite(grad_norm)
         self._accumulate("grad_norm", torch.where(fine, grad_norm.float(), 0.0))
         self._accumulate("skipped_steps", (~fine).float())
@@ -70,8 +78,10 @@ class IntervalMeter:
 
         The overall means are of the importance-weighted losses, which is what the optimizer
         sees; a quartile's mean is divided by its own weights, so that it estimates the mean over
-        that quartile's timesteps however they were drawn. Steps whose gradients overflowed, which
-        changed nothing, are counted ("skipped_steps", where there were any) and have no norm.
+        that quartile's timesteps however they were drawn; "loss_q0_std" and so on are the standard
+        deviations of its samples' losses, where it had two or more. Steps whose gradients
+        overflowed, which changed nothing, are counted ("skipped_steps", where there were any) and
+        have no norm.
         """
         if self.steps == 0:
             return {}
@@ -82,7 +92,7 @@ class IntervalMeter:
         rows = {}
         for name in names:
             rows[name], flat = flat[: self.sums[name].numel()], flat[self.sums[name].numel() :]
-        weights = rows.pop("weights")
+        weights, counts, squares = (rows.pop(name) for name in ("weights", "counts", "squares"))
         norm, skipped = (rows.pop(name)[0] for name in OF_STEPS)
         result = {"grad_norm": norm / max(1, self.steps - skipped)}
         if skipped:
@@ -93,6 +103,10 @@ class IntervalMeter:
             for q in range(QUARTILES):
                 if weights[q + 1] > 0:
                     result[f"{term}_q{q}"] = row[q + 1] / weights[q + 1]
+        for q in range(QUARTILES):
+            if counts[q + 1] > 1:
+                variance = squares[q + 1] / weights[q + 1] - result[f"loss_q{q}"] ** 2
+                result[f"loss_q{q}_std"] = math.sqrt(max(variance, 0.0))
         self.reset()
         return result
 
@@ -115,29 +129,28 @@ class IntervalMeter:
 
 
 class MetricsWriter:
-    """Writes metrics.jsonl (one JSON object per logged step) and TensorBoard event files.
+    """Writes metrics.jsonl, one JSON object per logged step, and to ``boards``.
 
     Opened at a step > 0, it first drops what an earlier process recorded past that step, so that
     a resumed run leaves neither a gap nor a duplicate.
     """
 
-    def __init__(self, run_dir: Path, step: int, tensorboard: bool) -> None:
+    def __init__(self, run_dir: Path, step: int, boards: Sequence[Board]) -> None:
         self.path = run_dir / "metrics.jsonl"
-        self.board = open_tensorboard(run_dir / "tensorboard", step) if tensorboard else None
+        self.boards = boards
         truncate_metrics(self.path, step)
         self.file = open(self.path, "a", encoding="utf-8")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+        for board in self.boards:
+            board.write(step, values)
 
     def write_images(self, step: int, name: str, images: Tensor) -> None:
         """``images``: uint8 (N, C, H, W)."""
-        if self.board is not None:
-            self.board.add_images(name, images, step)
+        for board in self.boards:
+            board.write_images(step, name, images)
 
     def sync(self) -> None:
         """Put the lines on disk: a checkpoint must never be newer than the metrics before it."""
@@ -155,24 +168,11 @@ class MetricsWriter:
     ) -> None:
         try:
             self.file.close()
-            if self.board is not None:
-                self.board.close()
+            for board in self.boards:
+                board.close()
         except OSError:
             if error is None:  # a full disk is reported by whoever met it first
                 raise
-
-
-def open_tensorboard(directory: Path, step: int) -> Any:
-    require("tensorboard", "train")
-    try:
-        str(directory).encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"TensorBoard cannot write into '{directory}', whose name is not UTF-8: choose another "
-            "folder, or give --no-tensorboard (in Python tensorboard=False)"
-        ) from None
-    writer = require("torch.utils.tensorboard", "train").SummaryWriter
-    return writer(str(directory), purge_step=step + 1)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

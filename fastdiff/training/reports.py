@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fastdiff.images import save_grid
 from fastdiff.training import preview
+from fastdiff.training.boards import open_boards
 from fastdiff.training.metrics import MetricsWriter
 from fastdiff.training.progress import progress_bar
 
@@ -35,7 +36,8 @@ class Reports:
         self._clock = trainer.step, time.monotonic()
         with contextlib.ExitStack() as stack:
             if first:
-                writer = MetricsWriter(trainer.run_dir, self.done, config.tensorboard)
+                boards = open_boards(trainer.run_dir, self.done, config, trainer.info)
+                writer = MetricsWriter(trainer.run_dir, self.done, boards)
                 self.metrics = stack.enter_context(writer)
             bar = progress_bar(config.steps, trainer.step, trainer.show_progress and first)
             self.bar = stack.enter_context(bar)
@@ -70,6 +72,8 @@ class Reports:
                 values["loss_scale"] = trainer.update.scaler.get_scale()
             values["samples"] = trainer.step * config.batch_size
             values["steps_per_second"] = self._steps_per_second(trainer.step)
+            steps_left = config.steps - trainer.step
+            values["seconds_left"] = steps_left / values["steps_per_second"]
             self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         if trainer.due(config.nll_every):
             with trainer.averaged():
@@ -85,8 +89,9 @@ class Reports:
         return values
 
     def _steps_per_second(self, step: int) -> float:
-        """Since the last call, whatever happened in between."""
+        """Since the last call, whatever happened in between; of all ranks, which go in step."""
         now = time.monotonic()
-        rate = (step - self._clock[0]) / max(now - self._clock[1], 1e-9)
+        # A line that an error had kept back is of steps before this clock: one step stands for it.
+        rate = max(step - self._clock[0], 1) / max(now - self._clock[1], 1e-9)
         self._clock = step, now
         return rate

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoints.checkpoint import load, whole_averages
+from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.checkpoint import whole_averages
 from fastdiff.checkpoints.network import Given, described
 from fastdiff.checkpoints.snapshots import write_snapshot
 from fastdiff.checkpoints.weights import load_json, load_tensors
@@ -23,7 +24,7 @@ from fastdiff.models.wrappers import plain_name, plain_state, unwrapped
 from fastdiff.ranks import ALONE, Ranks
 from fastdiff.training.batches import size_of
 from fastdiff.training.config import TrainConfig
-from fastdiff.training.state import prefixed, with_prefix
+from fastdiff.training.state import prefixed, prune_checkpoints, with_prefix
 
 if TYPE_CHECKING:
     from fastdiff.training.trainer import Trainer
@@ -59,7 +60,7 @@ def read_checkpoint(path: Path, model: Given = None) -> SavedRun:
     Raises InputError naming the file that is missing or damaged.
     """
     try:
-        loaded = load(path, weights="model", model=model)
+        loaded = checkpoint.load(path, weights="model", model=model)
         record = load_json(path, STATE)
         _freeze(loaded.model, record.get("frozen", []))
         return SavedRun(
@@ -170,6 +171,35 @@ def take_snapshot(trainer: "Trainer") -> None:
             write_snapshot(trainer.run_dir, trainer.step, averages)
 
     (trainer.ranks.together if trainer.is_spread else trainer.ranks.on_first)(work)
+
+
+def write(trainer: "Trainer", path: Path, shares: Mapping[str, Tensor] | None) -> None:
+    """The checkpoint ``path`` of the trainer as it is; older ones than are kept go.
+
+    ``shares``: as :func:`tensors_of`'s.
+    """
+    checkpoint.save(
+        path,
+        trainer.model,
+        diffusion=trainer.diffusion,
+        ema=trainer.ema,
+        step=trainer.step,
+        info=trainer.info,
+        extra_tensors={STATE: tensors_of(trainer, shares)},
+        extra_json={STATE: record_of(trainer)},
+    )
+    if trainer.ranks.rank == 0:
+        prune_checkpoints(trainer.run_dir, trainer.config.keep)
+
+
+def settings_of(trainer: "Trainer") -> dict[str, Any]:
+    """What a run's config.json says."""
+    return {
+        "train": trainer.config.to_dict(),
+        "model": trainer.description,
+        "diffusion": trainer.diffusion.to_config(),
+        "info": trainer.info,
+    }
 
 
 def restore(trainer: "Trainer", read: SavedRun, data_changed: bool) -> None:

@@ -6,6 +6,8 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+from fastdiff.ranks import Ranks
+
 
 class StopRequest:
     """While entered, the first Ctrl-C or SIGTERM only sets ``requested``; a second Ctrl-C raises.
@@ -44,6 +46,13 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         return self.signal is not None or self.out_of_time
+
+    def asked_of(self, ranks: Ranks) -> bool:
+        """Whether some rank is asked to stop: all of them do, after the same step, and in the way
+        that the signal would have it."""
+        found = ranks.numbers(int(self.requested), self.signal or 0).amax(0).tolist()
+        self.signal = found[1] or self.signal  # one may have come meanwhile
+        return bool(found[0])
 
     @property
     def out_of_time(self) -> bool:

@@ -3,6 +3,7 @@ exactly."""
 
 import contextlib
 import os
+import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,17 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.network import Given
 from fastdiff.checkpoints.run_directory import checkpoint_path, held, newest_checkpoint, require_run
 from fastdiff.checks import choose_device
 from fastdiff.data import ImageDataset, match_classes
 from fastdiff.data.words import TIMESTEPS
-from fastdiff.errors import InputError
 from fastdiff.models import shards
 from fastdiff.models.ema import EMA
 from fastdiff.ranks import ALONE, Ranks, join
-from fastdiff.training import network, preview, saved, state
+from fastdiff.training import network, preview, saved
 from fastdiff.training.batches import Batches, batches_of, describe
 from fastdiff.training.checks import checked, facts, match_eval
 from fastdiff.training.config import TrainConfig
@@ -33,7 +32,7 @@ from fastdiff.training.noise import Noise
 from fastdiff.training.reports import Reports
 from fastdiff.training.rescue import rescued
 from fastdiff.training.run_folder import opened
-from fastdiff.training.saved import STATE, SavedRun, read_checkpoint
+from fastdiff.training.saved import SavedRun, read_checkpoint
 from fastdiff.training.self_condition import SelfCondition
 from fastdiff.training.step import backward
 from fastdiff.training.stop import StopRequest
@@ -117,6 +116,8 @@ class Trainer:
             self.self_condition = SelfCondition(
                 config.self_condition, diffusion, config.seed, self.device
             )
+        if config.wandb:
+            self.info.setdefault("wandb", uuid.uuid4().hex)  # which run it is there
         self.ranks.agree(facts(self))
 
         self.description = self.ranks.together(lambda: saved.model_config(model))
@@ -175,10 +176,8 @@ class Trainer:
         if init.warning is not None:
             warnings.warn(init.warning, RuntimeWarning, stacklevel=2)
         data = fit_to_init(init, data)
-        process = diffusion or init.diffusion
-        if process is None:
-            raise InputError(f"{init.path} holds a network without its process: give diffusion=")
         facts = {**(info or {}), "init": init.record}
+        process = init.process(diffusion)
         return cls(init.model, process, data, config, run_dir, info=facts, **options)
 
     @classmethod
@@ -266,15 +265,10 @@ class Trainer:
             InputError: an image could not be read; or run_dir is not this run's, or another process
                 trains into it, and then nothing of it was touched.
         """
-        settings = {
-            "train": self.config.to_dict(),
-            "model": self.description,
-            "diffusion": self.diffusion.to_config(),
-            "info": self.info,
-        }
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.ranks.heard())
             self.ranks.agree({"the step to go on from": self.step})
+            settings = saved.settings_of(self)
             folder = opened(self.run_dir, self.last_checkpoint, settings)
             self.ranks.on_first(lambda: stack.enter_context(folder) and None)
             stop = stack.enter_context(StopRequest(self.config.max_minutes))
@@ -291,7 +285,7 @@ class Trainer:
                 self._finish_step()
         while self.step < self.config.steps:
             with rescued(self, stop), self.ranks.lost():
-                if self._all_stop(stop):
+                if stop.asked_of(self.ranks):
                     break
                 self._train_step()
                 self._finish_step()
@@ -309,13 +303,6 @@ class Trainer:
             self.update.measured(values["loss"])
         for callback in self.callbacks:
             callback(self, dict(values))
-
-    def _all_stop(self, stop: StopRequest) -> bool:
-        """Whether some rank is asked to stop: all of them do, after the same step, and in the way
-        that the signal would have it."""
-        found = self.ranks.numbers(int(stop.requested), stop.signal or 0).amax(0).tolist()
-        stop.signal = found[1] or stop.signal  # one may have come meanwhile
-        return bool(found[0])
 
     def _train_step(self) -> None:
         """One optimizer step. Waits for nothing but the next batch (and, on the CPU, the loss)."""
@@ -393,23 +380,12 @@ class Trainer:
 
         ``shares``: what each rank adds (``saved.shares_of``); None: what this one has.
         """
-        path = checkpoint_path(self.run_dir, self.step)
         as_now = self.step, self.reports.done
+        path = checkpoint_path(self.run_dir, self.step)
         if self.saved_as != as_now:
             self.guard.check(self.advice())
             check_weights(self.parameters, self.step, self.advice())
-            checkpoint.save(
-                path,
-                self.model,
-                diffusion=self.diffusion,
-                ema=self.ema,
-                step=self.step,
-                info=self.info,
-                extra_tensors={STATE: saved.tensors_of(self, shares)},
-                extra_json={STATE: saved.record_of(self)},
-            )
-            if self.ranks.rank == 0:
-                state.prune_checkpoints(self.run_dir, self.config.keep)
+            saved.write(self, path, shares)
         self.last_checkpoint, self.saved_as = path, as_now
         return path
 

@@ -15,7 +15,7 @@ from fastdiff import cli, ranks
 from fastdiff.commands.output import safe_output
 from fastdiff.errors import InputError
 from fastdiff.images import save_samples_npz
-from fastdiff.training.metrics import open_tensorboard
+from fastdiff.training.boards import TensorBoard
 from parts_tools import SMALL, save_network
 
 ENCODINGS = ["ascii", "latin-1", "cp1252", "utf-8"]
@@ -261,4 +261,4 @@ def test_a_help_that_could_not_be_written_is_no_success():
 def test_a_run_whose_name_is_no_text(tmp_path):
     (folder := tmp_path / os.fsdecode(b"q\xff")).mkdir()
     with pytest.raises(InputError, match="TensorBoard cannot write .* --no-tensorboard"):
-        open_tensorboard(folder, 0)
+        TensorBoard(folder, 0)

@@ -104,7 +104,11 @@ def resume_trainer(run_dir: Path, **changes: Any) -> Trainer:
 def read_lines(run_dir: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "steps_per_second"} for line in lines]
+    return [without_clock(line) for line in lines]
+
+
+def without_clock(line: dict[str, float]) -> dict[str, float]:
+    return {k: v for k, v in line.items() if k not in ("steps_per_second", "seconds_left")}
 
 
 def at_step(trainer: Trainer, number: int, action) -> None:

@@ -5,7 +5,6 @@ gloo's processes on CPUs, started as torchrun starts them.
 
 import functools
 import itertools
-import json
 import os
 import pickle
 import signal
@@ -25,6 +24,7 @@ from parts_tools import children, torchrun
 from paths import ROOT, TOOLS
 from patience import WAIT
 from rank_programs import train_diffusers_unet
+from training_tools import read_lines
 
 SMALL = (
     "--preset iddpm-cifar10 --model-channels 32 --channel-mult 1 --num-res-blocks 1 "
@@ -65,8 +65,7 @@ def alone(cifar, tmp_path_factory):
 
 
 def lines(run):
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "steps_per_second"} for line in found]
+    return read_lines(run)
 
 
 def assert_same_run(run, expected, tolerance=SAME):
@@ -278,7 +277,7 @@ def test_ranks_that_disagree(cifar, start, tmp_path):
         ("nan", "the loss or its gradient is not finite at step 5"),
         ("read", "'a.png' cannot be decoded"),
         ("step", "no memory for the activations"),
-        ("shape", "rank 1 has a batch of (3, 3, 32, 32), rank 0 one of (4, 3, 32, 32)"),
+        ("shape", "x of the batch is (3, 3, 32, 32) torch.uint8 on rank 1 and (4, 3, 32, 32)"),
         ("disk", "No space left on device"),
     ],
 )

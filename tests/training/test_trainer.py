@@ -255,6 +255,9 @@ def test_interval_means(seed, num_timesteps, sizes):
         if inside:
             expected = np.average(loss[inside], weights=w[inside])
             assert result.pop(f"loss_q{q}") == pytest.approx(expected, rel=1e-4)
+        if len(inside) > 1:
+            spread = math.sqrt(np.average((loss[inside] - expected) ** 2, weights=w[inside]))
+            assert result.pop(f"loss_q{q}_std") == pytest.approx(spread, rel=1e-3, abs=1e-3)
     assert result == {}
     assert meter.summary() == {}  # the interval is over
 
@@ -268,9 +271,10 @@ def test_metrics_file_and_tensorboard_say_the_same(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 6, 8, 12]
     assert set(lines[1]) == {"step", "bits_per_dim", "bits_per_dim_stderr"}
-    assert lines[3]["samples"] == 96
+    assert lines[3]["samples"] == 96 and lines[3]["seconds_left"] == 0
     for line in lines[2:3]:
         assert {"loss", "mse", "vb", "lr", "grad_norm", "steps_per_second"} <= set(line)
+        assert line["seconds_left"] == pytest.approx(4 / line["steps_per_second"])
         quartiles = [line[f"loss_q{q}"] for q in range(4)]
         assert min(quartiles) < line["loss"] < max(quartiles)
 
