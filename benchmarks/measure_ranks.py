@@ -54,7 +54,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.rank:
         preset, batch, seconds, shard = args.rank
-        print(json.dumps(measure(preset, int(batch), float(seconds), shard == "1")), flush=True)
+        every = measure(preset, int(batch), float(seconds), shard == "1")
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(every))
         return
     if args.memory:
         print_memory(args.memory, args.batch)
@@ -99,11 +101,11 @@ def run(
         text=True,
         check=True,
     )
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return json.loads(done.stdout)
 
 
-def measure(preset: str, batch: int, seconds: float, shard: bool) -> dict[str, Any]:
-    """Take steps for so many seconds, two at least; a rank's rate and memory in MB."""
+def measure(preset: str, batch: int, seconds: float, shard: bool) -> list[dict[str, Any]]:
+    """Take steps for so many seconds, two at least; each rank's rate and memory in MB."""
     torch.manual_seed(0)
     settings = presets.get(preset)
     model = fastdiff.UNet.from_preset(preset, dropout=0.0)
@@ -121,7 +123,7 @@ def measure(preset: str, batch: int, seconds: float, shard: bool) -> dict[str, A
             model, diffusion, data, config, Path(folder), device="cpu", progress=False
         )
         times = taken(trainer, seconds)
-    return {"images/s": batch / statistics.median(times), **memory(trainer)}
+    return trainer.ranks.gather({"images/s": batch / statistics.median(times), **memory(trainer)})
 
 
 def taken(trainer: Trainer, seconds: float) -> list[float]:
