@@ -91,7 +91,7 @@ def test_torch_noise_has_no_numbering():
     [
         (lambda x, t: x[:, :1], r"model_output is \(3, 1, 4, 4\) .*; expected"),
         (lambda x, t: x.long(), "model_output is .* int64"),
-        (lambda x, t: (x,), "model_output is a tuple; expected"),
+        (lambda x, t: [x], "model_output is a list; expected"),
     ],
 )
 def test_bad_network_outputs(model, message):
