@@ -5,6 +5,7 @@ What they tell each other is little, and goes by the CPU whatever the device: wh
 what one of them found.
 """
 
+import atexit
 import datetime
 import os
 import threading
@@ -225,12 +226,25 @@ class Ranks:
         return self.store.add(f"pulse/{rank}", 0)
 
 
-def _beat(store: Any, rank: int) -> None:
-    """A thread's work: show that this process lives, whatever its other threads wait for."""
+def _begin_pulse(store: Any, rank: int) -> None:
+    """Show from now on that this process lives, whatever its threads wait for."""
+    ended = threading.Event()
+    thread = threading.Thread(target=_beat, args=(store, rank, ended), daemon=True)
+    thread.start()
+
+    def end() -> None:
+        ended.set()
+        thread.join(FAREWELL)
+
+    # The interpreter ends daemons where they are: inside the store, that aborts the process.
+    atexit.register(end)
+
+
+def _beat(store: Any, rank: int, ended: threading.Event) -> None:
     with suppress(RuntimeError):
-        while True:
+        store.add(f"pulse/{rank}", 1)
+        while not ended.wait(PULSE):
             store.add(f"pulse/{rank}", 1)
-            time.sleep(PULSE)
 
 
 ALONE = Ranks()
@@ -304,7 +318,7 @@ def join(device: str | None, minutes: float = DRAWING) -> Ranks:
         _meet("nccl" if on_gpus else "gloo", rank, count, attempt)
     limit = datetime.timedelta(minutes=minutes)
     group = torch.distributed.new_group(backend="gloo", timeout=limit)
-    threading.Thread(target=_beat, args=(_store(attempt), rank), daemon=True).start()
+    _begin_pulse(_store(attempt), rank)
     return Ranks(rank, count, device, group, _store(attempt), _memory(), minutes)
 
 

@@ -374,3 +374,21 @@ def test_a_users_script_under_torchrun(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["step_00000003"]
+
+
+PULSE = """
+import time
+from torch.distributed import TCPStore
+from fastdiff import ranks
+ranks.PULSE = 0
+ranks._begin_pulse(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), 0)
+time.sleep(0.1)
+"""
+
+
+def test_a_process_ends_well_while_its_pulse_beats():
+    # A daemon that the interpreter ends inside the store aborts the process, more often than not
+    # where it is always there.
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", PULSE], cwd=ROOT, capture_output=True)
+        assert done.returncode == 0, done.stderr
