@@ -1,6 +1,7 @@
-"""Imports of packages that only some installs have."""
+"""Packages that only some installs have."""
 
 import importlib
+import importlib.metadata
 from types import ModuleType
 
 from fastdiff.errors import InputError
@@ -15,3 +16,11 @@ def require(module: str, extra: str) -> ModuleType:
             f"this needs the package '{error.name}', which is not installed: "
             f"pip install 'fastdiff[{extra}]'"
         ) from error
+
+
+def version_of(package: str) -> str | None:
+    """The version that is installed; None where the package is not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -68,11 +68,6 @@ class Ranks:
         found = self._to_first(mine) if on_first else self.gather(mine)
         return [found[i % self.count][i // self.count] for i in range(len(items)) if found]
 
-    def slice(self, items: int) -> slice:
-        """This rank's part of ``items`` things in a row, which ``count`` divides."""
-        part = items // self.count
-        return slice(self.rank * part, (self.rank + 1) * part)
-
     def together(self, work: Callable[[], T]) -> T:
         """``work()``, while every other rank does the same.
 
@@ -281,7 +276,7 @@ def said_by_first() -> Iterator[None]:
     """Before the ranks have met: an error that all of them find is said by the first."""
     try:
         yield
-    except InputError:
+    except EXPECTED:
         if _number("RANK", 0):
             raise SystemExit(2) from None
         raise

@@ -6,12 +6,17 @@ noise.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from fastdiff.models.ema import YOUNG, best_suited, initial_share
 
-if TYPE_CHECKING:
-    from fastdiff.checkpoints.checkpoint import Checkpoint
+
+class Averaged(Protocol):
+    """A Checkpoint, which stands above."""
+
+    config: dict[str, Any]
+    weights: str
+    ema_rates: list[str]
 
 
 def suited_weights(config: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -20,7 +25,7 @@ def suited_weights(config: Mapping[str, Any], names: Sequence[str]) -> str:
     return best_suited(names, _updates(config), warmup=_warms_up(config)) or "model"
 
 
-def passed_over(checkpoint: "Checkpoint") -> str | None:
+def passed_over(checkpoint: Averaged) -> str | None:
     """What to say of the averages that do not suit yet; None where all do."""
     shares = {rate: start_share(checkpoint.config, rate) for rate in checkpoint.ema_rates}
     young = [f"EMA {rate} ({100 * share:.3g} %)" for rate, share in shares.items() if share > YOUNG]
@@ -29,7 +34,7 @@ def passed_over(checkpoint: "Checkpoint") -> str | None:
     return f"not taken, as they still hold untrained weights: {', '.join(young)}"
 
 
-def young_average(checkpoint: "Checkpoint", instead: str) -> str | None:
+def young_average(checkpoint: Averaged, instead: str) -> str | None:
     """What to warn of, where the weights that were loaded are an average too young to be used.
 
     instead: the flag that takes the weights themselves.

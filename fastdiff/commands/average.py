@@ -1,11 +1,10 @@
 """``fastdiff average``: a power-function average of any width, made of a run's snapshots."""
 
 import argparse
-from pathlib import Path
 
 from fastdiff.checkpoints.checkpoint import save
 from fastdiff.checkpoints.snapshots import reconstruct
-from fastdiff.errors import InputError
+from fastdiff.commands.checkpoint_options import new_directory
 from fastdiff.models.ema import power_name
 
 FAR = 0.05  # of a profile's norm: more than this is another average
@@ -34,9 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    out = Path(args.out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise InputError(f"--out {out} is not empty: choose another directory")
+    out = new_directory(args.out)
     made = reconstruct(args.run_dir, args.sigma_rel, getattr(args, "step", None))
     found = made.checkpoint
     path = save(out, found.model, diffusion=found.diffusion, step=found.step, info=found.info)

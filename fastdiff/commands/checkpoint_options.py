@@ -84,6 +84,14 @@ def _weights(checkpoint: Checkpoint) -> str:
     return weights if checkpoint.step is None else f"{weights} of step {checkpoint.step}"
 
 
+def new_directory(out: str) -> Path:
+    """Where a command's --out is to be. InputError for a file, and for a folder that holds any."""
+    path = Path(out)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise InputError(f"--out {path} is not empty: choose another directory")
+    return path
+
+
 def writable_folder(path: str | Path) -> Path:
     """The folder of --out, made if missing and tried out now rather than after the work."""
     folder = Path(path)

@@ -1,7 +1,6 @@
 """``--config run.toml``: a run's settings, named as the flags are, in tables."""
 
 import argparse
-import os
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,21 +17,11 @@ class _Reader(argparse.ArgumentParser):
         raise InputError(message.removeprefix("argument "))
 
 
-def read_config(path: str | Path, parts: Parts) -> dict[str, Any]:
+def read_config(path: Path, parts: Parts) -> dict[str, Any]:
     """The settings in a TOML file, as the command line's flags would have them.
 
-    InputError: no TOML, or a table, a name or a value that there is no flag for; of several
-    processes the first alone says so.
+    InputError: no TOML, or a table, a name or a value that there is no flag for.
     """
-    try:
-        return _read(Path(path), parts)
-    except (InputError, OSError):
-        if os.environ.get("RANK", "0") != "0":
-            raise SystemExit(2) from None
-        raise
-
-
-def _read(path: Path, parts: Parts) -> dict[str, Any]:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -12,6 +12,7 @@ from fastdiff.checkpoints.checkpoint import save
 from fastdiff.checkpoints.published import unet_config_from_state
 from fastdiff.checkpoints.published_file import read_published
 from fastdiff.checkpoints.weights import load_weights
+from fastdiff.commands.checkpoint_options import new_directory
 from fastdiff.errors import InputError
 from fastdiff.models import presets
 from fastdiff.models.ema import EMA, rate_name
@@ -114,9 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     given = vars(args)
-    out = Path(args.out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise InputError(f"--out {out} is not empty: choose another directory")
+    out = new_directory(args.out)
     for name in ("image_size", "num_heads", "num_head_channels", "steps"):
         if given.get(name, 1) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {given[name]}; expected at least 1")

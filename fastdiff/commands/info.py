@@ -4,7 +4,6 @@ It prints on any machine: what is missing or broken is one of the lines.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff import wait_policy
+from fastdiff.optional import version_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,15 +49,8 @@ def _as_text(value: Any) -> str:
 
 
 def _versions() -> dict[str, str | None]:
-    versions = {name: _version(name) for name in ("fastdiff", "torch", "triton", "numpy")}
+    versions = {name: version_of(name) for name in ("fastdiff", "torch", "triton", "numpy")}
     return {**versions, "python": platform.python_version(), "platform": platform.platform()}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu() -> dict[str, Any]:

@@ -5,16 +5,14 @@ and much stands in their ``config``, under diffusers' names or ours.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.errors import InputError
 from fastdiff.models.unet import UNet
-from fastdiff.models.wrappers import tensor_of
 from fastdiff.training.network import label_argument
 
 IN_PYTHON = "fastdiff.Sampler and GaussianDiffusion handle every kind"
@@ -101,18 +99,6 @@ def labelled(checkpoint: Checkpoint, labels: Tensor) -> dict[str, Tensor]:
 def self_condition(checkpoint: Checkpoint) -> str | None:
     """The argument by which the network is given its own estimate of x_0, None where it is not."""
     return checkpoint.info.get("self_condition") or None
-
-
-def predictor(checkpoint: Checkpoint) -> Callable[..., Tensor]:
-    """The network as a bound asks it: its answer a tensor, its own estimate of x_0 zeros."""
-    own = self_condition(checkpoint)
-
-    def predict(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        if own is not None:
-            kwargs[own] = torch.zeros_like(x)
-        return tensor_of(checkpoint.model(x, t, **kwargs))
-
-    return predict
 
 
 def _fact(checkpoint: Checkpoint, name: str, theirs: str) -> Any:

@@ -24,12 +24,16 @@ from fastdiff.data import ImageDataset, load_dataset, match_classes
 from fastdiff.data.dataset import check_bytes
 from fastdiff.errors import InputError, TrainingError
 from fastdiff.images import to_float
-from fastdiff.ops.counters import sampling_step
-from fastdiff.ops.normal import normal
 from fastdiff.optional import require
 from fastdiff.process.gaussian import GaussianDiffusion
-from fastdiff.process.likelihood import BitsPerDim, rate_distortion, summarize_bpd
+from fastdiff.process.likelihood import (
+    BitsPerDim,
+    counter_noise,
+    rate_distortion,
+    summarize_bpd,
+)
 from fastdiff.ranks import Ranks, join
+from fastdiff.training.network import asked_by_bound
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -155,7 +159,8 @@ def _score(
     count = min(args.num or len(dataset), len(dataset))
     indices = np.linspace(0, len(dataset) - 1, count).round().astype(np.int64)
     starts = range(0, count, args.batch_size)
-    model, labels = networks.predictor(checkpoint), networks.num_classes(checkpoint) is not None
+    model = asked_by_bound(checkpoint.model, networks.self_condition(checkpoint))
+    labels = networks.num_classes(checkpoint) is not None
     steps = len(ranks.share(starts)) * diffusion.num_timesteps
     with require("tqdm", "train").tqdm(
         total=steps, desc="scoring", unit="step", disable=ranks.rank > 0
@@ -168,15 +173,11 @@ def _score(
             if labels:
                 kwargs = networks.labelled(checkpoint, dataset.gather_labels(part))
 
+            drawn = counter_noise(x_start, args.seed, start)
+
             def noise(t: int) -> Tensor:
                 bar.update()
-                return normal(
-                    tuple(x_start.shape),
-                    seed=args.seed,
-                    step=sampling_step(t),
-                    first_sample=start,
-                    device=device,
-                )
+                return drawn(t)
 
             terms = diffusion.calc_bpd_loop(model, x_start, model_kwargs=kwargs, noise=noise)
             return {name: value.cpu() for name, value in terms.items()}

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from fastdiff.commands.config_file import read_config
@@ -71,7 +72,7 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
         "model": _add_model_flags,
         "diffusion": _add_diffusion_flags,
     }
-    return {**read_config(given["config"], parts), **given}
+    return {**read_config(Path(given["config"]), parts), **given}
 
 
 def recipe_of(given: Mapping[str, Any], preset: str) -> dict[str, Any]:

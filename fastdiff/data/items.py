@@ -69,9 +69,19 @@ class Items:
         return len(self.data)
 
     @cached_property
+    def _first(self) -> tuple[torch.Size, torch.dtype]:
+        x, _ = self.batch(np.array([0]))
+        return x.shape[1:], x.dtype
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of x of the first item."""
-        return tuple(self.batch(np.array([0]))[0].shape[1:])
+        return tuple(self._first[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of x of the first item."""
+        return self._first[1]
 
     def batch(self, indices: np.ndarray, seeds: np.ndarray | None = None) -> Sample:
         """x (n, ...), a new tensor, and the network's arguments (n, ...) at ``indices`` (n,).

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 from fastdiff.data.items import Sample, as_sample, collated
 from fastdiff.data.private_random import PrivateRandom, set_seed, set_state
 from fastdiff.data.processes import begun, unreadable
+from fastdiff.data.stream import part_of_batch
 from fastdiff.data.words import READER, words
 from fastdiff.errors import InputError
 
@@ -47,11 +48,7 @@ class LoaderStream:
         world_size: int = 1,
         pin_memory: bool = False,
     ) -> None:
-        if batch_size < 1 or batch_size % world_size:
-            raise InputError(
-                f"batch_size is {batch_size}, expected a positive multiple of world_size "
-                f"({world_size})"
-            )
+        self.mine = part_of_batch(batch_size, rank, world_size)
         self.data, self.rank, self.workers, self.pin = data, rank, workers, pin_memory
         self.batch_size, self.share, self.seed = batch_size, batch_size // world_size, seed
         self.is_loader = isinstance(data, DataLoader)
@@ -176,8 +173,7 @@ class LoaderStream:
                 yield sample
 
     def _of_items(self) -> Iterator[Sample]:
-        first = self.rank * self.share
-        slices = _Slices(self.data, self.batch_size, slice(first, first + self.share))
+        slices = _Slices(self.data, self.batch_size, self.mine)
         in_process = self.workers and isinstance(self.data, IterableDataset)
         loader: DataLoader = DataLoader(
             slices, batch_size=None, num_workers=1 if in_process else 0, pin_memory=self.pin

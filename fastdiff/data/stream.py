@@ -63,12 +63,7 @@ class BatchStream:
         world_size: int = 1,
         pin_memory: bool = False,
     ) -> None:
-        _check_rank(rank, world_size)
-        if batch_size < 1 or batch_size % world_size:
-            raise InputError(
-                f"batch_size is {batch_size}, expected a positive multiple of world_size "
-                f"({world_size})"
-            )
+        self._mine = part_of_batch(batch_size, rank, world_size)
         if seed < 0 or workers < 0:
             raise InputError(f"seed {seed} and workers {workers} must not be negative")
         if pin_memory and not torch.cuda.is_available():
@@ -78,8 +73,6 @@ class BatchStream:
         self.seed = seed
         self.random_flip = dataset.random_flip if random_flip is None else random_flip
         self.workers = workers
-        self._share = batch_size // world_size
-        self._first = rank * self._share
         self._pin = pin_memory
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._loading: Iterator[Any] | None = None
@@ -136,18 +129,18 @@ class BatchStream:
 
     def _draw(self, position: int) -> Drawn:
         """What this rank's part of batch ``position`` is made of."""
-        first = position * self.batch_size + self._first
-        epochs, offsets = np.divmod(np.arange(first, first + self._share), len(self.dataset))
-        indices = np.empty(self._share, np.int64)
-        flips = np.zeros(self._share, bool)
+        first = position * self.batch_size
+        numbers = np.arange(first, first + self.batch_size)[self._mine]
+        epochs, offsets = np.divmod(numbers, len(self.dataset))
+        indices = np.empty(len(numbers), np.int64)
+        flips = np.zeros(len(numbers), bool)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             order, flipped = self._epoch_plan(int(epoch))
             indices[here] = order[offsets[here]]
             if self.random_flip:
                 flips[here] = flipped[indices[here]]
-        seeds = words(self.seed, position, ITEMS, self.batch_size)
-        return indices, flips, seeds[self._first : self._first + self._share]
+        return indices, flips, words(self.seed, position, ITEMS, self.batch_size)[self._mine]
 
     def _epoch_plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if epoch not in self._epochs:
@@ -208,6 +201,17 @@ def iterate_once(
     for start in range(0, len(indices), batch_size):
         part = indices[start : start + batch_size]
         yield dataset.batch(part)
+
+
+def part_of_batch(batch_size: int, rank: int, world_size: int) -> slice:
+    """The samples of a batch that are rank ``rank``'s. InputError for what cannot be shared so."""
+    _check_rank(rank, world_size)
+    if batch_size < 1 or batch_size % world_size:
+        raise InputError(
+            f"batch_size is {batch_size}, expected a positive multiple of world_size ({world_size})"
+        )
+    share = batch_size // world_size
+    return slice(rank * share, (rank + 1) * share)
 
 
 def _check_rank(rank: int, world_size: int) -> None:

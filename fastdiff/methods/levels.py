@@ -4,6 +4,7 @@ The equation of a row, its notation and the sources stand in fastdiff/methods/ta
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -123,17 +124,14 @@ class Source:
     var_type: str
 
     @classmethod
-    def of(
-        cls,
-        levels: Levels,
-        mean_type: str,
-        var_type: str,
-        coefficients: tuple[Float64Array, Float64Array] | None = None,
-    ) -> "Source":
-        """``coefficients``: the (a, b) that a process gives itself.
+    def of(cls, levels: Levels, process: Any) -> "Source":
+        """``levels``: of the ``process`` (methods/protocol.py), whose own (a, b) count if it gives
+        any (``x_start_coefficients``).
 
         InputError for an unknown type, and for ε-prediction from a step without signal.
         """
+        mean_type, var_type = process.mean_type, process.var_type
         is_learned(var_type)
-        a, b = x_start_coefficients(levels, mean_type) if coefficients is None else coefficients
+        own = getattr(process, "x_start_coefficients", None)
+        a, b = x_start_coefficients(levels, mean_type) if own is None else own
         return cls(levels, a, b, mean_type, var_type)

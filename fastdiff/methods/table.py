@@ -127,8 +127,7 @@ class StepTable:
         shared = {"eta": eta, "clipped_eps": clipped_eps}
         options |= {name: shared[name] for name in shared.keys() & chosen.options}
         levels = Levels.of(*noise_levels(process))
-        own = getattr(process, "x_start_coefficients", None)
-        source = Source.of(levels, process.mean_type, process.var_type, own)
+        source = Source.of(levels, process)
         steps = len(levels.signal)
         columns = dict.fromkeys(COLUMNS, np.zeros(steps)) | {
             "a": source.a,

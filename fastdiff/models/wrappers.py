@@ -1,6 +1,7 @@
 """Modules that hold one network and run it: torch.compile's, DataParallel's, AveragedModel, ..."""
 
 import functools
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,6 +48,12 @@ def attribute_of(model: Any, name: str) -> Any:
             return value
         model = _called(model)
     return None
+
+
+def arguments_of_forward(model: nn.Module) -> tuple[list[str], bool]:
+    """The names that the network inside is called with, and whether it takes any name beside."""
+    parameters = inspect.signature(unwrapped(model).forward).parameters
+    return list(parameters), any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _inside(model: Any) -> nn.Module | None:

@@ -5,7 +5,7 @@ grey levels.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastdiff.checks import check_float, check_like
 from fastdiff.errors import InputError
-from fastdiff.ops.normal import draw_like
+from fastdiff.ops.counters import sampling_step
+from fastdiff.ops.normal import draw_like, normal
 from fastdiff.process.forward import mean_flat, posterior_mean
 from fastdiff.process.protocol import Gaussian
 from fastdiff.process.published_loops import StepNoise, countdown, noise_of_step
@@ -188,6 +189,14 @@ class BitsPerDim:
 
 
 BpdTerms = Mapping[str, Tensor]
+
+
+def counter_noise(x: Tensor, seed: int, first_sample: int) -> Callable[[int], Tensor]:
+    """The draws of ``calc_bpd_loop`` at every step t, of x's shape (N, ...), by the counter
+    generator: sample i is number ``first_sample + i``, in any batch and on any rank."""
+    return lambda t: normal(
+        x.shape, seed=seed, step=sampling_step(t), first_sample=first_sample, device=x.device
+    )
 
 
 def summarize_bpd(batches: BpdTerms | Sequence[BpdTerms]) -> BitsPerDim:

@@ -78,6 +78,12 @@ def form_of(batch: Any) -> dict[str, str]:
     return {n: f"{tuple(v.shape)} {v.dtype}" for n, v in {"x": x, **parts}.items()}
 
 
+def first_difference(form: dict[str, str], other: dict[str, str]) -> tuple[str, str, str]:
+    """The first part that two forms differ in, and what it is in each."""
+    name = next(n for n in {**form, **other} if other.get(n) != form.get(n))
+    return name, form.get(name, "missing"), other.get(name, "missing")
+
+
 class Form:
     """What all batches of a run have in common: the form of the first, which is looked at."""
 
@@ -91,10 +97,10 @@ class Form:
             _look(batch[0])
             self.first = form
         if form != self.first:
-            name = next(n for n in {**self.first, **form} if form.get(n) != self.first.get(n))
+            name, before, now = first_difference(self.first, form)
             raise InputError(
-                f"{name} of a batch is {form.get(name, 'missing')}, it was "
-                f"{self.first.get(name, 'missing')} before; expected one shape and dtype in a run"
+                f"{name} of a batch is {now}, it was {before} before; expected one shape and dtype "
+                "in a run"
             )
         return batch
 

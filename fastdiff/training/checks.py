@@ -1,25 +1,22 @@
 """Do the network, the process, the data and the settings fit each other? One line when not."""
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-import fastdiff
 from fastdiff.data import ImageDataset, Items, match_classes
 from fastdiff.data.dataset import check_bytes
 from fastdiff.errors import InputError
 from fastdiff.models.unet import UNet
 from fastdiff.models.wrappers import unwrapped
+from fastdiff.optional import version_of
 from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.training.batches import describe, readable, size_of
 from fastdiff.training.config import TrainConfig
+from fastdiff.training.run import Run
 from fastdiff.training.self_condition import check_argument
-
-if TYPE_CHECKING:
-    from fastdiff.training.trainer import Trainer
 
 
 def checked(model: nn.Module, diffusion: Any, data: Any, config: TrainConfig) -> Any:
@@ -103,29 +100,26 @@ def match_eval(model: nn.Module, data: Any, eval_data: Any, config: TrainConfig)
         classes = getattr(unwrapped(model), "num_classes", None)
         eval_data = match_classes(eval_data, data.class_names, classes, "the evaluation set")
     found = data if eval_data is None else eval_data
-    if config.nll_every:
-        _check_bits(config, found)
     if isinstance(model, UNet) and isinstance(found, ImageDataset):
         check_images(model, found, "evaluation")
-    if config.nll_every and isinstance(found, ImageDataset):
-        check_bytes(found, "nll_every, a bound on bits/dim,")
+    if config.nll_every:
+        _check_bits(config, found)
     return found
 
 
 def _check_bits(config: TrainConfig, data: Any) -> None:
     """InputError unless ``data`` are what has bits/dim: items of bytes."""
-    if not isinstance(data, ImageDataset | Items):
+    if isinstance(data, ImageDataset):
+        check_bytes(data, "nll_every, a bound on bits/dim,")
+    elif not isinstance(data, Items):
         raise InputError(
             f"nll_every is {config.nll_every}, which needs data with len() and items: give "
             "eval_dataset, or set it to 0"
         )
-    if (
-        isinstance(data, Items)
-        and (dtype := data.batch(np.zeros(1, np.int64))[0].dtype) != torch.uint8
-    ):
+    elif data.dtype != torch.uint8:
         raise InputError(
             f"nll_every is {config.nll_every}, and bits/dim are those of uint8 values, not of "
-            f"{dtype}: give eval_dataset, or set it to 0"
+            f"{data.dtype}: give eval_dataset, or set it to 0"
         )
 
 
@@ -143,11 +137,11 @@ def check_images(model: UNet, dataset: ImageDataset, what: str) -> None:
         )
 
 
-def facts(trainer: "Trainer") -> dict[str, Any]:
+def facts(trainer: Run) -> dict[str, Any]:
     """What must be the same on every rank."""
     parameters = [(n, list(p.shape)) for n, p in trainer.model.named_parameters()]
     return {
-        "fastdiff": fastdiff.__version__,
+        "fastdiff": version_of("fastdiff"),
         "torch": torch.__version__,
         **{f"setting {name}": value for name, value in trainer.config.to_dict().items()},
         "the process": trainer.diffusion.to_config(),

@@ -6,12 +6,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from fastdiff.data.stream import part_of_batch
 from fastdiff.data.words import HIDDEN_LABELS, NETWORK, uniform, words
 from fastdiff.errors import InputError
 from fastdiff.images import to_float
 from fastdiff.ranks import Ranks
 from fastdiff.training import network
-from fastdiff.training.batches import Batch, Batches, Form, form_of
+from fastdiff.training.batches import Batch, Batches, Form, first_difference, form_of
 from fastdiff.training.config import TrainConfig
 
 
@@ -37,7 +38,7 @@ class Feed:
         self.null_label: Any = getattr(model, "null_label", None)
         self.form = Form()
         self.last: Any = None
-        self._mine = ranks.slice(config.batch_size)
+        self._mine = part_of_batch(config.batch_size, ranks.rank, ranks.count)
         self.first_sample = self._mine.start
 
     def next_batch(self, step: int) -> Batch:
@@ -84,9 +85,8 @@ class Feed:
         if self.ranks.rank:
             raise SystemExit(2)
         rank, other = next((i, f) for i, f in enumerate(forms) if f != forms[0])
-        name = next(n for n in {**forms[0], **other} if other.get(n) != forms[0].get(n))
+        name, first, found = first_difference(forms[0], other)
         raise InputError(
-            f"at step {step + 1} {name} of the batch is {other.get(name, 'missing')} on rank "
-            f"{rank} and {forms[0].get(name, 'missing')} on rank 0: give every rank the same "
-            "number of samples of one shape"
+            f"at step {step + 1} {name} of the batch is {found} on rank {rank} and {first} on rank "
+            "0: give every rank the same number of samples of one shape"
         )

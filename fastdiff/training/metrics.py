@@ -63,9 +63,7 @@ class IntervalMeter:
 
     def merged(self, ranks: Ranks) -> dict[str, Tensor]:
         """The state of a meter that had seen every rank's samples. Waits for the device."""
-        if ranks.count == 1:
-            return self.state_dict()
-        if self.steps == 0:
+        if ranks.count == 1 or self.steps == 0:
             return self.state_dict()
         mine = {name: value.cpu() for name, value in self.state_dict().items()}
         every = ranks.gather(mine)

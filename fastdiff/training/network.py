@@ -1,7 +1,6 @@
 """How training runs a network, whoever's it is: ``model(x, t, **arguments)``."""
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -13,7 +12,7 @@ from fastdiff.errors import InputError
 from fastdiff.images import HALF_RANGES, to_float
 from fastdiff.models import shards
 from fastdiff.models.unet import UNet
-from fastdiff.models.wrappers import tensor_of, unwrapped
+from fastdiff.models.wrappers import arguments_of_forward, tensor_of, unwrapped
 from fastdiff.ranks import Ranks
 from fastdiff.training.config import TrainConfig
 
@@ -26,13 +25,12 @@ def label_argument(model: nn.Module) -> str | None:
     network: Any = unwrapped(model)
     if isinstance(network, UNet):
         return "y" if network.num_classes is not None else None
-    parameters = inspect.signature(network.forward).parameters
+    names, takes_any = arguments_of_forward(network)
     for name in LABELS:
-        if name in parameters:
+        if name in names:
             # diffusers' networks have the argument and refuse it, where no classes were asked for.
             none = name == "class_labels" and getattr(network, "class_embedding", name) is None
             return None if none else name
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return "y" if takes_any else None
 
 
@@ -94,6 +92,18 @@ def _without_sync(tell: Callable[[bool], None]) -> Iterator[None]:
         yield
     finally:
         tell(True)
+
+
+def asked_by_bound(model: Callable, self_condition: str | None) -> Callable[..., Tensor]:
+    """The network as a bound on the likelihood asks it: its answer a tensor, its own estimate of
+    x_0, where it is given one by that name, zeros, as in half of the training steps."""
+
+    def ask(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        if self_condition is not None:
+            kwargs[self_condition] = torch.zeros_like(x)
+        return tensor_of(model(x, t, **kwargs))
+
+    return ask
 
 
 def predictor(network: nn.Module, config: TrainConfig, device: torch.device) -> Callable:

@@ -1,9 +1,8 @@
 """What a run shows of itself at intervals, each rank a part: a grid of samples, and bits/dim."""
 
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,21 +11,16 @@ from torch import Tensor
 from fastdiff.data import ImageDataset, Items
 from fastdiff.images import to_float, to_uint8
 from fastdiff.models.replicas.replica import replica_of
-from fastdiff.models.wrappers import tensor_of
-from fastdiff.ops.counters import sampling_step
-from fastdiff.ops.normal import normal
-from fastdiff.process.likelihood import summarize_bpd
+from fastdiff.process.likelihood import counter_noise, summarize_bpd
 from fastdiff.ranks import ALONE, Ranks
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.training import network
 from fastdiff.training.loss_curve import plot_loss
 from fastdiff.training.metrics import read_metrics
-
-if TYPE_CHECKING:
-    from fastdiff.training.trainer import Trainer
+from fastdiff.training.run import Run
 
 
-def draw_samples(trainer: "Trainer") -> Tensor:
+def draw_samples(trainer: Run) -> Tensor:
     """``sample_count`` samples as uint8 (count, C, H, W) on the CPU, one class after the other.
 
     The noise is the same at every step of a run, so that its grids can be compared, and on any
@@ -56,13 +50,13 @@ def draw_samples(trainer: "Trainer") -> Tensor:
     return torch.cat([part for part in ranks.gather(mine) if part is not None])
 
 
-def _sharing(trainer: "Trainer") -> Ranks:
+def _sharing(trainer: Run) -> Ranks:
     """The ranks that share the work. Of a network spread over them all have to do all of it: each
     pass gathers the parts that the others hold."""
     return ALONE if trainer.is_spread else trainer.ranks
 
 
-def _example(trainer: "Trainer", numbers: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+def _example(trainer: Run, numbers: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
     """x of the shape of what is trained on, and the network's arguments for samples ``numbers``:
     the classes in turn, else what the first items of the data have."""
     data = trainer.data
@@ -79,14 +73,14 @@ def _example(trainer: "Trainer", numbers: np.ndarray) -> tuple[Tensor, dict[str,
     return x, network.on(trainer.device, network.arguments_of(given, trainer.feed.label), x.dim())
 
 
-def _next_batch(trainer: "Trainer") -> Any:
+def _next_batch(trainer: Run) -> Any:
     """A look at the batch that the next step will get, where there was no step yet."""
     batch = next(trainer.stream)
     trainer.stream.position -= 1
     return batch
 
 
-def measure_nll(trainer: "Trainer") -> dict[str, float]:
+def measure_nll(trainer: Run) -> dict[str, float]:
     """The bound on bits/dim over the first ``nll_images`` of a set, and its standard error.
 
     Image i draws the same noise in any batch, on any number of ranks.
@@ -96,33 +90,20 @@ def measure_nll(trainer: "Trainer") -> dict[str, float]:
     process = diffusion.respace(steps) if 0 < steps < diffusion.num_timesteps else diffusion
     size = config.microbatch or config.batch_size
     count = min(config.nll_images, len(dataset))
-    terms: list[dict[str, Tensor]] = []
     with replica_of(trainer.model) as replica:
+        model = network.asked_by_bound(replica, config.self_condition or None)
 
-        def model(x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
-            if config.self_condition:  # from zeros, as in half of the steps
-                kwargs[config.self_condition] = torch.zeros_like(x)
-            return tensor_of(replica(x, t, **kwargs))
-
-        for start in ranks.share(range(0, count, size)):
-            numbers = np.arange(start, min(start + size, count))
-            images, given = dataset.batch(numbers)
+        def score(start: int) -> dict[str, Tensor]:
+            images, given = dataset.batch(np.arange(start, min(start + size, count)))
             x_start = to_float(images.to(trainer.device))
             kwargs = network.arguments_of(given, trainer.feed.label)
             kwargs = network.on(trainer.device, kwargs, x_start.dim())
-            noise = _noise(x_start, config.seed, start)
-            terms.append(process.calc_bpd_loop(model, x_start, model_kwargs=kwargs, noise=noise))
-    found = [{name: v.cpu() for name, v in term.items()} for term in terms]
-    every: Sequence[Any] = ranks.gather(found)
-    summary = summarize_bpd([term for part in every for term in part])
+            noise = counter_noise(x_start, config.seed, start)
+            terms = process.calc_bpd_loop(model, x_start, model_kwargs=kwargs, noise=noise)
+            return {name: value.cpu() for name, value in terms.items()}
+
+        summary = summarize_bpd(ranks.each(score, range(0, count, size)))
     return {"bits_per_dim": summary.total, "bits_per_dim_stderr": summary.total_stderr}
-
-
-def _noise(x: Tensor, seed: int, first: int) -> Any:
-    """The noise of images ``first``, … at every step, as calc_bpd_loop asks for it."""
-    return lambda t: normal(
-        tuple(x.shape), seed=seed, step=sampling_step(t), first_sample=first, device=x.device
-    )
 
 
 def plot_curve(run_dir: Path) -> None:

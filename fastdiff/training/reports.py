@@ -6,16 +6,13 @@ All ranks measure, rank 0 writes.
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from fastdiff.images import save_grid
 from fastdiff.training import preview
 from fastdiff.training.boards import open_boards
 from fastdiff.training.metrics import MetricsWriter
 from fastdiff.training.progress import progress_bar
-
-if TYPE_CHECKING:
-    from fastdiff.training.trainer import Trainer
+from fastdiff.training.run import Run
 
 
 class Reports:
@@ -30,7 +27,7 @@ class Reports:
         self.metrics: MetricsWriter | None = None  # of rank 0
 
     @contextlib.contextmanager
-    def opened(self, trainer: "Trainer") -> Iterator[None]:
+    def opened(self, trainer: Run) -> Iterator[None]:
         """The files and the bar, for the length of a run."""
         config, first = trainer.config, trainer.ranks.rank == 0
         self._clock = trainer.step, time.monotonic()
@@ -48,7 +45,7 @@ class Reports:
         if self.metrics is not None:
             self.metrics.sync()
 
-    def make(self, trainer: "Trainer") -> dict[str, float]:
+    def make(self, trainer: Run) -> dict[str, float]:
         """Report what is due after the trainer's step; after an error it is still to do. Its log
         line, {} where it has none."""
         meter = trainer.meter.state_dict()
@@ -61,7 +58,7 @@ class Reports:
         self.bar.update()
         return values
 
-    def _make(self, trainer: "Trainer") -> dict[str, float]:
+    def _make(self, trainer: Run) -> dict[str, float]:
         config = trainer.config
         values: dict[str, float] = {}
         if trainer.due(config.log_every) or trainer.step == config.steps:

@@ -2,33 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any, Protocol
 
 from fastdiff.data.processes import is_gone, unreadable
 from fastdiff.errors import InputError, LostRank, TrainingError, first_line
-from fastdiff.ranks import Ranks
+from fastdiff.training.run import Run
 from fastdiff.training.stop import StopRequest
 
 
-class Rescued(Protocol):
-    """What of a trainer a rescue needs."""
-
-    step: int
-    stream: Any
-    reports: Any
-    ranks: Ranks
-    half_done: bool
-
-    @property
-    def is_spread(self) -> bool: ...
-
-    def advice(self) -> str: ...
-    def write_checkpoint(self) -> Path: ...
-
-
 @contextmanager
-def rescued(trainer: Rescued, stop: StopRequest) -> Iterator[None]:
+def rescued(trainer: Run, stop: StopRequest) -> Iterator[None]:
     """Save when the block, a step and its report, fails but leaves the weights good; and say so.
 
     The checkpoint is of the last finished step, as if the failed one had not been begun. A run
@@ -51,7 +33,7 @@ def rescued(trainer: Rescued, stop: StopRequest) -> Iterator[None]:
         raise noted from error
 
 
-def _saved(trainer: Rescued, step: int, position: int) -> str:
+def _saved(trainer: Run, step: int, position: int) -> str:
     """Save after an error in the step after ``step``; what to say of it, which must not hide that
     error."""
     if trainer.half_done:

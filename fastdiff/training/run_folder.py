@@ -9,7 +9,7 @@ from typing import Any
 from fastdiff.checkpoints.run_directory import RUN_KIND, held, list_checkpoints, require_run
 from fastdiff.errors import InputError
 from fastdiff.files import replace_text
-from fastdiff.toml import to_toml
+from fastdiff.training.toml import to_toml
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,8 @@ from fastdiff.models.wrappers import plain_name, plain_state, unwrapped
 from fastdiff.ranks import ALONE, Ranks
 from fastdiff.training.batches import size_of
 from fastdiff.training.config import TrainConfig
+from fastdiff.training.run import Run
 from fastdiff.training.state import prefixed, prune_checkpoints, with_prefix
-
-if TYPE_CHECKING:
-    from fastdiff.training.trainer import Trainer
 
 STATE = "trainer"  # file stem of the trainer's own part of a checkpoint
 
@@ -101,7 +99,7 @@ def model_config(model: nn.Module) -> Any:
     return described(network, plain_state(network))[0]
 
 
-def _reader_of(trainer: "Trainer") -> Tensor | None:
+def _reader_of(trainer: Run) -> Tensor | None:
     """Where this rank's loader is in its data, as it says itself: bytes of ``torch.save``."""
     stream = trainer.stream
     found = stream.state_dict() if isinstance(stream, LoaderStream) else None
@@ -127,7 +125,7 @@ def _unpacked(packed: Tensor) -> Any:
     return torch.load(io.BytesIO(packed.numpy().tobytes()), weights_only=True)
 
 
-def shares_of(trainer: "Trainer", ranks: Ranks) -> dict[str, Tensor]:
+def shares_of(trainer: Run, ranks: Ranks) -> dict[str, Tensor]:
     """What each of ``ranks`` adds to the trainer's tensors: what it has measured since the last log
     line, where it is in the data."""
     readers = ranks.gather(_reader_of(trainer))
@@ -135,7 +133,7 @@ def shares_of(trainer: "Trainer", ranks: Ranks) -> dict[str, Tensor]:
     return {**prefixed("meter", trainer.meter.merged(ranks)), **prefixed("reader", known)}
 
 
-def tensors_of(trainer: "Trainer", shares: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def tensors_of(trainer: Run, shares: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The trainer's own tensors; ``shares`` of all ranks, None: of this one alone."""
     return {
         **prefixed("optimizer", trainer.update.tensors()),
@@ -144,7 +142,7 @@ def tensors_of(trainer: "Trainer", shares: Mapping[str, Tensor] | None) -> dict[
     }
 
 
-def record_of(trainer: "Trainer") -> dict[str, Any]:
+def record_of(trainer: Run) -> dict[str, Any]:
     """The trainer's own numbers, for JSON."""
     return {
         "step": trainer.step,
@@ -161,7 +159,7 @@ def record_of(trainer: "Trainer") -> dict[str, Any]:
     }
 
 
-def take_snapshot(trainer: "Trainer") -> None:
+def take_snapshot(trainer: Run) -> None:
     """Store the power-function averages of this step: a call of all ranks. Rank 0 writes."""
     names = [name for name in trainer.ema.rates if sigma_rel_of(name) is not None]
 
@@ -170,10 +168,10 @@ def take_snapshot(trainer: "Trainer") -> None:
         if trainer.ranks.rank == 0:
             write_snapshot(trainer.run_dir, trainer.step, averages)
 
-    (trainer.ranks.together if trainer.is_spread else trainer.ranks.on_first)(work)
+    trainer.with_weights(work)
 
 
-def write(trainer: "Trainer", path: Path, shares: Mapping[str, Tensor] | None) -> None:
+def write(trainer: Run, path: Path, shares: Mapping[str, Tensor] | None) -> None:
     """The checkpoint ``path`` of the trainer as it is; older ones than are kept go.
 
     ``shares``: as :func:`tensors_of`'s.
@@ -192,7 +190,7 @@ def write(trainer: "Trainer", path: Path, shares: Mapping[str, Tensor] | None) -
         prune_checkpoints(trainer.run_dir, trainer.config.keep)
 
 
-def settings_of(trainer: "Trainer") -> dict[str, Any]:
+def settings_of(trainer: Run) -> dict[str, Any]:
     """What a run's config.json says."""
     return {
         "train": trainer.config.to_dict(),
@@ -202,7 +200,7 @@ def settings_of(trainer: "Trainer") -> dict[str, Any]:
     }
 
 
-def restore(trainer: "Trainer", read: SavedRun, data_changed: bool) -> None:
+def restore(trainer: Run, read: SavedRun, data_changed: bool) -> None:
     """Give ``trainer`` everything but the weights, which its model came with."""
     images = size_of(trainer.data)
     if data_changed:
@@ -230,7 +228,7 @@ def restore(trainer: "Trainer", read: SavedRun, data_changed: bool) -> None:
     trainer.last_checkpoint, trainer.saved_as = read.path, (read.step, read.reported)
 
 
-def _restore_reader(trainer: "Trainer", read: SavedRun) -> None:
+def _restore_reader(trainer: Run, read: SavedRun) -> None:
     """Go on in the data as the loaders of as many ranks said, else by reading up to there."""
     readers, stream = read.part("reader"), trainer.stream
     if len(readers) == trainer.ranks.count and isinstance(stream, LoaderStream) and stream.stateful:

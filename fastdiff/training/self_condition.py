@@ -5,7 +5,6 @@ through which no gradient flows, makes the estimate from zeros, and the second i
 other half the network is given zeros, from which a sampler begins.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from fastdiff.data.words import SELF_CONDITION, uniform
 from fastdiff.errors import InputError
 from fastdiff.methods.levels import Levels, Source
 from fastdiff.methods.protocol import noise_levels
-from fastdiff.models.wrappers import unwrapped
+from fastdiff.models.wrappers import arguments_of_forward, unwrapped
 
 
 class SelfCondition:
@@ -32,9 +31,7 @@ class SelfCondition:
 
     def __init__(self, name: str, diffusion: Any, seed: int, device: torch.device) -> None:
         self.name, self.diffusion, self.seed = name, diffusion, seed
-        levels = Levels.of(*noise_levels(diffusion))
-        own = getattr(diffusion, "x_start_coefficients", None)
-        source = Source.of(levels, diffusion.mean_type, diffusion.var_type, own)
+        source = Source.of(Levels.of(*noise_levels(diffusion)), diffusion)
         # Of what the network is given, which is input_scale·x_t.
         self.a = torch.from_numpy(source.a / diffusion.input_scale).to(device)
         self.b = torch.from_numpy(source.b).to(device)
@@ -67,11 +64,9 @@ class SelfCondition:
 
 def check_argument(model: nn.Module, name: str) -> None:
     """InputError where the network has no argument of that name."""
-    network: Any = unwrapped(model)
-    parameters = inspect.signature(network.forward).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if name not in parameters and not takes_any:
+    names, takes_any = arguments_of_forward(model)
+    if name not in names and not takes_any:
         raise InputError(
-            f"self_condition is {name!r}, and a {type(network).__name__} has no such argument: it "
-            f"takes {', '.join(parameters)}"
+            f"self_condition is {name!r}, and a {type(unwrapped(model)).__name__} has no such "
+            f"argument: it takes {', '.join(names)}"
         )

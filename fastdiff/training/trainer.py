@@ -7,7 +7,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ from fastdiff.training.step import backward
 from fastdiff.training.stop import StopRequest
 from fastdiff.training.timestep_samplers import create_timestep_sampler
 from fastdiff.training.update import GivenOptimizer, GivenScheduler, Update
+
+T = TypeVar("T")
 
 
 class Trainer:
@@ -363,8 +365,7 @@ class Trainer:
         """
         self.check_finite()
         shares = saved.shares_of(self, self.ranks)
-        work = self.ranks.together if self.is_spread else self.ranks.on_first
-        path = work(lambda: self._save(shares))
+        path = self.with_weights(lambda: self._save(shares))
         self.last_checkpoint, self.saved_as = path, (self.step, self.reports.done)
         return path
 
@@ -393,6 +394,11 @@ class Trainer:
     def is_spread(self) -> bool:
         """Whether each rank holds a part of the weights alone."""
         return any(map(shards.is_spread, self.parameters))
+
+    def with_weights(self, work: Callable[[], T]) -> T:
+        """``work()`` where all of the weights can be had: on rank 0, or of a network spread over
+        the ranks on all of them together. All ranks call."""
+        return (self.ranks.together if self.is_spread else self.ranks.on_first)(work)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Within it the model holds what a user would sample: the average that suits best."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastdiff import cli
 from fastdiff.checkpoints.run_directory import list_checkpoints
-from fastdiff.toml import to_toml
+from fastdiff.training.toml import to_toml
 
 QUICK = """
 [train]

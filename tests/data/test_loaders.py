@@ -104,11 +104,12 @@ def test_position_alone_resumes(batch_size, seed, position):
 def test_ranks_share_each_batch_of_items(share, world_size, position):
     size = share * world_size
     whole = LoaderStream(Counted(), size, seed=5)
-    parts = [LoaderStream(Counted(), size, seed=5, rank=r, world_size=world_size) for r in range(3)]
-    for stream in (whole, *parts[:world_size]):
+    ranks = [{"rank": rank, "world_size": world_size} for rank in range(world_size)]
+    parts = [LoaderStream(Counted(), size, seed=5, **rank) for rank in ranks]
+    for stream in (whole, *parts):
         stream.position = position
     for _ in range(3):
-        mine = [draw(part, 1)[0] for part in parts[:world_size]]
+        mine = [draw(part, 1)[0] for part in parts]
         assert torch.equal(torch.cat(mine), draw(whole, 1)[0])
 
 
