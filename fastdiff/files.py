@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -50,11 +50,13 @@ def remove_unfinished(path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def replace_directory(target: Path, write: Callable[[Path], None]) -> None:
-    """Make ``target`` a folder of what ``write`` puts into an empty one, on the disk.
+@contextmanager
+def replacing_directory(target: Path) -> Iterator[Path]:
+    """An empty folder that becomes ``target``, on the disk, when the block ends without an
+    exception.
 
-    An older folder of that name stays until the new one is complete; what a killed call left
-    behind is removed by the next one. ``target``'s parent is made if missing.
+    An older folder of that name stays until the new one is complete; what a killed process left
+    behind is removed by the next call. ``target``'s parent is made if missing.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _recover(target)
@@ -62,7 +64,15 @@ def replace_directory(target: Path, write: Callable[[Path], None]) -> None:
     temporary = target.parent / f".{target.name}.saving-{socket.gethostname()}-{os.getpid()}"
     _in_progress.add(temporary)
     try:
-        _write_directory(temporary, write)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for path in temporary.rglob("*"):
+                _sync(path)
+            _sync(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         previous = previous_directory(target)
         if target.exists():
             # Between the two renames nothing has this name; ``_recover`` undoes the first.
@@ -77,18 +87,6 @@ def replace_directory(target: Path, write: Callable[[Path], None]) -> None:
 def previous_directory(target: Path) -> Path:
     """Where ``target`` is while its successor takes its place."""
     return target.parent / f".{target.name}.previous"
-
-
-def _write_directory(path: Path, write: Callable[[Path], None]) -> None:
-    path.mkdir()
-    try:
-        write(path)
-        for file in path.iterdir():
-            _sync(file)
-        _sync(path)
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
 
 
 def _recover(target: Path) -> None:

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -76,15 +76,15 @@ class Ranks:
         """
         if self.group is None:
             return work()
-        error = None
+        error: BaseException | None = None
         try:
             result = work()
-        except EXPECTED as caught:
+        except (*EXPECTED, SystemExit) as caught:  # this one of a call of ours inside ``work``
             error = caught
-        failed = self.gather(error is not None)
-        if not any(failed):
+        ends = self.gather(None if error is None else isinstance(error, EXPECTED))
+        if not any(end is not None for end in ends):
             return result
-        if error is not None and failed.index(True) == self.rank:
+        if error is not None and True in ends and ends.index(True) == self.rank:
             raise error
         raise SystemExit(2)
 
@@ -92,6 +92,10 @@ class Ranks:
         """``work()`` on rank 0 alone; every rank gets its answer, or ends with it."""
         answer: Any = self.together(lambda: work() if self.rank == 0 else None)
         return answer if self.group is None else self.gather(answer)[0]
+
+    def apart(self) -> "Ranks":
+        """The same ranks on a line of their own, for another thread: a call of all of them."""
+        return self if self.group is None else replace(self, group=_line(self.minutes))
 
     def leave(self) -> None:
         """Wait until all have come here, and part: each goes on alone."""
@@ -311,10 +315,15 @@ def join(device: str | None, minutes: float = DRAWING) -> Ranks:
     attempt = _attempt(rank, count) if _has_agent() else "only"
     if not torch.distributed.is_initialized():
         _meet("nccl" if on_gpus else "gloo", rank, count, attempt)
-    limit = datetime.timedelta(minutes=minutes)
-    group = torch.distributed.new_group(backend="gloo", timeout=limit)
+    group = _line(minutes)
     _begin_pulse(_store(attempt), rank)
     return Ranks(rank, count, device, group, _store(attempt), _memory(), minutes)
+
+
+def _line(minutes: float) -> Any:
+    """A group of all ranks on the CPU."""
+    limit = datetime.timedelta(minutes=minutes)
+    return torch.distributed.new_group(backend="gloo", timeout=limit)
 
 
 def _meet(backend: str, rank: int, count: int, attempt: str) -> None:

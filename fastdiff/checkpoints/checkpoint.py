@@ -4,13 +4,14 @@
   stands in network.py
 - model.safetensors: the network's state_dict
 - ema_<name>.safetensors: one file per average, by its rate or as power-<sigma_rel>
-- whatever the caller adds
+- whatever the caller adds; of what each rank holds a part of, a folder: see parts.py
 """
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from fastdiff.checkpoints.config import (
 from fastdiff.checkpoints.diffusers_scheduler import load_process
 from fastdiff.checkpoints.diffusers_unet import load_unet, unet_folder
 from fastdiff.checkpoints.network import Given, described, load_state, made
+from fastdiff.checkpoints.parts import copied, write_parts
 from fastdiff.checkpoints.run_directory import identify, list_checkpoints
 from fastdiff.checkpoints.weights import (
     CONFIG_FILE,
@@ -38,13 +40,15 @@ from fastdiff.checkpoints.weights import (
     check_target,
     load_json,
     load_tensors,
-    write_directory,
+    to_json,
+    write_files,
 )
 from fastdiff.errors import InputError
-from fastdiff.files import previous_directory
+from fastdiff.files import previous_directory, replacing_directory
 from fastdiff.models.ema import EMA, average_name
 from fastdiff.models.shards import is_spread, whole
 from fastdiff.models.wrappers import plain_name, plain_state, unwrapped
+from fastdiff.ranks import ALONE, Ranks
 
 # The last two read what a caller of ``save`` added.
 __all__ = ["Checkpoint", "load", "save", "load_json", "load_tensors"]
@@ -122,13 +126,76 @@ def save(
             averages are another model's, an extra file has the name of one of the checkpoint's, or
             a value has no JSON form; nothing has changed.
     """
+    prepared = prepare(
+        directory,
+        model,
+        diffusion=diffusion,
+        ema=ema,
+        step=step,
+        info=info,
+        extra_tensors=extra_tensors,
+        extra_json=extra_json,
+    )
+    # What is spread has been gathered by all ranks; one of them writes it.
+    if not _has_spread(model) or torch.distributed.get_rank() == 0:
+        prepared.write()
+    return prepared.target
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checkpoint that has been checked, and has only to be written.
+
+    Attributes:
+        tensors, documents: by the names of their files, whole: rank 0's alone are written.
+        parts: by the names of their folders, what each of ``ranks`` holds a part of.
+    """
+
+    target: Path
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    documents: Mapping[str, Any]
+    parts: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    ranks: Ranks = ALONE
+
+    def write(self) -> None:
+        """All of it or nothing: a call of all ``ranks``. OSError as :func:`save`."""
+        ranks = self.ranks
+        with ExitStack() as stack:
+            replacing = replacing_directory(self.target)
+            folder = ranks.on_first(lambda: stack.enter_context(replacing))
+            for name, tensors in self.parts.items():
+                ranks.together(partial(write_parts, folder / name, tensors, ranks))
+            ranks.on_first(lambda: write_files(folder, self.tensors, self.documents))
+
+
+def prepare(
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    diffusion: Any = None,
+    ema: EMA | None = None,
+    step: int | None = None,
+    info: Mapping[str, Any] | None = None,
+    extra_tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    extra_json: Mapping[str, Any] | None = None,
+    parts: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ranks: Ranks = ALONE,
+    copy: bool = False,
+) -> Prepared:
+    """What :func:`save` writes, with the arguments and the InputErrors that it has.
+
+    Args:
+        parts: folder name -> tensors by name of which each of ``ranks`` holds a part; they are not
+            gathered.
+        ranks: those that write together; all of them call.
+        copy: in memory of its own, so that training can go on before all is written.
+    """
     target = Path(os.path.realpath(directory))
     check_target(target, foreign_entries)
     network = unwrapped(model)
     if not isinstance(network, nn.Module):
         raise InputError(f"cannot save a {type(network).__name__}: expected an nn.Module")
-    spread = any(map(is_spread, network.parameters()))
-    state = _whole(plain_state(network))
+    state = _whole(plain_state(network), copy)
     description, expected = described(network, state)
     rates = ema.rates if ema is not None else []
     config = {
@@ -140,19 +207,25 @@ def save(
         "ema": rates,
         "averages": None if ema is None else {"updates": ema.updates, "warmup": ema.warmup},
     }
-    averages = {} if ema is None else whole_averages(network, ema, rates)
+    averages = {} if ema is None else whole_averages(network, ema, rates, copy=copy)
     check_saved(config, network, expected, averages)
     tensors = {MODEL_STEM: state, **{f"ema_{rate}": average for rate, average in averages.items()}}
-    extras = {stem: _whole(group) for stem, group in (extra_tensors or {}).items()}
+    extras = {stem: _whole(group, copy) for stem, group in (extra_tensors or {}).items()}
     check_extra_names(extras, tensors, "extra_tensors")
     check_extra_names(extra_json or {}, {"config"}, "extra_json")
-    if not (spread and torch.distributed.get_rank()):
-        write_directory(target, {**tensors, **extras}, {"config": config, **(extra_json or {})})
-    return target
+    documents = {"config": config, **(extra_json or {})}
+    for stem, document in documents.items():
+        to_json(f"{stem}.json", document)
+    mine = {name: copied(group) if copy else group for name, group in (parts or {}).items()}
+    return Prepared(target, {**tensors, **extras}, documents, mine, ranks)
+
+
+def _has_spread(model: nn.Module) -> bool:
+    return any(map(is_spread, unwrapped(model).parameters()))
 
 
 def whole_averages(
-    model: nn.Module, ema: EMA, names: Sequence[str]
+    model: nn.Module, ema: EMA, names: Sequence[str], *, copy: bool = False
 ) -> dict[str, dict[str, Tensor]]:
     """Averages by their names, each with all that a state_dict of the network has; gathered where
     ranks hold parts of them, by all of them together."""
@@ -160,12 +233,12 @@ def whole_averages(
     # What is no parameter is not averaged: the running figures of a norm, masks, frequencies.
     buffers = {plain_name(name) for name, _ in network.named_buffers()}
     kept = {name: tensor for name, tensor in plain_state(network).items() if name in buffers}
-    return {name: {**_whole(kept), **_whole(ema.state_dict(name))} for name in names}
+    return {name: _whole({**kept, **ema.state_dict(name)}, copy) for name in names}
 
 
-def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _whole(tensors: Mapping[str, Tensor], copy: bool) -> dict[str, Tensor]:
     """The tensors, one after the other gathered where ranks hold parts of them."""
-    return {name: whole(tensor) for name, tensor in tensors.items()}
+    return {name: whole(tensor, copy=copy) for name, tensor in tensors.items()}
 
 
 def load(

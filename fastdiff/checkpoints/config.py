@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.checkpoints.parts import INDEX
 from fastdiff.checkpoints.weights import (
     CONFIG_FILE,
     UNBUILDABLE,
@@ -94,11 +95,13 @@ def is_checkpoint(path: Path) -> bool:
 def foreign_entries(path: Path) -> list[str]:
     """The entries of a directory that no ``save`` wrote: all, or what lies among its files."""
     ours = is_checkpoint(path)
-    return [
-        entry.name
-        for entry in path.iterdir()
-        if not (ours and entry.is_file() and entry.suffix in (".json", ".safetensors"))
-    ]
+    return [entry.name for entry in path.iterdir() if not (ours and _is_ours(entry))]
+
+
+def _is_ours(entry: Path) -> bool:
+    if entry.is_dir():  # of parts.py
+        return (entry / f"{INDEX}.json").is_file() and all(map(_is_ours, entry.iterdir()))
+    return entry.is_file() and entry.suffix in (".json", ".safetensors")
 
 
 def check_saved(

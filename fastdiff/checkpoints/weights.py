@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastdiff.errors import InputError, first_line
-from fastdiff.files import replace_directory
+from fastdiff.files import replacing_directory
 
 CONFIG_FILE = "config.json"
 # What building from a file's values may raise.
@@ -198,15 +198,19 @@ def write_directory(
         OSError: the disk is full or not writable; nothing has changed.
         InputError: a value has no JSON form; nothing has changed.
     """
+    with replacing_directory(target) as folder:
+        write_files(folder, tensors, documents)
+
+
+def write_files(
+    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]
+) -> None:
+    """The files of :func:`write_directory`, into a folder that is there."""
     texts = {stem: to_json(f"{stem}.json", document) for stem, document in documents.items()}
-
-    def write(folder: Path) -> None:
-        for stem, group in tensors.items():
-            _write_tensors(folder / f"{stem}.safetensors", group)
-        for stem, text in texts.items():
-            (folder / f"{stem}.json").write_text(text, encoding="utf-8")
-
-    replace_directory(target, write)
+    for stem, group in tensors.items():
+        _write_tensors(folder / f"{stem}.safetensors", group)
+    for stem, text in texts.items():
+        (folder / f"{stem}.json").write_text(text, encoding="utf-8")
 
 
 def to_json(name: str, document: Any) -> str:

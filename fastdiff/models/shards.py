@@ -23,14 +23,23 @@ def together(tensor: Any) -> Tensor:
     return tensor.full_tensor() if is_spread(tensor) else tensor
 
 
-def whole(tensor: Any) -> Tensor:
-    """All of it, in the CPU's memory where it was spread: a call that all ranks make together."""
-    return together(tensor.detach()).cpu() if is_spread(tensor) else tensor
+def whole(tensor: Any, *, copy: bool = False) -> Tensor:
+    """All of it; where it was spread, in the CPU's memory of rank 0, while the others are left with
+    zeros that take none: a call that all ranks make together.
+
+    copy: in memory of its own, the CPU's, where it was not spread either.
+    """
+    if is_spread(tensor):
+        found = together(tensor.detach())
+        if torch.distributed.get_rank() == 0:
+            return found.cpu()
+        return torch.zeros((), dtype=found.dtype).expand(found.shape)
+    return tensor.detach().to("cpu", copy=True) if copy else tensor
 
 
 def placed(tensor: Tensor, like: Any) -> Tensor:
     """``tensor``, the same on every rank, spread as ``like`` is; says nothing to other ranks."""
-    if not is_spread(like):
+    if not is_spread(like) or is_spread(tensor):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 

@@ -88,6 +88,11 @@ class TrainConfig:
     flip: bool = setting(False, "mirror images at random", fixed=True)
     log_every: int = setting(50, "steps between lines in metrics.jsonl")
     save_every: int = setting(1000, "steps between checkpoints (0: only at the end)")
+    async_save: bool = setting(
+        False,
+        "write checkpoints while the training goes on, from a copy in the CPU's memory: for "
+        "networks whose writing takes long, on a GPU",
+    )
     keep: int = setting(3, "checkpoints kept, the newest ones (0: all)")
     sample_every: int = setting(0, "steps between sample grids (0: none)")
     sample_count: int = setting(16, "images in a sample grid")

@@ -37,23 +37,23 @@ def _saved(trainer: Run, step: int, position: int) -> str:
     """Save after an error in the step after ``step``; what to say of it, which must not hide that
     error."""
     if trainer.half_done:
-        return f"step {step + 1} was half done; {trainer.advice()}"
+        return f"step {step + 1} was half done; {trainer.saving.advice()}"
     if trainer.step == step:
         trainer.stream.position = position
     if trainer.step == 0:
         return "no step had been finished"
     if trainer.is_spread:  # the other ranks would have to give their parts
-        return trainer.advice()
+        return trainer.saving.advice()
     if trainer.ranks.rank:
         return f"this was rank {trainer.ranks.rank}; rank 0 saves step {trainer.step} if it can"
     try:
         # The lines before this step are written. If they cannot be synced, the rest may still fit.
         with suppress(OSError, ValueError):
             trainer.reports.sync()
-        path = trainer.write_checkpoint()
+        path = trainer.saving.save_alone(trainer)
     except Exception as failure:
         reason = first_line(failure)
-        return f"step {trainer.step} could not be saved ({reason}); {trainer.advice()}"
+        return f"step {trainer.step} could not be saved ({reason}); {trainer.saving.advice()}"
     return f"step {trainer.step} is saved in {path}: resume the run once that is mended"
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastdiff.models.ema import EMA
 from fastdiff.ranks import Ranks
 from fastdiff.training.batches import Batches
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.feed import Feed
+from fastdiff.training.guard import FiniteGuard
 from fastdiff.training.metrics import IntervalMeter
 from fastdiff.training.timestep_samplers import TimestepSampler
 from fastdiff.training.update import Update
@@ -44,8 +45,8 @@ class Run(Protocol):
     stream: Batches
     feed: Feed
     reports: Any  # which stand above a Run
-    last_checkpoint: Path | None
-    saved_as: tuple[int, int] | None
+    saving: Any  # and this
+    guard: FiniteGuard
 
     @property
     def is_spread(self) -> bool: ...
@@ -54,5 +55,3 @@ class Run(Protocol):
     def averaged(self) -> AbstractContextManager[None]: ...
     def due(self, interval: int) -> bool: ...
     def check_finite(self) -> None: ...
-    def advice(self) -> str: ...
-    def write_checkpoint(self, shares: dict[str, Tensor] | None = None) -> Path: ...

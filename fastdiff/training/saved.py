@@ -4,7 +4,7 @@ damaged file."""
 import io
 import pickle
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import whole_averages
 from fastdiff.checkpoints.network import Given, described
+from fastdiff.checkpoints.parts import read_parts
 from fastdiff.checkpoints.snapshots import write_snapshot
 from fastdiff.checkpoints.weights import load_json, load_tensors
 from fastdiff.data.loaders import LoaderStream
@@ -26,8 +27,10 @@ from fastdiff.training.batches import size_of
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.run import Run
 from fastdiff.training.state import prefixed, prune_checkpoints, with_prefix
+from fastdiff.training.update_state import moments_like
 
 STATE = "trainer"  # file stem of the trainer's own part of a checkpoint
+OPTIMIZER = "optimizer"  # the prefix of its tensors there; or, in parts, the name of their folder
 
 
 @dataclass(frozen=True)
@@ -134,9 +137,11 @@ def shares_of(trainer: Run, ranks: Ranks) -> dict[str, Tensor]:
 
 
 def tensors_of(trainer: Run, shares: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The trainer's own tensors; ``shares`` of all ranks, None: of this one alone."""
+    """The trainer's own tensors that are whole; ``shares`` of all ranks, None: of this one
+    alone."""
+    optimizer = {} if trainer.is_spread else trainer.update.tensors()
     return {
-        **prefixed("optimizer", trainer.update.tensors()),
+        **prefixed(OPTIMIZER, optimizer),
         **prefixed("timesteps", trainer.timesteps.state_dict()),
         **(shares_of(trainer, ALONE) if shares is None else shares),
     }
@@ -171,12 +176,23 @@ def take_snapshot(trainer: Run) -> None:
     trainer.with_weights(work)
 
 
-def write(trainer: Run, path: Path, shares: Mapping[str, Tensor] | None) -> None:
-    """The checkpoint ``path`` of the trainer as it is; older ones than are kept go.
+def prepared(
+    trainer: Run,
+    path: Path,
+    shares: Mapping[str, Tensor] | None,
+    ranks: Ranks = ALONE,
+    *,
+    copy: bool = False,
+) -> Callable[[], None]:
+    """What writes the checkpoint ``path`` of the trainer as it is now, and then deletes older ones
+    than are kept.
 
-    ``shares``: as :func:`tensors_of`'s.
+    Args:
+        shares: as :func:`tensors_of`'s.
+        ranks: those that write it together, of a network that is spread over them.
+        copy: the trainer may go on before that is done.
     """
-    checkpoint.save(
+    ready = checkpoint.prepare(
         path,
         trainer.model,
         diffusion=trainer.diffusion,
@@ -185,9 +201,18 @@ def write(trainer: Run, path: Path, shares: Mapping[str, Tensor] | None) -> None
         info=trainer.info,
         extra_tensors={STATE: tensors_of(trainer, shares)},
         extra_json={STATE: record_of(trainer)},
+        parts={OPTIMIZER: trainer.update.tensors()} if trainer.is_spread else {},
+        ranks=ranks,
+        copy=copy,
     )
-    if trainer.ranks.rank == 0:
-        prune_checkpoints(trainer.run_dir, trainer.config.keep)
+    run_dir, keep = trainer.run_dir, trainer.config.keep
+
+    def write() -> None:
+        ready.write()
+        if ranks.rank == 0:
+            prune_checkpoints(run_dir, keep)
+
+    return write
 
 
 def settings_of(trainer: Run) -> dict[str, Any]:
@@ -222,10 +247,21 @@ def restore(trainer: Run, read: SavedRun, data_changed: bool) -> None:
         names = average.keys() & set(trainer.ema.names)
         trainer.ema.load_state_dict(rate, {name: average[name] for name in names})
     trainer.update.check_changes(read.config)
-    trainer.update.load(read.part("optimizer"), read.update)
+    trainer.update.load(trainer.ranks.together(lambda: _optimizer_of(read, trainer)), read.update)
     trainer.timesteps.load_state_dict(read.part("timesteps"))
     trainer.meter.load_state_dict(read.part("meter"), trainer.ranks.rank)
-    trainer.last_checkpoint, trainer.saved_as = read.path, (read.step, read.reported)
+    trainer.saving.stands(read.path, (read.step, read.reported))
+
+
+def _optimizer_of(read: SavedRun, trainer: Run) -> dict[str, Tensor]:
+    """The optimizer's tensors, in parts as the trainer's are where they were saved so."""
+    folder = read.path / OPTIMIZER
+    if not folder.is_dir():
+        return read.part(OPTIMIZER)
+    try:
+        return read_parts(folder, moments_like(trainer.model))
+    except InputError as error:
+        raise InputError(f"{error}; {_advice(read.path)}") from error
 
 
 def _restore_reader(trainer: Run, read: SavedRun) -> None:

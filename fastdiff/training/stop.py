@@ -47,10 +47,10 @@ class StopRequest:
     def requested(self) -> bool:
         return self.signal is not None or self.out_of_time
 
-    def asked_of(self, ranks: Ranks) -> bool:
-        """Whether some rank is asked to stop: all of them do, after the same step, and in the way
-        that the signal would have it."""
-        found = ranks.numbers(int(self.requested), self.signal or 0).amax(0).tolist()
+    def asked_of(self, ranks: Ranks, failed: bool = False) -> bool:
+        """Whether some rank is asked to stop, or has ``failed`` at what it does beside its steps:
+        all of them do, after the same step, and in the way that the signal would have it."""
+        found = ranks.numbers(int(self.requested or failed), self.signal or 0).amax(0).tolist()
         self.signal = found[1] or self.signal  # one may have come meanwhile
         return bool(found[0])
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoints.network import Given
-from fastdiff.checkpoints.run_directory import checkpoint_path, held, newest_checkpoint, require_run
+from fastdiff.checkpoints.run_directory import held, newest_checkpoint, require_run
 from fastdiff.checks import choose_device
 from fastdiff.data import ImageDataset, match_classes
 from fastdiff.data.words import TIMESTEPS
@@ -25,7 +25,7 @@ from fastdiff.training.batches import Batches, batches_of, describe
 from fastdiff.training.checks import checked, facts, match_eval
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.feed import Feed
-from fastdiff.training.guard import FiniteGuard, check_weights
+from fastdiff.training.guard import FiniteGuard
 from fastdiff.training.init import fit_to_init, read_init
 from fastdiff.training.metrics import IntervalMeter
 from fastdiff.training.noise import Noise
@@ -33,6 +33,7 @@ from fastdiff.training.reports import Reports
 from fastdiff.training.rescue import rescued
 from fastdiff.training.run_folder import opened
 from fastdiff.training.saved import SavedRun, read_checkpoint
+from fastdiff.training.saving import Saving
 from fastdiff.training.self_condition import SelfCondition
 from fastdiff.training.step import backward
 from fastdiff.training.stop import StopRequest
@@ -146,8 +147,7 @@ class Trainer:
         self.feed = Feed(self.stream, self.model, config, self.ranks, self.device)
         self.reports, self.show_progress = Reports(), progress
         self.callbacks = list(callbacks)
-        self.last_checkpoint: Path | None = None
-        self.saved_as: tuple[int, int] | None = None  # its step, and the step reported then
+        self.saving = Saving()
         self.half_done = False  # between an update of the weights and the end of its step
 
     @classmethod
@@ -276,6 +276,7 @@ class Trainer:
             stop = stack.enter_context(StopRequest(self.config.max_minutes))
             stack.enter_context(self.reports.opened(self))
             stack.enter_context(contextlib.closing(self.stream))
+            stack.enter_context(contextlib.closing(self.saving))
             self._train(stop)
             self.ranks.on_first(lambda: preview.plot_curve(self.run_dir))
         stop.reraise()
@@ -287,13 +288,14 @@ class Trainer:
                 self._finish_step()
         while self.step < self.config.steps:
             with rescued(self, stop), self.ranks.lost():
-                if stop.asked_of(self.ranks):
+                if stop.asked_of(self.ranks, self.saving.failed):
                     break
                 self._train_step()
                 self._finish_step()
             if self.due(self.config.save_every):
                 self.save()
         self.save()
+        self.saving.finish(self)
 
     def _finish_step(self) -> None:
         """What follows a step; a resumed run makes up for it where an error came between."""
@@ -351,7 +353,7 @@ class Trainer:
 
     def check_finite(self) -> None:
         """TrainingError where the loss or a gradient of some rank is not finite."""
-        self.guard.check(self.advice(), self.ranks)
+        self.guard.check(self.saving.advice(), self.ranks)
 
     def due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0
@@ -361,34 +363,16 @@ class Trainer:
     def save(self) -> Path:
         """Write the checkpoint of this step (unless it stands already) and prune older ones.
 
+        With ``config.async_save`` it is on the disk when the next one begins, or ``fit`` ends.
         Raises TrainingError instead when the run has diverged, OSError when the disk is full.
         """
         self.check_finite()
-        shares = saved.shares_of(self, self.ranks)
-        path = self.with_weights(lambda: self._save(shares))
-        self.last_checkpoint, self.saved_as = path, (self.step, self.reports.done)
-        return path
+        return self.saving.save(self, saved.shares_of(self, self.ranks))
 
-    def _save(self, shares: dict[str, Tensor]) -> Path:
-        try:
-            self.reports.sync()
-            return self.write_checkpoint(shares)
-        except OSError as error:
-            raise OSError(f"checkpoint not saved: {error}; {self.advice()}") from error
-
-    def write_checkpoint(self, shares: dict[str, Tensor] | None = None) -> Path:
-        """:meth:`save` by this rank alone, without advice in the message of an OSError.
-
-        ``shares``: what each rank adds (``saved.shares_of``); None: what this one has.
-        """
-        as_now = self.step, self.reports.done
-        path = checkpoint_path(self.run_dir, self.step)
-        if self.saved_as != as_now:
-            self.guard.check(self.advice())
-            check_weights(self.parameters, self.step, self.advice())
-            saved.write(self, path, shares)
-        self.last_checkpoint, self.saved_as = path, as_now
-        return path
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The newest one that is on the disk."""
+        return self.saving.last
 
     @property
     def is_spread(self) -> bool:
@@ -404,9 +388,3 @@ class Trainer:
         """Within it the model holds what a user would sample: the average that suits best."""
         best = self.ema.best_suited
         return contextlib.nullcontext() if best is None else self.ema.swapped(best)
-
-    def advice(self) -> str:
-        """The end of an error message: where to go on from."""
-        if self.last_checkpoint is None:
-            return "no checkpoint had been saved yet"
-        return f"the last good checkpoint is {self.last_checkpoint}"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.checkpoints.parts import Like
 from fastdiff.errors import InputError
 from fastdiff.models.shards import is_spread, placed
 
@@ -97,6 +98,20 @@ def _states(optimizer: Optimizer, model: nn.Module) -> list[tuple[str, Mapping[s
                 "expected states of parameters alone"
             )
     return [(names[parameter], moments) for parameter, moments in optimizer.state.items()]
+
+
+def moments_like(model: nn.Module) -> Like:
+    """What each tensor of ``optimizer_tensors`` is read into, before the optimizer has any: a
+    parameter's twin, in parts where the parameter is, or one of its own shape."""
+    parameters = dict(model.named_parameters())
+
+    def like(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        parameter = parameters.get(name.rpartition(".")[0])
+        if parameter is None or parameter.shape != shape:
+            return torch.empty(shape, dtype=dtype)
+        return torch.empty_like(parameter.detach(), dtype=dtype)
+
+    return like
 
 
 def load_optimizer(

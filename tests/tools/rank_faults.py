@@ -55,13 +55,22 @@ def spoil(fault: str) -> None:
 
 
 def _fill_disk() -> None:
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
     from fastdiff.checkpoints import checkpoint
 
-    save = checkpoint.save
+    write, write_part = checkpoint.write_files, HuggingFaceStorageWriter.write_data
 
-    def full(path, *args, **kwargs):
-        if path.name == "step_00000006":
+    def check(folder) -> None:
+        if "step_00000006" in str(folder):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return save(path, *args, **kwargs)
 
-    checkpoint.save = full
+    def full(folder, *args):
+        check(folder)
+        write(folder, *args)
+
+    def full_of_parts(self, *args):
+        check(self.path)
+        return write_part(self, *args)
+
+    checkpoint.write_files, HuggingFaceStorageWriter.write_data = full, full_of_parts

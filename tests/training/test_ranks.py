@@ -94,8 +94,8 @@ def assert_same_run(run, expected, tolerance=SAME):
     ("count", "options"),
     [
         (2, []),
-        (4, ["--microbatch", "1"]),
-        (2, ["--shard"]),
+        (4, ["--microbatch", "1", "--async-save"]),
+        (2, ["--shard", "--async-save"]),
         (4, ["--shard", "--microbatch", "1"]),
         (2, ["--timestep-sampler", "loss-second-moment", "--diffusion-steps", "2"]),
     ],
@@ -151,13 +151,21 @@ def wait_for(condition):
 
 
 @pytest.mark.seconds
-@pytest.mark.parametrize(("before", "after"), [([], ["--shard"]), (["--shard"], [])])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("--no-shard", "--shard"),
+        ("--shard", "--no-shard"),
+        ("--shard", "--shard"),
+    ],
+)
 def test_a_run_goes_on_sharded_and_back(cifar, alone, start, tmp_path, before, after):
     run = tmp_path / "run"
-    codes, log = start(4, command(cifar, run, "--steps", "4", *before)).finish()
+    codes, log = start(4, command(cifar, run, "--steps", "4", before)).finish()
     assert codes == [0] * 4, log
-    options = ["--resume", "--steps", "6", *(after or ["--no-shard"])]
-    codes, log = start(2, command(cifar, run, *options)).finish()
+    parts = list((list_checkpoints(run)[-1] / "optimizer").glob("*.safetensors"))
+    assert len(parts) == (4 if before == "--shard" else 0)
+    codes, log = start(2, command(cifar, run, "--resume", "--steps", "6", after)).finish()
     assert codes == [0] * 2, log
     assert_same_run(run, alone)
 
@@ -294,11 +302,27 @@ def test_a_fault_of_one_rank(cifar, alone, start, tmp_path, rank, fault, message
     line = only_line(log)
     assert message in line, log
     assert [p.name for p in list_checkpoints(run)][:1] == ["step_00000003"]
+    if fault == "disk":
+        assert line.endswith("step_00000003")
     if fault == "nan":
         assert "on rank" in line and line.endswith("step_00000003")
     codes, log = start(2, command(cifar, run, "--resume")).finish()
     assert codes == [0, 0], log
     assert_same_run(run, alone)
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("save", ["--async-save", "--no-async-save"])
+def test_a_full_disk_of_one_rank_that_writes_its_part(cifar, start, tmp_path, rank, save):
+    run = tmp_path / "run"
+    argv = command(cifar, run, "--rank-minutes", "0.5", "--shard", save)
+    codes, log = start(2, argv, fault=(rank, "disk")).finish()
+    assert codes == [2, 2], log
+    line = only_line(log)
+    assert f"rank {rank} could not write its part: [Errno 28] No space left on device" in line
+    assert line.endswith("step_00000003")
+    assert [entry.name for entry in (run / "checkpoints").iterdir()] == ["step_00000003"]
 
 
 @pytest.mark.seconds

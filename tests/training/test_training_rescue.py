@@ -200,9 +200,9 @@ def test_what_is_not_good_is_not_saved(tmp_path):
 def test_a_save_that_fails_does_not_hide_the_error(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, **{**QUICK, "save_every": 2})
     at_step(trainer, 4, fail(InputError("'a.png' is damaged")))
-    save = checkpoint.save
-    full = failing_once(save, OSError("disk full"), lambda: trainer.step == 3)
-    monkeypatch.setattr(checkpoint, "save", full)
+    write = checkpoint.write_files
+    full = failing_once(write, OSError("disk full"), lambda: trainer.step == 3)
+    monkeypatch.setattr(checkpoint, "write_files", full)
     path = tmp_path / "checkpoints" / "step_00000002"
     with pytest.raises(InputError) as caught:
         trainer.fit()
