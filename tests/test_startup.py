@@ -27,6 +27,18 @@ loaded = [name for name in {later!r}.split() if name in sys.modules]
 print("loaded:", *loaded)
 """
 CLI = "from fastdiff.cli import build_parser; "
+SAMPLED = """
+import tempfile, fastdiff
+arguments = dict(in_channels=1, model_channels=32, out_channels=1, num_res_blocks=1)
+arguments |= dict(attention_resolutions=(), channel_mult=(1,), num_classes=3)
+with tempfile.TemporaryDirectory() as folder:
+    diffusion = fastdiff.create_diffusion(steps=100)
+    fastdiff.save(folder, fastdiff.UNet(**arguments), diffusion=diffusion)
+    found = fastdiff.load(folder)
+import torch
+kwargs = {"y": torch.tensor([0, 2])}
+fastdiff.Sampler(found.model, found.diffusion, steps=3).sample((2, 1, 8, 8), model_kwargs=kwargs)
+"""
 
 
 @pytest.mark.seconds
@@ -37,8 +49,9 @@ CLI = "from fastdiff.cli import build_parser; "
         (CLI + "build_parser([]).format_help()", EVERY),
         ("import fastdiff; fastdiff.Sampler", LATER),
         (CLI + "build_parser().format_help()", LATER),
+        (SAMPLED, LATER),
     ],
-    ids=["import", "help", "use", "commands"],
+    ids=["import", "help", "use", "commands", "sample"],
 )
 def test_what_only_some_calls_need_is_not_loaded(start, later):
     code = CODE.format(start=start, later=later)

@@ -5,7 +5,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoints.parts import INDEX
@@ -19,6 +18,7 @@ from fastdiff.checkpoints.weights import (
 )
 from fastdiff.errors import InputError, first_line
 from fastdiff.models.unet import UNet
+from fastdiff.models.valueless import valueless
 from fastdiff.process import edm, variance_exploding
 from fastdiff.process.edm import EDM
 from fastdiff.process.gaussian import GaussianDiffusion
@@ -144,7 +144,7 @@ def check_described(
     """
     kind = type(network).__name__
     try:
-        with torch.device("meta"):
+        with valueless():
             described = UNet(**config).state_dict()
     except UNBUILDABLE as error:
         reason = f"its config describes no fastdiff UNet ({first_line(error)})"

@@ -31,6 +31,7 @@ from fastdiff.checkpoints.weights import (
 from fastdiff.errors import InputError, first_line
 from fastdiff.models.shards import plain_class
 from fastdiff.models.unet import UNet
+from fastdiff.models.valueless import valueless
 from fastdiff.models.wrappers import LINKS, plain_name, plain_state, unwrapped
 
 Given = nn.Module | Callable[[], nn.Module] | None  # the network of a checkpoint, or what makes it
@@ -178,7 +179,7 @@ def _instance(kind: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
 def _shapes_of(kind: type[nn.Module], config: str) -> dict[str, Tensor]:
     """The weights of what ``load`` will make, without values."""
     try:
-        with torch.device("meta"):
+        with valueless():
             return plain_state(_instance(kind, json.loads(config)))
     except Exception:  # a constructor that looks at values; the caller's random numbers stay
         with torch.random.fork_rng(devices=[]):

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastdiff.checkpoints.checkpoint import save
 from fastdiff.checkpoints.published import unet_config_from_state
 from fastdiff.checkpoints.published_file import read_published
@@ -17,6 +15,7 @@ from fastdiff.errors import InputError
 from fastdiff.models import presets
 from fastdiff.models.ema import EMA, rate_name
 from fastdiff.models.unet import UNet
+from fastdiff.models.valueless import valueless
 from fastdiff.process.gaussian import create_diffusion
 
 ORDERS = {"heads_first": False, "qkv_first": True}
@@ -187,7 +186,7 @@ def network_config(file: str, shown: Mapping[str, Any], given: Mapping[str, Any]
 
 def preset_config(name: str) -> dict[str, Any]:
     """All of UNet's arguments for a preset."""
-    with torch.device("meta"):
+    with valueless():
         return UNet(**presets.get(name).model).config
 
 
