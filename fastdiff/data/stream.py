@@ -63,18 +63,17 @@ class BatchStream:
         world_size: int = 1,
         pin_memory: bool = False,
     ) -> None:
-        self._mine = part_of_batch(batch_size, rank, world_size)
+        mine = part_of_batch(batch_size, rank, world_size)
         if seed < 0 or workers < 0:
             raise InputError(f"seed {seed} and workers {workers} must not be negative")
         if pin_memory and not torch.cuda.is_available():
             raise InputError("pin_memory needs a CUDA device, and there is none")
         self.dataset = dataset
         self.batch_size = batch_size
-        self.seed = seed
-        self.random_flip = dataset.random_flip if random_flip is None else random_flip
         self.workers = workers
+        flip = dataset.random_flip if random_flip is None else random_flip
+        self._order = _Order(len(dataset), batch_size, mine, seed, flip)
         self._pin = pin_memory
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._loading: Iterator[Any] | None = None
         self.position = position
 
@@ -117,7 +116,7 @@ class BatchStream:
 
     def _loader(self) -> DataLoader:
         """The batches from ``position`` on."""
-        drawn = (self._draw(position) for position in itertools.count(self.position))
+        drawn = map(self._order, itertools.count(self.position))
         return DataLoader(
             _Loaded(self.dataset),
             batch_size=None,
@@ -127,30 +126,41 @@ class BatchStream:
             generator=torch.Generator(),  # else it draws from everybody's
         )
 
-    def _draw(self, position: int) -> Drawn:
-        """What this rank's part of batch ``position`` is made of."""
+
+class _Order:
+    """What each batch of a :class:`BatchStream` is made of. Apart from the stream, so that its
+    workers end with it: those of a loader in a cycle of references do not end by themselves."""
+
+    def __init__(
+        self, count: int, batch_size: int, mine: slice, seed: int, random_flip: bool
+    ) -> None:
+        self.count, self.batch_size, self.mine = count, batch_size, mine
+        self.seed, self.random_flip = seed, random_flip
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __call__(self, position: int) -> Drawn:
+        """This rank's part of batch ``position``."""
         first = position * self.batch_size
-        numbers = np.arange(first, first + self.batch_size)[self._mine]
-        epochs, offsets = np.divmod(numbers, len(self.dataset))
+        numbers = np.arange(first, first + self.batch_size)[self.mine]
+        epochs, offsets = np.divmod(numbers, self.count)
         indices = np.empty(len(numbers), np.int64)
         flips = np.zeros(len(numbers), bool)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            order, flipped = self._epoch_plan(int(epoch))
+            order, flipped = self._epoch(int(epoch))
             indices[here] = order[offsets[here]]
             if self.random_flip:
                 flips[here] = flipped[indices[here]]
-        return indices, flips, words(self.seed, position, ITEMS, self.batch_size)[self._mine]
+        return indices, flips, words(self.seed, position, ITEMS, self.batch_size)[self.mine]
 
-    def _epoch_plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if epoch not in self._epochs:
             if len(self._epochs) > 1:
                 del self._epochs[min(self._epochs)]
-            count = len(self.dataset)
             # Sorting raw words, not Generator.permutation: numpy may change the latter's stream,
             # and a run has to resume the same way under a newer numpy.
-            order = np.argsort(words(self.seed, epoch, ORDER, count), kind="stable")
-            flips = words(self.seed, epoch, FLIPS, count) >> np.uint64(63) == 1
+            order = np.argsort(words(self.seed, epoch, ORDER, self.count), kind="stable")
+            flips = words(self.seed, epoch, FLIPS, self.count) >> np.uint64(63) == 1
             self._epochs[epoch] = order, flips
         return self._epochs[epoch]
 

@@ -106,6 +106,16 @@ def test_workers_change_nothing(workers, tmp_path):
     helped.close()
 
 
+def test_a_stream_that_is_dropped_ends_its_workers():
+    before = set(multiprocessing.active_children())
+    stream = make(7, 3, workers=2)
+    next(stream)
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    del stream  # not the collector's work: it would wait five seconds for each
+    assert not any(worker.is_alive() for worker in workers)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_workers_are_deaf_to_signals_but_obey_their_parent(number):
     stream = make(7, 3, workers=1)

@@ -74,7 +74,7 @@ def failing_once(function, error: BaseException, when):
 )
 def test_a_picture_that_cannot_be_read(tmp_path, uninterrupted, error, workers):
     trainer = make_trainer(tmp_path, **QUICK, workers=workers)
-    seventh = BatchStream(trainer.data, 8, seed=0)._draw(6)[0]
+    seventh = BatchStream(trainer.data, 8, seed=0)._order(6)[0]
     gather = trainer.data.gather
 
     def broken(indices):
