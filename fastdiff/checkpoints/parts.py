@@ -41,9 +41,10 @@ def write_parts(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> No
     from torch.distributed.checkpoint.api import CheckpointException
 
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    state = {name: tensor.contiguous() for name, tensor in tensors.items()}  # files have no strides
     try:
         with ranks.lost():
-            dcp.save(dict(tensors), storage_writer=writer, process_group=ranks.group)
+            dcp.save(state, storage_writer=writer, process_group=ranks.group)
     except CheckpointException as error:  # of which no message is one line
         rank, (reason, _) = min(error.failures.items())
         failure = OSError(f"rank {rank} could not write its part: {first_line(reason)}")

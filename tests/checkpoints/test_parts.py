@@ -17,6 +17,7 @@ TENSORS = {
     "b.exp_avg": torch.arange(3.0).bfloat16(),
     "b.count": torch.tensor([1, 2]),
     "none": torch.empty(2, 0),
+    "last": torch.arange(24.0).reshape(1, 2, 3, 4).contiguous(memory_format=torch.channels_last),
     "mask": torch.tensor([True, False]),
     "bytes": torch.arange(5, dtype=torch.uint8),
 }
