@@ -28,7 +28,7 @@ class Saving:
         self._coming: Path | None = None
         self._written: Future[None] | None = None  # on the ranks that write
         self._thread: ThreadPoolExecutor | None = None
-        self._ranks: Ranks | None = None  # to speak from that thread
+        self._apart: Ranks | None = None  # to speak from that thread
 
     def stands(self, path: Path, of: tuple[int, int]) -> None:
         """``path`` is on the disk."""
@@ -45,9 +45,8 @@ class Saving:
         path, of = _place(run)
         if self.of == of:
             return path
-        if self._ranks is None:
-            self._ranks = run.ranks.apart() if run.config.async_save else run.ranks
-        run.with_weights(lambda: self._begin(run, path, shares))
+        ranks = self._writers(run)
+        run.with_weights(lambda: self._begin(run, path, shares, ranks))
         self._coming, self.of = path, of
         if not run.config.async_save:
             self.stands(path, of)
@@ -89,12 +88,20 @@ class Saving:
             return "no checkpoint had been saved yet"
         return f"the last good checkpoint is {self.last}"
 
-    def _begin(self, run: Run, path: Path, shares: dict[str, Tensor]) -> None:
+    def _writers(self, run: Run) -> Ranks:
+        """Those that write a checkpoint together: a call of all ranks."""
+        if not run.is_spread:
+            return ALONE
+        if not run.config.async_save:
+            return run.ranks
+        self._apart = self._apart or run.ranks.apart()
+        return self._apart
+
+    def _begin(self, run: Run, path: Path, shares: dict[str, Tensor], ranks: Ranks) -> None:
         self._check(run)
         background = run.config.async_save
         with self._told():
             run.reports.sync()
-            ranks = self._ranks if run.is_spread and self._ranks is not None else ALONE
             write = prepared(run, path, shares, ranks, copy=background)
             if not background:
                 write()
