@@ -35,7 +35,7 @@ NAMES = [name for name in presets.names() if presets.get(name).name == name]  # 
 RANKS_OF = ("digits", "ddpm-cifar10")
 DTYPES = ("float32", "bfloat16")
 # Images of a step, by their side: on two cores it takes seconds at most.
-BATCHES = {"cpu": {8: 64, 32: 8, 64: 2, 256: 1}, "cuda": {8: 1024, 32: 256, 64: 32, 256: 8}}
+BATCHES = {"cpu": {8: 64, 32: 8, 64: 1, 256: 1}, "cuda": {8: 1024, 32: 256, 64: 32, 256: 8}}
 PARTS = ("parameters", "gradients", "optimizer", "average", "resident", "peak")
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")  # /proc/stat's unit
 
