@@ -2,8 +2,9 @@
 
     python benchmarks/report.py [results.json ...]
 
-Without files it takes all of benchmarks/results/. The tables replace what stands between the two
-markers in that page; each file's plot becomes docs/roofline_<file>.png.
+Without files it takes all of benchmarks/results/ and its training/. The tables replace what stands
+between the markers of their kind in that page; the plot of each file of operations becomes
+docs/roofline_<file>.png.
 """
 
 import argparse
@@ -15,7 +16,9 @@ from typing import Any
 from harness import results, summary
 
 ROOT = Path(__file__).parent.parent
-START, END = "<!-- operations: start -->", "<!-- operations: end -->"
+# The kinds of tables, by which a page's markers are named.
+OPERATIONS = "operations"
+TRAINING = "training"  # and the op of the rows of measure_training.py
 
 # Okabe & Ito's colours, told apart with any colour vision; the markers differ too.
 STYLE = {
@@ -33,30 +36,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the plots go")
     args = parser.parse_args(argv)
-    files = args.files or sorted(results.FOLDER.glob("*.json"))
+    files = args.files or sorted(
+        [*results.FOLDER.glob("*.json"), *results.FOLDER.glob(f"{TRAINING}/*.json")]
+    )
     loaded = {path: data for path in files if (data := results.load(path)) is not None}
     if not loaded:
         print(f"no results among {[str(f) for f in files]}", file=sys.stderr)
         return 1
-    sections = []
+    sections: dict[str, list[str]] = {}
     for path, data in loaded.items():
+        if any(row["op"] == TRAINING for row in data["rows"]):
+            sections.setdefault(TRAINING, []).append(training_tables(data))
+            continue
         plot = args.docs / f"roofline_{path.stem}.png"
         draw_roofline(data, plot)
         print(f"written: {plot}")
-        sections.append(table(data))
-    replace_between_markers(args.page, "\n\n".join(sections))
+        sections.setdefault(OPERATIONS, []).append(table(data))
+    for kind, tables in sections.items():
+        replace_between_markers(args.page, "\n\n".join(tables), kind)
     print(f"written: {args.page}")
     return 0
 
 
-def replace_between_markers(page: Path, text: str) -> None:
+def markers(kind: str) -> tuple[str, str]:
+    return f"<!-- {kind}: start -->", f"<!-- {kind}: end -->"
+
+
+def replace_between_markers(page: Path, text: str, kind: str) -> None:
     """Raises ValueError where the markers are not there, once each and in order."""
+    first, last = markers(kind)
     content = page.read_text(encoding="utf-8")
-    head, start, rest = content.partition(START)
-    _, end, tail = rest.partition(END)
-    if not (start and end) or START in rest or END in tail:
-        raise ValueError(f"{page} must have {START} and then {END}, once each")
-    page.write_text(f"{head}{START}\n\n{text}\n\n{END}{tail}", encoding="utf-8")
+    head, start, rest = content.partition(first)
+    _, end, tail = rest.partition(last)
+    if not (start and end) or first in rest or last in tail:
+        raise ValueError(f"{page} must have {first} and then {last}, once each")
+    page.write_text(f"{head}{first}\n\n{text}\n\n{last}{tail}", encoding="utf-8")
 
 
 def table(data: dict[str, Any]) -> str:
@@ -82,6 +96,64 @@ def table(data: dict[str, Any]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def training_tables(data: dict[str, Any]) -> str:
+    """One machine's markdown tables: a row for each preset, and the forms of several processes."""
+    tables = [f"**{caption(data)}**", _presets_table(data["rows"])]
+    if data["ranks"] > 1:
+        tables.append(_forms_table(data["rows"], data["ranks"], data["kind"] == "cpu"))
+    return "\n\n".join(tables)
+
+
+def _presets_table(rows: Sequence[dict[str, Any]]) -> str:
+    head = ["preset", "batch", "dtype", "images/s", "GFLOP an image", "TFLOP/s", "% of matmul"]
+    cells = [
+        [
+            *(row["shape"], row["batch"], row["dtype"], _rate(row)),
+            *(f"{row['flops_per_image'] / 1e9:.3g}", f"{row['tflops']:.3g}"),
+            *(f"{row['percent_of_matmul']:.0f}", _others([row])),
+        ]
+        for row in rows
+        if row["variant"] == "preset"
+    ]
+    return _markdown([*head, "others %"], cells)
+
+
+def _forms_table(rows: Sequence[dict[str, Any]], count: int, cores: bool) -> str:
+    """``cores``: of a CPU, whose threads can be those of one process."""
+    head = ["preset", "batch", "dtype", *[f"1 process, {count} threads"] * cores]
+    head += ["1 of 1 thread" if cores else "1 GPU", f"{count} apart", f"{count} ranks, DDP"]
+    head += ["FSDP2", "efficiency", "DDP / apart", "FSDP2 / apart", *["DDP / threads"] * cores]
+    by_form: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_form.setdefault((row["shape"], row["dtype"]), {})[row["variant"]] = row
+    cells = []
+    for (preset, dtype), forms in by_form.items():
+        names = [*["whole"] * cores, "one", "apart", "ddp", "fsdp2"]
+        if not forms.keys() >= set(names):
+            continue
+        rate = {name: forms[name]["images_per_s"] for name in names}
+        shares = [rate["ddp"] / (count * rate["one"]), rate["ddp"] / rate["apart"]]
+        shares += [rate["fsdp2"] / rate["apart"]]
+        shares += [rate["ddp"] / rate["whole"]] if cores else []
+        every = [forms[name] for name in names]
+        cells.append([preset, every[0]["batch"], dtype, *map(_rate, every)])
+        cells[-1] += [*(f"{share:.2f}" for share in shares), _others(every)]
+    return _markdown([*head, "others %"], cells)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
+def _rate(row: dict[str, Any]) -> str:
+    return f"{row['images_per_s']:.3g}"
+
+
+def _others(rows: Sequence[dict[str, Any]]) -> str:
+    return f"{max(row['others_percent'] for row in rows):.0f}"
 
 
 def caption(data: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ import fastdiff
 from accelerate_tools import T, X, network
 from ddpm_pytorch_package import package
 from fastdiff.acceleration.fused_class import Fused
+from fastdiff.cli import main
 from fastdiff.models.power_function import coefficients
 from fastdiff.process.schedules import linear_betas
 from improved_diffusion_tools import CODEBASES
@@ -165,11 +166,17 @@ def test_operations():
 def test_training(tmp_path, monkeypatch):
     pytest.importorskip("tqdm")  # the bar of a run
     monkeypatch.chdir(tmp_path)
-    example, own = blocks("docs/training.md", "python")
+    example, edm, own = blocks("docs/training.md", "python")
     done = run("docs/training.md", smaller(example, steps=4))
     assert (done["checkpoint"].step, done["checkpoint"].weights) == (4, "0.999")
     own = run("docs/training.md", own, **{k: v for k, v in done.items() if k != "__builtins__"})
     assert own["trainer"].fit() == 4
+    run("docs/training.md", edm)
+    assert (
+        main("train --init runs/edm-start --data digits --out runs/edm --steps 2 --quiet".split())
+        == 0
+    )
+    assert isinstance(fastdiff.load("runs/edm").diffusion, fastdiff.EDM)
 
 
 def test_the_table_of_averages_made_of_snapshots():

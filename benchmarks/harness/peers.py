@@ -20,6 +20,7 @@ import fastdiff
 from fastdiff.checkpoints.diffusers_unet import diffusers_state
 from fastdiff.checkpoints.diffusers_unet_config import diffusers_config
 from fastdiff.models import presets
+from fastdiff.training.memory_order import memory_order
 
 Step = Callable[[], object]
 
@@ -92,7 +93,8 @@ def fastdiff_training_step(name: str, batch: int, dtype: torch.dtype) -> Step:
         t = torch.randint(diffusion.num_timesteps, (batch,))
         optimizer.zero_grad(set_to_none=True)
         diffusion.training_losses(network, x, t)["loss"].mean().backward()
-        optimizer.step()
+        with memory_order(optimizer):  # as the Trainer's
+            optimizer.step()
 
     return step
 

@@ -1,6 +1,7 @@
 """The update of the weights: the optimizer, the learning rates it goes by, and in float16 the scale
 of the loss."""
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastdiff.errors import InputError
 from fastdiff.training.config import TrainConfig, learning_rate
+from fastdiff.training.memory_order import memory_order
 from fastdiff.training.step import clip_gradients
 from fastdiff.training.update_state import (
     check_groups,
@@ -72,6 +74,7 @@ class Update:
         self.scaler = torch.amp.GradScaler(device.type, enabled=is_half)
         self.lr = self.optimizer.param_groups[0]["lr"]  # of the last step
         self._can_be_saved = optimizer is None
+        self._in_memory_order = optimizer is None and device.type == "cpu"  # elsewhere no copies
 
     @property
     def is_given(self) -> bool:
@@ -94,7 +97,8 @@ class Update:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(number, self.config, group["initial_lr"])
         self.lr = self.optimizer.param_groups[0]["lr"]
-        self.scaler.step(self.optimizer)
+        with memory_order(self.optimizer) if self._in_memory_order else contextlib.nullcontext():
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step()

@@ -8,6 +8,7 @@ import pytest
 import report
 from harness import results, shapes, summary
 
+START, END = report.markers(report.OPERATIONS)
 HEADER = {
     "format": results.FORMAT,
     "device": "Test CPU, 2 threads",
@@ -128,15 +129,15 @@ def test_the_text_names_every_operation_and_what_is_below_its_target():
 def test_the_report_fills_the_page_and_draws_the_roofline(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     page = tmp_path / "benchmarks.md"
-    page.write_text(f"before\n{report.START}\nold numbers\n{report.END}\nafter\n")
+    page.write_text(f"before\n{START}\nold numbers\n{END}\nafter\n")
     rows = [row(op, 2.5, dtype=dtype) for op in report.STYLE for dtype in ("float32", "bfloat16")]
     rows[0]["times_faster"]["compiled"] = 1.25
     path = file_with(tmp_path, [*rows, row("unet_forward")])
     args = [str(path), "--page", str(page), "--docs", str(tmp_path)]
     assert report.main(args) == 0
     text = page.read_text()
-    assert text.startswith(f"before\n{report.START}\n\n**Test CPU, 2 threads, torch 2.13.0, avx2")
-    assert text.endswith(f"\n\n{report.END}\nafter\n")
+    assert text.startswith(f"before\n{START}\n\n**Test CPU, 2 threads, torch 2.13.0, avx2")
+    assert text.endswith(f"\n\n{END}\nafter\n")
     assert "old numbers" not in text and "unet_forward" not in text
     cells = "| 2.50× | 2.50× (silu 128@32 batch 8) | 1.25× | 50 |"
     assert f"| group_norm_silu | float32 | NCHW | forward {cells}" in text
@@ -147,9 +148,9 @@ def test_the_report_fills_the_page_and_draws_the_roofline(tmp_path, capsys):
 
 def test_a_page_without_markers_and_a_file_of_another_kind_are_refused(tmp_path, capsys):
     page = tmp_path / "benchmarks.md"
-    page.write_text(f"{report.END} {report.START}")
+    page.write_text(f"{END} {START}")
     with pytest.raises(ValueError, match="once each"):
-        report.replace_between_markers(page, "text")
+        report.replace_between_markers(page, "text", report.OPERATIONS)
     other = tmp_path / "plan.json"
     other.write_text('{"rows": []}')
     assert report.main([str(other), "--page", str(page)]) == 1
@@ -158,7 +159,8 @@ def test_a_page_without_markers_and_a_file_of_another_kind_are_refused(tmp_path,
 
 def test_the_page_of_benchmarks_has_the_markers():
     text = (report.ROOT / "docs" / "benchmarks.md").read_text()
-    assert text.count(report.START) == text.count(report.END) == 1
+    for kind in (report.OPERATIONS, report.TRAINING):
+        assert [text.count(marker) for marker in report.markers(kind)] == [1, 1]
 
 
 def test_results_keep_rows_of_the_same_machine_only(tmp_path):

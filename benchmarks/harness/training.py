@@ -1,0 +1,160 @@
+"""One process of measure_training.py: the steps of a preset's training, timed.
+
+    python -m harness.training PRESET BATCH [--dtypes float32 bfloat16] [--turns 3] [--shard]
+        [--roofline]
+
+Alone, or as each of the ranks that torchrun starts. Prints a JSON list: for each dtype a list of
+what each rank measured. The steps are the Trainer's own, by the preset's settings; the images are
+noise.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastdiff
+from fastdiff.checks import choose_device
+from fastdiff.data import ArrayDataset
+from fastdiff.models import presets
+from fastdiff.models.shards import local
+from fastdiff.ranks import Ranks, join
+from fastdiff.training import TrainConfig, Trainer
+from harness.timing import matmul_tflops
+
+TURN_S = 0.5  # a turn has as many steps as this holds, one at least
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("preset")
+    parser.add_argument("batch", type=int, help="of all ranks")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"])
+    parser.add_argument("--turns", type=int, default=3, help="0: one step, for its memory alone")
+    parser.add_argument("--shard", action="store_true")
+    parser.add_argument(
+        "--roofline", action="store_true", help="operations, and a matrix product's rate each turn"
+    )
+    args = parser.parse_args()
+    ranks = join(None)
+    counted = {"flops_per_image": training_flops(args.preset)} if args.roofline else {}
+    found = []
+    for dtype in args.dtypes:
+        mine = measure(args.preset, args.batch, dtype, args.turns, args.shard, args.roofline, ranks)
+        found.append(ranks.gather({"dtype": dtype, **counted, **mine}))
+    if ranks.rank == 0:
+        print(json.dumps(found))
+
+
+def measure(
+    preset: str, batch: int, dtype: str, turns: int, shard: bool, roofline: bool, ranks: Ranks
+) -> dict[str, float]:
+    """The medians of this rank's turns, and its memory in MB (1e6 bytes)."""
+    torch.manual_seed(0)
+    settings = presets.get(preset)
+    config = TrainConfig(
+        **{**settings.train, "batch_size": batch, "dtype": dtype, "shard": shard},
+        tensorboard=False,
+    )
+    model, data = fastdiff.UNet.from_preset(preset), noise_images(preset, 2 * batch)
+    diffusion = fastdiff.create_diffusion(**settings.diffusion)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model, diffusion, data, config, Path(folder) / "run", progress=False, ranks=ranks
+        )
+        times, peaks = taken(trainer, turns, getattr(torch, dtype) if roofline else None)
+    found = {"step_s": statistics.median(times)}
+    if peaks:
+        found["matmul_tflops"] = statistics.median(peaks)
+    return {**found, **memory(trainer)}
+
+
+def noise_images(preset: str, count: int) -> ArrayDataset:
+    settings = presets.get(preset).model
+    size, classes = settings["image_size"], settings.get("num_classes")
+    shape = (count, size, size, settings["in_channels"])
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    if classes is None:
+        return ArrayDataset(images)
+    names = [str(i) for i in range(classes)]
+    return ArrayDataset(images, labels=np.arange(count) % classes, class_names=names)
+
+
+def taken(
+    trainer: Trainer, turns: int, product: torch.dtype | None
+) -> tuple[list[float], list[float]]:
+    """Seconds a step in each turn, and after each the rate of a matrix product of that dtype.
+
+    All ranks take as many steps. What comes before the first turn (allocations, the choice of
+    algorithms) is not counted.
+    """
+    first = seconds_a_step(trainer, 1)
+    if turns == 0:
+        return [first], []
+    microseconds = trainer.ranks.numbers(int(1e6 * seconds_a_step(trainer, 1)))
+    steps = max(1, round(1e6 * TURN_S / int(microseconds.max())))
+    times, peaks = [], []
+    for _ in range(turns):
+        times.append(seconds_a_step(trainer, steps))
+        if product is not None:
+            peaks.append(matmul_tflops(trainer.device, product))
+    return times, peaks
+
+
+def seconds_a_step(trainer: Trainer, steps: int) -> float:
+    synchronize(trainer.device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        trainer._train_step()
+    synchronize(trainer.device)
+    return (time.perf_counter() - start) / steps
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def training_flops(preset: str) -> int:
+    """Of an image's forward and backward pass: convolutions and matrix products, two operations to
+    each multiplication. Counted on plain operations: those of our kernels have no counter."""
+    device = choose_device(None)
+    model = fastdiff.UNet.from_preset(preset).to(device)
+    settings = presets.get(preset).model
+    size = settings["image_size"]
+    x = torch.zeros(1, model.in_channels, size, size, device=device)
+    known = {} if model.num_classes is None else {"y": torch.zeros_like(x[:, 0, 0, 0]).long()}
+    with FlopCounterMode(display=False) as counter, fastdiff.backend("reference"):
+        model(x, torch.zeros(1, device=device), **known).sum().backward()
+    return counter.get_total_flops()
+
+
+def memory(trainer: Trainer) -> dict[str, float]:
+    """In MB (1e6 bytes), after a step; resident and peak are of the CPUs' memory."""
+    state = (value for moments in trainer.optimizer.state.values() for value in moments.values())
+    found = {
+        "parameters": held(trainer.parameters),
+        "gradients": held(p.grad for p in trainer.parameters if p.grad is not None),
+        "optimizer": held(state),
+        "average": held(value for shadow in trainer.ema.shadows.values() for value in shadow),
+        "resident": int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize(),
+        "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+    return {name: value / 1e6 for name, value in found.items()}
+
+
+def held(tensors: Iterable[Tensor]) -> int:
+    return sum(local(tensor).nbytes for tensor in tensors)
+
+
+if __name__ == "__main__":
+    main()
