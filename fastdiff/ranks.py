@@ -210,8 +210,8 @@ class Ranks:
                 return [], None
             here = [rank for rank in ranks if self.store.check([f"here/{rank}"])]
             beating = [rank for rank in ranks if self._pulse_of(rank) != before[rank]]
-        except RuntimeError:  # the store went with the rank that held it
-            return [], self.rank
+        except RuntimeError:  # the store went with what held it
+            return [], self.rank if _first_without_store(self.rank) else None
         dead = [rank for rank in ranks if rank not in {*here, *beating}]
         if dead:
             return dead, min({*here, *beating})
@@ -219,6 +219,12 @@ class Ranks:
 
     def _pulse_of(self, rank: int) -> int:
         return self.store.add(f"pulse/{rank}", 0)
+
+
+def _first_without_store(rank: int) -> bool:
+    """Whether this rank is the first that is left on its machine, where the store is gone: with the
+    machine of rank 0, whose agent held it, or with rank 0 itself."""
+    return _number("LOCAL_RANK", 0) == 0 or (rank == 1 and not _has_agent())
 
 
 def _begin_pulse(store: Any, rank: int) -> None:

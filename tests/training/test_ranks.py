@@ -18,6 +18,8 @@ import torch
 
 from fastdiff.checkpoints.run_directory import list_checkpoints
 from fastdiff.cli import main
+from fastdiff.errors import LostRank
+from fastdiff.ranks import Ranks
 from parts_tools import children, torchrun
 from paths import ROOT, TOOLS
 from patience import WAIT
@@ -258,6 +260,29 @@ def test_a_rank_that_hangs_is_named(cifar, start, tmp_path):
     line = only_line(group.log.read_text())
     assert "lost rank 1 of 3 without a word" in line and "longer than 0.1 minutes" in line
     assert "step_0000000" in line
+
+
+@pytest.mark.parametrize(
+    ("agent_store", "left", "speak"),
+    [
+        ("True", [(2, 0), (3, 1), (4, 0), (5, 1)], [2, 4]),  # the machine of ranks 0 and 1 is gone
+        ("False", [(1, 1), (2, 0), (3, 1)], [1, 2]),  # rank 0 is
+    ],
+)
+def test_one_of_each_machine_speaks_where_the_store_is_gone(monkeypatch, agent_store, left, speak):
+    class Gone:
+        def set(self, *args):
+            raise RuntimeError("Broken pipe")
+
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent_store)
+    heard = []
+    for rank, local_rank in left:
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        ranks = Ranks(rank, 6, group=object(), store=Gone())
+        with pytest.raises((LostRank, SystemExit)) as caught, ranks.lost():
+            raise RuntimeError("gloo: Connection closed by peer")
+        heard += [rank] if caught.type is LostRank else []
+    assert heard == speak
 
 
 @pytest.mark.parametrize("shard", [[], ["--shard"]])
