@@ -8,6 +8,7 @@ what one of them found.
 import atexit
 import datetime
 import os
+import socket
 import threading
 import time
 import uuid
@@ -48,7 +49,6 @@ class Ranks:
     device: str | None = None
     group: Any = None  # of the CPU
     store: Any = None  # what a rank says that has left the group
-    memory: Any = None  # what torchrun's processes know of those that it started before them
     minutes: float = DRAWING  # that a rank waits for another
 
     def share(self, items: Sequence[T]) -> list[T]:
@@ -154,15 +154,15 @@ class Ranks:
                         "and data"
                     )
 
-    def remember(self, fact: str) -> None:
-        """Tell ``fact`` to the processes that torchrun starts in place of these, should they end
-        (``--max-restarts``)."""
-        if self.memory is not None:
-            self.memory.set(fact, "")
+    def agents(self) -> list[str]:
+        """The torchrun processes that started the ranks, each under a name that stays its own; none
+        without torchrun.
 
-    def remembers(self, fact: str) -> bool:
-        """Whether processes in whose place torchrun started these, or these, said ``fact``."""
-        return self.memory is not None and self.memory.check([fact])
+        Processes in whose place torchrun started these had one of them too. What those leave with
+        these names in a file is theirs to take up; the store is not the place, as it may go with a
+        machine.
+        """
+        return sorted({name for name in self.gather(_agent()) if name})
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -214,8 +214,8 @@ class Ranks:
                 return [], None
             here = [rank for rank in ranks if self.store.check([f"here/{rank}"])]
             beating = [rank for rank in ranks if self._pulse_of(rank) != before[rank]]
-        except RuntimeError:  # the store went with the rank that held it
-            return [], self.rank
+        except RuntimeError:  # the store went with what held it
+            return [], self.rank if _first_without_store(self.rank) else None
         dead = [rank for rank in ranks if rank not in {*here, *beating}]
         if dead:
             return dead, min({*here, *beating})
@@ -223,6 +223,12 @@ class Ranks:
 
     def _pulse_of(self, rank: int) -> int:
         return self.store.add(f"pulse/{rank}", 0)
+
+
+def _first_without_store(rank: int) -> bool:
+    """Whether this rank is the first that is left on its machine, where the store is gone: with the
+    machine of rank 0, whose agent held it, or with rank 0 itself."""
+    return _number("LOCAL_RANK", 0) == 0 or (rank == 1 and not _has_agent())
 
 
 def _begin_pulse(store: Any, rank: int) -> None:
@@ -302,7 +308,7 @@ def join(device: str | None, minutes: float = DRAWING) -> Ranks:
         return Ranks(device=device)
     rank, count, local_rank, local_count = (_number(name, 0) for name in NUMBERS)
     if count == 1:
-        return Ranks(device=device, memory=_memory())
+        return Ranks(device=device)
     try:
         on_gpus = _on_gpus(device, local_count)
     except InputError:
@@ -317,7 +323,7 @@ def join(device: str | None, minutes: float = DRAWING) -> Ranks:
         _meet("nccl" if on_gpus else "gloo", rank, count, attempt)
     group = _line(minutes)
     _begin_pulse(_store(attempt), rank)
-    return Ranks(rank, count, device, group, _store(attempt), _memory(), minutes)
+    return Ranks(rank, count, device, group, _store(attempt), minutes)
 
 
 def _line(minutes: float) -> Any:
@@ -350,6 +356,12 @@ def _has_agent() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
+def _agent() -> str:
+    """The name of the torchrun process that started this one: its job, machine and number."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"{job} {socket.gethostname()} {os.getppid()}" if job else ""
+
+
 def _attempt(rank: int, count: int) -> str:
     """A name for these processes, which torchrun may have started in place of others.
 
@@ -373,11 +385,6 @@ def _attempt(rank: int, count: int) -> str:
         missing = [other for other in missing if not store.check([f"{mine}/{other}"])]
         time.sleep(0.01)
     return mine
-
-
-def _memory() -> Any:
-    """What outlives an attempt: of the agent's store, which is there as long as the agent."""
-    return _store("job") if _has_agent() else None
 
 
 def _store(prefix: str) -> Any:

@@ -29,6 +29,7 @@ from fastdiff.ranks import Ranks, join, said_by_first
 from fastdiff.training import TrainConfig, Trainer
 from fastdiff.training.init import Init, describe_init, fit_to_init, read_init
 from fastdiff.training.network import label_argument
+from fastdiff.training.run_folder import started_by
 from fastdiff.training.saved import SavedRun
 
 __all__ = ["add_arguments", "run"]
@@ -42,12 +43,14 @@ def run(args: argparse.Namespace) -> int:
         given, run_dir = given_settings(args), Path(args.out)
     ranks = join(given.get("device"), given.get("train.rank_minutes", TrainConfig.rank_minutes))
     with ranks.heard(), said_once(ranks):
-        ours = f"trains into {run_dir.resolve()}"
+        agents = set(ranks.agents())
         goes_on = ranks.on_first(
-            lambda: _goes_on(run_dir, given.get("resume", False) or ranks.remembers(ours))
+            # Started again by torchrun, they need no --resume.
+            lambda: _goes_on(
+                run_dir, given.get("resume", False) or bool(agents & started_by(run_dir))
+            )
         )
         trainer = (_resume if goes_on else _start)(run_dir, given, ranks)
-        ranks.remember(ours)  # started again, they need no --resume
         try:
             trainer.fit()
         except (KeyboardInterrupt, SystemExit):

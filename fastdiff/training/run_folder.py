@@ -37,6 +37,16 @@ def opened(run_dir: Path, newest: Path | None, settings: Mapping[str, Any]) -> I
         yield
 
 
+def started_by(run_dir: Path) -> set[str]:
+    """The torchrun processes whose ranks trained into this folder last (``Ranks.agents``)."""
+    try:
+        settings = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()
+    ours = isinstance(settings, dict) and settings.get("kind") == RUN_KIND
+    return set(settings.get("started_by", ())) if ours else set()
+
+
 def _check_newest(run_dir: Path, newest: Path | None) -> None:
     found = list_checkpoints(run_dir)
     if not found or (newest is not None and found[-1].name == newest.name):

@@ -270,7 +270,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.ranks.heard())
             self.ranks.agree({"the step to go on from": self.step})
-            settings = saved.settings_of(self)
+            settings = {**saved.settings_of(self), "started_by": self.ranks.agents()}
             folder = opened(self.run_dir, self.last_checkpoint, settings)
             self.ranks.on_first(lambda: stack.enter_context(folder) and None)
             stop = stack.enter_context(StopRequest(self.config.max_minutes))

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -143,12 +144,24 @@ def process(argv, log, environment, disk_full=False, dies_at=None, fault=None):
 class Group:
     """Processes with the environment torchrun makes, and its store, but started in no time."""
 
-    def __init__(self, context, folder, count, argv, disk_full=None, fault=None, after=None):
+    def __init__(
+        self,
+        context,
+        folder,
+        count,
+        argv,
+        disk_full=None,
+        fault=None,
+        after=None,
+        store_lost=False,
+    ):
         """``argv``: of all processes, or a list with each one's; or a function to call instead.
-        ``fault``: (rank, its name). ``after``: the group in whose place torchrun starts this one.
+        ``fault``: (rank, its name). ``after``: the group in whose place torchrun starts this one;
+        ``store_lost``: the machine is gone whose store that one met at.
         """
         self.log = folder / "log"
-        if after is None:
+        self.job = uuid.uuid4().hex if after is None else after.job
+        if after is None or store_lost:
             self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         else:
             self.store = after.store
@@ -162,6 +175,7 @@ class Group:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(self.store.port),
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "TORCHELASTIC_RUN_ID": self.job,
             }
             each = not callable(argv) and isinstance(argv[0], list)
             own = argv[rank] if each else argv

@@ -6,11 +6,9 @@ gloo's processes on CPUs, started as torchrun starts them.
 import functools
 import itertools
 import os
-import pickle
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,73 +18,14 @@ import torch
 
 from fastdiff.checkpoints.run_directory import list_checkpoints
 from fastdiff.cli import main
+from fastdiff.errors import LostRank
+from fastdiff.ranks import Ranks
 from parts_tools import children, torchrun
 from paths import ROOT, TOOLS
 from patience import WAIT
 from rank_programs import train_diffusers_unet
+from rank_runs import SAME, assert_same_run, command, only_line, step_of, wait_for
 from training_tools import read_lines
-
-SMALL = (
-    "--preset iddpm-cifar10 --model-channels 32 --channel-mult 1 --num-res-blocks 1 "
-    "--attention-resolutions none --diffusion-steps 20 --dropout 0 --lr 1e-3 --batch-size 8 "
-    "--steps 6 --log-every 2 --save-every 3 --ema 0.9 --ema-sigma-rel 0.1 "
-    "--ema-snapshot-every 2 --class-cond --label-dropout 0.3 --flip "
-    "--device cpu --quiet --no-tensorboard"
-).split()
-# Float32 sums in another order: of gradients over ranks, of losses over an interval.
-SAME = 2e-5
-
-
-@pytest.fixture(scope="module")
-def cifar(tmp_path_factory):
-    """CIFAR-10 as it is distributed, with few images."""
-    folder = tmp_path_factory.mktemp("data") / "cifar-10-batches-py"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(1, 6):
-        labels = rng.permutation(10).tolist()
-        data = rng.integers(0, 256, (10, 3072), np.uint8)
-        batch = {b"data": data, b"labels": labels, b"batch_label": b"", b"filenames": []}
-        (folder / f"data_batch_{number}").write_bytes(pickle.dumps(batch, protocol=4))
-    names = [f"c{i}".encode() for i in range(10)]
-    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": names}, protocol=4))
-    return folder
-
-
-def command(cifar, run, *options):
-    return ["train", "--data", str(cifar), "--out", str(run), *SMALL, *options]
-
-
-@pytest.fixture(scope="module")
-def alone(cifar, tmp_path_factory):
-    run = tmp_path_factory.mktemp("alone") / "run"
-    assert main(command(cifar, run)) == 0
-    assert len(list((run / "averages").rglob("*.safetensors"))) == 3
-    return run
-
-
-def lines(run):
-    return read_lines(run)
-
-
-def assert_same_run(run, expected, tolerance=SAME):
-    found = lines(run)
-    assert [line["step"] for line in found] == [line["step"] for line in lines(expected)]
-    for mine, theirs in zip(found, lines(expected), strict=True):
-        assert mine == pytest.approx(theirs, rel=tolerance)
-    last = [list_checkpoints(r)[-1] for r in (run, expected)]
-    assert last[0].name == last[1].name
-    stored = [sorted((r / "averages").rglob("*.safetensors")) for r in (run, expected)]
-    pairs = list(zip(*stored, strict=True))
-    stems = sorted(p.stem for p in last[1].glob("*.safetensors") if p.stem != "trainer")
-    for stem in stems:
-        pairs.append(tuple(p / f"{stem}.safetensors" for p in last))
-    for pair in pairs:
-        mine, theirs = map(safetensors.torch.load_file, pair)
-        # Adam divides by the gradient: where that is all rounding, as of a bias before a norm, a
-        # step may be any step.
-        off = torch.cat([(mine[name] - value).abs().flatten() for name, value in theirs.items()])
-        assert off.median() < 1e-6 and off.max() < 6 * 1e-3
 
 
 @pytest.mark.seconds
@@ -143,13 +82,6 @@ def test_killed_and_resumed_by_another_number_of_ranks(cifar, alone, start, tmp_
     assert_same_run(run, alone)
 
 
-def wait_for(condition):
-    end = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < end, "it does not come"
-        time.sleep(0.02)
-
-
 @pytest.mark.seconds
 @pytest.mark.parametrize(
     ("before", "after"),
@@ -181,19 +113,25 @@ def test_a_scheduler_that_stops_one_stops_all(cifar, start, tmp_path, told):
     assert codes == [128 + signal.SIGTERM] * 2, log
     assert log.count("stopped; continue with --resume from") == 1
     (saved,) = list_checkpoints(run)
-    assert lines(run)[-1]["step"] <= step_of(saved)
+    assert read_lines(run)[-1]["step"] <= step_of(saved)
 
 
 @pytest.mark.seconds
-@pytest.mark.parametrize("count", [2, 1])
-def test_what_torchrun_starts_again_goes_on_where_it_was(cifar, alone, start, tmp_path, count):
+@pytest.mark.parametrize(
+    ("count", "again", "store_lost"), [(2, 2, False), (1, 1, False), (2, 1, True)]
+)
+def test_what_torchrun_starts_again_goes_on_where_it_was(
+    cifar, alone, start, tmp_path, count, again, store_lost
+):
     argv = command(cifar, tmp_path / "run", "--rank-minutes", "0.5")
     first = start(count, argv, fault=(count - 1, "step"))
     codes, log = first.finish()
     assert codes == [2] * count and "no memory for the activations" in only_line(log)
-    codes, log = start(count, argv, after=first).finish()
-    assert codes == [0] * count, log
+    codes, log = start(again, argv, after=first, store_lost=store_lost).finish()
+    assert codes == [0] * again, log
     assert_same_run(tmp_path / "run", alone)
+    codes, log = start(again, argv).finish()  # another job
+    assert codes == [2] * again and "add --resume to continue the run in it" in only_line(log)
 
 
 def test_a_forgotten_resume_is_refused_as_often_as_torchrun_tries(cifar, alone, start, tmp_path):
@@ -231,22 +169,13 @@ def test_torchrun_loses_a_process_starts_again_and_is_stopped(cifar, alone, tmp_
     said = log.read_text()
     saved = list_checkpoints(run)[-1]
     assert said.count(f"stopped; continue with --resume from {saved}\n") == 1, said
-    steps = [line["step"] for line in lines(run)]
+    steps = [line["step"] for line in read_lines(run)]
     assert steps == list(range(2, steps[-1] + 1, 2)) and steps[-1] <= step_of(saved)
-    for mine, theirs in zip(lines(run), lines(alone), strict=False):
+    for mine, theirs in zip(read_lines(run), read_lines(alone), strict=False):
         assert mine == pytest.approx(theirs, rel=SAME)
 
 
-def step_of(checkpoint):
-    return int(checkpoint.name.removeprefix("step_"))
-
-
 # What is refused or fails: one line, from one rank, and all end
-
-
-def only_line(log):
-    (line,) = [line for line in log.splitlines() if "fastdiff train: error: " in line]
-    return line.partition("fastdiff train: error: ")[2]
 
 
 @pytest.mark.parametrize(
@@ -335,8 +264,8 @@ def test_an_overflow_of_one_rank_is_no_step_of_any(cifar, start, tmp_path, shard
     argv = command(cifar, run, *options, *shard)
     codes, log = start(2, argv, fault=(1, "overflow")).finish()
     assert codes == [0, 0], log
-    assert [line.get("skipped_steps", 0) for line in lines(run)] == [0, 0, 0, 0, 1, 1]
-    scales = [line["loss_scale"] for line in lines(run)]
+    assert [line.get("skipped_steps", 0) for line in read_lines(run)] == [0, 0, 0, 0, 1, 1]
+    scales = [line["loss_scale"] for line in read_lines(run)]
     assert scales == [scales[0]] * 4 + [scales[0] / 2, scales[0] / 4]
     saved = [safetensors.torch.load_file(p / "model.safetensors") for p in list_checkpoints(run)]
     same = [all(torch.equal(a[n], b[n]) for n in a) for a, b in itertools.pairwise(saved)]
@@ -357,6 +286,29 @@ def test_a_rank_that_hangs_is_named(cifar, start, tmp_path):
     assert "step_0000000" in line
 
 
+@pytest.mark.parametrize(
+    ("agent_store", "left", "speak"),
+    [
+        ("True", [(2, 0), (3, 1), (4, 0), (5, 1)], [2, 4]),  # the machine of ranks 0 and 1 is gone
+        ("False", [(1, 1), (2, 0), (3, 1)], [1, 2]),  # rank 0 is
+    ],
+)
+def test_one_of_each_machine_speaks_where_the_store_is_gone(monkeypatch, agent_store, left, speak):
+    class Gone:
+        def set(self, *args):
+            raise RuntimeError("Broken pipe")
+
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent_store)
+    heard = []
+    for rank, local_rank in left:
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        ranks = Ranks(rank, 6, group=object(), store=Gone())
+        with pytest.raises((LostRank, SystemExit)) as caught, ranks.lost():
+            raise RuntimeError("gloo: Connection closed by peer")
+        heard += [rank] if caught.type is LostRank else []
+    assert heard == speak
+
+
 @pytest.mark.parametrize("shard", [[], ["--shard"]])
 def test_grids_and_bits_do_not_depend_on_the_number_of_ranks(cifar, start, tmp_path, shard):
     options = ["--steps", "1", "--sample-every", "1", "--sample-count", "5", "--sample-steps", "3"]
@@ -365,7 +317,7 @@ def test_grids_and_bits_do_not_depend_on_the_number_of_ranks(cifar, start, tmp_p
     assert main(command(cifar, runs[0], *options, "--batch-size", "6")) == 0
     codes, log = start(3, command(cifar, runs[1], *options, *shard, "--batch-size", "6")).finish()
     assert codes == [0, 0, 0], log
-    bits = [lines(run)[-1]["bits_per_dim"] for run in runs]
+    bits = [read_lines(run)[-1]["bits_per_dim"] for run in runs]
     assert bits[0] == pytest.approx(bits[1], rel=1e-5)
     from PIL import Image
 
