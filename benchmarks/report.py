@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(row["op"] == TRAINING for row in data["rows"]):
             sections.setdefault(TRAINING, []).append(training_tables(data))
             continue
+        if not any(row["op"] in STYLE for row in data["rows"]):  # of the sampler alone
+            continue
         plot = args.docs / f"roofline_{path.stem}.png"
         draw_roofline(data, plot)
         print(f"written: {plot}")
@@ -111,7 +113,7 @@ def _presets_table(rows: Sequence[dict[str, Any]]) -> str:
     cells = [
         [
             *(row["shape"], row["batch"], row["dtype"], _rate(row)),
-            *(f"{row['flops_per_image'] / 1e9:.3g}", f"{row['tflops']:.3g}"),
+            *(_three_digits(row["flops_per_image"] / 1e9), _three_digits(row["tflops"])),
             *(f"{row['percent_of_matmul']:.0f}", _others([row])),
         ]
         for row in rows
@@ -149,11 +151,15 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def _rate(row: dict[str, Any]) -> str:
-    return f"{row['images_per_s']:.3g}"
+    return _three_digits(row["images_per_s"])
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _others(rows: Sequence[dict[str, Any]]) -> str:
-    return f"{max(row['others_percent'] for row in rows):.0f}"
+    return f"{max(0.0, *(row['others_percent'] for row in rows)):.0f}"
 
 
 def caption(data: dict[str, Any]) -> str:
