@@ -7,6 +7,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -49,6 +50,24 @@ def _obey_parent() -> None:
     while parent and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(0)
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Within, the death of a worker is not noticed, but at the end: torch raises it wherever the
+    main thread is, in the middle of an update too."""
+    handler = getattr(signal, "SIGCHLD", None) and signal.getsignal(signal.SIGCHLD)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[Any] = []
+    signal.signal(signal.SIGCHLD, lambda *given: came.append(given))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+    if came:
+        handler(*came[-1])
 
 
 def is_gone(error: BaseException) -> bool:

@@ -22,15 +22,14 @@ def memory_order(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     throughout. For an optimizer that treats all elements alike (AdamW, SGD), not for one that knows
     rows and columns.
     """
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    orders = {p: order for p in held if (order := _order(p)) is not None}
-    for p, order in orders.items():
-        _permute(p, optimizer, order)
-    try:
+    with contextlib.ExitStack() as stack:
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            order = _order(p)
+            if order is not None:
+                _permute(p, optimizer, order)
+                back = [order.index(i) for i in range(len(order))]
+                stack.callback(_permute, p, optimizer, back)
         yield
-    finally:
-        for p, order in orders.items():
-            _permute(p, optimizer, [order.index(i) for i in range(len(order))])
 
 
 def _order(parameter: Tensor) -> list[int] | None:

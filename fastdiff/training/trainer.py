@@ -16,6 +16,7 @@ from fastdiff.checkpoints.network import Given
 from fastdiff.checkpoints.run_directory import held, newest_checkpoint, require_run
 from fastdiff.checks import choose_device
 from fastdiff.data import ImageDataset, match_classes
+from fastdiff.data.processes import unwatched
 from fastdiff.data.words import TIMESTEPS
 from fastdiff.models import shards
 from fastdiff.models.ema import EMA
@@ -339,13 +340,14 @@ class Trainer:
         self.guard.record(self.step + 1, *seen)
         if self.check_every == 1:
             self.check_finite()  # before the update: the weights stay good
-        self.half_done = True
-        self.update.step(self.step)
-        self.ema.update()
-        self.timesteps.update_with_losses(*self._of_all_ranks(t, losses["loss"].detach()))
-        self.meter.add(t, weights, losses, grad_norm)
-        self.step += 1
-        self.half_done = False
+        with unwatched():  # half an update can be neither saved nor taken back
+            self.half_done = True
+            self.update.step(self.step)
+            self.ema.update()
+            self.timesteps.update_with_losses(*self._of_all_ranks(t, losses["loss"].detach()))
+            self.meter.add(t, weights, losses, grad_norm)
+            self.step += 1
+            self.half_done = False
 
     def _of_all_ranks(self, *values: Tensor) -> list[Tensor]:
         """Each of ``values`` (n,) of every rank, in the order of the batch (N,)."""

@@ -126,6 +126,7 @@ def test_processes_with_other_settings_are_refused_once(checkpoint, start, tmp_p
     assert not list(out.glob("parts/part_*"))
 
 
+@pytest.mark.seconds
 def test_an_error_of_one_process_ends_all(checkpoint, whole, start, tmp_path, drawn):
     # Nobody ends the first process when the second fails, as torchrun would; it finds out when its
     # own work is done, and has nothing to add to what the second has said.

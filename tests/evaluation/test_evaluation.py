@@ -205,6 +205,7 @@ def test_frechet_puts_good_samples_with_the_real_and_noise_far_away(report):
     assert frechet["noise"] > 20 * frechet["halves"]
 
 
+@pytest.mark.seconds
 def test_remembered_samples_show(report):
     nearest = report["nearest"]
     assert nearest["closer_than_real"] > 0.9 and nearest["copies"] == 0
@@ -213,6 +214,7 @@ def test_remembered_samples_show(report):
     assert nearest["noise"]["mean"] > 3 * nearest["real"]["mean"]
 
 
+@pytest.mark.seconds
 def test_report_can_be_stored_and_printed(report):
     assert json.loads(json.dumps(report)) == report
     text = evaluation.format_report(report)

@@ -134,6 +134,7 @@ def test_what_torchrun_starts_again_goes_on_where_it_was(
     assert codes == [2] * again and "add --resume to continue the run in it" in only_line(log)
 
 
+@pytest.mark.seconds
 def test_a_forgotten_resume_is_refused_as_often_as_torchrun_tries(cifar, alone, start, tmp_path):
     before = sorted(path.name for path in alone.rglob("*"))
     group = None
@@ -309,6 +310,7 @@ def test_one_of_each_machine_speaks_where_the_store_is_gone(monkeypatch, agent_s
     assert heard == speak
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("shard", [[], ["--shard"]])
 def test_grids_and_bits_do_not_depend_on_the_number_of_ranks(cifar, start, tmp_path, shard):
     options = ["--steps", "1", "--sample-every", "1", "--sample-count", "5", "--sample-steps", "3"]
@@ -362,6 +364,7 @@ time.sleep(0.1)
 """
 
 
+@pytest.mark.seconds
 def test_a_process_ends_well_while_its_pulse_beats():
     # A daemon that the interpreter ends inside the store aborts the process, more often than not
     # where it is always there.

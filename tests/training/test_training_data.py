@@ -1,5 +1,6 @@
 """Any data through a Trainer: resumed bit for bit, stopped by signals, errors in one line."""
 
+import multiprocessing
 import os
 import random
 import shutil
@@ -21,7 +22,15 @@ from fastdiff.errors import InputError
 from fastdiff.evaluation.threads import one_thread
 from fastdiff.training import TrainConfig, Trainer
 from paths import TOOLS
-from training_tools import SETTINGS, at_step, make_dataset, make_diffusion, make_model, read_lines
+from training_tools import (
+    SETTINGS,
+    at_step,
+    make_dataset,
+    make_diffusion,
+    make_model,
+    make_trainer,
+    read_lines,
+)
 
 CHANGES = {"steps": 13, "save_every": 5, "log_every": 4, "label_dropout": 0.0}
 X = np.random.default_rng(0).uniform(-1, 1, (27, 1, 8, 8))  # float64, as NumPy draws
@@ -328,3 +337,21 @@ def test_a_worker_that_is_killed_costs_no_steps(tmp_path, started):
     last = errors.splitlines()[-1]
     (path,) = list_checkpoints(tmp_path)
     assert last.startswith("OSError: ") and f"is saved in {path}" in last, errors
+
+
+@pytest.mark.seconds
+def test_a_worker_that_dies_during_an_update_costs_no_step(tmp_path):
+    trainer = make_trainer(tmp_path, workers=2, steps=100_000, save_every=0)
+    update = trainer.update.step
+
+    def outlived(number):
+        if number == 3:
+            worker = multiprocessing.active_children()[0]
+            os.kill(worker.pid, signal.SIGKILL)
+            os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        update(number)
+
+    trainer.update.step = outlived
+    with pytest.raises(OSError, match=r"step 4 is saved in .*step_00000004"):
+        trainer.fit()
+    assert trainer.step == 4
