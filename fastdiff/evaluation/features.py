@@ -88,13 +88,17 @@ class EfficientNetLite0(FeatureNetwork):
         self.network: Any = package.EfficientNet.from_name("efficientnet-lite0")
         state = torch.load(files.get_model_file_path(), map_location="cpu", weights_only=True)
         self.network.load_state_dict(state)
+        self.network.to(memory_format=torch.channels_last)  # 1.6 times as fast on a CPU
         self.name = "efficientnet-lite0"
         self.widths = {"pooled": 1280, "logits": 1000, "spatial": SPATIAL_CHANNELS * 14 * 14}
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) * 255)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         x = (resized(images, 224) - self.mean) / self.std
+        x = x.contiguous(memory_format=torch.channels_last)
         with _seen(self.network._blocks[8]) as middle:  # the last at a sixteenth of the size
             pooled = self.network.extract_features(x).mean((2, 3))
         spatial = middle[0][:, :SPATIAL_CHANNELS].flatten(1)

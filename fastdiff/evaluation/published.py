@@ -211,19 +211,18 @@ def _scores(
     for name in metrics:
         if name in OF_MOMENTS:
             kind = OF_MOMENTS[name]
-            theirs = found["real"].moments(kind) if "real" in found else _moments(real, kind)
-            scores[name] = _frechet(fake.moments(kind), theirs)
+            moments = found["real"].moments(kind) if "real" in found else _moments(real, kind)
+            scores[name] = _frechet(fake.moments(kind), moments)
         elif name == "is":
             scores["inception_score"] = _inception_score(fake.store.all("logits"), seed)
-        elif name == "kid":
-            pooled = [found[which].store.all("pooled") for which in ("real", "samples")]
-            scores["kid"] = _kid(*pooled, seed)
         else:
-            pooled = [found[which].store.all("pooled") for which in ("real", "samples")]
-            if name == "prc":
-                scores |= precision_recall(*pooled, k=k, device=device)
+            theirs, ours = (found[which].store.all("pooled") for which in ("real", "samples"))
+            if name == "kid":
+                scores["kid"] = _kid(theirs, ours, seed)
+            elif name == "prc":
+                scores |= precision_recall(theirs, ours, k=k, device=device)
             else:
-                scores |= _near(*pooled, found["real"].images, device)
+                scores |= _near(theirs, ours, found["real"].images, device)
     return scores
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ def read_reference(path: str | Path) -> dict[str, Moments] | None:
 
 def write_reference(path: str | Path, moments: Mapping[str, Moments], features: str) -> None:
     """Write such a file; ``features`` names the network, which guided-diffusion's leave open."""
-    arrays = {"features": np.array(features)}
+    arrays: dict[str, Any] = {"features": np.array(features)}
     for kind, found in moments.items():
         mean, covariance = NAMES[kind]
         arrays[mean], arrays[covariance] = found.mean.numpy(), found.covariance.numpy()

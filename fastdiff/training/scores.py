@@ -47,23 +47,27 @@ class Scores:
             for name in ("fid", "copies", "class_coverage")
             if found[name] is not None
         }
-        if ranks.on_first(lambda: values["fid"] < _least(run.run_dir / BEST, self.network)):
-            run.with_weights(lambda: self._keep(run, values))
+        name = self.network.name
+        if ranks.on_first(lambda: values["fid"] < _least(run.run_dir / BEST, name)):
+            run.with_weights(lambda: _keep(run, {**values, "features": name}))
         return values
 
-    def _keep(self, run: Run, values: dict[str, float]) -> None:
-        assert self.network is not None
-        info = {**run.info, "scores": {**values, "features": self.network.name}}
-        checkpoint.save(
-            run.run_dir / BEST, run.model, diffusion=run.diffusion, step=run.step, info=info
-        )
+
+def _keep(run: Run, scores: dict[str, Any]) -> None:
+    checkpoint.save(
+        run.run_dir / BEST,
+        run.model,
+        diffusion=run.diffusion,
+        step=run.step,
+        info={**run.info, "scores": scores},
+    )
 
 
-def _least(best: Path, network: FeatureNetwork) -> float:
+def _least(best: Path, features: str) -> float:
     """The distance of the weights that were kept, by the same network's features."""
     try:
         info: Any = json.loads((best / "config.json").read_text(encoding="utf-8"))["info"]
-        same = info["scores"]["features"] == network.name
+        same = info["scores"]["features"] == features
         return float(info["scores"]["fid"]) if same else float("inf")
     except (OSError, ValueError, KeyError, TypeError):
         return float("inf")
