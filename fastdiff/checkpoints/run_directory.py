@@ -29,6 +29,8 @@ _RUN_PARTS = {"train", "model", "diffusion", "info"}  # of a run's config.json
 _RUN_ENTRIES = {
     "checkpoints",
     "averages",
+    "best",
+    "features",
     "metrics.jsonl",
     "tensorboard",
     "samples",

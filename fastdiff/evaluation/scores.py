@@ -70,7 +70,7 @@ def evaluate(
     Raises InputError when the samples have another size or channel count than the data.
     """
     real, real_labels, real_total = ranks.together(lambda: _real_images(dataset, seed))
-    fake = ranks.together(lambda: _sample_images(samples, dataset))
+    fake = ranks.together(lambda: samples_like(samples, dataset))
     noise = _pure_noise(real[:2000].shape, seed)
     report: dict[str, Any] = {
         "samples": {"count": len(fake), "shape": list(samples.shape[1:])},
@@ -115,7 +115,8 @@ def _real_images(dataset: ImageDataset, seed: int) -> tuple[Tensor, Tensor, int]
     return torch.cat(parts), dataset.gather_labels(chosen), total
 
 
-def _sample_images(samples: np.ndarray, dataset: ImageDataset) -> Tensor:
+def samples_like(samples: np.ndarray, dataset: ImageDataset) -> Tensor:
+    """Samples (N, C, H, W). InputError where they are of another kind or size than the data."""
     if samples.dtype != np.uint8 or samples.ndim != 4 or len(samples) < 2:
         raise InputError(
             f"samples are {samples.dtype} {samples.shape}, expected uint8 (N, H, W, C) with N >= 2"

@@ -68,7 +68,8 @@ class EDM:
             exponent ``rho``. The strided process of N of 1,000 steps has nearly the N levels that
             ``steps=N`` has exactly.
         sigma_data: the standard deviation of the data.
-        P_mean, P_std: ln sigma is trained at N(P_mean, P_std²).
+        P_mean: ln sigma is trained at N(P_mean, P_std²).
+        P_std: see ``P_mean``.
         var_type: the reverse variance of DDPM's steps, as VarianceExploding's: "fixed_small" or
             "fixed_large".
         timestep_map: of a strided process, the steps of the unstrided one: :meth:`respace` sets it.

@@ -47,6 +47,8 @@ def checked(model: nn.Module, diffusion: Any, data: Any, config: TrainConfig) ->
             f"nll_every is {config.nll_every}, and bits/dim are those of a GaussianDiffusion, not "
             f"of a {type(diffusion).__name__}: set it to 0"
         )
+    if config.fid_every:
+        _check_scored(data)
     shape = sample_shape(data)
     if config.sample_every and shape and (len(shape) != 3 or shape[0] not in (1, 3, 4)):
         raise InputError(
@@ -54,6 +56,19 @@ def checked(model: nn.Module, diffusion: Any, data: Any, config: TrainConfig) ->
             "set sample_every to 0"
         )
     return data
+
+
+def _check_scored(data: Any) -> None:
+    """InputError unless samples of such data can be compared with them."""
+    if not isinstance(data, ImageDataset):
+        raise InputError(
+            "fid_every needs a set of images (fastdiff.data.load_dataset); set it to 0"
+        )
+    check_bytes(data, "fid_every, a Fréchet distance,")
+    if data.channels not in (1, 3):
+        raise InputError(
+            f"fid_every needs images of 1 or 3 channels, these have {data.channels}: set it to 0"
+        )
 
 
 def sample_shape(data: Any) -> tuple[int, ...] | None:

@@ -10,6 +10,7 @@ from fastdiff.models.power_function import WIDEST
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
 TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment")
+FEATURES = ("efficientnet-lite0", "inception")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -97,6 +98,16 @@ class TrainConfig:
     sample_every: int = setting(0, "steps between sample grids (0: none)")
     sample_count: int = setting(16, "images in a sample grid")
     sample_steps: int = setting(50, "sampling steps of a sample grid")
+    fid_every: int = setting(
+        0,
+        "steps between Fréchet distances of samples to the images, with the shares of copies and "
+        "of classes covered beside them; the best weights are kept in best/ (0: none)",
+    )
+    fid_samples: int = setting(1000, "samples of a Fréchet distance")
+    fid_features: str = setting(
+        "efficientnet-lite0", "the network whose features it compares", choices=FEATURES
+    )
+    fid_weights: str = setting("", "the file of Inception's weights")
     nll_every: int = setting(0, "steps between measurements of bits/dim (0: none)")
     nll_images: int = setting(16, "images the bits/dim are measured on")
     nll_steps: int = setting(
@@ -119,6 +130,7 @@ class TrainConfig:
             object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
         for name in ("batch_size", "steps", "log_every", "sample_count", "sample_steps"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
+        self._require("fid_samples", self.fid_samples >= 2, "at least 2")
         self._require("nll_images", self.nll_images >= 2, "at least 2, for a standard error")
         for name in _COUNTS:
             self._require(name, getattr(self, name) >= 0, "0 or more")
@@ -198,6 +210,7 @@ _COUNTS = (
     "save_every",
     "keep",
     "sample_every",
+    "fid_every",
     "nll_every",
     "nll_steps",
     "ema_snapshot_every",

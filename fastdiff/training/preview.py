@@ -20,8 +20,8 @@ from fastdiff.training.metrics import read_metrics
 from fastdiff.training.run import Run
 
 
-def draw_samples(trainer: Run) -> Tensor:
-    """``sample_count`` samples as uint8 (count, C, H, W) on the CPU, one class after the other.
+def draw_samples(trainer: Run, count: int) -> Tensor:
+    """``count`` samples as uint8 (count, C, H, W) on the CPU, one class after the other.
 
     The noise is the same at every step of a run, so that its grids can be compared, and on any
     number of ranks, of which each draws some.
@@ -38,16 +38,18 @@ def draw_samples(trainer: Run) -> Tensor:
         self_condition=config.self_condition or None,
         capture=False if trainer.is_spread else "auto",  # a block is gathered when it runs
     )
-    bounds = np.linspace(0, config.sample_count, ranks.count + 1).astype(int)
-    first, last = (int(bound) for bound in bounds[ranks.rank : ranks.rank + 2])
-    if first == last:
-        mine = None
-    else:
-        x, kwargs = _example(trainer, np.arange(first, last))
-        shape = (last - first, *x.shape[1:])
+
+    def drawn(numbers: range) -> Tensor:
+        x, kwargs = _example(trainer, np.asarray(numbers))
+        shape = (len(numbers), *x.shape[1:])
+        first = numbers.start
         images = sampler.sample(shape, seed=config.seed, first_sample=first, model_kwargs=kwargs)
-        mine = to_uint8(images).cpu()
-    return torch.cat([part for part in ranks.gather(mine) if part is not None])
+        return to_uint8(images).cpu()
+
+    # A grid at once; of more as many as a rank's part of a batch, which fits where training does.
+    at_once = max(config.sample_count, config.batch_size) // ranks.count or 1
+    parts = [range(i, min(i + at_once, count)) for i in range(0, count, at_once)]
+    return torch.cat(ranks.each(drawn, parts))
 
 
 def _sharing(trainer: Run) -> Ranks:

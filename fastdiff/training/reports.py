@@ -75,11 +75,14 @@ class Reports:
         if trainer.due(config.nll_every):
             with trainer.averaged():
                 values |= preview.measure_nll(trainer)
+        if trainer.due(config.fid_every):
+            with trainer.averaged():
+                values |= trainer.scores.measure(trainer)
         if values and self.metrics is not None:
             self.metrics.write(trainer.step, values)
         if trainer.due(config.sample_every):
             with trainer.averaged():
-                images = preview.draw_samples(trainer)
+                images = preview.draw_samples(trainer, config.sample_count)
             if self.metrics is not None:
                 save_grid(images, trainer.run_dir / "samples" / f"step_{trainer.step:08d}.png")
                 self.metrics.write_images(trainer.step, "samples", images)

@@ -45,7 +45,8 @@ class Run(Protocol):
     stream: Batches
     feed: Feed
     reports: Any  # which stand above a Run
-    saving: Any  # and this
+    saving: Any  # as does this
+    scores: Any  # and this
     guard: FiniteGuard
 
     @property

@@ -35,6 +35,7 @@ from fastdiff.training.rescue import rescued
 from fastdiff.training.run_folder import opened
 from fastdiff.training.saved import SavedRun, read_checkpoint
 from fastdiff.training.saving import Saving
+from fastdiff.training.scores import Scores
 from fastdiff.training.self_condition import SelfCondition
 from fastdiff.training.step import backward
 from fastdiff.training.stop import StopRequest
@@ -147,6 +148,7 @@ class Trainer:
         )
         self.feed = Feed(self.stream, self.model, config, self.ranks, self.device)
         self.reports, self.show_progress = Reports(), progress
+        self.scores = self.ranks.together(lambda: Scores(config, self.device))
         self.callbacks = list(callbacks)
         self.saving = Saving()
         self.half_done = False  # between an update of the weights and the end of its step

@@ -65,3 +65,62 @@ def test_bad_input(tmp_path):
     for arguments, message in cases:
         with pytest.raises(InputError, match=message):
             run(*arguments)
+
+
+# The scores of papers
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "real.npz", rng.integers(0, 256, (30, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "fake.npz", rng.integers(0, 256, (20, 8, 8, 3), np.uint8))
+    return tmp_path
+
+
+LITE = ("--features", "efficientnet-lite0", "--device", "cpu")
+
+
+@pytest.mark.seconds
+def test_scores_of_papers(pictures, capsys):
+    both = ("--samples", pictures / "fake.npz", "--data", pictures / "real.npz")
+    kept = ("--features-dir", pictures / "kept", "--write-reference", pictures / "ref.npz")
+    out = pictures / "scores.json"
+    assert run(*both, "--metrics", "fid,sfid,is,kid,prc", *LITE, *kept, "--out", out) == 0
+    scores = json.loads(out.read_text())
+    assert (scores["samples"], scores["real"], scores["published"]) == (20, 30, False)
+    printed = capsys.readouterr().out
+    for words in ("FID", "Inception score", "KID", "coverage", "efficientnet-lite0 is not the"):
+        assert words in printed
+    assert "20 samples for 1,280 features: their covariance lacks rank" in printed
+
+    reference = ("--reference", pictures / "ref.npz", "--metrics", "fid,sfid", *LITE)
+    assert run("--samples", pictures / "fake.npz", *reference, "--out", out) == 0
+    again = json.loads(out.read_text())
+    assert again["fid"] == scores["fid"] and again["sfid"] == scores["sfid"]
+    assert again["real"] is None
+
+
+def test_flags_of_scores_that_do_not_fit(pictures):
+    samples = ("--samples", pictures / "fake.npz")
+    data = ("--data", pictures / "real.npz")
+    cases = [
+        (samples, "give the real images by --data, or with --metrics their --reference"),
+        ((*samples, *data, "--metrics", "fid", "--reference", "r.npz"), "give the real images by"),
+        ((*samples, *data, "--features-dir", "x"), "--features-dir goes with --metrics"),
+        ((*samples, *data, "--metrics", ","), "--metrics names none: expected some of fid"),
+        ((*samples, *data, "--metrics", "fid", "--k", 0, *LITE), "--k must be positive"),
+        ((*samples, *data, "--metrics", "fid,blur", *LITE), "metric 'blur': expected some of fid"),
+        ((*samples, *data, "--metrics", "fid"), "--features inception needs its weights"),
+        (
+            (*samples, "--metrics", "fid", "--reference", pictures / "real.npz", *LITE),
+            "holds no moments .mu and sigma, mu_s and sigma_s.; give images to --data",
+        ),
+        (
+            (*samples, "--metrics", "fid", "--reference", pictures / "none.npz", *LITE),
+            "no file '.*none.npz'",
+        ),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(InputError, match=message):
+            run(*arguments)

@@ -1,0 +1,150 @@
+"""``fastdiff evaluate --metrics``: the scores that papers report."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fastdiff.checks import choose_device
+from fastdiff.data import ImageDataset
+from fastdiff.errors import InputError
+from fastdiff.evaluation.features import NETWORKS, feature_network
+from fastdiff.evaluation.published import METRICS, published_scores
+from fastdiff.evaluation.reference import NAMES, Moments, read_reference
+from fastdiff.optional import require
+from fastdiff.ranks import Ranks
+
+TITLES = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "inception_score": "Inception score",
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "copies": "copies",
+    "class_coverage": "class coverage",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("scores of the papers")
+    group.add_argument(
+        "--metrics",
+        metavar="NAMES",
+        help=f"these scores instead, separated by commas: {', '.join(METRICS)} (prc: precision, "
+        "recall, density, coverage; near: copies, class coverage)",
+    )
+    group.add_argument(
+        "--features",
+        choices=NETWORKS,
+        default="inception",
+        help="the network they rest on (default: inception, the papers'; efficientnet-lite0 needs "
+        "no download, and its figures stand beside each other alone)",
+    )
+    group.add_argument("--feature-weights", metavar="FILE", help="Inception's weights")
+    group.add_argument(
+        "--reference",
+        metavar="FILE.npz",
+        help="the moments of the real images, as guided-diffusion's reference batches hold them, "
+        "in place of --data (for fid and sfid)",
+    )
+    group.add_argument(
+        "--write-reference", metavar="FILE.npz", help="write those of --data, for the next time"
+    )
+    group.add_argument(
+        "--features-dir",
+        metavar="DIR",
+        help="keep the features there: a run that was cut goes on, and the real images' are "
+        "computed once",
+    )
+    group.add_argument(
+        "--feature-batch", type=int, default=64, metavar="N", help="images at a time (default: 64)"
+    )
+    group.add_argument(
+        "--k", type=int, default=3, help="of the neighbourhoods of prc: to the k-th (default: 3)"
+    )
+
+
+def chosen(args: argparse.Namespace) -> list[str]:
+    """The metrics asked for; none without --metrics. InputError for flags that need it."""
+    if args.metrics is None:
+        for flag in ("feature_weights", "reference", "write_reference", "features_dir"):
+            if getattr(args, flag) is not None:
+                raise InputError(f"--{flag.replace('_', '-')} goes with --metrics")
+        return []
+    names = [name.strip() for name in args.metrics.split(",") if name.strip()]
+    if not names:
+        raise InputError(f"--metrics names none: expected some of {', '.join(METRICS)}")
+    for flag in ("feature_batch", "k"):
+        if getattr(args, flag) < 1:
+            raise InputError(f"--{flag.replace('_', '-')} must be positive")
+    return list(dict.fromkeys(names))
+
+
+def scored(
+    args: argparse.Namespace,
+    metrics: list[str],
+    samples: np.ndarray,
+    dataset: ImageDataset | None,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """The scores: a call of all ranks."""
+    device = choose_device(ranks.device)
+    network = ranks.together(lambda: feature_network(args.features, args.feature_weights, device))
+    real = dataset if dataset is not None else ranks.together(lambda: _reference(args.reference))
+    return published_scores(
+        samples,
+        real,
+        metrics,
+        network,
+        folder=args.features_dir,
+        write_moments=args.write_reference,
+        batch=args.feature_batch,
+        k=args.k,
+        seed=args.seed,
+        device=device,
+        ranks=ranks,
+        progress=_bar if ranks.rank == 0 else lambda what, images: lambda done: None,
+    )
+
+
+def lines_of(scores: dict[str, Any]) -> str:
+    """For a terminal."""
+    of = "" if scores["real"] is None else f" against {scores['real']:,} real images"
+    lines = [
+        f"{scores['samples']:,} samples{of}, features of {scores['features']} "
+        f"({scores['resizing']})"
+    ]
+    for name, title in TITLES.items():
+        if scores.get(name) is not None:
+            lines.append(f"{title:18}{_figure(scores[name])}")
+    return "\n".join(lines + [f"note: {note}" for note in scores["notes"]])
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{value[0]:.5g} ± {value[1]:.2g}"
+    return f"{value:.5g}"
+
+
+def _reference(path: str) -> dict[str, Moments]:
+    found = read_reference(path)
+    if found is None:
+        pairs = ", ".join(" and ".join(names) for names in NAMES.values())
+        raise InputError(f"'{path}' holds no moments ({pairs}); give images to --data")
+    return found
+
+
+def _bar(what: str, images: int) -> Callable[[int], Any]:
+    tqdm = require("tqdm", "train").tqdm
+    bar = tqdm(total=images, desc=f"features of {what}", unit="image", leave=False)
+
+    def told(done: int) -> None:
+        bar.update(done)
+        if bar.n >= images:
+            bar.close()
+
+    return told

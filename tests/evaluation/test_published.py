@@ -1,0 +1,267 @@
+"""The papers' scores: against their formulas, against the packages that define them, and in the
+order that they must have."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from prdc import compute_prdc
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from fastdiff.data import ArrayDataset, load_dataset
+from fastdiff.errors import InputError
+from fastdiff.evaluation import neighbours, published
+from fastdiff.evaluation.distances import frechet_from_moments
+from fastdiff.evaluation.features import FeatureNetwork, feature_network, resized
+from fastdiff.evaluation.neighbours import precision_recall
+from fastdiff.evaluation.published import published_scores
+from fastdiff.evaluation.reference import moments_of, read_reference, write_reference
+from fastdiff.evaluation.store import FeatureStore
+
+ALL = ["fid", "sfid", "is", "kid", "prc"]
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Pixels(FeatureNetwork):
+    """A network whose features are few, and cost nothing."""
+
+    name, published, resizing = "pixels", False, "none"
+    widths = {"pooled": 12, "logits": 5, "spatial": 8}
+
+    def forward(self, images):
+        values = images.float().flatten(1)
+        return {kind: values[:, :width] / 100 for kind, width in self.widths.items()}
+
+
+def images(count, seed=0, size=4, channels=3):
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, channels), np.uint8)
+
+
+# Moments and distances
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_moments_are_those_of_all(chunk):
+    features = random(100, 6) * torch.logspace(-3, 3, 6) + 1e4  # the mean is far from zero
+    found = moments_of(features.split(chunk))
+    exact = features.double().numpy()
+    np.testing.assert_allclose(found.mean, exact.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.cov(exact.T), rtol=1e-6, atol=1e-12)
+
+
+def test_fid_is_torchmetrics():
+    real, fake = random(300, 16), random(200, 16, seed=1) * 1.3 + 0.2
+    metric = FrechetInceptionDistance(published._Given(16))
+    for part, is_real in ((real, True), (fake, False)):
+        for chunk in part.split(64):
+            metric.update(chunk.double(), is_real)
+    both = [moments_of(part.split(64)) for part in (fake, real)]
+    values = [tensor.numpy() for found in both for tensor in (found.mean, found.covariance)]
+    assert frechet_from_moments(*values) == pytest.approx(float(metric.compute()), rel=1e-9)
+
+
+def test_the_inception_score_is_its_formula():
+    logits = random(500, 7) * 2
+    found = published._inception_score(logits, seed=3)
+    p = logits.double().softmax(1)
+    # Over all at once; parts of 50 have a little less.
+    kl = (p * (p.log() - p.mean(0).log())).sum(1).mean().exp()
+    assert found[0] == pytest.approx(float(kl), rel=0.05) and 0 < found[1] < 0.2 * found[0]
+    assert published._inception_score(logits, seed=3) == found
+
+
+def test_kid_is_its_formula():
+    real, fake = random(60, 5), random(60, 5, seed=1) + 0.5
+    mean, std = published._kid(real, fake, seed=0)  # every subset is all of them
+
+    def kernel(a, b):
+        return (a.double() @ b.double().T / 5 + 1) ** 3
+
+    within = [(kernel(x, x).sum() - kernel(x, x).trace()) / (60 * 59) for x in (real, fake)]
+    exact = sum(within) - 2 * kernel(real, fake).mean()
+    assert mean == pytest.approx(float(exact), rel=1e-5) and std < 1e-5
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("blocks", [(1024, 8192), (7, 11)])
+def test_precision_and_recall_are_prdc(monkeypatch, k, blocks):
+    monkeypatch.setattr(neighbours, "ROWS", blocks[0])
+    monkeypatch.setattr(neighbours, "COLUMNS", blocks[1])
+    real, fake = random(80, 6), random(50, 6, seed=1) * 0.8 + 0.3
+    fake[:5] = real[:5]  # copies
+    real[10] = real[11]
+    found = precision_recall(real, fake, k)
+    expected = compute_prdc(real.double().numpy(), fake.double().numpy(), k)
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_too_few_for_neighbourhoods():
+    with pytest.raises(InputError, match="3 samples; precision and recall need more than k=3"):
+        precision_recall(random(9, 2), random(3, 2), 3)
+
+
+# The store
+
+
+def store(folder, **about):
+    return FeatureStore(folder, about, 10, {"pooled": 3})
+
+
+def test_what_was_cut_goes_on(tmp_path):
+    asked = []
+
+    def features(indices, stop=10):
+        if indices[0] >= stop:
+            raise KeyboardInterrupt
+        asked.extend(indices)
+        return {"pooled": torch.from_numpy(indices).float()[:, None].expand(-1, 3)}
+
+    with pytest.raises(KeyboardInterrupt):
+        store(tmp_path, of="a").fill(lambda indices: features(indices, 4), 2)
+    again = store(tmp_path, of="a")
+    assert again.missing().tolist() == [4, 5, 6, 7, 8, 9]
+    again.fill(features, 3)
+    assert asked == list(range(10))
+    assert torch.equal(again.all("pooled")[:, 0], torch.arange(10.0))
+    # Of other images, or by another network, nothing is kept.
+    assert len(store(tmp_path, of="b").missing()) == 10
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds other files"):
+        store(tmp_path, of="a")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+# Files of moments
+
+
+def test_a_reference_is_read_as_guided_diffusion_names_it(tmp_path):
+    found = {kind: moments_of([random(20, width)]) for kind, width in Pixels.widths.items()}
+    write_reference(
+        tmp_path / "ref.npz", {kind: found[kind] for kind in ("pooled", "spatial")}, "pixels"
+    )
+    with np.load(tmp_path / "ref.npz") as archive:
+        assert {"mu", "sigma", "mu_s", "sigma_s"} < set(archive)
+    read = read_reference(tmp_path / "ref.npz")
+    assert torch.equal(read["pooled"].covariance, found["pooled"].covariance)
+    np.savez(tmp_path / "images.npz", arr_0=images(3))
+    assert read_reference(tmp_path / "images.npz") is None
+    np.savez(tmp_path / "bad.npz", mu=np.zeros(3), sigma=np.zeros((2, 2)))
+    with pytest.raises(InputError, match=r"a mean of \(3,\) and a covariance of \(2, 2\)"):
+        read_reference(tmp_path / "bad.npz")
+
+
+# All of it
+
+
+def test_all_scores_of_small_sets(tmp_path):
+    fake, real = images(40), ArrayDataset(images(60, seed=1))
+    scores = published_scores(
+        fake, real, ALL, Pixels(), folder=tmp_path / "kept", write_moments=tmp_path / "ref.npz"
+    )
+    json.dumps(scores)
+    expected = {"fid", "sfid", "inception_score", "kid", "precision", "recall", "density"}
+    assert expected | {"coverage"} < set(scores)
+    again = published_scores(fake, real, ALL, Pixels(), folder=tmp_path / "kept", batch=7)
+    assert again == scores
+    from_file = published_scores(
+        fake, read_reference(tmp_path / "ref.npz"), ["fid", "sfid", "is"], Pixels()
+    )
+    for name in ("fid", "sfid", "inception_score"):
+        assert from_file[name] == scores[name]
+    assert published_scores(fake, ArrayDataset(fake), ["fid"], Pixels())["fid"] < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("fake", "real", "metrics", "message"),
+    [
+        (images(9, size=5), images(9), ["fid"], "the samples are 5x5 .* the data are 4x4"),
+        (images(9, channels=1), images(9), ["fid"], "with 1 channel.* with 3: choose with"),
+        (images(9, channels=4), images(9, channels=4), ["fid"], "have 4 channels"),
+        (images(9), images(9), ["fids"], "metric 'fids': expected some of fid, sfid"),
+        (images(9), images(9).astype(np.uint16), ["fid"], "needs images of 8 bits"),
+        (images(9), {}, ["kid"], "'kid' needs the real images, and got their moments alone"),
+        (images(9), {}, ["fid"], "the reference holds no moments of pooled features"),
+    ],
+)
+def test_bad_input_is_one_line(fake, real, metrics, message):
+    real = ArrayDataset(real) if isinstance(real, np.ndarray) else real
+    with pytest.raises(InputError, match=message) as caught:
+        published_scores(fake, real, metrics, Pixels())
+    assert "\n" not in str(caught.value)
+
+
+def test_moments_of_another_network():
+    with pytest.raises(InputError, match="the reference is of 4 features, the network has 12"):
+        real = {"pooled": moments_of([random(20, 4)])}
+        published_scores(images(20), real, ["fid"], Pixels())
+
+
+def test_few_samples_are_said():
+    scores = published_scores(images(9), ArrayDataset(images(30)), ["fid"], Pixels())
+    assert any("9 samples for 12 features" in note for note in scores["notes"])
+    assert not any("30 real" in note for note in scores["notes"])
+
+
+# The networks
+
+
+@pytest.fixture(scope="module")
+def lite():
+    return feature_network("efficientnet-lite0")
+
+
+def test_resizing_is_antialiased_and_keeps_values():
+    flat = torch.full((1, 3, 9, 9), 200, dtype=torch.uint8)
+    assert torch.allclose(resized(flat, 224), torch.tensor(200.0))
+    checks = torch.tensor([[0, 255], [255, 0]], dtype=torch.uint8).repeat(1, 3, 56, 56)
+    assert resized(checks, 28).std() < 5  # without it: all 0 or all 255
+
+
+def test_efficientnet_knows_what_it_was_trained_on(lite):
+    picture = load_dataset("digits").gather(np.arange(4)).expand(-1, 3, -1, -1)
+    found = lite(picture)
+    assert {kind: values.shape[1] for kind, values in found.items()} == lite.widths
+    assert all(values.isfinite().all() and values.std() > 0 for values in found.values())
+    assert torch.allclose(lite(picture[2:])["pooled"], found["pooled"][2:], atol=1e-4)
+
+
+@pytest.mark.seconds
+def test_distances_have_the_order_they_must(lite, tmp_path):
+    data = load_dataset("digits", class_cond=True)
+    pixels = data.images.permute(0, 2, 3, 1).numpy()
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(pixels))[:120]
+    real, half = pixels[order[:60]], pixels[order[60:]]
+    noised = np.clip(half + rng.normal(0, 60, half.shape), 0, 255).astype(np.uint8)
+    noise = rng.integers(0, 256, half.shape, np.uint8)
+    one = pixels[data.labels == 3][:60]
+    scores = [
+        published_scores(fake, ArrayDataset(real), ["fid", "kid", "prc"], lite, folder=tmp_path)
+        for fake in (half, noised, noise, one)
+    ]
+    assert scores[0]["fid"] < scores[1]["fid"] < scores[2]["fid"]
+    assert scores[0]["fid"] < scores[3]["fid"]
+    assert scores[0]["kid"][0] < scores[1]["kid"][0] < scores[2]["kid"][0]
+    assert scores[0]["recall"] > scores[3]["recall"] + 0.3
+    assert scores[2]["precision"] < 0.2 < scores[0]["precision"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inception",), "needs its weights, none is given: download weights-inception"),
+        (("inception", "none.pth"), "there is no file none.pth"),
+        (("vgg",), "--features is 'vgg', expected one of inception, efficientnet-lite0"),
+        (("efficientnet-lite0", "x.pth"), "--feature-weights is Inception's"),
+    ],
+)
+def test_networks_that_cannot_be_had(arguments, message):
+    with pytest.raises(InputError, match=message):
+        feature_network(*arguments)
