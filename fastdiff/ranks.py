@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -357,9 +358,17 @@ def _has_agent() -> bool:
 
 
 def _agent() -> str:
-    """The name of the torchrun process that started this one: its job, machine and number."""
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return f"{job} {socket.gethostname()} {os.getppid()}" if job else ""
+    """The name of the torchrun process that started this one: its job, machine, number and hour,
+    since in containers the first three come again."""
+    job, parent = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.getppid()
+    if not job:
+        return ""
+    try:
+        ticks = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+        began = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {ticks}"
+    except (OSError, IndexError):  # no Linux
+        began = ""
+    return f"{job} {socket.gethostname()} {parent} {began}"
 
 
 def _attempt(rank: int, count: int) -> str:

@@ -10,7 +10,7 @@ from fastdiff.checks import choose_device
 from fastdiff.data import ImageDataset
 from fastdiff.errors import InputError
 from fastdiff.evaluation.features import NETWORKS, feature_network
-from fastdiff.evaluation.published import METRICS, published_scores
+from fastdiff.evaluation.published import METRICS, check_metrics, published_scores
 from fastdiff.evaluation.reference import NAMES, Moments, read_reference
 from fastdiff.optional import require
 from fastdiff.ranks import Ranks
@@ -29,6 +29,10 @@ TITLES = {
 }
 
 
+OWN = ("feature_weights", "reference", "write_reference", "features_dir")
+DEFAULTS = {"features": "inception", "feature_batch": 64, "k": 3}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("scores of the papers")
     group.add_argument(
@@ -40,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--features",
         choices=NETWORKS,
-        default="inception",
         help="the network they rest on (default: inception, the papers'; efficientnet-lite0 needs "
         "no download, and its figures stand beside each other alone)",
     )
@@ -61,23 +64,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "computed once",
     )
     group.add_argument(
-        "--feature-batch", type=int, default=64, metavar="N", help="images at a time (default: 64)"
+        "--feature-batch", type=int, metavar="N", help="images at a time (default: 64)"
     )
     group.add_argument(
-        "--k", type=int, default=3, help="of the neighbourhoods of prc: to the k-th (default: 3)"
+        "--k", type=int, help="of the neighbourhoods of prc: to the k-th (default: 3)"
     )
 
 
 def chosen(args: argparse.Namespace) -> list[str]:
     """The metrics asked for; none without --metrics. InputError for flags that need it."""
     if args.metrics is None:
-        for flag in ("feature_weights", "reference", "write_reference", "features_dir"):
+        for flag in (*OWN, *DEFAULTS):
             if getattr(args, flag) is not None:
                 raise InputError(f"--{flag.replace('_', '-')} goes with --metrics")
         return []
     names = [name.strip() for name in args.metrics.split(",") if name.strip()]
     if not names:
         raise InputError(f"--metrics names none: expected some of {', '.join(METRICS)}")
+    if args.classifier_steps is not None:
+        raise InputError("--classifier-steps goes without --metrics")
+    check_metrics(names)
+    for flag, default in DEFAULTS.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, default)
     for flag in ("feature_batch", "k"):
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} must be positive")
@@ -94,7 +103,9 @@ def scored(
     """The scores: a call of all ranks."""
     device = choose_device(ranks.device)
     network = ranks.together(lambda: feature_network(args.features, args.feature_weights, device))
-    real = dataset if dataset is not None else ranks.together(lambda: _reference(args.reference))
+    real: Any = dataset
+    if real is None:
+        real = ranks.together(lambda: _reference(args.reference, network.name))
     return published_scores(
         samples,
         real,
@@ -130,8 +141,8 @@ def _figure(value: Any) -> str:
     return f"{value:.5g}"
 
 
-def _reference(path: str) -> dict[str, Moments]:
-    found = read_reference(path)
+def _reference(path: str, features: str) -> dict[str, Moments]:
+    found = read_reference(path, features)
     if found is None:
         pairs = ", ".join(" and ".join(names) for names in NAMES.values())
         raise InputError(f"'{path}' holds no moments ({pairs}); give images to --data")

@@ -101,7 +101,7 @@ class EfficientNetLite0(FeatureNetwork):
         x = x.contiguous(memory_format=torch.channels_last)
         with _seen(self.network._blocks[8]) as middle:  # the last at a sixteenth of the size
             pooled = self.network.extract_features(x).mean((2, 3))
-        spatial = middle[0][:, :SPATIAL_CHANNELS].flatten(1)
+        spatial = _spatial(middle[0])
         return {"pooled": pooled, "logits": self.network._fc(pooled), "spatial": spatial}
 
 
@@ -148,8 +148,13 @@ class Inception(FeatureNetwork):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         with _seen(self.network.Mixed_6d.branch1x1) as middle:
             pooled, logits = self.network(images)
-        spatial = middle[0][:, :SPATIAL_CHANNELS].flatten(1)
+        spatial = _spatial(middle[0])
         return {"pooled": pooled, "logits": logits, "spatial": spatial}
+
+
+def _spatial(layer: Tensor) -> Tensor:
+    """(N, H·W·7) of (N, C, H, W), in guided-diffusion's order: place by place."""
+    return layer[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
 
 @contextlib.contextmanager

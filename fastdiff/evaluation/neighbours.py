@@ -43,14 +43,21 @@ def precision_recall(
 
 
 def nearest(
-    queries: Tensor, references: Tensor, device: torch.device | str = "cpu"
+    queries: Tensor,
+    references: Tensor,
+    device: torch.device | str = "cpu",
+    *,
+    itself: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Of each query (n, D) the distance to its nearest reference, float64 (n,), and which that is,
-    int64 (n,). Of a set in itself an image is not its own."""
+    int64 (n,). ``itself``: int64 (n,), the reference that is the query's own image, left out."""
     best = torch.full((len(queries),), torch.inf, dtype=torch.float64)
     which = torch.zeros(len(queries), dtype=torch.int64)
     for rows, columns, squared in _distances(queries, references, device):
-        squared[squared < 0] = torch.inf
+        if itself is not None:
+            at = itself[rows] - columns.start
+            here = ((at >= 0) & (at < squared.shape[1])).nonzero()[:, 0]
+            squared[here.to(squared.device), at[here].to(squared.device)] = torch.inf
         values, found = (t.cpu() for t in squared.min(1))
         closer = values < best[rows]
         best[rows] = torch.where(closer, values, best[rows])

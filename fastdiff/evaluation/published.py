@@ -35,7 +35,8 @@ METRICS = {
 OF_MOMENTS = {"fid": "pooled", "sfid": "spatial"}  # which moments of the real images are enough for
 KID_SUBSETS, KID_SIZE = 100, 1000  # Bińkowski et al. 2018
 SPLITS = 10  # of the Inception score, Salimans et al. 2016
-KNOWN_BY = 256  # images by which a set is known again
+KNOWN_BY = 256  # images by which a set that does not lie in memory is known again
+SPACED = 2000  # real images whose distance to the next one says how near is too near
 
 Progress = Callable[[str, int], Callable[[int], Any]]
 
@@ -69,10 +70,12 @@ class FeaturesOf:
 
 
 def known_by(images: ImageDataset) -> dict[str, Any]:
-    """What tells this set from others: how many, of which size, and some of them."""
-    chosen = np.unique(np.linspace(0, len(images) - 1, KNOWN_BY).astype(np.int64))
+    """What tells this set from others: how many, of which size, and all or some of them."""
+    chosen = np.arange(len(images))
+    if not isinstance(images, ArrayDataset):
+        chosen = np.unique(np.linspace(0, len(images) - 1, KNOWN_BY).astype(np.int64))
     digest = hashlib.sha256(images.gather(chosen).numpy().tobytes()).hexdigest()
-    return {"images": len(images), "size": list(images.image_size), "some": digest}
+    return {"images": len(images), "size": list(images.image_size), "content": digest}
 
 
 def published_scores(
@@ -116,13 +119,14 @@ def published_scores(
 
     Raises InputError for metrics without what they need, and images of no use.
     """
-    for name in metrics:
-        if name not in METRICS:
-            raise InputError(f"metric {name!r}: expected some of {', '.join(METRICS)}")
-        if not isinstance(real, ImageDataset) and name not in {*OF_MOMENTS, "is"}:
-            raise InputError(f"metric {name!r} needs the real images, and got their moments alone")
-    if write_moments is not None and not isinstance(real, ImageDataset):
-        raise InputError("the moments are those of a file already: give the real images")
+    check_metrics(metrics)
+    if not isinstance(real, ImageDataset):
+        _check_moments(real, metrics, network)
+        if write_moments is not None:
+            raise InputError("the moments are those of a file already: give the real images")
+    elif "prc" in metrics and min(len(real), len(samples)) <= k:
+        few = min(len(real), len(samples))
+        raise InputError(f"{few} images; precision and recall need more than k={k}")
     if isinstance(real, ImageDataset):
         samples_like(samples, real)
     fake = ArrayDataset(samples)
@@ -152,6 +156,32 @@ def published_scores(
             return {**_about(network, fake, real), **scores}
 
         return ranks.on_first(finished)
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """InputError where one of them is none."""
+    for name in names:
+        if name not in METRICS:
+            raise InputError(f"metric {name!r}: expected some of {', '.join(METRICS)}")
+
+
+def _check_moments(
+    real: Mapping[str, Moments], metrics: Sequence[str], network: FeatureNetwork
+) -> None:
+    for name in metrics:
+        if name == "is":
+            continue
+        if name not in OF_MOMENTS:
+            raise InputError(f"metric {name!r} needs the real images, and got their moments alone")
+        kind = OF_MOMENTS[name]
+        if kind not in real:
+            raise InputError(f"the reference holds no moments of {kind} features")
+        width, theirs = network.widths[kind], len(real[kind].mean)
+        if width != theirs:
+            raise InputError(
+                f"the reference is of {theirs} features, the network has {width}: it is another "
+                "network's"
+            )
 
 
 def _place(folder: str | Path | None, ranks: Ranks, stack: ExitStack) -> Path:
@@ -211,7 +241,7 @@ def _scores(
     for name in metrics:
         if name in OF_MOMENTS:
             kind = OF_MOMENTS[name]
-            moments = found["real"].moments(kind) if "real" in found else _moments(real, kind)
+            moments = real[kind] if isinstance(real, Mapping) else found["real"].moments(kind)
             scores[name] = _frechet(fake.moments(kind), moments)
         elif name == "is":
             scores["inception_score"] = _inception_score(fake.store.all("logits"), seed)
@@ -229,7 +259,8 @@ def _scores(
 def _near(
     real: Tensor, fake: Tensor, images: ImageDataset, device: torch.device | str
 ) -> dict[str, Any]:
-    among_real, _ = nearest(real, real, device)
+    chosen = torch.arange(0, len(real), max(1, len(real) // SPACED))
+    among_real, _ = nearest(real[chosen], real, device, itself=chosen)
     distances, which = nearest(fake, real, device)
     copies = (distances < among_real.quantile(0.01)).double().mean()
     covered = None
@@ -238,18 +269,7 @@ def _near(
     return {"copies": float(copies), "class_coverage": covered}
 
 
-def _moments(real: Any, kind: str) -> Moments:
-    if kind not in real:
-        raise InputError(f"the reference holds no moments of {kind} features")
-    return real[kind]
-
-
 def _frechet(fake: Moments, real: Moments) -> float:
-    if len(fake.mean) != len(real.mean):
-        raise InputError(
-            f"the reference is of {len(real.mean)} features, the network has {len(fake.mean)}: "
-            "it is another network's"
-        )
     both = (fake.mean, fake.covariance, real.mean, real.covariance)
     return frechet_from_moments(*(tensor.numpy() for tensor in both))
 

@@ -41,17 +41,21 @@ def moments_of(chunks: Iterable[Tensor]) -> Moments:
     return Moments(shift + mean, covariance)
 
 
-def read_reference(path: str | Path) -> dict[str, Moments] | None:
+def read_reference(path: str | Path, features: str | None = None) -> dict[str, Moments] | None:
     """The moments in an ``.npz``, by kind of features; None for a file that has none, of images
-    alone. InputError for moments of no use."""
+    alone. InputError for moments of no use, and of another network than ``features`` where the file
+    names its own (guided-diffusion's do not)."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             wanted = [names for names in NAMES.values() if all(name in archive for name in names)]
+            whose = str(archive["features"]) if "features" in archive else None
             arrays = {names: tuple(archive[name] for name in names) for names in wanted}
     except FileNotFoundError:
         raise InputError(f"no file '{path}'") from None
     except Exception as error:  # zipfile, zlib, struct and numpy each have their own
         raise InputError(f"'{path}' is not a readable .npz file: {first_line(error)}") from error
+    if features is not None and whose not in (None, features):
+        raise InputError(f"'{path}' holds moments of {whose}'s features, not of {features}'s")
     kinds = {names: kind for kind, names in NAMES.items()}
     return {kinds[names]: _checked(path, *found) for names, found in arrays.items()} or None
 

@@ -1,6 +1,7 @@
 """Features of many images in a folder: computed once, by all ranks, whatever breaks in between."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,15 @@ class FeatureStore:
             self._done.flush()
             progress(len(indices))
         self.ranks.gather(None)
+        self.ranks.on_first(self._check)
+
+    def _check(self) -> None:
+        left = len(self.missing())
+        if left:  # of a disk that shows each machine something else
+            raise InputError(
+                f"'{self.folder}' lacks the features of {left} images that other ranks have "
+                "written: give a folder on a disk that they share"
+            )
 
     def all(self, kind: str) -> Tensor:
         """float32 (N, D), read from the disk as it is needed."""
@@ -88,10 +98,19 @@ def _prepare(
         return
     place.unlink(missing_ok=True)
     for kind, shape in shapes.items():
-        np.lib.format.open_memmap(folder / f"{kind}.npy", "w+", np.float32, shape).flush()
+        _made(folder / f"{kind}.npy", np.float32, shape)
     count = next(iter(shapes.values()))[0]
-    np.lib.format.open_memmap(folder / f"{DONE}.npy", "w+", np.uint8, (count,)).flush()
+    _made(folder / f"{DONE}.npy", np.uint8, (count,))
     replace_text(place, text)  # the last: what is there without it is begun anew
+
+
+def _made(path: Path, dtype: Any, shape: tuple[int, ...]) -> None:
+    """A file of zeros that has its place on the disk: where a hole in one finds the disk full, the
+    process that writes into its memory is killed. OSError where it has none."""
+    np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _opened(path: Path) -> Any:

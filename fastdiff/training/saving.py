@@ -46,6 +46,9 @@ class Saving:
         if self.of == of:
             return path
         ranks = self._writers(run)
+        # Before the ranks of a network that is spread over them gather it together.
+        run.with_weights(lambda: self._check(run))
+        run.ranks.on_first(self._told()(run.reports.sync))
         run.with_weights(lambda: self._begin(run, path, shares, ranks))
         self._coming, self.of = path, of
         if not run.config.async_save:
@@ -56,6 +59,7 @@ class Saving:
         """:meth:`save` at once, by this rank with what it has alone."""
         with suppress(OSError):
             self._wait()
+            self._arrived()
         path, of = _place(run)
         if self.of != of:
             self._check(run)
@@ -67,6 +71,9 @@ class Saving:
         """Wait for the checkpoint that is being written: a call of all ranks. OSError where it
         could not be."""
         run.ranks.together(self._wait)
+        self._arrived()
+
+    def _arrived(self) -> None:
         if self._coming is not None and self.of is not None:
             self.stands(self._coming, self.of)
 
@@ -81,9 +88,14 @@ class Saving:
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
+        if self._written is not None and self._written.exception() is None:
+            self._written = None
+            self._arrived()
 
     def advice(self) -> str:
         """The end of an error message: where to go on from."""
+        if self._written is not None and self._written.done() and not self.failed:
+            return f"the last good checkpoint is {self._coming}"
         if self.last is None:
             return "no checkpoint had been saved yet"
         return f"the last good checkpoint is {self.last}"
@@ -98,10 +110,8 @@ class Saving:
         return self._apart
 
     def _begin(self, run: Run, path: Path, shares: dict[str, Tensor], ranks: Ranks) -> None:
-        self._check(run)
         background = run.config.async_save
         with self._told():
-            run.reports.sync()
             write = prepared(run, path, shares, ranks, copy=background)
             if not background:
                 write()
@@ -122,14 +132,14 @@ class Saving:
             raise OSError(f"checkpoint not saved: {error}; {self.advice()}") from error
 
     def _wait(self) -> None:
-        written, self._written = self._written, None
+        written = self._written
         if written is None:
             return
-        try:
-            written.result()
-        except BaseException:
+        error = written.exception()  # which a Ctrl-C may interrupt: it is still being written then
+        self._written = None
+        if error is not None:
             self.of = self._coming = None
-            raise
+            raise error
 
 
 def _place(run: Run) -> tuple[Path, tuple[int, int]]:

@@ -1,6 +1,7 @@
 """How near a run's samples come to its images, measured as it trains; the best weights are kept."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,14 @@ class Scores:
             for name in ("fid", "copies", "class_coverage")
             if found[name] is not None
         }
-        name = self.network.name
-        if ranks.on_first(lambda: values["fid"] < _least(run.run_dir / BEST, name)):
-            run.with_weights(lambda: _keep(run, {**values, "features": name}))
+        made = {
+            "features": self.network.name,
+            "samples": config.fid_samples,
+            "sample_steps": config.sample_steps,
+            "images": len(run.data),
+        }
+        if ranks.on_first(lambda: values["fid"] < _least(run.run_dir / BEST, run.step, made)):
+            run.with_weights(lambda: _keep(run, {**values, **made}))
         return values
 
 
@@ -63,11 +69,13 @@ def _keep(run: Run, scores: dict[str, Any]) -> None:
     )
 
 
-def _least(best: Path, features: str) -> float:
-    """The distance of the weights that were kept, by the same network's features."""
+def _least(best: Path, step: int, made: Mapping[str, Any]) -> float:
+    """The distance of the weights that were kept, of an earlier step and made likewise: a distance
+    depends on how many images there are."""
     try:
-        info: Any = json.loads((best / "config.json").read_text(encoding="utf-8"))["info"]
-        same = info["scores"]["features"] == features
-        return float(info["scores"]["fid"]) if same else float("inf")
+        kept: Any = json.loads((best / "config.json").read_text(encoding="utf-8"))
+        scores = kept["info"]["scores"]
+        same = kept["step"] < step and all(scores[name] == made[name] for name in made)
+        return float(scores["fid"]) if same else float("inf")
     except (OSError, ValueError, KeyError, TypeError):
         return float("inf")

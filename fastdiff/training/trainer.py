@@ -16,7 +16,7 @@ from fastdiff.checkpoints.network import Given
 from fastdiff.checkpoints.run_directory import held, newest_checkpoint, require_run
 from fastdiff.checks import choose_device
 from fastdiff.data import ImageDataset, match_classes
-from fastdiff.data.processes import unwatched
+from fastdiff.data.processes import is_gone, unreadable, unwatched
 from fastdiff.data.words import TIMESTEPS
 from fastdiff.models import shards
 from fastdiff.models.ema import EMA
@@ -371,7 +371,14 @@ class Trainer:
         Raises TrainingError instead when the run has diverged, OSError when the disk is full.
         """
         self.check_finite()
-        return self.saving.save(self, saved.shares_of(self, self.ranks))
+        shares = saved.shares_of(self, self.ranks)
+        try:
+            with unwatched():  # a worker's death would cut it off
+                return self.saving.save(self, shares)
+        except RuntimeError as error:
+            if not is_gone(error):
+                raise
+            raise OSError(f"{unreadable('a batch', error)}; {self.saving.advice()}") from error
 
     @property
     def last_checkpoint(self) -> Path | None:

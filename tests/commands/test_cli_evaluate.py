@@ -108,6 +108,11 @@ def test_flags_of_scores_that_do_not_fit(pictures):
         (samples, "give the real images by --data, or with --metrics their --reference"),
         ((*samples, *data, "--metrics", "fid", "--reference", "r.npz"), "give the real images by"),
         ((*samples, *data, "--features-dir", "x"), "--features-dir goes with --metrics"),
+        ((*samples, *data, "--k", 2), "--k goes with --metrics"),
+        (
+            (*samples, *data, "--metrics", "fid", "--classifier-steps", 5),
+            "--classifier-steps goes without --metrics",
+        ),
         ((*samples, *data, "--metrics", ","), "--metrics names none: expected some of fid"),
         ((*samples, *data, "--metrics", "fid", "--k", 0, *LITE), "--k must be positive"),
         ((*samples, *data, "--metrics", "fid,blur", *LITE), "metric 'blur': expected some of fid"),

@@ -265,3 +265,31 @@ def test_distances_have_the_order_they_must(lite, tmp_path):
 def test_networks_that_cannot_be_had(arguments, message):
     with pytest.raises(InputError, match=message):
         feature_network(*arguments)
+
+
+def test_spatial_features_lie_as_guided_diffusions(lite):
+    """Place by place, the seven channels of each: its evaluator reshapes (N, H, W, 7)."""
+    picture = load_dataset("digits").gather(np.arange(1)).expand(-1, 3, -1, -1)
+    layers = []
+    block = lite.network._blocks[8]
+    handle = block.register_forward_hook(lambda module, args, output: layers.append(output))
+    found = lite(picture)["spatial"].view(14, 14, 7)
+    handle.remove()
+    assert torch.equal(found, layers[0][0, :7].permute(1, 2, 0))
+
+
+def test_a_reference_of_another_network_is_refused(tmp_path):
+    write_reference(tmp_path / "ref.npz", {"pooled": moments_of([random(20, 12)])}, "other")
+    assert read_reference(tmp_path / "ref.npz") is not None
+    with pytest.raises(InputError, match="holds moments of other's features, not of pixels's"):
+        read_reference(tmp_path / "ref.npz", "pixels")
+
+
+def test_copies_and_classes(tmp_path):
+    real = images(60, seed=1)
+    data = ArrayDataset(real, labels=np.arange(60) % 3, class_names=list("abc"))
+    fake = np.concatenate([real[:30:3], images(10)])  # copies, all of class a
+    scores = published_scores(fake, data, ["near"], Pixels())
+    assert 0.5 <= scores["copies"] <= 0.6
+    only = published_scores(real[:30:3], data, ["near"], Pixels())
+    assert only["copies"] == 1 and only["class_coverage"] == pytest.approx(1 / 3)

@@ -117,3 +117,16 @@ def test_a_step_is_rescued_after_one_that_could_not_be_saved(tmp_path, monkeypat
         trainer.fit()
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000004"]
     assert resume_trainer(tmp_path).fit() == QUICK["steps"]
+
+
+@pytest.mark.seconds
+def test_what_has_arrived_is_named_before_the_next_one_begins(tmp_path):
+    trainer, said = make_trainer(tmp_path, async_save=True, keep=1, **QUICK), []
+
+    def look():
+        trainer.saving._written.result(WAIT)
+        said.append(trainer.saving.advice())
+
+    at_step(trainer, 5, look)
+    trainer.fit()
+    assert said == [f"the last good checkpoint is {tmp_path / 'checkpoints' / 'step_00000003'}"]
