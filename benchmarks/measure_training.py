@@ -1,7 +1,7 @@
 """What training costs: a row for each preset, and what several processes give and take.
 
-    python benchmarks/measure_training.py                                      # all, in twenty minutes
-    python benchmarks/measure_training.py --presets digits --ranks digits      # of this one alone
+    python benchmarks/measure_training.py                                 # all, in twenty minutes
+    python benchmarks/measure_training.py --presets digits --ranks digits # of this one alone
     python benchmarks/measure_training.py --memory iddpm-imagenet64-cond --batch 2
 
 A preset's row is one process with all cores, or a GPU: images a second, and what they are in
