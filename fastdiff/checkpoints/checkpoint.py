@@ -40,13 +40,13 @@ from fastdiff.checkpoints.weights import (
     check_target,
     load_json,
     load_tensors,
-    to_json,
+    texts_of,
     write_files,
 )
 from fastdiff.errors import InputError
 from fastdiff.files import previous_directory, replacing_directory
 from fastdiff.models.ema import EMA, average_name
-from fastdiff.models.shards import is_spread, whole
+from fastdiff.models.shards import any_spread, whole
 from fastdiff.models.wrappers import plain_name, plain_state, unwrapped
 from fastdiff.ranks import ALONE, Ranks
 
@@ -137,7 +137,7 @@ def save(
         extra_json=extra_json,
     )
     # What is spread has been gathered by all ranks; one of them writes it.
-    if not _has_spread(model) or torch.distributed.get_rank() == 0:
+    if not any_spread(unwrapped(model).parameters()) or torch.distributed.get_rank() == 0:
         prepared.write()
     return prepared.target
 
@@ -147,13 +147,13 @@ class Prepared:
     """A checkpoint that has been checked, and has only to be written.
 
     Attributes:
-        tensors, documents: by the names of their files, whole: rank 0's alone are written.
+        tensors, texts: by the names of their files, whole: rank 0's alone are written.
         parts: by the names of their folders, what each of ``ranks`` holds a part of.
     """
 
     target: Path
     tensors: Mapping[str, Mapping[str, Tensor]]
-    documents: Mapping[str, Any]
+    texts: Mapping[str, str]
     parts: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     ranks: Ranks = ALONE
 
@@ -165,7 +165,7 @@ class Prepared:
             folder = ranks.on_first(lambda: stack.enter_context(replacing))
             for name, tensors in self.parts.items():
                 ranks.together(partial(write_parts, folder / name, tensors, ranks))
-            ranks.on_first(lambda: write_files(folder, self.tensors, self.documents))
+            ranks.on_first(lambda: write_files(folder, self.tensors, self.texts))
 
 
 def prepare(
@@ -213,15 +213,9 @@ def prepare(
     extras = {stem: _whole(group, copy) for stem, group in (extra_tensors or {}).items()}
     check_extra_names(extras, tensors, "extra_tensors")
     check_extra_names(extra_json or {}, {"config"}, "extra_json")
-    documents = {"config": config, **(extra_json or {})}
-    for stem, document in documents.items():
-        to_json(f"{stem}.json", document)
+    texts = texts_of({"config": config, **(extra_json or {})})
     mine = {name: copied(group) if copy else group for name, group in (parts or {}).items()}
-    return Prepared(target, {**tensors, **extras}, documents, mine, ranks)
-
-
-def _has_spread(model: nn.Module) -> bool:
-    return any(map(is_spread, unwrapped(model).parameters()))
+    return Prepared(target, {**tensors, **extras}, texts, mine, ranks)
 
 
 def whole_averages(

@@ -198,19 +198,25 @@ def write_directory(
         OSError: the disk is full or not writable; nothing has changed.
         InputError: a value has no JSON form; nothing has changed.
     """
+    texts = texts_of(documents)
     with replacing_directory(target) as folder:
-        write_files(folder, tensors, documents)
+        write_files(folder, tensors, texts)
 
 
 def write_files(
-    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]
+    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]
 ) -> None:
-    """The files of :func:`write_directory`, into a folder that is there."""
-    texts = {stem: to_json(f"{stem}.json", document) for stem, document in documents.items()}
+    """The files of :func:`write_directory`, into a folder that is there; ``texts``: of the JSON
+    ones."""
     for stem, group in tensors.items():
         _write_tensors(folder / f"{stem}.safetensors", group)
     for stem, text in texts.items():
         (folder / f"{stem}.json").write_text(text, encoding="utf-8")
+
+
+def texts_of(documents: Mapping[str, Any]) -> dict[str, str]:
+    """Documents as the texts of their files. InputError: a value has no JSON form."""
+    return {stem: to_json(f"{stem}.json", document) for stem, document in documents.items()}
 
 
 def to_json(name: str, document: Any) -> str:

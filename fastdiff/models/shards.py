@@ -13,6 +13,10 @@ def is_spread(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def any_spread(tensors: Iterable[Any]) -> bool:
+    return any(map(is_spread, tensors))
+
+
 def local(tensor: Any) -> Tensor:
     """This rank's part, which shares its memory."""
     return tensor.to_local() if is_spread(tensor) else tensor

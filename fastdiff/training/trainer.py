@@ -388,7 +388,7 @@ class Trainer:
     @property
     def is_spread(self) -> bool:
         """Whether each rank holds a part of the weights alone."""
-        return any(map(shards.is_spread, self.parameters))
+        return shards.any_spread(self.parameters)
 
     def with_weights(self, work: Callable[[], T]) -> T:
         """``work()`` where all of the weights can be had: on rank 0, or of a network spread over
