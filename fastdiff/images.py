@@ -8,7 +8,7 @@ into it, so a reader never meets half a file and a full disk leaves the older on
 import math
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.errors import InputError
+from fastdiff.errors import InputError, first_line
 from fastdiff.files import replacing
 from fastdiff.optional import require
 
@@ -184,20 +184,24 @@ def load_samples_npz(path: Pathlike) -> tuple[np.ndarray, np.ndarray | None]:
     return images, labels
 
 
+def read_npz(path: Pathlike, wanted: Collection[str]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The names in an ``.npz``, and those of the wanted arrays that it has. InputError: it cannot
+    be read."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return sorted(archive), {name: archive[name] for name in wanted if name in archive}
+    except FileNotFoundError:
+        raise InputError(f"no file '{path}'") from None
+    except Exception as error:  # zipfile, zlib, struct and numpy each have their own
+        raise InputError(f"'{path}' is not a readable .npz file: {first_line(error)}") from error
+
+
 def read_samples(path: Pathlike, *, deep: bool = False) -> Samples:
     """All that ``save_samples_npz`` writes. The channels are taken to be last.
 
     deep: images of uint16 or floats are taken too.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            names = sorted(archive)
-            wanted = [name for name in ("arr_0", "arr_1", "class_names") if name in archive]
-            arrays = {name: archive[name] for name in wanted}
-    except FileNotFoundError:
-        raise InputError(f"no file '{path}'") from None
-    except Exception as error:  # zipfile, zlib, struct and numpy each have their own
-        raise InputError(f"'{path}' is not a readable .npz file: {error}") from error
+    names, arrays = read_npz(path, ("arr_0", "arr_1", "class_names"))
     if "arr_0" not in arrays:
         raise InputError(
             f"'{path}' holds {', '.join(names) or 'nothing'}, expected arr_0: write it with "

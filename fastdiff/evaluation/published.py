@@ -42,7 +42,7 @@ Progress = Callable[[str, int], Callable[[int], Any]]
 
 
 class FeaturesOf:
-    """The features of a set of images by one network, computed as :meth:`need` asks for them."""
+    """The features of a set of images by one network, computed where the folder lacks them."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ def published_scores(
     fake = ArrayDataset(samples)
     sets = {"samples": fake, **({"real": real} if isinstance(real, ImageDataset) else {})}
     for name, images in sets.items():
-        _check(name, images)
+        check_scored(images, f"a score of the {name}")
     with ExitStack() as stack:
         place = _place(folder, ranks, stack)
         found = {
@@ -190,15 +190,16 @@ def _place(folder: str | Path | None, ranks: Ranks, stack: ExitStack) -> Path:
     return Path(ranks.on_first(lambda: stack.enter_context(tempfile.TemporaryDirectory())))
 
 
-def _check(name: str, images: ImageDataset) -> None:
-    check_bytes(images, "a score of the papers'")
+def check_scored(images: ImageDataset, purpose: str) -> None:
+    """InputError unless these networks can be shown such images. purpose: what needs it."""
+    check_bytes(images, purpose)
     if images.channels not in (1, 3):
         raise InputError(
-            f"the {name} have {images.channels} channels, these networks take grey or coloured "
-            "images: give 1 or 3 (--channels)"
+            f"{purpose} needs grey or coloured images, these have {images.channels} channels: give "
+            "1 or 3 (--channels)"
         )
     if len(images) < 2:
-        raise InputError(f"{len(images)} {name}: expected at least 2")
+        raise InputError(f"{purpose} needs at least 2 images, these are {len(images)}")
 
 
 def _about(

@@ -1,5 +1,6 @@
 """What samples are compared with, as moments in a file: guided-diffusion's reference batches."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.errors import InputError, first_line
+from fastdiff.errors import InputError
 from fastdiff.files import replacing
+from fastdiff.images import read_npz
 
 # Kind of features -> (mean, covariance), as such files name them.
 NAMES = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -45,19 +47,16 @@ def read_reference(path: str | Path, features: str | None = None) -> dict[str, M
     """The moments in an ``.npz``, by kind of features; None for a file that has none, of images
     alone. InputError for moments of no use, and of another network than ``features`` where the file
     names its own (guided-diffusion's do not)."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            wanted = [names for names in NAMES.values() if all(name in archive for name in names)]
-            whose = str(archive["features"]) if "features" in archive else None
-            arrays = {names: tuple(archive[name] for name in names) for names in wanted}
-    except FileNotFoundError:
-        raise InputError(f"no file '{path}'") from None
-    except Exception as error:  # zipfile, zlib, struct and numpy each have their own
-        raise InputError(f"'{path}' is not a readable .npz file: {first_line(error)}") from error
-    if features is not None and whose not in (None, features):
+    _, arrays = read_npz(path, ("features", *itertools.chain(*NAMES.values())))
+    whose = str(arrays.get("features", features))
+    if features is not None and whose != features:
         raise InputError(f"'{path}' holds moments of {whose}'s features, not of {features}'s")
-    kinds = {names: kind for kind, names in NAMES.items()}
-    return {kinds[names]: _checked(path, *found) for names, found in arrays.items()} or None
+    found = {
+        kind: _checked(path, *(arrays[name] for name in names))
+        for kind, names in NAMES.items()
+        if all(name in arrays for name in names)
+    }
+    return found or None
 
 
 def write_reference(path: str | Path, moments: Mapping[str, Moments], features: str) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from fastdiff.data import ImageDataset, Items, match_classes
 from fastdiff.data.dataset import check_bytes
 from fastdiff.errors import InputError
+from fastdiff.evaluation.published import check_scored
 from fastdiff.models.unet import UNet
 from fastdiff.models.wrappers import unwrapped
 from fastdiff.optional import version_of
@@ -64,11 +65,7 @@ def _check_scored(data: Any) -> None:
         raise InputError(
             "fid_every needs a set of images (fastdiff.data.load_dataset); set it to 0"
         )
-    check_bytes(data, "fid_every, a Fréchet distance,")
-    if data.channels not in (1, 3):
-        raise InputError(
-            f"fid_every needs images of 1 or 3 channels, these have {data.channels}: set it to 0"
-        )
+    check_scored(data, "fid_every, a Fréchet distance,")
 
 
 def sample_shape(data: Any) -> tuple[int, ...] | None:
