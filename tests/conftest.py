@@ -1,11 +1,5 @@
-"""A test file that imports a package which is not installed is skipped, with a line that says so.
+"""The choice of tests, and the fixtures of more than one folder."""
 
-On a GPU machine without a network the packages of the extra "test" are what they are; an import
-error there would stop the whole run.
-"""
-
-import ast
-import importlib.util
 from pathlib import Path
 from runpy import run_path
 
@@ -16,10 +10,8 @@ import pytest
 import torch
 
 import extent
+import optional_packages
 from kernel_tools import ISAS, forced_isa
-
-OPTIONAL = {"build", "diffusers", "hypothesis", "matplotlib", "PIL", "scipy", "sklearn"}
-OPTIONAL |= {"tensorboard", "tqdm", "triton"}
 
 
 def pytest_addoption(parser):
@@ -29,7 +21,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     extent.everything = config.getoption("--all")
-    if installed("hypothesis"):
+    if optional_packages.installed("hypothesis"):
         no_example_is_too_slow()
 
 
@@ -115,36 +107,5 @@ def few_blocks(request):
     native.library().limit_emulated_grid(0)
 
 
-class Unavailable(pytest.Module):
-    missing: list[str]
-
-    def collect(self):
-        names = ", ".join(self.missing)
-        pytest.skip(f"{self.path.name} needs {names}, not installed here", allow_module_level=True)
-
-
 def pytest_pycollect_makemodule(module_path: Path, parent):
-    missing = sorted(name for name in imported(module_path) & OPTIONAL if not installed(name))
-    if not missing:
-        return None
-    module = Unavailable.from_parent(parent, path=module_path)
-    module.missing = missing
-    return module
-
-
-def imported(path: Path) -> set[str]:
-    """The top-level packages that a file imports when it is loaded."""
-    names: set[str] = set()
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names.add(node.module)
-    return {name.partition(".")[0] for name in names}
-
-
-def installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:
-        return False
+    return optional_packages.skipped(module_path, parent)

@@ -12,13 +12,18 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import fastdiff
 from fastdiff.ops import native
+from optional_packages import OPTIONAL, imported
 from paths import ROOT
 
 OFFLINE = ("No matching distribution found", "Could not find a version", "Connection")
@@ -26,6 +31,37 @@ OFFLINE = ("No matching distribution found", "Could not find a version", "Connec
 VERSION = fastdiff.__version__
 
 pytestmark = pytest.mark.seconds
+
+
+def declared(extras=()):
+    """The distributions that fastdiff[extras] asks for, by its own list."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"]]
+    for extra in extras:
+        lines += project["optional-dependencies"][extra]
+    names = set()
+    for requirement in map(Requirement, lines):
+        own = requirement.name == "fastdiff"
+        names |= declared(requirement.extras) if own else {canonicalize_name(requirement.name)}
+    return names
+
+
+def test_what_the_tests_import_is_installed_with_them():
+    """A package that only this machine has would stop the tests everywhere else."""
+    tests = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    ours = {
+        "fastdiff",
+        "kernels",
+        *(name for path in tests for name in (path.stem, path.parent.name)),
+    }
+    imports = set().union(*map(imported, tests)) - ours - sys.stdlib_module_names
+    assert {"numpy", "pytest", "torchmetrics"} <= imports
+    of_module = packages_distributions()
+    for module in imports:
+        found = {canonicalize_name(name) for name in of_module.get(module, [module])}
+        assert found & declared(["test"]), f"{module}: pyproject.toml's extra test lacks it"
+        # Those that every install has; a file that imports another is skipped where it has not.
+        assert found & (declared() | {"pytest"}) or module in OPTIONAL, f"{module}: not in OPTIONAL"
 
 
 def run(command, *, cwd, **environment):
