@@ -12,6 +12,7 @@ from fastdiff.errors import InputError, TrainingError
 COMMANDS = {
     "train": "train a diffusion model on images",
     "sample": "draw images from a checkpoint",
+    "interpolate": "pictures of what lies between two images: by shared noise, or by DDIM",
     "nll": "score a checkpoint: bits per dimension of images, with its terms",
     "rate-distortion": "progressive lossy coding by a checkpoint: bits against error, pictured",
     "evaluate": "score samples against real images: recognition, class shares, Fréchet, memorising",

@@ -19,9 +19,11 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.commands import networks
 from fastdiff.commands.checkpoint_options import (
     add_checkpoint_arguments,
+    add_step_arguments,
     describe,
     fingerprint,
     load_checkpoint,
+    steps_of,
     writable_folder,
 )
 from fastdiff.commands.class_options import choose_classes, class_names
@@ -40,11 +42,9 @@ from fastdiff.images import (
 )
 from fastdiff.methods.registry import METHODS
 from fastdiff.optional import require
-from fastdiff.process.respacing import SPACINGS
 from fastdiff.ranks import join
 from fastdiff.sampling.sampler import Sampler
 
-DEFAULT_STEPS = 50
 GRID_IMAGES = 100  # more than these no longer make a picture one can look at
 
 # Options without a default of their own; their help says what happens without them.
@@ -62,15 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num", type=int, default=64, help="how many images")
     parser.add_argument("--batch-size", type=int, default=64, help="images sampled together")
-    parser.add_argument(
-        "--steps",
-        default=argparse.SUPPRESS,
-        help="sampling steps: a number, one per section (10,15,20) or ddimN "
-        f"(default: {DEFAULT_STEPS}, or all of a shorter process)",
-    )
-    parser.add_argument(
-        "--spacing", choices=SPACINGS, default=SPACINGS[0], help="which timesteps the steps take"
-    )
+    add_step_arguments(parser)
     parser.add_argument("--method", choices=METHODS, default="ddpm", help="sampler")
     parser.add_argument(
         "--eta", type=float, default=0.0, help="of ddim: 0 deterministic, 1 as noisy as ddpm"
@@ -192,7 +184,7 @@ def _settings(args: argparse.Namespace, task: _Task) -> dict[str, Any]:
     """What must be the same for parts to belong to this run."""
     settings = {
         "checkpoint": fingerprint(task.checkpoint),
-        "steps": str(_steps(args, task.checkpoint)),
+        "steps": str(steps_of(args.steps, task.checkpoint)),
         "classes": task.classes,
         "shape": task.parts.shape,
     }
@@ -293,10 +285,6 @@ def _save_pngs(args: argparse.Namespace, parts: Parts, images: np.ndarray, batch
             save_pngs(channels_first(images), parts.file.parent / "png", start=batch.number)
 
 
-def _steps(args: argparse.Namespace, checkpoint: Checkpoint) -> str | int:
-    return args.steps or min(DEFAULT_STEPS, checkpoint.diffusion.num_timesteps)
-
-
 def _sampler(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampler:
     if args.guidance_scale is not None and networks.null_label(checkpoint) is None:
         raise InputError(
@@ -306,7 +294,7 @@ def _sampler(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampler:
     return Sampler(
         checkpoint.model,
         checkpoint.diffusion,
-        steps=_steps(args, checkpoint),
+        steps=steps_of(args.steps, checkpoint),
         method=args.method,
         eta=args.eta,
         guidance_scale=args.guidance_scale,
