@@ -26,7 +26,7 @@ from fastdiff.commands.checkpoint_options import (
     steps_of,
     writable_folder,
 )
-from fastdiff.commands.class_options import choose_classes, class_names
+from fastdiff.commands.class_options import choose_classes, class_names, is_number
 from fastdiff.commands.data_options import KINDS_OF_DATA, add_reading_arguments
 from fastdiff.commands.network_data import network_dataset, network_pictures
 from fastdiff.errors import InputError
@@ -224,7 +224,9 @@ def _check_numbers(args: argparse.Namespace) -> None:
             )
     for option in ("t", "method"):
         if args.mode == "ddim" and getattr(args, option) is not None:
-            raise InputError(f"--{option} is of --mode shared-noise; ddim goes all its own steps")
+            raise InputError(
+                f"--{option} is of --mode shared-noise; ddim goes its own way through all steps"
+            )
 
 
 def _sampler(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampler:
@@ -267,9 +269,7 @@ def _steps_to_noise(text: str | None, steps: int) -> list[int]:
     if text is None:
         return sorted({round(part * steps / 4) for part in range(5)})
     words = [word.strip() for word in text.split(",")]
-    wrong = [word for word in words if not (word.isascii() and word.isdecimal())]
-    wrong = wrong or [word for word in words if int(word) > steps]
-    if wrong:
+    if wrong := [word for word in words if not is_number(word, steps + 1)]:
         raise InputError(
             f"--t {text}: {wrong[0]!r}; expected numbers 0 … {steps}, the steps of the process, "
             "with commas between them"
@@ -288,8 +288,7 @@ def _pairs(args: argparse.Namespace, checkpoint: Checkpoint) -> _Pairs:
         dataset = network_pictures(list(map(Path, named)), checkpoint, "--between", "interpolation")
         numbers = np.arange(len(named))
     else:
-        options = {"labelled": labels is None}
-        dataset = network_dataset(args, checkpoint, "interpolation", **options)
+        dataset = network_dataset(args, checkpoint, "interpolation", labelled=labels is None)
         numbers = np.array([_number(name, len(dataset)) for name in named])
         if labels is None and classes is not None:
             labels = dataset.gather_labels(numbers).unflatten(0, (-1, 2))
@@ -299,7 +298,7 @@ def _pairs(args: argparse.Namespace, checkpoint: Checkpoint) -> _Pairs:
 
 
 def _number(name: str, count: int) -> int:
-    if not (name.isascii() and name.isdecimal() and int(name) < count):
+    if not is_number(name, count):
         raise InputError(
             f"--between: {name!r} is no image of --data; expected numbers 0 … {count - 1} "
             "(image files are given without --data)"

@@ -95,8 +95,10 @@ def _finish(args: argparse.Namespace, bound: Bound, terms: Terms, out: Path) -> 
     _plot(table, out / "rate_distortion.png")
     print(out / "rate_distortion.json", out / "rate_distortion.csv", sep="\n")
     print(out / "rate_distortion.png")
-    count = min(args.pictures, len(bound.indices))
-    if count and bound.dataset.channels in MODES:
+    count, channels = min(args.pictures, len(bound.indices)), bound.dataset.channels
+    if count and channels not in MODES:
+        print(f"no pictures: a PNG cannot hold {channels} channels")
+    elif count:
         _picture_data(bound, rows, count, args.seed, out / "progressive_data.png")
         _picture_samples(bound, rows, count, args.seed, out / "progressive_samples.png")
         print(out / "progressive_data.png", out / "progressive_samples.png", sep="\n")
@@ -106,9 +108,9 @@ def _report(summary: BitsPerDim, table: RateDistortion, rows: list[int]) -> str:
     """The split that the paper gives, and the table's rows that are pictured."""
     lines = [
         f"{summary.count} images: {with_error(summary.total, summary.total_stderr)} bits/dim",
-        f"  rate        {table.rate[-2]:.4f}   sent down to x_t of the last step, "
-        f"RMSE {table.distortion[-2]:.2f} of 255",
-        f"  distortion  {summary.decoder:.4f}   sent beyond it, for no error at all",
+        f"  rate        {table.rate[-2]:.4f}   down to the last x_t, "
+        f"where the RMSE is {table.distortion[-2]:.2f} of 255",
+        f"  distortion  {summary.decoder:.4f}   the decoder's, from there to no error at all",
         "",
         "timestep t   bits/dim received   RMSE of 255",
     ]

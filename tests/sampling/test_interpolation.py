@@ -69,6 +69,17 @@ def test_with_a_constant_network_the_way_back_is_exact(name):
     torch.testing.assert_close(sampler.sample(x.shape, noise=latent), x, rtol=0, atol=2e-3)
 
 
+def test_its_steps_are_the_published_ones():
+    process = create_diffusion(steps=100, timestep_respacing="6")
+    model = lambda x, t: torch.tanh(x) * (0.6 + 0.4 * torch.cos(t / 20)).view(-1, 1, 1, 1)  # noqa: E731
+    start = images(2, 1, 4, 4).float() * 0.5
+    x = process.signal_scale[0] * start + process.noise_scale[0] * model(start, torch.zeros(2))
+    for t in range(5):
+        x = process.ddim_reverse_sample(model, x, torch.full((2,), t))["sample"]
+    found = encode(Sampler(model, process, method="ddim"), start)
+    torch.testing.assert_close(found, x.float(), rtol=1e-5, atol=1e-5)
+
+
 def test_the_network_is_asked_at_the_steps_on_the_way_and_never_beyond():
     process = create_diffusion(steps=100, timestep_respacing="4")
     table = encoding_table(process)
