@@ -12,7 +12,9 @@ from fastdiff.errors import InputError, TrainingError
 COMMANDS = {
     "train": "train a diffusion model on images",
     "sample": "draw images from a checkpoint",
+    "interpolate": "pictures of what lies between two images: by shared noise, or by DDIM",
     "nll": "score a checkpoint: bits per dimension of images, with its terms",
+    "rate-distortion": "progressive lossy coding by a checkpoint: bits against error, pictured",
     "evaluate": "score samples against real images: recognition, class shares, Fréchet, memorising",
     "convert": "turn a published .pt checkpoint into one that describes itself",
     "average": "make an average of the weights, of any width, of a run's snapshots",
@@ -20,7 +22,7 @@ COMMANDS = {
     "info": "print versions, devices, instruction sets and what was compiled for what",
 }
 # These may be started as one of several processes: they share their work, or have none to do.
-SHARING = ("train", "sample", "nll", "evaluate", "info")
+SHARING = ("train", "sample", "nll", "rate-distortion", "evaluate", "info")
 
 
 def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
@@ -39,10 +41,15 @@ def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         if argv is None or name in argv:
-            module = importlib.import_module(f"fastdiff.commands.{name}")
+            module = importlib.import_module(module_of(name))
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     return parser
+
+
+def module_of(command: str) -> str:
+    """The module of a subcommand."""
+    return f"fastdiff.commands.{command.replace('-', '_')}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

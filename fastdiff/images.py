@@ -59,6 +59,16 @@ def to_uint8(x: Tensor, rounding: str = "nearest") -> Tensor:
     return levels.clamp(0, 255).to(torch.uint8)
 
 
+def to_bytes(x: Tensor, rounding: str = "nearest") -> np.ndarray:
+    """Floats (N, C, H, W) in [-1, 1] -> a uint8 array (N, H, W, C), as ``.npz`` files hold it."""
+    return to_uint8(x, rounding).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def channels_first(images: np.ndarray) -> np.ndarray:
+    """(..., H, W, C) -> (..., C, H, W), which pictures are made of."""
+    return np.moveaxis(images, -1, -3)
+
+
 def save_grid(
     images: Tensor | np.ndarray,
     path: Pathlike,

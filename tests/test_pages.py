@@ -135,6 +135,14 @@ def test_improved_diffusion(codebase):
     assert_same(after, before)
 
 
+def test_codec():
+    (example,) = blocks("docs/codec.md", "python")
+    names = {"model": closed_form(), "diffusion": fastdiff.create_diffusion(steps=1000)}
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    done = run("docs/codec.md", smaller(example, steps=10), **names, images=images)
+    assert done["between"].shape == (9, 3, 8, 8) and torch.isfinite(done["between"]).all()
+
+
 def test_any_model(capsys):
     accelerating, sampling = blocks("docs/any_model.md", "python")
     model = network()

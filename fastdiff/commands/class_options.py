@@ -80,10 +80,10 @@ def _number(word: str, count: int, known: dict[str, int]) -> int:
     kind, colon, rest = word.strip().partition(":")
     if colon and kind == "name" and rest in known:
         return known[rest]
-    if colon and kind == "number" and _is_number(rest, count):
+    if colon and kind == "number" and is_number(rest, count):
         return int(rest)
     word = word if word in known else word.strip()
-    as_name, as_number = known.get(word), int(word) if _is_number(word, count) else None
+    as_name, as_number = known.get(word), int(word) if is_number(word, count) else None
     if word == ALL and as_name is not None:
         raise InputError(
             f"--classes {ALL}: a class is called so; write name:{ALL} for it, and leave --classes "
@@ -101,5 +101,6 @@ def _number(word: str, count: int, known: dict[str, int]) -> int:
     return found
 
 
-def _is_number(word: str, count: int) -> bool:
+def is_number(word: str, count: int) -> bool:
+    """Whether the word is one of 0 … count - 1."""
     return word.isascii() and word.isdecimal() and len(word) < 20 and int(word) < count

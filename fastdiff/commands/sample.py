@@ -19,30 +19,32 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.commands import networks
 from fastdiff.commands.checkpoint_options import (
     add_checkpoint_arguments,
+    add_step_arguments,
     describe,
     fingerprint,
     load_checkpoint,
+    steps_of,
     writable_folder,
 )
 from fastdiff.commands.class_options import choose_classes, class_names
 from fastdiff.commands.sample_parts import Batch, Merged, Parts, split
+from fastdiff.commands.trajectory import KINDS, Trajectory, evenly_spaced
 from fastdiff.errors import InputError
 from fastdiff.files import remove_unfinished
 from fastdiff.images import (
     MAX_TRAJECTORY_COLUMNS,
     MODES,
+    channels_first,
     save_grid,
     save_pngs,
     save_trajectory,
-    to_uint8,
+    to_bytes,
 )
 from fastdiff.methods.registry import METHODS
 from fastdiff.optional import require
-from fastdiff.process.respacing import SPACINGS
 from fastdiff.ranks import join
 from fastdiff.sampling.sampler import Sampler
 
-DEFAULT_STEPS = 50
 GRID_IMAGES = 100  # more than these no longer make a picture one can look at
 
 # Options without a default of their own; their help says what happens without them.
@@ -60,15 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num", type=int, default=64, help="how many images")
     parser.add_argument("--batch-size", type=int, default=64, help="images sampled together")
-    parser.add_argument(
-        "--steps",
-        default=argparse.SUPPRESS,
-        help="sampling steps: a number, one per section (10,15,20) or ddimN "
-        f"(default: {DEFAULT_STEPS}, or all of a shorter process)",
-    )
-    parser.add_argument(
-        "--spacing", choices=SPACINGS, default=SPACINGS[0], help="which timesteps the steps take"
-    )
+    add_step_arguments(parser)
     parser.add_argument("--method", choices=METHODS, default="ddpm", help="sampler")
     parser.add_argument(
         "--eta", type=float, default=0.0, help="of ddim: 0 deterministic, 1 as noisy as ddpm"
@@ -119,6 +113,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="picture the denoising of the first N images",
     )
+    parser.add_argument(
+        "--trajectory-of",
+        choices=KINDS,
+        default="xt",
+        help="what is pictured at each step: x_t, or x0, the image that the network expects there",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -159,7 +159,8 @@ def _prepare(args: argparse.Namespace, device: str | None) -> _Task:
     followed = args.trajectory if channels in MODES else 0
     batches = split(args.first_sample, args.num, args.batch_size, followed)
     shape = (*networks.image_size(checkpoint), channels)
-    parts = Parts(writable_folder(args.out), batches, shape, names)
+    kind = KINDS[args.trajectory_of]
+    parts = Parts(writable_folder(args.out), batches, shape, names, frames=kind.part)
     return _Task(checkpoint, sampler, classes, parts)
 
 
@@ -169,7 +170,7 @@ def _open(task: _Task, settings: dict[str, Any], weights: str) -> list[Batch]:
     parts = task.parts
     parts.check_targets()
     missing = parts.open(settings)
-    for name in ("grid.png", "trajectory.png", "png/*"):
+    for name in ("grid.png", "trajectory*.png", "png/*"):
         remove_unfinished(parts.file.parent / name)
     if not missing and parts.is_merged():
         print(f"{parts.file} holds these images already; delete it to draw them again")
@@ -183,7 +184,7 @@ def _settings(args: argparse.Namespace, task: _Task) -> dict[str, Any]:
     """What must be the same for parts to belong to this run."""
     settings = {
         "checkpoint": fingerprint(task.checkpoint),
-        "steps": str(_steps(args, task.checkpoint)),
+        "steps": str(steps_of(args.steps, task.checkpoint)),
         "classes": task.classes,
         "shape": task.parts.shape,
     }
@@ -194,12 +195,13 @@ def _draw(args: argparse.Namespace, task: _Task, batches: list[Batch], shown: bo
     """Draw these batches, each written at once: an interrupted run keeps what it has."""
     steps = len(task.sampler.table)
     height, width, channels = task.parts.shape
+    moments = evenly_spaced(steps, MAX_TRAJECTORY_COLUMNS)
     with require("tqdm", "train").tqdm(
         total=len(batches) * steps, desc="sampling", unit="step", disable=not (shown and batches)
     ) as bar:
         for batch in batches:
             labels = _labels(task.classes, batch)
-            trajectory = _Trajectory(batch.followed, steps)
+            trajectory = Trajectory(batch.followed, moments, args.trajectory_of)
             kwargs = {} if labels is None else networks.labelled(task.checkpoint, labels)
             x = task.sampler.sample(
                 (batch.size, channels, height, width),
@@ -210,7 +212,7 @@ def _draw(args: argparse.Namespace, task: _Task, batches: list[Batch], shown: bo
                 progress=bar.update,
                 callback=trajectory.add if batch.followed else None,
             )
-            images = _to_bytes(x, "truncate" if args.truncate else "nearest")
+            images = to_bytes(x, "truncate" if args.truncate else "nearest")
             task.parts.write(batch, images, labels, trajectory.frames())
             _save_pngs(args, task.parts, images, batch)
 
@@ -231,34 +233,6 @@ def _unconditional(
     if args.guidance_scale is None or null is None:
         return None
     return {name: torch.full_like(labels, null) for name, labels in kwargs.items()}
-
-
-class _Trajectory:
-    """Collects what a batch's first images looked like at evenly spaced steps."""
-
-    def __init__(self, count: int, steps: int):
-        self.count = count
-        columns = min(steps, MAX_TRAJECTORY_COLUMNS)
-        self.chosen = set(np.linspace(0, steps - 1, columns).round().astype(int).tolist())
-        self.moments: list[np.ndarray] = []
-
-    def add(self, step: dict[str, Any]) -> None:
-        if self.count and step["step"] in self.chosen:
-            self.moments.append(_to_bytes(step["sample"][: self.count]))
-
-    def frames(self) -> np.ndarray | None:
-        """uint8 (K, n, H, W, C), noisiest first; None when no image is followed."""
-        return np.stack(self.moments) if self.moments else None
-
-
-def _to_bytes(x: Tensor, rounding: str = "nearest") -> np.ndarray:
-    """Floats (N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C)."""
-    return to_uint8(x, rounding).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def _to_picture(images: np.ndarray) -> np.ndarray:
-    """(..., H, W, C) -> (..., C, H, W), which pictures are made of."""
-    return np.moveaxis(images, -1, -3)
 
 
 def _report(task: _Task, drawn: list[Batch], seconds: float) -> None:
@@ -295,11 +269,11 @@ def _save_pictures(
                 _save_pngs(args, parts, merged.images[start : start + batch.size], batch)
             start += batch.size
     with parts.keeping():
-        shown = _to_picture(merged.images[:GRID_IMAGES])
+        shown = channels_first(merged.images[:GRID_IMAGES])
         paths.append(save_grid(shown, out / "grid.png", columns=args.columns, scale=args.scale))
         if merged.frames is not None:
-            frames = _to_picture(merged.frames)
-            paths.append(save_trajectory(frames, out / "trajectory.png", scale=args.scale))
+            frames, name = channels_first(merged.frames), KINDS[args.trajectory_of].picture
+            paths.append(save_trajectory(frames, out / name, scale=args.scale))
         elif args.trajectory:
             print("no new trajectory: it is recorded while images are drawn, and none were")
     return paths
@@ -308,11 +282,7 @@ def _save_pictures(
 def _save_pngs(args: argparse.Namespace, parts: Parts, images: np.ndarray, batch: Batch) -> None:
     if not args.no_pngs and images.shape[-1] in MODES:
         with parts.keeping():
-            save_pngs(_to_picture(images), parts.file.parent / "png", start=batch.number)
-
-
-def _steps(args: argparse.Namespace, checkpoint: Checkpoint) -> str | int:
-    return args.steps or min(DEFAULT_STEPS, checkpoint.diffusion.num_timesteps)
+            save_pngs(channels_first(images), parts.file.parent / "png", start=batch.number)
 
 
 def _sampler(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampler:
@@ -324,7 +294,7 @@ def _sampler(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampler:
     return Sampler(
         checkpoint.model,
         checkpoint.diffusion,
-        steps=_steps(args, checkpoint),
+        steps=steps_of(args.steps, checkpoint),
         method=args.method,
         eta=args.eta,
         guidance_scale=args.guidance_scale,

@@ -3,6 +3,7 @@
     parts/run.json              which run the parts belong to
     parts/part_00000128.npz     the batch whose first image is number 128, in the samples' format
     parts/frames_00000128.npz   the trajectory of its first images, where one was asked for
+                                (frames_x0_… where it is that of the predicted x_0)
 
 Every file is renamed into place when it is whole. One that was cut or garbled afterwards does not
 read (a .npz has a checksum) and is drawn again.
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from fastdiff.commands.trajectory import KINDS
 from fastdiff.errors import InputError
 from fastdiff.files import remove_unfinished, replace_text
 from fastdiff.images import (
@@ -74,6 +76,7 @@ class Parts:
         batches: all of the run's.
         shape: (H, W, C) of an image.
         class_names: of the labels' numbers, which the final file records.
+        frames: how the names of the trajectories' files begin: one for each kind.
     """
 
     def __init__(
@@ -82,8 +85,11 @@ class Parts:
         batches: list[Batch],
         shape: tuple[int, int, int],
         class_names: Sequence[str] | None = None,
+        *,
+        frames: str = KINDS["xt"].part,
     ):
         self.folder = out / FOLDER
+        self.frames = frames
         self.batches = batches
         self.shape = shape
         self.class_names = class_names
@@ -99,7 +105,8 @@ class Parts:
         """
         out = self.file.parent
         npz = [self.file] if self.file.exists() else []
-        pictures = [out / "grid.png", out / "trajectory.png", *(out / "png").glob("sample_*.png")]
+        pictures = [out / "grid.png", *(out / kind.picture for kind in KINDS.values())]
+        pictures += (out / "png").glob("sample_*.png")
         pictures = [path for path in pictures if path.exists()]
         sampled = (self.folder / MANIFEST).exists() or any(
             map(_is_merged_file, out.glob("samples_*.npz"))
@@ -208,7 +215,7 @@ class Parts:
         return self.folder / f"part_{batch.number:08d}.npz"
 
     def _frames_path(self, batch: Batch) -> Path:
-        return self.folder / f"frames_{batch.number:08d}.npz"
+        return self.folder / f"{self.frames}_{batch.number:08d}.npz"
 
     def _is_whole(self, batch: Batch) -> bool:
         try:

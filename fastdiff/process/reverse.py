@@ -5,7 +5,7 @@ Equations: DDPM, Ho et al. 2020; learned variances, Nichol & Dhariwal 2021 eq. 1
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fastdiff.checks import check_float, check_like, check_timesteps
 from fastdiff.errors import InputError
+from fastdiff.methods.inversion import upward
 from fastdiff.methods.levels import Float64Array
-from fastdiff.methods.table import COLUMNS, Index, StepTable
+from fastdiff.methods.table import Index, StepTable
 from fastdiff.ops.normal import draw_like
 from fastdiff.ops.posterior_step.reference import log_variance
 from fastdiff.process.forward import posterior_mean
@@ -255,7 +256,9 @@ class ReverseStep:
                 options: dict[str, Any] = {"eta": eta, "clip_denoised": clip_denoised}
                 name = method.removesuffix("_reverse")
                 table = StepTable.from_process(process, method=name, dtype=dtype, **options)
-                table = (_upward(process, table) if name != method else table).to(x.device)
+                if name != method:
+                    table = _upward(process, table)
+                table = table.to(x.device)
                 process._step_tables[key] = table, classifier_gain(process, table)
         self.table, gain = process._step_tables[key]
         self.process, self.method, self.given = process, method, given
@@ -294,11 +297,6 @@ def rows_of(t: Tensor, x: Tensor, num_timesteps: int) -> Index:
 
 
 def _upward(process: Gaussian, ddim: StepTable) -> StepTable:
-    """The deterministic DDIM table's steps the other way, to x_{t+1}:
-    √ᾱ_{t+1}·x_0 + √(1 − ᾱ_{t+1})·ε with ε = (x_t − √ᾱ_t·x_0) / √(1 − ᾱ_t)."""
-    d = np.sqrt(1.0 - process.alphas_cumprod_next) / process.noise_scale
-    c = np.sqrt(process.alphas_cumprod_next) - process.signal_scale * d
-    packed = ddim.packed.clone()
-    for name, values in {"c": c, "d": d}.items():
-        packed[:, COLUMNS.index(name)] = torch.from_numpy(values[::-1].copy()).to(packed)
-    return replace(ddim, packed=packed)
+    """The deterministic DDIM table's steps the other way, to x_{t+1}; the last to noise alone."""
+    following = process.alphas_cumprod_next
+    return upward(ddim, process, np.sqrt(following), np.sqrt(1.0 - following))

@@ -222,7 +222,9 @@ def test_several_processes_are_refused(tmp_path, monkeypatch, capsys, name, rank
     needed = {
         "train": ["--data", "digits", "--out", "run"],
         "sample": ["--checkpoint", "c", "--out", "samples"],
+        "interpolate": ["--checkpoint", "c", "--between", "a.png", "b.png", "--out", "i"],
         "nll": ["--checkpoint", "c", "--data", "digits"],
+        "rate-distortion": ["--checkpoint", "c", "--data", "digits", "--out", "rd"],
         "evaluate": ["--samples", "s.npz", "--data", "digits"],
         "convert": ["--model", "m.pt", "--out", "run"],
         "average": ["--run", "r", "--sigma-rel", "0.1", "--out", "run"],

@@ -99,6 +99,21 @@ def test_everything_it_leaves(plain, tmp_path, capsys):
     assert difference.abs().max() <= 1  # batches of another size may round otherwise
 
 
+def test_a_trajectory_of_what_the_network_expects(plain, tmp_path):
+    size = ["--num", "3", "--batch-size", "2", "--steps", "4", "--scale", "1", "--no-pngs"]
+    assert sample(plain, tmp_path, *size, "--trajectory", "3", "--trajectory-of", "x0") == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"samples_3x8x8x1.npz", "grid.png", "trajectory_x0.png"}
+    picture = np.asarray(Image.open(tmp_path / "trajectory_x0.png")).astype(int)
+    checkpoint = load(plain)
+    steps = Sampler(checkpoint.model, checkpoint.diffusion, steps=4).iterate((3, 1, 8, 8))
+    for column, step in enumerate(steps):
+        for row, expected in enumerate(to_uint8(step["pred_xstart"])[:, 0].int().numpy()):
+            top, left = 2 + 10 * row, 2 + 10 * column
+            found = picture[top : top + 8, left : left + 8]
+            assert np.abs(found - expected).max() <= 1
+
+
 def test_an_edm_checkpoint_is_sampled(tmp_path, capsys):
     info = {"image_size": [8, 8], "channels": 1}
     path = save(tmp_path / "ckpt", unet(), diffusion=EDM(sigma_data=0.4), info=info)

@@ -85,6 +85,16 @@ def test_the_trajectory_redraws_only_what_it_shows(checkpoint, whole, tmp_path, 
     assert files(tmp_path) == files(whole)
 
 
+def test_a_trajectory_of_another_kind_redraws_what_it_shows(checkpoint, whole, tmp_path, drawn):
+    interrupt(checkpoint, tmp_path, 21, "--trajectory", "6")
+    drawn.clear()
+    assert sample(checkpoint, tmp_path, *SMALL, "--trajectory", "6", "--trajectory-of", "x0") == 0
+    assert drawn == [5, 9, *STARTS[4:]]  # the six lie in the first two batches
+    left, expected = files(tmp_path), files(whole)
+    x0, xt = left.pop("trajectory_x0.png"), expected.pop("trajectory.png")
+    assert left == expected and x0 != xt
+
+
 def test_a_shorter_trajectory_redraws_nothing(checkpoint, whole, tmp_path, drawn):
     interrupt(checkpoint, tmp_path, 21, "--trajectory", "8")
     drawn.clear()

@@ -1,4 +1,4 @@
-"""``fastdiff nll`` and ``evaluate`` in several processes: one's figures, one report, one error."""
+"""``fastdiff nll`` and its like in several processes: one's figures, one report, one error."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import pytest
 
 from fastdiff.cli import main
 from fastdiff.images import save_samples_npz
-from parts_tools import save_network
+from parts_tools import files, save_network
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,19 @@ def test_nll_of_processes_is_that_of_one(checkpoint, images, start, tmp_path, co
     assert log.count("11 images: ") == 1 and log.count("90 images") == 1
     share = -(-6 // count) * 4  # steps of the first process, the only one with a bar
     assert f"{share}/{share}" in log and len(re.findall("scoring: +0%", log)) == 1
+
+
+@pytest.mark.long
+def test_rates_and_distortions_of_processes_are_those_of_one(checkpoint, images, start, tmp_path):
+    pytest.importorskip("matplotlib")
+    options = ["--pictures", "3"]
+    _, *rest = nll(checkpoint, images, tmp_path / "alone", *options)
+    assert main(["rate-distortion", *rest]) == 0
+    _, *rest = nll(checkpoint, images, tmp_path / "shared", *options)
+    codes, log = start(2, ["rate-distortion", *rest]).finish()
+    assert codes == [0, 0], log
+    assert files(tmp_path / "shared") == files(tmp_path / "alone")
+    assert log.count("11 images: ") == 1
 
 
 def test_more_processes_than_batches_to_score(checkpoint, images, start, tmp_path):

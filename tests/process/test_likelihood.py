@@ -215,6 +215,29 @@ def test_rate_distortion_counts_bits_received_against_grey_levels_missed():
     assert table.distortion[-1] == 0
 
 
+@pytest.mark.seconds
+def test_a_gaussian_is_coded_at_its_rate_distortion_function():
+    # Pixels N(0, 1) and the exact reverse process: what was received of x_0 is its information in
+    # x_t, ½ log2 1/(1 − ᾱ), and what is missed 1 − ᾱ, so D = 2^(−2R), Shannon's own bound.
+    diffusion = GaussianDiffusion(np.linspace(0.01, 0.4, 20), var_type="learned")
+    signal = torch.from_numpy(diffusion.alphas_cumprod)
+    spread = torch.from_numpy(diffusion.posterior_mean_coef1) ** 2 * (1 - signal)
+    log_variance = torch.log(torch.from_numpy(diffusion.posterior_variance) + spread)
+
+    def exact(x, t):
+        alpha_bar, log_var = (table[t.long()].view(-1, 1) for table in (signal, log_variance))
+        return torch.cat([(1 - alpha_bar).sqrt() * x, log_var.expand(x.shape)], dim=1)
+
+    x_start = gaussian(4, 40_000, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    terms = diffusion.calc_bpd_loop(exact, x_start, clip_denoised=False, generator=generator)
+    table = rate_distortion(terms)
+    left = 1 - diffusion.alphas_cumprod[::-1]
+    assert table.rate[:-1] == pytest.approx(0.5 * np.log2(1 / left), rel=0.01, abs=2e-3)
+    assert table.distortion[:-1] == pytest.approx(127.5 * np.sqrt(left), rel=0.01)
+    assert table.distortion[:-1] == pytest.approx(127.5 * 2 ** -table.rate[:-1], rel=0.01)
+
+
 def test_distortion_is_in_grey_levels():
     diffusion = create_diffusion(steps=30, predict_xstart=True)
     x_start = GREY_LEVELS[torch.randint(20, 230, (4, 1, 5, 5))]

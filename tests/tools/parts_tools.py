@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed import TCPStore
 
 from fastdiff.checkpoints.checkpoint import save
-from fastdiff.cli import COMMANDS, main
+from fastdiff.cli import COMMANDS, main, module_of
 from fastdiff.models.ema import EMA
 from fastdiff.models.unet import UNet
 from fastdiff.process.gaussian import create_diffusion
@@ -106,7 +106,7 @@ def forkserver():
     context = multiprocessing.get_context("forkserver")
     # Beside the commands what a run imports as it goes: four of the seven seconds of a short one.
     later = ["torch._dynamo", "torch.distributed.fsdp", "matplotlib.pyplot"]
-    context.set_forkserver_preload([*(f"fastdiff.commands.{name}" for name in COMMANDS), *later])
+    context.set_forkserver_preload([*map(module_of, COMMANDS), *later])
     return context
 
 
