@@ -7,9 +7,17 @@ import numpy as np
 from fastdiff.checkpoints.checkpoint import Checkpoint, load
 from fastdiff.checks import is_finite
 from fastdiff.commands import networks
+from fastdiff.commands.checkpoint_options import describe
 from fastdiff.commands.class_options import class_names
 from fastdiff.errors import InputError
+from fastdiff.methods.table import COLUMNS
 from fastdiff.process.classification import NoisyClassification
+from fastdiff.process.update import classifier_gain
+from fastdiff.sampling.sampler import Sampler
+
+# The first step's x_{t-1} is moved by this many gradients, or more: on the digits by a cosine
+# schedule, 1,673 of them leave no sample like a digit, by a linear one 0.7 do no harm.
+ASTRAY = 100.0
 
 
 def add_classifier_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +58,23 @@ def load_classifier(args: argparse.Namespace, guided: Checkpoint) -> Checkpoint 
     _check_fit(found, guided)
     found.model.requires_grad_(False)  # of x alone
     return found
+
+
+def describe_guidance(classifier: Checkpoint, sampler: Sampler) -> str:
+    """A line on the classifier's weights; another where its first step is bound to go astray."""
+    line = f"guided by {describe(classifier, 'ema')}"
+    table = sampler.table
+    if table.method == "ddpm":
+        return line
+    c = table.packed[0, COLUMNS.index("c")]
+    factor = float(c * classifier_gain(sampler.diffusion, table)[0])
+    if factor < ASTRAY:
+        return line
+    return (
+        f"{line}\nwarning: at timestep {float(table.timesteps[0]):g} x_t holds hardly any signal, "
+        f"and --method {table.method} moves x by {factor:,.0f} times the classifier's gradient "
+        "there; take --method ddpm, or a process that ends with more signal (linear)"
+    )
 
 
 def _check_fit(classifier: Checkpoint, guided: Checkpoint) -> None:

@@ -25,7 +25,11 @@ from fastdiff.commands.checkpoint_options import (
     writable_folder,
 )
 from fastdiff.commands.class_options import choose_classes, class_names
-from fastdiff.commands.classifier_options import add_classifier_arguments, load_classifier
+from fastdiff.commands.classifier_options import (
+    add_classifier_arguments,
+    describe_guidance,
+    load_classifier,
+)
 from fastdiff.commands.sample_parts import Batch, Merged, Parts, split
 from fastdiff.errors import InputError
 from fastdiff.files import remove_unfinished
@@ -175,7 +179,7 @@ def _open(task: _Task, settings: dict[str, Any], weights: str) -> list[Batch]:
     """Say what is there already; the batches still to draw."""
     print(describe(task.checkpoint, weights))
     if task.classifier is not None:
-        print(f"guided by {describe(task.classifier, 'ema')}")
+        print(describe_guidance(task.classifier, task.sampler))
     parts = task.parts
     parts.check_targets()
     missing = parts.open(settings)
