@@ -15,8 +15,8 @@ from fastdiff.process.classification import NoisyClassification
 from fastdiff.process.update import classifier_gain
 from fastdiff.sampling.sampler import Sampler
 
-# The first step's x_{t-1} is moved by this many gradients, or more: on the digits by a cosine
-# schedule, 1,673 of them leave no sample like a digit, by a linear one 0.7 do no harm.
+# So many gradients in the first step, or more, leave nothing of an image (1,673 of them, on the
+# digits by a cosine schedule). Where a process keeps some signal to its end they are about one.
 ASTRAY = 100.0
 
 
