@@ -10,6 +10,20 @@ noise level; 898 digits, every class as often as any other, are drawn in 20 step
 Judged by another classifier, which saw no noise and no sample: how often it finds the class that
 was asked for; the Fréchet distance of its features to half of the real digits; and on the same
 features precision (is a sample like some digit?) and recall (is a digit like some sample?).
+
+Look at: DDIM's Fréchet distance, which falls and rises again, while precision rises and recall
+falls; and at a scale of 1, at which a perfect classifier would be all that is needed.
+
+Result at scale 0 / 1 / 2 / 4 / 8 (two halves of the real digits: Fréchet distance 7.7):
+DDIM: class found .09 / .61 / .86 / .97 / .99, Fréchet 48 / 68 / 28 / 20 / 32, precision .72 / .66 /
+.79 / .89 / .96, recall .77 / .81 / .77 / .66 / .49. DDPM: class found .10 / .62 / .88 / .97 / .99,
+Fréchet 76 / 91 / 57 / 40 / 37, precision .69 / .63 / .69 / .78 / .82, recall .70 / .72 / .72 / .70
+/ .67: a noisier sampler forgives, and has not given up diversity at 8. A scale of 1 is worse than
+none in the distance: it breaks up digits that were about to be something else, and makes few of
+them what was asked for.
+The steps begin at t = 940. From t = 999 (cosine: signal 5e-5), DDIM's first step divides the
+gradient by next to nothing, and at any scale from 1 on hardly a sample is like a digit (Fréchet 553
+to 689, precision .04 and less); DDPM does not mind.
 """
 
 import tempfile
