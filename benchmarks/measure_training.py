@@ -31,7 +31,8 @@ from fastdiff.models import presets
 from harness import results
 from report import training_tables
 
-NAMES = [name for name in presets.names() if presets.get(name).name == name]  # no second names
+NETWORKS = presets.names("UNet")
+NAMES = [name for name in NETWORKS if presets.get(name).name == name]  # no second names
 RANKS_OF = ("digits", "ddpm-cifar10")
 DTYPES = ("float32", "bfloat16")
 # Images of a step, by their side: on two cores it takes seconds at most.

@@ -1,4 +1,4 @@
-"""What the seven studies share: the toy data with its exact answers, a tiny network, a training
+"""What the studies share: the toy data with its exact answers, a tiny network, a training
 loop, a table and a plot.
 """
 

@@ -6,10 +6,12 @@ from fastdiff.checkpoints.checkpoint import Checkpoint, load, save
 from fastdiff.errors import InputError, TrainingError
 from fastdiff.methods.table import StepTable
 from fastdiff.models.ema import EMA
+from fastdiff.models.encoder_unet import EncoderUNet
 from fastdiff.models.unet import UNet
 from fastdiff.ops.backends import backend, set_backend
 from fastdiff.ops.dispatch import explain
 from fastdiff.process.best_timesteps import best_timesteps
+from fastdiff.process.classification import NoisyClassification
 from fastdiff.process.edm import EDM
 from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
 from fastdiff.process.respacing import space_timesteps
@@ -20,14 +22,17 @@ from fastdiff.process.schedules import (
     rescale_zero_terminal_snr,
 )
 from fastdiff.process.variance_exploding import VarianceExploding
+from fastdiff.sampling.classifier_gradient import classifier_gradient
 from fastdiff.sampling.sampler import Sampler
 
 __all__ = [
     "EDM",
     "EMA",
     "Checkpoint",
+    "EncoderUNet",
     "GaussianDiffusion",
     "InputError",
+    "NoisyClassification",
     "Sampler",
     "StepTable",
     "TrainingError",
@@ -36,6 +41,7 @@ __all__ = [
     "accelerate",
     "backend",
     "best_timesteps",
+    "classifier_gradient",
     "cosine_betas",
     "create_diffusion",
     "explain",

@@ -32,6 +32,7 @@ TABLES = {
         ("Trained with T = 1000: bound", 7, 2),
         ("two halves of the real ones", 4, 2),
     ],
+    "classifier_guidance": [("DDPM (algorithm 1)", 5, 2), ("DDIM (algorithm 2)", 5, 2)],
     "solver_convergence": [
         ("end of the probability-flow ODE", 10, 4),
         ("minus the slope", 2, 4),

@@ -163,6 +163,13 @@ def test_sampling():
     assert function["images"].shape == (4, 3, 32, 32)
 
 
+@pytest.mark.seconds
+def test_guidance():
+    (example,) = blocks("docs/guidance.md", "python")
+    images = run("docs/guidance.md", example)["images"]
+    assert images.shape == (4, 1, 8, 8) and images.isfinite().all()
+
+
 def test_operations():
     (fused,) = (
         run("docs/operations.md", example) for example in blocks("docs/operations.md", "python")

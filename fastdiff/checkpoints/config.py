@@ -19,7 +19,8 @@ from fastdiff.checkpoints.weights import (
 from fastdiff.errors import InputError, first_line
 from fastdiff.models.unet import UNet
 from fastdiff.models.valueless import valueless
-from fastdiff.process import edm, variance_exploding
+from fastdiff.process import classification, edm, variance_exploding
+from fastdiff.process.classification import NoisyClassification
 from fastdiff.process.edm import EDM
 from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.process.variance_exploding import VarianceExploding
@@ -194,11 +195,16 @@ def _advice(unknown: list[str]) -> str:
 
 def process_from_config(
     config: dict[str, Any],
-) -> GaussianDiffusion | VarianceExploding | EDM:
-    """The process of any kind whose ``to_config`` gave ``config``. InputError for others."""
+) -> GaussianDiffusion | VarianceExploding | EDM | NoisyClassification:
+    """The process of any kind, or a classifier's training, whose ``to_config`` gave ``config``.
+
+    InputError for others.
+    """
     named = config.get("process") if isinstance(config, dict) else None
     if named == variance_exploding.PROCESS:
         return VarianceExploding.from_config(config)
     if named == edm.PROCESS:
         return EDM.from_config(config)
+    if named == classification.PROCESS:
+        return NoisyClassification.from_config(config)
     return GaussianDiffusion.from_config(config)  # whose config has no name in it

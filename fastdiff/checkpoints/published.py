@@ -10,6 +10,7 @@ from fastdiff.checkpoints.published_file import read_published, state_in
 from fastdiff.checkpoints.weights import load_weights
 from fastdiff.errors import InputError
 from fastdiff.models import presets
+from fastdiff.models.encoder_unet import EncoderUNet
 from fastdiff.models.unet import UNet
 from fastdiff.models.unet_config import multiplier
 
@@ -20,13 +21,14 @@ def load_published(
     preset: str | None = None,
     key: str = "",
     strip: str = "",
-    **unet_kwargs: Any,
-) -> UNet:
-    """A U-Net with the weights of a published ``.pt`` state dict, in eval mode.
+    **arguments: Any,
+) -> UNet | EncoderUNet:
+    """A network with the weights of a published ``.pt`` state dict, in eval mode.
 
     Such a file does not say which network it belongs to: name a preset, or give the arguments of
-    ``UNet``, or both (the arguments win). Attention order and number of heads leave no trace in the
-    shapes, so a wrong one loads without an error and computes nonsense.
+    ``UNet``, or both (the arguments win). A classifier's preset makes an ``EncoderUNet``. Attention
+    order and number of heads leave no trace in the shapes, so a wrong one loads without an error
+    and computes nonsense.
 
     Args:
         source: the file, or the state dict itself.
@@ -43,10 +45,32 @@ def load_published(
     else:
         name = os.fspath(source)
         state = read_published(source, key=key, strip=strip)
-    kwargs = {**(presets.get(preset).model if preset else {}), **unet_kwargs}
-    model = UNet(**kwargs)
+    known = presets.get(preset) if preset else None
+    arguments = {**(known.model if known else {}), **arguments}
+    classifies = known is not None and known.network == EncoderUNet.kind
+    model = EncoderUNet(**arguments) if classifies else UNet(**arguments)
     load_weights(model, state, name)
     return model.eval()
+
+
+def is_classifier(state: Mapping[str, Tensor]) -> bool:
+    """Whether a published state dict is a classifier's: one of a network without a way up."""
+    parts = {name.partition(".")[0] for name in state}
+    known = {"input_blocks.0.0.weight", "middle_block.1.qkv.weight"} <= state.keys()
+    return known and "out" in parts and "output_blocks" not in parts
+
+
+def classifier_config_from_state(
+    state: Mapping[str, Tensor], preset: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of ``EncoderUNet`` for a published classifier.
+
+    Its names do not show where it halves the image, where residual blocks do so; ``preset`` knows
+    it, and all but the channels and the classes.
+    """
+    *_, last = (weight for name, weight in state.items() if name.startswith("out."))
+    channels = state["input_blocks.0.0.weight"].shape[1]
+    return {**preset, "in_channels": channels, "out_channels": last.shape[0]}
 
 
 _STRANGER = "not the state dict of an improved-diffusion or guided-diffusion U-Net"

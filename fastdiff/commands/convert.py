@@ -6,22 +6,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fastdiff.checkpoints.checkpoint import save
-from fastdiff.checkpoints.published import unet_config_from_state
+from fastdiff.checkpoints.published import (
+    classifier_config_from_state,
+    is_classifier,
+    unet_config_from_state,
+)
 from fastdiff.checkpoints.published_file import read_published
 from fastdiff.checkpoints.weights import load_weights
 from fastdiff.commands.checkpoint_options import new_directory
 from fastdiff.errors import InputError
 from fastdiff.models import presets
 from fastdiff.models.ema import EMA, rate_name
+from fastdiff.models.encoder import Encoder
+from fastdiff.models.encoder_unet import EncoderUNet
 from fastdiff.models.unet import UNet
 from fastdiff.models.valueless import valueless
-from fastdiff.process.gaussian import create_diffusion
+from fastdiff.process.classification import NoisyClassification
+from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
 
 ORDERS = {"heads_first": False, "qkv_first": True}
 # The files' names in the published training loop: model500000.pt, ema_0.9999_500000.pt.
 MODEL_NAME = re.compile(r"model(\d+)\.pt")
 EMA_NAME = re.compile(r"ema_(\d*\.\d+)_(\d+)\.pt")
+
+# Of networks that a classifier is none of.
+UNET_FLAGS: tuple[str, ...] = ("image_size", "num_heads", "num_head_channels", "num_heads_upsample")
+UNET_FLAGS += ("attention_order", "dropout", "super_res")
 
 # Of create_diffusion, under the names of the published scripts. No weight shows any of them.
 DIFFUSION_FLAGS: dict[str, tuple[Any, str]] = {
@@ -123,21 +136,14 @@ def run(args: argparse.Namespace) -> int:
     step = step_of([args.model, *averages.values()])
 
     state = read_published(args.model, **place, flags=("--key ", "--strip "))
-    try:
-        shown = unet_config_from_state(state, super_res=given.get("super_res"))
-    except InputError as error:
-        raise InputError(f"{args.model}: {error}") from error
-    config = network_config(args.model, shown, given)
-    recipe = diffusion_recipe(given, config)
-    missing = missing_flags(config, recipe)
-    if missing:
-        raise InputError(
-            f"{args.model}: the weights do not show everything; give {', '.join(missing)}; or "
-            f"--preset, which knows all of it"
-        )
-
-    diffusion = create_diffusion(**recipe)
-    model = UNet(**config)
+    model: Encoder
+    diffusion: Any
+    if is_classifier(state):
+        model, process, recipe = classifier_of(args.model, state, given)
+        diffusion = NoisyClassification(process)
+    else:
+        model, process, recipe = unet_of(args.model, state, given)
+        diffusion = process
     ema = EMA(model, [float(rate) for rate in averages]) if averages else None
     for (rate, file), ema_place in zip(averages.items(), ema_places, strict=True):
         average = read_published(file, **ema_place, flags=("--ema-key ", "--ema-strip "))
@@ -147,15 +153,58 @@ def run(args: argparse.Namespace) -> int:
         ema.updates = step or 0
     load_weights(model, state, args.model)
     info = {
-        "image_size": config["image_size"],
-        "channels": config["in_channels"],
-        "num_classes": config["num_classes"],
+        "image_size": model.image_size,
+        "channels": model.in_channels,
+        "num_classes": model.num_classes,
         "converted_from": Path(args.model).name,
     }
     save(out, model, diffusion=diffusion, ema=ema, step=step, info=info)
-    chosen = {"prediction": diffusion.mean_type, **recipe}
+    chosen = {"prediction": process.mean_type, **recipe}
+    if isinstance(model, EncoderUNet):
+        chosen = recipe
     print(summary(out, model, chosen, list(averages), step))
     return 0
+
+
+def unet_of(
+    file: str, state: Mapping[str, Tensor], given: Mapping[str, Any]
+) -> tuple[UNet, GaussianDiffusion, dict[str, Any]]:
+    """A network for a U-Net's weights, its process, and that one's arguments."""
+    try:
+        shown = unet_config_from_state(state, super_res=given.get("super_res"))
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+    config = network_config(file, shown, given)
+    recipe = diffusion_recipe(given)
+    check_channels(config, recipe)
+    missing = missing_flags(config, recipe)
+    if missing:
+        raise InputError(
+            f"{file}: the weights do not show everything; give {', '.join(missing)}; or "
+            f"--preset, which knows all of it"
+        )
+    return UNet(**config), create_diffusion(**recipe), recipe
+
+
+def classifier_of(
+    file: str, state: Mapping[str, Tensor], given: Mapping[str, Any]
+) -> tuple[EncoderUNet, GaussianDiffusion, dict[str, Any]]:
+    """As :func:`unet_of`, for the weights of a classifier of noisy images."""
+    if "preset" not in given:
+        raise InputError(
+            f"{file} is a classifier's, whose weights do not show everything; give --preset: "
+            + ", ".join(presets.names("EncoderUNet"))
+        )
+    of_unet = [name for name in UNET_FLAGS if name in given]
+    if of_unet:
+        raise InputError(
+            f"--{of_unet[0].replace('_', '-')} is of a U-Net, and {file} is a classifier's, of "
+            "which --preset knows it: leave the flag out"
+        )
+    preset = presets.get(given["preset"], "EncoderUNet")
+    recipe = diffusion_recipe(given)
+    config = classifier_config_from_state(state, preset.model)
+    return EncoderUNet(**config), create_diffusion(**recipe), recipe
 
 
 def network_config(file: str, shown: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,7 +236,7 @@ def network_config(file: str, shown: Mapping[str, Any], given: Mapping[str, Any]
 def preset_config(name: str) -> dict[str, Any]:
     """All of UNet's arguments for a preset."""
     with valueless():
-        return UNet(**presets.get(name).model).config
+        return UNet(**presets.get(name, "UNet").model).config
 
 
 def one_head(config: Mapping[str, Any]) -> bool:
@@ -202,13 +251,17 @@ def one_head(config: Mapping[str, Any]) -> bool:
     return widths == {config["num_head_channels"]}
 
 
-def diffusion_recipe(given: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """create_diffusion's arguments, checked against the network's channels."""
+def diffusion_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+    """create_diffusion's arguments."""
     recipe: dict[str, Any] = {}
     if "preset" in given:  # what it leaves out is off
         recipe = {name: False for name, (kind, _) in DIFFUSION_FLAGS.items() if kind is bool}
         recipe |= presets.get(given["preset"]).diffusion
-    recipe |= {name: given[name] for name in DIFFUSION_FLAGS if name in given}
+    return recipe | {name: given[name] for name in DIFFUSION_FLAGS if name in given}
+
+
+def check_channels(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
+    """InputError where the network's channels are not those of the process."""
     ratio = config["out_channels"] / config["in_channels"]
     if "learn_sigma" in recipe and recipe["learn_sigma"] != (ratio == 2):
         flag = "--learn-sigma" if recipe["learn_sigma"] else "--no-learn-sigma"
@@ -216,7 +269,6 @@ def diffusion_recipe(given: Mapping[str, Any], config: Mapping[str, Any]) -> dic
             f"{flag} does not fit a network with {config['in_channels']} channels in and "
             f"{config['out_channels']} out"
         )
-    return recipe
 
 
 def missing_flags(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
@@ -305,7 +357,11 @@ def step_of(files: Sequence[str]) -> int | None:
 
 
 def summary(
-    out: Path, model: UNet, diffusion: Mapping[str, Any], averages: Sequence[str], step: int | None
+    out: Path,
+    model: Encoder,
+    diffusion: Mapping[str, Any],
+    averages: Sequence[str],
+    step: int | None,
 ) -> str:
     """What was written, with everything that was chosen."""
     count = sum(parameter.numel() for parameter in model.parameters())

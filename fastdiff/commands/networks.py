@@ -13,7 +13,8 @@ from torch import Tensor
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.errors import InputError
 from fastdiff.models.unet import UNet
-from fastdiff.training.network import label_argument
+from fastdiff.process.classification import NoisyClassification
+from fastdiff.training.network import label_argument, label_of
 
 IN_PYTHON = "fastdiff.Sampler and GaussianDiffusion handle every kind"
 
@@ -21,6 +22,11 @@ IN_PYTHON = "fastdiff.Sampler and GaussianDiffusion handle every kind"
 def check_network(checkpoint: Checkpoint) -> None:
     """InputError unless the network makes pictures of noise, and labels at most."""
     path, model = checkpoint.path, checkpoint.model
+    if isinstance(checkpoint.diffusion, NoisyClassification):
+        raise InputError(
+            f"{path} holds a classifier, which makes no pictures; fastdiff sample takes it as "
+            "--classifier beside a --checkpoint that does"
+        )
     if isinstance(model, UNet):
         if model.dims != 2 or model.super_res:
             kind = "a super-resolution" if model.super_res else "no image"
@@ -74,10 +80,10 @@ def channels(checkpoint: Checkpoint) -> int:
 
 
 def num_classes(checkpoint: Checkpoint) -> int | None:
-    """Of the network; None where it takes no label."""
+    """Of the network, or that a classifier tells apart; None where it takes no label."""
     if isinstance(checkpoint.model, UNet):
         return checkpoint.model.num_classes
-    if label_argument(checkpoint.model) is None:
+    if label_of(checkpoint.model, checkpoint.diffusion) is None:
         return None
     own = getattr(checkpoint.model, "num_classes", None)
     return own or _fact(checkpoint, "num_classes", "num_class_embeds")

@@ -27,6 +27,11 @@ from fastdiff.commands.checkpoint_options import (
     writable_folder,
 )
 from fastdiff.commands.class_options import choose_classes, class_names
+from fastdiff.commands.classifier_options import (
+    add_classifier_arguments,
+    describe_guidance,
+    load_classifier,
+)
 from fastdiff.commands.sample_parts import Batch, Merged, Parts, split
 from fastdiff.commands.trajectory import KINDS, Trajectory, evenly_spaced
 from fastdiff.errors import InputError
@@ -43,16 +48,18 @@ from fastdiff.images import (
 from fastdiff.methods.registry import METHODS
 from fastdiff.optional import require
 from fastdiff.ranks import join
+from fastdiff.sampling.classifier_gradient import classifier_gradient
 from fastdiff.sampling.sampler import Sampler
 
 GRID_IMAGES = 100  # more than these no longer make a picture one can look at
 
 # Options without a default of their own; their help says what happens without them.
-OPTIONAL = ("steps", "classes", "guidance_scale", "columns", "scale")
+OPTIONAL: tuple[str, ...] = ("steps", "classes", "guidance_scale", "columns", "scale")
+OPTIONAL += ("classifier", "classifier_scale")
 
 # Options that decide, as they stand, what the images are and which of them make a batch.
 DECISIVE: tuple[str, ...] = ("method", "eta", "spacing", "guidance_scale", "dtype", "truncate")
-DECISIVE += ("seed", "first_sample", "num", "batch_size")
+DECISIVE += ("classifier_scale", "seed", "first_sample", "num", "batch_size")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="classifier-free guidance, for a network trained with label dropout (default: none)",
     )
+    add_classifier_arguments(parser)
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network"
     )
@@ -143,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
 @dataclass(frozen=True)
 class _Task:
     checkpoint: Checkpoint
+    classifier: Checkpoint | None
     sampler: Sampler
     classes: list[int]  # to go through in turn; empty for a network without classes
     parts: Parts
@@ -152,21 +161,26 @@ def _prepare(args: argparse.Namespace, device: str | None) -> _Task:
     """What the options mean. InputError before anything is made, but for a new --out."""
     _check_numbers(args)
     checkpoint = load_checkpoint(args, device)
-    names = class_names(checkpoint)
-    classes = choose_classes(args.classes, networks.num_classes(checkpoint), names)
-    sampler = _sampler(args, checkpoint)
+    classifier = load_classifier(args, checkpoint)
+    # Of an unconditional network the classifier knows the classes that there are.
+    named = checkpoint if networks.num_classes(checkpoint) else classifier or checkpoint
+    names = class_names(named)
+    classes = choose_classes(args.classes, networks.num_classes(named), names)
+    sampler = _sampler(args, checkpoint, classifier)
     channels = networks.channels(checkpoint)
     followed = args.trajectory if channels in MODES else 0
     batches = split(args.first_sample, args.num, args.batch_size, followed)
     shape = (*networks.image_size(checkpoint), channels)
     kind = KINDS[args.trajectory_of]
     parts = Parts(writable_folder(args.out), batches, shape, names, frames=kind.part)
-    return _Task(checkpoint, sampler, classes, parts)
+    return _Task(checkpoint, classifier, sampler, classes, parts)
 
 
 def _open(task: _Task, settings: dict[str, Any], weights: str) -> list[Batch]:
     """Say what is there already; the batches still to draw."""
     print(describe(task.checkpoint, weights))
+    if task.classifier is not None:
+        print(describe_guidance(task.classifier, task.sampler))
     parts = task.parts
     parts.check_targets()
     missing = parts.open(settings)
@@ -184,6 +198,7 @@ def _settings(args: argparse.Namespace, task: _Task) -> dict[str, Any]:
     """What must be the same for parts to belong to this run."""
     settings = {
         "checkpoint": fingerprint(task.checkpoint),
+        "classifier": task.classifier and fingerprint(task.classifier),
         "steps": str(steps_of(args.steps, task.checkpoint)),
         "classes": task.classes,
         "shape": task.parts.shape,
@@ -209,6 +224,7 @@ def _draw(args: argparse.Namespace, task: _Task, batches: list[Batch], shown: bo
                 first_sample=batch.number,
                 model_kwargs=kwargs,
                 uncond_kwargs=_unconditional(args, task, kwargs),
+                cond_kwargs=_of_classifier(task, labels),
                 progress=bar.update,
                 callback=trajectory.add if batch.followed else None,
             )
@@ -233,6 +249,13 @@ def _unconditional(
     if args.guidance_scale is None or null is None:
         return None
     return {name: torch.full_like(labels, null) for name, labels in kwargs.items()}
+
+
+def _of_classifier(task: _Task, labels: Tensor | None) -> dict[str, Tensor] | None:
+    """The classes (n,) to which a classifier guides, on its device."""
+    if task.classifier is None or labels is None:
+        return None
+    return {"y": labels.to(next(task.classifier.model.parameters()).device)}
 
 
 def _report(task: _Task, drawn: list[Batch], seconds: float) -> None:
@@ -285,12 +308,17 @@ def _save_pngs(args: argparse.Namespace, parts: Parts, images: np.ndarray, batch
             save_pngs(channels_first(images), parts.file.parent / "png", start=batch.number)
 
 
-def _sampler(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampler:
+def _sampler(
+    args: argparse.Namespace, checkpoint: Checkpoint, classifier: Checkpoint | None
+) -> Sampler:
     if args.guidance_scale is not None and networks.null_label(checkpoint) is None:
         raise InputError(
             "--guidance-scale needs a network that was trained with label dropout "
             "(it has a class of its own for 'no label'); this one was not"
         )
+    cond_fn = None
+    if classifier is not None:
+        cond_fn = classifier_gradient(classifier.model, args.classifier_scale)
     return Sampler(
         checkpoint.model,
         checkpoint.diffusion,
@@ -298,6 +326,7 @@ def _sampler(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampler:
         method=args.method,
         eta=args.eta,
         guidance_scale=args.guidance_scale,
+        cond_fn=cond_fn,
         dtype=torch.bfloat16 if args.dtype == "bfloat16" else None,
         spacing=args.spacing,
         self_condition=networks.self_condition(checkpoint),

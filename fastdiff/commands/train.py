@@ -13,6 +13,7 @@ import torch
 from fastdiff.checkpoints.run_directory import identify, list_checkpoints, require_run
 from fastdiff.commands.data_options import KINDS_OF_DATA, reading_options
 from fastdiff.commands.output import said_once
+from fastdiff.commands.train_build import build_diffusion, built, check_pool
 from fastdiff.commands.train_options import (
     DEFAULT_PRESET,
     add_arguments,
@@ -23,12 +24,12 @@ from fastdiff.commands.train_options import (
 from fastdiff.data import ImageDataset, load_dataset
 from fastdiff.errors import InputError
 from fastdiff.models import presets
-from fastdiff.models.unet import UNet
-from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
+from fastdiff.models.encoder import Encoder
+from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.ranks import Ranks, join, said_by_first
 from fastdiff.training import TrainConfig, Trainer
 from fastdiff.training.init import Init, describe_init, fit_to_init, read_init
-from fastdiff.training.network import label_argument
+from fastdiff.training.network import label_of
 from fastdiff.training.run_folder import started_by
 from fastdiff.training.saved import SavedRun
 
@@ -115,9 +116,9 @@ def _parts(given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     preset = presets.get(given.get("preset", known or DEFAULT_PRESET))
     config = TrainConfig(**{**preset.train, **part_of(given, "train")})
     if init is None:
-        wanted = preset.model.get("num_classes") is not None
+        wanted = preset.network == "EncoderUNet" or preset.model.get("num_classes") is not None
     else:
-        wanted = label_argument(init.model) is not None
+        wanted = label_of(init.model, init.diffusion) is not None
     class_cond = given.get("class_cond", wanted)
     source = {
         "spec": given["data"],
@@ -131,8 +132,7 @@ def _parts(given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     torch.manual_seed(config.seed)
     lines = ""
     if init is None:
-        diffusion = build_diffusion(preset.diffusion, part_of(given, "diffusion"))
-        model = build_model({**preset.model, **part_of(given, "model")}, diffusion, dataset, config)
+        model, diffusion = built(preset, given, dataset, config)
     else:
         diffusion = _init_diffusion(init, given)
         dataset = fit_to_init(init, dataset)
@@ -173,14 +173,14 @@ def _init_diffusion(init: Init, given: Mapping[str, Any]) -> Any:
 
 def _init_model(init: Init, flags: Mapping[str, Any]) -> Any:
     """The checkpoint's network. Flags may change what only training knows, its dropout."""
-    _check_unet(init.path, init.model, flags)
+    _check_ours(init.path, init.model, flags)
     for name, value in flags.items():
         if name not in TRAINING_ONLY:
             remedy = "leave the flag out, or start without --init"
             _check_unchanged(init.path, name, init.model.config[name], value, remedy)
     if not set(flags) & TRAINING_ONLY:
         return init.model
-    model = UNet(**{**init.model.config, **flags})
+    model = type(init.model)(**{**init.model.config, **flags})
     model.load_state_dict(init.model.state_dict())
     return model
 
@@ -259,60 +259,6 @@ def _load_eval(
     )
 
 
-def build_diffusion(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> GaussianDiffusion:
-    """create_diffusion with ``recipe``, where a flag replaces whatever else decides its matter."""
-    recipe = dict(recipe)
-    if "diffusion_steps" in flags:
-        recipe["steps"] = flags["diffusion_steps"]
-    for name in ("noise_schedule", "rescale_timesteps", "zero_terminal_snr"):
-        if name in flags:
-            recipe[name] = flags[name]
-    if "learn_sigma" in flags:
-        # The published default with a learned variance: the hybrid loss.
-        _decide(recipe, {"learn_sigma": flags["learn_sigma"]}, "sigma_small", "var_type")
-        if flags["learn_sigma"] and not recipe.get("use_kl"):
-            recipe["rescale_learned_sigmas"] = recipe.get("loss_type") in (None, "rescaled_mse")
-    if "variance" in flags:
-        if flags.get("learn_sigma", False) and flags["variance"] != "learned_range":
-            raise InputError(f"--learn-sigma contradicts --variance {flags['variance']}: give one")
-        _decide(recipe, {"var_type": flags["variance"]}, "learn_sigma", "sigma_small")
-    if "predict" in flags:
-        _decide(recipe, {"mean_type": flags["predict"]}, "predict_xstart")
-    if "loss" in flags:
-        _decide(recipe, {"loss_type": flags["loss"]}, "use_kl", "rescale_learned_sigmas")
-    if "min_snr" in flags:
-        gamma = flags["min_snr"]
-        recipe["loss_weighting"] = "min_snr" if gamma else None
-        recipe["min_snr_gamma"] = gamma or 5.0
-    return create_diffusion(**recipe)
-
-
-def _decide(recipe: dict[str, Any], choice: dict[str, Any], *overruled: str) -> None:
-    for name in overruled:
-        recipe.pop(name, None)
-    recipe.update(choice)
-
-
-def build_model(
-    arguments: Mapping[str, Any],
-    diffusion: GaussianDiffusion,
-    dataset: ImageDataset,
-    config: TrainConfig,
-) -> UNet:
-    """The network for these images: their channels, classes and size replace a preset's."""
-    height, width = dataset.image_size
-    return UNet(
-        **{
-            **arguments,
-            "in_channels": dataset.channels,
-            "out_channels": dataset.channels * (2 if diffusion.learns_variance else 1),
-            "num_classes": dataset.num_classes,
-            "null_class": config.label_dropout > 0 and dataset.num_classes is not None,
-            "image_size": height if height == width else [height, width],
-        }
-    )
-
-
 def check_same_run(saved: SavedRun, given: Mapping[str, Any]) -> None:
     """InputError when flags ask a resumed run for another network, diffusion or image format."""
     data = saved.info.get("data") or {}
@@ -322,12 +268,13 @@ def check_same_run(saved: SavedRun, given: Mapping[str, Any]) -> None:
             _check_unchanged(saved.path, name, before.get(name), given[name])
     if "labels" in given and before.get("labels"):
         _check_unchanged(saved.path, "labels", before["labels"], given["labels"])
-    _check_unet(saved.path, saved.model, part_of(given, "model"))
+    _check_ours(saved.path, saved.model, part_of(given, "model"))
     for name, value in part_of(given, "model").items():
         _check_unchanged(saved.path, name, saved.model.config[name], value)
 
     flags = part_of(given, "diffusion")
-    recipe = saved.diffusion.to_config()
+    process = getattr(saved.diffusion, "diffusion", saved.diffusion)  # of a classifier's training
+    recipe = process.to_config()
     if flags and "betas" in recipe:
         raise InputError(f"{saved.path} keeps its betas as they are; leave the diffusion flags out")
     if flags:
@@ -341,19 +288,20 @@ def check_same_run(saved: SavedRun, given: Mapping[str, Any]) -> None:
             ("min_snr", "min_snr_gamma"),
             ("rescale_timesteps", "rescale_timesteps"),
         ):
-            before, now = (getattr(process, name) for process in (saved.diffusion, asked))
+            before, now = (getattr(found, name) for found in (process, asked))
             _check_unchanged(saved.path, flag, before, now)
-        if not np.array_equal(asked.betas, saved.diffusion.betas):
+        if not np.array_equal(asked.betas, process.betas):
             raise InputError(f"the noise schedule is not the one {saved.path} was trained with")
 
 
-def _check_unet(path: str | Path, model: Any, flags: Mapping[str, Any]) -> None:
-    """InputError where flags describe a UNet, and the network is another."""
-    if flags and not isinstance(model, UNet):
+def _check_ours(path: str | Path, model: Any, flags: Mapping[str, Any]) -> None:
+    """InputError where flags describe a network of ours, and the network is another."""
+    if flags and not isinstance(model, Encoder):
         raise InputError(
             f"--{next(iter(flags)).replace('_', '-')} is of fastdiff's UNet, and {path} holds a "
             f"{type(model).__name__}, which stays as it is: leave the flag out"
         )
+    check_pool(path, type(model), flags)
 
 
 def _check_unchanged(

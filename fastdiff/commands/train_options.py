@@ -9,6 +9,7 @@ from typing import Any
 from fastdiff.commands.config_file import read_config
 from fastdiff.commands.data_options import KINDS_OF_DATA, READING, add_reading_arguments
 from fastdiff.models import presets
+from fastdiff.models.encoder_unet import POOLS
 from fastdiff.process.losses import LOSS_TYPES
 from fastdiff.process.reverse import MEAN_TYPES, VAR_TYPES
 from fastdiff.training import TrainConfig
@@ -47,6 +48,7 @@ MODEL_FLAGS: dict[str, tuple[Any, str]] = {
     "conv_resample": (bool, "resample with convolutions"),
     "use_new_attention_order": (bool, "qkv rows [Q | K | V] instead of interleaved per head"),
     "use_checkpoint": (bool, "recompute activations in backward, for memory"),
+    "pool": (str, "of a classifier: what makes one vector of its features: " + ", ".join(POOLS)),
 }
 
 
@@ -112,7 +114,8 @@ def _add_start_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         metavar="NAME",
-        help=f"network, diffusion and hyperparameters to start from (default: {DEFAULT_PRESET}): "
+        help="network, diffusion and hyperparameters to start from (default: "
+        f"{DEFAULT_PRESET}; classifier-* train a classifier that guides a sampler): "
         + ", ".join(presets.names()),
     )
     parser.add_argument(

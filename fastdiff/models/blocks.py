@@ -315,7 +315,7 @@ class AttentionBlock(nn.Module):
 
 
 def pointwise(layer: nn.Module, tokens: Tensor) -> Tensor:
-    """A 1×1 convolution applied to (N, T, C) tokens."""
+    """A 1×1 convolution applied to tokens (..., C)."""
     assert isinstance(layer, nn.Conv1d)
     return F.linear(tokens, layer.weight[:, :, 0], layer.bias)
 
@@ -335,3 +335,32 @@ class EmbedSequential(nn.Sequential):
             else:
                 x = layer(x)
         return x
+
+
+class AttentionPool(nn.Module):
+    """What attention over all positions and their mean gives the mean, projected.
+
+    Args:
+        positions: of the images that come; each has an embedding of its own.
+        channels, out_channels: of input and output.
+
+    Source: Radford et al. 2021 (CLIP), section 2.4; guided-diffusion.
+    """
+
+    def __init__(self, positions: int, channels: int, num_heads: int, out_channels: int):
+        super().__init__()
+        self.positional_embedding = nn.Parameter(
+            torch.randn(channels, positions + 1) / channels**0.5
+        )
+        self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
+        self.c_proj = nn.Conv1d(channels, out_channels, 1)
+        self.num_heads = num_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C, *spatial) -> (N, C')."""
+        tokens = x.flatten(2)  # (N, C, T)
+        tokens = torch.cat([tokens.mean(dim=2, keepdim=True), tokens], dim=2)
+        tokens = tokens + self.positional_embedding
+        qkv = pointwise(self.qkv_proj, tokens.transpose(1, 2))  # (N, T + 1, 3C)
+        h = attention(qkv.transpose(1, 2), self.num_heads, order="qkv_first")  # (N, C, T + 1)
+        return pointwise(self.c_proj, h[:, :, 0])

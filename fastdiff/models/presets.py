@@ -1,7 +1,8 @@
 """Published configurations by name: network, diffusion and training together.
 
 Sources: Ho et al. 2020, appendix B ("ddpm-*"); Nichol & Dhariwal 2021, appendix A and the released
-run flags ("iddpm-*"); Dhariwal & Nichol 2021, appendix I and the released run flags ("adm-64").
+run flags ("iddpm-*"); Dhariwal & Nichol 2021, appendix I and the released run flags ("adm-64",
+"classifier-*").
 The DDPM rows are computed by the same class as the others: the structure and the parameter count
 are Ho et al.'s, but two constants are improved-diffusion's: epsilon 1e-5 instead of 1e-6 in the
 norms, and the timestep embedding [cos, sin] with divisor half instead of [sin, cos] with half − 1.
@@ -22,11 +23,12 @@ class Preset:
 
     Attributes:
         name: as in ``presets.get``.
-        model: arguments of ``UNet``.
+        model: arguments of ``network``.
         diffusion: arguments of ``create_diffusion``.
         train: published hyperparameters, under the names of ``TrainConfig``; but the averages warm
             up, as everywhere (``ema_warmup``).
         params: parameters of the network as published, in millions, to the precision printed there.
+        network: "UNet", or "EncoderUNet" of a classifier of noisy images.
     """
 
     name: str
@@ -34,23 +36,29 @@ class Preset:
     diffusion: Mapping[str, Any]
     train: Mapping[str, Any]
     params: str
+    network: str = "UNet"
 
 
-def get(name: str) -> Preset:
+def get(name: str, network: str | None = None) -> Preset:
     """The preset of that name.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it is of another network than ``network``.
     """
-    try:
-        return PRESETS[name]
-    except KeyError:
-        raise InputError(f"no preset named {name!r}; there are {', '.join(PRESETS)}") from None
+    found = PRESETS.get(name)
+    if found is None:
+        raise InputError(f"no preset named {name!r}; there are {', '.join(names(network))}")
+    if network not in (None, found.network):
+        raise InputError(
+            f"preset {name} is of a network {found.network}, not of {network}; of these there are "
+            + ", ".join(names(network))
+        )
+    return found
 
 
-def names() -> list[str]:
-    """All preset names."""
-    return list(PRESETS)
+def names(network: str | None = None) -> list[str]:
+    """The names of all presets, or of those of that network."""
+    return [name for name, preset in PRESETS.items() if network in (None, preset.network)]
 
 
 _EMA = (0.9999,)
@@ -91,6 +99,47 @@ def _scaled(channels: int, params: str) -> Preset:
         diffusion=_HYBRID,
         train={"lr": 1e-4 * (128 / channels) ** 0.5, "batch_size": 128, "ema": _EMA},
         params=params,
+    )
+
+
+def _classifier(
+    name: str,
+    image_size: int,
+    channel_mult: tuple[float, ...],
+    num_res_blocks: int,
+    params: str,
+    noise_schedule: str = "linear",
+) -> Preset:
+    """A classifier of noisy ImageNet (Dhariwal & Nichol 2021, appendix I), as released: what
+    ``create_classifier`` makes by its defaults, but for the depth of the smallest one."""
+    large_batch = image_size == 64
+    return Preset(
+        name=name,
+        model={
+            "image_size": image_size,
+            "in_channels": 3,
+            "out_channels": 1000,
+            "model_channels": 128,
+            "num_res_blocks": num_res_blocks,
+            "channel_mult": channel_mult,
+            "attention_resolutions": tuple(image_size // side for side in (32, 16, 8)),
+            "num_head_channels": 64,
+            "use_scale_shift_norm": True,
+            "resblock_updown": True,
+            "pool": "attention",
+        },
+        diffusion={"steps": 1000, "noise_schedule": noise_schedule},
+        train={
+            "lr": 6e-4 if large_batch else 3e-4,
+            "lr_schedule": "linear",
+            "batch_size": 1024 if large_batch else 256,
+            "steps": 500_000 if image_size >= 256 else 300_000,
+            "weight_decay": 0.2 if large_batch else 0.05,
+            "grad_clip": 0.0,
+            "ema": (),
+        },
+        params=params,
+        network="EncoderUNet",
     )
 
 
@@ -186,6 +235,10 @@ _ALL = (
     _scaled(96, "68"),
     _scaled(128, "121"),
     _scaled(192, "272"),
+    _classifier("classifier-64", 64, (1, 2, 3, 4), 4, "65", noise_schedule="cosine"),
+    _classifier("classifier-128", 128, (1, 1, 2, 3, 4), 2, "43"),
+    _classifier("classifier-256", 256, (1, 1, 2, 2, 4, 4), 2, "54"),
+    _classifier("classifier-512", 512, (0.5, 1, 1, 2, 2, 4, 4), 2, "54"),
     # Ours: 1×8×8 handwritten digits, small enough to train on a laptop's CPU in minutes.
     Preset(
         name="digits",
@@ -216,6 +269,34 @@ _ALL = (
             "ema": (0.995,),
         },
         params="0.8",
+    ),
+    # Ours, for the process of "digits".
+    Preset(
+        name="classifier-digits",
+        model={
+            "image_size": 8,
+            "in_channels": 1,
+            "out_channels": 10,
+            "model_channels": 32,
+            "num_res_blocks": 1,
+            "channel_mult": (1, 2),
+            "attention_resolutions": (2,),
+            "num_head_channels": 16,
+            "use_scale_shift_norm": True,
+            "pool": "attention",
+        },
+        diffusion={"steps": 1000, "noise_schedule": "cosine", "rescale_timesteps": True},
+        train={
+            "lr": 1e-3,
+            "lr_schedule": "linear",
+            "batch_size": 64,
+            "steps": 500,
+            "warmup": 50,
+            "weight_decay": 0.05,
+            "ema": (),
+        },
+        params="0.4",
+        network="EncoderUNet",
     ),
 )
 

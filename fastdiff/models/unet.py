@@ -10,23 +10,19 @@ from torch import Tensor, nn
 from fastdiff.errors import InputError
 from fastdiff.models.blocks import (
     NORM_GROUPS,
-    AttentionBlock,
-    Downsample,
     EmbedSequential,
-    ResBlock,
     Upsample,
     apply_norm,
     convolution,
-    normalization,
-    timestep_embedding,
     zero_module,
 )
+from fastdiff.models.encoder import Encoder
 from fastdiff.models.unet_config import check_config
 
 LOW_RES_MODE = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
-class UNet(nn.Module):
+class UNet(Encoder):
     """U-Net that predicts the noise (and, with twice the output channels, the variance).
 
     The arguments are those of the published constructors, and the state_dict has their keys, so a
@@ -74,6 +70,8 @@ class UNet(nn.Module):
     Source: Nichol & Dhariwal 2021 (improved-diffusion); Dhariwal & Nichol 2021 (guided-diffusion).
     """
 
+    kind = "UNet"
+
     def __init__(
         self,
         in_channels: int,
@@ -103,8 +101,7 @@ class UNet(nn.Module):
         freq_shift: float = 0,
         downsample_padding: int = 1,
     ):
-        super().__init__()
-        self.config: dict[str, Any] = {
+        config: dict[str, Any] = {
             "in_channels": in_channels,
             "model_channels": model_channels,
             "out_channels": out_channels,
@@ -133,76 +130,35 @@ class UNet(nn.Module):
             "freq_shift": freq_shift,
             "downsample_padding": downsample_padding,
         }
-        check_config(self.config)
-        self.in_channels = in_channels
-        self.model_channels = model_channels
-        self.out_channels = out_channels
+        check_config(config)
+        super().__init__(config)
         self.num_classes = num_classes
         self.null_label = num_classes if null_class else None
-        self.dims = dims
         self.image_size = image_size
         self.super_res = super_res
         self._build()
         if dims == 2:
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> "UNet":
-        """A published configuration by name, with some arguments changed.
-
-        Raises:
-            InputError: no preset of that name; the message lists them all.
-        """
-        from fastdiff.models import presets
-
-        return cls(**{**presets.get(name).model, **overrides})
-
     def _build(self) -> None:
         config = self.config
-        self.emb_channels = 4 * self.model_channels
-        self.time_embed = nn.Sequential(
-            nn.Linear(self.model_channels, self.emb_channels),
-            nn.SiLU(),
-            nn.Linear(self.emb_channels, self.emb_channels),
-        )
+        self._build_embedding()
         if self.num_classes is not None:
             labels = self.num_classes + (self.null_label is not None)
             self.label_emb = nn.Embedding(labels, self.emb_channels)
+        skip_channels = self._build_way_down(self.in_channels * (1 + self.super_res))
 
-        widths = [int(mult * self.model_channels) for mult in config["channel_mult"]]
         attention_at = set(config["attention_resolutions"])
-        last_level = len(widths) - 1
-
-        ch = widths[0]
-        first = convolution(self.dims, self.in_channels * (1 + self.super_res), ch, 3)
-        self.input_blocks = nn.ModuleList([EmbedSequential(first)])
-        skip_channels = [ch]
-        for level, width in enumerate(widths):
-            for _ in range(config["num_res_blocks"]):
-                layers: list[nn.Module] = [self._res_block(ch, width)]
-                ch = width
-                if 2**level in attention_at:
-                    layers.append(self._attention(ch))
-                self.input_blocks.append(EmbedSequential(*layers))
-                skip_channels.append(ch)
-            if level != last_level:
-                self.input_blocks.append(EmbedSequential(self._downsample(ch)))
-                skip_channels.append(ch)
-
-        halvings = [m for m in self.input_blocks.modules() if getattr(m, "pad_after", None)]
-        self._least_size = 2 ** len(halvings) if halvings else 0
-
-        self.middle_block = EmbedSequential(
-            self._res_block(ch, ch), self._attention(ch), self._res_block(ch, ch)
-        )
-
+        heads = config["num_heads_upsample"]
+        heads = config["num_heads"] if heads == -1 else heads
+        ch = skip_channels[-1]
         self.output_blocks = nn.ModuleList()
-        for level, width in reversed(list(enumerate(widths))):
+        for level, width in reversed(list(enumerate(self.widths))):
             for i in range(config["num_res_blocks"] + 1):
-                layers = [self._res_block(ch + skip_channels.pop(), width)]
+                layers: list[nn.Module] = [self._res_block(ch + skip_channels.pop(), width)]
                 ch = width
                 if 2**level in attention_at:
-                    layers.append(self._attention(ch, up=True))
+                    layers.append(self._attention(ch, heads))
                 if level and i == config["num_res_blocks"]:
                     layers.append(self._upsample(ch))
                 self.output_blocks.append(EmbedSequential(*layers))
@@ -213,52 +169,10 @@ class UNet(nn.Module):
             zero_module(convolution(self.dims, ch, self.out_channels, 3)),
         )
 
-    def _norm(self, channels: int) -> nn.GroupNorm:
-        return normalization(channels, self.config["norm_num_groups"], self.config["norm_eps"])
-
-    def _res_block(self, channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
-        return ResBlock(
-            channels,
-            self.emb_channels,
-            self.config["dropout"],
-            out_channels,
-            dims=self.dims,
-            use_scale_shift_norm=self.config["use_scale_shift_norm"],
-            use_checkpoint=self.config["use_checkpoint"],
-            resample=resample,
-            norm=self._norm,
-        )
-
-    def _downsample(self, channels: int) -> nn.Module:
-        if self.config["resblock_updown"]:
-            return self._res_block(channels, channels, "down")
-        padding = self.config["downsample_padding"]
-        return Downsample(channels, self.config["conv_resample"], self.dims, padding)
-
     def _upsample(self, channels: int) -> nn.Module:
         if self.config["resblock_updown"]:
             return self._res_block(channels, channels, "up")
         return Upsample(channels, self.config["conv_resample"], self.dims)
-
-    def _attention(self, channels: int, up: bool = False) -> AttentionBlock:
-        config = self.config
-        heads = config["num_heads"]
-        if up and config["num_heads_upsample"] != -1:
-            heads = config["num_heads_upsample"]
-        if config["num_head_channels"] != -1:
-            heads = channels // config["num_head_channels"]
-            if channels % config["num_head_channels"]:
-                raise InputError(
-                    f"num_head_channels={config['num_head_channels']} does not divide the "
-                    f"{channels} channels of an attention block"
-                )
-        return AttentionBlock(
-            channels,
-            heads,
-            order="qkv_first" if config["use_new_attention_order"] else "heads_first",
-            use_checkpoint=config["use_checkpoint"],
-            norm=self._norm,
-        )
 
     def forward(
         self,
@@ -283,73 +197,23 @@ class UNet(nn.Module):
                 range are found here on the CPU only: looking at them on a GPU would wait for it.
         """
         self._check_inputs(x, timesteps, y, low_res)
-        dtype = self._first_weight().dtype
-        waves = timestep_embedding(
-            timesteps,
-            self.model_channels,
-            flip_sin_to_cos=self.config["flip_sin_to_cos"],
-            freq_shift=self.config["freq_shift"],
-        )
-        emb = self.time_embed(waves.to(dtype))
-        if y is not None:
-            emb = emb + self.label_emb(y.long())
-        emb = F.silu(emb)  # with which each block's emb_layers begin
-
-        h = x.to(dtype)
+        emb = self._embed(timesteps, None if y is None else self.label_emb(y.long()))
+        h = x.to(self._dtype())
         if low_res is not None:
-            resized = F.interpolate(low_res.to(dtype), x.shape[2:], mode=LOW_RES_MODE[self.dims])
+            resized = F.interpolate(low_res.to(h.dtype), x.shape[2:], mode=LOW_RES_MODE[self.dims])
             h = torch.cat([h, resized], dim=1)
-        skips: list[Tensor] = []
-        for block in self.input_blocks:
-            h = block(h, emb)
-            if not skips:
-                # An image of one channel has no layout of its own; from here on the blocks keep it.
-                h = h.contiguous(memory_format=self._memory_format())
-            skips.append(h)
-        h = self.middle_block(h, emb)
+        *skips, h = self._encode(h, emb)
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)
             # Upsampling goes to the next skip's size: twice this one, or one off if that was odd.
             h = block(h, emb, skips[-1].shape[2:] if skips else None)
         return self.out[2](apply_norm(self.out[0], h)).to(x.dtype)
 
-    def _first_weight(self) -> Tensor:
-        return self.time_embed[0].get_parameter("weight")
-
-    def _memory_format(self) -> torch.memory_format:
-        """The layout of the weights, which is the one to compute in."""
-        block = self.middle_block[0]
-        assert isinstance(block, ResBlock)
-        weight = block.in_layers[2].get_parameter("weight")
-        if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
-            return torch.channels_last
-        return torch.contiguous_format
-
     def _check_inputs(
         self, x: Tensor, timesteps: Tensor, y: Tensor | None, low_res: Tensor | None
     ) -> None:
-        n = x.shape[0] if x.dim() else 0
-        if x.dim() != self.dims + 2 or x.shape[1] != self.in_channels:
-            spatial = ", ".join("DHW"[3 - self.dims :])
-            raise InputError(
-                f"UNet: x has shape {tuple(x.shape)}; expected (N, {self.in_channels}, {spatial})"
-            )
-        if not x.is_floating_point():
-            raise InputError(
-                f"UNet: x is {str(x.dtype).removeprefix('torch.')}; expected floating-point "
-                "samples, such as images scaled to [-1, 1]"
-            )
-        if timesteps.shape != (n,):
-            raise InputError(
-                f"UNet: timesteps have shape {tuple(timesteps.shape)}; "
-                f"expected ({n},), one per sample"
-            )
-        if any(side < self._least_size for side in x.shape[-min(self.dims, 2) :]):
-            raise InputError(
-                f"UNet: x has shape {tuple(x.shape)}; with downsample_padding=0 and "
-                f"{len(self.config['channel_mult'])} levels it must be at least "
-                f"{self._least_size} wide"
-            )
+        self._check_noisy(x, timesteps)
+        n = len(x)
         self._check_labels(n, y)
         if (low_res is not None) != self.super_res:
             raise InputError(

@@ -31,11 +31,7 @@ def training_losses(
     counters: Counters,
 ) -> dict[str, Tensor]:
     """``GaussianDiffusion.training_losses``."""
-    check_float(x_start, "x_start")
-    tables = process._tables.on(x_start)
-    levels = tables["sqrt_alphas_cumprod"], tables["sqrt_one_minus_alphas_cumprod"]
-    x_t, noise = noised(x_start, t, levels, noise, generator, counters)
-    at = process._tables.at_checked(t, x_start)
+    x_t, noise, at = noisy(process, x_start, t, noise, generator, counters)
     output = call_model(process, model, x_t, at["model_timesteps"].flatten(), model_kwargs)
     # In the dtype of the arithmetic.
     output, x_start, x_t, noise = (value.to(at.dtype) for value in (output, x_start, x_t, noise))
@@ -61,6 +57,22 @@ def training_losses(
     if "vb" in terms:
         loss = loss + terms["vb"]
     return {"loss": loss, "mse": mse} | terms
+
+
+def noisy(
+    process: Gaussian,
+    x_start: Tensor,
+    t: Tensor,
+    noise: Tensor | None,
+    generator: torch.Generator | None,
+    counters: Counters,
+) -> tuple[Tensor, Tensor, TablesAt]:
+    """(x_t, its noise, the process's tables at t) of a training step, x_start and t checked."""
+    check_float(x_start, "x_start")
+    tables = process._tables.on(x_start)
+    levels = tables["sqrt_alphas_cumprod"], tables["sqrt_one_minus_alphas_cumprod"]
+    x_t, noise = noised(x_start, t, levels, noise, generator, counters)
+    return x_t, noise, process._tables.at_checked(t, x_start)
 
 
 def _target(mean_type: str, x_start: Tensor, x_t: Tensor, noise: Tensor, at: TablesAt) -> Tensor:

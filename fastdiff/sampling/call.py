@@ -56,6 +56,7 @@ class Inputs:
     known_mask: Tensor | None = None
     model_kwargs: Mapping[str, Any] | None = None
     uncond_kwargs: Mapping[str, Any] | None = None
+    cond_kwargs: Mapping[str, Any] | None = None
     step_noise: StepNoise | None = None
 
     def __post_init__(self) -> None:
@@ -67,7 +68,8 @@ class Inputs:
                     raise InputError(
                         f"{name} has shape {tuple(tensor.shape)}, but shape is {self.shape}"
                     )
-        for name, given in (("model", self.model_kwargs), ("uncond", self.uncond_kwargs)):
+        for name in ("model", "uncond", "cond"):
+            given = getattr(self, f"{name}_kwargs")
             if given is not None and not isinstance(given, Mapping):
                 raise InputError(f"{name}_kwargs is a {type(given).__name__}; expected a dict")
         if (self.known is None) != (self.known_mask is None):
@@ -97,6 +99,8 @@ class Call:
         if sampler.cond_fn is not None:
             gain = classifier_gain(process, table)
             conditions.classifier = ClassifierGuidance(sampler.cond_fn, table, gain)
+        elif inputs.cond_kwargs is not None:
+            raise InputError("cond_kwargs belong to a classifier; give the sampler a cond_fn")
         if inputs.known is not None and inputs.known_mask is not None:
             given = (inputs.known, inputs.known_mask)
             conditions.known = Known.of(*given, shape, device, process, len(table))
@@ -110,7 +114,7 @@ class Call:
             table=table,
             timesteps=self.timesteps,
             kwargs=kwargs,
-            given_kwargs=kwargs,
+            cond_kwargs=kwargs if inputs.cond_kwargs is None else dict(inputs.cond_kwargs),
             guidance_scale=None,
             noise=noise_source(sampler.rng, shape, device, *counters, len(table)),
             conditions=conditions,

@@ -61,7 +61,7 @@ class CapturedStep:
                 multistep_rows=(run.table.is_multistep,) * self.rows,
             ),
             kwargs=kwargs,
-            given_kwargs={},  # a classifier's, which is never captured
+            cond_kwargs={},  # a classifier's, which is never captured
             guidance_scale=None if run.guidance_scale is None else self.scale,
             noise=self.noise,
             conditions=replace(run.conditions, known=self.known),

@@ -60,7 +60,8 @@ class Sampler:
             2022) in place of the clip.
         denoised_fn: applied to the predicted x_0 before it is clipped.
         cond_fn: classifier guidance: cond_fn(x, timesteps, **model_kwargs) answers
-            ∇ log p(y | x_t), like x (Dhariwal & Nichol 2021). Such steps run eagerly.
+            ∇ log p(y | x_t), like x (Dhariwal & Nichol 2021); ``fastdiff.classifier_gradient``
+            makes one of a classifier. Such steps run eagerly.
         dtype: the network runs under autocast of this dtype (torch.bfloat16, ...), with weights
             that are cast when a call begins; x_t stays float32. None runs it in the dtype of its
             parameters.
@@ -227,6 +228,8 @@ class Sampler:
             uncond_kwargs: what replaces ``model_kwargs`` in the unconditional half; by default the
                 model's ``null_label`` replaces the labels ``y`` (also that of a network inside
                 torch.compile, DataParallel and their like).
+            cond_kwargs: passed to ``cond_fn`` in place of ``model_kwargs``: the classes that an
+                unconditional network is guided to.
             step_noise: the N(0, I) draw of every step: one tensor for all, or a callable that gets
                 the index t (K − 1 first, 0 last).
 

@@ -21,7 +21,7 @@ class Run:
     """What a call's steps are made of; every tensor is on the sampling device.
 
     ``kwargs``: of the network, for the batch of N, or of 2N where ``guidance_scale`` is given;
-    ``given_kwargs``: for the batch of N always.
+    ``cond_kwargs``: of the classifier, for the batch of N always.
     ``timesteps``: (K,) numbers. ``failed``: an int64 element, −1 or the first row whose x is not
     finite; None on the CPU, where x is looked at itself. ``mean_is_output``: the update reads the
     network's output in place of x_0 (DDPM by previous-x prediction). ``self_condition``: the
@@ -32,7 +32,7 @@ class Run:
     table: StepTable
     timesteps: list[float]
     kwargs: Mapping[str, Any]
-    given_kwargs: Mapping[str, Any]
+    cond_kwargs: Mapping[str, Any]
     guidance_scale: float | Tensor | None
     noise: Any
     conditions: Conditions
@@ -93,7 +93,7 @@ class Run:
             x, output, i, prev_x_start=before, guidance_scale=scale, **noise
         )
         if conditions.classifier is not None:
-            given = (x, timesteps.expand(len(x)), self.given_kwargs)
+            given = (x, timesteps.expand(len(x)), self.cond_kwargs)
             x_prev, x_start = conditions.classifier.apply(*given, output, i, x_prev, x_start)
         if conditions.known is not None:
             x_prev = conditions.known.put(x_prev, i, self.noise.of_known(i))

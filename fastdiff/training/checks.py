@@ -10,9 +10,12 @@ from fastdiff.data import ImageDataset, Items, match_classes
 from fastdiff.data.dataset import check_bytes
 from fastdiff.errors import InputError
 from fastdiff.evaluation.published import check_scored
+from fastdiff.models.encoder import Encoder
+from fastdiff.models.encoder_unet import EncoderUNet
 from fastdiff.models.unet import UNet
 from fastdiff.models.wrappers import unwrapped
 from fastdiff.optional import version_of
+from fastdiff.process.classification import NoisyClassification
 from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.training.batches import describe, readable, size_of
 from fastdiff.training.config import TrainConfig
@@ -34,8 +37,10 @@ def checked(model: nn.Module, diffusion: Any, data: Any, config: TrainConfig) ->
             f"no {' and no '.join(missing)}, by which it is trained and saved"
         )
     network: Any = unwrapped(model)
-    if isinstance(network, UNet):
-        _check_unet(network, diffusion, data)
+    if isinstance(network, Encoder):
+        _check_encoder(network, diffusion, data)
+    if isinstance(diffusion, NoisyClassification):
+        _check_classification(data, config)
     if config.label_dropout and getattr(network, "null_label", None) is None:
         raise InputError(
             f"label_dropout is {config.label_dropout}, which needs a class-conditional network "
@@ -75,7 +80,23 @@ def sample_shape(data: Any) -> tuple[int, ...] | None:
     return data.shape if isinstance(data, Items) else None
 
 
-def _check_unet(model: UNet, diffusion: Any, data: Any) -> None:
+def _check_classification(data: Any, config: TrainConfig) -> None:
+    """InputError where images have no classes, or what a classifier cannot do is asked of it."""
+    for name in ("sample_every", "fid_every"):
+        if getattr(config, name):
+            raise InputError(
+                f"{name} is {getattr(config, name)}, and a classifier draws no samples: set it to 0"
+            )
+    if isinstance(data, ImageDataset) and data.num_classes is None:
+        raise InputError("a classifier is trained on images with classes; these have no labels")
+
+
+def _check_encoder(model: Encoder, diffusion: Any, data: Any) -> None:
+    """InputError where our own network does not fit the process or the data."""
+    process = type(diffusion).__name__
+    if isinstance(model, EncoderUNet) != isinstance(diffusion, NoisyClassification):
+        remedy = "an EncoderUNet" if isinstance(model, UNet) else "NoisyClassification(diffusion)"
+        raise InputError(f"a {process} does not train a network {model.kind}: give {remedy}")
     if isinstance(data, ImageDataset):
         check_images(model, data, "training")
     shape = sample_shape(data)
@@ -90,9 +111,14 @@ def _check_unet(model: UNet, diffusion: Any, data: Any) -> None:
         raise InputError(
             f"x of the data has {channels} channels, the network takes {model.in_channels}"
         )
+    if isinstance(model, EncoderUNet) and model.pool == "attention" and tuple(sizes) != model.sides:
+        raise InputError(
+            f"x of the data is {'x'.join(map(str, sizes))}; the network's attention pooling is for "
+            f"{'x'.join(map(str, model.sides))} (image_size)"
+        )
     learned = getattr(diffusion, "learns_variance", False)
     wanted = channels * (2 if learned else 1)
-    if model.out_channels != wanted:
+    if isinstance(model, UNet) and model.out_channels != wanted:
         raise InputError(
             f"the network has {model.out_channels} output channels; {channels}-channel "
             f"images with var_type {diffusion.var_type!r} need {wanted}"
@@ -112,7 +138,7 @@ def match_eval(model: nn.Module, data: Any, eval_data: Any, config: TrainConfig)
         classes = getattr(unwrapped(model), "num_classes", None)
         eval_data = match_classes(eval_data, data.class_names, classes, "the evaluation set")
     found = data if eval_data is None else eval_data
-    if isinstance(model, UNet) and isinstance(found, ImageDataset):
+    if isinstance(model, Encoder) and isinstance(found, ImageDataset):
         check_images(model, found, "evaluation")
     if config.nll_every:
         _check_bits(config, found)
@@ -135,7 +161,7 @@ def _check_bits(config: TrainConfig, data: Any) -> None:
         )
 
 
-def check_images(model: UNet, dataset: ImageDataset, what: str) -> None:
+def check_images(model: Any, dataset: ImageDataset, what: str) -> None:
     """Raise InputError when the network cannot be given these images and labels."""
     if dataset.channels != model.in_channels:
         raise InputError(

@@ -20,7 +20,7 @@ class Feed:
     """The batches of ``stream`` on ``device``, with labels hidden.
 
     Attributes:
-        label: the name by which ``model`` takes a label; None: it takes none.
+        label: the name by which a step is given labels; None: it takes none.
         last: the batch as it was read last.
         first_sample: the number, in its batch, of this rank's first sample.
     """
@@ -29,12 +29,13 @@ class Feed:
         self,
         stream: Batches,
         model: nn.Module,
+        label: str | None,
         config: TrainConfig,
         ranks: Ranks,
         device: torch.device,
     ) -> None:
         self.stream, self.config, self.ranks, self.device = stream, config, ranks, device
-        self.label = network.label_argument(model)
+        self.label = label
         self.null_label: Any = getattr(model, "null_label", None)
         self.form = Form()
         self.last: Any = None

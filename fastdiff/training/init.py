@@ -10,7 +10,7 @@ from fastdiff.checkpoints.checkpoint import load
 from fastdiff.checkpoints.network import Given
 from fastdiff.data import ImageDataset, match_classes
 from fastdiff.errors import InputError
-from fastdiff.models.unet import UNet
+from fastdiff.models.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def fit_to_init(init: Init, dataset: Any) -> Any:
     InputError when the images or their classes are not those the weights know.
     """
     model: Any = init.model
-    if not isinstance(dataset, ImageDataset) or not isinstance(model, UNet):
+    if not isinstance(dataset, ImageDataset) or not isinstance(model, Encoder):
         return dataset
     if dataset.channels != model.in_channels:
         raise InputError(

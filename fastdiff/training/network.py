@@ -34,6 +34,12 @@ def label_argument(model: nn.Module) -> str | None:
     return "y" if takes_any else None
 
 
+def label_of(model: nn.Module, diffusion: Any) -> str | None:
+    """The name by which a training step is given labels: that of ``diffusion``, where it wants them
+    itself (a classifier's), else the network's."""
+    return getattr(diffusion, "label", None) or label_argument(model)
+
+
 def arguments_of(given: Any, label: str | None) -> dict[str, Tensor]:
     """The second half of a batch, labels or a dict, as the network's arguments."""
     kwargs = {"y": given} if isinstance(given, Tensor) else dict(given)

@@ -58,7 +58,8 @@ class Trainer:
         model: any network that is called ``model(x, t, **arguments)``; trained in place, on
             ``device``.
         diffusion: a process with ``training_losses`` and ``to_config``: a GaussianDiffusion, whose
-            loss_type is what is minimised, a VarianceExploding, an EDM.
+            loss_type is what is minimised, a VarianceExploding, an EDM; or of a classifier of noisy
+            images a NoisyClassification.
         data: an ImageDataset (``fastdiff.data.load_dataset``), a torch Dataset, IterableDataset or
             DataLoader, a Hugging Face datasets.Dataset. Items are x, (x, label) or dicts: see
             ``fastdiff.data.Items``; uint8 and uint16 are scaled to [-1, 1].
@@ -146,7 +147,8 @@ class Trainer:
         self.stream: Batches = self.ranks.together(
             lambda: batches_of(self.data, config, self.ranks, self.device)
         )
-        self.feed = Feed(self.stream, self.model, config, self.ranks, self.device)
+        label = network.label_of(model, diffusion)
+        self.feed = Feed(self.stream, self.model, label, config, self.ranks, self.device)
         self.reports, self.show_progress = Reports(), progress
         self.scores = self.ranks.together(lambda: Scores(config, self.device))
         self.callbacks = list(callbacks)

@@ -278,10 +278,14 @@ def test_missing_and_surplus_keys(folder, capsys):
     assert "short.pt" in message and "missing, such as" in message
     torch.save(state | {"extra.weight": torch.zeros(1)}, "long.pt")
     assert "1 unexpected, such as extra.weight" in refused(capsys, *FLAGS, model="long.pt")
-    classifier = {k: v for k, v in state.items() if not k.startswith("output_blocks")}
-    torch.save(classifier, "classifier.pt")
+    no_middle = {k: v for k, v in state.items() if not k.startswith("middle_block")}
+    torch.save(no_middle, "no_middle.pt")
+    message = refused(capsys, *FLAGS, model="no_middle.pt")
+    assert "no_middle.pt: not the state dict of an improved-diffusion" in message
+    no_way_up = {k: v for k, v in state.items() if not k.startswith("output_blocks")}
+    torch.save(no_way_up, "classifier.pt")
     message = refused(capsys, *FLAGS, model="classifier.pt")
-    assert "classifier.pt: not the state dict of an improved-diffusion" in message
+    assert "classifier.pt is a classifier's, whose weights do not show everything" in message
 
 
 def test_an_average_of_another_network(folder, capsys):

@@ -16,7 +16,7 @@ import safetensors.torch
 from fastdiff import cli
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.run_directory import list_checkpoints
-from fastdiff.commands.train import build_diffusion
+from fastdiff.commands.train_build import build_diffusion
 from fastdiff.errors import InputError
 from fastdiff.models import presets
 from fastdiff.training import TrainConfig

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from fastdiff import UNet
+from fastdiff import EncoderUNet, UNet
 from fastdiff.errors import InputError
 from fastdiff.models import presets
+from fastdiff.models.encoder import Encoder
 from fastdiff.process.gaussian import create_diffusion
 from fastdiff.training.config import TrainConfig
 
@@ -23,6 +24,10 @@ PRINTED = {
     "iddpm-imagenet64-96": "68",
     "iddpm-imagenet64-128": "121",
     "iddpm-imagenet64-192": "272",
+    "classifier-64": "65",
+    "classifier-128": "43",
+    "classifier-256": "54",
+    "classifier-512": "54",
 }
 # (heads, tokens, head_dim): count, in one forward pass at the preset's image size.
 ATTENTION = {
@@ -36,9 +41,10 @@ ATTENTION = {
 }
 
 
-def on_meta(name: str, **overrides) -> UNet:
+def on_meta(name: str) -> Encoder:
+    kind = {"UNet": UNet, "EncoderUNet": EncoderUNet}[presets.get(name).network]
     with torch.device("meta"):
-        return UNet.from_preset(name, **overrides)
+        return kind.from_preset(name)
 
 
 @pytest.mark.parametrize("name", PRINTED)
@@ -50,9 +56,10 @@ def test_parameter_count_to_the_printed_precision(name):
     assert presets.get(name).params == printed
 
 
-def test_digits_preset_is_small():
-    count = sum(p.numel() for p in on_meta("digits").parameters())
-    assert 0.5e6 < count < 1e6 and f"{count / 1e6:.1f}" == presets.get("digits").params
+@pytest.mark.parametrize("name", ["digits", "classifier-digits"])
+def test_digits_presets_are_small(name):
+    count = sum(p.numel() for p in on_meta(name).parameters())
+    assert 0.3e6 < count < 1e6 and f"{count / 1e6:.1f}" == presets.get(name).params
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -80,10 +87,13 @@ def test_network_diffusion_and_training_fit_each_other(name):
     preset = presets.get(name)
     diffusion = create_diffusion(**preset.diffusion)
     learned = diffusion.var_type in ("learned", "learned_range")
-    channels = preset.model["in_channels"]
-    assert preset.model["out_channels"] == (2 * channels if learned else channels)
-    config = TrainConfig(**preset.train)
-    assert config.lr == preset.train["lr"] and config.ema
+    channels, config = preset.model["in_channels"], TrainConfig(**preset.train)
+    assert config.lr == preset.train["lr"]
+    if preset.network == "UNet":
+        assert preset.model["out_channels"] == (2 * channels if learned else channels)
+        assert config.ema
+    else:
+        assert not learned and preset.model["pool"] == "attention"
 
 
 def test_published_hyperparameters():
@@ -109,6 +119,19 @@ def test_published_hyperparameters():
     assert create_diffusion(**presets.get("ddpm-256").diffusion).var_type == "fixed_small"
     rates = [presets.get(f"iddpm-imagenet64-{c}").train["lr"] for c in (64, 96, 128, 192)]
     assert rates == pytest.approx([1.414e-4, 1.155e-4, 1e-4, 8.165e-5], rel=1e-3)
+
+
+def test_published_classifiers():
+    """The flags that train and sample with them, and create_classifier's defaults."""
+    rows = {name: presets.get(f"classifier-{name}") for name in (64, 128, 256, 512)}
+    assert [row.model["num_res_blocks"] for row in rows.values()] == [4, 2, 2, 2]
+    assert rows[64].model["attention_resolutions"] == (2, 4, 8)
+    assert rows[512].model["channel_mult"] == (0.5, 1, 1, 2, 2, 4, 4)
+    schedules = [row.diffusion["noise_schedule"] for row in rows.values()]
+    assert schedules == ["cosine", "linear", "linear", "linear"]
+    train = rows[128].train
+    found = train["lr"], train["batch_size"], train["steps"], train["weight_decay"]
+    assert found == (3e-4, 256, 300_000, 0.05) and train["lr_schedule"] == "linear"
 
 
 def test_overrides_win():

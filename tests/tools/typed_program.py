@@ -32,6 +32,10 @@ assert_type(edm.respace(18), fastdiff.EDM)
 assert_type(edm.training_losses(model, torch.randn(2, 1, 8, 8), torch.rand(2)), dict[str, Tensor])
 assert_type(fastdiff.best_timesteps(process, 50, betas), list[int])
 
+classifier = fastdiff.EncoderUNet.from_preset("classifier-digits")
+assert_type(classifier, fastdiff.EncoderUNet)
+assert_type(fastdiff.NoisyClassification(process).diffusion, fastdiff.GaussianDiffusion)
+
 # Sampling
 table = fastdiff.StepTable.from_process(process, method="ddim")
 assert_type(table, fastdiff.StepTable)
@@ -39,6 +43,8 @@ sampler = fastdiff.Sampler(model, process, steps=50, method="ddim")
 assert_type(sampler.sample((4, 1, 8, 8), seed=0), Tensor)
 assert_type(sampler.iterate((4, 1, 8, 8)), Iterator[dict[str, Any]])
 fastdiff.Sampler(lambda x, t: x, exploding, steps=20)
+cond_fn = fastdiff.classifier_gradient(classifier, scale=2.0)
+fastdiff.Sampler(model, process, steps=20, cond_fn=cond_fn)
 fastdiff.Sampler(lambda x, t: x, edm, steps=18)
 
 # Operations
