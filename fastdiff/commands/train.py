@@ -20,11 +20,11 @@ from fastdiff.commands.train_options import (
     part_of,
     recipe_of,
 )
+from fastdiff.commands.train_process import build_process, decided
 from fastdiff.data import ImageDataset, load_dataset
 from fastdiff.errors import InputError
 from fastdiff.models import presets
 from fastdiff.models.unet import UNet
-from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
 from fastdiff.ranks import Ranks, join, said_by_first
 from fastdiff.training import TrainConfig, Trainer
 from fastdiff.training.init import Init, describe_init, fit_to_init, read_init
@@ -131,7 +131,8 @@ def _parts(given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     torch.manual_seed(config.seed)
     lines = ""
     if init is None:
-        diffusion = build_diffusion(preset.diffusion, part_of(given, "diffusion"))
+        flags = part_of(given, "diffusion")
+        diffusion = build_process(preset.diffusion, flags, f"the preset {preset.name}")
         model = build_model({**preset.model, **part_of(given, "model")}, diffusion, dataset, config)
     else:
         diffusion = _init_diffusion(init, given)
@@ -162,13 +163,9 @@ def _init_diffusion(init: Init, given: Mapping[str, Any]) -> Any:
                 f"{init.path} holds a network without its process: give --preset for the process "
                 "it was trained with, and flags for what differs"
             )
-        return build_diffusion(presets.get(given["preset"]).diffusion, flags)
-    if not flags:
-        return init.diffusion
-    recipe = init.diffusion.to_config() if isinstance(init.diffusion, GaussianDiffusion) else {}
-    if not recipe or "betas" in recipe:
-        raise InputError(f"{init.path} keeps its process as it is; leave the diffusion flags out")
-    return build_diffusion(recipe, flags)
+        preset = presets.get(given["preset"])
+        return build_process(preset.diffusion, flags, f"the preset {preset.name}")
+    return build_process(init.diffusion.to_config(), flags, init.path) if flags else init.diffusion
 
 
 def _init_model(init: Init, flags: Mapping[str, Any]) -> Any:
@@ -259,43 +256,9 @@ def _load_eval(
     )
 
 
-def build_diffusion(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> GaussianDiffusion:
-    """create_diffusion with ``recipe``, where a flag replaces whatever else decides its matter."""
-    recipe = dict(recipe)
-    if "diffusion_steps" in flags:
-        recipe["steps"] = flags["diffusion_steps"]
-    for name in ("noise_schedule", "rescale_timesteps", "zero_terminal_snr"):
-        if name in flags:
-            recipe[name] = flags[name]
-    if "learn_sigma" in flags:
-        # The published default with a learned variance: the hybrid loss.
-        _decide(recipe, {"learn_sigma": flags["learn_sigma"]}, "sigma_small", "var_type")
-        if flags["learn_sigma"] and not recipe.get("use_kl"):
-            recipe["rescale_learned_sigmas"] = recipe.get("loss_type") in (None, "rescaled_mse")
-    if "variance" in flags:
-        if flags.get("learn_sigma", False) and flags["variance"] != "learned_range":
-            raise InputError(f"--learn-sigma contradicts --variance {flags['variance']}: give one")
-        _decide(recipe, {"var_type": flags["variance"]}, "learn_sigma", "sigma_small")
-    if "predict" in flags:
-        _decide(recipe, {"mean_type": flags["predict"]}, "predict_xstart")
-    if "loss" in flags:
-        _decide(recipe, {"loss_type": flags["loss"]}, "use_kl", "rescale_learned_sigmas")
-    if "min_snr" in flags:
-        gamma = flags["min_snr"]
-        recipe["loss_weighting"] = "min_snr" if gamma else None
-        recipe["min_snr_gamma"] = gamma or 5.0
-    return create_diffusion(**recipe)
-
-
-def _decide(recipe: dict[str, Any], choice: dict[str, Any], *overruled: str) -> None:
-    for name in overruled:
-        recipe.pop(name, None)
-    recipe.update(choice)
-
-
 def build_model(
     arguments: Mapping[str, Any],
-    diffusion: GaussianDiffusion,
+    diffusion: Any,
     dataset: ImageDataset,
     config: TrainConfig,
 ) -> UNet:
@@ -305,7 +268,7 @@ def build_model(
         **{
             **arguments,
             "in_channels": dataset.channels,
-            "out_channels": dataset.channels * (2 if diffusion.learns_variance else 1),
+            "out_channels": dataset.channels * (1 + getattr(diffusion, "learns_variance", False)),
             "num_classes": dataset.num_classes,
             "null_class": config.label_dropout > 0 and dataset.num_classes is not None,
             "image_size": height if height == width else [height, width],
@@ -327,23 +290,12 @@ def check_same_run(saved: SavedRun, given: Mapping[str, Any]) -> None:
         _check_unchanged(saved.path, name, saved.model.config[name], value)
 
     flags = part_of(given, "diffusion")
-    recipe = saved.diffusion.to_config()
-    if flags and "betas" in recipe:
-        raise InputError(f"{saved.path} keeps its betas as they are; leave the diffusion flags out")
     if flags:
-        asked = build_diffusion(recipe, flags)
-        for flag, name in (
-            ("diffusion_steps", "num_timesteps"),
-            ("predict", "mean_type"),
-            ("variance", "var_type"),
-            ("loss", "loss_type"),
-            ("min_snr", "loss_weighting"),
-            ("min_snr", "min_snr_gamma"),
-            ("rescale_timesteps", "rescale_timesteps"),
-        ):
-            before, now = (getattr(process, name) for process in (saved.diffusion, asked))
+        asked = build_process(saved.diffusion.to_config(), flags, str(saved.path))
+        both = zip(decided(saved.diffusion), decided(asked), strict=False)  # other kinds: the first
+        for (flag, before), (_, now) in both:
             _check_unchanged(saved.path, flag, before, now)
-        if not np.array_equal(asked.betas, saved.diffusion.betas):
+        if not np.array_equal(asked.noise_scale, saved.diffusion.noise_scale):
             raise InputError(f"the noise schedule is not the one {saved.path} was trained with")
 
 
