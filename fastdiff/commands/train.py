@@ -1,6 +1,7 @@
 """``fastdiff train``: a data set, a preset and flags in; a run directory out."""
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
             )
         )
         trainer = (_resume if goes_on else _start)(run_dir, given, ranks)
+        if trainer.config.graph == "auto":
+            trainer.callbacks.append(functools.partial(_say_how, trainer.step + 1))
         try:
             trainer.fit()
         except (KeyboardInterrupt, SystemExit):
@@ -64,6 +67,12 @@ def run(args: argparse.Namespace) -> int:
         path = trainer.last_checkpoint
         print(f"{trainer.step} steps done, {left} left; newest checkpoint: {path}")
     return 0
+
+
+def _say_how(first: int, trainer: Trainer, values: Mapping[str, float]) -> None:
+    """After the first step: whether steps run as CUDA graphs, and why."""
+    if trainer.step == first:
+        print(trainer.graphs.why, flush=True)
 
 
 def _goes_on(run_dir: Path, resume: bool) -> bool:

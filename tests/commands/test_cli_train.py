@@ -64,9 +64,12 @@ def test_flags_reach_network_process_and_trainer(tmp_path, images, capsys):
         "--timestep-sampler loss-second-moment --flip --betas 0.8,0.9 --grad-clip 0 --seed 7 "
         "--microbatch 4 --dtype bfloat16 --workers 1 --noise-schedule linear --diffusion-steps 30 "
         "--sample-every 3 --sample-count 4 --sample-steps 2 --nll-every 3 --nll-images 2 "
+        "--graph auto"
     )
     assert train(QUICK, flags, "--data", images, "--out", run, "--device cpu") == 0
-    assert f"newest checkpoint: {run}/checkpoints/step_00000003" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"newest checkpoint: {run}/checkpoints/step_00000003" in said
+    assert said.count("the step runs eagerly: CUDA graphs need a CUDA device, and it is on") == 1
 
     loaded = checkpoint.load(list_checkpoints(run)[-1])
     model, diffusion = loaded.config["model"], loaded.diffusion
@@ -101,6 +104,7 @@ def test_flags_reach_network_process_and_trainer(tmp_path, images, capsys):
         nll_every=3,
         nll_images=2,
         workers=1,
+        graph="auto",
         tensorboard=False,
     )
     names = {path.name for path in run.iterdir()}
