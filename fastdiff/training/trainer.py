@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoints.network import Given
-from fastdiff.checkpoints.run_directory import held, newest_checkpoint, require_run
+from fastdiff.checkpoints.run_directory import held_for_all, newest_checkpoint, require_run
 from fastdiff.checks import choose_device
 from fastdiff.data import ImageDataset, match_classes
 from fastdiff.data.processes import is_gone, unreadable, unwatched
@@ -225,13 +225,9 @@ class Trainer:
     ) -> SavedRun:
         """The newest checkpoint of ``run_dir``, for ``from_saved``; InputError as ``resume``."""
         run = Path(run_dir)
-        with contextlib.ExitStack() as stack:
-            ranks.on_first(lambda: require_run(run))
-            # No other process deletes it while it is read.
-            ranks.on_first(lambda: stack.enter_context(held(run)) and None)
-            found = ranks.together(lambda: read_checkpoint(newest_checkpoint(run), model))
-            ranks.gather(None)
-        return found
+        ranks.on_first(lambda: require_run(run))
+        with held_for_all(run, ranks):  # no other process deletes it while it is read
+            return ranks.together(lambda: read_checkpoint(newest_checkpoint(run), model))
 
     @classmethod
     def from_saved(
