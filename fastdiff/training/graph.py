@@ -97,6 +97,7 @@ class StepGraphs:
 
     def _capture(self, step: int, inputs: StepInputs) -> None:
         """Capture what can be and is not yet, or find out that steps are better taken eagerly."""
+        self.device = inputs.t.device  # with its number, by which streams and pools are found
         if self.captured is not None and self.captured.weights != _places(self.model):
             self.captured = self.applied = None
         try:

@@ -79,6 +79,12 @@ class Node:
         self.agent.kill()
         self.agent.wait()
 
+    def freeze(self):
+        """Nothing runs there any more, and no connection is closed: the machine stands still, or
+        its network is cut."""
+        for pid in (self.agent.pid, *children(self.agent.pid)):
+            os.kill(pid, signal.SIGSTOP)
+
     def finish(self):
         """(exit code, what all of the node printed)"""
         return self.agent.wait(WAIT), self.said()
