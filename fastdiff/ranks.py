@@ -36,6 +36,7 @@ ARRIVAL = 10.0  # minutes for all processes to find each other
 # process dies, torchrun ends the others; the limit is for those that hang.
 DRAWING = 24 * 60.0
 FAREWELL = 5  # seconds in which a process that lost the others waits for what they say of it
+ANSWER = 5  # seconds in which the store has to answer
 PULSE = 1  # seconds between signs of life
 
 EXPECTED = (InputError, TrainingError, OSError)  # what the command line prints as one line
@@ -172,8 +173,8 @@ class Ranks:
             yield
         except Exception as error:
             if self.store is not None:
-                with suppress(RuntimeError):  # whoever holds the store may be gone
-                    self.store.set(f"failed/{self.rank}", first_line(error))
+                said = first_line(error)
+                _asked(lambda: self.store.set(f"failed/{self.rank}", said), ANSWER)
             raise
 
     @contextmanager
@@ -192,31 +193,39 @@ class Ranks:
             if speaker != self.rank:
                 raise SystemExit(2) from error
             who = f"rank {', '.join(map(str, gone))} of {self.count}" if gone else "another rank"
+            if gone is None:
+                place = os.environ.get(PLACE[0])
+                who += f", and with it the store at {place}, by which they met,"
             raise LostRank(
                 f"lost {who} without a word: killed, its machine gone, or hanging for longer than "
                 f"{self.minutes:g} minutes"
             ) from error
 
-    def _roll_call(self) -> tuple[list[int], int | None]:
-        """(the ranks that are gone, the rank that says so), after some seconds. No rank says it
-        where one has said why it failed.
+    def _roll_call(self) -> tuple[list[int] | None, int | None]:
+        """(the ranks that are gone, the rank that says so), after some seconds: None for the first
+        where the store is gone with them, for the second where one has said why it failed.
+        """
+        if self.store is None:
+            return [], self.rank
+        found = _asked(self._found_by_store, FAREWELL + ANSWER)
+        if found:
+            return found[0]
+        return None, self.rank if _first_without_store(self.rank) else None
+
+    def _found_by_store(self) -> tuple[list[int], int | None]:
+        """:meth:`_roll_call` where the store answers.
 
         A rank that waits for another cannot answer, but its pulse goes on; one that hangs has a
         pulse and never answers.
         """
         ranks = range(self.count)
-        if self.store is None:
-            return [], self.rank
-        try:
-            self.store.set(f"here/{self.rank}", "")
-            before = [self._pulse_of(rank) for rank in ranks]
-            time.sleep(FAREWELL)
-            if any(self.store.check([f"failed/{rank}"]) for rank in ranks):
-                return [], None
-            here = [rank for rank in ranks if self.store.check([f"here/{rank}"])]
-            beating = [rank for rank in ranks if self._pulse_of(rank) != before[rank]]
-        except RuntimeError:  # the store went with what held it
-            return [], self.rank if _first_without_store(self.rank) else None
+        self.store.set(f"here/{self.rank}", "")
+        before = [self._pulse_of(rank) for rank in ranks]
+        time.sleep(FAREWELL)
+        if any(self.store.check([f"failed/{rank}"]) for rank in ranks):
+            return [], None
+        here = [rank for rank in ranks if self.store.check([f"here/{rank}"])]
+        beating = [rank for rank in ranks if self._pulse_of(rank) != before[rank]]
         dead = [rank for rank in ranks if rank not in {*here, *beating}]
         if dead:
             return dead, min({*here, *beating})
@@ -224,6 +233,22 @@ class Ranks:
 
     def _pulse_of(self, rank: int) -> int:
         return self.store.add(f"pulse/{rank}", 0)
+
+
+def _asked(question: Callable[[], T], seconds: float) -> list[T]:
+    """The answer to what is asked of the store; none where that went with what held it, or does not
+    come: a store whose machine stands still is waited for for ever, whatever limit torch is given.
+    """
+    answers: list[T] = []
+
+    def ask() -> None:
+        with suppress(RuntimeError):
+            answers.append(question())
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers
 
 
 def _first_without_store(rank: int) -> bool:
@@ -321,7 +346,7 @@ def join(device: str | None, minutes: float = DRAWING) -> Ranks:
         torch.cuda.set_device(choose_device(device))
     attempt = _attempt(rank, count) if _has_agent() else "only"
     if not torch.distributed.is_initialized():
-        _meet("nccl" if on_gpus else "gloo", rank, count, attempt)
+        _meet("nccl" if on_gpus else "gloo", rank, count, attempt, minutes)
     group = _line(minutes)
     _begin_pulse(_store(attempt), rank)
     return Ranks(rank, count, device, group, _store(attempt), minutes)
@@ -333,16 +358,23 @@ def _line(minutes: float) -> Any:
     return torch.distributed.new_group(backend="gloo", timeout=limit)
 
 
-def _meet(backend: str, rank: int, count: int, attempt: str) -> None:
+def _meet(backend: str, rank: int, count: int, attempt: str, minutes: float) -> None:
     """``init_process_group``, under names that no earlier attempt has left in the agent's store:
     torch's own are the same each time, and gloo would wait for processes that are gone
-    (github.com/pytorch/pytorch/issues/135712)."""
+    (github.com/pytorch/pytorch/issues/135712).
+
+    Gradients are averaged by this group. On GPUs its limit is twice the CPU group's: those who wait
+    there for the same rank speak before torch's watchdog ends the process.
+    """
     arrival = datetime.timedelta(minutes=ARRIVAL)
-    if not _has_agent():
-        torch.distributed.init_process_group(backend, timeout=arrival)
-        return
+    store: Any
+    if _has_agent():
+        store = _store(f"torch/{attempt}")
+    else:
+        store = next(torch.distributed.rendezvous("env://", rank, count, timeout=arrival))[0]
+    limit = datetime.timedelta(minutes=minutes * (2 if backend == "nccl" else 1))
     torch.distributed.init_process_group(
-        backend, store=_store(f"torch/{attempt}"), rank=rank, world_size=count, timeout=arrival
+        backend, store=store, rank=rank, world_size=count, timeout=limit
     )
 
 

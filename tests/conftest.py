@@ -1,7 +1,9 @@
 """The choice of tests, and the fixtures of more than one folder."""
 
+import functools
 from pathlib import Path
 from runpy import run_path
+from types import SimpleNamespace
 
 # Before torch is imported, for this process and those that tests start: as the command does.
 run_path(str(Path(__file__).parents[1] / "fastdiff" / "wait_policy.py"))["choose"]()
@@ -74,6 +76,21 @@ def made():
 
     with taped() as count:
         yield count
+
+
+@pytest.fixture
+def device(request, monkeypatch):
+    """Where captured steps run, a GPU or the CPU with a fake of torch.cuda: ``name``, and ``cuda``:
+    torch.cuda or the fake. cuDNN takes the same kernels in a graph and eagerly."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    if request.param == "cuda":
+        draw = functools.partial(torch.randn, device="cuda")
+        yield SimpleNamespace(name="cuda", cuda=torch.cuda, draw=draw)
+        return
+    from fake_cuda import faked
+
+    with faked() as cuda:
+        yield SimpleNamespace(name="cpu", cuda=cuda, draw=cuda.draw)
 
 
 @pytest.fixture

@@ -150,6 +150,7 @@ def full(out: Path, dry: bool) -> Run:
         of.module("first", 120, phase="import"),
         of.module("compiled", 130, measures=True),
         of.module("eager", 45, measures=True, needs=("diffusers",)),
+        of.module("training", 25, measures=True),
         *(of.benchmark(operation, limit_s) for operation, limit_s in OPERATIONS.items()),
         of.accuracy("cuda", 30, "cuda kernels"),
         of.accuracy("triton", 30, "triton"),
@@ -158,7 +159,7 @@ def full(out: Path, dry: bool) -> Run:
         of.tests("cuda_tests", 90, "-m", "cuda", "tests", *apart),
         of.module("report", 10, reserved=True),
     )
-    return Run("gpu-full", 415, phases)
+    return Run("gpu-full", 420, phases)
 
 
 RUNS = {"first": first, "full": full}

@@ -41,6 +41,9 @@ def report(rows: list[Row]) -> str:
             ("network", "batch", "contender", "norms", "ms/step", "% of matmul", "PSNR dB"),
             sampling(rows),
         ),
+        section(
+            "Training", ("network", "batch", "contender", "ms/step", "images/s"), training(rows)
+        ),
         section("Operations", (*CASE, "contender", "us", "GB/s", "% of copy"), operations(rows)),
         section(
             "Benchmarks",
@@ -84,6 +87,11 @@ def sampling(rows: list[Row]) -> Iterator[Sequence[Any]]:
         first = members[0]
         step, psnr = median(members, "ms_per_step"), first.get("psnr_db")
         yield network, batch, contender, first.get("norms"), step, share, psnr
+
+
+def training(rows: list[Row]) -> Iterator[Sequence[Any]]:
+    for key, members in grouped(of_kind(rows, "step_ms"), "network", "batch", "contender"):
+        yield *key, median(members, "step_ms"), median(members, "images_per_s")
 
 
 def operations(rows: list[Row]) -> Iterator[Sequence[Any]]:

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,23 +60,26 @@ def measure(
     preset: str, batch: int, dtype: str, turns: int, shard: bool, roofline: bool, ranks: Ranks
 ) -> dict[str, float]:
     """The medians of this rank's turns, and its memory in MB (1e6 bytes)."""
-    torch.manual_seed(0)
-    settings = presets.get(preset)
-    config = TrainConfig(
-        **{**settings.train, "batch_size": batch, "dtype": dtype, "shard": shard},
-        tensorboard=False,
-    )
-    model, data = fastdiff.UNet.from_preset(preset), noise_images(preset, 2 * batch)
-    diffusion = fastdiff.create_diffusion(**settings.diffusion)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model, diffusion, data, config, Path(folder) / "run", progress=False, ranks=ranks
-        )
+        trainer = trainer_of(preset, batch, Path(folder) / "run", ranks, dtype=dtype, shard=shard)
         times, peaks = taken(trainer, turns, getattr(torch, dtype) if roofline else None)
     found = {"step_s": statistics.median(times)}
     if peaks:
         found["matmul_tflops"] = statistics.median(peaks)
     return {**found, **memory(trainer)}
+
+
+def trainer_of(
+    preset: str, batch: int, run: Path, ranks: Ranks | None = None, **settings: Any
+) -> Trainer:
+    """A preset's, but for its batch, which is of all ranks, and ``settings``; its images are
+    noise."""
+    torch.manual_seed(0)
+    found = presets.get(preset)
+    config = TrainConfig(**{**found.train, "batch_size": batch, **settings, "tensorboard": False})
+    model, data = fastdiff.UNet.from_preset(preset), noise_images(preset, 2 * batch)
+    diffusion = fastdiff.create_diffusion(**found.diffusion)
+    return Trainer(model, diffusion, data, config, run, progress=False, ranks=ranks)
 
 
 def noise_images(preset: str, count: int) -> ArrayDataset:

@@ -9,14 +9,17 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastdiff.errors import InputError
 from fastdiff.locks import NAME as LOCK
 from fastdiff.locks import release, take
+
+if TYPE_CHECKING:  # it loads torch
+    from fastdiff.ranks import Ranks
 
 RUN_KIND = "fastdiff run"  # what config.json says of itself; those of older versions do not
 
@@ -118,6 +121,15 @@ def held(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         release(lock)
+
+
+@contextmanager
+def held_for_all(run_dir: Path, ranks: "Ranks") -> Iterator[None]:
+    """``held`` while all ``ranks``, who call it together, are inside: rank 0 has the lock."""
+    with ExitStack() as stack:
+        ranks.on_first(lambda: stack.enter_context(held(run_dir)))
+        yield
+        ranks.gather(None)
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:

@@ -1,6 +1,7 @@
 """``fastdiff train``: a data set, a preset and flags in; a run directory out."""
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ import torch
 from fastdiff.checkpoints.run_directory import identify, list_checkpoints, require_run
 from fastdiff.commands.data_options import KINDS_OF_DATA, reading_options
 from fastdiff.commands.output import said_once
-from fastdiff.commands.train_build import build_diffusion, built, check_pool
+from fastdiff.commands.train_build import built, check_pool
 from fastdiff.commands.train_options import (
     DEFAULT_PRESET,
     add_arguments,
@@ -21,11 +22,11 @@ from fastdiff.commands.train_options import (
     part_of,
     recipe_of,
 )
+from fastdiff.commands.train_process import build_process, decided, noised_by
 from fastdiff.data import ImageDataset, load_dataset
 from fastdiff.errors import InputError
 from fastdiff.models import presets
 from fastdiff.models.encoder import Encoder
-from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.ranks import Ranks, join, said_by_first
 from fastdiff.training import TrainConfig, Trainer
 from fastdiff.training.init import Init, describe_init, fit_to_init, read_init
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
             )
         )
         trainer = (_resume if goes_on else _start)(run_dir, given, ranks)
+        if trainer.config.graph == "auto":
+            trainer.callbacks.append(functools.partial(_say_how, trainer.step + 1))
         try:
             trainer.fit()
         except (KeyboardInterrupt, SystemExit):
@@ -65,6 +68,12 @@ def run(args: argparse.Namespace) -> int:
         path = trainer.last_checkpoint
         print(f"{trainer.step} steps done, {left} left; newest checkpoint: {path}")
     return 0
+
+
+def _say_how(first: int, trainer: Trainer, values: Mapping[str, float]) -> None:
+    """After the first step: whether steps run as CUDA graphs, and why."""
+    if trainer.step == first:
+        print(trainer.graphs.why, flush=True)
 
 
 def _goes_on(run_dir: Path, resume: bool) -> bool:
@@ -162,13 +171,9 @@ def _init_diffusion(init: Init, given: Mapping[str, Any]) -> Any:
                 f"{init.path} holds a network without its process: give --preset for the process "
                 "it was trained with, and flags for what differs"
             )
-        return build_diffusion(presets.get(given["preset"]).diffusion, flags)
-    if not flags:
-        return init.diffusion
-    recipe = init.diffusion.to_config() if isinstance(init.diffusion, GaussianDiffusion) else {}
-    if not recipe or "betas" in recipe:
-        raise InputError(f"{init.path} keeps its process as it is; leave the diffusion flags out")
-    return build_diffusion(recipe, flags)
+        preset = presets.get(given["preset"])
+        return build_process(preset.diffusion, flags, f"the preset {preset.name}")
+    return build_process(init.diffusion.to_config(), flags, init.path) if flags else init.diffusion
 
 
 def _init_model(init: Init, flags: Mapping[str, Any]) -> Any:
@@ -273,24 +278,13 @@ def check_same_run(saved: SavedRun, given: Mapping[str, Any]) -> None:
         _check_unchanged(saved.path, name, saved.model.config[name], value)
 
     flags = part_of(given, "diffusion")
-    process = getattr(saved.diffusion, "diffusion", saved.diffusion)  # of a classifier's training
-    recipe = process.to_config()
-    if flags and "betas" in recipe:
-        raise InputError(f"{saved.path} keeps its betas as they are; leave the diffusion flags out")
     if flags:
-        asked = build_diffusion(recipe, flags)
-        for flag, name in (
-            ("diffusion_steps", "num_timesteps"),
-            ("predict", "mean_type"),
-            ("variance", "var_type"),
-            ("loss", "loss_type"),
-            ("min_snr", "loss_weighting"),
-            ("min_snr", "min_snr_gamma"),
-            ("rescale_timesteps", "rescale_timesteps"),
-        ):
-            before, now = (getattr(found, name) for found in (process, asked))
+        process = noised_by(saved.diffusion)
+        asked = build_process(process.to_config(), flags, str(saved.path))
+        both = zip(decided(process), decided(asked), strict=False)  # other kinds: the first
+        for (flag, before), (_, now) in both:
             _check_unchanged(saved.path, flag, before, now)
-        if not np.array_equal(asked.betas, process.betas):
+        if not np.array_equal(asked.noise_scale, process.noise_scale):
             raise InputError(f"the noise schedule is not the one {saved.path} was trained with")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastdiff.commands.config_file import read_config
 from fastdiff.commands.data_options import KINDS_OF_DATA, READING, add_reading_arguments
+from fastdiff.commands.train_process import KINDS
 from fastdiff.models import presets
 from fastdiff.models.encoder_unet import POOLS
 from fastdiff.process.losses import LOSS_TYPES
@@ -59,7 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_data_flags(parser)
     _add_train_flags(parser.add_argument_group("training (a preset has its own defaults)"))
     _add_model_flags(parser.add_argument_group("network (defaults: the preset's)"))
-    _add_diffusion_flags(parser.add_argument_group("diffusion (defaults: the preset's)"))
+    _add_diffusion_flags(
+        parser.add_argument_group(
+            "diffusion (defaults: the preset's, and of another process than its own those of the "
+            "process)"
+        )
+    )
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -167,7 +173,8 @@ def _add_model_flags(group: Any) -> None:
 
 def _add_diffusion_flags(group: Any) -> None:
     for name, kind, note, choices in (
-        ("diffusion_steps", int, "number of noise levels T", ()),
+        ("process", str, "what is trained", tuple(KINDS)),
+        ("diffusion_steps", int, "number of noise levels T; edm: of those to sample at", ()),
         ("noise_schedule", str, "linear, cosine, quad, warmup10, warmup50, const or jsd", ()),
         ("learn_sigma", bool, "learn the variance's interpolation, with the hybrid loss", ()),
         ("variance", str, "of the reverse process", VAR_TYPES),
@@ -175,6 +182,12 @@ def _add_diffusion_flags(group: Any) -> None:
         ("loss", str, "what is minimised", LOSS_TYPES),
         ("rescale_timesteps", bool, "give the network timesteps scaled to 0 ... 1000", ()),
         ("zero_terminal_snr", bool, "rescale the schedule to end without signal", ()),
+        ("sigma_data", float, "edm: the standard deviation of the images (default: 0.5)", ()),
+        ("P_mean", float, "edm: ln sigma is trained at N(P_mean, P_std^2) (default: -1.2)", ()),
+        ("P_std", float, "edm: see --P-mean (default: 1.2)", ()),
+        ("sigma_min", float, "edm, variance-exploding: the least noise (default: 0.002, 0.01)", ()),
+        ("sigma_max", float, "edm, variance-exploding: the most noise (default: 80, 50)", ()),
+        ("rho", float, "edm: exponent of the levels to sample at (default: 7)", ()),
     ):
         _add_flag(group, "diffusion", name, kind, note, choices)
     group.add_argument(

@@ -6,11 +6,9 @@ and scale; what it does depend on is its key (``key_of``).
 """
 
 import threading
-import time
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -22,7 +20,7 @@ from fastdiff.errors import InputError, TrainingError, first_line
 from fastdiff.methods.table import COLUMNS
 from fastdiff.ops import backends
 from fastdiff.ops.counters import signed
-from fastdiff.sampling.cuda_graph import CudaGraph
+from fastdiff.sampling.cuda_graph import CudaGraph, seconds_a_call
 from fastdiff.sampling.kwargs import Unknown, map_tensors, structure, tensors_of
 from fastdiff.sampling.network.network import Network
 from fastdiff.sampling.noise import CounterNoise, HeldNoise
@@ -31,7 +29,6 @@ from fastdiff.sampling.step import Run
 
 MOST_GRAPHS = 8
 LEAST_ROWS = 4096  # of a captured table; longer ones get a graph of their own
-MEASURED = 4  # steps at a time
 
 
 class CapturedStep:
@@ -216,7 +213,7 @@ class Graphs:
                 return self._refused(first_line(cause))
             with torch.no_grad():
                 replayed, eager = (
-                    _seconds(call, device) for call in (step.graph.replay, step._step)
+                    seconds_a_call(call, device) for call in (step.graph.replay, step._step)
                 )
         self.attributes = run.network.attributes()  # a forward may count its calls in one
         figures = f"{1e3 * replayed:.3g} ms a step, {1e3 * eager:.3g} ms eagerly"
@@ -263,21 +260,6 @@ def key_of(run: Run, x: Tensor) -> tuple:
         (conditions.x_start, run.mean_is_output, conditions.known is not None, run.self_condition),
         (backends.named(), torch.get_float32_matmul_precision()),
     )
-
-
-def _seconds(call: Callable[[], None], device: torch.device) -> float:
-    """The time of one call among several that the device works off one after the other."""
-    # Of the whole device nobody may wait while another thread captures.
-    wait = torch.cuda.current_stream(device).synchronize if device.type == "cuda" else nullcontext
-    times = []
-    for _ in range(3):
-        wait()
-        started = time.perf_counter()
-        for _ in range(MEASURED):
-            call()
-        wait()
-        times.append((time.perf_counter() - started) / MEASURED)
-    return sorted(times)[1]
 
 
 def _without_cast_cache(device: torch.device) -> Any:

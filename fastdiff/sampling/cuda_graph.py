@@ -1,14 +1,17 @@
 """One call as a CUDA graph: captured on the device's side stream, replayed on any."""
 
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import cuda
 from torch.backends import cudnn
+
+MEASURED = 4  # calls at a time
 
 # Of the process, because PyTorch takes one capture at a time and the modes set here are global. On
 # its device other samplers' replays wait meanwhile: they share the stream's workspace.
@@ -63,23 +66,27 @@ class Side:
 class CudaGraph:
     """One call recorded as a CUDA graph; ``replay`` runs it again on the same memory.
 
-    ``place``: a memory pool, which a sampler's graphs share, and the side of the device.
+    ``place``: a memory pool, which a sampler's graphs share, and the side of the device. ``warm``:
+    the call is made twice before, which is not for one that has been made and changes something.
     """
 
-    def __init__(self, call: Callable[[], None], device: torch.device, place: Any):
+    def __init__(
+        self, call: Callable[[], Any], device: torch.device, place: Any, *, warm: bool = True
+    ):
         self.graph = cuda.CUDAGraph()
         pool, self.side = place
         with self.side.use(), fastest_convolutions():
-            call()  # libraries and Triton set themselves up, models keep what they compute once
-            with waiting_refused():
-                call()
+            if warm:
+                call()  # libraries and Triton set themselves up, models keep what they compute once
+                with waiting_refused():
+                    call()
             try:
                 self._capture(call, pool)
             except BaseException:
                 _clean_up(self.graph, device, pool, self.side)
                 raise
 
-    def _capture(self, call: Callable[[], None], pool: Any) -> None:
+    def _capture(self, call: Callable[[], Any], pool: Any) -> None:
         # Out of a capture that failed cuda.graph does not always find back to its stream.
         with cuda.stream(self.side.stream), _graph(self.graph, pool, self.side):
             call()
@@ -104,6 +111,21 @@ class CudaGraph:
     @staticmethod
     def on(device: torch.device) -> Any:
         return cuda.device(device)
+
+
+def seconds_a_call(call: Callable[[], None], device: torch.device) -> float:
+    """The time of one call among several that the device works off one after the other."""
+    # Of the whole device nobody may wait while another thread captures.
+    wait = cuda.current_stream(device).synchronize if device.type == "cuda" else nullcontext
+    times = []
+    for _ in range(3):
+        wait()
+        started = time.perf_counter()
+        for _ in range(MEASURED):
+            call()
+        wait()
+        times.append((time.perf_counter() - started) / MEASURED)
+    return sorted(times)[1]
 
 
 @contextmanager

@@ -12,6 +12,7 @@ LR_SCHEDULES = ("constant", "linear", "cosine")
 TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment")
 FEATURES = ("efficientnet-lite0", "inception")
 DTYPES = ("float32", "bfloat16", "float16")
+GRAPHS = ("off", "on", "auto")
 
 
 def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), fixed: bool = False) -> Any:
@@ -115,6 +116,11 @@ class TrainConfig:
     )
     workers: int = setting(0, "processes that prepare batches ahead (0: none)")
     compile: bool = setting(False, "run the network through torch.compile")
+    graph: str = setting(
+        "off",
+        "take the steps as CUDA graphs, on one GPU; auto: where that measures faster at the start",
+        choices=GRAPHS,
+    )
     shard: bool = setting(
         False, "spread weights, gradients and optimizer over the processes (FSDP2), for memory"
     )

@@ -16,6 +16,7 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import whole_averages
 from fastdiff.checkpoints.network import Given, described
 from fastdiff.checkpoints.parts import read_parts
+from fastdiff.checkpoints.run_directory import held_for_all
 from fastdiff.checkpoints.snapshots import write_snapshot
 from fastdiff.checkpoints.weights import load_json, load_tensors
 from fastdiff.data.loaders import LoaderStream
@@ -49,6 +50,7 @@ class SavedRun:
     update: Mapping[str, Any] | None
     averages: Mapping[str, Mapping[str, Tensor]]
     tensors: Mapping[str, Tensor]
+    in_parts: bool  # whether the optimizer's are not among them, but in a folder
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The trainer's tensors of one origin: optimizer, timesteps, meter or reader."""
@@ -78,6 +80,7 @@ def read_checkpoint(path: Path, model: Given = None) -> SavedRun:
             update=record.get("update"),
             averages={r: load_tensors(path, f"ema_{r}") for r in loaded.ema_rates},
             tensors=load_tensors(path, STATE),
+            in_parts=(path / OPTIMIZER).is_dir(),
         )
     except (KeyError, TypeError) as error:
         raise InputError(f"{path / STATE}.json lacks {error}; {_advice(path)}") from error
@@ -247,21 +250,30 @@ def restore(trainer: Run, read: SavedRun, data_changed: bool) -> None:
         names = average.keys() & set(trainer.ema.names)
         trainer.ema.load_state_dict(rate, {name: average[name] for name in names})
     trainer.update.check_changes(read.config)
-    trainer.update.load(trainer.ranks.together(lambda: _optimizer_of(read, trainer)), read.update)
+    trainer.update.load(_optimizer_of(read, trainer), read.update)
     trainer.timesteps.load_state_dict(read.part("timesteps"))
     trainer.meter.load_state_dict(read.part("meter"), trainer.ranks.rank)
     trainer.saving.stands(read.path, (read.step, read.reported))
 
 
 def _optimizer_of(read: SavedRun, trainer: Run) -> dict[str, Tensor]:
-    """The optimizer's tensors, in parts as the trainer's are where they were saved so."""
-    folder = read.path / OPTIMIZER
-    if not folder.is_dir():
+    """The optimizer's tensors, in parts as the trainer's are where they were saved so: a call of
+    all ranks, and the one part of a checkpoint that was not read with the others."""
+    if not read.in_parts:
         return read.part(OPTIMIZER)
-    try:
-        return read_parts(folder, moments_like(trainer.model))
-    except InputError as error:
-        raise InputError(f"{error}; {_advice(read.path)}") from error
+
+    def work() -> dict[str, Tensor]:
+        if not read.path.is_dir():
+            raise InputError(
+                f"{read.path} is no longer there: its run was trained on meanwhile, resume again"
+            )
+        try:
+            return read_parts(read.path / OPTIMIZER, moments_like(trainer.model))
+        except InputError as error:
+            raise InputError(f"{error}; {_advice(read.path)}") from error
+
+    with held_for_all(read.path.parents[1], trainer.ranks):
+        return trainer.ranks.together(work)
 
 
 def _restore_reader(trainer: Run, read: SavedRun) -> None:

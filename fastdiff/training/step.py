@@ -20,7 +20,7 @@ def backward(
     kwargs: dict[str, Tensor],
     *,
     microbatch: int,
-    noise: Mapping[str, int],
+    noise: Mapping[str, Any],
     drawn: Tensor | None = None,
     self_condition: SelfCondition | None = None,
     unsynchronised: Callable[[], AbstractContextManager] = nullcontext,
@@ -31,7 +31,8 @@ def backward(
     Args:
         x_start: (N, ...); t, weights: (N,); kwargs: the network's, each (N, ...).
         microbatch: samples per forward pass; 0 takes all.
-        noise: seed, step and first_sample, from which the noise is drawn.
+        noise: seed, step and first_sample, from which the noise is drawn: numbers, or tensors of
+            one element on the device.
         drawn: (N, ...), the noise, where it is drawn already.
         self_condition: how the network is given its own estimate of x_0; None: it is not.
         scaled: what the gradients are those of, from a pass's loss.

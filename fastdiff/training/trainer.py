@@ -6,6 +6,7 @@ import os
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoints.network import Given
-from fastdiff.checkpoints.run_directory import held, newest_checkpoint, require_run
+from fastdiff.checkpoints.run_directory import held_for_all, newest_checkpoint, require_run
 from fastdiff.checks import choose_device
 from fastdiff.data import ImageDataset, match_classes
 from fastdiff.data.processes import is_gone, unreadable, unwatched
@@ -26,6 +27,7 @@ from fastdiff.training.batches import Batches, batches_of, describe
 from fastdiff.training.checks import checked, facts, match_eval
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.feed import Feed
+from fastdiff.training.graph import StepGraphs, StepInputs
 from fastdiff.training.guard import FiniteGuard
 from fastdiff.training.init import fit_to_init, read_init
 from fastdiff.training.metrics import IntervalMeter
@@ -134,6 +136,7 @@ class Trainer:
             lambda: Update(model, config, self.device, optimizer, scheduler)
         )
         self.ranks.agree(self.update.kinds)
+        self.graphs = self.ranks.together(lambda: StepGraphs(self, self._gradients))
         self.parameters, self.optimizer = self.update.parameters, self.update.optimizer
         widths = config.ema_sigma_rel
         self.ema = EMA(self.model, config.ema, warmup=config.ema_warmup, sigma_rel=widths)
@@ -224,13 +227,9 @@ class Trainer:
     ) -> SavedRun:
         """The newest checkpoint of ``run_dir``, for ``from_saved``; InputError as ``resume``."""
         run = Path(run_dir)
-        with contextlib.ExitStack() as stack:
-            ranks.on_first(lambda: require_run(run))
-            # No other process deletes it while it is read.
-            ranks.on_first(lambda: stack.enter_context(held(run)) and None)
-            found = ranks.together(lambda: read_checkpoint(newest_checkpoint(run), model))
-            ranks.gather(None)
-        return found
+        ranks.on_first(lambda: require_run(run))
+        with held_for_all(run, ranks):  # no other process deletes it while it is read
+            return ranks.together(lambda: read_checkpoint(newest_checkpoint(run), model))
 
     @classmethod
     def from_saved(
@@ -316,26 +315,12 @@ class Trainer:
     def _train_step(self) -> None:
         """One optimizer step. Waits for nothing but the next batch (and, on the CPU, the loss)."""
         x_start, kwargs = self.feed.next_batch(self.step)
-        self.feed.seed(self.step)
         u = self.feed.uniform(self.step, TIMESTEPS)
         t, weights = self.timesteps.sample(len(x_start), self.device, u=u)
-        first_sample = self.feed.first_sample
-        self.optimizer.zero_grad(set_to_none=True)
-        losses = backward(
-            self.diffusion,
-            self._predict,
-            x_start,
-            t,
-            weights,
-            kwargs,
-            microbatch=self.config.microbatch,
-            noise={"seed": self.config.seed, "step": self.step, "first_sample": first_sample},
-            drawn=self.noise.drawn(x_start, self.step, first_sample),
-            self_condition=self.self_condition,
-            scaled=self.update.scaled,
-            unsynchronised=network.unsynchronised(self._over_ranks),
-        )
-        grad_norm = self.update.clip()
+        drawn = self.noise.drawn(x_start, self.step, self.feed.first_sample)
+        inputs = StepInputs(x_start, t, weights, kwargs, drawn)
+        seed = partial(self.feed.seed, self.step)
+        losses, grad_norm = self.graphs.gradients(self.step, inputs, seed)
         seen = [(losses["loss"] * weights).mean()]
         if not self.update.scaler.is_enabled():  # which leaves out what overflows
             seen.append(grad_norm)
@@ -344,12 +329,29 @@ class Trainer:
             self.check_finite()  # before the update: the weights stay good
         with unwatched():  # half an update can be neither saved nor taken back
             self.half_done = True
-            self.update.step(self.step)
+            self.graphs.apply(self.step)
             self.ema.update()
             self.timesteps.update_with_losses(*self._of_all_ranks(t, losses["loss"].detach()))
             self.meter.add(t, weights, losses, grad_norm)
             self.step += 1
             self.half_done = False
+
+    def _gradients(self, step: int | Tensor, of: StepInputs) -> tuple[dict[str, Tensor], Tensor]:
+        """See ``graph.Gradients``."""
+        self.optimizer.zero_grad(set_to_none=True)
+        first_sample = self.feed.first_sample
+        losses = backward(
+            self.diffusion,
+            self._predict,
+            *of[:4],
+            microbatch=self.config.microbatch,
+            noise={"seed": self.config.seed, "step": step, "first_sample": first_sample},
+            drawn=of.drawn,
+            self_condition=self.self_condition,
+            scaled=self.update.scaled,
+            unsynchronised=network.unsynchronised(self._over_ranks),
+        )
+        return losses, self.update.clip()
 
     def _of_all_ranks(self, *values: Tensor) -> list[Tensor]:
         """Each of ``values`` (n,) of every rank, in the order of the batch (N,)."""

@@ -59,7 +59,7 @@ class Update:
             self.optimizer = _checked(optimizer, trained)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for group in self.optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])  # as torch's schedulers call it
+            group.setdefault("initial_lr", float(group["lr"]))  # as torch's schedulers call it
         self.scheduler = None
         if scheduler is not None:
             self.scheduler = _schedule(scheduler, self.optimizer, config)
@@ -91,20 +91,43 @@ class Update:
         self.scaler.unscale_(self.optimizer)
         return clip_gradients(self.parameters, self.config.grad_clip)
 
-    def step(self, number: int) -> None:
-        """The update that follows ``number`` finished ones."""
-        if self.scheduler is None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(number, self.config, group["initial_lr"])
-        self.lr = self.optimizer.param_groups[0]["lr"]
-        with memory_order(self.optimizer) if self._in_memory_order else contextlib.nullcontext():
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether :meth:`step` is one that a CUDA graph can take: AdamW's, by the settings' rates,
+        once it has moments."""
+        return not self.is_given and bool(self.optimizer.state)
+
+    def step(self, number: int, apply: Callable[[], None] | None = None) -> None:
+        """The update that follows ``number`` finished ones. ``apply``: what takes the optimizer's
+        step in its place."""
+        self._set_rates(number)
+        if apply is None:
+            self._apply()
+        else:
+            apply()
         if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step()
         if not self._can_be_saved:  # better said after one step than after a thousand
             self.tensors(), self.record()
             self._can_be_saved = True
+
+    def _set_rates(self, number: int) -> None:
+        groups = self.optimizer.param_groups
+        if self.scheduler is not None:
+            self.lr = groups[0]["lr"]
+            return
+        rates = [learning_rate(number, self.config, group["initial_lr"]) for group in groups]
+        for group, rate in zip(groups, rates, strict=True):
+            if isinstance(group["lr"], Tensor):  # whose place somebody knows
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self.lr = rates[0]
+
+    def _apply(self) -> None:
+        with memory_order(self.optimizer) if self._in_memory_order else contextlib.nullcontext():
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def measured(self, loss: float) -> None:
         """Tell a ReduceLROnPlateau the mean loss of a log line."""

@@ -172,3 +172,16 @@ def test_a_share_of_the_matrix_products_rate_is_of_the_same_phase():
         sampled("compiled", 64, goals.OURS, 2.0, norms="triton", psnr_db=40.0),
     ]
     assert list(report.sampling(rows)) == [("net", 64, goals.OURS, "triton", 2.0, 25.0, 40.0)]
+
+
+def test_steps_of_training():
+    rows = [
+        {
+            **{"phase": "training", "network": "net", "batch": 8, "contender": who},
+            **{"round": number, "step_ms": ms + number, "images_per_s": 8e3 / ms},
+        }
+        for who, ms in (("eager", 8.0), ("graph", 4.0))
+        for number in range(3)
+    ]
+    found = list(report.training(rows))
+    assert found == [("net", 8, "eager", 9.0, 1000.0), ("net", 8, "graph", 5.0, 2000.0)]

@@ -87,8 +87,9 @@ def test_each_process_takes_its_gpu(monkeypatch, device, gpus, backend, refusal,
     monkeypatch.setattr("torch.cuda.set_device", lambda device: asked.update(device=device))
     monkeypatch.setattr(ranks, "choose_device", lambda device: device)
     monkeypatch.setattr(
-        "torch.distributed.init_process_group", lambda name, timeout: asked.update(backend=name)
+        "torch.distributed.init_process_group", lambda name, **given: asked.update(backend=name)
     )
+    monkeypatch.setattr("torch.distributed.rendezvous", lambda *_, **__: iter([("store", 6, 8)]))
     monkeypatch.setattr("torch.distributed.TCPStore", lambda *_, **__: "store")
     monkeypatch.setattr("torch.distributed.PrefixStore", lambda prefix, store: store)
     monkeypatch.setattr("torch.distributed.new_group", lambda backend, timeout: "group")

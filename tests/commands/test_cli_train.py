@@ -16,9 +16,11 @@ import safetensors.torch
 from fastdiff import cli
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.run_directory import list_checkpoints
-from fastdiff.commands.train_build import build_diffusion
+from fastdiff.commands.train_process import build_process
 from fastdiff.errors import InputError
 from fastdiff.models import presets
+from fastdiff.process.edm import EDM
+from fastdiff.process.variance_exploding import VarianceExploding, geometric_sigmas
 from fastdiff.training import TrainConfig
 from patience import WAIT
 
@@ -62,9 +64,12 @@ def test_flags_reach_network_process_and_trainer(tmp_path, images, capsys):
         "--timestep-sampler loss-second-moment --flip --betas 0.8,0.9 --grad-clip 0 --seed 7 "
         "--microbatch 4 --dtype bfloat16 --workers 1 --noise-schedule linear --diffusion-steps 30 "
         "--sample-every 3 --sample-count 4 --sample-steps 2 --nll-every 3 --nll-images 2 "
+        "--graph auto"
     )
     assert train(QUICK, flags, "--data", images, "--out", run, "--device cpu") == 0
-    assert f"newest checkpoint: {run}/checkpoints/step_00000003" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"newest checkpoint: {run}/checkpoints/step_00000003" in said
+    assert said.count("the step runs eagerly: CUDA graphs need a CUDA device, and it is on") == 1
 
     loaded = checkpoint.load(list_checkpoints(run)[-1])
     model, diffusion = loaded.config["model"], loaded.diffusion
@@ -99,6 +104,7 @@ def test_flags_reach_network_process_and_trainer(tmp_path, images, capsys):
         nll_every=3,
         nll_images=2,
         workers=1,
+        graph="auto",
         tensorboard=False,
     )
     names = {path.name for path in run.iterdir()}
@@ -274,6 +280,78 @@ def test_a_signal_saves_and_exits(tmp_path, images, number, code):
     assert checkpoint.load(path).step == int(path.name.removeprefix("step_")) >= 2
 
 
+# Other processes than a preset's
+
+
+EDM_FLAGS = "--process edm --sigma-data 0.7 --P-mean -0.4 --P-std 1 --sigma-min 0.01 --rho 5"
+VE_FLAGS = "--process variance-exploding --sigma-max 20 --predict v --min-snr 3"
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize(
+    ("flags", "process", "changes"),
+    [
+        (
+            EDM_FLAGS,
+            EDM(8, sigma_data=0.7, P_mean=-0.4, P_std=1.0, sigma_min=0.01, rho=5.0),
+            {"--process gaussian": "--process is 'gaussian', but", "--rho 7": "--rho is 7.0, but"},
+        ),
+        (
+            VE_FLAGS,
+            VarianceExploding(
+                geometric_sigmas(8, sigma_max=20.0),
+                mean_type="v",
+                loss_weighting="min_snr",
+                min_snr_gamma=3,
+            ),
+            {"--sigma-min 0.1": "schedule is not", "--diffusion-steps 9": "--diffusion-steps is 9"},
+        ),
+    ],
+    ids=["edm", "variance-exploding"],
+)
+def test_another_process_is_trained_resumed_and_sampled(
+    tmp_path, images, capsys, flags, process, changes
+):
+    run, again = tmp_path / "run", tmp_path / "again"
+    assert train(QUICK, flags, "--steps 1 --device cpu --data", images, "--out", run) == 0
+    assert last_config(run)["diffusion"] == json.loads(json.dumps(process.to_config()))
+    assert last_config(run)["model"]["out_channels"] == 3  # no variance is learned
+    for changed, words in changes.items():
+        assert words in refused(capsys, "--resume --device cpu --out", run, changed)
+    assert train(flags, "--resume --steps 2 --device cpu --quiet --out", run) == 0
+    assert train("--device cpu --quiet --config", run / "run.toml", "--out", again) == 0
+    assert (run / "run.toml").read_text() == (again / "run.toml").read_text()
+    assert last_config(again)["diffusion"] == last_config(run)["diffusion"]
+    drawn = f"sample --checkpoint {run} --device cpu --num 2 --steps 3 --out {tmp_path / 'drawn'}"
+    assert cli.main(drawn.split()) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--sigma-data 0.7", "--sigma-data is of the process edm, and this one is gaussian: leave"),
+        ("--sigma-min 0.1", "--sigma-min is of the process edm or variance-exploding, and this"),
+        ("--process edm --loss mse", "--loss is of the process gaussian, and this one is edm"),
+        ("--process edm --noise-schedule cosine", "--noise-schedule is of the process gaussian"),
+        ("--process edm --learn-sigma", "--learn-sigma is of the process gaussian"),
+        ("--process edm --predict v", "--predict is of the process gaussian or variance-exploding"),
+        ("--process edm --variance learned", "var_type must be one of fixed_small, fixed_large"),
+        ("--process edm --sigma-data 0", "sigma_data must be"),
+        ("--process edm --sigma-min 90", "sigma_min is 90.0 and sigma_max 80.0"),
+        ("--process edm --timestep-sampler loss-second-moment", "use 'uniform'"),
+        ("--process edm --nll-every 1", "nll_every is 1, and bits/dim are those of a Gaussian"),
+        ("--process variance-exploding --P-mean 0", "--P-mean is of the process edm"),
+        ("--process variance-exploding --predict previous_x", "mean_type must be one of epsilon"),
+        ("--process variance-exploding --diffusion-steps 1", "number of steps is 1"),
+    ],
+)
+def test_flags_of_another_process_are_refused(tmp_path, images, capsys, flags, words):
+    run = tmp_path / "run"
+    message = refused(capsys, f"--steps 1 --device cpu --data {images} --out {run} {flags}")
+    assert words in message
+    assert not run.exists()
+
+
 # Flags into create_diffusion
 
 
@@ -294,16 +372,16 @@ def test_a_signal_saves_and_exits(tmp_path, images, number, code):
     ],
 )  # fmt: skip
 def test_a_flag_replaces_what_else_decides_its_matter(recipe, flags, expected):
-    diffusion = build_diffusion({"noise_schedule": "cosine", "steps": 10, **recipe}, flags)
+    diffusion = build_process({"noise_schedule": "cosine", "steps": 10, **recipe}, flags, "it")
     assert (diffusion.mean_type, diffusion.var_type, diffusion.loss_type) == expected
 
 
 def test_min_snr_can_be_taken_back():
     weighted = {"noise_schedule": "cosine", "loss_weighting": "min_snr", "min_snr_gamma": 3.0}
-    assert build_diffusion(weighted, {}).loss_weighting == "min_snr"
-    assert build_diffusion(weighted, {"min_snr": 0.0}).loss_weighting is None
+    assert build_process(weighted, {}, "it").loss_weighting == "min_snr"
+    assert build_process(weighted, {"min_snr": 0.0}, "it").loss_weighting is None
     with pytest.raises(InputError):
-        build_diffusion({}, {"min_snr": -1.0})
+        build_process({}, {"min_snr": -1.0}, "it")
 
 
 # Beginning with weights, and going on with other images
@@ -343,6 +421,7 @@ def test_a_run_begins_with_a_checkpoint(small_run, tmp_path, capsys):
         ("--image-size 16", "images are 16x16, .* trained on 8x8: load them with --image-size 8"),
         ("--channels 1", "have 1 channels, the network of .* takes 3: load them with --channels 3"),
         ("--no-learn-sigma", "6 output channels; .* need 3"),
+        ("--process edm", "6 output channels; .* need 3"),
         ("--init-weights 0.5", "has no weights '0.5'; there are model, 0.995"),
         ("--label-dropout 0.1", "label_dropout is 0.1, which needs"),
         ("--data-changed", "--data-changed is for a run with checkpoints to resume"),

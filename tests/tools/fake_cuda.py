@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.sampling import cuda_graph
 from fastdiff.sampling.network import packing
-from graph_tape import repeat
+from graph_tape import Recording
 
 
 class FakeCuda:
@@ -132,7 +132,7 @@ class Graph:
     def __init__(self, cuda):
         self.cuda, self.pool, self.stream = cuda, None, None
         self.broken = self.ended = False
-        self.calls = []
+        self.recording = Recording()
 
     def capture_begin(self, pool):
         cuda = self.cuda
@@ -154,6 +154,8 @@ class Graph:
         cuda.recording.remove(self.pool)
         cuda.generator_captures = False
         self.ended = True
+        with torch.no_grad():
+            self.recording.undo()
         cuda.graphs.append(self)
 
     def reset(self):
@@ -164,7 +166,8 @@ class Graph:
     def replay(self):
         assert self.ended
         self.cuda.log.append(("replay", self.cuda.entered[-1], self))
-        repeat(self.calls)
+        with torch.no_grad():
+            self.recording.replay()
 
 
 class _Watched(TorchDispatchMode):
@@ -177,10 +180,9 @@ class _Watched(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             self.cuda.wait()
-        result = func(*args, **(kwargs or {}))
         if self.cuda.is_current_stream_capturing():
-            self.cuda.capturing.calls.append((func, args, kwargs or {}, result))
-        return result
+            return self.cuda.capturing.recording.call(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -1,29 +1,56 @@
 """A stand-in for CUDA graphs on the CPU: the calls of one step, repeated on the same memory.
 
 Like a graph it holds on to addresses and bakes in every Python number; a replay runs no Python of
-the model, and a value read back to the host during the capture is an error.
+the model and leaves its results where the capture's were, what the capture writes over is as before
+afterwards, and a value read back to the host during the capture is an error.
 """
 
 import contextlib
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 WARM_UPS = 2
+
+
+class Recording:
+    """The calls of a capture, which on a GPU does nothing yet."""
+
+    def __init__(self):
+        self.calls, self.before, self.made = [], {}, set()
+
+    def call(self, func, args, kwargs):
+        for storage in map(torch.Tensor.untyped_storage, _written(func, args, kwargs)):
+            place = storage.data_ptr()
+            if place not in self.made and place not in self.before:
+                memory = torch.empty(0, dtype=torch.uint8).set_(storage)
+                self.before[place] = memory, memory.clone()
+        result = func(*args, **kwargs)
+        self.made |= _places(result) - _places([*args, *kwargs.values()])  # the calls keep it alive
+        self.calls.append((func, args, kwargs, result))
+        return result
+
+    def undo(self):
+        for memory, before in self.before.values():
+            memory.copy_(before)
+
+    def replay(self):
+        for func, args, kwargs, recorded in self.calls:
+            result = func(*args, **kwargs)
+            for before, now in zip(_tensors(recorded), _tensors(result), strict=True):
+                if before.data_ptr() != now.data_ptr():  # neither in place nor a view
+                    before.copy_(now)
 
 
 class _Recorder(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.calls = []
+        self.recording = Recording()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
-        result = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, result))
-        return result
+        return self.recording.call(func, args, kwargs or {})
 
 
 class Tape:
@@ -31,20 +58,23 @@ class Tape:
 
     made = 0
 
-    def __init__(self, call, device, place):
+    def __init__(self, call, device, place, *, warm=True):
         assert place == "a pool and a stream"
-        for _ in range(WARM_UPS):
+        for _ in range(WARM_UPS * warm):
             call()
         with _Recorder() as recorder:
             call()
-        self.calls = recorder.calls
+        self.recording = recorder.recording
+        with torch.no_grad():
+            self.recording.undo()
         type(self).made += 1
 
     def join(self):
         pass  # there is one stream
 
     def replay(self):
-        repeat(self.calls)
+        with torch.no_grad():
+            self.recording.replay()
 
     @staticmethod
     def serves(device):
@@ -59,18 +89,16 @@ class Tape:
         return contextlib.nullcontext()
 
 
-def repeat(calls):
-    """What a replay does: the recorded calls on the memory that they were made on."""
-    new = {}  # by the identity of the tensor that the capture made
+def _written(func, args, kwargs):
+    """What a call writes into of what it is given."""
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            yield from _tensors(value)
 
-    def current(value):
-        return new.get(id(value), value) if isinstance(value, torch.Tensor) else value
 
-    for func, args, kwargs, recorded in calls:
-        result = func(*tree_map(current, args), **tree_map(current, kwargs))
-        for before, now in zip(_tensors(recorded), _tensors(result), strict=True):
-            if before is not now and not any(before is a for a in _tensors(args)):
-                new[id(before)] = now
+def _places(value):
+    return {tensor.untyped_storage().data_ptr() for tensor in _tensors(value)}
 
 
 def _tensors(value):

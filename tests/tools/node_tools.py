@@ -79,6 +79,17 @@ class Node:
         self.agent.kill()
         self.agent.wait()
 
+    def freeze(self):
+        """Nothing runs there any more, and no connection is closed: the machine stands still, or
+        its network is cut."""
+        for pid in (self.agent.pid, *children(self.agent.pid)):
+            os.kill(pid, signal.SIGSTOP)
+
+    def running(self):
+        """Its processes that have not ended; the agent may be in no state to notice that."""
+        states = (Path(f"/proc/{pid}/stat").read_text() for pid in children(self.agent.pid))
+        return [state for state in states if state.rpartition(") ")[2][0] != "Z"]
+
     def finish(self):
         """(exit code, what all of the node printed)"""
         return self.agent.wait(WAIT), self.said()

@@ -1,6 +1,6 @@
 """Tests of captured steps on a GPU, whose bodies run on the CPU too, on the fake of fake_cuda.py.
 
-tests/sampling/conftest.py has the fixtures ``device`` and ``unet`` that go with them.
+conftest.py has the fixture ``device`` that goes with them, and in tests/sampling ``unet``.
 """
 
 import functools

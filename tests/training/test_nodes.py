@@ -111,6 +111,47 @@ def free_port():
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port
 
 
+PATIENCE = ["--rank-minutes", "0.2"]
+
+
+@pytest.mark.long
+def test_a_node_vanishes_in_silence_and_the_other_goes_on(
+    cifar, longer, node, meeting_place, tmp_path
+):
+    run = tmp_path / "run"
+    argv = command(cifar, run, "--steps", str(STEPS), *PATIENCE)
+    settings = {"nodes": "1:2", "port": meeting_place, "restarts": 1}
+    stays, vanishes = (node(number, argv, **settings) for number in (1, 2))
+    wait_for(lambda: list_checkpoints(run))
+    vanishes.freeze()
+    (log,) = finished([stays])
+    assert "lost rank 1 of 2 without a word" in only_line(log)
+    assert stays.worlds() == [2, 1]
+    assert_same_run(run, longer)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("hosts", [False, True])  # the store at which the nodes meet
+def test_the_node_of_rank_0_vanishes_in_silence_and_all_start_again(
+    cifar, longer, node, meeting_place, tmp_path, hosts
+):
+    run = tmp_path / "run"
+    argv = command(cifar, run, "--steps", str(STEPS), *PATIENCE)
+    settings = {"nodes": "2", "port": free_port() if hosts else meeting_place}
+    vanishes, stays = (node(n, argv, hosts=hosts and n == 1, **settings) for n in (1, 2))
+    wait_for(lambda: list_checkpoints(run))
+    vanishes.freeze()
+    wait_for(lambda: "error: " in stays.said() and not stays.running())
+    assert "lost another rank, and with it the store at 127.0.0.1" in only_line(stays.said())
+    checkpoints = list_checkpoints(run)
+    assert sorted((run / "checkpoints").iterdir()) == checkpoints  # no half of one
+    for one in (vanishes, stays):  # torchrun may wait for its store for ever
+        one.lose()
+    again = {"nodes": "2", "port": free_port()}
+    finished([node(n, [*argv, "--resume"], hosts=n == 1, **again) for n in (1, 2)])
+    assert_same_run(run, longer)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("first", [1, 2])
 def test_a_node_that_comes_later_takes_part(cifar, longer, node, meeting_place, tmp_path, first):

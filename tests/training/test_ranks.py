@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -294,11 +295,24 @@ def test_a_rank_that_hangs_is_named(cifar, start, tmp_path):
         ("False", [(1, 1), (2, 0), (3, 1)], [1, 2]),  # rank 0 is
     ],
 )
-def test_one_of_each_machine_speaks_where_the_store_is_gone(monkeypatch, agent_store, left, speak):
+@pytest.mark.parametrize("answers", [True, False])  # or its machine stands still
+def test_one_of_each_machine_speaks_where_the_store_is_gone(
+    monkeypatch, agent_store, left, speak, answers
+):
+    over = threading.Event()
+
     class Gone:
         def set(self, *args):
+            if answers:
+                raise RuntimeError("Broken pipe")
+
+        def add(self, *args):
+            over.wait(WAIT)
             raise RuntimeError("Broken pipe")
 
+    monkeypatch.setattr("fastdiff.ranks.FAREWELL", 0)
+    monkeypatch.setattr("fastdiff.ranks.ANSWER", 0.01)
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent_store)
     heard = []
     for rank, local_rank in left:
@@ -306,7 +320,10 @@ def test_one_of_each_machine_speaks_where_the_store_is_gone(monkeypatch, agent_s
         ranks = Ranks(rank, 6, group=object(), store=Gone())
         with pytest.raises((LostRank, SystemExit)) as caught, ranks.lost():
             raise RuntimeError("gloo: Connection closed by peer")
-        heard += [rank] if caught.type is LostRank else []
+        if caught.type is LostRank:
+            heard.append(rank)
+            assert "lost another rank, and with it the store at 10.0.0.1," in str(caught.value)
+    over.set()
     assert heard == speak
 
 

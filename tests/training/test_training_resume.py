@@ -13,11 +13,14 @@ import safetensors.torch
 import torch
 
 import training_tools
-from fastdiff.checkpoints.run_directory import list_checkpoints
+from fastdiff.checkpoints.parts import write_parts
+from fastdiff.checkpoints.run_directory import held, list_checkpoints
 from fastdiff.errors import InputError
 from fastdiff.evaluation.threads import one_thread
+from fastdiff.ranks import ALONE
+from fastdiff.training import Trainer, saved
 from fastdiff.training.metrics import truncate_metrics
-from training_tools import at_step, make_trainer, read_lines, resume_trainer
+from training_tools import at_step, make_dataset, make_trainer, read_lines, resume_trainer
 
 FILES = ["model", "ema_0.9", "ema_0.99", "trainer"]
 
@@ -232,3 +235,40 @@ def test_tensorboard_shows_every_step_once(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [2, 4, 6, 8, 10, 11]
+
+
+@pytest.fixture
+def in_parts(tmp_path):
+    """A run of one step with the optimizer in a folder, as a sharded one leaves it."""
+    trainer = make_trainer(tmp_path / "run", steps=1)
+    trainer.fit()
+    write_parts(trainer.last_checkpoint / "optimizer", trainer.update.tensors(), ALONE)
+    return trainer.last_checkpoint
+
+
+@pytest.mark.seconds
+def test_parts_are_read_while_nobody_may_delete_them(in_parts, monkeypatch):
+    run, read = in_parts.parents[1], saved.read_parts
+
+    def read_parts(*args):
+        with pytest.raises(InputError, match="another process trains into"), held(run):
+            pass
+        return read(*args)
+
+    monkeypatch.setattr(saved, "read_parts", read_parts)
+    resumed = resume_trainer(run)
+    expected = safetensors.torch.load_file(in_parts / "trainer.safetensors")
+    tensors = resumed.update.tensors()
+    assert len(tensors) > 20
+    assert all(torch.equal(expected[f"optimizer.{name}"], value) for name, value in tensors.items())
+    with held(run):
+        pass
+
+
+@pytest.mark.seconds
+def test_a_checkpoint_that_is_gone_once_it_was_read(in_parts):
+    run = in_parts.parents[1]
+    read = Trainer.read_run(run)
+    shutil.rmtree(in_parts)
+    with pytest.raises(InputError, match="step_00000001 is no longer there: .* resume again"):
+        Trainer.from_saved(read, make_dataset(), run, device="cpu", progress=False)
