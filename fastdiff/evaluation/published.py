@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from fastdiff.data.dataset import ArrayDataset, ImageDataset, check_bytes
 from fastdiff.errors import InputError
 from fastdiff.evaluation.distances import frechet_from_moments
-from fastdiff.evaluation.features import FeatureNetwork
+from fastdiff.evaluation.features import FeatureNetwork, beside_torchvision
 from fastdiff.evaluation.neighbours import nearest, precision_recall
 from fastdiff.evaluation.reference import NAMES, Moments, moments_of, write_reference
 from fastdiff.evaluation.scores import samples_like
 from fastdiff.evaluation.store import FeatureStore
-from fastdiff.optional import require
 from fastdiff.ranks import ALONE, Ranks
 
 # Metric -> the kinds of features it takes.
@@ -120,6 +119,7 @@ def published_scores(
     Raises InputError for metrics without what they need, and images of no use.
     """
     check_metrics(metrics)
+    _check_kinds(metrics, network)
     if not isinstance(real, ImageDataset):
         _check_moments(real, metrics, network)
         if write_moments is not None:
@@ -150,7 +150,8 @@ def published_scores(
 
         def finished() -> dict[str, Any]:
             if write_moments is not None:
-                moments = {kind: found["real"].moments(kind) for kind in NAMES}
+                kinds = [kind for kind in NAMES if kind in network.widths]
+                moments = {kind: found["real"].moments(kind) for kind in kinds}
                 write_reference(write_moments, moments, network.name)
             scores = _scores(found, real, metrics, k=k, seed=seed, device=device)
             return {**_about(network, fake, real), **scores}
@@ -163,6 +164,15 @@ def check_metrics(names: Sequence[str]) -> None:
     for name in names:
         if name not in METRICS:
             raise InputError(f"metric {name!r}: expected some of {', '.join(METRICS)}")
+
+
+def _check_kinds(metrics: Sequence[str], network: FeatureNetwork) -> None:
+    for name in metrics:
+        for kind in METRICS[name] - network.widths.keys():
+            raise InputError(
+                f"metric {name!r} needs {kind} features, which {network.name} has not: leave it "
+                "out, or choose --features inception"
+            )
 
 
 def _check_moments(
@@ -276,16 +286,22 @@ def _frechet(fake: Moments, real: Moments) -> float:
 
 
 def _inception_score(logits: Tensor, seed: int) -> list[float]:
-    metric = require("torchmetrics.image.inception", "evaluate").InceptionScore
+    metric = _torchmetrics("inception").InceptionScore
     splits = min(SPLITS, len(logits))
     return _computed(metric(_Given(logits.shape[1]), splits=splits), seed, (logits,))
 
 
 def _kid(real: Tensor, fake: Tensor, seed: int) -> list[float]:
-    metric = require("torchmetrics.image.kid", "evaluate").KernelInceptionDistance
+    metric = _torchmetrics("kid").KernelInceptionDistance
     size = min(KID_SIZE, len(real), len(fake))
     made = metric(_Given(real.shape[1]), subsets=KID_SUBSETS, subset_size=size)
     return _computed(made, seed, (real, True), (fake, False))
+
+
+def _torchmetrics(module: str) -> Any:
+    return beside_torchvision(
+        f"torchmetrics.image.{module}", "evaluate", "uninstall torch-fidelity"
+    )
 
 
 def _computed(metric: Any, seed: int, *updates: tuple[Any, ...]) -> list[float]:

@@ -256,10 +256,13 @@ def test_distances_have_the_order_they_must(lite, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("inception",), "needs its weights, none is given: download weights-inception"),
-        (("inception", "none.pth"), "there is no file none.pth"),
-        (("vgg",), "--features is 'vgg', expected one of inception, efficientnet-lite0"),
-        (("efficientnet-lite0", "x.pth"), "--feature-weights is Inception's"),
+        (("inception",), "needs its weights, none are given: download weights-inception"),
+        (("inception", "none.pth"), "there are none at 'none.pth': download weights-inception"),
+        (("dinov2",), "none are given: download the folder .* of facebook/dinov2-large from"),
+        (("clip", "none"), "there are none at 'none': download the folder .* of openai/clip-vit"),
+        (("vgg",), "--features is 'vgg', expected one of inception, efficientnet-lite0, dinov2"),
+        (("efficientnet-lite0", "x.pth"), "has its own weights: leave out --feature-weights"),
+        (("inception", "x.pth", "cpu", "soft"), "--resize is 'soft', expected one of own, anti"),
     ],
 )
 def test_networks_that_cannot_be_had(arguments, message):

@@ -68,7 +68,7 @@ def test_a_resumed_run_knows_its_best(tmp_path):
 
 def test_what_has_no_distance_is_refused_at_the_start(tmp_path, monkeypatch):
     monkeypatch.undo()
-    with pytest.raises(InputError, match="needs its weights, none is given"):
+    with pytest.raises(InputError, match="needs its weights, none are given"):
         make_trainer(tmp_path, **{**QUICK, "fid_features": "inception"})
     with pytest.raises(InputError, match="fid_features is 'vgg', expected one of"):
         make_trainer(tmp_path, **{**QUICK, "fid_features": "vgg"})
