@@ -25,7 +25,9 @@ from fastdiff.optional import require, version_of
 
 SPATIAL_CHANNELS = 7  # guided-diffusion's evaluator: the first of them
 RESIZES = ("own", "antialiased")
-IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean, standard deviation
+# Mean and standard deviation of a colour, of 1.
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+OPENAI = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 
 
@@ -105,9 +107,7 @@ class EfficientNetLite0(FeatureNetwork):
         self.widths = {"pooled": 1280, "logits": 1000, "spatial": SPATIAL_CHANNELS * 14 * 14}
         self.mean: Tensor
         self.std: Tensor
-        mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in IMAGENET)
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
+        _keep_colours(self, IMAGENET)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         x = (resized(images, 224) - self.mean) / self.std
@@ -177,10 +177,12 @@ class VisionTransformer(FeatureNetwork):
     answer: str  # of the model's outputs
     width: str  # the setting that has its D
     example: str
+    shown: int | None  # the side of the pictures that it is shown; None: as the folder says
+    colours: tuple[list[float], list[float]]  # the mean and the deviation that it is used to
     mean: Tensor
     std: Tensor
 
-    def __init__(self, weights: Path | None, side: int, mean: list[float], std: list[float]):
+    def __init__(self, weights: Path | None, resize: str) -> None:
         super().__init__()
         if weights is None or not (weights / "config.json").is_file():
             raise InputError(
@@ -196,16 +198,16 @@ class VisionTransformer(FeatureNetwork):
         self.network: Any = self._loaded(weights)
         files = [*weights.glob("*.safetensors"), *weights.glob("*.bin")]
         self.name = f"{self.kind} {_digest(sorted(files))}"
-        self.side = side
+        self.side = self.shown or self.network.config.image_size
         self.resizing = f"bicubic, antialiased, to {self.side}x{self.side}"
         self.widths = {"pooled": getattr(self.network.config, self.width)}
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255)
+        _keep_colours(self, self.colours)
 
     def _loaded(self, folder: Path) -> Any:
-        model = getattr(require("transformers", "transformers"), self.model)
+        package = require("transformers", "transformers")
+        model = getattr(package, self.model)
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+            with _unsaid(package.utils.logging):
                 network, about = model.from_pretrained(
                     folder, local_files_only=True, output_loading_info=True
                 )
@@ -228,9 +230,7 @@ class Dinov2(VisionTransformer):
     kind, model, types = "dinov2", "Dinov2Model", ("dinov2",)
     answer, width = "pooler_output", "hidden_size"
     example = "facebook/dinov2-large"
-
-    def __init__(self, weights: Path | None, resize: str) -> None:
-        super().__init__(weights, 224, *IMAGENET)
+    shown, colours = 224, IMAGENET
 
 
 class Clip(VisionTransformer):
@@ -239,11 +239,7 @@ class Clip(VisionTransformer):
     kind, model, types = "clip", "CLIPVisionModelWithProjection", ("clip", "clip_vision_model")
     answer, width = "image_embeds", "projection_dim"
     example = "openai/clip-vit-large-patch14"
-
-    def __init__(self, weights: Path | None, resize: str) -> None:
-        mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-        super().__init__(weights, 224, mean, std)
-        self.side = self.network.config.image_size
+    shown, colours = None, OPENAI
 
 
 def beside_torchvision(module: str, extra: str, instead: str) -> Any:
@@ -260,6 +256,23 @@ def beside_torchvision(module: str, extra: str, instead: str) -> Any:
         ) from error
 
 
+def _keep_colours(network: nn.Module, colours: tuple[list[float], list[float]]) -> None:
+    for name, values in zip(("mean", "std"), colours, strict=True):
+        network.register_buffer(name, torch.tensor(values).view(3, 1, 1) * 255)
+
+
+@contextlib.contextmanager
+def _unsaid(logging: Any) -> Iterator[None]:
+    """Without transformers' bar, and its list of weights (a CLIP's of text) that are not taken."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def _lack(weights: Path | None) -> str:
     return "none are given" if weights is None else f"there are none at '{weights}'"
 
@@ -267,7 +280,7 @@ def _lack(weights: Path | None) -> str:
 def _check_file(weights: Path) -> None:
     """InputError for what is no file of tensors: torch-fidelity would run the code in a pickle."""
     try:
-        torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
+        torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(f"'{weights}' is no file of weights: expected {INCEPTION_FILE}") from error
 

@@ -14,7 +14,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-import torchmetrics.image  # noqa: F401: while torch-fidelity cannot be found
+import torchmetrics.image  # noqa: F401 (now: torch-fidelity cannot be found yet)
 from torch import nn
 from torch.utils.data import TensorDataset
 
