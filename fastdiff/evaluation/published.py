@@ -5,6 +5,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class FeaturesOf:
         batch: int,
         device: torch.device | str,
         ranks: Ranks,
-        progress: Callable[[int], Any],
+        progress: Callable[[int], Callable[[int], Any]],
     ) -> None:
         self.images, self.network, self.device = images, network, device
         about = {"network": network.name, "resizing": network.resizing, **known_by(images)}
@@ -114,7 +115,8 @@ def published_scores(
         seed: of the subsets and the parts.
         device: where the network lies.
         ranks: the processes that share the work; all call, and get the same.
-        progress: ``progress(what, images)`` makes what is told of each batch's size.
+        progress: ``progress(what, images)``, with as many as this rank still has to compute, makes
+            what is told of each batch's size.
 
     Raises InputError for metrics without what they need, and images of no use.
     """
@@ -143,7 +145,7 @@ def published_scores(
                 batch=batch,
                 device=device,
                 ranks=ranks,
-                progress=progress(name, -(-len(images) // ranks.count)),
+                progress=partial(progress, name),
             )
             for name, images in sets.items()
         }
@@ -286,28 +288,27 @@ def _frechet(fake: Moments, real: Moments) -> float:
 
 
 def _inception_score(logits: Tensor, seed: int) -> list[float]:
-    metric = _torchmetrics("inception").InceptionScore
-    splits = min(SPLITS, len(logits))
-    return _computed(metric(_Given(logits.shape[1]), splits=splits), seed, (logits,))
+    options = {"splits": min(SPLITS, len(logits))}
+    return _by_torchmetrics("inception", "InceptionScore", options, seed, (logits,))
 
 
 def _kid(real: Tensor, fake: Tensor, seed: int) -> list[float]:
-    metric = _torchmetrics("kid").KernelInceptionDistance
-    size = min(KID_SIZE, len(real), len(fake))
-    made = metric(_Given(real.shape[1]), subsets=KID_SUBSETS, subset_size=size)
-    return _computed(made, seed, (real, True), (fake, False))
+    options = {"subsets": KID_SUBSETS, "subset_size": min(KID_SIZE, len(real), len(fake))}
+    updates = (real, True), (fake, False)
+    return _by_torchmetrics("kid", "KernelInceptionDistance", options, seed, *updates)
 
 
-def _torchmetrics(module: str) -> Any:
-    return beside_torchvision(
+def _by_torchmetrics(
+    module: str, name: str, options: Mapping[str, int], seed: int, *updates: tuple[Any, ...]
+) -> list[float]:
+    """Its answer for features, by this process alone; its draws are torch's own."""
+    package = beside_torchvision(
         f"torchmetrics.image.{module}", "evaluate", "uninstall torch-fidelity"
     )
-
-
-def _computed(metric: Any, seed: int, *updates: tuple[Any, ...]) -> list[float]:
-    """torchmetrics' answer, whose draws are torch's own."""
+    given = _Given(updates[0][0].shape[1])
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        metric = getattr(package, name)(given, sync_on_compute=False, **options)
         for update in updates:
             metric.update(*update)
         return [float(value) for value in metric.compute()]

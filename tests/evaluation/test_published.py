@@ -13,28 +13,18 @@ from fastdiff.data import ArrayDataset, load_dataset
 from fastdiff.errors import InputError
 from fastdiff.evaluation import neighbours, published
 from fastdiff.evaluation.distances import frechet_from_moments
-from fastdiff.evaluation.features import FeatureNetwork, feature_network, resized
+from fastdiff.evaluation.features import feature_network, resized
 from fastdiff.evaluation.neighbours import precision_recall
 from fastdiff.evaluation.published import published_scores
 from fastdiff.evaluation.reference import moments_of, read_reference, write_reference
 from fastdiff.evaluation.store import FeatureStore
+from score_tools import Pixels
 
 ALL = ["fid", "sfid", "is", "kid", "prc"]
 
 
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Pixels(FeatureNetwork):
-    """A network whose features are few, and cost nothing."""
-
-    name, published, resizing = "pixels", False, "none"
-    widths = {"pooled": 12, "logits": 5, "spatial": 8}
-
-    def forward(self, images):
-        values = images.float().flatten(1)
-        return {kind: values[:, :width] / 100 for kind, width in self.widths.items()}
 
 
 def images(count, seed=0, size=4, channels=3):
