@@ -10,6 +10,7 @@ from PIL import Image
 from fastdiff.commands import evaluate
 from fastdiff.data import load_dataset
 from fastdiff.errors import InputError
+from fastdiff.evaluation import scores
 from fastdiff.evaluation.features import NETWORKS
 from fastdiff.images import save_samples_npz
 from score_tools import NAME, Pixels
@@ -22,13 +23,14 @@ def run(*arguments):
 
 
 @pytest.mark.seconds
-def test_digits(tmp_path, capsys):
+def test_digits(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scores, "DRAWS", 10)
     data = load_dataset("digits", class_cond=True)
     images = data.images[:300].permute(0, 2, 3, 1).numpy()
     samples = save_samples_npz(tmp_path, images, data.labels[:300])
     out = tmp_path / "scores" / "evaluation.json"
     code = run(
-        "--samples", samples, "--data", "digits", "--classifier-steps", 60, "--device", "cpu",
+        "--samples", samples, "--data", "digits", "--classifier-steps", 50, "--device", "cpu",
         "--out", out,
     )  # fmt: skip
     assert code == 0
@@ -42,7 +44,8 @@ def test_digits(tmp_path, capsys):
 
 
 @pytest.mark.seconds
-def test_a_folder_resized_to_the_samples(tmp_path, capsys):
+def test_a_folder_resized_to_the_samples(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scores, "DRAWS", 10)
     rng = np.random.default_rng(0)
     for i in range(12):
         pixels = rng.integers(0, 256, (20 + i, 24, 3), np.uint8)

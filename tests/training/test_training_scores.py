@@ -80,7 +80,7 @@ def test_what_has_no_distance_is_refused_at_the_start(tmp_path, monkeypatch):
 
 @pytest.mark.seconds
 def test_ranks_measure_what_one_does_and_go_on(cifar, start, tmp_path, monkeypatch):
-    settings = "--fid-every 2 --fid-samples 12 --sample-steps 2 --save-every 2 --no-flip".split()
+    settings = "--fid-every 2 --fid-samples 12 --sample-steps 2 --save-every 2".split()
 
     def command(run, steps, *more):
         return rank_runs.command(cifar, tmp_path / run, *settings, "--steps", steps, *more)
