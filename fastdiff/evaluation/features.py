@@ -121,8 +121,6 @@ class EfficientNetLite0(FeatureNetwork):
 class Inception(FeatureNetwork):
     """Inception v3 as TensorFlow had it in 2015, which defines FID (torch-fidelity's port)."""
 
-    published = True
-
     def __init__(self, weights: Path | None, resize: str) -> None:
         super().__init__()
         if weights is None or not weights.is_file():
@@ -151,8 +149,10 @@ class Inception(FeatureNetwork):
         self.name = f"inception {_digest([weights])}"
         self.widths = {"pooled": 2048, "logits": 1008, "spatial": SPATIAL_CHANNELS * 17 * 17}
         self.antialiased = resize == "antialiased"
+        self.published = not self.antialiased
         self.resizing = "bilinear as TensorFlow 1 had it, not antialiased, to 299x299"
-        if self.antialiased:
+        if self.antialiased:  # in the name too, which files of moments have
+            self.name += " antialiased"
             self.resizing = "bicubic, antialiased, to 299x299, and rounded to bytes"
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

@@ -190,6 +190,7 @@ class TensorList(TensorDataset):
 def test_antialiased_pictures_are_shown_in_the_networks_own_size(fidelity, weights):
     network = feature_network("inception", weights, resize="antialiased")
     assert network.resizing == "bicubic, antialiased, to 299x299, and rounded to bytes"
+    assert network.name.endswith(" antialiased") and not network.published
     shown = []
     network.network.register_forward_pre_hook(lambda module, args: shown.append(args[0]))
     large = tensor(pictures(1)).repeat_interleave(20, 2).repeat_interleave(20, 3)
