@@ -205,10 +205,9 @@ class VisionTransformer(FeatureNetwork):
 
     def _loaded(self, folder: Path) -> Any:
         package = require("transformers", "transformers")
-        model = getattr(package, self.model)
         try:
             with _unsaid(package.utils.logging):
-                network, about = model.from_pretrained(
+                network, about = getattr(package, self.model).from_pretrained(
                     folder, local_files_only=True, output_loading_info=True
                 )
         except Exception as error:
