@@ -25,6 +25,8 @@ TORCH ?= $(if $(wildcard /proc/driver/nvidia/version),torch,torch==2.13.0)
 
 # The tests' real packages whose own needs (torchvision) would replace that torch by CUDA's.
 WITHOUT_DEPENDENCIES := denoising-diffusion-pytorch einops
+# And those that others import where they find them, for what is not there: in a folder of their own.
+APART := torch-fidelity
 
 # How OpenMP's threads wait is chosen by fastdiff itself (fastdiff/wait_policy.py), in the tests too.
 # The demo's 8x8 images keep two threads busy, no more; the tests have a process to each core.
@@ -91,6 +93,7 @@ $(VENV)/%.installed: pyproject.toml setup.py | $(VENV)/native.built $(VENV)/%.pa
 	@echo "== Installing fastdiff with its extra '$*'"
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --no-build-isolation --editable '.[$*]'
 	$(if $(filter test,$*),$(BIN)/pip install --no-compile --no-deps $(WITHOUT_DEPENDENCIES))
+	$(if $(filter test,$*),$(BIN)/pip install --no-compile --no-deps --upgrade --target $(VENV)/apart $(APART))
 	@touch $@
 
 $(VENV)/native.built: setup.py CMakeLists.txt $(NATIVE) | $(VENV)/tools.installed

@@ -79,8 +79,9 @@ def _judged(
 
 
 def _read(args: argparse.Namespace) -> tuple[Samples, ImageDataset | None]:
-    samples = read_samples(args.samples)
-    check_channels_last(samples.images, f"'{args.samples}': arr_0")
+    deep = args.metrics is not None
+    samples = read_samples(args.samples, deep=deep)
+    check_channels_last(samples.images, f"'{args.samples}': arr_0", deep=deep)
     if args.data is None:
         return samples, None
     dataset = load_dataset(

@@ -5,13 +5,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from fastdiff.checks import choose_device
 from fastdiff.data import ImageDataset
 from fastdiff.errors import InputError
-from fastdiff.evaluation.features import NETWORKS, feature_network
+from fastdiff.evaluation.features import NETWORKS, RESIZES, feature_network
 from fastdiff.evaluation.published import METRICS, check_metrics, published_scores
 from fastdiff.evaluation.reference import NAMES, Moments, read_reference
+from fastdiff.images import check_range, to_float, to_uint8
 from fastdiff.optional import require
 from fastdiff.ranks import Ranks
 
@@ -29,8 +31,8 @@ TITLES = {
 }
 
 
-OWN = ("feature_weights", "reference", "write_reference", "features_dir")
-DEFAULTS = {"features": "inception", "feature_batch": 64, "k": 3}
+OWN = ("feature_weights", "reference", "write_reference", "features_dir", "truncate")
+DEFAULTS = {"features": "inception", "resize": "own", "feature_batch": 64, "k": 3}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +49,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the network they rest on (default: inception, the papers'; efficientnet-lite0 needs "
         "no download, and its figures stand beside each other alone)",
     )
-    group.add_argument("--feature-weights", metavar="FILE", help="Inception's weights")
+    group.add_argument(
+        "--feature-weights",
+        metavar="PATH",
+        help="the file of Inception's weights; the folder of dinov2's or clip's (transformers)",
+    )
+    group.add_argument(
+        "--resize",
+        choices=RESIZES,
+        help="how images come to the network's size: own (default), as its published scores have "
+        "it; antialiased, bicubic, which is own for all but inception",
+    )
+    group.add_argument(
+        "--truncate",
+        action="store_true",
+        default=None,
+        help="cut samples given as floats to bytes, as published scripts do, instead of rounding",
+    )
     group.add_argument(
         "--reference",
         metavar="FILE.npz",
@@ -93,6 +111,18 @@ def chosen(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def as_bytes(images: np.ndarray, name: str, truncate: bool | None) -> tuple[np.ndarray, str]:
+    """Samples as uint8, and how they became so. InputError: floats outside [-1, 1], and bytes where
+    they are to be cut."""
+    if images.dtype == np.uint8:
+        if truncate:
+            raise InputError(f"{name} is uint8 already: --truncate goes with uint16 and floats")
+        return images, "none, given as bytes"
+    check_range(images, name)
+    rounding = "truncate" if truncate else "nearest"
+    return to_uint8(to_float(torch.from_numpy(images)), rounding).numpy(), rounding
+
+
 def scored(
     args: argparse.Namespace,
     metrics: list[str],
@@ -102,12 +132,17 @@ def scored(
 ) -> dict[str, Any]:
     """The scores: a call of all ranks."""
     device = choose_device(ranks.device)
-    network = ranks.together(lambda: feature_network(args.features, args.feature_weights, device))
+    images, rounding = ranks.together(
+        lambda: as_bytes(samples, f"'{args.samples}': arr_0", args.truncate)
+    )
+    network = ranks.together(
+        lambda: feature_network(args.features, args.feature_weights, device, args.resize)
+    )
     real: Any = dataset
     if real is None:
         real = ranks.together(lambda: _reference(args.reference, network.name))
-    return published_scores(
-        samples,
+    scores = published_scores(
+        images,
         real,
         metrics,
         network,
@@ -120,6 +155,7 @@ def scored(
         ranks=ranks,
         progress=_bar if ranks.rank == 0 else lambda what, images: lambda done: None,
     )
+    return {"rounding": rounding, **scores}
 
 
 def lines_of(scores: dict[str, Any]) -> str:
@@ -127,7 +163,8 @@ def lines_of(scores: dict[str, Any]) -> str:
     of = "" if scores["real"] is None else f" against {scores['real']:,} real images"
     lines = [
         f"{scores['samples']:,} samples{of}, features of {scores['features']} "
-        f"({scores['resizing']})"
+        f"({scores['resizing']})",
+        f"{'rounding':18}{scores['rounding']}",
     ]
     for name, title in TITLES.items():
         if scores.get(name) is not None:
@@ -151,7 +188,8 @@ def _reference(path: str, features: str) -> dict[str, Moments]:
 
 def _bar(what: str, images: int) -> Callable[[int], Any]:
     tqdm = require("tqdm", "train").tqdm
-    bar = tqdm(total=images, desc=f"features of {what}", unit="image", leave=False)
+    name = f"features of {what}"
+    bar = tqdm(total=images, desc=name, unit="image", leave=False, disable=not images)
 
     def told(done: int) -> None:
         bar.update(done)

@@ -5,6 +5,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,11 @@ from torch import Tensor, nn
 from fastdiff.data.dataset import ArrayDataset, ImageDataset, check_bytes
 from fastdiff.errors import InputError
 from fastdiff.evaluation.distances import frechet_from_moments
-from fastdiff.evaluation.features import FeatureNetwork
+from fastdiff.evaluation.features import FeatureNetwork, beside_torchvision
 from fastdiff.evaluation.neighbours import nearest, precision_recall
 from fastdiff.evaluation.reference import NAMES, Moments, moments_of, write_reference
 from fastdiff.evaluation.scores import samples_like
 from fastdiff.evaluation.store import FeatureStore
-from fastdiff.optional import require
 from fastdiff.ranks import ALONE, Ranks
 
 # Metric -> the kinds of features it takes.
@@ -53,7 +53,7 @@ class FeaturesOf:
         batch: int,
         device: torch.device | str,
         ranks: Ranks,
-        progress: Callable[[int], Any],
+        progress: Callable[[int], Callable[[int], Any]],
     ) -> None:
         self.images, self.network, self.device = images, network, device
         about = {"network": network.name, "resizing": network.resizing, **known_by(images)}
@@ -115,11 +115,13 @@ def published_scores(
         seed: of the subsets and the parts.
         device: where the network lies.
         ranks: the processes that share the work; all call, and get the same.
-        progress: ``progress(what, images)`` makes what is told of each batch's size.
+        progress: ``progress(what, images)``, with as many as this rank still has to compute, makes
+            what is told of each batch's size.
 
     Raises InputError for metrics without what they need, and images of no use.
     """
     check_metrics(metrics)
+    _check_kinds(metrics, network)
     if not isinstance(real, ImageDataset):
         _check_moments(real, metrics, network)
         if write_moments is not None:
@@ -143,14 +145,15 @@ def published_scores(
                 batch=batch,
                 device=device,
                 ranks=ranks,
-                progress=progress(name, -(-len(images) // ranks.count)),
+                progress=partial(progress, name),
             )
             for name, images in sets.items()
         }
 
         def finished() -> dict[str, Any]:
             if write_moments is not None:
-                moments = {kind: found["real"].moments(kind) for kind in NAMES}
+                kinds = [kind for kind in NAMES if kind in network.widths]
+                moments = {kind: found["real"].moments(kind) for kind in kinds}
                 write_reference(write_moments, moments, network.name)
             scores = _scores(found, real, metrics, k=k, seed=seed, device=device)
             return {**_about(network, fake, real), **scores}
@@ -163,6 +166,15 @@ def check_metrics(names: Sequence[str]) -> None:
     for name in names:
         if name not in METRICS:
             raise InputError(f"metric {name!r}: expected some of {', '.join(METRICS)}")
+
+
+def _check_kinds(metrics: Sequence[str], network: FeatureNetwork) -> None:
+    for name in metrics:
+        for kind in METRICS[name] - network.widths.keys():
+            raise InputError(
+                f"metric {name!r} needs {kind} features, which {network.name} has not: leave it "
+                "out, or choose --features inception"
+            )
 
 
 def _check_moments(
@@ -276,22 +288,27 @@ def _frechet(fake: Moments, real: Moments) -> float:
 
 
 def _inception_score(logits: Tensor, seed: int) -> list[float]:
-    metric = require("torchmetrics.image.inception", "evaluate").InceptionScore
-    splits = min(SPLITS, len(logits))
-    return _computed(metric(_Given(logits.shape[1]), splits=splits), seed, (logits,))
+    options = {"splits": min(SPLITS, len(logits))}
+    return _by_torchmetrics("inception", "InceptionScore", options, seed, (logits,))
 
 
 def _kid(real: Tensor, fake: Tensor, seed: int) -> list[float]:
-    metric = require("torchmetrics.image.kid", "evaluate").KernelInceptionDistance
-    size = min(KID_SIZE, len(real), len(fake))
-    made = metric(_Given(real.shape[1]), subsets=KID_SUBSETS, subset_size=size)
-    return _computed(made, seed, (real, True), (fake, False))
+    options = {"subsets": KID_SUBSETS, "subset_size": min(KID_SIZE, len(real), len(fake))}
+    updates = (real, True), (fake, False)
+    return _by_torchmetrics("kid", "KernelInceptionDistance", options, seed, *updates)
 
 
-def _computed(metric: Any, seed: int, *updates: tuple[Any, ...]) -> list[float]:
-    """torchmetrics' answer, whose draws are torch's own."""
+def _by_torchmetrics(
+    module: str, name: str, options: Mapping[str, int], seed: int, *updates: tuple[Any, ...]
+) -> list[float]:
+    """Its answer for features, by this process alone; its draws are torch's own."""
+    package = beside_torchvision(
+        f"torchmetrics.image.{module}", "evaluate", "uninstall torch-fidelity"
+    )
+    given = _Given(updates[0][0].shape[1])
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        metric = getattr(package, name)(given, sync_on_compute=False, **options)
         for update in updates:
             metric.update(*update)
         return [float(value) for value in metric.compute()]

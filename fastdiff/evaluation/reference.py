@@ -70,6 +70,9 @@ def write_reference(path: str | Path, moments: Mapping[str, Moments], features: 
 
 
 def _checked(path: str | Path, mean: np.ndarray, covariance: np.ndarray) -> Moments:
+    for array in (mean, covariance):
+        if array.dtype.kind != "f":
+            raise InputError(f"'{path}': moments of {array.dtype}, expected floats")
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise InputError(
             f"'{path}': a mean of {mean.shape} and a covariance of {covariance.shape}; expected "

@@ -52,12 +52,13 @@ class FeatureStore:
         self,
         features: Callable[[np.ndarray], Mapping[str, Tensor]],
         batch: int,
-        progress: Callable[[int], Any] = lambda images: None,
+        progress: Callable[[int], Callable[[int], Any]] = lambda images: lambda done: None,
     ) -> None:
         """Compute what is missing, each rank its share, ``batch`` images at a time: a call of all
-        ranks. ``progress`` is told of each batch's size."""
+        ranks. ``progress`` is given their number, and makes what is told of each batch's size."""
         missing = self.ranks.on_first(self.missing)
         mine = missing[self.ranks.rank :: self.ranks.count]
+        told = progress(len(mine))
         for start in range(0, len(mine), batch):
             indices = mine[start : start + batch]
             for kind, values in features(indices).items():
@@ -65,7 +66,7 @@ class FeatureStore:
                 self._kinds[kind].flush()
             self._done[indices] = 1
             self._done.flush()
-            progress(len(indices))
+            told(len(indices))
         self.ranks.gather(None)
         self.ranks.on_first(self._check)
 

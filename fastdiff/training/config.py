@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdiff.errors import InputError
+from fastdiff.evaluation.features import NETWORKS
 from fastdiff.models.power_function import WIDEST
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
 TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment")
-FEATURES = ("efficientnet-lite0", "inception")
 DTYPES = ("float32", "bfloat16", "float16")
 GRAPHS = ("off", "on", "auto")
 
@@ -106,9 +106,11 @@ class TrainConfig:
     )
     fid_samples: int = setting(1000, "samples of a Fréchet distance")
     fid_features: str = setting(
-        "efficientnet-lite0", "the network whose features it compares", choices=FEATURES
+        "efficientnet-lite0", "the network whose features it compares", choices=tuple(NETWORKS)
     )
-    fid_weights: str = setting("", "the file of Inception's weights")
+    fid_weights: str = setting(
+        "", "the file of Inception's weights, the folder of DINOv2's or CLIP's"
+    )
     nll_every: int = setting(0, "steps between measurements of bits/dim (0: none)")
     nll_images: int = setting(16, "images the bits/dim are measured on")
     nll_steps: int = setting(

@@ -10,7 +10,10 @@ from PIL import Image
 from fastdiff.commands import evaluate
 from fastdiff.data import load_dataset
 from fastdiff.errors import InputError
+from fastdiff.evaluation import scores
+from fastdiff.evaluation.features import NETWORKS
 from fastdiff.images import save_samples_npz
+from score_tools import NAME, Pixels
 
 
 def run(*arguments):
@@ -20,13 +23,14 @@ def run(*arguments):
 
 
 @pytest.mark.seconds
-def test_digits(tmp_path, capsys):
+def test_digits(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scores, "DRAWS", 10)
     data = load_dataset("digits", class_cond=True)
     images = data.images[:300].permute(0, 2, 3, 1).numpy()
     samples = save_samples_npz(tmp_path, images, data.labels[:300])
     out = tmp_path / "scores" / "evaluation.json"
     code = run(
-        "--samples", samples, "--data", "digits", "--classifier-steps", 60, "--device", "cpu",
+        "--samples", samples, "--data", "digits", "--classifier-steps", 50, "--device", "cpu",
         "--out", out,
     )  # fmt: skip
     assert code == 0
@@ -40,7 +44,8 @@ def test_digits(tmp_path, capsys):
 
 
 @pytest.mark.seconds
-def test_a_folder_resized_to_the_samples(tmp_path, capsys):
+def test_a_folder_resized_to_the_samples(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scores, "DRAWS", 10)
     rng = np.random.default_rng(0)
     for i in range(12):
         pixels = rng.integers(0, 256, (20 + i, 24, 3), np.uint8)
@@ -81,24 +86,60 @@ def pictures(tmp_path):
 LITE = ("--features", "efficientnet-lite0", "--device", "cpu")
 
 
-@pytest.mark.seconds
-def test_scores_of_papers(pictures, capsys):
+def test_scores_of_papers(pictures, capsys, monkeypatch):
+    monkeypatch.setitem(NETWORKS, NAME, lambda weights, resize: Pixels())
     both = ("--samples", pictures / "fake.npz", "--data", pictures / "real.npz")
     kept = ("--features-dir", pictures / "kept", "--write-reference", pictures / "ref.npz")
     out = pictures / "scores.json"
     assert run(*both, "--metrics", "fid,sfid,is,kid,prc", *LITE, *kept, "--out", out) == 0
     scores = json.loads(out.read_text())
     assert (scores["samples"], scores["real"], scores["published"]) == (20, 30, False)
+    assert (scores["rounding"], scores["resizing"]) == ("none, given as bytes", "none")
     printed = capsys.readouterr().out
-    for words in ("FID", "Inception score", "KID", "coverage", "efficientnet-lite0 is not the"):
+    for words in ("FID", "Inception score", "KID", "coverage", "pixels is not the network of the"):
         assert words in printed
-    assert "20 samples for 1,280 features: their covariance lacks rank" in printed
 
     reference = ("--reference", pictures / "ref.npz", "--metrics", "fid,sfid", *LITE)
     assert run("--samples", pictures / "fake.npz", *reference, "--out", out) == 0
     again = json.loads(out.read_text())
     assert again["fid"] == scores["fid"] and again["sfid"] == scores["sfid"]
     assert again["real"] is None
+
+
+def test_few_samples_are_said(pictures, capsys, monkeypatch):
+    monkeypatch.setitem(NETWORKS, NAME, lambda weights, resize: Pixels())
+    few = save_samples_npz(pictures / "few.npz", np.load(pictures / "fake.npz")["arr_0"][:9])
+    run("--samples", few, "--data", pictures / "real.npz", "--metrics", "fid", *LITE)
+    note = (
+        "9 samples for 12 features: their covariance lacks rank, and a Fréchet distance comes out"
+    )
+    assert note in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("deep", [np.float32, np.float64, np.uint16])
+def test_how_samples_became_bytes_is_chosen_and_said(pictures, monkeypatch, deep):
+    monkeypatch.setitem(NETWORKS, NAME, lambda weights, resize: Pixels())
+    levels = np.load(pictures / "fake.npz")["arr_0"] + 0.7  # of 255, above a byte
+    levels = levels.clip(0, 255)
+    given = levels * 257 if deep == np.uint16 else levels / 127.5 - 1
+    np.savez(pictures / "deep.npz", given.astype(deep))
+    np.savez(pictures / "nearest.npz", levels.round().astype(np.uint8))
+    np.savez(pictures / "truncate.npz", levels.astype(np.uint8))
+
+    def scores(samples, *flags):
+        arguments = ("--samples", pictures / f"{samples}.npz", "--data", pictures / "real.npz")
+        out = pictures / "out.json"
+        assert run(*arguments, "--metrics", "fid", *LITE, "--out", out, *flags) == 0
+        return json.loads(out.read_text())
+
+    for rounding, flags in (("nearest", ()), ("truncate", ("--truncate",))):
+        found = scores("deep", *flags)
+        assert found["rounding"] == rounding and found["fid"] == scores(rounding)["fid"]
+    with pytest.raises(InputError, match="is uint8 already: --truncate goes with uint16 and flo"):
+        scores("nearest", "--truncate")
+    np.savez(pictures / "deep.npz", levels.astype(np.float32))
+    with pytest.raises(InputError, match=r"expected floats in \[-1, 1\].*its values run from"):
+        scores("deep")
 
 
 def test_flags_of_scores_that_do_not_fit(pictures):
@@ -109,6 +150,8 @@ def test_flags_of_scores_that_do_not_fit(pictures):
         ((*samples, *data, "--metrics", "fid", "--reference", "r.npz"), "give the real images by"),
         ((*samples, *data, "--features-dir", "x"), "--features-dir goes with --metrics"),
         ((*samples, *data, "--k", 2), "--k goes with --metrics"),
+        ((*samples, *data, "--truncate"), "--truncate goes with --metrics"),
+        ((*samples, *data, "--resize", "own"), "--resize goes with --metrics"),
         (
             (*samples, *data, "--metrics", "fid", "--classifier-steps", 5),
             "--classifier-steps goes without --metrics",

@@ -169,6 +169,11 @@ def digits():
     return load_dataset("digits", class_cond=True)
 
 
+@pytest.fixture
+def few_draws(monkeypatch):
+    monkeypatch.setattr(scores, "DRAWS", 10)
+
+
 @pytest.fixture(scope="module")
 def jittered(digits):
     """600 real digits with every pixel moved: good, varied, and remembered."""
@@ -182,7 +187,9 @@ def jittered(digits):
 @pytest.fixture(scope="module")
 def report(digits, jittered):
     samples, labels = jittered
-    return evaluation.evaluate(samples, digits, labels=labels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scores, "DRAWS", 20)
+        return evaluation.evaluate(samples, digits, labels=labels, classifier_steps=100)
 
 
 @pytest.mark.seconds
@@ -223,9 +230,10 @@ def test_report_can_be_stored_and_printed(report):
 
 
 @pytest.mark.seconds
-def test_the_halves_distance_is_stable(digits):
+def test_the_halves_distance_is_stable(digits, monkeypatch):
     """The mean over the draws moves little with the seed; a single halving moves a lot."""
-    judge = train_classifier(digits.images, torch.from_numpy(digits.labels), 10, steps=60)
+    monkeypatch.setattr(scores, "DRAWS", 50)
+    judge = train_classifier(digits.images, torch.from_numpy(digits.labels), 10, steps=30)
     features = judge(digits.images)[1]
     halves = [scores._frechet(features, features, features, seed, ALONE) for seed in range(4)]
     means = [result["halves"] for result in halves]
@@ -234,9 +242,9 @@ def test_the_halves_distance_is_stable(digits):
 
 
 @pytest.mark.seconds
-def test_one_class_only_is_noticed(digits):
+def test_one_class_only_is_noticed(digits, few_draws):
     zeros = digits.images[digits.labels == 0].permute(0, 2, 3, 1).numpy()
-    report = evaluation.evaluate(zeros, digits, classifier_steps=60)
+    report = evaluation.evaluate(zeros, digits, classifier_steps=40)
     assert report["classes"]["max_share"] > 0.9
     assert report["frechet"]["ratio"] > 5
     assert report["nearest"]["copies"] == len(zeros)
@@ -244,14 +252,14 @@ def test_one_class_only_is_noticed(digits):
 
 
 @pytest.mark.seconds
-def test_data_without_labels(jittered):
+def test_data_without_labels(jittered, few_draws):
     report = evaluation.evaluate(jittered[0], load_dataset("digits"))
     assert report["classifier"] is None and report["confidence"] is None
     assert report["frechet"]["noise"] > 20 * report["frechet"]["halves"]
     assert "no classifier: the data have no labels" in evaluation.format_report(report)
 
 
-def test_classes_of_too_few_images(digits):
+def test_classes_of_too_few_images(digits, few_draws):
     few = ArrayDataset(
         digits.images[:60].permute(0, 2, 3, 1).numpy(),
         labels=digits.labels[:60],
@@ -262,7 +270,7 @@ def test_classes_of_too_few_images(digits):
 
 
 @pytest.mark.seconds
-def test_large_images_are_averaged_down_and_large_sets_sampled(monkeypatch):
+def test_large_images_are_averaged_down_and_large_sets_sampled(monkeypatch, few_draws):
     monkeypatch.setattr(scores, "MAX_REAL", 50)
     rng = np.random.default_rng(0)
     dataset = ArrayDataset(rng.integers(0, 256, (80, 20, 24, 3), np.uint8))

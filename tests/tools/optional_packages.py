@@ -12,7 +12,8 @@ import pytest
 
 # test_packaging.py sees that none is missing here.
 OPTIONAL = {"PIL", "build", "diffusers", "hypothesis", "lmdb", "matplotlib", "packaging", "prdc"}
-OPTIONAL |= {"scipy", "setuptools", "sklearn", "tensorboard", "torchmetrics", "tqdm", "triton"}
+OPTIONAL |= {"scipy", "setuptools", "sklearn", "tensorboard", "torchmetrics", "tqdm"}
+OPTIONAL |= {"transformers", "triton"}
 
 
 class Unavailable(pytest.Module):

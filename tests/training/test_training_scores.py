@@ -5,11 +5,15 @@ import json
 import pytest
 import torch
 
+import rank_runs
+import score_tools
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.run_directory import identify
+from fastdiff.cli import main
 from fastdiff.errors import InputError
-from fastdiff.evaluation.features import FeatureNetwork
+from fastdiff.evaluation.features import NETWORKS, FeatureNetwork, feature_network
 from fastdiff.training import scores
+from score_tools import NAME, Pixels, asked
 from training_tools import make_trainer, read_lines, resume_trainer
 
 QUICK = {"steps": 6, "fid_every": 2, "fid_samples": 20, "sample_steps": 2, "ema": ()}
@@ -68,7 +72,39 @@ def test_a_resumed_run_knows_its_best(tmp_path):
 
 def test_what_has_no_distance_is_refused_at_the_start(tmp_path, monkeypatch):
     monkeypatch.undo()
-    with pytest.raises(InputError, match="needs its weights, none is given"):
+    with pytest.raises(InputError, match="needs its weights, none are given"):
         make_trainer(tmp_path, **{**QUICK, "fid_features": "inception"})
     with pytest.raises(InputError, match="fid_features is 'vgg', expected one of"):
         make_trainer(tmp_path, **{**QUICK, "fid_features": "vgg"})
+
+
+@pytest.mark.seconds
+def test_ranks_measure_what_one_does_and_go_on(cifar, start, tmp_path, monkeypatch):
+    settings = "--fid-every 2 --fid-samples 12 --sample-steps 2 --save-every 2".split()
+
+    def command(run, steps, *more):
+        return rank_runs.command(cifar, tmp_path / run, *settings, "--steps", steps, *more)
+
+    monkeypatch.setitem(NETWORKS, NAME, lambda weights, resize: Pixels())
+    monkeypatch.setattr(scores, "feature_network", feature_network)
+    assert main(command("one", "6")) == 0
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    codes, log = start(2, score_tools.command(command("two", "4"), first)).finish()
+    assert codes == [0, 0], log
+    assert asked(first) == {0: 25 + 2 * 6, 1: 25 + 2 * 6}  # 50 images once, 12 samples twice
+    again = score_tools.command(command("two", "6", "--resume"), second)
+    codes, log = start(2, again).finish()
+    assert codes == [0, 0], log
+    assert asked(second) == {0: 6, 1: 6}
+
+    found, expected = (
+        [line for line in read_lines(tmp_path / run) if "fid" in line] for run in ("two", "one")
+    )
+    assert [line["step"] for line in found] == [2, 4, 6]
+    for mine, theirs in zip(found, expected, strict=True):
+        for name in ("fid", "copies", "class_coverage"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-2)
+    least = min(found, key=lambda line: line["fid"])
+    kept = checkpoint.load(tmp_path / "two" / "best")
+    assert (kept.step, kept.info["scores"]["fid"]) == (least["step"], least["fid"])
