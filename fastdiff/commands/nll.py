@@ -22,6 +22,7 @@ from fastdiff.commands.output import said_once
 from fastdiff.commands.reports import check_report, write_report
 from fastdiff.data import ImageDataset, load_dataset, match_classes
 from fastdiff.data.dataset import check_bytes
+from fastdiff.data.spaced import evenly_spaced
 from fastdiff.errors import InputError, TrainingError
 from fastdiff.images import to_float
 from fastdiff.optional import require
@@ -101,7 +102,7 @@ def _prepare(
         )
     if args.respacing is not None:
         diffusion = diffusion.respace(args.respacing)
-    dataset = _dataset(args, checkpoint)
+    dataset = evenly_spaced(_dataset(args, checkpoint), args.num)
     return checkpoint, diffusion, dataset
 
 
@@ -156,9 +157,7 @@ def _score(
     """calc_bpd_loop's terms for every batch, on rank 0: the ranks share the batches. Image i draws
     the same noise in any batch, on any rank."""
     device = next(checkpoint.model.parameters()).device
-    count = min(args.num or len(dataset), len(dataset))
-    indices = np.linspace(0, len(dataset) - 1, count).round().astype(np.int64)
-    starts = range(0, count, args.batch_size)
+    starts = range(0, len(dataset), args.batch_size)
     model = asked_by_bound(checkpoint.model, networks.self_condition(checkpoint))
     labels = networks.num_classes(checkpoint) is not None
     steps = len(ranks.share(starts)) * diffusion.num_timesteps
@@ -167,7 +166,7 @@ def _score(
     ) as bar:
 
         def score(start: int) -> dict[str, Tensor]:
-            part = indices[start : start + args.batch_size]
+            part = np.arange(start, min(start + args.batch_size, len(dataset)))
             x_start = to_float(dataset.gather(part).to(device))
             kwargs = {}
             if labels:
