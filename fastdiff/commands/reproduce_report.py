@@ -67,7 +67,7 @@ def _figure(request: Request, stages: Stages) -> tuple[str, list[dict[str, Any]]
         rows.append(row if over_steps else {**row, "bits_per_dim": _bits(point)})
     table, picture = (request.out / f"{experiment.name}.{kind}" for kind in ("csv", "png"))
     write_csv(table, rows)
-    plot_curves(picture, rows, x=x, ys=ys, labels=LABELS, title=experiment.source)
+    plot_curves(picture, rows, x=x, ys=ys, labels=LABELS, title=f"after {experiment.source}")
     names = [x, *ys]
     first = max(len(row["curve"]) for row in rows) + 2
     lines = [" " * first + "".join(f"{LABELS[name]:>28}" for name in names)]

@@ -5,6 +5,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -278,20 +279,22 @@ def _frechet(fake: Moments, real: Moments) -> float:
 def _inception_score(logits: Tensor, seed: int) -> list[float]:
     metric = require("torchmetrics.image.inception", "evaluate").InceptionScore
     splits = min(SPLITS, len(logits))
-    return _computed(metric(_Given(logits.shape[1]), splits=splits), seed, (logits,))
+    made = partial(metric, _Given(logits.shape[1]), splits=splits)
+    return _computed(made, seed, (logits,))
 
 
 def _kid(real: Tensor, fake: Tensor, seed: int) -> list[float]:
     metric = require("torchmetrics.image.kid", "evaluate").KernelInceptionDistance
     size = min(KID_SIZE, len(real), len(fake))
-    made = metric(_Given(real.shape[1]), subsets=KID_SUBSETS, subset_size=size)
+    made = partial(metric, _Given(real.shape[1]), subsets=KID_SUBSETS, subset_size=size)
     return _computed(made, seed, (real, True), (fake, False))
 
 
-def _computed(metric: Any, seed: int, *updates: tuple[Any, ...]) -> list[float]:
-    """torchmetrics' answer, whose draws are torch's own."""
+def _computed(make: Callable[[], Any], seed: int, *updates: tuple[Any, ...]) -> list[float]:
+    """The answer of torchmetrics' metric, whose draws are torch's own."""
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        metric = make()
         for update in updates:
             metric.update(*update)
         return [float(value) for value in metric.compute()]
