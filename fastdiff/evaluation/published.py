@@ -36,6 +36,8 @@ METRICS = {
 OF_MOMENTS = {"fid": "pooled", "sfid": "spatial"}  # which moments of the real images are enough for
 KID_SUBSETS, KID_SIZE = 100, 1000  # Bińkowski et al. 2018
 SPLITS = 10  # of the Inception score, Salimans et al. 2016
+# torchmetrics' own would wait for the other ranks, which have no metric.
+ON_FIRST: dict[str, Any] = {"sync_on_compute": False}
 KNOWN_BY = 256  # images by which a set that does not lie in memory is known again
 SPACED = 2000  # real images whose distance to the next one says how near is too near
 
@@ -279,14 +281,14 @@ def _frechet(fake: Moments, real: Moments) -> float:
 def _inception_score(logits: Tensor, seed: int) -> list[float]:
     metric = require("torchmetrics.image.inception", "evaluate").InceptionScore
     splits = min(SPLITS, len(logits))
-    made = partial(metric, _Given(logits.shape[1]), splits=splits)
+    made = partial(metric, _Given(logits.shape[1]), splits=splits, **ON_FIRST)
     return _computed(made, seed, (logits,))
 
 
 def _kid(real: Tensor, fake: Tensor, seed: int) -> list[float]:
     metric = require("torchmetrics.image.kid", "evaluate").KernelInceptionDistance
     size = min(KID_SIZE, len(real), len(fake))
-    made = partial(metric, _Given(real.shape[1]), subsets=KID_SUBSETS, subset_size=size)
+    made = partial(metric, _Given(real.shape[1]), subsets=KID_SUBSETS, subset_size=size, **ON_FIRST)
     return _computed(made, seed, (real, True), (fake, False))
 
 

@@ -82,6 +82,16 @@ def test_killed_between_stages_it_goes_on_with_the_next(
 
 
 @pytest.mark.long
+def test_by_two_processes(images, tmp_path, start):
+    out = tmp_path / "out"
+    words = ["reproduce", "ddpm-cifar10", "--data", images(32), "--out", out, *SMALL]
+    codes, log = start(2, [str(word) for word in words]).finish()
+    assert codes == [0, 0], log
+    assert log.count("== nll: ") == 1
+    check_report(EXPERIMENTS["ddpm-cifar10"], out, log)
+
+
+@pytest.mark.long
 def test_figure_10(images, tmp_path, capsys, hasty):
     assert command("figure-10", images(64, classes=False), tmp_path / "out") == 0
     rows = read_rows(tmp_path / "out" / "figure-10.csv")
