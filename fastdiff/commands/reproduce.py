@@ -148,6 +148,8 @@ def _plan(
     network = _features(args, device)
     rates = measured(stages, left, network, chosen)
     kind = "GPU" if chosen.type == "cuda" else "machine"
+    experiment = stages.request.experiment
+    print(f"{experiment.name}: {experiment.source}; data: {experiment.data}")
     print(
         plan_text(stages.stages, done, rates, most=args.machines, machine=f"this {kind}"),
         flush=True,

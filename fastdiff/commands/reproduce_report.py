@@ -87,20 +87,26 @@ def differences(request: Request, stages: Stages) -> list[str]:
         lines.append(f"scale {scale.factor:g}: {scores['samples']:,} samples of {wanted:,}")
         lines.append(f"scored against {scores['real']:,} of {len(request.data):,} real images")
     for name, network in stages.networks.items():
-        if not isinstance(network, Training):
-            lines.append(f"the {name} is given, {network.path}: how it was trained is its own")
-        else:
+        if isinstance(network, Training):
             lines += _of_training(name, network, request)
+        else:
+            lines.append(f"the {name} is given, {network.path}: how it was trained is its own")
     for what, flags in (("train", request.train_flags), ("sample", request.sample_flags)):
         if flags:
             lines.append(f"flags of fastdiff {what}: {' '.join(flags)}")
     if stages.points[0].bits is not None:
         lines += _of_bits(stages.points[0].bits, request)
-    return lines
+    return list(dict.fromkeys(lines))
 
 
 def _of_training(name: str, training: Training, request: Request) -> list[str]:
-    lines = ["averages of the weights warm up (the papers' do not)"]
+    data = request.data
+    lines = [
+        f"trained on {len(data):,} images; the paper's: {request.experiment.data}",
+        "averages of the weights warm up (the papers' do not)",
+    ]
+    if data.num_classes != (classes := training.model.get("num_classes")):
+        lines.append(f"{data.num_classes} classes, the paper's network has {classes}")
     if not request.scale.whole:
         config, model = training.config, training.model
         lines.append(

@@ -60,8 +60,8 @@ def plan_text(
     sums = _row(total, " " * 8) + _disk(sum(stage.disk for stage in left))
     lines.append(f"{'left to do':{name}}{sums}{seconds}")
     lines.append(
-        f"rates measured on {machine}; on N of it the time is a N-th: what they tell each other, "
-        "the reading of data and each command's start are not counted"
+        f"rates measured on {machine}; N of its kind take an N-th of the time: what they tell each "
+        "other, the reading of data and each command's start are not counted"
     )
     return "\n".join(lines)
 

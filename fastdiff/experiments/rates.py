@@ -46,7 +46,7 @@ def training_rate(
 ) -> Rate:
     """Of the Trainer's own steps, the updates of weights and averages among them."""
     batch = min(config.batch_size, len(data))
-    config = dataclasses.replace(config, batch_size=batch, shard=False, fid_every=0)
+    config = dataclasses.replace(config, batch_size=batch, shard=False, workers=0, fid_every=0)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         trainer = Trainer(

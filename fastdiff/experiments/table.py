@@ -64,6 +64,7 @@ class OverSteps:
 
     name: str
     source: str
+    data: str
     steps: tuple[int, ...]
     samples: int
     # Name of a curve: whose network, the flags of its sampler.
@@ -194,6 +195,7 @@ _ALL: tuple[AnyExperiment, ...] = (
     OverSteps(
         name="figure-8",
         source=f"{_IDDPM}, figure 8",
+        data="what the two checkpoints were trained on",
         steps=(25, 50, 100, 200, 400, 1000, 4000),
         samples=10_000,
         curves={

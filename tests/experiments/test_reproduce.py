@@ -106,7 +106,7 @@ def test_figure_10(images, tmp_path, capsys, hasty):
 @pytest.mark.seconds
 def test_figure_8(images, network, tmp_path, capsys, small, monkeypatch):
     curves = EXPERIMENTS["figure-8"].curves
-    less = OverSteps("figure-8", "source", steps=(2, 30), samples=8, curves=curves)
+    less = OverSteps("figure-8", "source", "data", steps=(2, 30), samples=8, curves=curves)
     monkeypatch.setitem(EXPERIMENTS, "figure-8", less)
     pair = ("--learned", network("learned", True), "--fixed", network("fixed", False))
     data, out = images(8, classes=False), tmp_path / "out"
