@@ -10,7 +10,6 @@ from fastdiff.commands.train import build_model
 from fastdiff.evaluation.features import FeatureNetwork
 from fastdiff.experiments.plan import Rates, Stage
 from fastdiff.experiments.rates import (
-    IMAGES,
     Rate,
     feature_rate,
     noise_images,
@@ -28,8 +27,7 @@ def measured(
     """Of each kind of pass that is left to do, by each network."""
     rates: dict[tuple[str, str], Rate] = {}
     data = stages.request.data
-    most = IMAGES.get(device.type, IMAGES["cpu"])
-    images = noise_images(most, data.image_size, data.channels, data.num_classes)
+    images = noise_images(device, data.image_size, data.channels, data.num_classes)
     for name, source in stages.networks.items():
         kinds = {stage.kind for stage in left if stage.network == name}
         if not kinds:

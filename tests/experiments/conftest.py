@@ -55,7 +55,7 @@ def network(tmp_path):
 def hasty(monkeypatch):
     """Rates of one call."""
     monkeypatch.setattr(rates, "LEAST_S", 0)
-    monkeypatch.setitem(rates.IMAGES, "cpu", 2)
+    monkeypatch.setitem(rates.PIXELS, "cpu", 128)
 
 
 class Means(FeatureNetwork):

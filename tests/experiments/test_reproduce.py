@@ -2,12 +2,17 @@
 
 import csv
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from fastdiff.cli import main
 from fastdiff.commands import reproduce
+from fastdiff.experiments import rates
+from fastdiff.experiments.plan import planned_seconds
 from fastdiff.experiments.table import EXPERIMENTS, Experiment, OverSteps
 from fastdiff.models import presets
 
@@ -140,6 +145,37 @@ def test_a_plan_alone_does_nothing(images, tmp_path, capsys, small):
     assert [row.split()[0] for row in rows[:5]] == [
         "train", "4000-steps/sample", "4000-steps/evaluate", "nll", "left",
     ]  # fmt: skip
+
+
+@pytest.mark.long
+def test_the_plan_is_within_twice_what_is_then_taken(images, tmp_path, monkeypatch):
+    """In this process' own time, which others on the machine take little from."""
+    monkeypatch.setattr(rates, "time", SimpleNamespace(perf_counter=time.process_time))
+    planned, taken = {}, {}
+    plan_text, do = reproduce.plan_text, reproduce._do
+
+    def planning(stages, done, found, **options):
+        for stage in stages:
+            planned[stage.name] = planned_seconds([stage], found)
+        return plan_text(stages, done, found, **options)
+
+    def timed(stage):
+        begun = time.process_time()
+        do(stage)
+        taken[stage.name] = time.process_time() - begun
+
+    monkeypatch.setattr(reproduce, "plan_text", planning)
+    monkeypatch.setattr(reproduce, "_do", timed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        # 20 iterations, 71 steps.
+        data, out = images(32), tmp_path / "out"
+        assert command("ddpm-cifar10", data, out, "--scale", "2.5e-5") == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert planned.keys() == taken.keys()
+    assert 0.5 < sum(planned.values()) / sum(taken.values()) < 2, (planned, taken)
 
 
 @pytest.mark.seconds
