@@ -21,7 +21,7 @@ from fastdiff.commands.reproduce_report import report
 from fastdiff.commands.reproduce_request import Request, parsed, read_request
 from fastdiff.commands.reproduce_stages import Stages
 from fastdiff.errors import InputError
-from fastdiff.evaluation.features import NETWORKS, FeatureNetwork, feature_network
+from fastdiff.evaluation.features import NETWORKS, feature_network
 from fastdiff.experiments.plan import Stage, plan_text
 from fastdiff.experiments.table import EXPERIMENTS
 from fastdiff.files import replace_text
@@ -106,17 +106,13 @@ def _prepare(args: argparse.Namespace, device: str | None) -> tuple[Stages, Requ
     if args.machines < 1:
         raise InputError(f"--machines is {args.machines}; expected 1 or more")
     request = read_request(args)
-    network = _features(args, device)
+    network = feature_network(args.features, args.feature_weights, choose_device(device))
     words = ["--features", args.features]
     words += [] if args.feature_weights is None else ["--feature-weights", args.feature_weights]
     stages = Stages(request, network, tuple(words))
     for stage in stages.stages:
         parsed(stage.words[0], stage.words[1:])
     return stages, request, _finished(request)
-
-
-def _features(args: argparse.Namespace, device: str | None) -> FeatureNetwork:
-    return feature_network(args.features, args.feature_weights, choose_device(device))
 
 
 def _finished(request: Request) -> list[str]:
@@ -145,8 +141,7 @@ def _plan(
 ) -> None:
     chosen = choose_device(device)
     left = [stage for stage in stages.stages if stage.name not in done]
-    network = _features(args, device)
-    rates = measured(stages, left, network, chosen)
+    rates = measured(stages, left, chosen)
     kind = "GPU" if chosen.type == "cuda" else "machine"
     experiment = stages.request.experiment
     print(f"{experiment.name}: {experiment.source}; data: {experiment.data}")

@@ -7,7 +7,6 @@ import torch
 from fastdiff.commands.reproduce_request import Training
 from fastdiff.commands.reproduce_stages import Stages
 from fastdiff.commands.train import build_model
-from fastdiff.evaluation.features import FeatureNetwork
 from fastdiff.experiments.plan import Rates, Stage
 from fastdiff.experiments.rates import (
     Rate,
@@ -21,9 +20,7 @@ from fastdiff.experiments.rates import (
 BATCH = 64  # of fastdiff sample, nll and evaluate
 
 
-def measured(
-    stages: Stages, left: Sequence[Stage], features: FeatureNetwork, device: torch.device
-) -> Rates:
+def measured(stages: Stages, left: Sequence[Stage], device: torch.device) -> Rates:
     """Of each kind of pass that is left to do, by each network."""
     rates: dict[tuple[str, str], Rate] = {}
     data = stages.request.data
@@ -46,5 +43,5 @@ def measured(
                 count = min(stage.passes for stage in left if stage.kind == kind)
                 rates[name, kind] = rate(model, diffusion, images, min(BATCH, count), device)
     if any(stage.kind == "features" for stage in left):
-        rates["", "features"] = feature_rate(features, images, device)
+        rates["", "features"] = feature_rate(stages.features, images, device)
     return rates

@@ -111,6 +111,7 @@ def read_request(args: argparse.Namespace) -> Request:
     """InputError where the parts do not fit each other."""
     experiment, scale = named(args.name), Scale(args.scale)
     device = () if args.device is None else ("--device", args.device)
+    _check_used(args, experiment)
     checkpoints = _checkpoints(args, experiment)
     side, classes = _format(experiment, checkpoints)
     reading = reading_options(vars(args))
@@ -146,6 +147,17 @@ def read_request(args: argparse.Namespace) -> Request:
     )
     _check_networks(request)
     return request
+
+
+def _check_used(args: argparse.Namespace, experiment: AnyExperiment) -> None:
+    """InputError for flags of what is not done."""
+    if args.train_flags and (args.checkpoint or isinstance(experiment, OverSteps)):
+        raise InputError("--train-flags: nothing is trained where checkpoints are given")
+    scored = isinstance(experiment, OverCompute) or (
+        isinstance(experiment, Experiment) and experiment.bits_per_dim is not None
+    )
+    if args.eval_data is not None and not scored:
+        raise InputError(f"--eval-data: {experiment.name} measures no bits/dim")
 
 
 def _checkpoints(args: argparse.Namespace, experiment: AnyExperiment) -> dict[str, Checkpoint]:

@@ -44,7 +44,7 @@ class Stages:
     def __init__(
         self, request: Request, features: FeatureNetwork, feature_words: tuple[str, ...]
     ) -> None:
-        self.request, self.feature_words = request, feature_words
+        self.request, self.features, self.feature_words = request, features, feature_words
         self.feature_bytes = FLOAT * sum(features.widths.values())
         self.stages: list[Stage] = []
         self.points: list[Point] = []

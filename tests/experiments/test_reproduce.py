@@ -195,6 +195,7 @@ def test_a_checkpoint_in_place_of_a_training(images, network, tmp_path, capsys, 
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.seconds
 def test_bad_input(images, network, tmp_path, capsys):
     data, cifar = images(8, classes=False), images(32)
     learned, fixed = network("learned", True), network("fixed", False)
@@ -209,6 +210,11 @@ def test_bad_input(images, network, tmp_path, capsys):
         ("ddpm-cifar10", cifar, ("--scale", 1.5), "--scale is 1.5; expected more than 0 and at"),
         ("ddpm-cifar10", cifar, ("--machines", 0), "--machines is 0; expected 1 or more"),
         ("ddpm-cifar10", cifar, ("--train-flags=--sharp",), "unrecognized arguments: --sharp"),
+        (
+            "ddpm-cifar10", cifar, ("--checkpoint", learned, "--train-flags=--flip"),
+            "--train-flags: nothing is trained",
+        ),
+        ("ddpm-lsun-cat", data, ("--eval-data", data), "ddpm-lsun-cat measures no bits/dim"),
         ("ddpm-cifar10", cifar, ("--checkpoint", learned), "makes images of (C, H, W) (3, 8, 8)"),
         ("ddpm-cifar10", cifar, pair, "--learned: ddpm-cifar10 takes --checkpoint"),
         ("ddpm-cifar10", cifar, ("--features", "inception"), "needs its weights"),
