@@ -16,13 +16,14 @@ COMMANDS = {
     "nll": "score a checkpoint: bits per dimension of images, with its terms",
     "rate-distortion": "progressive lossy coding by a checkpoint: bits against error, pictured",
     "evaluate": "score samples against real images: recognition, class shares, Fréchet, memorising",
+    "reproduce": "an experiment of a paper: planned, trained, sampled, scored, beside its figures",
     "convert": "turn a published .pt checkpoint into one that describes itself",
     "average": "make an average of the weights, of any width, of a run's snapshots",
     "bench": "time the fused operations against eager PyTorch on this machine",
     "info": "print versions, devices, instruction sets and what was compiled for what",
 }
 # These may be started as one of several processes: they share their work, or have none to do.
-SHARING = ("train", "sample", "nll", "rate-distortion", "evaluate", "info")
+SHARING = ("train", "sample", "nll", "rate-distortion", "evaluate", "reproduce", "info")
 
 
 def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:

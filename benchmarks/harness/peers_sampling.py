@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from torch.utils.flop_counter import FlopCounterMode
 
 import fastdiff
+from fastdiff.models.flops import unet_flops
 from harness import peers, peers_eager
 
 STEPS = 50
@@ -257,10 +257,7 @@ def process(name: str) -> fastdiff.GaussianDiffusion:
 
 def network_flops(name: str, batch: int) -> int:
     """Of the convolutions and matrix products of one call, two for each multiplication."""
-    side = peers.size(name)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), fastdiff.backend("reference"):
-        peers.fastdiff_network(name)(torch.zeros(1, 3, side, side), torch.zeros(1))
-    return batch * counter.get_total_flops()
+    return batch * unet_flops(peers.NETWORKS[name], peers.size(name))
 
 
 def matrix_product_share(call: peers.Step) -> float:

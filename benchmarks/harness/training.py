@@ -21,12 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import fastdiff
-from fastdiff.checks import choose_device
 from fastdiff.data import ArrayDataset
 from fastdiff.models import presets
+from fastdiff.models.flops import unet_flops
 from fastdiff.models.shards import local
 from fastdiff.ranks import Ranks, join
 from fastdiff.training import TrainConfig, Trainer
@@ -129,17 +128,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def training_flops(preset: str) -> int:
-    """Of an image's forward and backward pass: convolutions and matrix products, two operations to
-    each multiplication. Counted on plain operations: those of our kernels have no counter."""
-    device = choose_device(None)
-    model = fastdiff.UNet.from_preset(preset).to(device)
+    """Of an image's forward and backward pass."""
     settings = presets.get(preset).model
-    size = settings["image_size"]
-    x = torch.zeros(1, model.in_channels, size, size, device=device)
-    known = {} if model.num_classes is None else {"y": torch.zeros_like(x[:, 0, 0, 0]).long()}
-    with FlopCounterMode(display=False) as counter, fastdiff.backend("reference"):
-        model(x, torch.zeros(1, device=device), **known).sum().backward()
-    return counter.get_total_flops()
+    return unet_flops(settings, settings["image_size"], training=True)
 
 
 def memory(trainer: Trainer) -> dict[str, float]:

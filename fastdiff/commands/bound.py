@@ -23,6 +23,7 @@ from fastdiff.commands.checkpoint_options import (
 from fastdiff.commands.data_options import KINDS_OF_DATA, add_reading_arguments
 from fastdiff.commands.network_data import network_dataset
 from fastdiff.data import ImageDataset
+from fastdiff.data.spaced import evenly_spaced
 from fastdiff.errors import InputError, TrainingError
 from fastdiff.images import to_float
 from fastdiff.optional import require
@@ -76,12 +77,11 @@ def check_bound_arguments(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Bound:
-    """What is scored, and by what. ``indices``: int64, of the images in the set."""
+    """What is scored, and by what."""
 
     checkpoint: Checkpoint
     diffusion: GaussianDiffusion
     dataset: ImageDataset
-    indices: np.ndarray
 
     @classmethod
     def of(cls, args: argparse.Namespace, device: str | None) -> "Bound":
@@ -95,10 +95,8 @@ class Bound:
             )
         if args.respacing is not None:
             diffusion = diffusion.respace(args.respacing)
-        dataset = network_dataset(args, checkpoint, "bits/dim")
-        count = min(args.num or len(dataset), len(dataset))
-        indices = np.linspace(0, len(dataset) - 1, count).round().astype(np.int64)
-        return cls(checkpoint, diffusion, dataset, indices)
+        dataset = evenly_spaced(network_dataset(args, checkpoint, "bits/dim"), args.num)
+        return cls(checkpoint, diffusion, dataset)
 
     @property
     def model(self) -> Callable[..., Tensor]:
@@ -115,7 +113,7 @@ class Bound:
     def images(self, start: int, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         """x_0 of the scored images from number ``start`` on, float32 (n, C, H, W) on the network's
         device, and their labels as its arguments."""
-        part = self.indices[start : start + count]
+        part = np.arange(start, min(start + count, len(self.dataset)))
         device = next(self.checkpoint.model.parameters()).device
         x_start, kwargs = to_float(self.dataset.gather(part).to(device)), {}
         if networks.num_classes(self.checkpoint) is not None:
@@ -124,7 +122,7 @@ class Bound:
 
     def score(self, batch_size: int, seed: int, ranks: Ranks) -> Terms:
         """calc_bpd_loop's terms for every batch, on rank 0: the ranks share the batches."""
-        starts, model = range(0, len(self.indices), batch_size), self.model
+        starts, model = range(0, len(self.dataset), batch_size), self.model
         steps = len(ranks.share(starts)) * self.diffusion.num_timesteps
         with require("tqdm", "train").tqdm(
             total=steps, desc="scoring", unit="step", disable=ranks.rank > 0

@@ -12,7 +12,9 @@ from fastdiff.errors import InputError
 Parts = Mapping[str, Callable[[argparse.ArgumentParser], None]]
 
 
-class _Reader(argparse.ArgumentParser):
+class Reader(argparse.ArgumentParser):
+    """A parser that raises InputError in the place of leaving."""
+
     def error(self, message: str) -> NoReturn:
         raise InputError(message.removeprefix("argument "))
 
@@ -33,7 +35,7 @@ def read_config(path: Path, parts: Parts) -> dict[str, Any]:
         if table not in parts:
             known = ", ".join(f"[{name}]" for name in parts if name)
             raise InputError(f"{path}: unknown table [{table}]; expected {known}")
-        reader = _Reader(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        reader = Reader(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
         parts[table](reader)
         for name, value in settings.items():
             place = f"{path}: [{table}] {name}" if table else f"{path}: {name}"

@@ -12,6 +12,7 @@ from fastdiff.commands.output import said_once
 from fastdiff.commands.reports import check_report, write_report
 from fastdiff.data import ImageDataset, load_dataset
 from fastdiff.data.classes import numbers, renumber
+from fastdiff.data.spaced import evenly_spaced
 from fastdiff.errors import InputError
 from fastdiff.evaluation import evaluate, format_report
 from fastdiff.images import Samples, check_channels_last, read_samples
@@ -27,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-size", type=int, help="resize and crop the real images to this side"
     )
     parser.add_argument("--channels", type=int, choices=(1, 3, 4), help="of the real images")
+    parser.add_argument(
+        "--num", type=int, help="how many real images, evenly spaced in the set (default: all)"
+    )
     add_reading_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the classifier and random draws")
     parser.add_argument("--classifier-steps", type=int, help="training steps of the classifier")
@@ -38,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.seed < 0 or (args.classifier_steps is not None and args.classifier_steps < 1):
         raise InputError("--seed must not be negative and --classifier-steps must be positive")
+    if args.num is not None and (args.num < 1 or args.data is None):
+        raise InputError("--num must be positive: how many images of --data")
     metrics = paper_scores.chosen(args)
     if (args.data is None) == (args.reference is None):
         raise InputError("give the real images by --data, or with --metrics their --reference")
@@ -93,7 +99,7 @@ def _read(args: argparse.Namespace) -> tuple[Samples, ImageDataset | None]:
         **reading_options(vars(args)),
     )
     print(dataset.describe(), flush=True)
-    return samples, dataset
+    return samples, evenly_spaced(dataset, args.num)
 
 
 def _finish(args: argparse.Namespace, report: dict[str, Any], text: str) -> None:

@@ -95,7 +95,7 @@ def _finish(args: argparse.Namespace, bound: Bound, terms: Terms, out: Path) -> 
     _plot(table, out / "rate_distortion.png")
     print(out / "rate_distortion.json", out / "rate_distortion.csv", sep="\n")
     print(out / "rate_distortion.png")
-    count, channels = min(args.pictures, len(bound.indices)), bound.dataset.channels
+    count, channels = min(args.pictures, len(bound.dataset)), bound.dataset.channels
     if count and channels not in MODES:
         print(f"no pictures: a PNG cannot hold {channels} channels")
     elif count:

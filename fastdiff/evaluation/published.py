@@ -308,6 +308,7 @@ def _by_torchmetrics(
     given = _Given(updates[0][0].shape[1])
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        # Its own sums would wait for the other ranks, which have no metric.
         metric = getattr(package, name)(given, sync_on_compute=False, **options)
         for update in updates:
             metric.update(*update)

@@ -28,7 +28,7 @@ def test_a_process_measures_the_trainers_steps(monkeypatch):
 
 
 def test_operations_are_counted_with_those_of_attention():
-    # 4 of 16 tokens and 64 channels: 2 products forward, 4 back. Our kernels have no counter.
+    # 4 of 16 tokens and 64 channels: 2 products forward, 4 back.
     attention = 4 * (2 + 4) * 2 * 16**2 * 64
     assert training.training_flops("digits") == 96_698_368 + attention
 

@@ -64,6 +64,7 @@ def test_bad_input(tmp_path):
         (("--samples", small, "--data", tmp_path / "none"), "no data at"),
         (("--samples", small, "--data", "digits"), "samples are 4x4"),
         (("--samples", small, "--data", "digits", "--seed", -1), "--seed"),
+        (("--samples", small, "--data", "digits", "--num", 0), "--num must be positive"),
         (("--samples", small, "--data", "digits", "--device", "abacus"), "no device 'abacus'"),
         (("--samples", small, "--data", "digits", "--classifier-steps", 0), "--classifier-steps"),
     ]
@@ -102,6 +103,8 @@ def test_scores_of_papers(pictures, capsys, monkeypatch):
     reference = ("--reference", pictures / "ref.npz", "--metrics", "fid,sfid", *LITE)
     assert run("--samples", pictures / "fake.npz", *reference, "--out", out) == 0
     again = json.loads(out.read_text())
+    assert run(*both, "--num", 10, "--metrics", "is", *LITE) == 0
+    assert "20 samples against 10 real images" in capsys.readouterr().out
     assert again["fid"] == scores["fid"] and again["sfid"] == scores["sfid"]
     assert again["real"] is None
 

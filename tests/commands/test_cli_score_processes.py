@@ -124,3 +124,21 @@ def test_a_network_gone_nan_is_said_once(images, start, tmp_path):
     codes, log = start(2, nll(broken, images, tmp_path / "nll.json")).finish()
     assert codes == [2, 2] and "the network's output is not finite" in only_line(log)
     assert not (tmp_path / "nll.json").exists()
+
+
+@pytest.mark.seconds
+def test_papers_scores_of_processes_are_those_of_one(start, tmp_path):
+    rng = np.random.default_rng(2)
+    places = []
+    for name in ("fake", "real"):
+        pixels = rng.integers(0, 256, (12, 8, 8, 3)).astype(np.uint8)
+        places.append(save_samples_npz(tmp_path / f"{name}.npz", pixels))
+    words = ["--samples", str(places[0]), "--data", str(places[1]), "--metrics", "fid,is,kid,prc"]
+    words += ["--features", "efficientnet-lite0", "--device", "cpu", "--out"]
+    alone, shared = tmp_path / "alone.json", tmp_path / "shared.json"
+    assert main(["evaluate", *words, str(alone)]) == 0
+    codes, log = start(2, ["evaluate", *words, str(shared)]).finish()
+    assert codes == [0, 0], log
+    expected, found = (json.loads(path.read_text()) for path in (alone, shared))
+    for name in ("fid", "inception_score", "kid", "precision", "recall", "density", "coverage"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
