@@ -32,6 +32,18 @@ TABLES = {
         ("Trained with T = 1000: bound", 7, 2),
         ("two halves of the real ones", 4, 2),
     ],
+    "heavy_tails": [
+        ("best reverse steps", 4, 2),
+        ("samples of those chains", 7, 2),
+        ("Ratio: the gradient", 5, 3),
+    ],
+    "langevin": [
+        ("score against the exact one", 4, 6),
+        ("By the network's score: sliced Wasserstein-1", 7, 2),
+        ("By the network's score: share", 7, 2),
+        ("By the exact score: sliced Wasserstein-1", 7, 2),
+        ("By the exact score: share", 7, 2),
+    ],
     "solver_convergence": [
         ("end of the probability-flow ODE", 10, 4),
         ("minus the slope", 2, 4),
