@@ -6,9 +6,9 @@ hold for images, where the levels have more in common (strokes, shapes)? 1, 4 or
 architecture divide 24 noise levels among themselves and one budget of training steps, on 1,437 of
 scikit-learn's digits; 360 are held out.
 
-Look at: the two upper panels. With little training the shared network is ahead everywhere but at the
-highest levels, where there is nothing to learn; with more, four networks catch up at both ends, and
-stay behind at the levels between, where strokes form.
+Look at: the two upper panels. With little training the shared network is ahead everywhere but at
+the highest levels, where there is nothing to learn; with more, four networks catch up at both ends,
+and stay behind at the levels between, where strokes form.
 
 Result at 480 / 1,920 / 7,680 steps in all, Fréchet distance of the samples (two halves of the real
 digits 7.7): one network 281 / 88 / 32, four 685 / 207 / 50, 24 1,860 / 908 / 288 (with 24 times the

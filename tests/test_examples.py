@@ -44,11 +44,13 @@ TABLES = {
         ("By the exact score: sliced Wasserstein-1", 7, 2),
         ("By the exact score: share", 7, 2),
     ],
+    "learned_posterior": [("two real sets", 8, 10)],
     "solver_convergence": [
         ("end of the probability-flow ODE", 10, 4),
         ("minus the slope", 2, 4),
         ("sliced Wasserstein-1", 7, 5),
     ],
+    "tying_on_images": [("samples to real digits", 8, 3)],
 }
 
 
