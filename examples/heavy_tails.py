@@ -130,12 +130,12 @@ class Reverse:
         rows = [reverse_step(levels, t) for t in range(process.num_timesteps)]
         return cls(*map(torch.stack, zip(*rows, strict=True)))
 
-    def best(self, family: Family) -> Parameters:
+    def best(self, family: Family, iterations: int) -> Parameters:
         """Those of the family's member that is nearest at each x_t, (K, G) each."""
         mean = (self.mass * self.x_prev).sum(2)
         std = (self.mass * (self.x_prev - mean[:, :, None]) ** 2).sum(2).sqrt()
         raw = torch.zeros(3, *mean.shape, dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS([raw], max_iter=80, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS([raw], max_iter=iterations, line_search_fn="strong_wolfe")
 
         def parameters() -> Parameters:
             return mean + std * raw[0], std.log() + raw[1], 2 + raw[2]
@@ -274,7 +274,7 @@ def main() -> None:
         reverses[steps] = Reverse.of(process)
         for name, family in FAMILIES.items():
             key = name, steps
-            best[key] = reverses[steps].best(family)
+            best[key] = reverses[steps].best(family, 5 if args.quick else 80)
             excess[key] = reverses[steps].excess(family, best[key])
             samples[key] = reverses[steps].sample(family, best[key], count)
     floor = grid_kl(MIXTURE.sample(count, torch.Generator().manual_seed(4)), MIXTURE, 1.0, 100)

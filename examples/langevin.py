@@ -91,7 +91,7 @@ def main() -> None:
                 [[str(n), *[values[kind, name, n] for name in METHODS]] for n in calls_list],
             )
     floor = sliced_wasserstein(second, real)
-    print(f"two real sets: {floor:.2g}, {light_share(second):.3f}")
+    print(f"\ntwo real sets: distance {floor:.2g}, share {light_share(second):.3f}")
     plot(args.out, process, network, calls_list, samples, distances, shares, floor)
 
 
