@@ -111,6 +111,11 @@ FAMILIES = {
 }
 
 
+def cosine(steps: int) -> GaussianDiffusion:
+    """What is read of it is the forward process, whatever a network predicts."""
+    return create_diffusion(steps=steps, noise_schedule="cosine", mean_type="x_start")
+
+
 # -- the true reverse step ------------------------------------------------------------------------
 
 
@@ -268,10 +273,7 @@ def main() -> None:
     real = MIXTURE.sample(count, torch.Generator().manual_seed(1))
     reverses, best, excess, samples = {}, {}, {}, {}
     for steps in steps_list:
-        process = create_diffusion(
-            steps=steps, noise_schedule="cosine", mean_type="x_start", var_type="fixed_small"
-        )
-        reverses[steps] = Reverse.of(process)
+        reverses[steps] = Reverse.of(cosine(steps))
         for name, family in FAMILIES.items():
             key = name, steps
             best[key] = reverses[steps].best(family, 5 if args.quick else 80)
@@ -316,13 +318,10 @@ def main() -> None:
 
 def trained(name: str, reverses, best, quick: bool) -> list[float]:
     """The excess of a network taught by draws, of one taught by averages; the variances' ratio."""
-    process = create_diffusion(
-        steps=TRAINED, noise_schedule="cosine", mean_type="x_start", var_type="fixed_small"
-    )
     reverse, family = reverses[TRAINED], FAMILIES[name]
     found, variances = [], []
     for averaged in (False, True):
-        objective = Objective(process, family, averaged)
+        objective = Objective(cosine(TRAINED), family, averaged)
         model = TinyMLP((1,), t_max=TRAINED, width=64, out_factor=3)
         network = train(model, objective, MIXTURE.sample, 20 if quick else 2000)
         found.append(reverse.excess(family, objective.on_grid(network, reverse)).sum().item())
