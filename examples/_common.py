@@ -218,6 +218,44 @@ def train(
     return averaged
 
 
+class Untied(nn.Module):
+    """Each network serves a run of neighbouring noise levels; a batch holds one level only."""
+
+    def __init__(self, networks: Sequence[nn.Module], levels: int) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.levels = levels
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.networks[int(t[0]) * len(self.networks) // self.levels](x, t)
+
+
+def train_untied(
+    make: Callable[[], nn.Module],
+    process,
+    draw: Callable[[int, torch.Generator], Tensor],
+    groups: int,
+    budget: int,
+    *,
+    batch: int,
+) -> Untied:
+    """``groups`` networks of one architecture, each with its share of levels and of the budget."""
+    share = process.num_timesteps // groups
+    networks = [
+        train(
+            make(),
+            process,
+            draw,
+            max(budget // groups, 1),
+            batch=batch,
+            levels=range(k * share, (k + 1) * share),
+            seed=k,
+        )
+        for k in range(groups)
+    ]
+    return Untied(networks, process.num_timesteps)
+
+
 # -- distances ------------------------------------------------------------------------------------
 
 

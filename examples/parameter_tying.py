@@ -32,7 +32,7 @@ from _common import (
     save_plot,
     show_steps,
     sliced_wasserstein,
-    train,
+    train_untied,
 )
 from torch import Tensor, nn
 
@@ -43,17 +43,6 @@ MIXTURE = ring_of_gaussians()
 LEVELS = 24
 GROUPS = (1, 4, 24)  # how many networks share the noise levels out among themselves
 BUDGETS = (480, 1920, 7680)  # training steps, of all the networks together
-
-
-class Untied(nn.Module):
-    """Each network serves a run of neighbouring noise levels; a batch holds one level only."""
-
-    def __init__(self, networks: list[nn.Module]) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.networks[int(t[0]) * len(self.networks) // LEVELS](x, t)
 
 
 def main() -> None:
@@ -72,7 +61,14 @@ def main() -> None:
     errors, distances, rows = {}, {}, []
     for budget in BUDGETS:
         for groups in GROUPS:
-            network = train_group(diffusion, groups, budget // 50 if args.quick else budget)
+            network = train_untied(
+                lambda: TinyMLP((2,), t_max=LEVELS, width=64),
+                diffusion,
+                MIXTURE.sample,
+                groups,
+                budget // 50 if args.quick else budget,
+                batch=128,
+            )
             error = excess_error(diffusion, network)
             errors[groups, budget], distances[groups, budget] = error, distance(network)
             parameters = sum(p.numel() for p in network.parameters())
@@ -91,25 +87,6 @@ def main() -> None:
         [["exact v, same sampler", exact], ["a second set of real samples", floor]],
     )
     plot(args.out, errors, distances, exact, floor)
-
-
-def train_group(diffusion, groups: int, budget: int) -> Untied:
-    """``groups`` networks of one architecture, each with its share of levels and of the budget."""
-    share = LEVELS // groups
-    return Untied(
-        [
-            train(
-                TinyMLP((2,), t_max=LEVELS, width=64),
-                diffusion,
-                MIXTURE.sample,
-                max(budget // groups, 1),
-                batch=128,
-                levels=range(k * share, (k + 1) * share),
-                seed=k,
-            )
-            for k in range(groups)
-        ]
-    )
 
 
 @torch.no_grad()

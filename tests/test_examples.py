@@ -33,11 +33,25 @@ TABLES = {
         ("two halves of the real ones", 4, 2),
     ],
     "classifier_guidance": [("DDPM (algorithm 1)", 5, 2), ("DDIM (algorithm 2)", 5, 2)],
+    "heavy_tails": [
+        ("best reverse steps", 4, 2),
+        ("samples of those chains", 7, 2),
+        ("Ratio: the gradient", 5, 3),
+    ],
+    "langevin": [
+        ("score against the exact one", 4, 6),
+        ("By the network's score: sliced Wasserstein-1", 7, 2),
+        ("By the network's score: share", 7, 2),
+        ("By the exact score: sliced Wasserstein-1", 7, 2),
+        ("By the exact score: share", 7, 2),
+    ],
+    "learned_posterior": [("two real sets", 8, 10)],
     "solver_convergence": [
         ("end of the probability-flow ODE", 10, 4),
         ("minus the slope", 2, 4),
         ("sliced Wasserstein-1", 7, 5),
     ],
+    "tying_on_images": [("samples to real digits", 8, 3)],
 }
 
 

@@ -28,6 +28,7 @@ from fastdiff.process.config import built
 from fastdiff.process.forward import mean_flat, noised
 from fastdiff.process.respacing import chosen_timesteps
 from fastdiff.process.reverse import Model, check_choice, network_output
+from fastdiff.process.score import Scored
 from fastdiff.process.tables import arithmetic_dtype, check_timestep_map
 from fastdiff.process.variance_exploding import VAR_TYPES, check_sigma_range
 
@@ -60,7 +61,7 @@ def karras_sigmas(
     return sigmas
 
 
-class EDM:
+class EDM(Scored):
     """q(x_sigma | x_0) = N(x_0, sigma²·I), EDM's loss at any sigma, and K levels to sample at.
 
     Args:

@@ -23,12 +23,13 @@ from fastdiff.process.forward import forward_tables, posterior_mean
 from fastdiff.process.published_loops import DDIMLoopArguments, LoopArguments, StepNoise, last, loop
 from fastdiff.process.respacing import chosen_timesteps
 from fastdiff.process.reverse import DDIMStepArguments, Model, StepArguments, step_at
+from fastdiff.process.score import Scored
 from fastdiff.process.tables import Tables, check_timestep_map
 from fastdiff.process.update import DenoisedFn
 from fastdiff.records import called_with
 
 
-class GaussianDiffusion:
+class GaussianDiffusion(Scored):
     """A diffusion process over K steps, and what a network that reverses it is asked to predict.
 
     Args:

@@ -15,7 +15,8 @@ from torch import Tensor
 from fastdiff.checks import check_float, check_like, check_timesteps
 from fastdiff.errors import InputError
 from fastdiff.methods.inversion import upward
-from fastdiff.methods.levels import Float64Array
+from fastdiff.methods.levels import Float64Array, is_learned
+from fastdiff.methods.protocol import Process
 from fastdiff.methods.table import Index, StepTable
 from fastdiff.ops.normal import draw_like
 from fastdiff.ops.posterior_step.reference import log_variance
@@ -123,7 +124,7 @@ def eps_from_xstart(at: TablesAt, x_t: Tensor, x_start: Tensor) -> Tensor:
 
 
 def call_model(
-    process: Gaussian,
+    process: Process,
     model: Model,
     x: Tensor,
     timesteps: Tensor,
@@ -131,7 +132,7 @@ def call_model(
 ) -> Tensor:
     """The network's output, its shape checked; ``timesteps`` (N,)."""
     needs, shape = f"mean_type {process.mean_type!r} with var_type {process.var_type!r}", x.shape
-    if process.learns_variance:
+    if is_learned(process.var_type):
         if x.dim() < 2:
             raise InputError(
                 f"var_type {process.var_type!r} needs x of shape (N, C, ...) to split channels, "

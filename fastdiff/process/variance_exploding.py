@@ -22,6 +22,7 @@ from fastdiff.process.config import built
 from fastdiff.process.forward import mean_flat, noised
 from fastdiff.process.respacing import chosen_timesteps
 from fastdiff.process.reverse import Model, check_choice, network_output
+from fastdiff.process.score import Scored
 from fastdiff.process.tables import Tables, TablesAt, check_timestep_map
 
 PROCESS = "variance_exploding"
@@ -44,7 +45,7 @@ def geometric_sigmas(
     return np.geomspace(sigma_min, sigma_max, num_steps, dtype=np.float64)
 
 
-class VarianceExploding:
+class VarianceExploding(Scored):
     """q(x_t | x_0) = N(x_0, sigma_t²·I), its training losses, and what a StepTable reads of it.
 
     Args:

@@ -28,6 +28,8 @@ assert_type(process, fastdiff.GaussianDiffusion)
 assert_type(fastdiff.GaussianDiffusion(betas, mean_type="v"), fastdiff.GaussianDiffusion)
 exploding = fastdiff.VarianceExploding([0.1, 1.0, 10.0])
 edm = fastdiff.EDM(sigma_data=0.5)
+for scored in (process, exploding, edm):
+    assert_type(scored.score(model, torch.randn(2, 1, 8, 8), torch.tensor([0, 7])), Tensor)
 assert_type(edm.respace(18), fastdiff.EDM)
 assert_type(edm.training_losses(model, torch.randn(2, 1, 8, 8), torch.rand(2)), dict[str, Tensor])
 assert_type(fastdiff.best_timesteps(process, 50, betas), list[int])
