@@ -40,15 +40,18 @@ from fastdiff import Sampler, create_diffusion
 from fastdiff.process.likelihood import summarize_bpd
 
 SCHEDULES = ("linear", "cosine")
+# data: (its side, the network's width, steps of training, images held out)
+DATA = {"digits": (8, 256, 3000, 360), "mnist5k": (28, 384, 2500, 200)}
 STEPS = (10, 25, 50, 100, 250)
 TENTHS = range(0, 1001, 100)
 
 
 def main() -> None:
-    args = parse_arguments(__doc__, "linear_vs_cosine")
-    images, held_out = load_digits()
+    args = parse_arguments(__doc__, "linear_vs_cosine", tuple(DATA))
+    side, width, training, kept = DATA[args.data]
+    images, held_out = load_digits(kept, args.data)
     steps_list = STEPS[:2] if args.quick else STEPS
-    judge = FrechetJudge(classifier_steps=10 if args.quick else None)
+    judge = FrechetJudge(args.data, quick=args.quick)
 
     def draw(n: int, generator: torch.Generator) -> Tensor:
         return images[torch.randint(len(images), (n,), generator=generator)]
@@ -57,10 +60,10 @@ def main() -> None:
     for name in SCHEDULES:
         diffusion = create_diffusion(steps=1000, noise_schedule=name, sigma_small=True)
         network = train(
-            TinyMLP((1, 8, 8), t_max=1000, width=256),
+            TinyMLP((1, side, side), t_max=1000, width=width),
             diffusion,
             draw,
-            20 if args.quick else 3000,
+            20 if args.quick else training,
             batch=128,
         )
         information[name] = [bits_left(diffusion, images, t) for t in TENTHS]
@@ -71,7 +74,7 @@ def main() -> None:
         bounds[name] = summarize_bpd(terms)
         for steps in steps_list:
             sampler = Sampler(network, diffusion, steps=steps)
-            samples[name, steps] = sampler.sample((judge.count, 1, 8, 8), seed=2)
+            samples[name, steps] = sampler.sample((judge.count, 1, side, side), seed=2)
             distances[name, steps] = judge(samples[name, steps])
 
     print_table(
@@ -95,7 +98,7 @@ def main() -> None:
     )
     print_table(
         f"Fréchet distance of {judge.count} DDPM samples to as many real digits "
-        f"(two halves of the real ones: {judge.halves:.3g})",
+        f"(two such sets of real ones: {judge.halves:.3g})",
         ["steps", *SCHEDULES],
         [[str(s), *[distances[name, s] for name in SCHEDULES]] for s in steps_list],
     )
@@ -135,7 +138,7 @@ def plot(out, steps_list, information, bounds, distances, samples, halves: float
     left.set(xlabel="t / T", ylabel="bits", title="What x_t still tells about the image")
     middle.set(yscale="log", xlabel="t / T", ylabel="bits/dim per step")
     middle.set(title="Terms of the bound (t > 0)")
-    right.axhline(halves, color="0.5", lw=1, label="two halves of the real digits")
+    right.axhline(halves, color="0.5", lw=1, label="two sets of real digits")
     right.set(yscale="log", xlabel="DDPM steps", ylabel="Fréchet distance")
     right.set(title="Samples against real digits")
     show_steps(right, steps_list)
