@@ -55,10 +55,10 @@ def main() -> None:
         "best": best_schedule(grid, squares, t),
     }
 
-    rows, scores = [], {}
-    scored = process_of(np.linspace(GAMMA_MIN, GAMMA_MAX, min(count, 250)))
+    averages, deviations, noises = {}, {}, {}
     for name, gammas in schedules.items():
         loss = losses(network, gammas, draw, 1000 if args.quick else 40000)
+        averages[name], deviations[name] = loss.mean().item(), loss.std().item()
         gradients = batch_gradients(
             OfGamma(network, gammas),
             process_of(gammas),
@@ -67,28 +67,40 @@ def main() -> None:
             batch=BATCH,
             levels=range(1, count),
         )
-        noise = gradients.var(0).sum().item()
-        rows.append([name, loss.mean().item(), loss.std().item(), noise])
-        scores[name] = [
+        noises[name] = gradients.var(0).sum().item()
+    print_table(
+        "The loss of one image at a random t, bits/dim: mean and standard deviation (the least of "
+        f"all schedules: {least_deviation(grid, means, squares):.3g});\nvariance of the gradient of "
+        f"{BATCH} images, and both as a multiple of the learned schedule's",
+        ["schedule", "mean", "sd", "gradient", "sd / learned", "gradient / learned"],
+        [
+            [
+                name,
+                averages[name],
+                deviations[name],
+                noises[name],
+                deviations[name] / deviations["learned"],
+                noises[name] / noises["learned"],
+            ]
+            for name in schedules
+        ],
+    )
+
+    scored = process_of(np.linspace(GAMMA_MIN, GAMMA_MAX, min(count, 250)))
+    scores = {
+        name: [
             score(trained(gammas, draw, steps, seed=seed), scored, held_out)
             for seed in range(1, seeds + 1)
         ]
-
-    least = least_deviation(grid, means, squares)
-    print_table(
-        "The loss of one image at a random t, bits/dim: mean and standard deviation (the least of "
-        f"all schedules: {least:.3g});\nvariance of the gradient of {BATCH} images, and both as a "
-        "multiple of the learned schedule's",
-        ["schedule", "mean", "sd", "gradient", "sd / learned", "gradient / learned"],
-        [[*row, row[2] / rows[3][2], row[3] / rows[3][3]] for row in rows],
-    )
+        for name, gammas in schedules.items()
+    }
     print_table(
         f"Trained with each schedule, {steps} steps: bound on the NLL of {len(held_out)} held-out "
         "digits, bits/dim",
         ["schedule", *[f"seed {k + 1}" for k in range(seeds)]],
         [[name, *values] for name, values in scores.items()],
     )
-    plot(args.out, t, schedules, grid, squares, rows)
+    plot(args.out, t, schedules, grid, squares, deviations, noises)
 
 
 # -- schedules ------------------------------------------------------------------------------------
@@ -105,10 +117,10 @@ def named_schedule(name: str, t: np.ndarray) -> np.ndarray:
 
 
 class MonotoneSchedule(nn.Module):
-    """gamma(t), rising from GAMMA_MIN at 0 to GAMMA_MAX at 1 (appendix H of the paper).
+    """gamma(t), rising from GAMMA_MIN at 0 to GAMMA_MAX at 1.
 
-    A line plus a layer of sigmoids of that line, every weight positive, stretched to the ends.
-    t (N,) in [0, 1] -> gamma, its derivative; (N,) each.
+    As in the paper, a line plus a layer of sigmoids of that line, every weight positive, stretched
+    to the ends. t (N,) in [0, 1] -> gamma, its derivative; (N,) each.
     """
 
     def __init__(self, width: int = 64) -> None:
@@ -165,7 +177,7 @@ def fit(network: TinyMLP, draw, steps: int) -> MonotoneSchedule:
     for k in range(steps):
         optimizer.param_groups[0]["lr"] = 2e-2 * (1 - k / steps)
         x_start = draw(BATCH, generator)
-        # One random offset for the whole batch: t is spread evenly (appendix I.1 of the paper).
+        # One random offset for the whole batch: t is spread evenly, as in the paper.
         t = (torch.rand((), generator=generator) + torch.arange(BATCH) / BATCH) % 1
         noise = torch.randn(x_start.shape, generator=generator)
         loss = continuous_loss(network, x_start, *schedule(t), noise)
@@ -179,7 +191,7 @@ def fit(network: TinyMLP, draw, steps: int) -> MonotoneSchedule:
 
 
 def continuous_loss(network, x_start: Tensor, gamma: Tensor, slope, noise: Tensor) -> Tensor:
-    """½·gamma'·|eps − eps(x_t)|² (eq. 17), (N,) in bits/dim; gamma (N,), slope (N,) or a number."""
+    """½·gamma'·|eps − eps(x_t)|², (N,) in bits/dim; gamma (N,), its slope (N,) or a number."""
     shape = (-1, *[1] * (x_start.ndim - 1))
     signal, sigma = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
     x_t = signal.view(shape) * x_start + sigma.view(shape) * noise
@@ -257,7 +269,7 @@ def score(network: nn.Module, process: GaussianDiffusion, held_out: Tensor) -> f
 # -- output ---------------------------------------------------------------------------------------
 
 
-def plot(out, t, schedules, grid, squares, rows) -> None:
+def plot(out, t, schedules, grid, squares, deviations, noises) -> None:
     fig, [[left, middle, right]] = figure(3, width=4.8)
     for (name, gammas), colour in zip(schedules.items(), COLOURS, strict=False):
         left.plot(t, gammas, "--" if name == "best" else "-", color=colour, label=name)
@@ -268,13 +280,14 @@ def plot(out, t, schedules, grid, squares, rows) -> None:
     middle.set(yscale="log", xlabel="t", ylabel="bits/dim", title="The loss at t, root mean square")
     for ax in (left, middle):
         ax.legend(fontsize=8)
-    places = np.arange(len(rows))
-    for k, (label, column) in enumerate({"variance of the loss": 2, "of the gradient": 3}.items()):
-        values = [row[column] ** (2 if column == 2 else 1) for row in rows]
-        right.bar(places + 0.4 * k - 0.2, np.divide(values, values[3]), 0.36, label=label)
-    right.set_xticks(places, [row[0] for row in rows], fontsize=8)
+    places = np.arange(len(schedules))
+    variances = {name: deviation**2 for name, deviation in deviations.items()}
+    for k, (label, of) in enumerate({"of the loss": variances, "of the gradient": noises}.items()):
+        heights = [of[name] / of["learned"] for name in schedules]
+        right.bar(places + 0.4 * k - 0.2, heights, 0.36, label=label)
+    right.set_xticks(places, list(schedules), fontsize=8)
     right.axhline(1, color="0.5", lw=1)
-    right.set(yscale="log", title="Multiples of the learned schedule's")
+    right.set(yscale="log", title="Variances, over the learned schedule's")
     right.legend(fontsize=8)
     save_plot(fig, out)
 

@@ -88,8 +88,8 @@ def test_the_closed_form_is_the_loss_of_the_process(study):
 # --- learned_schedule --------------------------------------------------------------------------
 
 
-def test_the_continuous_loss_is_the_bound_s_term_over_a_short_step(study):
-    """Kingma et al. 2021, eq. 14 and 17: ½·expm1(difference of gamma) in the place of ½·gamma'."""
+def test_the_continuous_loss_is_that_of_the_process_over_a_step(study):
+    """Kingma et al. 2021: in discrete time ½·expm1(gamma's difference) is where ½·gamma' was."""
     learned = study("learned_schedule")
     gammas = np.linspace(-6, 5, 40)
     process = learned.process_of(gammas)
