@@ -1,8 +1,21 @@
 """DDIM against DDPM with fixed and learned variance, by the number of steps: where do they cross?
 
 Question: DDIM (Song et al. 2020, arXiv:2010.02502) is said to be ahead at few steps and DDPM at
-many; Nichol & Dhariwal 2021 (arXiv:2102.09672, section 4 and figure 8) put the crossing at some 50
-steps where DDPM's variance is learned, and later where it is fixed.
+many. Nichol & Dhariwal 2021 (arXiv:2102.09672, section 4 and figure 8) have DDPM with a learned
+variance ahead from some 50 steps on, with a fixed one later. One network is trained with the hybrid
+loss on 1,437 of scikit-learn's digits (a residual MLP, eps-prediction, cosine schedule, T = 1000,
+6,000 steps, one seed) and sampled four ways: by DDIM, and by DDPM with its own variance, with the
+posterior's (fixed_small) and with beta (fixed_large).
+
+Look at: where the lines cross DDIM's. It starts low and stays where it is from 35 steps on; all of
+DDPM's go on below it and end together, as their variances do when the steps are short.
+
+Result, Fréchet distance at 5 / 10 / 20 / 50 / 1000 steps (two halves of the real digits 7.7): DDIM
+186 / 63 / 44 / 37 / 37, learned 268 / 60 / 33 / 29 / 25, fixed_large 398 / 133 / 59 / 37 / 25,
+fixed_small 138 / 47 / 29 / 26 / 25. The learned variance meets DDIM at 9 steps, fixed_large at 51:
+in the paper's order, and earlier, as the images are simpler. fixed_small never does: it is ahead of
+all from 5 steps on, though its bound is the worst (learned_variance.py). Nor does DDIM reach what
+DDPM does with many steps: without fresh noise nothing corrects the errors of so small a network.
 """
 
 import math
@@ -125,7 +138,9 @@ def plot(out, steps_list, averages, samples, halves: float) -> None:
     show_steps(left, steps_list)
     left.legend(fontsize=8)
     few = steps_list[1]
-    show_images(right, [(name, samples[name, few]) for name in WAYS], columns=16, lines=3)
+    shown = [(name.removeprefix("DDPM, "), samples[name, few]) for name in WAYS]
+    show_images(right, shown, columns=16, lines=3)
+    right.tick_params(axis="y", labelsize=8)
     right.set_title(f"Samples at {few} steps")
     save_plot(fig, out)
 

@@ -69,8 +69,8 @@ def main() -> None:
         )
         noises[name] = gradients.var(0).sum().item()
     print_table(
-        "The loss of one image at a random t, bits/dim: mean and standard deviation (the least of "
-        f"all schedules: {least_deviation(grid, means, squares):.3g});\nvariance of the gradient of "
+        "The loss of one image at a random t, bits/dim: mean and standard deviation (least of all "
+        f"schedules: {least_deviation(grid, means, squares):.3g});\nvariance of the gradient of "
         f"{BATCH} images, and both as a multiple of the learned schedule's",
         ["schedule", "mean", "sd", "gradient", "sd / learned", "gradient / learned"],
         [
