@@ -1,9 +1,10 @@
-"""Linear against cosine noise schedule, on 8×8 handwritten digits.
+"""Linear against cosine noise schedule, on 8×8 handwritten digits or on MNIST.
 
 Question: Nichol & Dhariwal 2021 (arXiv:2102.09672, section 3.2) found that the linear schedule
 destroys small images too early, so that the last part of the chain teaches and adds nothing. Does
 that hold here? Equal networks (a residual MLP, eps-prediction, 3,000 steps of training, one seed)
-learn 1,437 of scikit-learn's digits with either schedule at T = 1000; 360 are held out.
+learn 1,437 of scikit-learn's digits with either schedule at T = 1000; 360 are held out. With
+--data mnist5k: 4,800 of MNIST's 28×28, 200 held out, 2,500 steps.
 
 Look at: the first panel, which needs no network: the exact number of bits by which x_t tells its
 image from the other training images. Linear has 0.35 of 10.49 bits left at 0.6 T and spends the
@@ -16,6 +17,12 @@ at 250; two halves of the real digits are 7.7 apart. The linear schedule's worse
 against 1.39 bits/dim) is due to its coarser first step. One thing depends on the setting: with
 v-prediction cosine still samples better (29 against 37 at 250 steps), but its bound is no better
 (6.20 against 6.12).
+
+On MNIST the same, less clear in the bound: 4.70 against 4.78 bits/dim (image by image 0.074 ±
+0.009, all of it the decoder's), Fréchet distance 929 against 1161 at 10 steps, 622 against 781 at
+250. Two sets of real digits are 20 apart: an MLP trained for two minutes draws digits that can be
+read, with specks around them. Larger images keep what tells them apart for longer: linear still has
+3.6 of 12.2 bits at 0.6 T, and wastes the last quarter of the chain instead of the last 40 %.
 """
 
 import math
