@@ -2,8 +2,25 @@
 
 Question: with the ends of gamma = -log SNR fixed, the bound in continuous time does not depend on
 the schedule between them, but the variance of its estimate at a random t does (Kingma et al. 2021,
-arXiv:2107.00630, sections 4 and 5.1, appendix H): the loss is ½·gamma'(t)·|eps - eps(x_t)|², and a
-monotone network gamma(t) is trained to lower its square. How much is there to gain?
+arXiv:2107.00630, sections 3.2 and 5). There the loss is ½·gamma'(t)·|eps - eps(x_t)|², and a
+monotone network gamma(t) is trained to lower its square. How much is there to gain? Networks of
+gamma (a residual MLP, eps-prediction) learn 1,437 of scikit-learn's digits, gamma from -9 to 9.
+The schedule is learned once, on a network trained with gamma even in t, and then kept, where the
+paper trains both at once. "best" needs no learning: for a network that stays as it is, the least
+variance is known, where the loss's root mean square is the same at every t.
+
+Look at: the middle panel, where it is. linear and cosine spend most of t on noisy images, whose
+terms are small, and put what matters into a few large ones. The learned schedule is level over nine
+tenths of t, and right of that no more needs to be gained.
+
+Result: standard deviation of one image's loss (mean 3.7 bits/dim) 19.0 with linear, 13.1 with
+cosine, 4.1 with gamma even in t, 1.35 learned; the least possible is 0.874, "best" 0.886. The
+variance of the gradient, which is not what was lowered, falls with it: 47, 23 and 2.1 times the
+learned one's. Equal networks trained with each, 2,000 steps, two seeds: 3.57 and 3.56 bits/dim of
+held-out digits with linear, 3.45 and 3.45 with cosine, 3.27 and 3.28 even in t, 3.20 and 3.21
+learned. One thing is not as hoped: "best", whose loss and gradient have the least variance of all,
+trains worst, 3.66 and 3.65. It is best for the finished network, and gives gamma > 0 the last 3 %
+of t: little to learn these levels from, while the network does not know them.
 """
 
 import math
