@@ -21,11 +21,18 @@ from fastdiff.optional import require
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
 
 
-def parse_arguments(doc: str | None, name: str) -> argparse.Namespace:
-    """``--out`` (a folder, made here) and ``--quick`` (a few seconds, for the tests)."""
+def parse_arguments(
+    doc: str | None, name: str, data: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """``--out`` (a folder, made here) and ``--quick`` (a few seconds, for the tests).
+
+    ``--data`` where a study can be made on several sets, ``data``, of which the first is usual.
+    """
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/examples") / name)
     parser.add_argument("--quick", action="store_true", help="a few seconds; figures mean nothing")
+    if data:
+        parser.add_argument("--data", choices=data, default=data[0], help="default: %(default)s")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -106,9 +113,12 @@ def exact_network(mixture: GaussianMixture, process) -> Callable[[Tensor, Tensor
 # -- digits ---------------------------------------------------------------------------------------
 
 
-def load_digits(held_out: int = 360) -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1,797 8×8 digits in [-1, 1]: (train, held out), float (N, 1, 8, 8)."""
-    dataset = load_dataset("digits")
+def load_digits(held_out: int = 360, data: str = "digits") -> tuple[Tensor, Tensor]:
+    """scikit-learn's 1,797 8×8 digits in [-1, 1]: (train, held out), float (N, 1, 8, 8).
+
+    ``data`` "mnist5k": 5,000 of MNIST, 28×28.
+    """
+    dataset = load_dataset(data)
     images = to_float(dataset.gather(np.random.default_rng(0).permutation(len(dataset))))
     return images[held_out:], images[:held_out]
 
@@ -116,22 +126,24 @@ def load_digits(held_out: int = 360) -> tuple[Tensor, Tensor]:
 class FrechetJudge:
     """Fréchet distance to the real digits, on features of a classifier that saw no sample.
 
-    ``halves`` is the distance of the two halves of the real digits: the unit to measure in.
+    ``count``: of samples, and of real digits in either of two sets, ``halves`` apart: the unit to
+    measure in.
     """
 
-    def __init__(self, classifier_steps: int | None = None) -> None:
-        """``classifier_steps``: of training; None is the judge's own choice, few are for tests."""
-        dataset = load_dataset("digits", class_cond=True)
+    def __init__(self, data: str = "digits", *, quick: bool = False) -> None:
+        """``quick``: by few images and a classifier that is hardly trained, for tests."""
+        dataset = load_dataset(data, class_cond=True)
         order = np.random.default_rng(1).permutation(len(dataset))
         images, labels = dataset.gather(order), dataset.gather_labels(order)
-        self.classifier = train_classifier(images, labels, 10, steps=classifier_steps)
-        self.count = len(dataset) // 2
-        features = self.classifier(images)[1]
-        self.real = features[: self.count], features[self.count : 2 * self.count]
+        steps = 10 if quick else None  # None: the judge's own choice
+        self.classifier = train_classifier(images, labels, 10, steps=steps)
+        self.count = min(len(dataset) // 2, 100 if quick else 1000)
+        features = self.classifier(images[: 2 * self.count])[1]
+        self.real = features[: self.count], features[self.count :]
         self.halves = frechet_distance(*self.real)
 
     def __call__(self, samples: Tensor) -> float:
-        """Samples (``count``, 1, 8, 8) in [-1, 1]; the mean distance to either half."""
+        """Samples (``count``, 1, H, W) in [-1, 1]; the mean distance to either half."""
         features = self.classifier(to_uint8(samples))[1]
         return float(np.mean([frechet_distance(features, half) for half in self.real]))
 
@@ -254,6 +266,33 @@ def train_untied(
         for k in range(groups)
     ]
     return Untied(networks, process.num_timesteps)
+
+
+def batch_gradients(
+    network: nn.Module,
+    process,
+    draw: Callable[[int, torch.Generator], Tensor],
+    batches: int,
+    *,
+    batch: int,
+    levels: range,
+    seed: int = 0,
+) -> Tensor:
+    """(batches, parameters): what :func:`train` would step along, at weights that stay.
+
+    One seed means the same data, timesteps and noise, whatever ``process`` makes of them.
+    """
+    parameters = list(network.requires_grad_(True).parameters())
+    generator = torch.Generator().manual_seed(seed)
+    gradients = []
+    for _ in range(batches):
+        x_start = draw(batch, generator)
+        t = torch.randint(levels.start, levels.stop, (batch,), generator=generator)
+        noise = torch.randn(x_start.shape, generator=generator)
+        loss = process.training_losses(network, x_start, t, noise=noise)["loss"].mean()
+        pieces = torch.autograd.grad(loss, parameters)
+        gradients.append(torch.cat([piece.flatten() for piece in pieces]))
+    return torch.stack(gradients)
 
 
 # -- distances ------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def main() -> None:
     args = parse_arguments(__doc__, "learned_variance")
     images, held_out = load_digits()
     steps_list = STEPS[:2] if args.quick else STEPS
-    judge = FrechetJudge(classifier_steps=10 if args.quick else None)
+    judge = FrechetJudge(quick=args.quick)
 
     def draw(n: int, generator: torch.Generator) -> Tensor:
         return images[torch.randint(len(images), (n,), generator=generator)]

@@ -46,6 +46,14 @@ TABLES = {
         ("By the exact score: share", 7, 2),
     ],
     "learned_posterior": [("two real sets", 8, 10)],
+    "analytic_averaging": [
+        ("By the draw alone", 7, 6),
+        ("by every term", 4, 6),
+        ("before its training", 4, 4),
+        ("than with the closed form", 4, 6),
+    ],
+    "learned_schedule": [("multiple of the learned", 6, 5), ("bits/dim", 2, 5)],
+    "ddim_vs_ddpm": [("Fréchet", 5, 2), ("over DDIM's", 4, 2)],
     "solver_convergence": [
         ("end of the probability-flow ODE", 10, 4),
         ("minus the slope", 2, 4),
@@ -73,11 +81,12 @@ def test_it_loads_and_says_what_it_takes(name, monkeypatch, capsys):
 
 @pytest.mark.seconds
 @pytest.mark.sample(2)
-@pytest.mark.parametrize("name", TABLES)
-def test_quick_run(name, tmp_path):
+@pytest.mark.parametrize("command", [*TABLES, "linear_vs_cosine --data mnist5k"])
+def test_quick_run(command, tmp_path):
+    name, *options = command.split()
     out = tmp_path / "plots"
     result = subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py"), "--quick", "--out", str(out)],
+        [sys.executable, str(EXAMPLES / f"{name}.py"), "--quick", "--out", str(out), *options],
         capture_output=True,
         encoding="utf-8",
         cwd=tmp_path,

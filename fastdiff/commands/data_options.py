@@ -8,8 +8,8 @@ from fastdiff.data.labels import WAYS
 
 # What --data may be, for the helps and for the error where it is missing.
 KINDS_OF_DATA = (
-    "'digits', a folder of images, a .zip or .tar of them (EDM's, webdataset's shards), an LMDB, a "
-    ".npz or .npy array, the files of CIFAR-10, MNIST or the downsampled ImageNet"
+    "'digits', 'mnist5k', a folder of images, a .zip or .tar of them (EDM's, webdataset's shards), "
+    "an LMDB, a .npz or .npy array, the files of CIFAR-10, MNIST or the downsampled ImageNet"
 )
 READING = ("labels", "skip_broken", "max_pixels")  # load_dataset's names for them
 

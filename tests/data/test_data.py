@@ -77,6 +77,18 @@ def test_digits():
     assert max(int(images.max()) for images, _ in iterate_once(dataset, 500)) == 255
 
 
+def test_mnist5k():
+    dataset = load_dataset("mnist5k", class_cond=True)
+    assert len(dataset) == 5000 and dataset.image_size == (28, 28) and dataset.channels == 1
+    assert dataset.class_names == list("0123456789")
+    assert np.bincount(dataset.labels).tolist() == [500] * 10
+    image, label = dataset[0]
+    assert label == 0 and image.dtype == torch.uint8 and int(image.max()) == 255
+    # The first row of ink, and nothing at all around the digit: no label among the pixels.
+    assert image[0, 4, 15:20].tolist() == [51, 159, 253, 159, 50]
+    assert not image[:, :4].any() and not image[:, -4:].any()
+
+
 def test_without_class_cond_there_are_no_labels():
     dataset = load_dataset("digits")
     assert dataset.num_classes is None and dataset.class_names is None
