@@ -66,7 +66,7 @@ def main() -> None:
     args = parse_arguments(__doc__, "classifier_guidance")
     steps, scales = (3, SCALES[:2]) if args.quick else (20, SCALES)
     timesteps = torch.linspace(0, FIRST, steps).round().int().tolist()
-    judge = FrechetJudge(classifier_steps=10 if args.quick else None)
+    judge = FrechetJudge(quick=args.quick)
     diffusion = create_diffusion(steps=1000, noise_schedule="cosine")
     network = train_network(diffusion, 20 if args.quick else 4000)
     classifier = train_classifier(diffusion, 3 if args.quick else 400)

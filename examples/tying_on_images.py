@@ -46,7 +46,7 @@ BUDGETS = (480, 1920, 7680)  # training steps, of all the networks together
 def main() -> None:
     args = parse_arguments(__doc__, "tying_on_images")
     images, held_out = load_digits()
-    judge = FrechetJudge(classifier_steps=10 if args.quick else None)
+    judge = FrechetJudge(quick=args.quick)
     budgets = BUDGETS[:1] if args.quick else BUDGETS
     diffusion = create_diffusion(
         steps=LEVELS, noise_schedule="cosine", mean_type="v", var_type="fixed_small"
