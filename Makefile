@@ -37,9 +37,10 @@ check test test-all: export OMP_NUM_THREADS ?= 1
 
 demo: $(VENV)/demo.installed
 	@echo "== Training on 1,797 digits"
-	$(BIN)/fastdiff train --preset digits --data digits --out $(DEMO) --resume
+	$(BIN)/fastdiff train --preset digits --data digits --steps 1000 --lr 0.002 --out $(DEMO) --resume
 	@echo "== Sampling 1,000 images"
-	$(BIN)/fastdiff sample --checkpoint $(DEMO) --out $(DEMO) --num 1000 --steps 50
+	$(BIN)/fastdiff sample --checkpoint $(DEMO) --out $(DEMO) --num 1000 --batch-size 250 \
+		--method sde-dpmsolver++ --steps 30
 	@echo "== Scoring them"
 	$(BIN)/fastdiff evaluate --samples $(DEMO)/samples_1000x8x8x1.npz --data digits --out $(DEMO)/evaluation.json
 	@echo "Look at $(DEMO)/grid.png (the samples) and $(DEMO)/loss_curve.png."

@@ -60,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--features", choices=NETWORKS, default="inception", help="the network scores rest on"
     )
-    parser.add_argument("--feature-weights", metavar="FILE", help="Inception's weights")
+    parser.add_argument(
+        "--feature-weights",
+        metavar="PATH",
+        help="that network's, if it brings none",
+    )
     parser.add_argument(
         "--train-flags",
         default="",

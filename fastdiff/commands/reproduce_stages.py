@@ -8,6 +8,7 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.commands.reproduce_request import Request, Training
 from fastdiff.data.spaced import evenly_spaced
 from fastdiff.evaluation.features import FeatureNetwork
+from fastdiff.evaluation.published import check_kinds
 from fastdiff.experiments.plan import Stage
 from fastdiff.experiments.table import SAMPLES, Experiment, OverCompute, OverSteps, Sampling
 from fastdiff.images import samples_file_name
@@ -157,6 +158,7 @@ class Stages:
         )
 
     def _score(self, point: Point, samples: int, metrics: tuple[str, ...]) -> None:
+        check_kinds(metrics, self.features)
         request, folder = self.request, point.scores.parent
         shape = (samples, *request.data.image_size, request.data.channels)
         words = ["evaluate", "--samples", str(folder / samples_file_name(shape))]

@@ -121,7 +121,7 @@ def published_scores(
     Raises InputError for metrics without what they need, and images of no use.
     """
     check_metrics(metrics)
-    _check_kinds(metrics, network)
+    check_kinds(metrics, network)
     if not isinstance(real, ImageDataset):
         _check_moments(real, metrics, network)
         if write_moments is not None:
@@ -168,7 +168,8 @@ def check_metrics(names: Sequence[str]) -> None:
             raise InputError(f"metric {name!r}: expected some of {', '.join(METRICS)}")
 
 
-def _check_kinds(metrics: Sequence[str], network: FeatureNetwork) -> None:
+def check_kinds(metrics: Sequence[str], network: FeatureNetwork) -> None:
+    """InputError where one of them rests on features that the network does not give."""
     for name in metrics:
         for kind in METRICS[name] - network.widths.keys():
             raise InputError(

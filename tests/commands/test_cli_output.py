@@ -226,6 +226,7 @@ def test_several_processes_are_refused(tmp_path, monkeypatch, capsys, name, rank
         "nll": ["--checkpoint", "c", "--data", "digits"],
         "rate-distortion": ["--checkpoint", "c", "--data", "digits", "--out", "rd"],
         "evaluate": ["--samples", "s.npz", "--data", "digits"],
+        "reproduce": ["ddpm-cifar10", "--data", "digits", "--out", "run"],
         "convert": ["--model", "m.pt", "--out", "run"],
         "average": ["--run", "r", "--sigma-rel", "0.1", "--out", "run"],
         "bench": [],

@@ -11,6 +11,7 @@ from PIL import Image
 
 from fastdiff.cli import main
 from fastdiff.commands import reproduce
+from fastdiff.evaluation.features import NETWORKS
 from fastdiff.experiments import rates
 from fastdiff.experiments.plan import planned_seconds
 from fastdiff.experiments.table import EXPERIMENTS, Experiment, OverSteps
@@ -193,6 +194,16 @@ def test_a_checkpoint_in_place_of_a_training(images, network, tmp_path, capsys, 
         other = network("other", **changes)
         assert command("iddpm-cifar10-hybrid", data, tmp_path / "no", "--checkpoint", other) == 2
         assert message in capsys.readouterr().err
+
+
+def test_features_that_a_metric_lacks_are_missed_first(
+    images, tmp_path, capsys, monkeypatch, small
+):
+    monkeypatch.setattr(NETWORKS["efficientnet-lite0"], "widths", {"pooled": 48})
+    out = tmp_path / "out"
+    assert command("ddpm-cifar10", images(8, classes=False), out) == 2
+    assert "metric 'is' needs logits features, which means has not" in capsys.readouterr().err
+    assert not out.exists()
 
 
 @pytest.mark.seconds

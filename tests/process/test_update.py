@@ -138,7 +138,7 @@ def test_signatures_that_methods_share_are_explicit():
     assert names(GaussianDiffusion.p_sample) == (single, ["noise", *extra])
     assert names(GaussianDiffusion.ddim_sample) == ([*single, "eta"], ["noise", *extra])
     given = ["seed", "first_sample", "noise", "image", "strength", "known", "known_mask"]
-    given += ["model_kwargs", "uncond_kwargs", "step_noise"]
+    given += ["model_kwargs", "uncond_kwargs", "cond_kwargs", "step_noise"]
     assert names(Sampler.iterate) == (["self", "shape"], given)
     assert names(Sampler.sample) == (["self", "shape"], [*given, "progress", "callback"])
     parameters = inspect.signature(Sampler.sample).parameters
