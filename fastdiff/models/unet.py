@@ -22,7 +22,9 @@ from fastdiff.models.blocks import (
     zero_module,
 )
 from fastdiff.models.unet_config import check_config
+from fastdiff.models.unet_inputs import check_inputs
 
+LEVEL_TIMESTEPS = 1000  # noise_level 1, as it is embedded
 LOW_RES_MODE = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
@@ -54,6 +56,8 @@ class UNet(nn.Module):
             choice loads a published checkpoint without an error and computes nonsense.
         image_size: information only: the network takes any size.
         super_res: the network takes ``low_res`` too, resized to ``x`` and concatenated to it.
+        noise_cond: of ``super_res``: it is given the ``noise_level`` of ``low_res`` as well (Ho et
+            al. 2022, arXiv:2106.15282).
         null_class: one more label, ``null_label == num_classes``, that means "no class", for
             classifier-free guidance.
         norm_num_groups: groups of every norm, or as many of them as divide its channels.
@@ -96,6 +100,7 @@ class UNet(nn.Module):
         use_new_attention_order: bool = False,
         image_size: int | Sequence[int] | None = None,
         super_res: bool = False,
+        noise_cond: bool = False,
         null_class: bool = False,
         norm_num_groups: int = NORM_GROUPS,
         norm_eps: float = 1e-5,
@@ -126,6 +131,7 @@ class UNet(nn.Module):
             if image_size is None or isinstance(image_size, int)
             else list(image_size),
             "super_res": super_res,
+            "noise_cond": noise_cond,
             "null_class": null_class,
             "norm_num_groups": norm_num_groups,
             "norm_eps": norm_eps,
@@ -142,6 +148,7 @@ class UNet(nn.Module):
         self.dims = dims
         self.image_size = image_size
         self.super_res = super_res
+        self.noise_cond = noise_cond
         self._build()
         if dims == 2:
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -160,11 +167,9 @@ class UNet(nn.Module):
     def _build(self) -> None:
         config = self.config
         self.emb_channels = 4 * self.model_channels
-        self.time_embed = nn.Sequential(
-            nn.Linear(self.model_channels, self.emb_channels),
-            nn.SiLU(),
-            nn.Linear(self.emb_channels, self.emb_channels),
-        )
+        self.time_embed = self._embedding()
+        if self.noise_cond:
+            self.noise_embed = self._embedding()
         if self.num_classes is not None:
             labels = self.num_classes + (self.null_label is not None)
             self.label_emb = nn.Embedding(labels, self.emb_channels)
@@ -190,7 +195,7 @@ class UNet(nn.Module):
                 skip_channels.append(ch)
 
         halvings = [m for m in self.input_blocks.modules() if getattr(m, "pad_after", None)]
-        self._least_size = 2 ** len(halvings) if halvings else 0
+        self.least_size = 2 ** len(halvings) if halvings else 0
 
         self.middle_block = EmbedSequential(
             self._res_block(ch, ch), self._attention(ch), self._res_block(ch, ch)
@@ -211,6 +216,13 @@ class UNet(nn.Module):
             self._norm(ch),
             nn.SiLU(),
             zero_module(convolution(self.dims, ch, self.out_channels, 3)),
+        )
+
+    def _embedding(self) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Linear(self.model_channels, self.emb_channels),
+            nn.SiLU(),
+            nn.Linear(self.emb_channels, self.emb_channels),
         )
 
     def _norm(self, channels: int) -> nn.GroupNorm:
@@ -266,6 +278,7 @@ class UNet(nn.Module):
         timesteps: Tensor,
         y: Tensor | None = None,
         low_res: Tensor | None = None,
+        noise_level: Tensor | None = None,
     ) -> Tensor:
         """The prediction for noisy samples.
 
@@ -274,6 +287,8 @@ class UNet(nn.Module):
             timesteps: (N,), possibly fractional.
             y: (N,) integer labels, given exactly when the network has classes.
             low_res: (N, in_channels, *smaller), given exactly when the network is ``super_res``.
+            noise_level: (N,) in [0, 1], that of ``low_res`` (``fastdiff.process.low_res``), given
+                exactly when the network has ``noise_cond``.
 
         Returns:
             (N, out_channels, *spatial) in the dtype of ``x``.
@@ -282,15 +297,11 @@ class UNet(nn.Module):
             InputError: an argument that is missing, unexpected or of the wrong shape. Labels out of
                 range are found here on the CPU only: looking at them on a GPU would wait for it.
         """
-        self._check_inputs(x, timesteps, y, low_res)
+        check_inputs(self, x, timesteps, y, low_res, noise_level)
         dtype = self._first_weight().dtype
-        waves = timestep_embedding(
-            timesteps,
-            self.model_channels,
-            flip_sin_to_cos=self.config["flip_sin_to_cos"],
-            freq_shift=self.config["freq_shift"],
-        )
-        emb = self.time_embed(waves.to(dtype))
+        emb = self.time_embed(self._waves(timesteps).to(dtype))
+        if noise_level is not None:
+            emb = emb + self.noise_embed(self._waves(LEVEL_TIMESTEPS * noise_level).to(dtype))
         if y is not None:
             emb = emb + self.label_emb(y.long())
         emb = F.silu(emb)  # with which each block's emb_layers begin
@@ -313,6 +324,14 @@ class UNet(nn.Module):
             h = block(h, emb, skips[-1].shape[2:] if skips else None)
         return self.out[2](apply_norm(self.out[0], h)).to(x.dtype)
 
+    def _waves(self, timesteps: Tensor) -> Tensor:
+        return timestep_embedding(
+            timesteps,
+            self.model_channels,
+            flip_sin_to_cos=self.config["flip_sin_to_cos"],
+            freq_shift=self.config["freq_shift"],
+        )
+
     def _first_weight(self) -> Tensor:
         return self.time_embed[0].get_parameter("weight")
 
@@ -324,63 +343,3 @@ class UNet(nn.Module):
         if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
             return torch.channels_last
         return torch.contiguous_format
-
-    def _check_inputs(
-        self, x: Tensor, timesteps: Tensor, y: Tensor | None, low_res: Tensor | None
-    ) -> None:
-        n = x.shape[0] if x.dim() else 0
-        if x.dim() != self.dims + 2 or x.shape[1] != self.in_channels:
-            spatial = ", ".join("DHW"[3 - self.dims :])
-            raise InputError(
-                f"UNet: x has shape {tuple(x.shape)}; expected (N, {self.in_channels}, {spatial})"
-            )
-        if not x.is_floating_point():
-            raise InputError(
-                f"UNet: x is {str(x.dtype).removeprefix('torch.')}; expected floating-point "
-                "samples, such as images scaled to [-1, 1]"
-            )
-        if timesteps.shape != (n,):
-            raise InputError(
-                f"UNet: timesteps have shape {tuple(timesteps.shape)}; "
-                f"expected ({n},), one per sample"
-            )
-        if any(side < self._least_size for side in x.shape[-min(self.dims, 2) :]):
-            raise InputError(
-                f"UNet: x has shape {tuple(x.shape)}; with downsample_padding=0 and "
-                f"{len(self.config['channel_mult'])} levels it must be at least "
-                f"{self._least_size} wide"
-            )
-        self._check_labels(n, y)
-        if (low_res is not None) != self.super_res:
-            raise InputError(
-                "UNet: low_res is missing; a super-resolution network needs the small image"
-                if self.super_res
-                else "UNet: low_res was given, but the network was not built with super_res=True"
-            )
-        if low_res is not None and (
-            low_res.dim() != x.dim() or low_res.shape[:2] != (n, self.in_channels)
-        ):
-            raise InputError(
-                f"UNet: low_res has shape {tuple(low_res.shape)}; "
-                f"expected {self.dims + 2} dimensions that start with ({n}, {self.in_channels})"
-            )
-
-    def _check_labels(self, n: int, y: Tensor | None) -> None:
-        if self.num_classes is None:
-            if y is not None:
-                raise InputError("UNet: y was given, but the network has no classes")
-            return
-        if y is None:
-            raise InputError(f"UNet: y is missing; the network has {self.num_classes} classes")
-        if y.shape != (n,) or y.is_floating_point() or y.dtype == torch.bool:
-            raise InputError(
-                f"UNet: y has shape {tuple(y.shape)} and dtype "
-                f"{str(y.dtype).removeprefix('torch.')}; expected ({n},) integer labels"
-            )
-        if y.device.type == "cpu" and n and not torch.compiler.is_compiling():
-            highest = self.label_emb.num_embeddings - 1
-            low, high = (int(v) for v in y.aminmax())
-            if low < 0 or high > highest:
-                raise InputError(
-                    f"UNet: y holds label {low if low < 0 else high}; expected 0 to {highest}"
-                )
