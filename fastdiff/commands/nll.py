@@ -92,7 +92,7 @@ def _prepare(
     args: argparse.Namespace, device: str | None
 ) -> tuple[Checkpoint, GaussianDiffusion, ImageDataset]:
     """What the options name. InputError before anything is scored."""
-    checkpoint = load_checkpoint(args, device)
+    checkpoint = load_checkpoint(args, device, args.checkpoint)
     diffusion = checkpoint.diffusion
     if not isinstance(diffusion, GaussianDiffusion):
         raise InputError(
