@@ -102,6 +102,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="half of the input channels are a low-resolution image's; needed where the shapes fit "
         "both",
     )
+    network.add_argument(
+        "--upsample-from",
+        type=int,
+        metavar="N",
+        help="of a super-resolution network: side of the small images (--small_size)",
+    )
     diffusion = parser.add_argument_group("diffusion: the flags of the published scripts")
     for name, (kind, note) in DIFFUSION_FLAGS.items():
         options: dict[str, Any] = {"help": note, "metavar": {int: "N", str: "NAME"}.get(kind)}
@@ -115,7 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     given = vars(args)
     out = new_directory(args.out)
-    for name in ("image_size", "num_heads", "num_head_channels", "steps"):
+    for name in ("image_size", "num_heads", "num_head_channels", "upsample_from", "steps"):
         if given.get(name, 1) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {given[name]}; expected at least 1")
     averages = rates_of(given.get("ema", []), given.get("ema_rate", []))
@@ -129,7 +135,16 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{args.model}: {error}") from error
     config = network_config(args.model, shown, given)
     recipe = diffusion_recipe(given, config)
+    upsample_from = given.get("upsample_from")
+    if "preset" in given and upsample_from is None:
+        upsample_from = presets.get(given["preset"]).train.get("upsample_from")
     missing = missing_flags(config, recipe)
+    if config["super_res"] and upsample_from is None:
+        missing.append("--upsample-from")
+    if not config["super_res"] and upsample_from is not None:
+        raise InputError(
+            f"--upsample-from {upsample_from}: {args.model} is no super-resolution network"
+        )
     if missing:
         raise InputError(
             f"{args.model}: the weights do not show everything; give {', '.join(missing)}; or "
@@ -152,6 +167,8 @@ def run(args: argparse.Namespace) -> int:
         "num_classes": config["num_classes"],
         "converted_from": Path(args.model).name,
     }
+    if upsample_from is not None:
+        info["upsample_from"] = upsample_from
     save(out, model, diffusion=diffusion, ema=ema, step=step, info=info)
     chosen = {"prediction": diffusion.mean_type, **recipe}
     print(summary(out, model, chosen, list(averages), step))

@@ -174,6 +174,21 @@ def test_bad_arguments_get_one_line(changes, message):
             {"low_res": torch.zeros(2, 1, 4, 4)},
             "low_res has shape (2, 1, 4, 4); expected 4 dimensions that start with (2, 3)",
         ),
+        (
+            {"super_res": True, "noise_cond": True},
+            {"low_res": torch.zeros(2, 3, 4, 4)},
+            "noise_level is missing; the network was built with noise_cond=True",
+        ),
+        (
+            {"super_res": True},
+            {"low_res": torch.zeros(2, 3, 4, 4), "noise_level": torch.zeros(2)},
+            "noise_level was given, but the network was not built with noise_cond",
+        ),
+        (
+            {"super_res": True, "noise_cond": True},
+            {"low_res": torch.zeros(2, 3, 4, 4), "noise_level": torch.zeros(1)},
+            "noise_level has shape (1,); expected (2,)",
+        ),
     ],
 )
 def test_bad_inputs_get_one_line(options, inputs, message):
