@@ -164,8 +164,9 @@ class TrainConfig:
         self._require("label_dropout", 0 <= self.label_dropout < 1, "in [0, 1)")
         for name in ("cond_noise", "cond_blur"):
             self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-            small = not getattr(self, name) or self.upsample_from > 0
-            self._require(name, small, "0 where upsample_from is 0, as there are no small images")
+            least = 2 if name == "cond_blur" else 1  # pixels: a kernel reaches one to each side
+            possible = not getattr(self, name) or self.upsample_from >= least
+            self._require(name, possible, f"0 where upsample_from is below {least}")
         self._require(
             "betas",
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),

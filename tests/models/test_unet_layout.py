@@ -134,6 +134,7 @@ def test_compiles_without_a_graph_break():
         ({"num_head_channels": 0}, "num_head_channels=0; expected −1 or at least 1"),
         ({"num_classes": 0}, "num_classes=0"),
         ({"null_class": True}, "null_class=True needs num_classes"),
+        ({"noise_cond": True}, "noise_cond=True needs super_res=True"),
     ],
 )
 def test_bad_arguments_get_one_line(changes, message):
