@@ -73,22 +73,14 @@ def cascade_of(
 ) -> Cascade:
     """What samples them. InputError for networks that do not follow each other."""
     _check_classes(checkpoints)
-    upsamplers = [networks.is_upsampler(checkpoint) for checkpoint in checkpoints]
-    levels = iter(of_each("--cond-noise", args.cond_noise, max(sum(upsamplers), 1)))
-    if not any(upsamplers) and args.cond_noise != "0":
-        raise InputError(
-            f"--cond-noise {args.cond_noise}: {checkpoints[0].path} is no super-resolution network"
-        )
-    return Cascade(
-        [
-            _stage(checkpoint, sampler, _level(next(levels)) if upsampler else 0.0)
-            for checkpoint, sampler, upsampler in zip(
-                checkpoints, samplers, upsamplers, strict=True
-            )
-        ],
-        truncated=args.cond_truncated,
-        rounding=rounding(args),
-    )
+    noised = [networks.is_upsampler(checkpoint) for checkpoint in checkpoints]
+    noised[0] |= not any(noised)  # a level that no network takes is refused by the first
+    levels = iter(of_each("--cond-noise", args.cond_noise, sum(noised)))
+    stages = [
+        _stage(checkpoint, sampler, _level(next(levels)) if takes else 0.0)
+        for checkpoint, sampler, takes in zip(checkpoints, samplers, noised, strict=True)
+    ]
+    return Cascade(stages, truncated=args.cond_truncated, rounding=rounding(args))
 
 
 def rounding(args: argparse.Namespace) -> str:

@@ -145,7 +145,7 @@ def test_from_training_to_a_score(tmp_path, capsys):
 
 
 def refusals(base, up, last, folder):
-    """Options, and the line that refuses them."""
+    """Options, and what the line says that refuses them."""
     four = folder / "four.npz"
     colour, wide = folder / "colour.npz", folder / "wide.npz"
     save_samples_npz(four, np.zeros((2, 4, 4, 1), np.uint8))
@@ -170,7 +170,8 @@ def refusals(base, up, last, folder):
         (["--cascade", f"{base},{up}", "--steps", "1/2/3"], "is for 3 networks, there are 2"),
         (["--cascade", f"{base},{up}", "--cond-noise", "0.1"], "trained on clean images alone"),
         (["--cascade", f"{base},{up}", "--cond-noise", "a"], "--cond-noise is 'a'; expected a num"),
-        (["--checkpoint", base, "--cond-noise", "0.1"], "base is no super-resolution network"),
+        (["--checkpoint", base, "--cond-noise", "0.1"], "small images, which .*base is not given"),
+        (["--cascade", f"{base},{up}", "--cond-noise", "0/0"], "is for 2 networks, there are 1"),
         (["--cascade", f"{base},{up}", "--low-res", str(four)], "network alone, by --checkpoint"),
         (["--checkpoint", up], "super-resolution network: give small images by --low-res"),
         (["--checkpoint", base, "--low-res", str(four)], "base is no super-resolution network"),
@@ -182,6 +183,7 @@ def refusals(base, up, last, folder):
     ]
 
 
+@pytest.mark.seconds
 def test_what_does_not_fit_is_one_line(checkpoints, tmp_path, capsys):
     cases = refusals(*checkpoints, tmp_path)
     for options, message in cases:
