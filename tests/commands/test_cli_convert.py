@@ -177,9 +177,12 @@ def test_super_resolution_where_the_shapes_fit_both(folder, capsys):
     saved(model)
     message = refused(capsys, *FLAGS)
     assert "takes 2 channels and answers 2: say whether half" in message
-    assert convert(*FLAGS, "--super-res") == 0
-    assert load("out").model.config["super_res"] is True
-    assert load("out").model.in_channels == 1
+    message = refused(capsys, *FLAGS, "--super-res")
+    assert "give --upsample-from" in message
+    assert convert(*FLAGS, "--super-res", "--upsample-from", "2") == 0
+    found = load("out")
+    assert found.model.config["super_res"] is True and found.model.in_channels == 1
+    assert found.info["upsample_from"] == 2  # by which fastdiff sample knows its small images
 
 
 # --- Where in a file the network lies ---
@@ -247,6 +250,7 @@ def test_one_wide_head_in_every_block_is_one_head(folder, capsys):
         ([*without(FLAGS, "--noise-schedule"), "--noise-schedule", "steep"], "steep"),
         ([*without(FLAGS, "--steps"), "--steps", "0", "--rescale-timesteps"], "0"),
         ([*FLAGS, "--super-res"], "super_res=True, but the network takes 1 channels"),
+        ([*FLAGS, "--upsample-from", "4"], "--upsample-from 4: .* is no super-resolution network"),
         (
             ["--preset", "digits"],
             "is not a network of preset digits: its model_channels is 8, the preset's 32",
