@@ -64,7 +64,7 @@ class Means(FeatureNetwork):
     name, published, resizing = "means", False, "to 4x4"
     widths = {"pooled": 48, "logits": 48, "spatial": 48}
 
-    def __init__(self, weights):
+    def __init__(self, weights, resize):
         super().__init__()
 
     def forward(self, images):
