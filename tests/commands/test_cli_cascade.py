@@ -139,9 +139,19 @@ def test_from_training_to_a_score(tmp_path, capsys):
     options = ["--samples", str(file), "--data", "digits", "--classifier-steps", "2"]
     assert main(["evaluate", *options, "--out", str(report)]) == 0
     assert json.loads(report.read_text())["samples"]["file"] == str(file)
-    capsys.readouterr()
-    assert main(["nll", "--checkpoint", str(tmp_path / "up"), "--data", "digits"]) == 2
-    assert "is a super-resolution network, which draws of small images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["nll", "rate-distortion --out out", "interpolate --between 1 2 --out out"]
+    + ["reproduce ddpm-cifar10 --out out"],
+)
+def test_what_takes_no_upsampler(command, checkpoints, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command.split(), "--checkpoint", checkpoints[1], "--data", "digits"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "up is a super-resolution network, which draws of small images" in error
+    assert "\n" not in error and not list(tmp_path.iterdir())
 
 
 def refusals(base, up, last, folder):

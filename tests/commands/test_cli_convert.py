@@ -1,5 +1,6 @@
 """fastdiff convert: published .pt files become checkpoints, or one line says why not."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from convert_tools import FLAGS, convert, refused, saved, small
 from fastdiff import UNet, cli, load
 from fastdiff.checkpoints.published import load_published
+from fastdiff.models import presets
 from paths import RECORDED
 
 CASES = ["improved_film_learned", "improved_plain_classcond", "guided_updown_neworder"]
@@ -183,6 +185,17 @@ def test_super_resolution_where_the_shapes_fit_both(folder, capsys):
     found = load("out")
     assert found.model.config["super_res"] is True and found.model.in_channels == 1
     assert found.info["upsample_from"] == 2  # by which fastdiff sample knows its small images
+
+
+def test_a_preset_says_that_a_network_is_an_upsampler(folder, monkeypatch):
+    """Its channels, 3 more of the small image and twice 3 of the answer, fit both readings."""
+    model = small(in_channels=3, out_channels=6, super_res=True)
+    arguments = {**model.config, "image_size": 8}
+    preset = dataclasses.replace(presets.get("adm-64-256"), model=arguments)
+    monkeypatch.setitem(presets.PRESETS, "adm-64-256", preset)
+    saved(model)
+    assert convert("--preset", "adm-64-256") == 0
+    assert load("out").model.super_res and load("out").info["upsample_from"] == 64
 
 
 # --- Where in a file the network lies ---
