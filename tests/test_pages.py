@@ -202,3 +202,9 @@ def test_the_table_of_averages_made_of_snapshots():
         for width, said in zip(widths.split(" | "), row.split(" | "), strict=True):
             _, off = coefficients(snapshots, int(count), float(width))
             assert float(said.removesuffix(" %")) == pytest.approx(100 * off, rel=0.1), width
+
+
+def test_cascade():
+    (example,) = blocks("docs/cascade.md", "python")
+    found = run("docs/cascade.md", smaller(example, steps="2"))
+    assert found["images"].shape == found["larger"].shape == (2, 3, 64, 64)

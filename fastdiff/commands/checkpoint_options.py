@@ -19,10 +19,19 @@ from fastdiff.process.respacing import SPACINGS
 DEFAULT_STEPS = 50
 
 
-def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def add_checkpoint_arguments(parser: argparse.ArgumentParser, *, cascade: bool = False) -> None:
+    """cascade: several networks may be given in place of one."""
+    place = parser.add_mutually_exclusive_group(required=True)
+    if cascade:
+        place.add_argument(
+            "--cascade",
+            default=argparse.SUPPRESS,
+            metavar="DIR,DIR",
+            help="checkpoints of a base network and of super-resolution networks in their order, "
+            "each of which enlarges what the one before has drawn",
+        )
+    place.add_argument(
         "--checkpoint",
-        required=True,
         default=argparse.SUPPRESS,
         metavar="DIR",
         help="a checkpoint directory, or a training run's (its newest checkpoint is taken)",
@@ -40,13 +49,14 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_step_arguments(parser: argparse.ArgumentParser) -> None:
-    """--steps and --spacing, of what samples."""
+def add_step_arguments(parser: argparse.ArgumentParser, *, of_many: str = "") -> None:
+    """--steps and --spacing, of what samples; ``of_many``: how --steps is given for several
+    networks, where there may be several."""
     parser.add_argument(
         "--steps",
         default=argparse.SUPPRESS,
         help="sampling steps: a number, one per section (10,15,20) or ddimN "
-        f"(default: {DEFAULT_STEPS}, or all of a shorter process)",
+        f"(default: {DEFAULT_STEPS}, or all of a shorter process){of_many}",
     )
     parser.add_argument(
         "--spacing", choices=SPACINGS, default=SPACINGS[0], help="which timesteps the steps take"
@@ -58,17 +68,19 @@ def steps_of(asked: str | None, checkpoint: Checkpoint) -> str | int:
     return asked or min(DEFAULT_STEPS, checkpoint.diffusion.num_timesteps)
 
 
-def load_checkpoint(args: argparse.Namespace, device: str | None = None) -> Checkpoint:
-    """The image network and its process, on ``device`` or that of --device.
+def load_checkpoint(
+    args: argparse.Namespace, device: str | None, path: str, *, upsamplers: bool = False
+) -> Checkpoint:
+    """The image network at ``path`` and its process, on ``device`` or that of --device.
 
-    InputError for what cannot be sampled or scored.
+    upsamplers: super-resolution networks are taken too. InputError for what cannot be sampled or
+    scored.
     """
     device = device or getattr(args, "device", None)
-    checkpoint = load(args.checkpoint, weights=args.weights, device=choose_device(device))
-    path = checkpoint.path
+    checkpoint = load(path, weights=args.weights, device=choose_device(device))
     if checkpoint.diffusion is None:
-        raise InputError(f"{path} holds a network without its diffusion process")
-    check_network(checkpoint)
+        raise InputError(f"{checkpoint.path} holds a network without its diffusion process")
+    check_network(checkpoint, upsamplers=upsamplers)
     return checkpoint
 
 

@@ -48,6 +48,11 @@ def load_classifier(args: argparse.Namespace, guided: Checkpoint) -> Checkpoint 
         args.classifier_scale = 1.0
     if not is_finite(args.classifier_scale):
         raise InputError(f"--classifier-scale is {args.classifier_scale}; expected a finite number")
+    if networks.is_upsampler(guided):
+        raise InputError(
+            f"--classifier guides what draws of noise alone, and {guided.path} is a "
+            "super-resolution network: guide the network that draws its --low-res"
+        )
     device = next(guided.model.parameters()).device
     found = load(args.classifier, device=device)
     if not isinstance(found.diffusion, NoisyClassification):

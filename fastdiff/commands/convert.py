@@ -34,7 +34,7 @@ EMA_NAME = re.compile(r"ema_(\d*\.\d+)_(\d+)\.pt")
 
 # Of networks that a classifier is none of.
 UNET_FLAGS: tuple[str, ...] = ("image_size", "num_heads", "num_head_channels", "num_heads_upsample")
-UNET_FLAGS += ("attention_order", "dropout", "super_res")
+UNET_FLAGS += ("attention_order", "dropout", "super_res", "upsample_from")
 
 # Of create_diffusion, under the names of the published scripts. No weight shows any of them.
 DIFFUSION_FLAGS: dict[str, tuple[Any, str]] = {
@@ -115,6 +115,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="half of the input channels are a low-resolution image's; needed where the shapes fit "
         "both",
     )
+    network.add_argument(
+        "--upsample-from",
+        type=int,
+        metavar="N",
+        help="of a super-resolution network: side of the small images (--small_size)",
+    )
     diffusion = parser.add_argument_group("diffusion: the flags of the published scripts")
     for name, (kind, note) in DIFFUSION_FLAGS.items():
         options: dict[str, Any] = {"help": note, "metavar": {int: "N", str: "NAME"}.get(kind)}
@@ -128,7 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     given = vars(args)
     out = new_directory(args.out)
-    for name in ("image_size", "num_heads", "num_head_channels", "steps"):
+    for name in ("image_size", "num_heads", "num_head_channels", "upsample_from", "steps"):
         if given.get(name, 1) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {given[name]}; expected at least 1")
     averages = rates_of(given.get("ema", []), given.get("ema_rate", []))
@@ -158,6 +164,8 @@ def run(args: argparse.Namespace) -> int:
         "num_classes": model.num_classes,
         "converted_from": Path(args.model).name,
     }
+    if (side := upsample_from_of(given)) is not None:
+        info["upsample_from"] = side
     save(out, model, diffusion=diffusion, ema=ema, step=step, info=info)
     chosen = {"prediction": process.mean_type, **recipe}
     if isinstance(model, EncoderUNet):
@@ -170,20 +178,34 @@ def unet_of(
     file: str, state: Mapping[str, Tensor], given: Mapping[str, Any]
 ) -> tuple[UNet, GaussianDiffusion, dict[str, Any]]:
     """A network for a U-Net's weights, its process, and that one's arguments."""
+    preset = presets.get(given["preset"]).model if "preset" in given else {}
+    super_res = given.get("super_res", preset.get("super_res"))
     try:
-        shown = unet_config_from_state(state, super_res=given.get("super_res"))
+        shown = unet_config_from_state(state, super_res=super_res)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
     config = network_config(file, shown, given)
     recipe = diffusion_recipe(given)
     check_channels(config, recipe)
     missing = missing_flags(config, recipe)
+    upsample_from = upsample_from_of(given)
+    if config["super_res"] and upsample_from is None:
+        missing.append("--upsample-from")
+    if not config["super_res"] and upsample_from is not None:
+        raise InputError(f"--upsample-from {upsample_from}: {file} is no super-resolution network")
     if missing:
         raise InputError(
             f"{file}: the weights do not show everything; give {', '.join(missing)}; or "
             f"--preset, which knows all of it"
         )
     return UNet(**config), create_diffusion(**recipe), recipe
+
+
+def upsample_from_of(given: Mapping[str, Any]) -> int | None:
+    """The side of a super-resolution network's small images, by the flag or the preset."""
+    if "upsample_from" in given or "preset" not in given:
+        return given.get("upsample_from")
+    return presets.get(given["preset"]).train.get("upsample_from")
 
 
 def classifier_of(

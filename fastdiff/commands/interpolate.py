@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     for name in OPTIONAL:
         vars(args).setdefault(name, None)
     _check_numbers(args)
-    checkpoint = load_checkpoint(args)
+    checkpoint = load_checkpoint(args, None, args.checkpoint)
     sampler = _sampler(args, checkpoint)
     levels = _levels(args, checkpoint, sampler) if args.mode == "shared-noise" else []
     pairs = _pairs(args, checkpoint)

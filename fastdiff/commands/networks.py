@@ -14,28 +14,34 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.errors import InputError
 from fastdiff.models.unet import UNet
 from fastdiff.process.classification import NoisyClassification
+from fastdiff.process.low_res import low_res_size
 from fastdiff.training.network import label_argument, label_of
 
 IN_PYTHON = "fastdiff.Sampler and GaussianDiffusion handle every kind"
 
 
-def check_network(checkpoint: Checkpoint) -> None:
-    """InputError unless the network makes pictures of noise, and labels at most."""
+def check_network(checkpoint: Checkpoint, *, upsamplers: bool = False) -> None:
+    """InputError unless the network makes pictures of noise, and labels at most; ``upsamplers``: or
+    of small pictures."""
     path, model = checkpoint.path, checkpoint.model
     if isinstance(checkpoint.diffusion, NoisyClassification):
         raise InputError(
             f"{path} holds a classifier, which makes no pictures; fastdiff sample takes it as "
             "--classifier beside a --checkpoint that does"
         )
+    if is_upsampler(checkpoint) and not upsamplers:
+        raise InputError(
+            f"{path} is a super-resolution network, which draws of small images: fastdiff sample "
+            f"takes it, by --low-res or --cascade ({IN_PYTHON})"
+        )
     if isinstance(model, UNet):
-        if model.dims != 2 or model.super_res:
-            kind = "a super-resolution" if model.super_res else "no image"
+        if model.dims != 2:
             raise InputError(
-                f"{path} is {kind} network; the command line handles plain image networks "
-                f"({IN_PYTHON})"
+                f"{path} is no image network; the command line handles image networks ({IN_PYTHON})"
             )
         return
-    known = (label_argument(model), self_condition(checkpoint))
+    known = [label_argument(model), self_condition(checkpoint)]
+    known += ["low_res", "noise_level"] if is_upsampler(checkpoint) else []
     _, _, *others = inspect.signature(model.forward).parameters.values()
     needed = [
         p.name
@@ -94,10 +100,10 @@ def null_label(checkpoint: Checkpoint) -> int | None:
     return getattr(checkpoint.model, "null_label", None)
 
 
-def labelled(checkpoint: Checkpoint, labels: Tensor) -> dict[str, Tensor]:
+def labelled(checkpoint: Checkpoint, labels: Tensor | None) -> dict[str, Tensor]:
     """int64 labels (n,) as the network's argument, on its device; none where it takes none."""
     name = label_argument(checkpoint.model)
-    if name is None:
+    if name is None or labels is None:
         return {}
     return {name: labels.to(next(checkpoint.model.parameters()).device)}
 
@@ -105,6 +111,30 @@ def labelled(checkpoint: Checkpoint, labels: Tensor) -> dict[str, Tensor]:
 def self_condition(checkpoint: Checkpoint) -> str | None:
     """The argument by which the network is given its own estimate of x_0, None where it is not."""
     return checkpoint.info.get("self_condition") or None
+
+
+def is_upsampler(checkpoint: Checkpoint) -> bool:
+    """Whether the network is given small images."""
+    if isinstance(checkpoint.model, UNet):
+        return checkpoint.model.super_res
+    return bool(checkpoint.info.get("upsample_from"))
+
+
+def small_size(checkpoint: Checkpoint) -> tuple[int, int]:
+    """(h, w) of the small images that a super-resolution network is given."""
+    side = checkpoint.info.get("upsample_from")
+    if not isinstance(side, int):
+        raise InputError(
+            f"{checkpoint.path} does not say the side of the small images that it is given "
+            "(info.upsample_from)"
+        )
+    return low_res_size(image_size(checkpoint), side)
+
+
+def cond_noise(checkpoint: Checkpoint) -> float:
+    """The highest level of noise in small images that the network was trained with; 0: none."""
+    unsaid = 1.0 if getattr(checkpoint.model, "noise_cond", False) else 0.0
+    return float(checkpoint.info.get("cond_noise", unsaid))
 
 
 def _fact(checkpoint: Checkpoint, name: str, theirs: str) -> Any:

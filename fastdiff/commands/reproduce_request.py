@@ -180,7 +180,7 @@ def _checkpoints(args: argparse.Namespace, experiment: AnyExperiment) -> dict[st
             "--fixed, with a fixed one"
         )
     return {
-        name: load_checkpoint(argparse.Namespace(checkpoint=path, weights="ema"), args.device)
+        name: load_checkpoint(argparse.Namespace(weights="ema"), args.device, path)
         for name, path in given.items()
     }
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.commands import networks
+from fastdiff.commands import networks, upsampling
 from fastdiff.commands.checkpoint_options import (
     add_checkpoint_arguments,
     add_step_arguments,
@@ -48,28 +48,36 @@ from fastdiff.images import (
 from fastdiff.methods.registry import METHODS
 from fastdiff.optional import require
 from fastdiff.ranks import join
+from fastdiff.sampling.cascade import Cascade
 from fastdiff.sampling.classifier_gradient import classifier_gradient
 from fastdiff.sampling.sampler import Sampler
 
+DEFAULT_NUM = 64
 GRID_IMAGES = 100  # more than these no longer make a picture one can look at
 
 # Options without a default of their own; their help says what happens without them.
-OPTIONAL: tuple[str, ...] = ("steps", "classes", "guidance_scale", "columns", "scale")
-OPTIONAL += ("classifier", "classifier_scale")
+OPTIONAL: tuple[str, ...] = ("checkpoint", "cascade", "low_res", "num", "steps", "classes")
+OPTIONAL += ("guidance_scale", "classifier", "classifier_scale", "columns", "scale")
 
 # Options that decide, as they stand, what the images are and which of them make a batch.
 DECISIVE: tuple[str, ...] = ("method", "eta", "spacing", "guidance_scale", "dtype", "truncate")
 DECISIVE += ("classifier_scale", "seed", "first_sample", "num", "batch_size")
+DECISIVE += ("cond_noise", "cond_truncated")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_checkpoint_arguments(parser)
+    add_checkpoint_arguments(parser, cascade=True)
     parser.add_argument(
         "--out", required=True, default=argparse.SUPPRESS, metavar="DIR", help="where the images go"
     )
-    parser.add_argument("--num", type=int, default=64, help="how many images")
+    parser.add_argument(
+        "--num",
+        type=int,
+        default=argparse.SUPPRESS,
+        help=f"how many images (default: {DEFAULT_NUM}, or as many as --low-res has)",
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="images sampled together")
-    add_step_arguments(parser)
+    add_step_arguments(parser, of_many=upsampling.STEPS_OF_MANY)
     parser.add_argument("--method", choices=METHODS, default="ddpm", help="sampler")
     parser.add_argument(
         "--eta", type=float, default=0.0, help="of ddim: 0 deterministic, 1 as noisy as ddpm"
@@ -94,9 +102,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance-scale",
         type=float,
         default=argparse.SUPPRESS,
-        help="classifier-free guidance, for a network trained with label dropout (default: none)",
+        help="classifier-free guidance, for a network trained with label dropout (of a cascade: "
+        "its base; default: none)",
     )
     add_classifier_arguments(parser)
+    upsampling.add_arguments(parser)
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network"
     )
@@ -150,37 +160,47 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class _Task:
-    checkpoint: Checkpoint
-    classifier: Checkpoint | None
-    sampler: Sampler
+    checkpoints: list[Checkpoint]  # of the networks, the smallest first
+    cascade: Cascade
+    classifier: Checkpoint | None  # by which the first network is guided
     classes: list[int]  # to go through in turn; empty for a network without classes
+    low_res: upsampling.SmallImages | None
     parts: Parts
 
 
 def _prepare(args: argparse.Namespace, device: str | None) -> _Task:
     """What the options mean. InputError before anything is made, but for a new --out."""
     _check_numbers(args)
-    checkpoint = load_checkpoint(args, device)
-    classifier = load_classifier(args, checkpoint)
+    paths = upsampling.checkpoint_paths(args)
+    steps = upsampling.of_each("--steps", args.steps or "", len(paths))
+    checkpoints = [load_checkpoint(args, device, path, upsamplers=True) for path in paths]
+    base = checkpoints[0]
+    classifier = load_classifier(args, base)
+    low_res = upsampling.small_images(args, base)
+    if args.num is None:
+        args.num = DEFAULT_NUM if low_res is None else len(low_res)
     # Of an unconditional network the classifier knows the classes that there are.
-    named = checkpoint if networks.num_classes(checkpoint) else classifier or checkpoint
+    named = base if networks.num_classes(base) else classifier or base
     names = class_names(named)
     classes = choose_classes(args.classes, networks.num_classes(named), names)
-    sampler = _sampler(args, checkpoint, classifier)
-    channels = networks.channels(checkpoint)
+    samplers = [_sampler(args, base, steps[0], args.guidance_scale, classifier)]
+    samplers += [_sampler(args, c, s) for c, s in zip(checkpoints[1:], steps[1:], strict=True)]
+    sampled = upsampling.cascade_of(args, checkpoints, samplers)
+    channels, height, width = sampled.stages[-1].shape
     followed = args.trajectory if channels in MODES else 0
     batches = split(args.first_sample, args.num, args.batch_size, followed)
-    shape = (*networks.image_size(checkpoint), channels)
+    shape = (height, width, channels)
     kind = KINDS[args.trajectory_of]
     parts = Parts(writable_folder(args.out), batches, shape, names, frames=kind.part)
-    return _Task(checkpoint, classifier, sampler, classes, parts)
+    return _Task(checkpoints, sampled, classifier, classes, low_res, parts)
 
 
 def _open(task: _Task, settings: dict[str, Any], weights: str) -> list[Batch]:
     """Say what is there already; the batches still to draw."""
-    print(describe(task.checkpoint, weights))
+    for checkpoint in task.checkpoints:
+        print(describe(checkpoint, weights))
     if task.classifier is not None:
-        print(describe_guidance(task.classifier, task.sampler))
+        print(describe_guidance(task.classifier, task.cascade.stages[0].sampler))
     parts = task.parts
     parts.check_targets()
     missing = parts.open(settings)
@@ -196,10 +216,12 @@ def _open(task: _Task, settings: dict[str, Any], weights: str) -> list[Batch]:
 
 def _settings(args: argparse.Namespace, task: _Task) -> dict[str, Any]:
     """What must be the same for parts to belong to this run."""
+    stages = task.cascade.stages
     settings = {
-        "checkpoint": fingerprint(task.checkpoint),
+        "checkpoint": "; ".join(map(fingerprint, task.checkpoints)),
         "classifier": task.classifier and fingerprint(task.classifier),
-        "steps": str(steps_of(args.steps, task.checkpoint)),
+        "steps": upsampling.BETWEEN.join(str(stage.sampler.settings.steps) for stage in stages),
+        "low_res": None if task.low_res is None else task.low_res.fingerprint(),
         "classes": task.classes,
         "shape": task.parts.shape,
     }
@@ -208,47 +230,51 @@ def _settings(args: argparse.Namespace, task: _Task) -> dict[str, Any]:
 
 def _draw(args: argparse.Namespace, task: _Task, batches: list[Batch], shown: bool) -> None:
     """Draw these batches, each written at once: an interrupted run keeps what it has."""
-    steps = len(task.sampler.table)
-    height, width, channels = task.parts.shape
-    moments = evenly_spaced(steps, MAX_TRAJECTORY_COLUMNS)
-    with require("tqdm", "train").tqdm(
-        total=len(batches) * steps, desc="sampling", unit="step", disable=not (shown and batches)
-    ) as bar:
+    steps = task.cascade.steps
+    moments = evenly_spaced(steps[-1], MAX_TRAJECTORY_COLUMNS)
+    total, hidden = len(batches) * sum(steps), not (shown and batches)
+    tqdm = require("tqdm", "train").tqdm
+    with tqdm(total=total, desc="sampling", unit="step", disable=hidden) as bar:
         for batch in batches:
-            labels = _labels(task.classes, batch)
+            numbers = np.arange(batch.number, batch.number + batch.size)
+            labels = _labels(args, task, numbers)
             trajectory = Trajectory(batch.followed, moments, args.trajectory_of)
-            kwargs = {} if labels is None else networks.labelled(task.checkpoint, labels)
-            x = task.sampler.sample(
-                (batch.size, channels, height, width),
+            kwargs = [networks.labelled(c, labels) for c in task.checkpoints]
+            x = task.cascade.sample(
+                batch.size,
                 seed=args.seed,
                 first_sample=batch.number,
+                low_res=None if task.low_res is None else task.low_res.batch(numbers),
                 model_kwargs=kwargs,
                 uncond_kwargs=_unconditional(args, task, kwargs),
-                cond_kwargs=_of_classifier(task, labels),
+                cond_kwargs=[_of_classifier(task, labels), *[None] * (len(kwargs) - 1)],
                 progress=bar.update,
                 callback=trajectory.add if batch.followed else None,
             )
-            images = to_bytes(x, "truncate" if args.truncate else "nearest")
+            images = to_bytes(x, upsampling.rounding(args))
             task.parts.write(batch, images, labels, trajectory.frames())
             _save_pngs(args, task.parts, images, batch)
 
 
-def _labels(classes: list[int], batch: Batch) -> Tensor | None:
-    """int64 (n,): the image's number chooses its class, in whatever batch it is drawn."""
-    if not classes:
+def _labels(args: argparse.Namespace, task: _Task, numbers: np.ndarray) -> Tensor | None:
+    """int64 (n,): the image's number chooses its class, in whatever batch it is drawn; what a small
+    image shows, the image made of it shows too, unless --classes says something else."""
+    if not task.classes:
         return None
-    numbers = torch.arange(batch.number, batch.number + batch.size)
-    return torch.tensor(classes)[numbers % len(classes)]
+    if task.low_res is not None and args.classes is None:
+        return task.low_res.labels_of(numbers)
+    return torch.tensor(task.classes)[torch.from_numpy(numbers) % len(task.classes)]
 
 
 def _unconditional(
-    args: argparse.Namespace, task: _Task, kwargs: dict[str, Tensor]
-) -> dict[str, Tensor] | None:
-    """For guidance: the label, whatever the network calls it, that means none."""
-    null = networks.null_label(task.checkpoint)
-    if args.guidance_scale is None or null is None:
-        return None
-    return {name: torch.full_like(labels, null) for name, labels in kwargs.items()}
+    args: argparse.Namespace, task: _Task, kwargs: list[dict[str, Tensor]]
+) -> list[dict[str, Tensor] | None]:
+    """For guidance of the first network: the label, whatever it calls it, that means none."""
+    others: list[dict[str, Tensor] | None] = [None] * len(kwargs)
+    null = networks.null_label(task.checkpoints[0])
+    if args.guidance_scale is not None and null is not None:
+        others[0] = {name: torch.full_like(labels, null) for name, labels in kwargs[0].items()}
+    return others
 
 
 def _of_classifier(task: _Task, labels: Tensor | None) -> dict[str, Tensor] | None:
@@ -261,7 +287,8 @@ def _of_classifier(task: _Task, labels: Tensor | None) -> dict[str, Tensor] | No
 def _report(task: _Task, drawn: list[Batch], seconds: float) -> None:
     count = sum(batch.size for batch in drawn)
     rate = f"{count / seconds:.1f} images/s"
-    print(f"{count} images, {len(task.sampler.table)} steps each, in {seconds:.1f} s ({rate})")
+    steps = " + ".join(map(str, task.cascade.steps))
+    print(f"{count} images, {steps} steps each, in {seconds:.1f} s ({rate})")
 
 
 def _finish(args: argparse.Namespace, task: _Task, drawn: list[Batch]) -> None:
@@ -309,9 +336,14 @@ def _save_pngs(args: argparse.Namespace, parts: Parts, images: np.ndarray, batch
 
 
 def _sampler(
-    args: argparse.Namespace, checkpoint: Checkpoint, classifier: Checkpoint | None
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    steps: str,
+    scale: float | None = None,
+    classifier: Checkpoint | None = None,
 ) -> Sampler:
-    if args.guidance_scale is not None and networks.null_label(checkpoint) is None:
+    """scale, classifier: by which it is guided."""
+    if scale is not None and networks.null_label(checkpoint) is None:
         raise InputError(
             "--guidance-scale needs a network that was trained with label dropout "
             "(it has a class of its own for 'no label'); this one was not"
@@ -322,10 +354,10 @@ def _sampler(
     return Sampler(
         checkpoint.model,
         checkpoint.diffusion,
-        steps=steps_of(args.steps, checkpoint),
+        steps=steps_of(steps, checkpoint),
         method=args.method,
         eta=args.eta,
-        guidance_scale=args.guidance_scale,
+        guidance_scale=scale,
         cond_fn=cond_fn,
         dtype=torch.bfloat16 if args.dtype == "bfloat16" else None,
         spacing=args.spacing,

@@ -42,6 +42,8 @@ def build_model(
             "in_channels": dataset.channels,
             "out_channels": dataset.channels * (1 + getattr(diffusion, "learns_variance", False)),
             "num_classes": dataset.num_classes,
+            "super_res": config.upsample_from > 0,
+            "noise_cond": config.cond_noise > 0,
             "null_class": config.label_dropout > 0 and dataset.num_classes is not None,
             "image_size": height if height == width else [height, width],
         }

@@ -44,6 +44,7 @@ MODEL_FLAGS: dict[str, tuple[Any, str]] = {
     "num_head_channels": (int, "width of a head; overrides num-heads unless -1"),
     "num_heads_upsample": (int, "attention heads on the way up; -1: as num-heads"),
     "dropout": (float, "rate inside the residual blocks"),
+    "norm_num_groups": (int, "groups of every norm, or as many of them as divide its channels"),
     "use_scale_shift_norm": (bool, "FiLM instead of adding the embedding"),
     "resblock_updown": (bool, "resample inside residual blocks"),
     "conv_resample": (bool, "resample with convolutions"),

@@ -11,6 +11,9 @@ ITEMS = 1 << 20  # batches
 READER = ITEMS + 1  # and up, one for each rank: epochs
 SELF_CONDITION = 1 << 31  # beyond every rank's: training steps
 OFFSET_NOISE = SELF_CONDITION + 1  # nothing: a seed
+LOW_RES_LEVEL, LOW_RES_BLUR = SELF_CONDITION + 2, SELF_CONDITION + 3  # training steps
+LOW_RES_NOISE = SELF_CONDITION + 4  # nothing: a seed
+UPSAMPLING = SELF_CONDITION + 5  # sides of the small image: a seed
 
 
 def words(seed: int, number: int, purpose: int, count: int) -> npt.NDArray[np.uint64]:

@@ -62,7 +62,11 @@ class Encoder(nn.Module):
 
     def _build_embedding(self) -> None:
         self.emb_channels = 4 * self.model_channels
-        self.time_embed = nn.Sequential(
+        self.time_embed = self._embedding()
+
+    def _embedding(self) -> nn.Sequential:
+        """Of a number's waves: layers that answer (N, emb_channels)."""
+        return nn.Sequential(
             nn.Linear(self.model_channels, self.emb_channels),
             nn.SiLU(),
             nn.Linear(self.emb_channels, self.emb_channels),
@@ -146,17 +150,22 @@ class Encoder(nn.Module):
             norm=self._norm,
         )
 
-    def _embed(self, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(N, E): what the blocks are given of the time and of ``labels``, embedded already."""
+    def _embed(self, timesteps: Tensor, *others: Tensor) -> Tensor:
+        """(N, E): what the blocks are given of the time and of ``others``, embedded already."""
+        emb = self.time_embed(self._waves(timesteps))
+        for other in others:
+            emb = emb + other
+        return F.silu(emb)  # with which each block's emb_layers begin
+
+    def _waves(self, timesteps: Tensor) -> Tensor:
+        """(N, model_channels) of (N,) numbers, in the dtype of the weights."""
         waves = timestep_embedding(
             timesteps,
             self.model_channels,
             flip_sin_to_cos=self._settings["flip_sin_to_cos"],
             freq_shift=self._settings["freq_shift"],
         )
-        emb = self.time_embed(waves.to(self._dtype()))
-        # SiLU: with which each block's emb_layers begin.
-        return F.silu(emb if labels is None else emb + labels)
+        return waves.to(self._dtype())
 
     def _encode(self, h: Tensor, emb: Tensor) -> list[Tensor]:
         """What each of the input blocks answers, and last the middle."""

@@ -1,7 +1,7 @@
 """Published configurations by name: network, diffusion and training together.
 
 Sources: Ho et al. 2020, appendix B ("ddpm-*"); Nichol & Dhariwal 2021, appendix A and the released
-run flags ("iddpm-*"); Dhariwal & Nichol 2021, appendix I and the released run flags ("adm-64",
+run flags ("iddpm-*"); Dhariwal & Nichol 2021, appendix I and the released run flags ("adm-*",
 "classifier-*").
 The DDPM rows are computed by the same class as the others: the structure and the parameter count
 are Ho et al.'s, but two constants are improved-diffusion's: epsilon 1e-5 instead of 1e-6 in the
@@ -143,6 +143,38 @@ def _classifier(
     )
 
 
+def _upsampler(
+    small: int, size: int, *, attention: tuple[int, ...], heads: Mapping[str, int], params: str
+) -> Preset:
+    """A super-resolution network of guided-diffusion, which is given clean small images."""
+    return Preset(
+        name=f"adm-{small}-{size}",
+        model={
+            **_IDDPM,
+            "image_size": size,
+            "model_channels": 192,
+            "num_res_blocks": 2,
+            "channel_mult": (1, 1, 2, 2, 4, 4),
+            "attention_resolutions": attention,
+            "num_heads": 1,
+            **heads,
+            "num_classes": 1000,
+            "resblock_updown": True,
+            "super_res": True,
+        },
+        diffusion={"steps": 1000, "noise_schedule": "linear", "learn_sigma": True},
+        train={
+            "lr": 1e-4,
+            "batch_size": 256,
+            "steps": 500_000 if size == 256 else 1_050_000,
+            "grad_clip": 0.0,
+            "ema": _EMA,
+            "upsample_from": small,
+        },
+        params=params,
+    )
+
+
 _ALL = (
     Preset(
         name="ddpm-cifar10",
@@ -231,6 +263,8 @@ _ALL = (
         train={"lr": 3e-4, "batch_size": 2048, "steps": 540_000, "grad_clip": 0.0, "ema": _EMA},
         params="296",
     ),
+    _upsampler(64, 256, attention=(8, 16, 32), heads={"num_heads": 4}, params="312"),
+    _upsampler(128, 512, attention=(16, 32), heads={"num_head_channels": 64}, params="309"),
     _scaled(64, "30"),
     _scaled(96, "68"),
     _scaled(128, "121"),

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.errors import InputError
 from fastdiff.models.blocks import (
     NORM_GROUPS,
     EmbedSequential,
@@ -18,7 +17,9 @@ from fastdiff.models.blocks import (
 )
 from fastdiff.models.encoder import Encoder
 from fastdiff.models.unet_config import check_config
+from fastdiff.models.unet_inputs import check_inputs
 
+LEVEL_TIMESTEPS = 1000  # noise_level 1, as it is embedded
 LOW_RES_MODE = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
@@ -50,6 +51,8 @@ class UNet(Encoder):
             choice loads a published checkpoint without an error and computes nonsense.
         image_size: information only: the network takes any size.
         super_res: the network takes ``low_res`` too, resized to ``x`` and concatenated to it.
+        noise_cond: of ``super_res``: it is given the ``noise_level`` of ``low_res`` as well (Ho et
+            al. 2022, arXiv:2106.15282).
         null_class: one more label, ``null_label == num_classes``, that means "no class", for
             classifier-free guidance.
         norm_num_groups: groups of every norm, or as many of them as divide its channels.
@@ -94,6 +97,7 @@ class UNet(Encoder):
         use_new_attention_order: bool = False,
         image_size: int | Sequence[int] | None = None,
         super_res: bool = False,
+        noise_cond: bool = False,
         null_class: bool = False,
         norm_num_groups: int = NORM_GROUPS,
         norm_eps: float = 1e-5,
@@ -123,6 +127,7 @@ class UNet(Encoder):
             if image_size is None or isinstance(image_size, int)
             else list(image_size),
             "super_res": super_res,
+            "noise_cond": noise_cond,
             "null_class": null_class,
             "norm_num_groups": norm_num_groups,
             "norm_eps": norm_eps,
@@ -136,6 +141,7 @@ class UNet(Encoder):
         self.null_label = num_classes if null_class else None
         self.image_size = image_size
         self.super_res = super_res
+        self.noise_cond = noise_cond
         self._build()
         if dims == 2:
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -143,6 +149,8 @@ class UNet(Encoder):
     def _build(self) -> None:
         config = self.config
         self._build_embedding()
+        if self.noise_cond:
+            self.noise_embed = self._embedding()
         if self.num_classes is not None:
             labels = self.num_classes + (self.null_label is not None)
             self.label_emb = nn.Embedding(labels, self.emb_channels)
@@ -180,6 +188,7 @@ class UNet(Encoder):
         timesteps: Tensor,
         y: Tensor | None = None,
         low_res: Tensor | None = None,
+        noise_level: Tensor | None = None,
     ) -> Tensor:
         """The prediction for noisy samples.
 
@@ -188,6 +197,8 @@ class UNet(Encoder):
             timesteps: (N,), possibly fractional.
             y: (N,) integer labels, given exactly when the network has classes.
             low_res: (N, in_channels, *smaller), given exactly when the network is ``super_res``.
+            noise_level: (N,) in [0, 1], that of ``low_res`` (``fastdiff.process.low_res``), given
+                exactly when the network has ``noise_cond``.
 
         Returns:
             (N, out_channels, *spatial) in the dtype of ``x``.
@@ -196,8 +207,15 @@ class UNet(Encoder):
             InputError: an argument that is missing, unexpected or of the wrong shape. Labels out of
                 range are found here on the CPU only: looking at them on a GPU would wait for it.
         """
-        self._check_inputs(x, timesteps, y, low_res)
-        emb = self._embed(timesteps, None if y is None else self.label_emb(y.long()))
+        self._check_noisy(x, timesteps)
+        check_inputs(self, x, y, low_res, noise_level)
+        conditions = []
+        if noise_level is not None:
+            conditions.append(self.noise_embed(self._waves(LEVEL_TIMESTEPS * noise_level)))
+        if y is not None:
+            conditions.append(self.label_emb(y.long()))
+        emb = self._embed(timesteps, *conditions)
+
         h = x.to(self._dtype())
         if low_res is not None:
             resized = F.interpolate(low_res.to(h.dtype), x.shape[2:], mode=LOW_RES_MODE[self.dims])
@@ -208,43 +226,3 @@ class UNet(Encoder):
             # Upsampling goes to the next skip's size: twice this one, or one off if that was odd.
             h = block(h, emb, skips[-1].shape[2:] if skips else None)
         return self.out[2](apply_norm(self.out[0], h)).to(x.dtype)
-
-    def _check_inputs(
-        self, x: Tensor, timesteps: Tensor, y: Tensor | None, low_res: Tensor | None
-    ) -> None:
-        self._check_noisy(x, timesteps)
-        n = len(x)
-        self._check_labels(n, y)
-        if (low_res is not None) != self.super_res:
-            raise InputError(
-                "UNet: low_res is missing; a super-resolution network needs the small image"
-                if self.super_res
-                else "UNet: low_res was given, but the network was not built with super_res=True"
-            )
-        if low_res is not None and (
-            low_res.dim() != x.dim() or low_res.shape[:2] != (n, self.in_channels)
-        ):
-            raise InputError(
-                f"UNet: low_res has shape {tuple(low_res.shape)}; "
-                f"expected {self.dims + 2} dimensions that start with ({n}, {self.in_channels})"
-            )
-
-    def _check_labels(self, n: int, y: Tensor | None) -> None:
-        if self.num_classes is None:
-            if y is not None:
-                raise InputError("UNet: y was given, but the network has no classes")
-            return
-        if y is None:
-            raise InputError(f"UNet: y is missing; the network has {self.num_classes} classes")
-        if y.shape != (n,) or y.is_floating_point() or y.dtype == torch.bool:
-            raise InputError(
-                f"UNet: y has shape {tuple(y.shape)} and dtype "
-                f"{str(y.dtype).removeprefix('torch.')}; expected ({n},) integer labels"
-            )
-        if y.device.type == "cpu" and n and not torch.compiler.is_compiling():
-            highest = self.label_emb.num_embeddings - 1
-            low, high = (int(v) for v in y.aminmax())
-            if low < 0 or high > highest:
-                raise InputError(
-                    f"UNet: y holds label {low if low < 0 else high}; expected 0 to {highest}"
-                )

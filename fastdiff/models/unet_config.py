@@ -47,6 +47,8 @@ def check_config(config: dict[str, Any]) -> None:
         raise InputError(f"UNet: num_classes={config['num_classes']}; expected None or at least 1")
     if config["null_class"] and config["num_classes"] is None:
         raise InputError("UNet: null_class=True needs num_classes")
+    if config["noise_cond"] and not config["super_res"]:
+        raise InputError("UNet: noise_cond=True needs super_res=True")
 
 
 def check_encoder(config: dict[str, Any], kind: str) -> None:

@@ -17,10 +17,11 @@ from fastdiff.models.wrappers import unwrapped
 from fastdiff.optional import version_of
 from fastdiff.process.classification import NoisyClassification
 from fastdiff.process.gaussian import GaussianDiffusion
+from fastdiff.process.low_res import low_res_size
 from fastdiff.training.batches import describe, readable, size_of
 from fastdiff.training.config import TrainConfig
+from fastdiff.training.network import check_argument
 from fastdiff.training.run import Run
-from fastdiff.training.self_condition import check_argument
 
 
 def checked(model: nn.Module, diffusion: Any, data: Any, config: TrainConfig) -> Any:
@@ -47,7 +48,8 @@ def checked(model: nn.Module, diffusion: Any, data: Any, config: TrainConfig) ->
             "with null_class=True, or one whose null_label says what stands for no label"
         )
     if config.self_condition:
-        check_argument(model, config.self_condition)
+        check_argument(model, config.self_condition, "self_condition")
+    _check_upsampling(network, data, config)
     if config.nll_every and not isinstance(diffusion, GaussianDiffusion):
         raise InputError(
             f"nll_every is {config.nll_every}, and bits/dim are those of a GaussianDiffusion, not "
@@ -62,6 +64,38 @@ def checked(model: nn.Module, diffusion: Any, data: Any, config: TrainConfig) ->
             "set sample_every to 0"
         )
     return data
+
+
+def _check_upsampling(network: nn.Module, data: Any, config: TrainConfig) -> None:
+    """InputError unless the network takes just the small images that the settings make."""
+    if isinstance(network, UNet):
+        if not config.upsample_from and network.super_res and isinstance(data, ImageDataset):
+            raise InputError(
+                "a super-resolution network needs upsample_from, the side of the small images that "
+                "it is given"
+            )
+        for setting, argument in (("upsample_from", "super_res"), ("cond_noise", "noise_cond")):
+            if getattr(config, setting) and not getattr(network, argument):
+                raise InputError(
+                    f"{setting} is {getattr(config, setting)}, which needs a UNet of "
+                    f"{argument}=True; set it to 0"
+                )
+        if config.upsample_from and network.noise_cond and not config.cond_noise:
+            raise InputError(
+                "the network has noise_cond, and cond_noise is 0: give the highest level to train"
+            )
+    if not config.upsample_from:
+        return
+    shape = sample_shape(data)
+    if shape is None or len(shape) != 3:
+        raise InputError(
+            f"upsample_from is {config.upsample_from}, which needs images of one known size: a set "
+            "of images (fastdiff.data.load_dataset), or items (C, H, W)"
+        )
+    low_res_size(shape[1:], config.upsample_from)
+    check_argument(network, "low_res", "upsample_from")
+    if config.cond_noise:
+        check_argument(network, "noise_level", "cond_noise")
 
 
 def _check_scored(data: Any) -> None:

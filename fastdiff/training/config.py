@@ -77,6 +77,21 @@ class TrainConfig:
         "(none: no such)",
         fixed=True,
     )
+    upsample_from: int = setting(
+        0,
+        "train a super-resolution network: the shorter side in pixels of the small images that it "
+        "is given, which are made of the data's (0: it is none)",
+        fixed=True,
+    )
+    cond_noise: float = setting(
+        0.0,
+        "of upsample_from: noise the small images to levels up to this, at most 1, of which the "
+        "network is told, so that it can follow another network in a cascade (0: none)",
+        fixed=True,
+    )
+    cond_blur: float = setting(
+        0.0, "of upsample_from: probability that a small image is blurred, usually 0.5"
+    )
     timestep_sampler: str = setting(
         "uniform", "how timesteps are drawn", choices=TIMESTEP_SAMPLERS, fixed=True
     )
@@ -155,6 +170,11 @@ class TrainConfig:
         self._require("max_minutes", 0 <= self.max_minutes < math.inf, "0 or more")
         self._require("offset_noise", 0 <= self.offset_noise < math.inf, "0 or more")
         self._require("label_dropout", 0 <= self.label_dropout < 1, "in [0, 1)")
+        for name in ("cond_noise", "cond_blur"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+            least = 2 if name == "cond_blur" else 1  # pixels: a kernel reaches one to each side
+            possible = not getattr(self, name) or self.upsample_from >= least
+            self._require(name, possible, f"0 where upsample_from is below {least}")
         self._require(
             "betas",
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
@@ -189,6 +209,11 @@ class TrainConfig:
             for key, value in dataclasses.asdict(self).items()
         }
 
+    def facts(self) -> dict[str, Any]:
+        """What a network that was trained so has to be given: for a checkpoint's info."""
+        names = ("self_condition", "upsample_from", "cond_noise")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
         """The inverse of ``to_dict``; InputError when a name is not a setting."""
@@ -215,6 +240,7 @@ _COUNTS = (
     "microbatch",
     "warmup",
     "seed",
+    "upsample_from",
     "save_every",
     "keep",
     "sample_every",

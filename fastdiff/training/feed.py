@@ -1,5 +1,6 @@
 """What a step begins with: this rank's part of the batch, and what is drawn for it."""
 
+import functools
 import zlib
 from typing import Any, NoReturn
 
@@ -14,13 +15,15 @@ from fastdiff.ranks import Ranks
 from fastdiff.training import network
 from fastdiff.training.batches import Batch, Batches, Form, first_difference, form_of
 from fastdiff.training.config import TrainConfig
+from fastdiff.training.low_res import LowRes
 
 
 class Feed:
-    """The batches of ``stream`` on ``device``, with labels hidden.
+    """The batches of ``stream`` on ``device``, with labels hidden and small images made.
 
     Attributes:
         label: the name by which a step is given labels; None: it takes none.
+        low_res: how a super-resolution network is given its small images.
         last: the batch as it was read last.
         first_sample: the number, in its batch, of this rank's first sample.
     """
@@ -41,6 +44,7 @@ class Feed:
         self.last: Any = None
         self._mine = part_of_batch(config.batch_size, ranks.rank, ranks.count)
         self.first_sample = self._mine.start
+        self.low_res = LowRes(config)
 
     def next_batch(self, step: int) -> Batch:
         """x (n, ...) in floats, images in [-1, 1], and the network's arguments, on the device."""
@@ -53,6 +57,8 @@ class Feed:
         if self.config.label_dropout and self.label in kwargs:
             hidden = self.uniform(step, HIDDEN_LABELS) < self.config.label_dropout
             kwargs[self.label] = torch.where(hidden, self.null_label, kwargs[self.label])
+        draw = functools.partial(self.uniform, step)
+        kwargs |= self.low_res.drawn(x_start, draw, step, self.first_sample)
         return x_start, kwargs
 
     def uniform(self, step: int, purpose: int) -> Tensor:

@@ -40,6 +40,16 @@ def label_of(model: nn.Module, diffusion: Any) -> str | None:
     return getattr(diffusion, "label", None) or label_argument(model)
 
 
+def check_argument(model: nn.Module, name: str, setting: str) -> None:
+    """InputError where the network has no argument of that name, which ``setting`` asks for."""
+    names, takes_any = arguments_of_forward(model)
+    if name not in names and not takes_any:
+        raise InputError(
+            f"{setting} asks for {name!r}, and a {type(unwrapped(model)).__name__} has no such "
+            f"argument: it takes {', '.join(names)}"
+        )
+
+
 def arguments_of(given: Any, label: str | None) -> dict[str, Tensor]:
     """The second half of a batch, labels or a dict, as the network's arguments."""
     kwargs = {"y": given} if isinstance(given, Tensor) else dict(given)

@@ -62,17 +62,24 @@ def _example(trainer: Run, numbers: np.ndarray) -> tuple[Tensor, dict[str, Tenso
     """x of the shape of what is trained on, and the network's arguments for samples ``numbers``:
     the classes in turn, else what the first items of the data have."""
     data = trainer.data
-    if isinstance(data, ImageDataset):
+    if isinstance(data, ImageDataset) and not trainer.config.upsample_from:
         x = torch.empty(len(numbers), data.channels, *data.image_size)
         classes = data.num_classes
         given: Any = {} if classes is None else torch.from_numpy(numbers % classes)
-    elif isinstance(data, Items):
+    elif isinstance(data, ImageDataset | Items):
         x, given = data.batch(numbers % len(data))
     else:
         x, given = trainer.feed.last or _next_batch(trainer)
         chosen = torch.from_numpy(numbers % len(x))
         x, given = x[chosen], {name: value[chosen] for name, value in given.items()}
-    return x, network.on(trainer.device, network.arguments_of(given, trainer.feed.label), x.dim())
+    return x, _arguments(trainer, x, given)
+
+
+def _arguments(trainer: Run, x: Tensor, given: Any) -> dict[str, Tensor]:
+    """The network's, of a batch that was read: with the small image of each x, unaugmented."""
+    kwargs = network.arguments_of(given, trainer.feed.label)
+    kwargs = network.on(trainer.device, kwargs, x.dim())
+    return kwargs | trainer.feed.low_res.plain(to_float(x.to(trainer.device)))
 
 
 def _next_batch(trainer: Run) -> Any:
@@ -98,8 +105,7 @@ def measure_nll(trainer: Run) -> dict[str, float]:
         def score(start: int) -> dict[str, Tensor]:
             images, given = dataset.batch(np.arange(start, min(start + size, count)))
             x_start = to_float(images.to(trainer.device))
-            kwargs = network.arguments_of(given, trainer.feed.label)
-            kwargs = network.on(trainer.device, kwargs, x_start.dim())
+            kwargs = _arguments(trainer, images, given)
             noise = counter_noise(x_start, config.seed, start)
             terms = process.calc_bpd_loop(model, x_start, model_kwargs=kwargs, noise=noise)
             return {name: value.cpu() for name, value in terms.items()}

@@ -9,13 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdiff.data.words import SELF_CONDITION, uniform
-from fastdiff.errors import InputError
 from fastdiff.methods.levels import Levels, Source
 from fastdiff.methods.protocol import noise_levels
-from fastdiff.models.wrappers import arguments_of_forward, unwrapped
 
 
 class SelfCondition:
@@ -60,13 +58,3 @@ class SelfCondition:
             a, b = self.a[t], self.b[t]
         a, b = (c.to(x.dtype).view(-1, *[1] * (x.dim() - 1)) for c in (a, b))
         return (a * x + b * output[:, : x.shape[1]].to(x.dtype)).clamp(-1, 1)
-
-
-def check_argument(model: nn.Module, name: str) -> None:
-    """InputError where the network has no argument of that name."""
-    names, takes_any = arguments_of_forward(model)
-    if name not in names and not takes_any:
-        raise InputError(
-            f"self_condition is {name!r}, and a {type(unwrapped(model)).__name__} has no such "
-            f"argument: it takes {', '.join(names)}"
-        )

@@ -117,10 +117,9 @@ class Trainer:
         self.eval_dataset = self.ranks.together(
             lambda: match_eval(model, self.data, eval_dataset, config)
         )
-        self.info = {**describe(self.data), **(info or {})}
+        self.info = {**describe(self.data), **(info or {}), **config.facts()}
         self.self_condition: SelfCondition | None = None
         if config.self_condition:
-            self.info["self_condition"] = config.self_condition
             self.self_condition = SelfCondition(
                 config.self_condition, diffusion, config.seed, self.device
             )

@@ -95,7 +95,7 @@ def test_super_resolution_is_seen_where_one_reading_fits(arguments):
 @pytest.mark.parametrize("name", presets.names("UNet"))
 def test_presets(name):
     config, state = shapes(**presets.get(name).model)
-    shown = unet_config_from_state(state)
+    shown = unet_config_from_state(state, super_res=config["super_res"])
     assert shown == {key: config[key] for key in shown}
 
 

@@ -1,5 +1,6 @@
 """fastdiff convert: published .pt files become checkpoints, or one line says why not."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from convert_tools import FLAGS, convert, refused, saved, small
 from fastdiff import UNet, cli, load
 from fastdiff.checkpoints.published import load_published
+from fastdiff.models import presets
 from paths import RECORDED
 
 CASES = ["improved_film_learned", "improved_plain_classcond", "guided_updown_neworder"]
@@ -177,9 +179,23 @@ def test_super_resolution_where_the_shapes_fit_both(folder, capsys):
     saved(model)
     message = refused(capsys, *FLAGS)
     assert "takes 2 channels and answers 2: say whether half" in message
-    assert convert(*FLAGS, "--super-res") == 0
-    assert load("out").model.config["super_res"] is True
-    assert load("out").model.in_channels == 1
+    message = refused(capsys, *FLAGS, "--super-res")
+    assert "give --upsample-from" in message
+    assert convert(*FLAGS, "--super-res", "--upsample-from", "2") == 0
+    found = load("out")
+    assert found.model.config["super_res"] is True and found.model.in_channels == 1
+    assert found.info["upsample_from"] == 2  # by which fastdiff sample knows its small images
+
+
+def test_a_preset_says_that_a_network_is_an_upsampler(folder, monkeypatch):
+    """Its channels, 3 more of the small image and twice 3 of the answer, fit both readings."""
+    model = small(in_channels=3, out_channels=6, super_res=True)
+    arguments = {**model.config, "image_size": 8}
+    preset = dataclasses.replace(presets.get("adm-64-256"), model=arguments)
+    monkeypatch.setitem(presets.PRESETS, "adm-64-256", preset)
+    saved(model)
+    assert convert("--preset", "adm-64-256") == 0
+    assert load("out").model.super_res and load("out").info["upsample_from"] == 64
 
 
 # --- Where in a file the network lies ---
@@ -247,6 +263,7 @@ def test_one_wide_head_in_every_block_is_one_head(folder, capsys):
         ([*without(FLAGS, "--noise-schedule"), "--noise-schedule", "steep"], "steep"),
         ([*without(FLAGS, "--steps"), "--steps", "0", "--rescale-timesteps"], "0"),
         ([*FLAGS, "--super-res"], "super_res=True, but the network takes 1 channels"),
+        ([*FLAGS, "--upsample-from", "4"], "--upsample-from 4: .* is no super-resolution network"),
         (
             ["--preset", "digits"],
             "is not a network of preset digits: its model_channels is 8, the preset's 32",

@@ -19,6 +19,8 @@ PRINTED = {
     "iddpm-imagenet64-cond": "273",
     "iddpm-lsun256": "113.7",
     "adm-64": "296",
+    "adm-64-256": "312",
+    "adm-128-512": "309",
     # The paper says "about 30M, 68M, 120M, 270M".
     "iddpm-imagenet64-64": "30",
     "iddpm-imagenet64-96": "68",
@@ -38,6 +40,7 @@ ATTENTION = {
     "iddpm-imagenet64-cond": {(4, 256, 144): 7, (4, 64, 192): 8},
     "iddpm-lsun256": {(1, 256, 512): 5, (1, 64, 512): 1},
     "adm-64": {(6, 1024, 64): 7, (9, 256, 64): 7, (12, 64, 64): 8},
+    "adm-64-256": {(4, 1024, 96): 5, (4, 256, 192): 5, (4, 64, 192): 6},
 }
 
 
@@ -78,7 +81,8 @@ def test_attention_shapes_of_one_forward_pass(name, monkeypatch):
     size = presets.get(name).model["image_size"]
     with torch.device("meta"):
         y = None if model.num_classes is None else torch.empty(1, dtype=torch.int64)
-        model(torch.empty(1, 3, size, size), torch.empty(1), y)
+        small = torch.empty(1, 3, size // 4, size // 4) if model.super_res else None
+        model(torch.empty(1, 3, size, size), torch.empty(1), y, small)
     assert seen == ATTENTION[name]
 
 
@@ -104,6 +108,7 @@ def test_published_hyperparameters():
         "iddpm-imagenet64": (1e-4, 128, 1_500_000, 0.0, 4000),
         "iddpm-imagenet64-cond": (3e-4, 2048, 250_000, 0.0, 4000),
         "adm-64": (3e-4, 2048, 540_000, 0.1, 1000),
+        "adm-64-256": (1e-4, 256, 500_000, 0.0, 1000),
     }
     for name, expected in table.items():
         preset = presets.get(name)

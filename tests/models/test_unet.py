@@ -218,6 +218,21 @@ def test_null_class_is_one_more_label():
     assert small_unet(num_classes=3).null_label is None
 
 
+def test_the_noise_level_is_embedded_beside_the_timestep():
+    model = small_unet(super_res=True, noise_cond=True, use_scale_shift_norm=True)
+    x, low_res = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 4, 4)
+    t, level = torch.tensor([3.0, 500.0]), torch.tensor([0.2, 0.7])
+    with torch.no_grad():
+        told = model(x, t, low_res=low_res, noise_level=level)
+        other = model(x, t, low_res=low_res, noise_level=level + 0.1)
+        assert ((told - other).abs().amax((1, 2, 3)) > 1e-4).all()
+        model.noise_embed.load_state_dict(model.time_embed.state_dict())
+        level_as_time = model(x, 1000 * level, low_res=low_res, noise_level=t / 1000)
+        torch.testing.assert_close(
+            model(x, t, low_res=low_res, noise_level=level), level_as_time, rtol=1e-4, atol=1e-5
+        )
+
+
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_super_resolution_sees_the_small_image_resized(dims):
     model = small_unet(dims=dims, super_res=True)

@@ -134,6 +134,7 @@ def test_compiles_without_a_graph_break():
         ({"num_head_channels": 0}, "num_head_channels=0; expected −1 or at least 1"),
         ({"num_classes": 0}, "num_classes=0"),
         ({"null_class": True}, "null_class=True needs num_classes"),
+        ({"noise_cond": True}, "noise_cond=True needs super_res=True"),
     ],
 )
 def test_bad_arguments_get_one_line(changes, message):
@@ -173,6 +174,21 @@ def test_bad_arguments_get_one_line(changes, message):
             {"super_res": True},
             {"low_res": torch.zeros(2, 1, 4, 4)},
             "low_res has shape (2, 1, 4, 4); expected 4 dimensions that start with (2, 3)",
+        ),
+        (
+            {"super_res": True, "noise_cond": True},
+            {"low_res": torch.zeros(2, 3, 4, 4)},
+            "noise_level is missing; the network was built with noise_cond=True",
+        ),
+        (
+            {"super_res": True},
+            {"low_res": torch.zeros(2, 3, 4, 4), "noise_level": torch.zeros(2)},
+            "noise_level was given, but the network was not built with noise_cond",
+        ),
+        (
+            {"super_res": True, "noise_cond": True},
+            {"low_res": torch.zeros(2, 3, 4, 4), "noise_level": torch.zeros(1)},
+            "noise_level has shape (1,); expected (2,)",
         ),
     ],
 )
