@@ -32,7 +32,12 @@ from harness import results
 from report import training_tables
 
 NETWORKS = presets.names("UNet")
-NAMES = [name for name in NETWORKS if presets.get(name).name == name]  # no second names
+# No second names, and no upsamplers, which are trained on pairs of images.
+NAMES = [
+    name
+    for name in NETWORKS
+    if presets.get(name).name == name and not presets.get(name).model.get("super_res")
+]
 RANKS_OF = ("digits", "ddpm-cifar10")
 DTYPES = ("float32", "bfloat16")
 # Images of a step, by their side: on two cores it takes seconds at most.

@@ -1,15 +1,14 @@
 """How many operations networks take: convolutions, matrix products and attention, two operations to
 each multiplication and addition, as ``torch.utils.flop_counter`` counts them.
 
-Importing this tells torch's counter what fastdiff's attention takes. The other fused operations go
-once over their tensors, and like torch's own norms and activations count nothing.
+Of fastdiff's operations attention counts. The others go once over their tensors, and like torch's
+own norms and activations count nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from fastdiff.models.unet import UNet
 from fastdiff.models.valueless import valueless
@@ -18,7 +17,12 @@ from fastdiff.ops import backends
 
 def flops(call: Callable[[], Any]) -> int:
     """The operations of what ``call()`` computes, on any device, the meta device too."""
-    with FlopCounterMode(display=False) as counter:
+    # Here, as it loads Triton.
+    from torch.utils.flop_counter import FlopCounterMode
+
+    ours = torch.ops.fastdiff
+    formulas = {ours.attention: _attention, ours.attention_backward: _attention_backward}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         call()
     return counter.get_total_flops()
 
@@ -58,7 +62,3 @@ def _attention_backward(
 ) -> int:
     """Five such products: the scores anew, and the gradients of v, of the scores, of q and of k."""
     return _attention(qkv) // 2 * 5
-
-
-register_flop_formula(torch.ops.fastdiff.attention)(_attention)
-register_flop_formula(torch.ops.fastdiff.attention_backward)(_attention_backward)

@@ -122,7 +122,7 @@ def test_a_name_stands_for_one_class(tmp_path):
         with pytest.raises(InputError, match=r"class_names holds .* twice"):
             save_samples_npz(tmp_path / "b.npz", pixels, labels, names)
         checkpoint = argparse.Namespace(
-            path="it", info={"class_names": names}, model=SmallDiT(num_classes=3)
+            path="it", info={"class_names": names}, model=SmallDiT(num_classes=3), diffusion=None
         )
         with pytest.raises(InputError, match=r"it: info.class_names holds .* twice"):
             class_names(checkpoint)

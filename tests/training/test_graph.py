@@ -7,7 +7,7 @@ from torch.backends import cudnn
 
 from fake_cuda import faked
 from fastdiff.errors import InputError
-from fastdiff.models.unet import UNet
+from fastdiff.models import unet_inputs
 from fastdiff.process.edm import EDM
 from fastdiff.ranks import Ranks
 from fastdiff.training import TrainConfig, Trainer, graph
@@ -36,7 +36,7 @@ OF_EDM = {"offset_noise": 0.1, "grad_clip": 0.0}
 @pytest.fixture(autouse=True)
 def labels_unseen(monkeypatch):
     """As on a GPU, which nobody waits for to look at them."""
-    monkeypatch.setattr(UNet, "_check_labels", lambda *_: None)
+    monkeypatch.setattr(unet_inputs, "_check_labels", lambda *_: None)
 
 
 def trainer_on(device, run, how, process=None, model=None, callbacks=(), **settings):

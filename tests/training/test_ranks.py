@@ -30,6 +30,7 @@ from training_tools import read_lines
 
 
 @pytest.mark.seconds
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("count", "options"),
     [
@@ -53,6 +54,7 @@ def test_ranks_give_the_curve_of_one(cifar, alone, start, tmp_path, count, optio
 
 
 @pytest.mark.seconds
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("shard", [False, True])
 def test_ranks_give_a_diffusers_network_the_curve_of_one(start, tmp_path, shard):
     alone, run = str(tmp_path / "alone"), str(tmp_path / "run")
@@ -84,6 +86,7 @@ def test_killed_and_resumed_by_another_number_of_ranks(cifar, alone, start, tmp_
 
 
 @pytest.mark.seconds
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -118,6 +121,7 @@ def test_a_scheduler_that_stops_one_stops_all(cifar, start, tmp_path, told):
 
 
 @pytest.mark.seconds
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("count", "again", "store_lost"), [(2, 2, False), (1, 1, False), (2, 1, True)]
 )
@@ -212,6 +216,7 @@ def test_ranks_that_disagree(cifar, start, tmp_path):
 
 
 @pytest.mark.seconds
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("fault", "message"),
@@ -243,6 +248,7 @@ def test_a_fault_of_one_rank(cifar, alone, start, tmp_path, rank, fault, message
 
 
 @pytest.mark.seconds
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("save", ["--async-save", "--no-async-save"])
 def test_a_full_disk_of_one_rank_that_writes_its_part(cifar, start, tmp_path, rank, save):
@@ -257,6 +263,7 @@ def test_a_full_disk_of_one_rank_that_writes_its_part(cifar, start, tmp_path, ra
 
 
 @pytest.mark.seconds
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("shard", [[], ["--shard"]])
 def test_an_overflow_of_one_rank_is_no_step_of_any(cifar, start, tmp_path, shard):
     run = tmp_path / "run"

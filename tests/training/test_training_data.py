@@ -104,6 +104,7 @@ def assert_same_run(run, expected):
 
 
 @pytest.mark.seconds
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_as_if_it_had_never_stopped(tmp_path, kind):
     make, workers = KINDS[kind]
@@ -314,6 +315,7 @@ def started(tmp_path):
 
 
 @pytest.mark.seconds
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_saves_and_stops(tmp_path, started, number):
     os.killpg(started.pid, number)
@@ -344,12 +346,12 @@ def test_a_worker_that_dies_during_an_update_costs_no_step(tmp_path):
     trainer = make_trainer(tmp_path, workers=2, steps=100_000, save_every=0)
     update = trainer.update.step
 
-    def outlived(number):
+    def outlived(number, *how):
         if number == 3:
             worker = multiprocessing.active_children()[0]
             os.kill(worker.pid, signal.SIGKILL)
             os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
-        update(number)
+        update(number, *how)
 
     trainer.update.step = outlived
     with pytest.raises(OSError, match=r"step 4 is saved in .*step_00000004"):

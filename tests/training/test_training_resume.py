@@ -94,6 +94,7 @@ def test_killed_in_mid_run(tmp_path, uninterrupted):
 
 
 @pytest.mark.seconds
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("event", "pattern", "count"),
     [
