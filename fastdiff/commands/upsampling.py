@@ -56,16 +56,6 @@ def checkpoint_paths(args: argparse.Namespace) -> list[str]:
         )
     if args.low_res is not None:
         raise InputError("--low-res is for a super-resolution network alone, by --checkpoint")
-    if args.classifier is not None:
-        raise InputError(
-            "--classifier guides one network: sample the first by --checkpoint, and give the "
-            "images to the next as its --low-res"
-        )
-    if args.trajectory_of != "xt":
-        raise InputError(
-            f"--trajectory-of {args.trajectory_of} is for one network, by --checkpoint; of a "
-            "cascade the trajectory is x_t of its last"
-        )
     return paths
 
 

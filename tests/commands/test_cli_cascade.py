@@ -12,11 +12,20 @@ from fastdiff.checkpoints.checkpoint import load, save
 from fastdiff.cli import main
 from fastdiff.data import load_dataset
 from fastdiff.images import load_samples_npz, read_samples, save_samples_npz
+from fastdiff.models.encoder_unet import EncoderUNet
 from fastdiff.models.unet import UNet
+from fastdiff.process.classification import NoisyClassification
 from fastdiff.process.gaussian import create_diffusion
 
 NAMES = ["ant", "bee", "cat"]
 DRAW = ["--num", "4", "--steps", "3", "--no-pngs", "--device", "cpu"]
+
+
+def awaken(model):
+    """The last layer starts at zero."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
 
 
 def network(folder, *, size, classes=3, names=NAMES, upsample_from=0, cond_noise=0.0, channels=1):
@@ -25,9 +34,7 @@ def network(folder, *, size, classes=3, names=NAMES, upsample_from=0, cond_noise
         channels, 32, channels, 1, (), channel_mult=(1,), num_classes=classes, image_size=size,
         super_res=bool(upsample_from), noise_cond=bool(cond_noise), use_scale_shift_norm=True,
     )  # fmt: skip
-    for parameter in model.parameters():  # the last layer starts at zero
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
+    awaken(model)
     info = {"image_size": [size, size], "upsample_from": upsample_from, "cond_noise": cond_noise}
     info = {name: value for name, value in info.items() if value}
     if names is not None and classes:
@@ -46,6 +53,16 @@ def checkpoints(tmp_path_factory):
     return base, up, last
 
 
+def classifier(folder):
+    """Of what the first network draws."""
+    torch.manual_seed(0)
+    model = EncoderUNet(4, 1, 32, 3, 1, (), channel_mult=(1,), pool="spatial")
+    awaken(model)
+    process = NoisyClassification(create_diffusion(steps=50, noise_schedule="cosine"))
+    info = {"image_size": [4, 4], "channels": 1, "num_classes": 3, "class_names": NAMES}
+    return str(save(folder, model, diffusion=process, info=info))
+
+
 def sample(out, *options):
     return main(["sample", "--out", str(out), *options])
 
@@ -59,15 +76,20 @@ def drawn(folder):
 def test_a_cascade_is_its_networks_one_after_the_other(checkpoints, tmp_path, capsys):
     options = [*DRAW[:2], *DRAW[4:], "--batch-size", "3", "--seed", "5", "--cond-noise", "0/0.2"]
     cascade = ["--cascade", ",".join(checkpoints), "--steps", "3/2/4", "--trajectory", "1"]
-    assert sample(tmp_path / "all", *options, *cascade) == 0
+    cascade += ["--trajectory-of", "x0"]
+    guide = ["--classifier", classifier(tmp_path / "classifier"), "--classifier-scale", "5"]
+    assert sample(tmp_path / "all", *options, *cascade, *guide) == 0
     printed = capsys.readouterr().out
     assert "4 images, 3 + 2 + 4 steps each" in printed
     assert all(path in printed for path in checkpoints)
     _, images, labels = drawn(tmp_path / "all")
     assert images.shape == (4, 16, 16, 1) and labels.tolist() == [0, 1, 2, 0]
-    assert (tmp_path / "all" / "trajectory.png").exists()
+    assert (tmp_path / "all" / "trajectory_x0.png").exists()
 
-    small = []
+    sample(tmp_path / "unguided", *options, *cascade)
+    assert not np.array_equal(drawn(tmp_path / "unguided")[1], images)
+
+    small = guide  # of the first network alone
     for i, (path, steps) in enumerate(zip(checkpoints, "324", strict=True)):
         alone = ["--num", "4", "--steps", steps, "--no-pngs", "--seed", "5", "--batch-size", "3"]
         alone += ["--cond-noise", "0.2"] if i == 2 else []
@@ -183,8 +205,7 @@ def refusals(base, up, last, folder):
         (["--checkpoint", base, "--cond-noise", "0.1"], "small images, which .*base is not given"),
         (["--cascade", f"{base},{up}", "--cond-noise", "0/0"], "is for 2 networks, there are 1"),
         (["--cascade", f"{base},{up}", "--low-res", str(four)], "network alone, by --checkpoint"),
-        (["--cascade", f"{base},{up}", "--classifier", base], "--classifier guides one network"),
-        (["--cascade", f"{base},{up}", "--trajectory-of", "x0"], "x0 is for one network"),
+        (["--cascade", f"{base},{up}", "--classifier", up], "up holds no classifier of noisy"),
         (
             ["--checkpoint", up, "--low-res", str(four), "--classifier", base],
             "what draws of noise alone, and .*up is a super-resolution network",
