@@ -45,7 +45,8 @@ demo: $(VENV)/demo.installed
 	$(BIN)/fastdiff evaluate --samples $(DEMO)/samples_1000x8x8x1.npz --data digits --out $(DEMO)/evaluation.json
 	@echo "Look at $(DEMO)/grid.png (the samples) and $(DEMO)/loss_curve.png."
 
-# A process to each core, a file's tests in one of them. pyproject.toml says which test is in which.
+# A process to each core and one more, a file's tests in one of them. pyproject.toml says which test
+# is in which.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=25
 
 check: lint

@@ -1,6 +1,7 @@
 """The choice of tests, and the fixtures of more than one folder."""
 
 import functools
+import os
 from pathlib import Path
 from runpy import run_path
 from types import SimpleNamespace
@@ -122,6 +123,12 @@ def few_blocks(request):
     native.library().limit_emulated_grid(request.param)
     yield
     native.library().limit_emulated_grid(0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One more than processors: tests of real processes leave a fifth of the time idle."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent):
