@@ -18,6 +18,7 @@ from fastdiff.images import to_float, to_uint8
 from fastdiff.methods.protocol import noise_levels
 from fastdiff.optional import require
 
+Draw = Callable[[int, torch.Generator], Tensor]  # draw(n, generator): n data points
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
 
 
@@ -88,6 +89,11 @@ def ring_of_gaussians(count: int = 8, radius: float = 0.7, std: float = 0.06) ->
     return GaussianMixture([[radius * math.cos(a), radius * math.sin(a)] for a in angles], std)
 
 
+def three_gaussians() -> GaussianMixture:
+    """The 1-D mixture of the studies: modes of several widths and weights, inside [-1, 1]."""
+    return GaussianMixture([[-0.6], [0.0], [0.55]], [0.06, 0.15, 0.08], [0.3, 0.4, 0.3])
+
+
 def exact_network(mixture: GaussianMixture, process) -> Callable[[Tensor, Tensor], Tensor]:
     """A "network" that makes no error: whatever distance its samples keep is the sampler's.
 
@@ -121,6 +127,11 @@ def load_digits(held_out: int = 360, data: str = "digits") -> tuple[Tensor, Tens
     dataset = load_dataset(data)
     images = to_float(dataset.gather(np.random.default_rng(0).permutation(len(dataset))))
     return images[held_out:], images[:held_out]
+
+
+def draw_from(images: Tensor) -> Draw:
+    """Of a set (N, ...), with replacement."""
+    return lambda n, generator: images[torch.randint(len(images), (n,), generator=generator)]
 
 
 class FrechetJudge:
@@ -196,7 +207,7 @@ class TinyMLP(nn.Module):
 def train(
     model: nn.Module,
     process,
-    draw: Callable[[int, torch.Generator], Tensor],
+    draw: Draw,
     steps: int,
     *,
     batch: int = 256,
@@ -207,7 +218,7 @@ def train(
 ) -> nn.Module:
     """Adam with a linear decay to zero on the process's own loss; answers the averaged weights.
 
-    ``draw(n, generator)`` gives n data points; timesteps are uniform over ``levels`` (all of them).
+    Timesteps are uniform over ``levels`` (all of them).
     """
     levels = levels or range(process.num_timesteps)
     generator = torch.Generator().manual_seed(seed)
@@ -215,19 +226,24 @@ def train(
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
     for k in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - k / steps)
-        x_start = draw(batch, generator)
-        t = torch.randint(levels.start, levels.stop, (batch,), generator=generator)
-        noise = torch.randn(x_start.shape, generator=generator)
-        loss = process.training_losses(model, x_start, t, noise=noise)["loss"].mean()
+        loss = batch_loss(model, process, draw, batch, levels, generator)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        rate = min(
-            ema, (k + 1) / (k + 10)
-        )  # a short memory at first, so that the start is forgotten
+        rate = min(ema, (k + 1) / (k + 10))  # a short memory at first: the start is forgotten
         with torch.no_grad():
             torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - rate)
     return averaged
+
+
+def batch_loss(
+    model: nn.Module, process, draw: Draw, batch: int, levels: range, generator: torch.Generator
+) -> Tensor:
+    """The process's own loss of ``batch`` points, each at a level and with a noise of its own."""
+    x_start = draw(batch, generator)
+    t = torch.randint(levels.start, levels.stop, (batch,), generator=generator)
+    noise = torch.randn(x_start.shape, generator=generator)
+    return process.training_losses(model, x_start, t, noise=noise)["loss"].mean()
 
 
 class Untied(nn.Module):
@@ -245,7 +261,7 @@ class Untied(nn.Module):
 def train_untied(
     make: Callable[[], nn.Module],
     process,
-    draw: Callable[[int, torch.Generator], Tensor],
+    draw: Draw,
     groups: int,
     budget: int,
     *,
@@ -271,7 +287,7 @@ def train_untied(
 def batch_gradients(
     network: nn.Module,
     process,
-    draw: Callable[[int, torch.Generator], Tensor],
+    draw: Draw,
     batches: int,
     *,
     batch: int,
@@ -286,10 +302,7 @@ def batch_gradients(
     generator = torch.Generator().manual_seed(seed)
     gradients = []
     for _ in range(batches):
-        x_start = draw(batch, generator)
-        t = torch.randint(levels.start, levels.stop, (batch,), generator=generator)
-        noise = torch.randn(x_start.shape, generator=generator)
-        loss = process.training_losses(network, x_start, t, noise=noise)["loss"].mean()
+        loss = batch_loss(network, process, draw, batch, levels, generator)
         pieces = torch.autograd.grad(loss, parameters)
         gradients.append(torch.cat([piece.flatten() for piece in pieces]))
     return torch.stack(gradients)
@@ -356,6 +369,18 @@ def show_steps(ax, steps: Sequence[int]) -> None:
     ax.set_xscale("log")
     ax.set_xticks(steps, [str(s) for s in steps])
     ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+
+
+def show_density(ax, mixture: GaussianMixture) -> None:
+    """A 1-D mixture's density on [-1, 1], to show samples against."""
+    x = torch.linspace(-1, 1, 500)[:, None]
+    ax.fill_between(x[:, 0], mixture.log_density(x).exp(), color="0.8", label="true density")
+
+
+def show_samples(ax, samples: Tensor, *, bins: int = 80, **style) -> None:
+    """Their histogram on [-1, 1], as an outline."""
+    options = {"range": (-1, 1), "density": True, "histtype": "step"}
+    ax.hist(samples.flatten().numpy(), bins=bins, **options, **style)
 
 
 def save_plot(fig, out: Path) -> None:

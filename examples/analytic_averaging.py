@@ -38,6 +38,7 @@ from _common import (
     COLOURS,
     TinyMLP,
     batch_gradients,
+    draw_from,
     figure,
     load_digits,
     parse_arguments,
@@ -65,10 +66,7 @@ def main() -> None:
     images, held_out = load_digits(held_out=60 if args.quick else 360)
     lengths = (20, 40) if args.quick else LENGTHS
     steps, batches = (20, 4) if args.quick else (2500, 150)
-
-    def draw(n: int, generator: torch.Generator) -> Tensor:
-        return images[torch.randint(len(images), (n,), generator=generator)]
-
+    draw = draw_from(images)
     terms, noises, bounds = {}, {}, {}
     for length in lengths:
         process = create_diffusion(

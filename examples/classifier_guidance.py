@@ -33,6 +33,7 @@ from _common import (
     COLOURS,
     FrechetJudge,
     TinyMLP,
+    draw_from,
     figure,
     load_digits,
     parse_arguments,
@@ -103,10 +104,7 @@ def judged(judge: FrechetJudge, images: Tensor, classes: Tensor) -> list[float]:
 def train_network(diffusion, steps: int) -> TinyMLP:
     """The network that knows no classes."""
     images = torch.cat(load_digits())
-
-    def draw(n: int, generator: torch.Generator) -> Tensor:
-        return images[torch.randint(len(images), (n,), generator=generator)]
-
+    draw = draw_from(images)
     return train(TinyMLP((1, 8, 8), t_max=1000, width=256), diffusion, draw, steps, batch=128)
 
 

@@ -21,11 +21,11 @@ DDPM does with many steps: without fresh noise nothing corrects the errors of so
 import math
 from statistics import mean, stdev
 
-import torch
 from _common import (
     COLOURS,
     FrechetJudge,
     TinyMLP,
+    draw_from,
     figure,
     load_digits,
     parse_arguments,
@@ -35,7 +35,6 @@ from _common import (
     show_steps,
     train,
 )
-from torch import Tensor
 
 from fastdiff import Sampler, create_diffusion
 
@@ -56,10 +55,7 @@ def main() -> None:
     images, _ = load_digits()
     steps_list = STEPS[:2] if args.quick else STEPS
     judge = FrechetJudge(quick=args.quick)
-
-    def draw(n: int, generator: torch.Generator) -> Tensor:
-        return images[torch.randint(len(images), (n,), generator=generator)]
-
+    draw = draw_from(images)
     processes = {
         name: create_diffusion(
             steps=LENGTH, noise_schedule="cosine", var_type=var_type, loss_type="rescaled_mse"

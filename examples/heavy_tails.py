@@ -34,14 +34,16 @@ import numpy as np
 import torch
 from _common import (
     COLOURS,
-    GaussianMixture,
     TinyMLP,
     figure,
     grid_kl,
     parse_arguments,
     print_table,
     save_plot,
+    show_density,
+    show_samples,
     show_steps,
+    three_gaussians,
     train,
     wasserstein_1d,
 )
@@ -50,7 +52,7 @@ from torch import Tensor, nn
 from fastdiff import GaussianDiffusion, create_diffusion
 from fastdiff.methods.levels import Levels
 
-MIXTURE = GaussianMixture([[-0.6], [0.0], [0.55]], stds=[0.06, 0.15, 0.08], weights=[0.3, 0.4, 0.3])
+MIXTURE = three_gaussians()
 STEPS = (2, 4, 8, 16, 32, 64)
 TRAINED = 8  # steps of the chain that networks learn
 PLACES, NODES = 120, 240  # of x_t and of x_{t-1} on the grids
@@ -342,15 +344,9 @@ def plot(out, reverses, best, excess, samples, steps_list) -> None:
     bound.set(yscale="log", xlabel="steps", ylabel="nats", title="The bound above the entropy")
     show_steps(bound, steps_list)
     bound.legend(fontsize=8)
-    x = torch.linspace(-1, 1, 500)[:, None]
-    density.fill_between(x[:, 0], MIXTURE.log_density(x).exp(), color="0.8", label="true density")
+    show_density(density, MIXTURE)
     for name, colour in zip(FAMILIES, COLOURS, strict=False):
-        density.hist(
-            samples[name, TRAINED].flatten().numpy(),
-            **{"bins": 80, "range": (-1, 1), "density": True, "histtype": "step"},
-            color=colour,
-            label=name,
-        )
+        show_samples(density, samples[name, TRAINED], color=colour, label=name)
     density.set(xlabel="x", ylabel="density", title=f"Samples, {TRAINED} steps")
     density.legend(fontsize=8)
     save_plot(fig, out)

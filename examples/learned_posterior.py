@@ -27,14 +27,16 @@ from dataclasses import dataclass
 import torch
 from _common import (
     COLOURS,
-    GaussianMixture,
     TinyMLP,
     figure,
     grid_kl,
     parse_arguments,
     print_table,
     save_plot,
+    show_density,
+    show_samples,
     show_steps,
+    three_gaussians,
     train,
     wasserstein_1d,
 )
@@ -43,7 +45,7 @@ from torch import Tensor, nn
 from fastdiff import create_diffusion
 from fastdiff.process.likelihood import normal_kl
 
-MIXTURE = GaussianMixture([[-0.6], [0.0], [0.55]], stds=[0.06, 0.15, 0.08], weights=[0.3, 0.4, 0.3])
+MIXTURE = three_gaussians()
 LENGTHS = (4, 16, 64)  # steps of the chain
 BUDGET = 1500  # steps of training
 FIXED, COSINE = "fixed", "fixed, cosine"
@@ -188,7 +190,10 @@ def main() -> None:
     args = parse_arguments(__doc__, "learned_posterior")
     count = 1000 if args.quick else 10_000
     generator = torch.Generator().manual_seed(1)
-    real, second = MIXTURE.sample(count, generator), MIXTURE.sample(count, generator)
+    real, second = (
+        MIXTURE.sample(count, generator),
+        MIXTURE.sample(count, generator),
+    )
     entropy = -MIXTURE.log_density(real)  # (N,), of the same points: their scatter cancels
     lengths = LENGTHS[:2] if args.quick else LENGTHS
     excess, samples, levels, rows = {}, {}, {}, []
@@ -236,17 +241,11 @@ def plot(out, lengths, excess, samples, levels, real) -> None:
         bound.plot(lengths, [excess[kind, k] for k in lengths], "o-", color=colour, label=kind)
         kl = [distances(samples[kind, k], real)[1] for k in lengths]
         quality.plot(lengths, kl, "o-", color=colour, label=kind)
-        density.hist(
-            samples[kind, lengths[0]].flatten().numpy(),
-            **{"bins": 80, "range": (-1, 1), "density": True, "histtype": "step"},
-            color=colour,
-            label=kind,
-        )
+        show_samples(density, samples[kind, lengths[0]], color=colour, label=kind)
     for kind, colour in ((FIXED, COLOURS[0]), (COSINE, COLOURS[2]), (LEARNED_LEVELS, COLOURS[3])):
         signal, noise = levels[kind, lengths[1]]
         snr.plot((signal / noise) ** 2, "o-", ms=4, color=colour, label=kind)
-    x = torch.linspace(-1, 1, 500)[:, None]
-    density.fill_between(x[:, 0], MIXTURE.log_density(x).exp(), color="0.8", label="true density")
+    show_density(density, MIXTURE)
     bound.set(yscale="log", ylabel="nats", title="The bound above the entropy")
     quality.set(yscale="log", ylabel="nats", title="KL(true || samples)")
     for ax in (bound, quality):

@@ -32,6 +32,7 @@ from _common import (
     COLOURS,
     TinyMLP,
     batch_gradients,
+    draw_from,
     figure,
     load_digits,
     parse_arguments,
@@ -55,10 +56,7 @@ def main() -> None:
     # So many steps that the best schedule, whose gamma leaps at the end, moves little in each.
     count, steps, fitting = (50, 20, 20) if args.quick else (10_000, 2000, 1000)
     seeds, batches = (1, 4) if args.quick else (2, 200)
-
-    def draw(n: int, generator: torch.Generator) -> Tensor:
-        return images[torch.randint(len(images), (n,), generator=generator)]
-
+    draw = draw_from(images)
     t = np.linspace(0, 1, count)
     even = GAMMA_MIN + (GAMMA_MAX - GAMMA_MIN) * t
     network = trained(even, draw, steps, seed=0)

@@ -33,6 +33,7 @@ from _common import (
     COLOURS,
     FrechetJudge,
     TinyMLP,
+    draw_from,
     figure,
     load_digits,
     parse_arguments,
@@ -42,7 +43,6 @@ from _common import (
     show_steps,
     train,
 )
-from torch import Tensor
 
 from fastdiff import Sampler, create_diffusion
 from fastdiff.process.likelihood import summarize_bpd
@@ -57,10 +57,7 @@ def main() -> None:
     images, held_out = load_digits()
     steps_list = STEPS[:2] if args.quick else STEPS
     judge = FrechetJudge(quick=args.quick)
-
-    def draw(n: int, generator: torch.Generator) -> Tensor:
-        return images[torch.randint(len(images), (n,), generator=generator)]
-
+    draw = draw_from(images)
     bounds, distances, samples = {}, {}, {}
     for length in LENGTHS:
         processes = {

@@ -33,6 +33,7 @@ from _common import (
     COLOURS,
     FrechetJudge,
     TinyMLP,
+    draw_from,
     figure,
     load_digits,
     parse_arguments,
@@ -60,10 +61,7 @@ def main() -> None:
     images, held_out = load_digits(kept, args.data)
     steps_list = STEPS[:2] if args.quick else STEPS
     judge = FrechetJudge(args.data, quick=args.quick)
-
-    def draw(n: int, generator: torch.Generator) -> Tensor:
-        return images[torch.randint(len(images), (n,), generator=generator)]
-
+    draw = draw_from(images)
     information, totals, bounds, distances, samples = {}, {}, {}, {}, {}
     for name in SCHEDULES:
         diffusion = create_diffusion(steps=1000, noise_schedule=name, sigma_small=True)

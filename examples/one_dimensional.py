@@ -21,7 +21,6 @@ modes (W1 0.14 to 0.15).
 import torch
 from _common import (
     COLOURS,
-    GaussianMixture,
     TinyMLP,
     exact_network,
     figure,
@@ -29,6 +28,9 @@ from _common import (
     parse_arguments,
     print_table,
     save_plot,
+    show_density,
+    show_samples,
+    three_gaussians,
     train,
     wasserstein_1d,
 )
@@ -36,7 +38,7 @@ from _common import (
 from fastdiff import Sampler, create_diffusion
 from fastdiff.methods.protocol import noise_levels
 
-MIXTURE = GaussianMixture([[-0.6], [0.0], [0.55]], stds=[0.06, 0.15, 0.08], weights=[0.3, 0.4, 0.3])
+MIXTURE = three_gaussians()
 STEPS = (200, 50, 20, 10, 5)
 PLAIN, WEIGHTED, EXACT = "plain loss", "SNR-weighted loss", "exact E[x0|x_t]"
 
@@ -107,18 +109,11 @@ def plot(out, process, networks, samples) -> None:
     signal, noise = noise_levels(process)
     colours = dict(zip(networks, COLOURS, strict=False))
 
-    x = torch.linspace(-1, 1, 500)[:, None]
-    density.fill_between(x[:, 0], MIXTURE.log_density(x).exp(), color="0.8", label="true density")
+    show_density(density, MIXTURE)
     for name, steps, style in ((PLAIN, 200, "-"), (WEIGHTED, 200, "-"), (WEIGHTED, 5, ":")):
-        density.hist(
-            samples[name, steps].flatten().numpy(),
-            bins=100,
-            range=(-1, 1),
-            density=True,
-            histtype="step",
-            color=colours[name],
-            ls=style,
-            label=f"{name}, {steps} steps",
+        label = f"{name}, {steps} steps"
+        show_samples(
+            density, samples[name, steps], bins=100, color=colours[name], ls=style, label=label
         )
     density.set(xlim=(-1, 1), xlabel="x", ylabel="density")
     density.set(title="Samples against the true density", xticks=[-1, -0.5, 0, 0.5, 1])

@@ -25,6 +25,7 @@ from _common import (
     COLOURS,
     FrechetJudge,
     TinyMLP,
+    draw_from,
     figure,
     load_digits,
     parse_arguments,
@@ -51,10 +52,7 @@ def main() -> None:
     diffusion = create_diffusion(
         steps=LEVELS, noise_schedule="cosine", mean_type="v", var_type="fixed_small"
     )
-
-    def draw(n: int, generator: torch.Generator) -> Tensor:
-        return images[torch.randint(len(images), (n,), generator=generator)]
-
+    draw = draw_from(images)
     seen, unseen, distances, samples, rows = {}, {}, {}, {}, []
     for budget in budgets:
         for groups in GROUPS:
