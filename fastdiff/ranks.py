@@ -294,7 +294,8 @@ def refuse_several() -> None:
     raise InputError(
         f"started as {count} processes (WORLD_SIZE), which would each do all of the work and "
         "overwrite each other's: start one process (unset WORLD_SIZE if it is one); started by "
-        "torchrun, fastdiff train, sample, nll, evaluate and reproduce share theirs"
+        "torchrun, fastdiff train, sample, nll, rate-distortion, evaluate and reproduce share "
+        "theirs"
     )
 
 

@@ -18,12 +18,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import fastdiff
-from fastdiff.data import ArrayDataset
+from fastdiff.experiments.rates import noise_images
 from fastdiff.models import presets
 from fastdiff.models.flops import unet_flops
 from fastdiff.models.shards import local
@@ -76,20 +75,12 @@ def trainer_of(
     torch.manual_seed(0)
     found = presets.get(preset)
     config = TrainConfig(**{**found.train, "batch_size": batch, **settings, "tensorboard": False})
-    model, data = fastdiff.UNet.from_preset(preset), noise_images(preset, 2 * batch)
+    settings = found.model
+    size, channels = 2 * (settings["image_size"],), settings["in_channels"]
+    model = fastdiff.UNet.from_preset(preset)
+    data = noise_images(2 * batch, size, channels, settings.get("num_classes"))
     diffusion = fastdiff.create_diffusion(**found.diffusion)
     return Trainer(model, diffusion, data, config, run, progress=False, ranks=ranks)
-
-
-def noise_images(preset: str, count: int) -> ArrayDataset:
-    settings = presets.get(preset).model
-    size, classes = settings["image_size"], settings.get("num_classes")
-    shape = (count, size, size, settings["in_channels"])
-    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    if classes is None:
-        return ArrayDataset(images)
-    names = [str(i) for i in range(classes)]
-    return ArrayDataset(images, labels=np.arange(count) % classes, class_names=names)
 
 
 def taken(

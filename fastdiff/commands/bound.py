@@ -86,7 +86,7 @@ class Bound:
     @classmethod
     def of(cls, args: argparse.Namespace, device: str | None) -> "Bound":
         """What the options name. InputError before anything is scored."""
-        checkpoint = load_checkpoint(args, device, args.checkpoint)
+        checkpoint = load_checkpoint(args.checkpoint, args.weights, device)
         diffusion = checkpoint.diffusion
         if not isinstance(diffusion, GaussianDiffusion):
             raise InputError(

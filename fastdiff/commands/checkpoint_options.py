@@ -69,15 +69,14 @@ def steps_of(asked: str | None, checkpoint: Checkpoint) -> str | int:
 
 
 def load_checkpoint(
-    args: argparse.Namespace, device: str | None, path: str, *, upsamplers: bool = False
+    path: str, weights: str, device: str | None, *, upsamplers: bool = False
 ) -> Checkpoint:
-    """The image network at ``path`` and its process, on ``device`` or that of --device.
+    """The image network at ``path``, with those of its weights, and its process, on ``device``.
 
     upsamplers: super-resolution networks are taken too. InputError for what cannot be sampled or
     scored.
     """
-    device = device or getattr(args, "device", None)
-    checkpoint = load(path, weights=args.weights, device=choose_device(device))
+    checkpoint = load(path, weights=weights, device=choose_device(device))
     if checkpoint.diffusion is None:
         raise InputError(f"{checkpoint.path} holds a network without its diffusion process")
     check_network(checkpoint, upsamplers=upsamplers)

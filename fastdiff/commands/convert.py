@@ -167,9 +167,8 @@ def run(args: argparse.Namespace) -> int:
     if (side := upsample_from_of(given)) is not None:
         info["upsample_from"] = side
     save(out, model, diffusion=diffusion, ema=ema, step=step, info=info)
-    chosen = {"prediction": process.mean_type, **recipe}
-    if isinstance(model, EncoderUNet):
-        chosen = recipe
+    predicts = {} if is_classifier(state) else {"prediction": process.mean_type}
+    chosen = {**predicts, **recipe}
     print(summary(out, model, chosen, list(averages), step))
     return 0
 

@@ -29,23 +29,19 @@ from fastdiff.commands.checkpoint_options import (
 from fastdiff.commands.class_options import choose_classes, class_names, is_number
 from fastdiff.commands.data_options import KINDS_OF_DATA, add_reading_arguments
 from fastdiff.commands.network_data import network_dataset, network_pictures
+from fastdiff.commands.numbers import check_least
 from fastdiff.errors import InputError
 from fastdiff.files import replacing
 from fastdiff.images import MODES, channels_first, save_grid, to_bytes, to_float
 from fastdiff.methods.registry import METHODS
 from fastdiff.optional import require
+from fastdiff.process.low_res import level_of
 from fastdiff.sampling.interpolation import encode, lerp, slerp, through_noise
 from fastdiff.sampling.sampler import Sampler
 
 MODES_OF_MIXING = ("shared-noise", "ddim")
-OPTIONAL = (
-    "data",
-    "t",
-    "steps",
-    "method",
-    "classes",
-    "scale",
-)  # options without a default of their own
+# Options without a default of their own.
+OPTIONAL = ("data", "t", "steps", "method", "classes", "scale")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     for name in OPTIONAL:
         vars(args).setdefault(name, None)
     _check_numbers(args)
-    checkpoint = load_checkpoint(args, None, args.checkpoint)
+    checkpoint = load_checkpoint(args.checkpoint, args.weights, getattr(args, "device", None))
     sampler = _sampler(args, checkpoint)
     levels = _levels(args, checkpoint, sampler) if args.mode == "shared-noise" else []
     pairs = _pairs(args, checkpoint)
@@ -212,10 +208,8 @@ def _write(args: argparse.Namespace, pairs: _Pairs, rows: list[_Row], out: Path)
 def _check_numbers(args: argparse.Namespace) -> None:
     if args.columns < 2:
         raise InputError(f"--columns is {args.columns}; expected 2 or more, the ends among them")
-    if args.scale is not None and args.scale < 1:
-        raise InputError(f"--scale is {args.scale}; expected 1 or more")
-    if args.seed < 0:
-        raise InputError(f"--seed is {args.seed}; expected 0 or more")
+    check_least(args, 1, "scale")
+    check_least(args, 0, "seed")
     for pair in args.between:
         if len(pair) != 2:
             raise InputError(
@@ -245,7 +239,10 @@ def _levels(
 ) -> list[tuple[int, int]]:
     """(steps of the sampler, steps of the process) of each row: to the level that the sampler has
     nearest to the one that was asked for."""
-    process, strided = (_angles(each) for each in (checkpoint.diffusion, sampler.diffusion))
+    process, strided = (
+        level_of(each.signal_scale, each.noise_scale)  # finite where no signal is left, too
+        for each in (checkpoint.diffusion, sampler.diffusion)
+    )
     found = []
     for t in _steps_to_noise(args.t, len(process)):
         if t == 0:
@@ -257,11 +254,6 @@ def _levels(
             print(f"t = {t}: the nearest of {len(strided)} steps is t = {taken}")
         found.append((row + 1, taken))
     return found
-
-
-def _angles(process: Any) -> np.ndarray:
-    """How noisy each step is, 0 … π/2: finite where no signal is left, too."""
-    return np.arctan2(process.noise_scale, process.signal_scale)
 
 
 def _steps_to_noise(text: str | None, steps: int) -> list[int]:

@@ -64,9 +64,9 @@ def _wanted(checkpoint: Checkpoint) -> tuple[int | None, int | None]:
 def _check(dataset: ImageDataset, checkpoint: Checkpoint, name: str, purpose: str) -> None:
     """InputError for images of other than 8 bits, and of another shape than the network's."""
     check_bytes(dataset, purpose)
-    found = (dataset.channels, *dataset.image_size)
-    expected = (networks.channels(checkpoint), *networks.image_size(checkpoint))
-    if found != expected:
+    expected = networks.image_shape(checkpoint)
+    if dataset.shape != expected:
         raise InputError(
-            f"{name} has images of (C, H, W) {found}; the network was trained with {expected}"
+            f"{name} has images of (C, H, W) {dataset.shape}; the network was trained with "
+            f"{expected}"
         )

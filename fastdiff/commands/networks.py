@@ -85,6 +85,11 @@ def channels(checkpoint: Checkpoint) -> int:
     return int(found)
 
 
+def image_shape(checkpoint: Checkpoint) -> tuple[int, int, int]:
+    """(C, H, W) of the network's images."""
+    return channels(checkpoint), *image_size(checkpoint)
+
+
 def num_classes(checkpoint: Checkpoint) -> int | None:
     """Of the network, or that a classifier tells apart; None where it takes no label."""
     if isinstance(checkpoint.model, UNet):

@@ -7,8 +7,6 @@ misses.
 """
 
 import argparse
-import csv
-import io
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +24,12 @@ from fastdiff.commands.bound import (
     with_error,
 )
 from fastdiff.commands.checkpoint_options import describe, new_directory, writable_folder
+from fastdiff.commands.numbers import check_least
 from fastdiff.commands.output import said_once
-from fastdiff.commands.reports import write_report
-from fastdiff.commands.trajectory import Trajectory, evenly_spaced
-from fastdiff.errors import InputError
-from fastdiff.files import replace_text, replacing
+from fastdiff.commands.reports import write_csv, write_report
+from fastdiff.commands.trajectory import Trajectory
+from fastdiff.data.spaced import spaced_numbers
+from fastdiff.files import replacing
 from fastdiff.images import (
     MAX_TRAJECTORY_COLUMNS,
     MODES,
@@ -65,8 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_bound_arguments(args)
-    if args.pictures < 0:
-        raise InputError(f"--pictures is {args.pictures}; expected 0 or more")
+    check_least(args, 0, "pictures")
     ranks = join(getattr(args, "device", None))
     with ranks.heard(), said_once(ranks):
         bound = ranks.together(lambda: Bound.of(args, ranks.device))
@@ -88,10 +86,10 @@ def _place(args: argparse.Namespace) -> Path:
 def _finish(args: argparse.Namespace, bound: Bound, terms: Terms, out: Path) -> None:
     """Sum up, write, draw, print."""
     summary, table = summarize(terms), rate_table(bound, terms)
-    rows = evenly_spaced(bound.diffusion.num_timesteps, MAX_TRAJECTORY_COLUMNS - 1)
+    rows = spaced_numbers(bound.diffusion.num_timesteps, MAX_TRAJECTORY_COLUMNS - 1).tolist()
     print(_report(summary, table, rows))
     write_report(out / "rate_distortion.json", document(args, bound, summary, terms))
-    replace_text(out / "rate_distortion.csv", _csv(table))
+    write_csv(out / "rate_distortion.csv", _rows(table))
     _plot(table, out / "rate_distortion.png")
     print(out / "rate_distortion.json", out / "rate_distortion.csv", sep="\n")
     print(out / "rate_distortion.png")
@@ -123,13 +121,11 @@ def _report(summary: BitsPerDim, table: RateDistortion, rows: list[int]) -> str:
     return "\n".join(lines)
 
 
-def _csv(table: RateDistortion) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("timestep", "rate_bits_per_dim", "distortion_rmse"))
+def _rows(table: RateDistortion) -> list[dict[str, int | float]]:
+    names = ("timestep", "rate_bits_per_dim", "distortion_rmse")
     columns = (table.timestep, table.rate, table.distortion)
-    writer.writerows(zip(*(column.tolist() for column in columns), strict=True))
-    return text.getvalue()
+    values = zip(*(column.tolist() for column in columns), strict=True)
+    return [dict(zip(names, row, strict=True)) for row in values]
 
 
 def _plot(table: RateDistortion, path: Path) -> None:

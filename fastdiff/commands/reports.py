@@ -1,7 +1,9 @@
-"""The .json that a command writes with --out: never over someone else's file."""
+"""What a command writes of its figures: a .json with --out, never over someone else's; a .csv."""
 
+import csv
+import io
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,15 @@ def write_report(out: str | Path, document: Mapping[str, Any]) -> None:
         path.write_text(text, encoding="utf-8")
         return
     replace_text(path.resolve(), text)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows with the same keys, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_text(path, text.getvalue())
 
 
 def _is_report(path: Path, parts: Collection[str]) -> bool:

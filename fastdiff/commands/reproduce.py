@@ -15,6 +15,7 @@ from typing import Any
 from fastdiff.checks import choose_device
 from fastdiff.commands.checkpoint_options import new_directory, writable_folder
 from fastdiff.commands.data_options import KINDS_OF_DATA, add_reading_arguments
+from fastdiff.commands.numbers import check_least
 from fastdiff.commands.output import said_once
 from fastdiff.commands.reproduce_rates import measured
 from fastdiff.commands.reproduce_report import report
@@ -107,8 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace, device: str | None) -> tuple[Stages, Request, list[str]]:
     """What is to be done, and the names of what is. InputError before anything is."""
-    if args.machines < 1:
-        raise InputError(f"--machines is {args.machines}; expected 1 or more")
+    check_least(args, 1, "machines")
     request = read_request(args)
     network = feature_network(args.features, args.feature_weights, choose_device(device))
     words = ["--features", args.features]

@@ -10,6 +10,7 @@ from fastdiff.commands.train_build import build_model
 from fastdiff.experiments.plan import Rates, Stage
 from fastdiff.experiments.rates import (
     Rate,
+    at_once,
     feature_rate,
     noise_images,
     sampling_rate,
@@ -24,7 +25,8 @@ def measured(stages: Stages, left: Sequence[Stage], device: torch.device) -> Rat
     """Of each kind of pass that is left to do, by each network."""
     rates: dict[tuple[str, str], Rate] = {}
     data = stages.request.data
-    images = noise_images(device, data.image_size, data.channels, data.num_classes)
+    count = at_once(device, data.image_size)
+    images = noise_images(count, data.image_size, data.channels, data.num_classes)
     for name, source in stages.networks.items():
         kinds = {stage.kind for stage in left if stage.network == name}
         if not kinds:

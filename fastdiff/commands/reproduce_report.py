@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff.commands.paper_scores import TITLES
+from fastdiff.commands.reports import write_csv
 from fastdiff.commands.reproduce_request import Request, Training
 from fastdiff.commands.reproduce_stages import Point, Stages
-from fastdiff.experiments.report import comparison, plot_curves, write_csv
+from fastdiff.experiments.report import comparison, plot_curves
 from fastdiff.experiments.table import SAMPLES, Experiment, OverSteps
 from fastdiff.files import replace_text
 

@@ -114,10 +114,10 @@ def read_request(args: argparse.Namespace) -> Request:
     device = () if args.device is None else ("--device", args.device)
     _check_used(args, experiment)
     checkpoints = _checkpoints(args, experiment)
-    side, classes = _format(experiment, checkpoints)
+    shape, classes = _format(experiment, checkpoints)
     reading = reading_options(vars(args))
     data, eval_data = (
-        None if spec is None else _dataset(args, spec, experiment.name, side, classes, reading)
+        None if spec is None else _dataset(args, spec, experiment.name, shape, classes, reading)
         for spec in (args.data, args.eval_data)
     )
     assert data is not None
@@ -179,10 +179,7 @@ def _checkpoints(args: argparse.Namespace, experiment: AnyExperiment) -> dict[st
             f"{experiment.name} compares two checkpoints: --learned, with a learned variance, and "
             "--fixed, with a fixed one"
         )
-    return {
-        name: load_checkpoint(argparse.Namespace(weights="ema"), args.device, path)
-        for name, path in given.items()
-    }
+    return {name: load_checkpoint(path, "ema", args.device) for name, path in given.items()}
 
 
 def _format(
@@ -191,10 +188,7 @@ def _format(
     """(C, H, W) of the images, and whether they have classes."""
     if isinstance(experiment, OverSteps):
         one = checkpoints["learned"]
-        return (
-            (networks.channels(one), *networks.image_size(one)),
-            networks.num_classes(one) is not None,
-        )
+        return networks.image_shape(one), networks.num_classes(one) is not None
     preset = experiment.preset if isinstance(experiment, Experiment) else experiment.presets[0]
     model = presets.get(preset).model
     side = model["image_size"]
@@ -205,18 +199,17 @@ def _dataset(
     args: argparse.Namespace,
     spec: str,
     name: str,
-    side: tuple[int, int, int],
+    shape: tuple[int, int, int],
     classes: bool,
     reading: Mapping[str, Any],
 ) -> ImageDataset:
-    if args.image_size not in (None, side[1]):
-        raise InputError(f"--image-size is {args.image_size}; the images of {name} are {side[1]}")
+    if args.image_size not in (None, shape[1]):
+        raise InputError(f"--image-size is {args.image_size}; the images of {name} are {shape[1]}")
     dataset = load_dataset(spec, image_size=args.image_size, class_cond=classes, **reading)
-    found = (dataset.channels, *dataset.image_size)
-    if found != side:
+    if dataset.shape != shape:
         raise InputError(
-            f"{spec} has images of (C, H, W) {found}, {name} those of {side}: give such, or "
-            f"--image-size {side[1]} to resize and crop pictures in {side[0]} channels"
+            f"{spec} has images of (C, H, W) {dataset.shape}, {name} those of {shape}: give such, "
+            f"or --image-size {shape[1]} to resize and crop pictures in {shape[0]} channels"
         )
     print(dataset.describe(), flush=True)
     return dataset
@@ -305,10 +298,9 @@ def _check_pair(learned: Checkpoint, fixed: Checkpoint, request: Request) -> Non
 
 
 def _check_images(of: str, checkpoint: Checkpoint, data: ImageDataset) -> None:
-    found = (networks.channels(checkpoint), *networks.image_size(checkpoint))
-    wanted = (data.channels, *data.image_size)
-    if found != wanted:
-        raise InputError(f"{of} makes images of (C, H, W) {found}, the data are {wanted}")
+    found = networks.image_shape(checkpoint)
+    if found != data.shape:
+        raise InputError(f"{of} makes images of (C, H, W) {found}, the data are {data.shape}")
     if networks.num_classes(checkpoint) != data.num_classes:
         raise InputError(
             f"{of} has {networks.num_classes(checkpoint) or 'no'} classes, the data "

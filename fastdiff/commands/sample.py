@@ -32,8 +32,10 @@ from fastdiff.commands.classifier_options import (
     describe_guidance,
     load_classifier,
 )
+from fastdiff.commands.numbers import check_least
 from fastdiff.commands.sample_parts import Batch, Merged, Parts, split
-from fastdiff.commands.trajectory import KINDS, Trajectory, evenly_spaced
+from fastdiff.commands.trajectory import KINDS, Trajectory
+from fastdiff.data.spaced import spaced_numbers
 from fastdiff.errors import InputError
 from fastdiff.files import remove_unfinished
 from fastdiff.images import (
@@ -173,7 +175,7 @@ def _prepare(args: argparse.Namespace, device: str | None) -> _Task:
     _check_numbers(args)
     paths = upsampling.checkpoint_paths(args)
     steps = upsampling.of_each("--steps", args.steps or "", len(paths))
-    checkpoints = [load_checkpoint(args, device, path, upsamplers=True) for path in paths]
+    checkpoints = [load_checkpoint(path, args.weights, device, upsamplers=True) for path in paths]
     base = checkpoints[0]
     classifier = load_classifier(args, base)
     low_res = upsampling.small_images(args, base)
@@ -231,7 +233,7 @@ def _settings(args: argparse.Namespace, task: _Task) -> dict[str, Any]:
 def _draw(args: argparse.Namespace, task: _Task, batches: list[Batch], shown: bool) -> None:
     """Draw these batches, each written at once: an interrupted run keeps what it has."""
     steps = task.cascade.steps
-    moments = evenly_spaced(steps[-1], MAX_TRAJECTORY_COLUMNS)
+    moments = spaced_numbers(steps[-1], MAX_TRAJECTORY_COLUMNS).tolist()
     total, hidden = len(batches) * sum(steps), not (shown and batches)
     tqdm = require("tqdm", "train").tqdm
     with tqdm(total=total, desc="sampling", unit="step", disable=hidden) as bar:
@@ -366,11 +368,5 @@ def _sampler(
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    for name in ("num", "batch_size", "columns", "scale"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
-    for name in ("seed", "first_sample", "trajectory"):
-        if getattr(args, name) < 0:
-            option = name.replace("_", "-")
-            raise InputError(f"--{option} is {getattr(args, name)}; expected 0 or more")
+    check_least(args, 1, "num", "batch_size", "columns", "scale")
+    check_least(args, 0, "seed", "first_sample", "trajectory")

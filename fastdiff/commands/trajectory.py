@@ -23,11 +23,6 @@ KINDS = {
 }
 
 
-def evenly_spaced(steps: int, most: int) -> list[int]:
-    """Of rows 0 … steps - 1, no more than ``most``, the first and the last among them."""
-    return np.linspace(0, steps - 1, min(steps, most)).round().astype(int).tolist()
-
-
 class Trajectory:
     """Collects what a batch's first ``count`` images were at these rows of the step table; ``add``
     is a callback of ``Sampler.sample``. ``of``: one of KINDS."""

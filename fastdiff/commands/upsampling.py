@@ -100,7 +100,7 @@ def _stage(checkpoint: Checkpoint, sampler: Sampler, noise_level: float) -> Stag
     upsampler = networks.is_upsampler(checkpoint)
     return Stage(
         sampler,
-        (networks.channels(checkpoint), *networks.image_size(checkpoint)),
+        networks.image_shape(checkpoint),
         low_res_size=networks.small_size(checkpoint) if upsampler else None,
         cond_noise=networks.cond_noise(checkpoint),
         noise_level=noise_level,
@@ -193,7 +193,7 @@ def _open(spec: str, checkpoint: Checkpoint) -> ImageDataset:
     """InputError for images of another size or other channels than the network is given."""
     images = load_dataset(spec, class_cond=None, known_classes=class_names(checkpoint) or ())
     wanted = networks.channels(checkpoint), *networks.small_size(checkpoint)
-    if (images.channels, *images.image_size) != wanted:
+    if images.shape != wanted:
         (c, h, w), (height, width) = wanted, images.image_size
         raise InputError(
             f"--low-res {spec} has {images.channels}-channel images of {height}x{width}; "

@@ -71,6 +71,11 @@ class ImageDataset:
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        return self.channels, *self.image_size
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Image ``index``, (C, H, W) of ``dtype``, and its label (``NO_LABEL`` without)."""
         if not -self._count <= index < self._count:

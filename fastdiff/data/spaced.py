@@ -1,4 +1,4 @@
-"""Some images of a set: as many as are asked for, evenly spaced in it."""
+"""Some of many: as many as are asked for, evenly spaced among them."""
 
 import numpy as np
 from torch import Tensor
@@ -32,4 +32,9 @@ def evenly_spaced(dataset: ImageDataset, count: int | None) -> ImageDataset:
     for None. InputError for less than one."""
     if count is None or count >= len(dataset):
         return dataset
-    return _Spaced(dataset, np.linspace(0, len(dataset) - 1, count).round().astype(np.int64))
+    return _Spaced(dataset, spaced_numbers(len(dataset), count))
+
+
+def spaced_numbers(total: int, most: int) -> np.ndarray:
+    """Of 0 … total - 1 no more than ``most``, int64, the first and the last among them."""
+    return np.linspace(0, total - 1, min(total, most)).round().astype(np.int64)

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 from fastdiff.experiments.rates import Rate
 
-KINDS = ("training", "sampling", "scoring", "features")
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -15,7 +13,7 @@ class Stage:
     Attributes:
         name: in the plan, and in the record of what is done.
         words: the command's name and its arguments.
-        kind: of KINDS, what its passes are.
+        kind: what its passes are: "training", "sampling", "scoring" or "features".
         network: whose they are: a key of the rates.
         passes: of one image through the network.
         disk: bytes that it leaves.
@@ -52,11 +50,10 @@ def plan_text(
             continue
         rate = rates[stage.network, stage.kind]
         row = _row(stage.passes * rate.flops, f"{rate.flops / rate.seconds / 1e12:8.3g}")
-        lines.append(f"{stage.name:{name}}{row}{_disk(stage.disk)}" + _times(stage, rates, counts))
+        times = _times(planned_seconds([stage], rates), counts)
+        lines.append(f"{stage.name:{name}}{row}{_disk(stage.disk)}{times}")
     total = sum(stage.passes * rates[stage.network, stage.kind].flops for stage in left)
-    seconds = "".join(
-        f"{duration(sum(_seconds(stage, rates) for stage in left) / count):>9}" for count in counts
-    )
+    seconds = _times(planned_seconds(left, rates), counts)
     sums = _row(total, " " * 8) + _disk(sum(stage.disk for stage in left))
     lines.append(f"{'left to do':{name}}{sums}{seconds}")
     lines.append(
@@ -68,15 +65,12 @@ def plan_text(
 
 def planned_seconds(stages: Sequence[Stage], rates: Rates) -> float:
     """Of all of the stages, on what the rates were measured on."""
-    return sum(_seconds(stage, rates) for stage in stages)
+    return sum(stage.passes * rates[stage.network, stage.kind].seconds for stage in stages)
 
 
-def _seconds(stage: Stage, rates: Rates) -> float:
-    return stage.passes * rates[stage.network, stage.kind].seconds
-
-
-def _times(stage: Stage, rates: Rates, counts: Sequence[int]) -> str:
-    return "".join(f"{duration(_seconds(stage, rates) / count):>9}" for count in counts)
+def _times(seconds: float, counts: Sequence[int]) -> str:
+    """On each of so many machines."""
+    return "".join(f"{duration(seconds / count):>9}" for count in counts)
 
 
 def _row(flops: int, rate: str) -> str:

@@ -34,11 +34,15 @@ class Rate(NamedTuple):
     flops: int
 
 
+def at_once(device: torch.device, size: tuple[int, int]) -> int:
+    """How many images are measured together."""
+    return max(1, PIXELS.get(device.type, PIXELS["cpu"]) // math.prod(size))
+
+
 def noise_images(
-    device: torch.device, size: tuple[int, int], channels: int, classes: int | None
+    count: int, size: tuple[int, int], channels: int, classes: int | None
 ) -> ArrayDataset:
     """Images to measure with."""
-    count = max(1, PIXELS.get(device.type, PIXELS["cpu"]) // math.prod(size))
     images = np.random.default_rng(0).integers(0, 256, (count, *size, channels), np.uint8)
     if classes is None:
         return ArrayDataset(images)
@@ -67,7 +71,7 @@ def sampling_rate(
     """Of a step of DDPM."""
     batch, steps = min(batch, len(data)), min(STEPS, diffusion.num_timesteps)
     sampler = Sampler(model.to(device), diffusion, steps=steps)
-    shape, labels = (batch, data.channels, *data.image_size), _labels(data, batch, device)
+    shape, labels = (batch, *data.shape), _labels(data, batch, device)
     seconds = _seconds(lambda: sampler.sample(shape, seed=0, model_kwargs=labels), device)
     return Rate(seconds / batch / steps, unet_flops(model.config, data.image_size))
 

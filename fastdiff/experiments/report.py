@@ -1,7 +1,5 @@
 """What came out of an experiment, beside what the paper reports."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,16 +19,6 @@ def comparison(rows: Sequence[tuple[str, str, float | None, float]]) -> str:
         said = "-" if paper is None else f"{paper:g}"
         lines.append(f"{name:{first}}{score:{second}}{said:>8}{ours:11.5g}")
     return "\n".join(lines)
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows with the same keys."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with replacing(path) as stream:
-        stream.write(text.getvalue().encode())
 
 
 def plot_curves(

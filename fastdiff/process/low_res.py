@@ -15,11 +15,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.errors import InputError
+from fastdiff.methods.levels import Float64Array
 from fastdiff.ops.counters import Counters
 from fastdiff.process.forward import noised
 
@@ -83,6 +85,6 @@ def noised_to(images: Tensor, levels: Tensor, **counters: Any) -> Tensor:
     return noised(images, rows, tables, None, None, Counters(**counters))[0]
 
 
-def level_of(signal: float, noise: float) -> float:
+def level_of(signal: Float64Array, noise: Float64Array) -> Float64Array:
     """s of a process's x_t = signal·x_0 + noise·ε, once that is divided by hypot(signal, noise)."""
-    return math.atan2(noise, signal) * (2 / math.pi)
+    return np.arctan2(noise, signal) * (2 / math.pi)

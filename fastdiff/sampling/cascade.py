@@ -227,7 +227,7 @@ def _stop_of(stage: Stage, noise_level: float) -> _Stop:
     if isinstance(process, StepTable):
         raise InputError(f"truncated needs the process of {stage.name}, which has a StepTable")
     signal, noise = noise_levels(process)
-    levels = [level_of(*pair) for pair in zip(signal.tolist(), noise.tolist(), strict=True)]
+    levels = level_of(signal, noise).tolist()
     at = [t for t, level in enumerate(levels[:-1]) if level <= noise_level]
     if not at:
         raise InputError(

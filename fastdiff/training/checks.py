@@ -109,9 +109,7 @@ def _check_scored(data: Any) -> None:
 
 def sample_shape(data: Any) -> tuple[int, ...] | None:
     """The shape of x, (C, ...), where it is known before data are drawn."""
-    if isinstance(data, ImageDataset):
-        return data.channels, *data.image_size
-    return data.shape if isinstance(data, Items) else None
+    return data.shape if isinstance(data, ImageDataset | Items) else None
 
 
 def _check_classification(data: Any, config: TrainConfig) -> None:

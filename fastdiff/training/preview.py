@@ -63,7 +63,7 @@ def _example(trainer: Run, numbers: np.ndarray) -> tuple[Tensor, dict[str, Tenso
     the classes in turn, else what the first items of the data have."""
     data = trainer.data
     if isinstance(data, ImageDataset) and not trainer.config.upsample_from:
-        x = torch.empty(len(numbers), data.channels, *data.image_size)
+        x = torch.empty(len(numbers), *data.shape)
         classes = data.num_classes
         given: Any = {} if classes is None else torch.from_numpy(numbers % classes)
     elif isinstance(data, ImageDataset | Items):

@@ -239,6 +239,7 @@ def test_several_processes_are_refused(tmp_path, monkeypatch, capsys, name, rank
         assert cli.main([name, *needed[name]]) == 2
         message = capsys.readouterr().err
         assert message.count("\n") == 1 and "started as 2 processes (WORLD_SIZE)" in message
+        assert all(share in message for share in set(cli.SHARING) - {"info"})
     assert not list(tmp_path.iterdir())
 
 
