@@ -1,3 +1,6 @@
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from parts_tools import SMALL, count_drawn, sample, save_network
@@ -8,6 +11,18 @@ def folder(tmp_path, monkeypatch):
     """An empty folder, in which the test runs."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+# --- fastdiff train
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """24 images of 8x8 in three classes."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "images.npz"
+    np.savez(path, rng.integers(0, 256, (24, 8, 8, 3), np.uint8), np.arange(24) % 3)
+    return path
 
 
 # --- fastdiff sample in parts: a network, what one undisturbed run leaves, and what was drawn
