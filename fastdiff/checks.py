@@ -35,11 +35,29 @@ def check_timesteps(
         raise InputError(f"t is on {t.device} but {x_name} is on {x.device}: move one of them")
     if t.dtype != torch.int64:
         t = t.long()
-    if look and t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
-        low, high = (int(value) for value in torch.aminmax(t))
-        if low < 0 or high >= num_timesteps:
-            raise timestep_error(int(t[(t < 0) | (t >= num_timesteps)][0]), num_timesteps)
+    if look and (stray := first_outside(t, num_timesteps)) is not None:
+        raise timestep_error(stray, num_timesteps)
     return t
+
+
+def first_outside(values: Tensor, count: int) -> int | None:
+    """The first of integer ``values`` that is not 0 … count - 1; None where all are, or nobody may
+    look: on another device than the CPU that would stall it, and a compiler has no values."""
+    if values.device.type != "cpu" or not values.numel() or torch.compiler.is_compiling():
+        return None
+    low, high = (int(value) for value in torch.aminmax(values))
+    if low >= 0 and high < count:
+        return None
+    return int(values[(values < 0) | (values >= count)][0])
+
+
+def check_labels(y: Tensor, n: int, name: str, what: str) -> None:
+    """Raise InputError unless ``y`` holds ``n`` integers. ``what`` they are, for the message."""
+    if y.shape != (n,) or y.is_floating_point() or y.dtype == torch.bool:
+        raise InputError(
+            f"{name} has shape {tuple(y.shape)} and dtype {str(y.dtype).removeprefix('torch.')}; "
+            f"expected ({n},) integer {what}"
+        )
 
 
 def timestep_error(t: int, steps: int) -> InputError:

@@ -100,6 +100,11 @@ class Encoder(nn.Module):
         )
         return answered
 
+    def _lay_out(self) -> None:
+        """Give the weights of a 2-D network the layout to compute in."""
+        if self.dims == 2:
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
     @property
     def widths(self) -> list[int]:
         """Channels of each level."""

@@ -16,7 +16,7 @@ from fastdiff.models.blocks import (
     zero_module,
 )
 from fastdiff.models.encoder import Encoder
-from fastdiff.models.unet_config import check_encoder
+from fastdiff.models.unet_config import check_encoder, plain
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 POOLINGS = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
@@ -84,15 +84,15 @@ class EncoderUNet(Encoder):
         use_new_attention_order: bool = False,
         pool: str = "adaptive",
     ):
-        config: dict[str, Any] = {
-            "image_size": image_size if isinstance(image_size, int) else list(image_size),
+        arguments: dict[str, Any] = {
+            "image_size": image_size,
             "in_channels": in_channels,
             "model_channels": model_channels,
             "out_channels": out_channels,
             "num_res_blocks": num_res_blocks,
-            "attention_resolutions": sorted(int(ds) for ds in attention_resolutions),
+            "attention_resolutions": attention_resolutions,
             "dropout": dropout,
-            "channel_mult": list(channel_mult),
+            "channel_mult": channel_mult,
             "conv_resample": conv_resample,
             "dims": dims,
             "use_checkpoint": use_checkpoint,
@@ -104,6 +104,7 @@ class EncoderUNet(Encoder):
             "use_new_attention_order": use_new_attention_order,
             "pool": pool,
         }
+        config = plain(arguments)
         check_encoder(config, self.kind)
         _check_pool(config)
         super().__init__(config)
@@ -113,8 +114,7 @@ class EncoderUNet(Encoder):
         self._build_embedding()
         answered = self._build_way_down(in_channels)
         self.out = self._output(answered)
-        if dims == 2:
-            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._lay_out()
 
     def _output(self, answered: Sequence[int]) -> nn.Sequential:
         """The layers from the features to the logits; ``answered``: each input block's channels."""

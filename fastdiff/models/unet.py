@@ -16,7 +16,7 @@ from fastdiff.models.blocks import (
     zero_module,
 )
 from fastdiff.models.encoder import Encoder
-from fastdiff.models.unet_config import check_config
+from fastdiff.models.unet_config import check_config, plain
 from fastdiff.models.unet_inputs import check_inputs
 
 LEVEL_TIMESTEPS = 1000  # noise_level 1, as it is embedded
@@ -105,14 +105,14 @@ class UNet(Encoder):
         freq_shift: float = 0,
         downsample_padding: int = 1,
     ):
-        config: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "in_channels": in_channels,
             "model_channels": model_channels,
             "out_channels": out_channels,
             "num_res_blocks": num_res_blocks,
-            "attention_resolutions": sorted(int(ds) for ds in attention_resolutions),
+            "attention_resolutions": attention_resolutions,
             "dropout": dropout,
-            "channel_mult": list(channel_mult),
+            "channel_mult": channel_mult,
             "conv_resample": conv_resample,
             "dims": dims,
             "num_classes": num_classes,
@@ -123,9 +123,7 @@ class UNet(Encoder):
             "use_scale_shift_norm": use_scale_shift_norm,
             "resblock_updown": resblock_updown,
             "use_new_attention_order": use_new_attention_order,
-            "image_size": image_size
-            if image_size is None or isinstance(image_size, int)
-            else list(image_size),
+            "image_size": image_size,
             "super_res": super_res,
             "noise_cond": noise_cond,
             "null_class": null_class,
@@ -135,6 +133,7 @@ class UNet(Encoder):
             "freq_shift": freq_shift,
             "downsample_padding": downsample_padding,
         }
+        config = plain(arguments)
         check_config(config)
         super().__init__(config)
         self.num_classes = num_classes
@@ -143,8 +142,7 @@ class UNet(Encoder):
         self.super_res = super_res
         self.noise_cond = noise_cond
         self._build()
-        if dims == 2:
-            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._lay_out()
 
     def _build(self) -> None:
         config = self.config

@@ -23,6 +23,17 @@ def multiplier(width: int, model_channels: int) -> int | float:
     return m if int(m * model_channels) == width else math.nextafter(m, math.inf)
 
 
+def plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a network as JSON gives them back."""
+    size = arguments["image_size"]
+    return {
+        **arguments,
+        "attention_resolutions": sorted(int(ds) for ds in arguments["attention_resolutions"]),
+        "channel_mult": list(arguments["channel_mult"]),
+        "image_size": size if size is None or isinstance(size, int) else list(size),
+    }
+
+
 def check_config(config: dict[str, Any]) -> None:
     """Check the U-Net's arguments, by name.
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from fastdiff.checks import check_labels, first_outside
 from fastdiff.errors import InputError
 
 
@@ -52,15 +52,7 @@ def _check_labels(net: Any, n: int, y: Tensor | None) -> None:
         return
     if y is None:
         raise InputError(f"UNet: y is missing; the network has {net.num_classes} classes")
-    if y.shape != (n,) or y.is_floating_point() or y.dtype == torch.bool:
-        raise InputError(
-            f"UNet: y has shape {tuple(y.shape)} and dtype "
-            f"{str(y.dtype).removeprefix('torch.')}; expected ({n},) integer labels"
-        )
-    if y.device.type == "cpu" and n and not torch.compiler.is_compiling():
-        highest = net.label_emb.num_embeddings - 1
-        low, high = (int(v) for v in y.aminmax())
-        if low < 0 or high > highest:
-            raise InputError(
-                f"UNet: y holds label {low if low < 0 else high}; expected 0 to {highest}"
-            )
+    check_labels(y, n, "UNet: y", "labels")
+    count = net.label_emb.num_embeddings
+    if (stray := first_outside(y, count)) is not None:
+        raise InputError(f"UNet: y holds label {stray}; expected 0 to {count - 1}")

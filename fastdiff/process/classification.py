@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdiff.checks import check_labels, first_outside
 from fastdiff.errors import InputError
 from fastdiff.ops.counters import Counters
 from fastdiff.process.config import built
@@ -95,15 +96,7 @@ def class_log_probability(logits: Tensor, y: Tensor | None) -> Tensor:
     n, classes = logits.shape
     if y is None:
         raise InputError(f"the classifier needs y, the samples' classes: ({n},) integers")
-    if y.shape != (n,) or y.is_floating_point() or y.dtype == torch.bool:
-        raise InputError(
-            f"y has shape {tuple(y.shape)} and dtype {str(y.dtype).removeprefix('torch.')}; "
-            f"expected ({n},) integer classes"
-        )
-    if y.device.type == "cpu" and n and not torch.compiler.is_compiling():
-        low, high = (int(value) for value in y.aminmax())
-        if low < 0 or high >= classes:
-            raise InputError(
-                f"y holds class {low if low < 0 else high}; the classifier has 0 … {classes - 1}"
-            )
+    check_labels(y, n, "y", "classes")
+    if (stray := first_outside(y, classes)) is not None:
+        raise InputError(f"y holds class {stray}; the classifier has 0 … {classes - 1}")
     return -F.cross_entropy(logits, y.long(), reduction="none")
