@@ -1,0 +1,1 @@
+"""A convolution with the norm before it and the additions after it in one call."""

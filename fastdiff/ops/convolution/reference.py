@@ -1,0 +1,90 @@
+"""A normalised, activated, concatenated input's convolution and what is added to it, in plain
+PyTorch.
+
+- h = silu(coefficients₀·[x, second] + coefficients₁): the norm (and FiLM) of Wu & He 2018,
+  equation 1, as a scale and a shift per sample and channel
+- y = conv(h) + bias + add + residual: Ho et al. 2020, appendix B (their residual block)
+- moments: the mean and the biased variance of y per sample and channel, of which
+  ``norm_coefficients`` makes the next norm's coefficients
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff.ops.arithmetic import arithmetic
+
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    second: Tensor | None = None,
+    coefficients: Tensor | None = None,
+    activation: str | None = None,
+    add: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: tuple[int, int] = (0, 0),
+    upsample: bool = False,
+    moments: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """See ``fastdiff.ops.convolution.op.convolution``. Float32 for any dtype of ``x`` but float64;
+    the products are of inputs rounded to the dtype of ``weight``."""
+    dtype, spatial = arithmetic(x.dtype), x.dim() - 2
+    ones = (1,) * spatial
+    h = x if second is None else torch.cat([x, second], dim=1)
+    h = h.to(dtype)
+    if coefficients is not None:
+        scale, shift = coefficients.to(dtype).unbind(1)
+        h = h * scale.reshape(*scale.shape, *ones) + shift.reshape(*shift.shape, *ones)
+    if activation == "silu":
+        h = F.silu(h)
+    if upsample:
+        h = F.interpolate(h, scale_factor=2.0, mode="nearest")
+    h = F.pad(h.to(weight.dtype), padding * spatial)
+    y = CONVOLUTIONS[spatial](h.to(dtype), weight.to(dtype), None, stride)
+    for row in (bias, add):
+        if row is not None:
+            y = y + row.to(dtype).reshape(-1, y.shape[1], *ones)
+    if residual is not None:
+        y = y + residual.to(dtype)
+    layout = torch.channels_last if spatial == 2 else torch.contiguous_format
+    found = None
+    if moments:
+        positions = y.flatten(2)
+        found = torch.stack([positions.mean(2), positions.var(2, unbiased=False)], dim=1)
+    return y.to(x.dtype).contiguous(memory_format=layout), found
+
+
+def norm_coefficients(
+    moments: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    second: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """See ``fastdiff.ops.convolution.op.norm_coefficients``."""
+    moments = moments if second is None else torch.cat([moments, second], dim=2)
+    n, _, channels = moments.shape
+    mean, variance = moments.reshape(n, 2, groups, channels // groups).unbind(1)
+    # Every channel has as many positions: a group's variance is what its channels have and what
+    # their means have.
+    variance = variance.mean(2) + mean.var(2, unbiased=False)
+    rstd = torch.rsqrt(variance + eps).repeat_interleave(channels // groups, dim=1)
+    mean = mean.mean(2).repeat_interleave(channels // groups, dim=1)
+    gain = rstd * weight.to(mean.dtype)
+    offset = bias.to(mean.dtype) - mean * gain
+    if scale is not None and shift is not None:
+        scale, shift = (t.to(mean.dtype).reshape(n, channels) for t in (scale, shift))
+        gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
+    return torch.stack([gain, offset], dim=1)
