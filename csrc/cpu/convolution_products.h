@@ -1,0 +1,209 @@
+// The products of a convolution: blocks of neighbouring outputs times blocks of output channels.
+//
+// Each kind packs the weight for itself: for every block of kOutputs output channels, lines of input
+// channels, and in these taps, in the order in which they are multiplied.
+#pragma once
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#define FASTDIFF_AMX
+#endif
+
+#include "convolution_fill.h"
+
+namespace fastdiff::cpu::FASTDIFF_ISA {
+
+// Where a block of outputs reads: its first place in the first line, with the image's bytes.
+struct Left {
+  const char* places;
+  int64_t line;   // bytes from a line of channels to the next
+  int64_t image;  // bytes to the smaller pieces of split values
+  int64_t lines;
+  const Geometry* geometry;
+};
+
+template <typename Each>
+FASTDIFF_VEC void for_each_tap(const Left& left, const Each& each) {
+  for (int64_t line = 0; line < left.lines; ++line) {
+    const char* at = left.places + line * left.line;
+    for (int tap = 0; tap < left.geometry->taps; ++tap) {
+      each(at + left.geometry->offset[tap] * kLineBytes);
+    }
+  }
+}
+
+// One weight of a (out_channels, channels, taps) convolution, zero beyond.
+struct Weights {
+  const float* from;
+  int64_t out_channels, channels, taps;
+
+  FASTDIFF_MEMBER float at(int64_t out, int64_t in, int64_t tap) const {
+    return out < out_channels && in < channels ? from[(out * channels + in) * taps + tap] : 0.0f;
+  }
+};
+
+struct Float32Products {
+  using As = AsFloat32;
+  static constexpr int kVectors = 2;
+  static constexpr int kOutputs = kVectors * kWidth;
+#if defined(__AVX512F__)
+  static constexpr int kRows = 12;  // 24 of 32 registers
+#elif defined(__AVX2__)
+  static constexpr int kRows = 5;  // 10 of 16
+#else
+  static constexpr int kRows = 4;
+#endif
+  static constexpr int kPositions = 2 * kRows;
+  static constexpr int64_t kTapBytes = As::kLine * kOutputs * 4;
+
+  FASTDIFF_MEMBER void begin(int64_t) {}
+  FASTDIFF_MEMBER void end() {}
+  FASTDIFF_MEMBER int64_t positions(int64_t) const { return kPositions; }
+
+  static void pack(char* to, const Weights& weights, int64_t out, int64_t in, int64_t tap) {
+    float* at = reinterpret_cast<float*>(to);
+    for (int64_t c = 0; c < As::kLine; ++c) {
+      for (int64_t k = 0; k < kOutputs; ++k) *at++ = weights.at(out + k, in + c, tap);
+    }
+  }
+
+  template <int ROWS>
+  static void multiply_rows(const Left& left, const float* panel, int64_t rows, float* to) {
+    if constexpr (ROWS > 1) {
+      if (rows < ROWS) return multiply_rows<ROWS - 1>(left, panel, rows, to);
+    }
+    Vec sums[ROWS][kVectors] = {};
+    for_each_tap(left, [&](const char* at) {
+      const float* a = reinterpret_cast<const float*>(at);
+      for (int64_t c = 0; c < As::kLine; ++c) {
+        Vec b[kVectors];
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; ++j) b[j] = load(panel + j * kWidth);
+        panel += kOutputs;
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; ++i) {
+          const Vec factor = splat(a[i * As::kLine + c]);
+#pragma GCC unroll 2
+          for (int j = 0; j < kVectors; ++j) sums[i][j] = fma(factor, b[j], sums[i][j]);
+        }
+      }
+    });
+    for (int i = 0; i < ROWS; ++i) {
+      for (int j = 0; j < kVectors; ++j) store(to + i * kOutputs + j * kWidth, sums[i][j]);
+    }
+  }
+
+  static void multiply(Left left, const char* panel, int64_t positions, float* to) {
+    while (positions > 0) {
+      const int64_t rows = smaller(positions, kRows);
+      multiply_rows<kRows>(left, reinterpret_cast<const float*>(panel), rows, to);
+      left.places += rows * kLineBytes;
+      to += rows * kOutputs;
+      positions -= rows;
+    }
+  }
+};
+
+#if defined(FASTDIFF_AMX)
+// 2×2 tiles of 16 outputs and 16 channels, in bfloat16; or the three products of split values.
+template <bool SPLIT>
+struct TileProducts {
+  using As = std::conditional_t<SPLIT, AsSplit, AsBFloat16>;
+  static constexpr int kOutputs = 32;
+  static constexpr int kPositions = 32;
+  static constexpr int64_t kTileBytes = 1024;
+  static constexpr int64_t kTapBytes = (SPLIT ? 4 : 2) * kTileBytes;
+  int64_t rows = 0;  // of a tile of outputs
+
+  // For blocks of `outputs` in all, in tiles of one height.
+  FASTDIFF_MEMBER void begin(int64_t outputs) {
+    const int64_t tiles = ceil_div(outputs, 16);
+    rows = ceil_div(outputs, tiles);
+    alignas(64) uint8_t config[64] = {1};
+    for (int tile = 0; tile < 8; ++tile) {
+      reinterpret_cast<uint16_t*>(config + 16)[tile] = 64;
+      config[48 + tile] = static_cast<uint8_t>(tile < 6 ? rows : 16);
+    }
+    _tile_loadconfig(config);
+  }
+  FASTDIFF_MEMBER void end() { _tile_release(); }
+  FASTDIFF_MEMBER int64_t positions(int64_t) const { return 2 * rows; }
+
+  // Pairs of input channels stand side by side: (channels / 2, outputs, 2).
+  static void pack(char* to, const Weights& weights, int64_t out, int64_t in, int64_t tap) {
+    for (int64_t half = 0; half < 2; ++half) {
+      uint16_t* high = reinterpret_cast<uint16_t*>(to + half * kTileBytes);
+      uint16_t* low = reinterpret_cast<uint16_t*>(to + (2 + half) * kTileBytes);
+      for (int64_t pair = 0; pair < 16; ++pair) {
+        for (int64_t k = 0; k < 16; ++k) {
+          for (int64_t c = 0; c < 2; ++c) {
+            const float value = weights.at(out + half * 16 + k, in + pair * 2 + c, tap);
+            const uint16_t bits = from_floats(splat(value), BFloat16{})[0];
+            const int64_t at = (pair * 16 + k) * 2 + c;
+            high[at] = bits;
+            if (SPLIT) low[at] = from_floats(splat(value - to_float(BFloat16{bits})), BFloat16{})[0];
+          }
+        }
+      }
+    }
+  }
+
+  // Tiles: sums 0 to 3, outputs 4 and 5, weights 6 and 7.
+  template <bool TWO>
+  FASTDIFF_MEMBER void multiply_tiles(const Left& left, const char* panel, float* to) const {
+    const int64_t second = rows * kLineBytes;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (TWO) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+#define FASTDIFF_OUTPUTS(from)                        \
+  _tile_loadd(4, (from), kLineBytes);                 \
+  if (TWO) _tile_loadd(5, (from) + second, kLineBytes)
+#define FASTDIFF_WEIGHTS(from)              \
+  _tile_loadd(6, (from), kLineBytes);       \
+  _tile_loadd(7, (from) + kTileBytes, kLineBytes)
+#define FASTDIFF_PRODUCTS()                 \
+  _tile_dpbf16ps(0, 4, 6);                  \
+  _tile_dpbf16ps(1, 4, 7);                  \
+  if (TWO) {                                \
+    _tile_dpbf16ps(2, 5, 6);                \
+    _tile_dpbf16ps(3, 5, 7);                \
+  }
+    for_each_tap(left, [&](const char* at) {
+      FASTDIFF_OUTPUTS(at);
+      FASTDIFF_WEIGHTS(panel);
+      FASTDIFF_PRODUCTS();
+      if (SPLIT) {
+        FASTDIFF_WEIGHTS(panel + 2 * kTileBytes);
+        FASTDIFF_PRODUCTS();
+        FASTDIFF_OUTPUTS(at + left.image);
+        FASTDIFF_WEIGHTS(panel);
+        FASTDIFF_PRODUCTS();
+      }
+      panel += kTapBytes;
+    });
+#undef FASTDIFF_OUTPUTS
+#undef FASTDIFF_WEIGHTS
+#undef FASTDIFF_PRODUCTS
+    constexpr int64_t kRow = kOutputs * 4;
+    _tile_stored(0, to, kRow);
+    _tile_stored(1, to + 16, kRow);
+    if (TWO) {
+      _tile_stored(2, to + rows * kOutputs, kRow);
+      _tile_stored(3, to + rows * kOutputs + 16, kRow);
+    }
+  }
+
+  FASTDIFF_MEMBER void multiply(const Left& left, const char* panel, int64_t positions,
+                                float* to) const {
+    if (positions > rows) {
+      multiply_tiles<true>(left, panel, to);
+    } else {
+      multiply_tiles<false>(left, panel, to);
+    }
+  }
+};
+#endif
+
+}  // namespace fastdiff::cpu::FASTDIFF_ISA
