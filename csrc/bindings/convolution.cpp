@@ -42,13 +42,16 @@ const Binding convolution_binding([](py::module_& module) {
                return cpu::convolution_panels(static_cast<Products>(products), out_channels,
                                               channels, taps);
              });
-  module.def("pack_convolution_cpu", [](int products, uintptr_t weight, int64_t out_channels,
-                                        int64_t channels, int64_t taps, uintptr_t panels,
-                                        int threads) {
-    py::gil_scoped_release unlocked;
-    cpu::pack_convolution(static_cast<Products>(products), at<const float>(weight), out_channels,
-                          channels, taps, at(panels), threads);
-  });
+  module.def("pack_convolution_cpu",
+             [](int products, uintptr_t values, int64_t out_channels, int64_t channels,
+                int64_t taps, int64_t out_stride, int64_t channel_stride, int64_t tap_stride,
+                uintptr_t panels, int threads) {
+               py::gil_scoped_release unlocked;
+               cpu::pack_convolution(static_cast<Products>(products),
+                                     {at<const float>(values), out_channels, channels, taps,
+                                      out_stride, channel_stride, tap_stride},
+                                     at(panels), threads);
+             });
   module.def("convolution_workspace", [](const ConvolutionShape& shape, bool moments, int threads) {
     ConvolutionCall call = {};
     float wanted = 0.0f;

@@ -39,6 +39,17 @@ struct ConvolutionShape {
   int64_t add_stride;
 };
 
+// (out_channels, channels, taps), whose elements are strides apart.
+struct ConvolutionWeight {
+  const float* values;
+  int64_t out_channels;
+  int64_t channels;
+  int64_t taps;
+  int64_t out_stride;
+  int64_t channel_stride;
+  int64_t tap_stride;
+};
+
 // second, coefficients, bias, add, residual and moments may be null. panels are what
 // pack_convolution has made.
 struct ConvolutionCall {

@@ -268,11 +268,11 @@ int64_t convolution_panels(Products products, int64_t out_channels, int64_t chan
   });
 }
 
-void pack_convolution(Products products, const float* weight, int64_t out_channels,
-                      int64_t channels, int64_t taps, void* panels, int threads) {
+void pack_convolution(Products products, const ConvolutionWeight& w, void* panels, int threads) {
+  const Weights weights = {w.values, w.out_channels,   w.channels,
+                           w.taps,   w.out_stride, w.channel_stride, w.tap_stride};
   with_products(products, [&](auto made) {
-    pack<decltype(made)>({weight, out_channels, channels, taps}, static_cast<char*>(panels),
-                         threads);
+    pack<decltype(made)>(weights, static_cast<char*>(panels), threads);
   });
 }
 

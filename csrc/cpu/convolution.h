@@ -14,9 +14,8 @@ FASTDIFF_KERNEL(convolution_serves, bool(Products products));
 FASTDIFF_KERNEL(convolution_panels, int64_t(Products products, int64_t out_channels,
                                             int64_t channels, int64_t taps));
 
-// A (out_channels, channels, taps) float32 weight into panels.
-FASTDIFF_KERNEL(pack_convolution, void(Products products, const float* weight,
-                                       int64_t out_channels, int64_t channels, int64_t taps,
+// A float32 weight into panels.
+FASTDIFF_KERNEL(pack_convolution, void(Products products, const ConvolutionWeight& weight,
                                        void* panels, int threads));
 
 // Returns the floats of workspace that the call needs, and only counts with a null workspace.

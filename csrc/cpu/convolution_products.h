@@ -9,6 +9,7 @@
 #endif
 
 #include "convolution_fill.h"
+#include "transpose.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 
@@ -31,13 +32,20 @@ FASTDIFF_VEC void for_each_tap(const Left& left, const Each& each) {
   }
 }
 
-// One weight of a (out_channels, channels, taps) convolution, zero beyond.
+// A convolution's float32 weight, elements apart by strides; zero beyond its channels.
 struct Weights {
   const float* from;
   int64_t out_channels, channels, taps;
+  int64_t out_stride, channel_stride, tap_stride;
 
-  FASTDIFF_MEMBER float at(int64_t out, int64_t in, int64_t tap) const {
-    return out < out_channels && in < channels ? from[(out * channels + in) * taps + tap] : 0.0f;
+  // kWidth input channels from `in` on, of one output channel.
+  FASTDIFF_MEMBER Vec row(int64_t out, int64_t in, int64_t tap) const {
+    const int64_t count = out < out_channels ? larger(0, smaller(kWidth, channels - in)) : 0;
+    const float* at = from + out * out_stride + in * channel_stride + tap * tap_stride;
+    if (count == kWidth && channel_stride == 1) return load(at);
+    float values[kWidth] = {};
+    for (int64_t c = 0; c < count; ++c) values[c] = at[c * channel_stride];
+    return load(values);
   }
 };
 
@@ -59,10 +67,16 @@ struct Float32Products {
   FASTDIFF_MEMBER void end() {}
   FASTDIFF_MEMBER int64_t positions(int64_t) const { return kPositions; }
 
+  // (channels, outputs).
   static void pack(char* to, const Weights& weights, int64_t out, int64_t in, int64_t tap) {
-    float* at = reinterpret_cast<float*>(to);
-    for (int64_t c = 0; c < As::kLine; ++c) {
-      for (int64_t k = 0; k < kOutputs; ++k) *at++ = weights.at(out + k, in + c, tap);
+    for (int64_t c = 0; c < As::kLine; c += kWidth) {
+      for (int64_t k = 0; k < kOutputs; k += kWidth) {
+        Vec rows[kWidth];
+        for (int i = 0; i < kWidth; ++i) rows[i] = weights.row(out + k + i, in + c, tap);
+        transpose(rows);
+        float* at = reinterpret_cast<float*>(to) + c * kOutputs + k;
+        for (int i = 0; i < kWidth; ++i) store(at + i * kOutputs, rows[i]);
+      }
     }
   }
 
@@ -128,22 +142,26 @@ struct TileProducts {
   FASTDIFF_MEMBER void end() { _tile_release(); }
   FASTDIFF_MEMBER int64_t positions(int64_t) const { return 2 * rows; }
 
-  // Pairs of input channels stand side by side: (channels / 2, outputs, 2).
+  // Pairs of input channels stand side by side: (channels / 2, outputs, 2). A pair is a float32 as
+  // far as the transposition knows.
   static void pack(char* to, const Weights& weights, int64_t out, int64_t in, int64_t tap) {
     for (int64_t half = 0; half < 2; ++half) {
-      uint16_t* high = reinterpret_cast<uint16_t*>(to + half * kTileBytes);
-      uint16_t* low = reinterpret_cast<uint16_t*>(to + (2 + half) * kTileBytes);
-      for (int64_t pair = 0; pair < 16; ++pair) {
-        for (int64_t k = 0; k < 16; ++k) {
-          for (int64_t c = 0; c < 2; ++c) {
-            const float value = weights.at(out + half * 16 + k, in + pair * 2 + c, tap);
-            const uint16_t bits = from_floats(splat(value), BFloat16{})[0];
-            const int64_t at = (pair * 16 + k) * 2 + c;
-            high[at] = bits;
-            if (SPLIT) low[at] = from_floats(splat(value - to_float(BFloat16{bits})), BFloat16{})[0];
-          }
+      Vec high[16], low[16];
+      for (int k = 0; k < 16; ++k) {
+        BFloat16 of_high[32], of_low[32];
+        for (int part = 0; part < 2; ++part) {
+          const Vec v = weights.row(out + half * 16 + k, in + part * 16, tap);
+          store(of_high + part * 16, v);
+          store(of_low + part * 16, v - load(of_high + part * 16));
         }
+        memcpy(&high[k], of_high, sizeof of_high);
+        memcpy(&low[k], of_low, sizeof of_low);
       }
+      transpose(high);
+      memcpy(to + half * kTileBytes, high, sizeof high);
+      if (!SPLIT) continue;
+      transpose(low);
+      memcpy(to + (2 + half) * kTileBytes, low, sizeof low);
     }
   }
 

@@ -1,25 +1,240 @@
 """A convolution with the norm before it and the additions after it in one call."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastdiff.errors import InputError
+from fastdiff.ops import native
+from fastdiff.ops.backends import KERNEL_DTYPES
+from fastdiff.ops.checks import check_activation, check_tensor, check_x, refusal
 from fastdiff.ops.convolution import reference
+from fastdiff.ops.convolution.packed import Packed, pack
+from fastdiff.ops.differentiable import Kernel
+from fastdiff.ops.dispatch import OPERATIONS, Operation
+from fastdiff.ops.layouts import Maybe
+from fastdiff.ops.native import address, code
+
+OP = "convolution"
+OPERATION = OPERATIONS[OP] = Operation(OP, ("native",))
+LINE = 16  # channels that the kernel takes at a time: of x, where another source follows
 
 
-class Packed(NamedTuple):
-    """A convolution's weight (K, C, *kernel), and what a backend has made of it: ``panels``, None
-    for the reference."""
+def convolution(
+    x: Tensor,
+    weight: Tensor | Packed,
+    bias: Tensor | None = None,
+    *,
+    second: Tensor | None = None,
+    coefficients: Tensor | None = None,
+    activation: str | None = None,
+    add: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int = 1,
+    padding: tuple[int, int] = (0, 0),
+    upsample: bool = False,
+    moments: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``conv(activation(coefficients₀·[x, second] + coefficients₁)) + bias + add + residual``.
 
-    weight: Tensor
-    panels: Tensor | None
+    Args:
+        x: (N, C, *spatial), 1 to 3 spatial dimensions.
+        weight: (K, C + C2, *kernel), or what ``pack`` has made of it.
+        bias: (K,).
+        second: (N, C2, *spatial), channels after x's.
+        coefficients: (N, 2, C + C2), a scale and a shift: ``norm_coefficients`` makes them.
+        activation: ``"silu"`` or None.
+        add: (N, K), added at every position: a projected embedding.
+        residual: of the result's shape.
+        stride: in every dimension.
+        padding: zeros before the first and after the last position, in every dimension; they are
+            added after the activation.
+        upsample: double the input in every dimension, each position repeated.
+        moments: answer the result's moments too.
+
+    Returns:
+        (N, K, *spatial') in the dtype of ``x``, in 2-D channels_last; and (N, 2, K) float32 with
+        the mean and the biased variance of each sample's channels, or None. Sums are float32.
+        Products are float32, or bfloat16 where ``x`` is; of weights that are packed on a CPU with
+        AMX, float32 values are taken as the sum of two bfloat16, which is exact to 2⁻¹⁷.
+
+    Gradients are the reference's alone. Raises InputError for shapes, dtypes, devices or names that
+    do not fit.
+
+    Source: Ho et al. 2020, appendix B, and Wu & He 2018, equation 1.
+    """
+    check_x(OP, x)
+    check_activation(OP, activation)
+    packed = weight if isinstance(weight, Packed) else None
+    whole = weight.weight if isinstance(weight, Packed) else weight
+    tensors = (bias, second, coefficients, add, residual)
+    _check(x, whole, *tensors, stride, padding, upsample)
+    backend = OPERATION.choose(x, whole, *tensors).backend
+    if backend == "reference" or x.dim() != 4:
+        named: dict[str, Any] = {"second": second, "coefficients": coefficients, "add": add}
+        named |= {"residual": residual, "stride": stride, "padding": padding, "moments": moments}
+        named |= {"upsample": upsample, "activation": activation}
+        rounded = whole.to(x.dtype) if x.dtype in KERNEL_DTYPES else whole
+        return reference.convolution(x, rounded, bias, **named)
+    if packed is None or packed.panels is None:
+        packed = pack(whole, x.dtype)
+    panels, products = packed.panels, int(packed.products)
+    assert panels is not None
+    silu = activation is not None
+    k, _, height, width = whole.shape
+    geometry = (k, height, width, stride, padding[0], padding[1], upsample)
+    return _kernel(Arguments(x, panels, *tensors, *geometry, silu, products, moments))
 
 
-def pack(weight: Tensor, dtype: torch.dtype) -> Packed:
-    """The weight for convolutions of inputs stored in ``dtype``."""
-    return Packed(weight.to(dtype), None)
+class Arguments(NamedTuple):
+    x: Tensor
+    panels: Tensor
+    bias: Maybe
+    second: Maybe
+    coefficients: Maybe
+    add: Maybe
+    residual: Maybe
+    out_channels: int
+    kernel_height: int
+    kernel_width: int
+    stride: int
+    before: int
+    after: int
+    upsample: bool
+    silu: bool
+    products: int
+    moments: bool
+
+    def out_size(self) -> tuple[int, int]:
+        kernel = (self.kernel_height, self.kernel_width)
+        sides = (n << self.upsample for n in self.x.shape[2:])
+        height, width = (
+            (n + self.before + self.after - k) // self.stride + 1
+            for n, k in zip(sides, kernel, strict=True)
+        )
+        return height, width
 
 
-convolution = reference.convolution
-norm_coefficients = reference.norm_coefficients
+def _check(
+    x: Tensor, weight: Any, bias: Maybe, second: Maybe, coefficients: Maybe, add: Maybe,
+    residual: Maybe, stride: int, padding: tuple[int, int], upsample: bool,
+) -> None:  # fmt: skip
+    """InputError for arguments that do not fit each other."""
+    n, channels, *size = x.shape
+    if second is not None:
+        check_tensor(
+            OP, "second", second, x, (n, second.shape[1] if second.dim() > 1 else 0, *size)
+        )
+        channels += second.shape[1]
+    if not isinstance(weight, Tensor) or weight.dim() != x.dim() or weight.shape[1] != channels:
+        kernel = ", ".join(["kernel"] * len(size))
+        raise refusal(OP, "weight", weight, f"(K, {channels}, {kernel})")
+    k = weight.shape[0]
+    if stride < 1 or min(padding) < 0:
+        raise InputError(
+            f"{OP}: stride={stride}, padding={padding}; expected a stride of at least 1 and two "
+            "numbers of at least 0"
+        )
+    out = [
+        ((side << upsample) + sum(padding) - taps) // stride + 1
+        for side, taps in zip(size, weight.shape[2:], strict=True)
+    ]
+    if min(out, default=1) < 1:
+        raise InputError(
+            f"{OP}: x has shape {tuple(x.shape)}, which is smaller than the kernel "
+            f"{tuple(weight.shape[2:])} with padding {padding}"
+        )
+    for name, tensor, shape in (
+        ("bias", bias, (k,)),
+        ("coefficients", coefficients, (n, 2, channels)),
+        ("add", add, (n, k)),
+        ("residual", residual, (n, k, *out)),
+    ):
+        if tensor is not None:
+            check_tensor(OP, name, tensor, x, shape)
+
+
+def _readable(call: Arguments) -> Arguments:
+    """With copies of what the kernel does not read as it stands."""
+    x, second = call.x, call.second
+    if second is not None and x.shape[1] % LINE:  # both in a register
+        x, second = torch.cat([x, second.to(x.dtype)], dim=1), None
+    x, second, residual = (_channels_last(v, x.dtype) for v in (x, second, call.residual))
+    bias, coefficients = (None if v is None else v.float().contiguous() for v in call[2:5:2])
+    add = call.add
+    if add is not None and (add.dtype != torch.float32 or add.stride(1) != 1):
+        add = add.float().contiguous()
+    made = {"x": x, "second": second, "residual": residual, "bias": bias, "add": add}
+    return call._replace(**made, coefficients=coefficients)
+
+
+def _channels_last(v: Maybe, dtype: torch.dtype) -> Any:
+    if v is None or (v.dtype == dtype and v.is_contiguous(memory_format=torch.channels_last)):
+        return v
+    return v.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _allocate(call: Arguments) -> tuple[Tensor, Maybe]:
+    n, k = call.x.shape[0], call.out_channels
+    y = call.x.new_empty((n, *call.out_size(), k)).permute(0, 3, 1, 2)
+    return y, call.x.new_empty((n, 2, k), dtype=torch.float32) if call.moments else None
+
+
+def _plan(call: Arguments) -> Any:
+    """What fills y and moments for calls like this one."""
+    x, add, library = call.x, call.add, native.library()
+    n, channels, height, width = x.shape
+    out_height, out_width = call.out_size()
+    shape = library.ConvolutionShape(
+        samples=n,
+        channels=channels,
+        second_channels=0 if call.second is None else call.second.shape[1],
+        height=height,
+        width=width,
+        out_channels=call.out_channels,
+        out_height=out_height,
+        out_width=out_width,
+        kernel_height=call.kernel_height,
+        kernel_width=call.kernel_width,
+        stride=call.stride,
+        padding=call.before,
+        upsample=call.upsample,
+        silu=call.silu,
+        dtype=code(x),
+        products=call.products,
+        add_stride=0 if add is None else add.stride(0),
+    )
+
+    def fill(*tensors: Maybe) -> None:
+        run(shape, [address(tensors[i]) for i in ORDER], call.moments)
+
+    return fill
+
+
+# Arguments' tensors and the outputs, in the order in which the library takes them.
+ORDER = (0, 3, 4, 1, 2, 5, 6, 7, 8)
+
+
+def run(shape: Any, addresses: list[int], moments: bool) -> None:
+    """One launch in torch's threads."""
+    library, threads = native.library(), torch.get_num_threads()
+    workspace = native.borrow(library.convolution_workspace(shape, moments, threads))
+    library.convolution_cpu(shape, *addresses, workspace.data_ptr(), threads)
+    native.give_back(workspace)
+
+
+_kernel = Kernel(OP, Arguments, _allocate, _plan, readable=_readable, outputs=2)
+
+
+def bound(call: Arguments, y: Tensor, moments: Maybe) -> Callable[[], None]:
+    """``call`` again and again, from and to the memory where its tensors are now.
+
+    Raises InputError for tensors that the kernel does not read as they stand.
+    """
+    if _kernel.readable(call) is not call:
+        raise InputError(f"{OP}: a tensor is not laid out as the kernel reads it")
+    tensors = (*call[: _kernel.tensors], y, moments)
+    fill = _plan(call)
+    return lambda: fill(*tensors)
