@@ -15,6 +15,7 @@ import emulated_cuda  # noqa: F401  loads the library
 import fastdiff
 from fastdiff import GaussianDiffusion, StepTable, ops
 from fastdiff.ops import native
+from fastdiff.ops.convolution.packed import pack
 from fastdiff.ops.normal import normal as draw
 from fastdiff.process.schedules import get_named_beta_schedule
 from norm_cases import native_shape
@@ -145,7 +146,42 @@ def attention():
                 ops.attention(qkv, heads, order=order)
 
 
-OPERATIONS = [normal, group_norm_silu, rms_norm_silu, q_sample, posterior_step, attention]
+def convolution():
+    sizes = [(1, 3, 0, 5, 7, 6), (2, 32, 16, 4, 4, 33), (0, 4, 0, 3, 3, 4), (1, 16, 5, 1, 9, 16)]
+    geometries = [(1, 1, (0, 0), False), (3, 1, (1, 1), True), (3, 2, (0, 1), False)]
+    for (n, c, second, *size, k), dtype in itertools.product(sizes, DTYPES):
+        x = random(n, c, *size, dtype=dtype, offset=1)
+        rest = random(n, second, *size, dtype=dtype, offset=1) if second else None
+        coefficients, add = random(n, 2, c + second), random(n, k)
+        for kernel, stride, padding, upsample in geometries:
+            weight = random(k, c + second, kernel, kernel)
+            rows = {"second": rest, "coefficients": coefficients, "add": add}
+            geometry = {"stride": stride, "padding": padding, "upsample": upsample}
+            for exact in (False, True):
+                packed = pack(weight, dtype, exact=exact)
+                y, _ = ops.convolution(x, packed, activation="silu", **rows, **geometry)
+                ops.convolution(x, packed, random(k), residual=y, moments=True, **rows, **geometry)
+
+
+def norm_coefficients():
+    for n, c, second, groups in [(2, 12, 4, 4), (1, 1, 0, 1), (0, 4, 0, 2)]:
+        film = random(n, 2 * (c + second)).chunk(2, dim=1)
+        ops.norm_coefficients(
+            random(n, 2, c), groups, random(c + second), random(c + second),
+            second=random(n, 2, second) if second else None, scale=film[0], shift=film[1],
+        )  # fmt: skip
+
+
+OPERATIONS = [
+    normal,
+    group_norm_silu,
+    rms_norm_silu,
+    q_sample,
+    posterior_step,
+    attention,
+    convolution,
+    norm_coefficients,
+]
 
 
 def backend_of(operation):
@@ -158,6 +194,8 @@ def backend_of(operation):
         "posterior_step": (x, x, table, 0),
         "attention": (x, 1),
         "rms_norm_silu": (x, torch.ones(6)),
+        "convolution": (x[..., None], torch.zeros(4, 6, 1, 1)),
+        "norm_coefficients": (x.mT, 2, torch.ones(6), torch.ones(6)),
     }
     return fastdiff.explain(operation, *arguments[operation]).backend
 

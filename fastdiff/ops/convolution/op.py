@@ -7,18 +7,17 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError
-from fastdiff.ops import native
+from fastdiff.ops import dispatch, native
 from fastdiff.ops.backends import KERNEL_DTYPES
 from fastdiff.ops.checks import check_activation, check_tensor, check_x, refusal
 from fastdiff.ops.convolution import reference
 from fastdiff.ops.convolution.packed import Packed, pack
 from fastdiff.ops.differentiable import Kernel
-from fastdiff.ops.dispatch import OPERATIONS, Operation
+from fastdiff.ops.dispatch import NO_GRADIENTS, OPERATIONS, Choice, Operation, wants_gradient
 from fastdiff.ops.layouts import Maybe
 from fastdiff.ops.native import address, code
 
 OP = "convolution"
-OPERATION = OPERATIONS[OP] = Operation(OP, ("native",))
 LINE = 16  # channels that the kernel takes at a time: of x, where another source follows
 
 
@@ -71,8 +70,8 @@ def convolution(
     whole = weight.weight if isinstance(weight, Packed) else weight
     tensors = (bias, second, coefficients, add, residual)
     _check(x, whole, *tensors, stride, padding, upsample)
-    backend = OPERATION.choose(x, whole, *tensors).backend
-    if backend == "reference" or x.dim() != 4:
+    backend = choose(x, whole, *tensors).backend
+    if backend == "reference":
         named: dict[str, Any] = {"second": second, "coefficients": coefficients, "add": add}
         named |= {"residual": residual, "stride": stride, "padding": padding, "moments": moments}
         named |= {"upsample": upsample, "activation": activation}
@@ -86,6 +85,19 @@ def convolution(
     k, _, height, width = whole.shape
     geometry = (k, height, width, stride, padding[0], padding[1], upsample)
     return _kernel(Arguments(x, panels, *tensors, *geometry, silu, products, moments))
+
+
+def choose(x: Tensor, *others: Any, **named: Any) -> Choice:
+    """What serves this call and why (``fastdiff.explain``)."""
+    missing = ""
+    if wants_gradient(x, *others) or wants_gradient(*named.values()):
+        missing = NO_GRADIENTS
+    elif x.dim() != 4:
+        missing = "only 'reference' takes other than two spatial dimensions"
+    return dispatch.choose(OPERATION, x, missing)
+
+
+OPERATION = OPERATIONS[OP] = Operation(OP, ("native",), choose)
 
 
 class Arguments(NamedTuple):

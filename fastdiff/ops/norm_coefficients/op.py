@@ -49,8 +49,9 @@ def norm_coefficients(
 
     Source: Wu & He 2018, equation 1; FiLM as in Nichol & Dhariwal 2021, section 3.
     """
-    if not isinstance(moments, Tensor) or moments.dim() != 3 or moments.shape[1] != 2:
-        raise refusal(OP, "moments", moments, "(N, 2, C)")
+    fits = isinstance(moments, Tensor) and moments.dim() == 3 and moments.shape[1] == 2
+    if not fits or moments.dtype not in (torch.float32, torch.float64):
+        raise refusal(OP, "moments", moments, "(N, 2, C) in float32 or float64")
     n, _, channels = moments.shape
     if second is not None:
         check_tensor(OP, "second", second, moments, (n, 2, second.shape[-1]))
@@ -61,7 +62,7 @@ def norm_coefficients(
     check_tensor(OP, "bias", bias, moments, (channels,))
     check_pair(OP, ("scale", "shift"), scale, shift, moments, (n, channels))
     backend = OPERATION.choose(moments, second, weight, bias, scale, shift).backend
-    if backend == "reference" or moments.dtype != torch.float32:
+    if backend == "reference":
         film = {"scale": scale, "shift": shift}
         return reference.norm_coefficients(
             moments, groups, weight, bias, eps, second=second, **film

@@ -22,7 +22,7 @@ def norm_coefficients(
     mean, variance = moments.reshape(n, 2, groups, channels // groups).unbind(1)
     # Every channel has as many positions: a group's variance is what its channels have and what
     # their means have.
-    variance = variance.mean(2) + mean.var(2, unbiased=False)
+    variance = variance.mean(2) + (mean - mean.mean(2, keepdim=True)).square().mean(2)
     rstd = torch.rsqrt(variance + eps).repeat_interleave(channels // groups, dim=1)
     mean = mean.mean(2).repeat_interleave(channels // groups, dim=1)
     gain = rstd * weight.to(mean.dtype)

@@ -1,0 +1,271 @@
+"""convolution and norm_coefficients: against their equations in float64, and PyTorch's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastdiff
+from fastdiff.ops import convolution, native, norm_coefficients
+from fastdiff.ops.convolution import reference
+from fastdiff.ops.convolution.op import Arguments, bound
+from fastdiff.ops.convolution.packed import Products, pack
+from kernel_tools import ISAS, examples, forced_isa
+from norm_cases import threads
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Of the largest result: a rounding of it, of the inputs where they are rounded, and the sums'.
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+
+
+def case(n, c, size, k, kernel, *, second=0, dtype=torch.float32, doubled=False, **options):
+    """(positional, named) arguments with everything that the operation takes."""
+    x = torch.randn(n, c, *size).to(dtype)
+    channels = c + second
+    weight = torch.randn(k, channels, *kernel) / (channels * kernel[0] * kernel[-1]) ** 0.5
+    named = {
+        "bias": torch.randn(k),
+        "second": torch.randn(n, second, *size).to(dtype) if second else None,
+        "coefficients": torch.stack([torch.rand(n, channels) + 0.5, torch.randn(n, channels)], 1),
+        "add": torch.randn(n, k + 3)[:, :k],
+        "upsample": doubled,
+        **options,
+    }
+    shape = reference.convolution(x.double(), weight.double(), **in_float64(named))[0].shape
+    named["residual"] = torch.randn(shape).to(dtype)
+    return (x, weight), named
+
+
+def in_float64(named):
+    return {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in named.items()}
+
+
+def check(arguments, *, packed=False):
+    (x, weight), named = arguments
+    given_weight = pack(weight, x.dtype) if packed else weight
+    y, moments = convolution(x, given_weight, moments=True, **named)
+    rounded = weight.to(torch.bfloat16) if x.dtype == torch.bfloat16 else weight
+    truth, expected = reference.convolution(
+        x.double(), rounded.double(), moments=True, **in_float64(named)
+    )
+    assert y.dtype == x.dtype and moments.dtype == torch.float32
+    bound = BOUNDS[x.dtype] * truth.abs().amax().clamp_min(1e-30)
+    assert (y.double() - truth).abs().max() <= bound
+    spread = expected[:, 1].amax().sqrt()
+    assert (moments[:, 0] - expected[:, 0]).abs().max() <= BOUNDS[x.dtype] * 3 * spread.clamp_min(1)
+    assert (moments[:, 1] - expected[:, 1]).abs().max() <= BOUNDS[x.dtype] * 6 * spread.clamp_min(
+        1
+    ) ** 2
+    return y, moments
+
+
+@pytest.mark.seconds
+@settings(deadline=None, max_examples=examples(150))
+@given(data=st.data())
+def test_any_shape(data):
+    torch.manual_seed(0)
+    draw = data.draw
+    dtype, isa = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(ISAS))
+    kernel = draw(st.sampled_from([(1, 1), (3, 3), (2, 3), (5, 5)]))
+    padding = (draw(st.integers(0, 2)), draw(st.integers(0, 2)))
+    doubled = draw(st.booleans())
+    least = [max(1, -(-(k - sum(padding)) // (2 if doubled else 1))) for k in kernel]
+    size = [draw(st.integers(n, n + 11)) for n in least]
+    arguments = case(
+        draw(st.integers(1, 3)), draw(st.integers(1, 70)), size, draw(st.integers(1, 70)), kernel,
+        second=draw(st.sampled_from([0, 0, 5, 16, 33])), dtype=dtype, doubled=doubled,
+        stride=draw(st.integers(1, 3)), padding=padding,
+        activation=draw(st.sampled_from(["silu", None])),
+    )  # fmt: skip
+    with forced_isa(isa), threads(draw(st.integers(1, 3))):
+        y, _ = check(arguments, packed=draw(st.booleans()))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("n, c, side, k", [(1, 128, 32, 64), (8, 256, 8, 64), (3, 96, 4, 256)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_no_bit(n, c, side, k, dtype):
+    torch.manual_seed(0)
+    options = {"padding": (1, 1), "activation": "silu", "second": 32, "dtype": dtype}
+    arguments = case(n, c, (side, side), k, (3, 3), **options)
+    results = []
+    for count in (1, 2, 5):
+        with threads(count):
+            results.append(check(arguments))
+    for y, moments in results[1:]:
+        assert torch.equal(y, results[0][0]) and torch.equal(moments, results[0][1])
+
+
+@pytest.mark.parametrize("products", list(Products))
+def test_how_exact_the_products_are(products):
+    """Beside PyTorch's own, of the largest result."""
+    if not native.library().convolution_serves(int(products)):
+        pytest.skip("this CPU has no tiles")
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 256, 8, 8), torch.randn(64, 256, 3, 3) / 48
+    truth = F.conv2d(x.double(), weight.double(), padding=1)
+    dtype = torch.bfloat16 if products == Products.BFLOAT16 else torch.float32
+    packed = pack(weight, dtype, exact=products == Products.FLOAT32)
+    assert packed.products == products
+    y, _ = convolution(x.to(dtype), packed, padding=(1, 1))
+    error = (y.double() - truth).abs().max() / truth.abs().max()
+    assert (
+        error <= {Products.FLOAT32: 3e-6, Products.BFLOAT16: 6e-3, Products.SPLIT: 6e-6}[products]
+    )
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3, -3e4])
+def test_moments_far_from_zero(isa, mean):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 16, 16, 16), torch.eye(16)[:, :, None, None]
+    bias = torch.full((16,), mean)
+    y, moments = convolution(x, pack(weight, x.dtype, exact=True), bias, moments=True)
+    values = y.double().flatten(2)
+    assert torch.allclose(moments[:, 0].double(), values.mean(2), rtol=1e-6, atol=1e-6)
+    assert torch.allclose(moments[:, 1].double(), values.var(2, unbiased=False), rtol=1e-3)
+
+
+def test_other_numbers_of_dimensions_and_float64():
+    torch.manual_seed(0)
+    for size in ((9,), (4, 3, 5)):
+        (x, weight), named = case(2, 6, size, 4, (3,) * len(size), padding=(1, 1))
+        y, _ = convolution(x, weight, **named)
+        assert torch.equal(y, reference.convolution(x, weight, **named)[0])
+    x, weight = torch.randn(1, 3, 5, 5).double(), torch.randn(4, 3, 3, 3).double()
+    y, moments = convolution(x, weight, padding=(1, 1), moments=True)
+    assert torch.allclose(y, F.conv2d(x, weight, padding=1), atol=1e-12, rtol=0)
+    assert moments.dtype == torch.float64
+
+
+def test_a_batch_of_none_and_other_layouts():
+    y, moments = convolution(torch.zeros(0, 3, 5, 5), torch.ones(4, 3, 3, 3), moments=True)
+    assert y.shape == (0, 4, 3, 3) and moments.shape == (0, 2, 4)
+    torch.manual_seed(0)
+    (x, weight), named = case(2, 32, (6, 7), 8, (3, 3), second=16, padding=(1, 1))
+    expected, _ = convolution(x, weight, **named)
+    for turned in (x.mT.contiguous().mT, x.contiguous(memory_format=torch.channels_last)):
+        assert torch.equal(convolution(turned, weight, **named)[0], expected)
+    strange = {**named, "add": named["add"].double(), "second": named["second"].double()}
+    laid_out = weight.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(convolution(x, laid_out, **strange)[0], expected)
+
+
+def test_gradients_are_the_references():
+    x = torch.randn(1, 3, 5, 5, requires_grad=True)
+    weight = torch.randn(4, 3, 3, 3, requires_grad=True)
+    y, _ = convolution(x, weight, activation="silu", padding=(1, 1))
+    expected = torch.autograd.grad(F.conv2d(F.silu(x), weight, padding=1).sum(), (x, weight))
+    for found, wanted in zip(torch.autograd.grad(y.sum(), (x, weight)), expected, strict=True):
+        assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_a_bound_call_follows_its_memory():
+    torch.manual_seed(0)
+    x = torch.randn(1, 16, 6, 6).contiguous(memory_format=torch.channels_last)
+    weight = torch.nn.Parameter(torch.randn(8, 16, 3, 3))
+    packed = pack(weight, x.dtype)
+    y = torch.empty(1, 6, 6, 8).permute(0, 3, 1, 2)
+    nothing = (None,) * 5
+    call = Arguments(
+        x, packed.panels, *nothing, 8, 3, 3, 1, 1, 1, False, False, int(packed.products), False
+    )
+    run = bound(call, y, None)
+    for _ in range(2):
+        with torch.no_grad():
+            x.normal_()
+            weight.normal_()
+        packed.refresh()
+        run()
+        assert torch.allclose(y, F.conv2d(x, weight, padding=1), atol=1e-3)
+    with pytest.raises(fastdiff.InputError, match="not laid out"):
+        bound(call._replace(x=torch.zeros(1, 16, 6, 6)), y, None)
+
+
+X, W = torch.zeros(2, 3, 8, 8), torch.zeros(4, 3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "arguments, named, said",
+    [
+        ((X, torch.zeros(4, 2, 3, 3)), {}, r"weight is \(4, 2, 3, 3\).*expected \(K, 3, kernel"),
+        ((X, torch.zeros(4, 3, 3)), {}, "weight is"),
+        ((X[0, 0], W), {}, "weight is"),
+        ((X, W, torch.zeros(3)), {}, r"bias is \(3,\).*expected floating-point \(4,\)"),
+        ((X, W), {"second": torch.zeros(2, 1, 7, 8)}, r"second is \(2, 1, 7, 8\)"),
+        ((X, W), {"coefficients": torch.zeros(2, 2, 4)}, r"coefficients is .*\(2, 2, 3\)"),
+        ((X, W), {"add": torch.zeros(1, 4)}, r"add is"),
+        ((X, W), {"residual": torch.zeros(2, 4, 8, 8)}, r"expected floating-point \(2, 4, 6, 6\)"),
+        ((X, W), {"stride": 0}, "stride=0"),
+        ((X, W), {"padding": (-1, 0)}, r"padding=\(-1, 0\)"),
+        ((X, W), {"activation": "relu"}, "expected 'silu' or None"),
+        ((X[:, :, :2], W), {}, "smaller than the kernel"),
+        ((X.long(), W), {}, "expected floating-point"),
+    ],
+)
+def test_what_is_refused(arguments, named, said):
+    with pytest.raises(fastdiff.InputError, match=said):
+        convolution(*arguments, **named)
+
+
+# --- norm_coefficients ------------------------------------------------------------------------
+
+
+def moments_of(x):
+    values = x.flatten(2)
+    mean = values.mean(2, keepdim=True)
+    return torch.stack([mean[..., 0], (values - mean).square().mean(2)], dim=1)
+
+
+@pytest.mark.parametrize("film", [False, True])
+@pytest.mark.parametrize(
+    "n, c, second, groups", [(2, 32, 0, 8), (3, 20, 12, 4), (0, 4, 0, 2), (1, 14, 0, 7)]
+)
+def test_a_norm_as_scale_and_shift(isa, n, c, second, groups, film):
+    torch.manual_seed(0)
+    both = torch.randn(n, c + second, 6, 5) * 3 + 2
+    weight, bias = torch.randn(2, c + second)
+    rows = torch.randn(n, 2 * (c + second)).chunk(2, dim=1) if film else (None, None)
+    a, b = both[:, :c], both[:, c:]
+    coefficients = norm_coefficients(
+        moments_of(a), groups, weight, bias, 1e-5, second=moments_of(b) if second else None,
+        scale=rows[0], shift=rows[1],
+    )  # fmt: skip
+    expected = F.group_norm(both.double(), groups, weight.double(), bias.double(), 1e-5)
+    if film:
+        scale, shift = (row.double()[:, :, None, None] for row in rows)
+        expected = expected * (1 + scale) + shift
+    scale, shift = coefficients.double()[..., None, None].unbind(1)
+    assert torch.allclose(both.double() * scale + shift, expected, atol=2e-5)
+    with fastdiff.backend("reference"):
+        again = norm_coefficients(
+            moments_of(both), groups, weight, bias, scale=rows[0], shift=rows[1]
+        )
+    assert torch.allclose(again, coefficients, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments, named, said",
+    [
+        (
+            (torch.zeros(2, 3), 1, torch.zeros(3), torch.zeros(3)),
+            {},
+            r"expected \(N, 2, C\) in float32",
+        ),
+        ((torch.zeros(2, 2, 6), 4, torch.zeros(6), torch.zeros(6)), {}, "4 groups do not divide 6"),
+        ((torch.zeros(2, 2, 6), 2, torch.zeros(5), torch.zeros(6)), {}, r"weight is \(5,\)"),
+        (
+            (torch.zeros(2, 2, 6), 2, torch.zeros(6), torch.zeros(6)),
+            {"scale": torch.zeros(2, 6)},
+            "give both scale and shift",
+        ),
+        (
+            (torch.zeros(2, 2, 6), 2, torch.zeros(6), torch.zeros(6)),
+            {"second": torch.zeros(2, 6)},
+            r"second is \(2, 6\)",
+        ),
+    ],
+)
+def test_what_norm_coefficients_refuses(arguments, named, said):
+    with pytest.raises(fastdiff.InputError, match=said):
+        norm_coefficients(*arguments, **named)
