@@ -11,13 +11,12 @@ from fastdiff.errors import InputError
 from fastdiff.models.blocks import (
     NORM_GROUPS,
     AttentionBlock,
-    Downsample,
     EmbedSequential,
     ResBlock,
-    convolution,
     normalization,
     timestep_embedding,
 )
+from fastdiff.models.resampling import Downsample, convolution
 
 # improved-diffusion's constants, of which UNet makes arguments.
 CONSTANTS: dict[str, Any] = {

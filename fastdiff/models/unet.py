@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from fastdiff.models.blocks import (
     NORM_GROUPS,
     EmbedSequential,
-    Upsample,
     apply_norm,
-    convolution,
     zero_module,
 )
 from fastdiff.models.encoder import Encoder
+from fastdiff.models.resampling import Upsample, convolution
 from fastdiff.models.unet_config import check_config, plain
 from fastdiff.models.unet_inputs import check_inputs
 
