@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdiff.errors import InputError
+from fastdiff.models.execution.program import Program, Value
 from fastdiff.models.resampling import Downsample, Upsample, convolution, upsample_nearest
 from fastdiff.ops.attention.op import attention
 from fastdiff.ops.group_norm_silu.op import group_norm_silu
@@ -175,6 +176,27 @@ class ResBlock(nn.Module):
         h += self.skip_connection(x)  # in place: nothing needs the convolution's output again
         return h
 
+    def unroll(
+        self, program: Program, x: Value, emb: Value, size: Sequence[int] | None = None
+    ) -> Value:
+        in_norm, _, in_conv = self.in_layers
+        out_norm, _, _, out_conv = self.out_layers
+        h = program.norm(in_norm, x)
+        if self.resample == "up":
+            assert size is not None
+            h, x = program.upsample(self, h, size), program.upsample(self, x, size)
+        elif self.pool is not None:
+            h, x = self.pool.unroll(program, h), self.pool.unroll(program, x)
+        _, emb_linear = self.emb_layers
+        emb = program.projection(emb_linear, emb)
+        if self.use_scale_shift_norm:
+            h = program.norm(out_norm, program.convolution(in_conv, h), film=emb)
+        else:
+            h = program.norm(out_norm, program.convolution(in_conv, h, add=emb))
+        if not isinstance(self.skip_connection, nn.Identity):
+            x = program.convolution(self.skip_connection, x)
+        return program.convolution(out_conv, h, residual=x)
+
 
 class AttentionBlock(nn.Module):
     """Self-attention over all positions, added to its input."""
@@ -215,6 +237,12 @@ class AttentionBlock(nn.Module):
         h = pointwise(self.proj_out, h.transpose(1, 2))  # (N, T, C)
         return x + h.transpose(1, 2).view_as(x)
 
+    def unroll(self, program: Program, x: Value) -> Value:
+        h = program.norm(self.norm, x, activation=None)
+        h = program.convolution(self.qkv, h)
+        h = program.attention(self, h, self.num_heads, self.order)
+        return program.convolution(self.proj_out, h, residual=x)
+
 
 def pointwise(layer: nn.Module, tokens: Tensor) -> Tensor:
     """A 1×1 convolution applied to tokens (..., C)."""
@@ -236,6 +264,21 @@ class EmbedSequential(nn.Sequential):
                 x = layer(x, size)
             else:
                 x = layer(x)
+        return x
+
+    def unroll(
+        self, program: Program, x: Value, emb: Value, size: Sequence[int] | None = None
+    ) -> Value:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer.unroll(program, x, emb, size)
+            elif isinstance(layer, Upsample):
+                assert size is not None
+                x = layer.unroll(program, x, size)
+            elif isinstance(layer, AttentionBlock | Downsample):
+                x = layer.unroll(program, x)
+            else:
+                x = program.convolution(layer, x)
         return x
 
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.models.execution.program import Program, Value
+
 CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
     1: nn.Conv1d,
     2: nn.Conv2d,
@@ -76,6 +78,10 @@ class Upsample(nn.Module):
         x = upsample_nearest(x, size)
         return self.conv(x) if self.use_conv else x
 
+    def unroll(self, program: Program, x: Value, size: Sequence[int]) -> Value:
+        x = program.upsample(self, x, size)
+        return program.convolution(self.conv, x) if self.use_conv else x
+
 
 class Downsample(nn.Module):
     """Halving by a strided convolution or by average pooling; n becomes ceil(n / 2).
@@ -105,3 +111,10 @@ class Downsample(nn.Module):
             window = [min(k, n) for k, n in zip((1, 2, 2), x.shape[2:], strict=True)]
             return F.avg_pool3d(x, window, self.op.stride, ceil_mode=True)
         return self.op(x if self.pad_after is None else F.pad(x, self.pad_after))
+
+    def unroll(self, program: Program, x: Value) -> Value:
+        if isinstance(self.op, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            return program.convolution(self.op, x, after=int(self.pad_after is not None))
+        strides = (1, 2, 2) if len(x.size) == 3 else (2,) * len(x.size)
+        size = [-(-n // stride) for n, stride in zip(x.size, strides, strict=True)]
+        return program.plain("pool", self.forward, x, shape=(*x.shape[:2], *size), layer=self)
