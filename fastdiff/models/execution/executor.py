@@ -11,14 +11,13 @@ from fastdiff.errors import InputError
 from fastdiff.models.execution.explanation import explanation
 from fastdiff.models.execution.lowering import Lowering
 from fastdiff.models.execution.plan import Plan
-from fastdiff.models.execution.problems import difference, dtype_of
+from fastdiff.models.execution.problems import DTYPES, difference, dtype_of
 from fastdiff.models.execution.program import Program, Weight
 from fastdiff.models.unet import UNet
 from fastdiff.ops.arithmetic import arithmetic
 from fastdiff.ops.convolution.op import pack
 
 MOST_PLANS = 8
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 class Executor:
@@ -95,7 +94,12 @@ class Executor:
         """The operations of the last call as a list, and what each block reads and writes."""
         if self._last is None:
             return "nothing was executed yet"
-        return explanation(self._last, self.unet)
+        return explanation(self._last)
+
+    @property
+    def count(self) -> int:
+        """The operations of the last call."""
+        return 0 if self._last is None else len(self._last.steps)
 
     def plan(self, *shape: int, **others: tuple[int, ...]) -> Plan:
         """The plan for x of this shape, and for those of ``y``, ``low_res`` and ``noise_level``
@@ -120,7 +124,7 @@ class Executor:
         with self._lock:
             plan = self._plans.get(key)
             if plan is None:
-                plan = self._plans[key] = _planned(self.unet, dtype, shapes)
+                plan = self._plans[key] = planned(self.unet, dtype, shapes)
             self._plans.move_to_end(key)
             while len(self._plans) > MOST_PLANS:
                 _, old = self._plans.popitem(last=False)
@@ -143,12 +147,15 @@ class Executor:
         return bound
 
 
-def _planned(unet: UNet, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]]) -> Plan:
+def planned(unet: UNet, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]]) -> Plan:
+    """The plan for arguments of these shapes by name: "x", "timesteps" and those of the network's
+    conditions. It reads no values: networks on any device have one."""
     program = Program(dtype)
     values = {name: program.input(name, shape) for name, shape in shapes.items()}
     conditions = (values.get(name) for name in ("y", "low_res", "noise_level"))
     output = unet.unroll(program, values["x"], values["timesteps"], *conditions)
-    return Plan(Lowering(program, output))
+    names = {module: name for name, module in unet.named_modules()}
+    return Plan(Lowering(program, output), names)
 
 
 def _in_form(weight: Weight, dtype: torch.dtype) -> Any:

@@ -3,8 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from torch import nn
-
 from fastdiff.models.execution.lowering import Slot, Step
 from fastdiff.models.execution.plan import Plan
 
@@ -21,30 +19,28 @@ def copies(plan: Plan) -> int:
     return sum(step.kind == "convert" and step.reads[0] not in arguments for step in plan.steps)
 
 
-def bytes_moved(plan: Plan, unet: nn.Module) -> dict[str, tuple[int, int]]:
+def bytes_moved(plan: Plan) -> dict[str, tuple[int, int]]:
     """Of each block, the bytes of activations that its operations read and write, and of the
     weights that they read."""
-    names = _names(unet)
     moved: dict[str, tuple[int, int]] = {}
     for step in plan.steps:
-        block = _block(names, step)
+        block = _block(plan, step)
         activations, weights = moved.get(block, (0, 0))
         moved[block] = (activations + _activations(step), weights + _weights(step))
     return moved
 
 
-def explanation(plan: Plan, unet: nn.Module) -> str:
-    names = _names(unet)
+def explanation(plan: Plan) -> str:
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts(plan).most_common())
     dtype = str(plan.dtype).removeprefix("torch.")
     lines = [f"{len(plan.steps)} operations in {dtype}, {plan.layout}: {kinds}"]
     for step in plan.steps:
-        name = "" if step.layer is None else names[step.layer]
+        name = "" if step.layer is None else plan.names[step.layer]
         shapes = " ".join(str(slot.shape) for slot in step.writes[:1] if slot is not None)
         fused = _fused(step)
         lines.append(f"  {step.kind:18}{name:36}{shapes}{fused and f'  {fused}'}")
     lines.append("bytes moved by block: activations, weights")
-    for block, (activations, weights) in bytes_moved(plan, unet).items():
+    for block, (activations, weights) in bytes_moved(plan).items():
         lines.append(f"  {block:36}{_mega(activations):>10}{_mega(weights):>10}")
     lines.append(f"results alive at a time: at most {_mega(plan.peak)}")
     lines.append(f"copies between layers, of layout or dtype: {copies(plan)}")
@@ -69,15 +65,11 @@ def _fused(step: Step) -> str:
     return " ".join(word for word, holds in said.items() if holds)
 
 
-def _names(unet: nn.Module) -> dict[nn.Module, str]:
-    return {module: name for name, module in unet.named_modules()}
-
-
-def _block(names: dict[nn.Module, str], step: Step) -> str:
+def _block(plan: Plan, step: Step) -> str:
     """The block of the published U-Net that a step is of: input_blocks.1.0, middle_block.2, out."""
     if step.layer is None:
         return f"({step.kind})"
-    parts = names[step.layer].split(".")
+    parts = plan.names[step.layer].split(".")
     depth = {"input_blocks": 3, "output_blocks": 3, "middle_block": 2}.get(parts[0], 1)
     return ".".join(parts[:depth])
 

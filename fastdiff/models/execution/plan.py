@@ -1,11 +1,11 @@
 """A program's steps bound to places: which values a step reads and writes, and when they end."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.models.execution.lowering import Lowering, Slot, Step
 
@@ -16,10 +16,11 @@ class Plan:
     """The steps for one set of shapes and one dtype.
 
     ``weights``: what ``run`` is to be given, in this order; ``peak``: the most bytes of results
-    that are alive at a time.
+    that are alive at a time; ``names``: of the network's modules.
     """
 
-    def __init__(self, lowered: Lowering):
+    def __init__(self, lowered: Lowering, names: Mapping[nn.Module, str]):
+        self.names = names
         self.steps, self.dtype, self.layout = lowered.steps, lowered.program.dtype, lowered.layout
         self.weights = list(lowered.weights)
         self.inputs = lowered.inputs
