@@ -117,4 +117,6 @@ class Downsample(nn.Module):
             return program.convolution(self.op, x, after=int(self.pad_after is not None))
         strides = (1, 2, 2) if len(x.size) == 3 else (2,) * len(x.size)
         size = [-(-n // stride) for n, stride in zip(x.size, strides, strict=True)]
-        return program.plain("pool", self.forward, x, shape=(*x.shape[:2], *size), layer=self)
+        # Not the module itself: hooks on all modules of the process see modules that are called.
+        pool = self.forward if isinstance(self.op, nn.AvgPool3d) else self.op.forward
+        return program.plain("pool", pool, x, shape=(*x.shape[:2], *size), layer=self)
