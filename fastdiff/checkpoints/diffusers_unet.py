@@ -24,7 +24,8 @@ from fastdiff.checkpoints.weights import (
     write_directory,
 )
 from fastdiff.errors import InputError
-from fastdiff.models.blocks import AttentionBlock, Downsample, ResBlock, Upsample
+from fastdiff.models.blocks import AttentionBlock, ResBlock
+from fastdiff.models.resampling import Downsample, Upsample
 from fastdiff.models.unet import UNet
 from fastdiff.models.wrappers import plain_state, unwrapped
 

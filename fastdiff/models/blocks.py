@@ -8,7 +8,6 @@ them.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +15,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdiff.errors import InputError
+from fastdiff.models.execution.program import Program, Value
+from fastdiff.models.resampling import Downsample, Upsample, convolution, upsample_nearest
 from fastdiff.ops.attention.op import attention
 from fastdiff.ops.group_norm_silu.op import group_norm_silu
 
 NORM_GROUPS = 32
-CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
-    1: nn.Conv1d,
-    2: nn.Conv2d,
-    3: nn.Conv3d,
-}
 Norm = Callable[[int], nn.GroupNorm]
 
 
@@ -57,19 +53,6 @@ def timestep_embedding(
     waves = [angles.cos(), angles.sin()]
     embedding = torch.cat(waves if flip_sin_to_cos else waves[::-1], dim=1)
     return F.pad(embedding, (0, dim % 2)) if dim % 2 else embedding
-
-
-def convolution(
-    dims: int,
-    in_channels: int,
-    out_channels: int,
-    kernel: int,
-    stride: Any = 1,
-    padding: Any = None,
-) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
-    """A 1-D, 2-D or 3-D convolution; without a padding one that keeps the size up to its stride."""
-    padding = kernel // 2 if padding is None else padding
-    return CONVOLUTIONS[dims](in_channels, out_channels, kernel, stride, padding)
 
 
 def normalization(channels: int, groups: int = NORM_GROUPS, eps: float = 1e-5) -> nn.GroupNorm:
@@ -113,86 +96,6 @@ def run_checkpointed(function: Callable[..., Tensor], enabled: bool, *args: Tens
     if enabled and torch.is_grad_enabled():
         return checkpoint(function, *args, use_reentrant=False)
     return function(*args)
-
-
-def upsample_nearest(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Nearest-neighbour resize of (N, C, *spatial) to ``size``: any size, so that odd ones fit."""
-    return F.interpolate(x, tuple(size), mode="nearest")
-
-
-# Doubling repeats every position, so along one axis the taps (a, b, c) of a kernel meet positions
-# only as a, b + c (even outputs) and a + b, c (odd ones): that is a transposed convolution of
-# stride 2 with the kernel (c, b + c, a + b, a).
-DOUBLING = ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0))
-
-
-def doubling_folds(x: Tensor, size: Sequence[int]) -> bool:
-    """Whether ``convolve_doubled`` serves, and pays: measured on the CPU in float32, from 512
-    positions on, where the convolution itself is the cost."""
-    if x.dim() != 4 or x.device.type != "cpu" or x.dtype != torch.float32:
-        return False
-    n, _, height, width = x.shape
-    doubles = tuple(size) == (2 * height, 2 * width)
-    return doubles and n * height * width >= 512 and not torch.is_autocast_enabled("cpu")
-
-
-def convolve_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Nearest-neighbour doubling and a 3×3 convolution in one: 4 products per output in place of 9.
-
-    x (N, C, H, W), weight (C', C, 3, 3), bias (C',) -> (N, C', 2H, 2W).
-    """
-    axis = weight.new_tensor(DOUBLING)  # (4, 3)
-    both = torch.kron(axis, axis)  # (16, 9)
-    out_channels, channels = weight.shape[:2]
-    folded = weight.reshape(out_channels * channels, 9) @ both.t()
-    folded = folded.view(out_channels, channels, 4, 4).transpose(0, 1)
-    return F.conv_transpose2d(x, folded, bias, stride=2, padding=1)
-
-
-class Upsample(nn.Module):
-    """Nearest-neighbour upsampling to a given size, then a convolution if ``use_conv``."""
-
-    def __init__(self, channels: int, use_conv: bool, dims: int):
-        super().__init__()
-        self.use_conv = use_conv
-        if use_conv:
-            self.conv = convolution(dims, channels, channels, 3)
-
-    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        if self.use_conv and doubling_folds(x, size):
-            return convolve_doubled(x, self.conv.weight, self.conv.bias)
-        x = upsample_nearest(x, size)
-        return self.conv(x) if self.use_conv else x
-
-
-class Downsample(nn.Module):
-    """Halving by a strided convolution or by average pooling; n becomes ceil(n / 2).
-
-    With ``padding=0`` the convolution's zeros are one row and one column after the image instead of
-    one on each side, and n becomes floor(n / 2). A 3-D input keeps its first spatial dimension, as
-    published (video depth).
-
-    Source: Ho et al.'s code for ``padding=0`` (TensorFlow's "SAME"); improved-diffusion.
-    """
-
-    def __init__(self, channels: int, use_conv: bool, dims: int, padding: int = 1):
-        super().__init__()
-        stride = (1, 2, 2) if dims == 3 else 2
-        self.pad_after = (0, 1) * min(dims, 2) if use_conv and padding == 0 else None
-        if use_conv:
-            sides = (1, padding, padding) if dims == 3 else padding
-            self.op = convolution(dims, channels, channels, 3, stride, sides)
-        else:
-            pool = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}[dims]
-            # ceil_mode averages the last, smaller window of an odd size over what is there.
-            self.op = pool(stride, stride, ceil_mode=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.op, nn.AvgPool3d):
-            # Unlike its kin it refuses an image smaller than the window.
-            window = [min(k, n) for k, n in zip((1, 2, 2), x.shape[2:], strict=True)]
-            return F.avg_pool3d(x, window, self.op.stride, ceil_mode=True)
-        return self.op(x if self.pad_after is None else F.pad(x, self.pad_after))
 
 
 class ResBlock(nn.Module):
@@ -273,6 +176,27 @@ class ResBlock(nn.Module):
         h += self.skip_connection(x)  # in place: nothing needs the convolution's output again
         return h
 
+    def unroll(
+        self, program: Program, x: Value, emb: Value, size: Sequence[int] | None = None
+    ) -> Value:
+        in_norm, _, in_conv = self.in_layers
+        out_norm, _, _, out_conv = self.out_layers
+        h = program.norm(in_norm, x)
+        if self.resample == "up":
+            assert size is not None
+            h, x = program.upsample(self, h, size), program.upsample(self, x, size)
+        elif self.pool is not None:
+            h, x = self.pool.unroll(program, h), self.pool.unroll(program, x)
+        _, emb_linear = self.emb_layers
+        emb = program.projection(emb_linear, emb)
+        if self.use_scale_shift_norm:
+            h = program.norm(out_norm, program.convolution(in_conv, h), film=emb)
+        else:
+            h = program.norm(out_norm, program.convolution(in_conv, h, add=emb))
+        if not isinstance(self.skip_connection, nn.Identity):
+            x = program.convolution(self.skip_connection, x)
+        return program.convolution(out_conv, h, residual=x)
+
 
 class AttentionBlock(nn.Module):
     """Self-attention over all positions, added to its input."""
@@ -313,6 +237,12 @@ class AttentionBlock(nn.Module):
         h = pointwise(self.proj_out, h.transpose(1, 2))  # (N, T, C)
         return x + h.transpose(1, 2).view_as(x)
 
+    def unroll(self, program: Program, x: Value) -> Value:
+        h = program.norm(self.norm, x, activation=None)
+        h = program.convolution(self.qkv, h)
+        h = program.attention(self, h, self.num_heads, self.order)
+        return program.convolution(self.proj_out, h, residual=x)
+
 
 def pointwise(layer: nn.Module, tokens: Tensor) -> Tensor:
     """A 1×1 convolution applied to tokens (..., C)."""
@@ -334,6 +264,21 @@ class EmbedSequential(nn.Sequential):
                 x = layer(x, size)
             else:
                 x = layer(x)
+        return x
+
+    def unroll(
+        self, program: Program, x: Value, emb: Value, size: Sequence[int] | None = None
+    ) -> Value:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer.unroll(program, x, emb, size)
+            elif isinstance(layer, Upsample):
+                assert size is not None
+                x = layer.unroll(program, x, size)
+            elif isinstance(layer, AttentionBlock | Downsample):
+                x = layer.unroll(program, x)
+            else:
+                x = program.convolution(layer, x)
         return x
 
 

@@ -11,13 +11,13 @@ from fastdiff.errors import InputError
 from fastdiff.models.blocks import (
     NORM_GROUPS,
     AttentionBlock,
-    Downsample,
     EmbedSequential,
     ResBlock,
-    convolution,
     normalization,
     timestep_embedding,
 )
+from fastdiff.models.execution.program import Program, Value
+from fastdiff.models.resampling import Downsample, convolution
 
 # improved-diffusion's constants, of which UNet makes arguments.
 CONSTANTS: dict[str, Any] = {
@@ -162,15 +162,34 @@ class Encoder(nn.Module):
             emb = emb + other
         return F.silu(emb)  # with which each block's emb_layers begin
 
-    def _waves(self, timesteps: Tensor) -> Tensor:
-        """(N, model_channels) of (N,) numbers, in the dtype of the weights."""
+    def _unroll_embed(self, program: Program, timesteps: Value, *others: Value) -> Value:
+        emb = self._unroll_embedding(program, self.time_embed, timesteps)
+        for other in others:
+            emb = program.plain("add", torch.add, emb, other, shape=emb.shape)
+        return program.silu(emb)
+
+    def _unroll_embedding(
+        self, program: Program, layers: nn.Sequential, numbers: Value, times: float = 1
+    ) -> Value:
+        """Of (N,) numbers, multiplied by ``times``."""
+        first, _, last = layers
+
+        def waves(numbers: Tensor) -> Tensor:
+            return self._waves(times * numbers, program.vectors)
+
+        shape = (numbers.shape[0], self.model_channels)
+        h = program.plain("waves", waves, numbers, shape=shape, layer=first)
+        return program.linear(last, program.silu(program.linear(first, h)))
+
+    def _waves(self, timesteps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """(N, model_channels) of (N,) numbers, by default in the dtype of the weights."""
         waves = timestep_embedding(
             timesteps,
             self.model_channels,
             flip_sin_to_cos=self._settings["flip_sin_to_cos"],
             freq_shift=self._settings["freq_shift"],
         )
-        return waves.to(self._dtype())
+        return waves.to(dtype or self._dtype())
 
     def _encode(self, h: Tensor, emb: Tensor) -> list[Tensor]:
         """What each of the input blocks answers, and last the middle."""
@@ -182,6 +201,14 @@ class Encoder(nn.Module):
                 h = h.contiguous(memory_format=self._memory_format())
             answers.append(h)
         return [*answers, self.middle_block(h, emb)]
+
+    def _unroll_encode(self, program: Program, h: Value, emb: Value) -> list[Value]:
+        answers: list[Value] = []
+        for block in self.input_blocks:
+            assert isinstance(block, EmbedSequential)
+            h = block.unroll(program, h, emb)
+            answers.append(h)
+        return [*answers, self.middle_block.unroll(program, h, emb)]
 
     def _dtype(self) -> torch.dtype:
         return self.time_embed[0].get_parameter("weight").dtype

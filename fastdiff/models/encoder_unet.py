@@ -11,11 +11,11 @@ from fastdiff.errors import InputError
 from fastdiff.models.blocks import (
     AttentionPool,
     apply_norm,
-    convolution,
     normalization,
     zero_module,
 )
 from fastdiff.models.encoder import Encoder
+from fastdiff.models.resampling import convolution
 from fastdiff.models.unet_config import check_encoder, plain
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")

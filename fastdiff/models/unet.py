@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from fastdiff.models.blocks import (
     NORM_GROUPS,
     EmbedSequential,
-    Upsample,
     apply_norm,
-    convolution,
     zero_module,
 )
 from fastdiff.models.encoder import Encoder
+from fastdiff.models.execution.program import Program, Value, Weight
+from fastdiff.models.resampling import Upsample, convolution
 from fastdiff.models.unet_config import check_config, plain
 from fastdiff.models.unet_inputs import check_inputs
 
@@ -205,8 +205,7 @@ class UNet(Encoder):
             InputError: an argument that is missing, unexpected or of the wrong shape. Labels out of
                 range are found here on the CPU only: looking at them on a GPU would wait for it.
         """
-        self._check_noisy(x, timesteps)
-        check_inputs(self, x, y, low_res, noise_level)
+        self.check(x, timesteps, y, low_res, noise_level)
         conditions = []
         if noise_level is not None:
             conditions.append(self.noise_embed(self._waves(LEVEL_TIMESTEPS * noise_level)))
@@ -224,3 +223,55 @@ class UNet(Encoder):
             # Upsampling goes to the next skip's size: twice this one, or one off if that was odd.
             h = block(h, emb, skips[-1].shape[2:] if skips else None)
         return self.out[2](apply_norm(self.out[0], h)).to(x.dtype)
+
+    def check(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None,
+        low_res: Tensor | None,
+        noise_level: Tensor | None,
+    ) -> None:
+        """InputError for arguments that do not fit the network."""
+        self._check_noisy(x, timesteps)
+        check_inputs(self, x, y, low_res, noise_level)
+
+    def unroll(
+        self,
+        program: Program,
+        x: Value,
+        timesteps: Value,
+        y: Value | None,
+        low_res: Value | None,
+        noise_level: Value | None,
+    ) -> Value:
+        conditions = []
+        if noise_level is not None:
+            given = (self.noise_embed, noise_level, LEVEL_TIMESTEPS)
+            conditions.append(self._unroll_embedding(program, *given))
+        if y is not None:
+            conditions.append(self._unroll_labels(program, y))
+        emb = self._unroll_embed(program, timesteps, *conditions)
+        if low_res is not None:
+            x = program.concat(x, self._unroll_low_res(program, low_res, x.size))
+        *skips, h = self._unroll_encode(program, x, emb)
+        for block in self.output_blocks:
+            assert isinstance(block, EmbedSequential)
+            h = program.concat(h, skips.pop())
+            h = block.unroll(program, h, emb, skips[-1].size if skips else None)
+        return program.convolution(self.out[2], program.norm(self.out[0], h))
+
+    def _unroll_labels(self, program: Program, y: Value) -> Value:
+        def lookup(y: Tensor, weight: Tensor) -> Tensor:
+            return F.embedding(y.long(), weight)
+
+        weights = [Weight((self.label_emb,), "weight", "vector")]
+        shape = (y.shape[0], self.emb_channels)
+        return program.plain("lookup", lookup, y, shape=shape, weights=weights)
+
+    def _unroll_low_res(self, program: Program, low_res: Value, size: Sequence[int]) -> Value:
+        def resize(low_res: Tensor) -> Tensor:
+            return F.interpolate(low_res, size, mode=LOW_RES_MODE[self.dims])
+
+        shape = (*low_res.shape[:2], *size)
+        return program.plain("resize", resize, low_res, shape=shape)

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from fastdiff.errors import InputError
-from fastdiff.models.blocks import CONVOLUTIONS
+from fastdiff.models.resampling import CONVOLUTIONS
 
 COUNTS = (
     "in_channels",

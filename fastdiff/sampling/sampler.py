@@ -80,6 +80,9 @@ class Sampler:
             predicted a step before, zeros first (Chen et al. 2022, arXiv:2208.04202).
         compile: run the network through torch.compile: True, or its keyword arguments. Inductor's
             freezing makes the weights constants: after a change of them make a new sampler.
+        executor: whether a UNet of fastdiff on the CPU runs as a program of fused operations, with
+            the same answers up to rounding: "auto", where that pays; True insists (InputError, at a
+            call, for a network that cannot); False never.
         device: where to sample; by default that of the model's parameters, else of ``noise``, else
             the CPU.
 
@@ -118,6 +121,7 @@ class Sampler:
         rng: str = "counter",
         capture: bool | str = "auto",
         compile: bool | dict[str, Any] = False,
+        executor: bool | str = "auto",
         self_condition: str | None = None,
         device: torch.device | str | None = None,
     ):
@@ -129,6 +133,10 @@ class Sampler:
             raise InputError(f"capture is {capture!r}; expected 'auto', True or False")
         if not isinstance(compile, bool | dict):
             raise InputError(f"compile is {compile!r}; expected True, False or a dict of options")
+        if not (isinstance(executor, bool) or executor == "auto"):
+            raise InputError(f"executor is {executor!r}; expected 'auto', True or False")
+        if executor is True and compile is not False:
+            raise InputError("executor=True and compile exclude each other; choose one")
         if dtype is not None and dtype not in DTYPES:
             raise InputError(f"dtype is {dtype!r}; expected torch.float32, bfloat16 or float16")
         if capture is True and cond_fn is not None:
@@ -138,7 +146,7 @@ class Sampler:
         self.self_condition = self_condition
         self.device = None if device is None else check_device(device)
         self.stats = Stats()
-        self.network = Network(model, dtype, channels_last, compile)
+        self.network = Network(model, dtype, channels_last, compile, executor)
         self._graphs = Graphs(capture)
         self._ran = "nothing was sampled yet"
         self._set(
@@ -240,8 +248,9 @@ class Sampler:
         return self._iterate(self._call(inputs), watched=True)
 
     def explain(self) -> str:
-        """How the last call ran: as a CUDA graph or eagerly, and why."""
-        return self._ran
+        """How the last call ran: as a CUDA graph or eagerly, and why; and whether its network did
+        as a program of fused operations, where that was asked for."""
+        return "; ".join(filter(None, [self._ran, self.network.programs.explain()]))
 
     def close(self) -> None:
         """Drop all captured graphs and their memory. The sampler can be used again."""

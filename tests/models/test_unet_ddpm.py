@@ -10,7 +10,8 @@ from torch import nn
 
 from fastdiff import UNet
 from fastdiff.errors import InputError
-from fastdiff.models.blocks import Downsample, timestep_embedding
+from fastdiff.models.blocks import timestep_embedding
+from fastdiff.models.resampling import Downsample
 
 SMALL = {
     "in_channels": 3,

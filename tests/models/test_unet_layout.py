@@ -5,13 +5,8 @@ import torch
 
 from fastdiff import UNet
 from fastdiff.errors import InputError
-from fastdiff.models.blocks import (
-    AttentionBlock,
-    ResBlock,
-    Upsample,
-    convolve_doubled,
-    doubling_folds,
-)
+from fastdiff.models.blocks import AttentionBlock, ResBlock
+from fastdiff.models.resampling import Upsample, convolve_doubled, doubling_folds
 from unet_tools import SMALL, batch, small_unet
 
 

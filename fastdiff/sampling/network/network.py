@@ -14,11 +14,13 @@ from fastdiff.models.replicas.replica import Replica
 from fastdiff.models.replicas.twin import Twin
 from fastdiff.models.wrappers import tensor_of
 from fastdiff.sampling.network.attributes import attributes_of
+from fastdiff.sampling.network.execution import Executed, Programs
 from fastdiff.sampling.network.packing import PackedConvolution, packable
 from fastdiff.sampling.network.padding import PaddedConvolution, paddable
 from fastdiff.sampling.network.weights import Weights, signature
 
 Model = Callable[..., Tensor]
+Forward = PackedConvolution | PaddedConvolution | Executed
 
 
 class Network:
@@ -28,6 +30,8 @@ class Network:
     ``channels_last``: x and the weights of plain 2-D convolutions in that layout; None: as the
     weights are.
     ``compile``: False, True or torch.compile's keyword arguments.
+    ``executor``: whether UNets run as programs of fused operations: "auto" (where that pays), True
+    or False.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class Network:
         dtype: torch.dtype | None,
         channels_last: bool | None,
         compile: bool | dict[str, Any],
+        executor: bool | str = "auto",
     ):
         self.model, self.dtype = model, dtype
         self.module = module_of(model)
@@ -46,6 +51,7 @@ class Network:
         self.captures = self.compile_options.get("mode") in ("reduce-overhead", "max-autotune")
         self.asked_channels_last = channels_last
         self.weights = Weights(dtype)
+        self.programs = Programs(executor, dtype, self.compiles)
         self.lock = self.replica.lock
         self.running = self.watched = 0  # calls
         self._made_for: Any = None
@@ -53,7 +59,8 @@ class Network:
 
     def __reduce__(self) -> tuple[Any, ...]:
         compile = self.compile_options if self.compiles else False
-        return Network, (self.model, self.dtype, self.asked_channels_last, compile)
+        given = (self.model, self.dtype, self.asked_channels_last, compile)
+        return Network, (*given, self.programs.executor)
 
     def __call__(self, x: Tensor, timesteps: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """The output, (N, C or 2C, ...), for x (N, C, ...) and float32 (N,) timesteps."""
@@ -142,6 +149,8 @@ class Network:
             self.replica.write_back()
             self.replica.refresh()
             self._make_callable()
+            if self.running and not self.programs.follow(self.replica):
+                self._refresh_weights()
 
     def _make_callable(self) -> None:
         """``call``, compiled anew where the replica has become another one."""
@@ -155,7 +164,12 @@ class Network:
     def _refresh_weights(self) -> None:
         twins = self.replica.modules()
         low = self.weights.low
-        forwards = {} if self.compiles else {twin: forward_of(twin, low) for twin in twins}
+        programs = self.programs.of(self.replica)
+        # A program reads the weights of its parts themselves.
+        parts = {part for twin in programs for part in twin.original.modules()}
+        alone = [] if self.compiles else [t for t in twins if t.original not in parts]
+        forwards: dict[Twin, Forward | None] = {twin: forward_of(twin, low) for twin in alone}
+        forwards |= programs
         # Read when it is packed, and not at every call.
         kept = {t.original.weight for t, f in forwards.items() if isinstance(f, PackedConvolution)}
         laid_out: set[nn.Module] = set()
@@ -164,7 +178,9 @@ class Network:
         # A call in inference mode must not leave tensors that others cannot update.
         with torch.inference_mode(False), torch.no_grad():
             for twin in twins:
-                copies = self.weights.copies(twin, kept, twin.original in laid_out)
+                own = twin.original in parts
+                last = twin.original in laid_out
+                copies = {} if own else self.weights.copies(twin, kept, last)
                 twin.put(copies, forwards.get(twin))
                 if twin.forward is not None:
                     twin.forward.begin()
@@ -175,7 +191,7 @@ class Network:
                 twin.forward.end()
 
 
-def forward_of(twin: Twin, low: torch.dtype | None) -> PackedConvolution | PaddedConvolution | None:
+def forward_of(twin: Twin, low: torch.dtype | None) -> Forward | None:
     """What runs in place of a module's own forward under autocast of ``low``: that of before, or a
     new one; None where its own does."""
     kept = twin.forward

@@ -1,0 +1,1 @@
+"""A network's inference as a flat list of fused operations."""

@@ -1,0 +1,126 @@
+"""What the steps of a program call: operations by position, so that a step binds them once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff.models.resampling import upsample_nearest
+from fastdiff.ops.arithmetic import arithmetic
+from fastdiff.ops.attention.op import attention
+from fastdiff.ops.convolution.op import Packed, convolution, norm_coefficients
+from fastdiff.ops.convolution.reference import CONVOLUTIONS
+from fastdiff.ops.group_norm_silu.op import group_norm_silu
+
+MEMORY_FORMATS = {
+    "channels_last": torch.channels_last,
+    "contiguous": torch.contiguous_format,
+}
+
+
+def convert(x: Tensor, *, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+    return x.to(dtype).contiguous(memory_format=layout)
+
+
+def convolve(
+    x: Tensor,
+    weight: Packed,
+    bias: Tensor,
+    second: Tensor | None,
+    coefficients: Tensor | None,
+    add: Tensor | None,
+    residual: Tensor | None,
+    **options: Any,
+) -> Any:
+    """y, and where ``moments`` are asked for, (y, moments)."""
+    y = convolution(
+        x,
+        weight.weight,
+        bias,
+        second=second,
+        coefficients=coefficients,
+        add=add,
+        residual=residual,
+        **options,
+    )
+    return y if options.get("moments") else y[0]
+
+
+def coefficients(
+    moments: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    second: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    *,
+    groups: int,
+    eps: float,
+) -> Tensor:
+    return norm_coefficients(
+        moments, groups, weight, bias, eps, second=second, scale=scale, shift=shift
+    )
+
+
+def moments(x: Tensor) -> Tensor:
+    """The mean and the biased variance of each sample's channels, (N, 2, C)."""
+    positions = x.flatten(2).to(arithmetic(x.dtype))
+    return torch.stack([positions.mean(2), positions.var(2, unbiased=False)], dim=1)
+
+
+def attend(qkv: Tensor, *, num_heads: int, order: str) -> Tensor:
+    """(N, C, *spatial), tokens before channels, of (N, 3C, *spatial)."""
+    return attention(qkv.flatten(2), num_heads, order=order).unflatten(2, qkv.shape[2:])
+
+
+def project(emb: Tensor, weight: Tensor, bias: Tensor, *, widths: Sequence[int]) -> Any:
+    parts = F.linear(emb, weight, bias).split(widths, dim=1)
+    return parts if len(parts) > 1 else parts[0]
+
+
+def plain_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    add: Tensor | None,
+    residual: Tensor | None,
+    *,
+    stride: Any,
+    padding: Any,
+    after: int,
+) -> Tensor:
+    dims = x.dim() - 2
+    if after:
+        x = F.pad(x, (0, after) * min(dims, 2))
+    y = CONVOLUTIONS[dims](x, weight, bias, stride, padding)
+    if add is not None:
+        y += add.reshape(*add.shape, *(1,) * dims)
+    if residual is not None:
+        y += residual
+    return y
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    *,
+    groups: int,
+    eps: float,
+    activation: str | None,
+) -> Tensor:
+    return group_norm_silu(
+        x, groups, weight, bias, eps, scale=scale, shift=shift, activation=activation
+    )
+
+
+def concat(x: Tensor, second: Tensor) -> Tensor:
+    return torch.cat([x, second], dim=1)
+
+
+def upsample(x: Tensor, *, size: Sequence[int]) -> Tensor:
+    return upsample_nearest(x, size)

@@ -1,0 +1,116 @@
+"""UNets that run as programs of fused operations while a sampler samples."""
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.errors import InputError
+from fastdiff.models.execution.executor import Executor
+from fastdiff.models.execution.problems import DTYPES, difference
+from fastdiff.models.replicas.replica import Replica
+from fastdiff.models.replicas.twin import Twin
+from fastdiff.models.unet import UNet
+
+# With the reference's convolutions a program is slower than the modules: each norm's coefficients
+# are applied by passes of their own.
+PAYS = False
+
+
+class Executed:
+    """The forward of a UNet's twin, as a program in ``dtype``; None: in that of its weights."""
+
+    def __init__(self, twin: Twin, dtype: torch.dtype | None):
+        self.twin, self.dtype = twin.twin, dtype
+        self.executor = Executor(twin.original, dtype)
+
+    def __call__(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        low_res: Tensor | None = None,
+        noise_level: Tensor | None = None,
+    ) -> Tensor:
+        others = self.dtype is None and torch.is_autocast_enabled("cpu")  # the caller's
+        if torch.is_grad_enabled() or others:
+            return UNet.forward(self.twin, x, timesteps, y, low_res, noise_level)
+        return self.executor(x, timesteps, y, low_res, noise_level)
+
+    def begin(self) -> None:
+        """Read weights that may have changed unseen."""
+        self.executor.begin()
+
+    def end(self) -> None:
+        """Give the memory back."""
+        self.executor.end()
+
+
+class Programs:
+    """Which UNets of a replica run as programs, and why others do not.
+
+    ``executor``: True, False or "auto", where it pays; ``dtype``: of the network's autocast.
+    """
+
+    def __init__(self, executor: bool | str, dtype: torch.dtype | None, compiles: bool):
+        self.executor = executor
+        self.dtype = None if dtype == torch.float32 else dtype
+        self.wanted = not compiles and (executor is True or (executor == "auto" and PAYS))
+        self.refused = ""
+        self.forwards: dict[Twin, Executed] = {}
+
+    def of(self, replica: Replica) -> dict[Twin, Executed]:
+        """What runs in place of the forwards of these twins.
+
+        InputError where all must (``executor=True``), and one cannot.
+        """
+        if not self.wanted:
+            return {}
+        twins = {twin.original: twin for twin in replica.modules()}
+        unets = [module for module, _ in replica.parts() if isinstance(module, UNet)]
+        self.forwards, self.refused = {}, "" if unets else "the model has no UNet of fastdiff"
+        for unet in unets:
+            twin = twins.get(unet)
+            said = self._refusal(unet) if twin else "it cannot be replicated"
+            if said or twin is None:
+                self.refused = said
+            else:
+                self.forwards[twin] = self._forward(twin)
+        if self.refused and self.executor is True:
+            raise InputError(f"executor=True: {self.refused}; take executor='auto' or False")
+        return self.forwards
+
+    def follow(self, replica: Replica) -> bool:
+        """See what was done to the weights since the call began; False where a UNet has become one
+        that is not executed."""
+        present = {twin.original: twin for twin in replica.modules()}
+        for twin, forward in self.forwards.items():
+            if present.get(twin.original) is not twin or self._refusal(twin.original):
+                return False
+            forward.executor.refresh()
+        return True
+
+    def explain(self) -> str:
+        """How the UNets run; "" where programs are not wanted, or nothing ran yet."""
+        if not self.wanted or not (self.refused or self.forwards):
+            return ""
+        if self.refused:
+            return f"the network as it is: {self.refused}"
+        counts = (forward.executor.count for forward in self.forwards.values())
+        return f"the network as a program of {' and '.join(map(str, counts))} operations"
+
+    def _forward(self, twin: Twin) -> Executed:
+        kept = twin.forward
+        return kept if type(kept) is Executed else Executed(twin, self.dtype)
+
+    def _refusal(self, unet: nn.Module) -> str:
+        """Why this UNet is not executed; "" where it is."""
+        found = difference(unet)
+        if found or self.dtype is None:
+            return found
+        own = next(unet.parameters()).dtype
+        if self.dtype in DTYPES and own in (torch.float32, self.dtype):
+            return ""
+        return f"its weights are {name_of(own)}, to be run in {name_of(self.dtype)}"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,253 @@
+"""A U-Net as a program of fused operations computes what its forward does."""
+
+import functools
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fastdiff import UNet
+from fastdiff.errors import InputError
+from fastdiff.models import presets
+from fastdiff.models.execution.executor import Executor
+from unet_tools import batch, small_unet
+
+# Everything of Ho et al.'s network but its size.
+HO = {
+    "channel_mult": (1, 2, 2),
+    "norm_eps": 1e-6,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "downsample_padding": 0,
+}
+ADM = {
+    "use_scale_shift_norm": True,
+    "resblock_updown": True,
+    "use_new_attention_order": True,
+    "num_head_channels": 16,
+    "num_classes": 3,
+    "out_channels": 6,
+}
+CASES = {
+    "digits": (dict(presets.get("digits").model), (8, 8)),
+    "plain": ({}, (8, 8)),
+    "Ho et al.": (HO, (8, 8)),
+    "ADM": (ADM, (8, 8)),
+    "pools and repeats": ({"conv_resample": False}, (8, 8)),
+    "upsampler": ({"super_res": True, "noise_cond": True, "num_classes": 3}, (8, 8)),
+    "groups of one channel": ({"norm_num_groups": 32, "attention_resolutions": ()}, (8, 8)),
+    "few channels": ({"model_channels": 6, "num_heads": 2, "in_channels": 1}, (8, 8)),
+    "odd": (HO, (7, 9)),
+    "odd in res blocks": (ADM, (5, 7)),
+    "one pixel": ({}, (1, 1)),
+    "1-D": ({"dims": 1, "use_scale_shift_norm": True}, (9,)),
+    "3-D": ({"dims": 3, **HO}, (3, 8, 8)),
+    "3-D in res blocks": ({"dims": 3, "resblock_updown": True}, (2, 5, 6)),
+}
+
+
+def arguments(model: UNet, size, n: int = 2) -> dict:
+    x, t, y = batch(model, *size, n=n)
+    given = {"x": x, "timesteps": t} | ({} if y is None else {"y": y})
+    if model.super_res:
+        given["low_res"] = torch.randn(n, model.in_channels, *(-(-side // 2) for side in size))
+    if model.noise_cond:
+        given["noise_level"] = torch.linspace(0.1, 0.6, n)
+    return given
+
+
+def in_dtype(given: dict, dtype: torch.dtype) -> dict:
+    return {k: v.to(dtype) if k in ("x", "low_res") else v for k, v in given.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_answers_are_the_forwards(case):
+    options, size = CASES[case]
+    model = small_unet(**options)
+    given = arguments(model, size)
+    with torch.no_grad():
+        single = Executor(model)(**given)
+        assert single.dtype == torch.float32 and single.shape[2:] == tuple(size)
+        assert single.std() > 0.01
+        model.double()
+        exact = model(**in_dtype(given, torch.float64))
+        double = Executor(model)(**in_dtype(given, torch.float64))
+    assert (double - exact).abs().max() < 1e-10
+    assert (single - exact).abs().max() < 2e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("case", ["plain", "ADM", "1-D"])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_bfloat16_is_as_near_as_the_forwards_own(case, weights):
+    options, size = CASES[case]
+    model = small_unet(**options)
+    given = arguments(model, size)
+    with torch.no_grad():
+        exact = model(**given)
+        with torch.autocast("cpu", torch.bfloat16):
+            theirs = model(**given) - exact
+        ours = Executor(model.to(weights), torch.bfloat16)(**given) - exact
+    if weights == torch.float32:
+        assert ours.square().mean() < 1.5 * theirs.square().mean()
+    assert ours.abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("case", ["plain", "ADM", "3-D"])
+def test_an_empty_batch(case):
+    options, size = CASES[case]
+    model = small_unet(**options)
+    given = arguments(model, size, n=0)
+    assert Executor(model)(**given).shape == model(**given).shape
+
+
+@pytest.mark.seconds
+@settings(deadline=None, max_examples=15)
+@given(
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    model_channels=st.integers(1, 40),
+    resblock_updown=st.booleans(),
+    conv_resample=st.booleans(),
+)
+def test_any_size_and_width(height, width, model_channels, resblock_updown, conv_resample):
+    model = small_unet(
+        model_channels=model_channels,
+        channel_mult=(1, 1, 1),
+        attention_resolutions=(4,),
+        resblock_updown=resblock_updown,
+        conv_resample=conv_resample,
+    ).double()
+    given = in_dtype(arguments(model, (height, width)), torch.float64)
+    with torch.no_grad():
+        assert (Executor(model)(**given) - model(**given)).abs().max() < 1e-10
+
+
+def test_one_executor_serves_many_shapes_layouts_and_dtypes():
+    model = small_unet()
+    executor = Executor(model)
+    with torch.no_grad():
+        for n, size, dtype in [(2, (8, 8), torch.float32), (1, (6, 4), torch.float64)] * 2:
+            x, t, _ = batch(model, *size, n=n)
+            for laid_out in (x, x.contiguous(memory_format=torch.channels_last), x.mT.mT):
+                found = executor(laid_out.to(dtype), t)
+                assert found.dtype == dtype
+                torch.testing.assert_close(found, model(x, t).to(dtype), rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_and_gradients_of_the_caller_change_nothing():
+    model = small_unet()
+    x, t, _ = batch(model, 8, 8)
+    executor = Executor(model)
+    expected = executor(x, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = executor(x.requires_grad_(), t)
+    assert torch.equal(found, expected) and not found.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(executor(x, t), expected)
+
+
+# --- Weights ------------------------------------------------------------------------------------
+
+
+def changes(model: UNet):
+    """What may happen to weights, as functions of one layer."""
+    layer = model.middle_block[0].in_layers[2]
+
+    def exchange():
+        layer.weight = nn.Parameter(layer.weight * 2)
+
+    def in_place():
+        layer.weight.mul_(2)
+
+    def unseen():  # neither address nor version change
+        layer.weight.data.mul_(2)
+
+    def module():
+        other = nn.Conv2d(layer.in_channels, layer.out_channels, 3, padding=1)
+        model.middle_block[0].in_layers[2] = other
+
+    return {"exchange": exchange, "in place": in_place, "unseen": unseen, "module": module}
+
+
+@pytest.mark.parametrize("kind", ["exchange", "in place", "unseen", "module"])
+@pytest.mark.parametrize("inside", [False, True])
+@torch.no_grad()
+def test_weights_are_live(kind, inside):
+    model = small_unet()
+    x, t, _ = batch(model, 8, 8)
+    executor = Executor(model)
+    before = model(x, t)
+    if inside:
+        executor.begin()
+    torch.testing.assert_close(executor(x, t), before, rtol=1e-4, atol=1e-4)
+    changes(model)[kind]()
+    if inside:
+        executor.begin() if kind == "unseen" else executor.refresh()
+    found = executor(x, t)
+    torch.testing.assert_close(found, model(x, t), rtol=1e-4, atol=1e-4)
+    assert (found - before).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_weights_are_packed_once_between_begin_and_end(monkeypatch):
+    from fastdiff.models.execution import executor as module
+
+    packed, pack = [], module.pack
+    monkeypatch.setattr(module, "pack", lambda *args: packed.append(1) or pack(*args))
+    model = small_unet()
+    x, t, _ = batch(model, 8, 8)
+    executor = Executor(model)
+    executor.begin()
+    for n in (1, 2, 2):
+        executor(x[:n], t[:n])
+        executor.refresh()
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d)]
+    assert len(packed) == len(convolutions)
+    executor.end()
+    executor(x, t)
+    assert len(packed) == 2 * len(convolutions)
+
+
+# --- Refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"x": torch.zeros(2, 4, 8, 8)}, "expected (N, 3, H, W)"),
+        ({"timesteps": torch.zeros(3)}, "timesteps have shape (3,)"),
+        ({"y": torch.zeros(2, dtype=torch.long)}, "the network has no classes"),
+        ({"low_res": torch.zeros(2, 3, 4, 4)}, "not built with super_res"),
+    ],
+)
+def test_arguments_that_the_forward_refuses(given, message):
+    executor = Executor(small_unet())
+    arguments = {"x": torch.zeros(2, 3, 8, 8), "timesteps": torch.zeros(2), **given}
+    with pytest.raises(InputError) as caught:
+        executor(**arguments)
+    assert message in str(caught.value)
+
+
+def test_a_network_that_changed_is_refused_where_it_would_be_run():
+    model = small_unet()
+    executor = Executor(model)
+    x, t, _ = batch(model, 8, 8)
+    model.out[2].register_forward_hook(lambda *_: None)
+    for call in (executor.begin, functools.partial(executor, x, t)):
+        with pytest.raises(InputError, match="not executed as a program: out.2 has a hook"):
+            call()
+
+
+def test_a_dtype_that_is_not_served():
+    with pytest.raises(InputError, match="dtype is torch.float16; expected torch.float32"):
+        Executor(small_unet(), torch.float16)
+
+
+def test_nothing_warns():
+    model = small_unet(**ADM)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Executor(model)(**arguments(model, (8, 8)))
