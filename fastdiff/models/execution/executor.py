@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.errors import InputError
+from fastdiff.models.execution.bound import Bound
 from fastdiff.models.execution.explanation import explanation
 from fastdiff.models.execution.lowering import Lowering
 from fastdiff.models.execution.plan import Plan
@@ -15,7 +16,7 @@ from fastdiff.models.execution.problems import DTYPES, difference, dtype_of
 from fastdiff.models.execution.program import Program, Weight
 from fastdiff.models.unet import UNet
 from fastdiff.ops.arithmetic import arithmetic
-from fastdiff.ops.convolution.op import pack
+from fastdiff.ops.convolution.packed import pack
 
 MOST_PLANS = 8
 
@@ -45,7 +46,7 @@ class Executor:
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._packed: dict[Weight, Any] | None = None
         self._packed_of: Any = None
-        self._bound: dict[Plan, list[Any]] = {}
+        self._idle: dict[Plan, list[Bound]] = {}  # between begin and end, and in no call
         self._lock = threading.Lock()
         self._last: Plan | None = None
         self._check()
@@ -70,14 +71,16 @@ class Executor:
         given |= {} if noise_level is None else {"noise_level": noise_level}
         with torch.autocast(x.device.type, enabled=False):
             plan = self._plan({name: tensor.shape for name, tensor in given.items()})
-            arguments = [given[name] for name in plan.inputs]
-            return plan.run(self._weights(plan), arguments).to(x.dtype)
+            packed, bound = self._bound(plan)
+            output = bound.run([given[name] for name in plan.inputs])
+            self._give_back(plan, packed, bound)
+            return output.to(x.dtype)
 
     def begin(self) -> None:
         """Pack the weights anew, which may have changed unseen. InputError as the constructor's."""
         self._check()
         with self._lock:
-            self._packed, self._bound = {}, {}
+            self._packed, self._idle = {}, {}
             self._packed_of = _versions(self.unet)
 
     def refresh(self) -> None:
@@ -88,7 +91,7 @@ class Executor:
     def end(self) -> None:
         """Give the memory back."""
         with self._lock:
-            self._packed, self._bound, self._packed_of = None, {}, None
+            self._packed, self._idle, self._packed_of = None, {}, None
 
     def explain(self) -> str:
         """The operations of the last call as a list, and what each block reads and writes."""
@@ -116,7 +119,7 @@ class Executor:
             if modules != self._modules:
                 self._modules = modules
                 self._plans.clear()
-                self._bound.clear()
+                self._idle.clear()
 
     def _plan(self, shapes: dict[str, tuple[int, ...]]) -> Plan:
         dtype = self.dtype or dtype_of(self.unet)
@@ -128,23 +131,29 @@ class Executor:
             self._plans.move_to_end(key)
             while len(self._plans) > MOST_PLANS:
                 _, old = self._plans.popitem(last=False)
-                self._bound.pop(old, None)
+                self._idle.pop(old, None)
             self._last = plan
         return plan
 
-    def _weights(self, plan: Plan) -> list[Any]:
-        """The plan's weights, packed."""
+    def _bound(self, plan: Plan) -> tuple[Any, Bound]:
+        """(the packed weights, the plan on them, for this call alone)."""
         packed = self._packed
         if packed is None:
-            return [_in_form(weight, plan.dtype) for weight in plan.weights]
-        bound = self._bound.get(plan)
-        if bound is None:
-            with self._lock:
-                for weight in plan.weights:
-                    if weight not in packed:
-                        packed[weight] = _in_form(weight, plan.dtype)
-                bound = self._bound[plan] = [packed[weight] for weight in plan.weights]
-        return bound
+            return None, Bound(plan, [_in_form(weight, plan.dtype) for weight in plan.weights])
+        with self._lock:
+            idle = self._idle.get(plan)
+            if idle and packed is self._packed:
+                return packed, idle.pop()
+            for weight in plan.weights:
+                if weight not in packed:
+                    packed[weight] = _in_form(weight, plan.dtype)
+            return packed, Bound(plan, [packed[weight] for weight in plan.weights])
+
+    def _give_back(self, plan: Plan, packed: Any, bound: Bound) -> None:
+        """For the next call that finds the same weights."""
+        with self._lock:
+            if packed is not None and packed is self._packed:
+                self._idle.setdefault(plan, []).append(bound)
 
 
 def planned(unet: UNet, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]]) -> Plan:

@@ -10,9 +10,11 @@ from torch import Tensor
 from fastdiff.models.resampling import upsample_nearest
 from fastdiff.ops.arithmetic import arithmetic
 from fastdiff.ops.attention.op import attention
-from fastdiff.ops.convolution.op import Packed, convolution, norm_coefficients
+from fastdiff.ops.convolution.op import convolution
+from fastdiff.ops.convolution.packed import Packed
 from fastdiff.ops.convolution.reference import CONVOLUTIONS
 from fastdiff.ops.group_norm_silu.op import group_norm_silu
+from fastdiff.ops.norm_coefficients.op import norm_coefficients
 
 MEMORY_FORMATS = {
     "channels_last": torch.channels_last,
@@ -37,7 +39,7 @@ def convolve(
     """y, and where ``moments`` are asked for, (y, moments)."""
     y = convolution(
         x,
-        weight.weight,
+        weight,
         bias,
         second=second,
         coefficients=coefficients,
@@ -73,11 +75,6 @@ def moments(x: Tensor) -> Tensor:
 def attend(qkv: Tensor, *, num_heads: int, order: str) -> Tensor:
     """(N, C, *spatial), tokens before channels, of (N, 3C, *spatial)."""
     return attention(qkv.flatten(2), num_heads, order=order).unflatten(2, qkv.shape[2:])
-
-
-def project(emb: Tensor, weight: Tensor, bias: Tensor, *, widths: Sequence[int]) -> Any:
-    parts = F.linear(emb, weight, bias).split(widths, dim=1)
-    return parts if len(parts) > 1 else parts[0]
 
 
 def plain_convolution(

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fastdiff.models.execution import functions
 from fastdiff.models.execution.program import Program, Value, Weight
@@ -21,16 +22,30 @@ CHANNELS_LAST, CONTIGUOUS = "channels_last", "contiguous"
 
 @dataclass(eq=False)
 class Slot:
-    """Room for one tensor: an argument, a weight (then ``weight`` says which), or a result."""
+    """Room for one tensor: an argument, a weight (then ``weight`` says which), a result, or columns
+    of another result, ``whole``, from ``start`` on."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     layout: str = CONTIGUOUS
     weight: Weight | None = None
+    whole: "Slot | None" = None
+    start: int = 0
 
     @property
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def view_of(self, memory: Tensor) -> Tensor:
+        """Such a tensor in ``nbytes`` of memory."""
+        values = memory.view(self.dtype)
+        if self.layout == CONTIGUOUS:
+            return values.view(self.shape)
+        n, channels, *size = self.shape
+        return values.view(n, *size, channels).movedim(-1, 1)
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        return whole[:, self.start : self.start + self.shape[1]]
 
 
 @dataclass(eq=False)
@@ -219,15 +234,18 @@ class Lowering:
         films = {v.inputs[1] for v in self.program.values if v.kind == "norm"}
         layers = tuple(v.layer for v in together if v.layer is not None)
         weights = (self._weight_slot(Weight(layers, name, "vector")) for name in ("weight", "bias"))
+        n, vectors = emb.shape[0], self.program.vectors
+        whole = Slot((n, sum(v.shape[1] for v in together)), vectors)
+        start = 0
         for v in together:
-            n, width = v.shape
-            widths = [width // 2, width // 2] if v in films else [width]
-            self._parts[v] = [Slot((n, part), self.program.vectors) for part in widths]
+            parts = 2 if v in films else 1
+            width = v.shape[1] // parts
+            self._parts[v] = []
+            for _ in range(parts):
+                self._parts[v].append(Slot((n, width), vectors, whole=whole, start=start))
+                start += width
             self._made[v] = self._parts[v][0]
-        made = [slot for v in together for slot in self._parts[v]]
-        widths = [slot.shape[1] for slot in made]
-        reads = [self._tensor(emb), *weights]
-        self._emit("projections", None, functions.project, reads, *made, widths=widths)
+        self._emit("projections", None, F.linear, [self._tensor(emb), *weights], whole)
         return self._made[value]
 
     def _film(self, film: Value | None) -> list[Slot | None]:

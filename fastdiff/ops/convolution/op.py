@@ -83,7 +83,7 @@ def convolution(
     assert panels is not None
     silu = activation is not None
     k, _, height, width = whole.shape
-    geometry = (k, height, width, stride, padding[0], padding[1], upsample)
+    geometry: tuple[Any, ...] = (k, height, width, stride, *padding, upsample)
     return _kernel(Arguments(x, panels, *tensors, *geometry, silu, products, moments))
 
 
