@@ -125,6 +125,7 @@ def test_any_size_and_width(height, width, model_channels, resblock_updown, conv
         assert (Executor(model)(**given) - model(**given)).abs().max() < 1e-10
 
 
+@pytest.mark.seconds
 def test_one_executor_serves_many_shapes_layouts_and_dtypes():
     model = small_unet()
     executor = Executor(model)

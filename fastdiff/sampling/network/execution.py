@@ -94,7 +94,9 @@ class Programs:
             return ""
         if self.refused:
             return f"the network as it is: {self.refused}"
-        counts = (forward.executor.count for forward in self.forwards.values())
+        counts = [f.executor.count for f in self.forwards.values() if f.executor.count]
+        if not counts:
+            return "the network as it is: its forward was called by itself, and not the network"
         return f"the network as a program of {' and '.join(map(str, counts))} operations"
 
     def _forward(self, twin: Twin) -> Executed:
