@@ -208,8 +208,8 @@ def test_packed_weights_are_given_back():
     model = calm_unet()
     sampler = Sampler(model, PROCESS, steps=2, executor=True)
     held = []
-    sampler.sample(SHAPE, callback=lambda step: held.append(programs(sampler)[0].executor._packed))
-    assert held[0] and programs(sampler)[0].executor._packed is None
+    sampler.sample(SHAPE, callback=lambda step: held.append(programs(sampler)[0].executor._weights))
+    assert held[0] and programs(sampler)[0].executor._weights is None
 
 
 def test_a_caller_with_autocast_or_gradients_gets_the_forward():

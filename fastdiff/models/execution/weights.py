@@ -1,0 +1,45 @@
+"""A network's weights in the forms in which a program reads them."""
+
+import threading
+from typing import Any
+
+import torch
+
+from fastdiff.models.execution.plan import Plan
+from fastdiff.models.execution.program import Weight
+from fastdiff.ops.arithmetic import arithmetic
+from fastdiff.ops.convolution.op import pack
+
+
+class Weights:
+    """What plans read, made of the parameters once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Weight, torch.dtype], Any] = {}
+        self._of_plan: dict[Plan, list[Any]] = {}
+        self._lock = threading.Lock()
+
+    def of(self, plan: Plan) -> list[Any]:
+        """The plan's weights, in its order."""
+        found = self._of_plan.get(plan)
+        if found is None:
+            with self._lock:
+                found = [self._in_form(weight, plan.dtype) for weight in plan.weights]
+                self._of_plan[plan] = found
+        return found
+
+    def _in_form(self, weight: Weight, dtype: torch.dtype) -> Any:
+        key = (weight, dtype)
+        if key not in self._made:
+            self._made[key] = _in_form(weight, dtype)
+        return self._made[key]
+
+
+def _in_form(weight: Weight, dtype: torch.dtype) -> Any:
+    parts = [layer.get_parameter(weight.name).detach() for layer in weight.layers]
+    made = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if weight.form == "vector":
+        return made.to(arithmetic(dtype))
+    if weight.dims and made.dim() != weight.dims + 2:  # a kernel of one, of any dimension
+        made = made.reshape(*made.shape[:2], *(1,) * weight.dims)
+    return pack(made, dtype) if weight.form == "packed" else made.to(dtype)
