@@ -217,6 +217,7 @@ def test_a_caller_with_autocast_or_gradients_gets_the_forward():
     theirs, ours = samplers(model)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(ours.sample(SHAPE), theirs.sample(SHAPE))
+    assert ours.explain().endswith("the network as it is: it is under the caller's autocast")
     scales = []
 
     def through(x, t):

@@ -64,10 +64,9 @@ class Executor:
             self._check()
             weights = Weights()
         self.unet.check(x, timesteps, y, low_res, noise_level)
+        conditions = {"y": y, "low_res": low_res, "noise_level": noise_level}
         given = {"x": x, "timesteps": timesteps}
-        given |= {} if y is None else {"y": y}
-        given |= {} if low_res is None else {"low_res": low_res}
-        given |= {} if noise_level is None else {"noise_level": noise_level}
+        given |= {name: tensor for name, tensor in conditions.items() if tensor is not None}
         with torch.autocast(x.device.type, enabled=False):
             plan = self._plan({name: tensor.shape for name, tensor in given.items()})
             self._last = plan

@@ -36,7 +36,7 @@ class Plan:
             for step, ended in zip(self.steps, ends, strict=True)
         ]
 
-    def run(self, weights: Sequence[Any], inputs: Sequence[Tensor | None]) -> Tensor:
+    def run(self, weights: Sequence[Any], inputs: Sequence[Tensor]) -> Tensor:
         """The result for the arguments, in the order of ``inputs``."""
         values: Values = [None, *weights, *inputs]
         values += [None] * (len(self._place) - len(values))
