@@ -165,7 +165,7 @@ class Encoder(nn.Module):
     def _unroll_embed(self, program: Program, timesteps: Value, *others: Value) -> Value:
         emb = self._unroll_embedding(program, self.time_embed, timesteps)
         for other in others:
-            emb = program.plain("add", torch.add, emb, other, shape=emb.shape)
+            emb = program.plain("add", torch.add, emb, other, shape=emb.shape, layer=emb.layer)
         return program.silu(emb)
 
     def _unroll_embedding(

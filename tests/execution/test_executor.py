@@ -12,6 +12,7 @@ from torch import nn
 from fastdiff import UNet
 from fastdiff.errors import InputError
 from fastdiff.models import presets
+from fastdiff.models.execution import weights
 from fastdiff.models.execution.executor import Executor
 from unet_tools import batch, small_unet
 
@@ -80,8 +81,8 @@ def test_the_answers_are_the_forwards(case):
 
 
 @pytest.mark.parametrize("case", ["plain", "ADM", "1-D"])
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-def test_bfloat16_is_as_near_as_the_forwards_own(case, weights):
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_bfloat16_is_as_near_as_the_forwards_own(case, stored):
     options, size = CASES[case]
     model = small_unet(**options)
     given = arguments(model, size)
@@ -89,8 +90,8 @@ def test_bfloat16_is_as_near_as_the_forwards_own(case, weights):
         exact = model(**given)
         with torch.autocast("cpu", torch.bfloat16):
             theirs = model(**given) - exact
-        ours = Executor(model.to(weights), torch.bfloat16)(**given) - exact
-    if weights == torch.float32:
+        ours = Executor(model.to(stored), torch.bfloat16)(**given) - exact
+    if stored == torch.float32:
         assert ours.square().mean() < 1.5 * theirs.square().mean()
     assert ours.abs().max() < 0.05 * exact.abs().max()
 
@@ -104,7 +105,7 @@ def test_an_empty_batch(case):
 
 
 @pytest.mark.seconds
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(
     height=st.integers(1, 9),
     width=st.integers(1, 9),
@@ -125,6 +126,7 @@ def test_any_size_and_width(height, width, model_channels, resblock_updown, conv
         assert (Executor(model)(**given) - model(**given)).abs().max() < 1e-10
 
 
+@pytest.mark.seconds
 def test_one_executor_serves_many_shapes_layouts_and_dtypes():
     model = small_unet()
     executor = Executor(model)
@@ -193,10 +195,8 @@ def test_weights_are_live(kind, inside):
 
 @torch.no_grad()
 def test_weights_are_packed_once_between_begin_and_end(monkeypatch):
-    from fastdiff.models.execution import executor as module
-
-    packed, pack = [], module.pack
-    monkeypatch.setattr(module, "pack", lambda *args: packed.append(1) or pack(*args))
+    packed, pack = [], weights.pack
+    monkeypatch.setattr(weights, "pack", lambda *args: packed.append(1) or pack(*args))
     model = small_unet()
     x, t, _ = batch(model, 8, 8)
     executor = Executor(model)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
 
 from fastdiff import UNet
@@ -124,6 +125,16 @@ def test_what_was_changed_is_named(change):
 @pytest.mark.parametrize("model", [Derived(**SMALL), nn.Linear(1, 1), len])
 def test_what_is_no_unet_of_fastdiff(model):
     assert problem(model).endswith("not a UNet of fastdiff")
+
+
+def test_a_hook_on_all_modules():
+    model = small_unet()
+    handle = register_module_forward_hook(lambda *_: None)
+    try:
+        assert problem(model) == "there is a hook on all modules"
+    finally:
+        handle.remove()
+    assert problem(model) == ""
 
 
 def test_a_network_that_drops_in_training_mode():

@@ -96,6 +96,13 @@ def test_a_unet_inside_of_something_runs_as_a_program(kind):
     assert_same(wrapped)
 
 
+def test_a_forward_that_is_called_by_itself_is_no_program():
+    model = calm_unet()
+    theirs, ours = samplers(model.forward)
+    assert torch.equal(ours.sample(SHAPE), theirs.sample(SHAPE))
+    assert ours.explain().endswith("its forward was called by itself, and not the network")
+
+
 def test_the_process_of_karras_runs_its_network_as_a_program():
     model, process = calm_unet(), EDM(20)
     both = [
@@ -147,7 +154,7 @@ def test_changes_between_two_steps_are_seen():
         return sampler.sample(SHAPE, callback=lambda step: change(model))
 
     def in_place(model):
-        model.middle_block[0].in_layers[2].weight.mul_(2)
+        model.out[2].weight.mul_(2)
 
     def exchange(model):
         torch.manual_seed(1)
@@ -201,8 +208,8 @@ def test_packed_weights_are_given_back():
     model = calm_unet()
     sampler = Sampler(model, PROCESS, steps=2, executor=True)
     held = []
-    sampler.sample(SHAPE, callback=lambda step: held.append(programs(sampler)[0].executor._packed))
-    assert held[0] and programs(sampler)[0].executor._packed is None
+    sampler.sample(SHAPE, callback=lambda step: held.append(programs(sampler)[0].executor._weights))
+    assert held[0] and programs(sampler)[0].executor._weights is None
 
 
 def test_a_caller_with_autocast_or_gradients_gets_the_forward():
@@ -210,6 +217,7 @@ def test_a_caller_with_autocast_or_gradients_gets_the_forward():
     theirs, ours = samplers(model)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(ours.sample(SHAPE), theirs.sample(SHAPE))
+    assert ours.explain().endswith("the network as it is: it is under the caller's autocast")
     scales = []
 
     def through(x, t):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from capture_tools import assert_equal, pair
-from fastdiff.sampling.network import packing, padding
+from fastdiff.sampling.network import execution, packing, padding
 from fastdiff.sampling.network.network import Network
 from fastdiff.sampling.network.padding import PaddedConvolution
 from fastdiff.sampling.sampler import Sampler
@@ -30,6 +30,7 @@ def padded(monkeypatch):
 
     monkeypatch.setattr(padding, "DEVICES", ("cpu",))
     monkeypatch.setattr(packing, "serves", lambda dtype: False)
+    monkeypatch.setattr(execution, "PAYS", False)
     monkeypatch.setattr(PaddedConvolution, "__call__", counted)
     return calls
 

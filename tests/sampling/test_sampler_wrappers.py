@@ -51,7 +51,7 @@ def model():
 
 def samples(called):
     diffusion = fastdiff.create_diffusion(steps=20, noise_schedule="cosine")
-    sampler = fastdiff.Sampler(called, diffusion, steps=2, guidance_scale=2.0)
+    sampler = fastdiff.Sampler(called, diffusion, steps=2, guidance_scale=2.0, executor=False)
     return sampler.sample((2, 1, 4, 4), seed=1, model_kwargs={"y": torch.tensor([0, 2])})
 
 

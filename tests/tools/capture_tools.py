@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastdiff.sampling import capture
-from fastdiff.sampling.network import packing
+from fastdiff.sampling.network import execution, packing
 from fastdiff.sampling.sampler import Sampler
 from graph_tape import Tape
 from sampler_tools import SHAPE, Tiny, diffusion
@@ -22,6 +22,7 @@ def taped() -> Iterator[Callable[[], int]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(capture, "GRAPH", Tape)
         patch.setattr(packing, "serves", lambda dtype: False)  # a GPU has nothing packed
+        patch.setattr(execution, "PAYS", False)  # nor programs
         yield lambda: Tape.made - before
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.sampling import cuda_graph
-from fastdiff.sampling.network import packing
+from fastdiff.sampling.network import execution, packing
 from graph_tape import Recording
 
 
@@ -197,4 +197,5 @@ def faked():
         patch.setattr(torch._C, "_cuda_endAllocateToPool", cuda.end_allocate_to_pool, raising=False)
         patch.setattr(torch._C, "_cuda_releasePool", cuda.release_pool, raising=False)
         patch.setattr(packing, "serves", lambda dtype: False)  # a GPU has nothing packed
+        patch.setattr(execution, "PAYS", False)  # nor programs
         yield cuda

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.errors import InputError
-from fastdiff.models.execution.bound import Bound
 from fastdiff.models.execution.explanation import explanation
 from fastdiff.models.execution.lowering import Lowering
 from fastdiff.models.execution.plan import Plan
 from fastdiff.models.execution.problems import DTYPES, difference, dtype_of
-from fastdiff.models.execution.program import Program, Weight
+from fastdiff.models.execution.program import Program
+from fastdiff.models.execution.weights import Weights
 from fastdiff.models.unet import UNet
-from fastdiff.ops.arithmetic import arithmetic
-from fastdiff.ops.convolution.packed import pack
 
 MOST_PLANS = 8
 
@@ -44,9 +42,8 @@ class Executor:
         self.unet, self.dtype = unet, dtype
         self._modules: list[nn.Module] = []  # that the plans are of
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
-        self._packed: dict[Weight, Any] | None = None
-        self._packed_of: Any = None
-        self._idle: dict[Plan, list[Bound]] = {}  # between begin and end, and in no call
+        self._weights: Weights | None = None
+        self._weights_of: Any = None
         self._lock = threading.Lock()
         self._last: Plan | None = None
         self._check()
@@ -62,36 +59,33 @@ class Executor:
     ) -> Tensor:
         """As ``UNet.forward``: (N, out_channels, *spatial) in the dtype of ``x``. Raises InputError
         for the arguments that it does."""
-        if self._packed is None:
+        weights = self._weights
+        if weights is None:  # outside of a sampler's call
             self._check()
+            weights = Weights()
         self.unet.check(x, timesteps, y, low_res, noise_level)
+        conditions = {"y": y, "low_res": low_res, "noise_level": noise_level}
         given = {"x": x, "timesteps": timesteps}
-        given |= {} if y is None else {"y": y}
-        given |= {} if low_res is None else {"low_res": low_res}
-        given |= {} if noise_level is None else {"noise_level": noise_level}
+        given |= {name: tensor for name, tensor in conditions.items() if tensor is not None}
         with torch.autocast(x.device.type, enabled=False):
             plan = self._plan({name: tensor.shape for name, tensor in given.items()})
-            packed, bound = self._bound(plan)
-            output = bound.run([given[name] for name in plan.inputs])
-            self._give_back(plan, packed, bound)
-            return output.to(x.dtype)
+            self._last = plan
+            with weights.bound(plan) as bound:
+                return bound.run([given[name] for name in plan.inputs]).to(x.dtype)
 
     def begin(self) -> None:
         """Pack the weights anew, which may have changed unseen. InputError as the constructor's."""
         self._check()
-        with self._lock:
-            self._packed, self._idle = {}, {}
-            self._packed_of = _versions(self.unet)
+        self._weights_of, self._weights = _versions(self.unet), Weights()
 
     def refresh(self) -> None:
         """Pack the weights anew if one has been exchanged or written to."""
-        if self._packed_of != _versions(self.unet):
+        if self._weights_of != _versions(self.unet):
             self.begin()
 
     def end(self) -> None:
         """Give the memory back."""
-        with self._lock:
-            self._packed, self._idle, self._packed_of = None, {}, None
+        self._weights = self._weights_of = None
 
     def explain(self) -> str:
         """The operations of the last call as a list, and what each block reads and writes."""
@@ -119,7 +113,6 @@ class Executor:
             if modules != self._modules:
                 self._modules = modules
                 self._plans.clear()
-                self._idle.clear()
 
     def _plan(self, shapes: dict[str, tuple[int, ...]]) -> Plan:
         dtype = self.dtype or dtype_of(self.unet)
@@ -130,30 +123,8 @@ class Executor:
                 plan = self._plans[key] = planned(self.unet, dtype, shapes)
             self._plans.move_to_end(key)
             while len(self._plans) > MOST_PLANS:
-                _, old = self._plans.popitem(last=False)
-                self._idle.pop(old, None)
-            self._last = plan
+                self._plans.popitem(last=False)
         return plan
-
-    def _bound(self, plan: Plan) -> tuple[Any, Bound]:
-        """(the packed weights, the plan on them, for this call alone)."""
-        packed = self._packed
-        if packed is None:
-            return None, Bound(plan, [_in_form(weight, plan.dtype) for weight in plan.weights])
-        with self._lock:
-            idle = self._idle.get(plan)
-            if idle and packed is self._packed:
-                return packed, idle.pop()
-            for weight in plan.weights:
-                if weight not in packed:
-                    packed[weight] = _in_form(weight, plan.dtype)
-            return packed, Bound(plan, [packed[weight] for weight in plan.weights])
-
-    def _give_back(self, plan: Plan, packed: Any, bound: Bound) -> None:
-        """For the next call that finds the same weights."""
-        with self._lock:
-            if packed is not None and packed is self._packed:
-                self._idle.setdefault(plan, []).append(bound)
 
 
 def planned(unet: UNet, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]]) -> Plan:
@@ -165,17 +136,6 @@ def planned(unet: UNet, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]]) 
     output = unet.unroll(program, values["x"], values["timesteps"], *conditions)
     names = {module: name for name, module in unet.named_modules()}
     return Plan(Lowering(program, output), names)
-
-
-def _in_form(weight: Weight, dtype: torch.dtype) -> Any:
-    """A weight as its steps read it."""
-    parts = [layer.get_parameter(weight.name).detach() for layer in weight.layers]
-    made = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if weight.form == "vector":
-        return made.to(arithmetic(dtype))
-    if weight.dims and made.dim() != weight.dims + 2:  # a kernel of one, of any dimension
-        made = made.reshape(*made.shape[:2], *(1,) * weight.dims)
-    return pack(made, dtype) if weight.form == "packed" else made.to(dtype)
 
 
 def _versions(unet: nn.Module) -> list[tuple[int, int, torch.dtype]]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fastdiff.models.replicas.replica import others_watch
 from fastdiff.models.unet import UNet
 from fastdiff.models.valueless import valueless
 
@@ -41,6 +42,8 @@ def difference(unet: Any) -> str:
     Eval mode or not."""
     if type(unet) is not UNet:
         return f"it is a {_name(type(unet))}, not a UNet of fastdiff"
+    if others_watch():
+        return "there is a hook on all modules"
     expected = _expected(json.dumps(unet.config))
     found = dict(unet.named_modules(remove_duplicate=False))
     if found.keys() != expected.keys():

@@ -137,7 +137,7 @@ class Program:
         return self.plain("linear", nn.functional.linear, x, shape=shape, weights=weights)
 
     def silu(self, x: Value) -> Value:
-        return self.plain("silu", nn.functional.silu, x, shape=x.shape)
+        return self.plain("silu", nn.functional.silu, x, shape=x.shape, layer=x.layer)
 
     def plain(
         self,

@@ -76,7 +76,7 @@ class Replica:
         self._open: set[int] = set()  # what is being replaced
         self.left = []
         # Twins do not serve this model, or somebody's hook on all modules would be given them.
-        self.as_it_is = self.escaped or _others_watch()
+        self.as_it_is = self.escaped or others_watch()
         if self.as_it_is:
             self.call = self.model
             self.left.extend(modules_in(self.model))
@@ -306,7 +306,7 @@ def twin_of(module: nn.Module) -> Iterator[nn.Module]:
         yield twin
 
 
-def _others_watch() -> bool:
+def others_watch() -> bool:
     """Whether there are hooks on all modules beside ours. Private to PyTorch: without the names it
     keeps them under, none are seen."""
     hooks = [

@@ -79,12 +79,24 @@ def convolution(
         return reference.convolution(x, rounded, bias, **named)
     if packed is None or packed.panels is None:
         packed = pack(whole, x.dtype)
-    panels, products = packed.panels, int(packed.products)
-    assert panels is not None
-    silu = activation is not None
-    k, _, height, width = whole.shape
-    geometry: tuple[Any, ...] = (k, height, width, stride, *padding, upsample)
-    return _kernel(Arguments(x, panels, *tensors, *geometry, silu, products, moments))
+    assert packed.panels is not None
+    return _kernel(
+        Arguments(
+            x,
+            packed.panels,
+            *tensors,
+            out_channels=whole.shape[0],
+            kernel_height=whole.shape[2],
+            kernel_width=whole.shape[3],
+            stride=stride,
+            before=padding[0],
+            after=padding[1],
+            upsample=upsample,
+            silu=activation is not None,
+            products=int(packed.products),
+            moments=moments,
+        )
+    )
 
 
 def choose(x: Tensor, *others: Any, **named: Any) -> Choice:

@@ -16,11 +16,15 @@ PAYS = False
 
 
 class Executed:
-    """The forward of a UNet's twin, as a program in ``dtype``; None: in that of its weights."""
+    """The forward of a UNet's twin, as a program in ``dtype``; None: in that of its weights.
+
+    ``ran``: how the last call did, in words.
+    """
 
     def __init__(self, twin: Twin, dtype: torch.dtype | None):
         self.twin, self.dtype = twin.twin, dtype
         self.executor = Executor(twin.original, dtype)
+        self.ran = ""
 
     def __call__(
         self,
@@ -30,14 +34,19 @@ class Executed:
         low_res: Tensor | None = None,
         noise_level: Tensor | None = None,
     ) -> Tensor:
-        others = self.dtype is None and torch.is_autocast_enabled("cpu")  # the caller's
+        others = self.dtype is None and torch.is_autocast_enabled("cpu")
         if torch.is_grad_enabled() or others:
+            reason = "it is under the caller's autocast" if others else "gradients are wanted"
+            self.ran = f"the network as it is: {reason}"
             return UNet.forward(self.twin, x, timesteps, y, low_res, noise_level)
-        return self.executor(x, timesteps, y, low_res, noise_level)
+        output = self.executor(x, timesteps, y, low_res, noise_level)
+        self.ran = f"the network as a program of {self.executor.count} operations"
+        return output
 
     def begin(self) -> None:
         """Read weights that may have changed unseen."""
         self.executor.begin()
+        self.ran = "the network as it is: its forward was called by itself, and not the network"
 
     def end(self) -> None:
         """Give the memory back."""
@@ -90,12 +99,8 @@ class Programs:
 
     def explain(self) -> str:
         """How the UNets run; "" where programs are not wanted, or nothing ran yet."""
-        if not self.wanted or not (self.refused or self.forwards):
-            return ""
-        if self.refused:
-            return f"the network as it is: {self.refused}"
-        counts = (forward.executor.count for forward in self.forwards.values())
-        return f"the network as a program of {' and '.join(map(str, counts))} operations"
+        said = [f"the network as it is: {self.refused}"] if self.refused else []
+        return "; ".join([*said, *(forward.ran for forward in self.forwards.values())])
 
     def _forward(self, twin: Twin) -> Executed:
         kept = twin.forward
