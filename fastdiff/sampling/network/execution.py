@@ -9,10 +9,23 @@ from fastdiff.models.execution.problems import DTYPES, difference
 from fastdiff.models.replicas.replica import Replica
 from fastdiff.models.replicas.twin import Twin
 from fastdiff.models.unet import UNet
+from fastdiff.ops import backends, native
+from fastdiff.ops.backends import KERNEL_DTYPES
+from fastdiff.ops.convolution.packed import Products, products_of
 
-# With the reference's convolutions a program is slower than the modules: each norm's coefficients
-# are applied by passes of their own.
-PAYS = False
+
+def slower(dtype: torch.dtype) -> str:
+    """Why a network in ``dtype`` is better run as it is; "" where a program is faster."""
+    if backends.named() not in (None, "native"):
+        return f"the backend {backends.named()!r} was named"
+    if dtype not in KERNEL_DTYPES:
+        return f"no kernels multiply in {name_of(dtype)}"
+    # Of float32 products ours are as fast as PyTorch's, and what is around them is faster; in
+    # bfloat16 without tiles PyTorch's are faster.
+    own = products_of(dtype) != Products.FLOAT32
+    if own or (dtype == torch.float32 and native.library().current_isa() != "baseline"):
+        return ""
+    return f"PyTorch multiplies faster in {name_of(dtype)} on this CPU"
 
 
 class Executed:
@@ -62,7 +75,7 @@ class Programs:
     def __init__(self, executor: bool | str, dtype: torch.dtype | None, compiles: bool):
         self.executor = executor
         self.dtype = None if dtype == torch.float32 else dtype
-        self.wanted = not compiles and (executor is True or (executor == "auto" and PAYS))
+        self.wanted = not compiles and executor is not False
         self.refused = ""
         self.forwards: dict[Twin, Executed] = {}
 
@@ -109,12 +122,13 @@ class Programs:
     def _refusal(self, unet: nn.Module) -> str:
         """Why this UNet is not executed; "" where it is."""
         found = difference(unet)
-        if found or self.dtype is None:
+        if found:
             return found
         own = next(unet.parameters()).dtype
-        if self.dtype in DTYPES and own in (torch.float32, self.dtype):
-            return ""
-        return f"its weights are {name_of(own)}, to be run in {name_of(self.dtype)}"
+        dtype = self.dtype or own
+        if dtype not in DTYPES or own not in (torch.float32, dtype):
+            return f"its weights are {name_of(own)}, to be run in {name_of(dtype)}"
+        return "" if self.executor is True else slower(dtype)
 
 
 def name_of(dtype: torch.dtype) -> str:
