@@ -104,6 +104,9 @@ CHANGES = {
         lambda m: m.config.update(model_channels=64),
         "the network has _settings",
     ),
+    "an argument more": (lambda m: m.config.update(note=1), "its config makes no UNet"),
+    "a value of another type": (lambda m: m.config.update(dims=[]), "its config makes no UNet"),
+    "no text": (lambda m: m.config.update(dims=torch.float32), "its config makes no UNet"),
     "a fused class": (
         lambda m: attribute(m.middle_block[0], "__class__", type("Fused", (ResBlock,), {})),
         "middle_block.0 is a test_executor_problems.Fused, not a ResBlock",

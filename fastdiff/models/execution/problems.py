@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fastdiff.errors import InputError
 from fastdiff.models.replicas.replica import others_watch
 from fastdiff.models.unet import UNet
 from fastdiff.models.valueless import valueless
@@ -44,7 +45,10 @@ def difference(unet: Any) -> str:
         return f"it is a {_name(type(unet))}, not a UNet of fastdiff"
     if others_watch():
         return "there is a hook on all modules"
-    expected = _expected(json.dumps(unet.config))
+    try:
+        expected = _expected(json.dumps(unet.config))
+    except (TypeError, InputError):  # somebody has written to it
+        return "its config makes no UNet"
     found = dict(unet.named_modules(remove_duplicate=False))
     if found.keys() != expected.keys():
         name = min(found.keys() ^ expected.keys())
