@@ -77,7 +77,7 @@ def test_the_answers_are_the_forwards(case):
         exact = model(**in_dtype(given, torch.float64))
         double = Executor(model)(**in_dtype(given, torch.float64))
     assert (double - exact).abs().max() < 1e-10
-    assert (single - exact).abs().max() < 2e-5 * exact.abs().max()
+    assert (single - exact).abs().max() < 6e-5 * exact.abs().max()  # of split products
 
 
 @pytest.mark.parametrize("case", ["plain", "ADM", "1-D"])

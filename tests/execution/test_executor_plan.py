@@ -16,6 +16,7 @@ from fastdiff.models.execution.lowering import CHANNELS_LAST, Lowering
 from fastdiff.models.execution.plan import Plan
 from fastdiff.models.execution.program import Program
 from fastdiff.models.execution.weights import Weights
+from fastdiff.models.execution.weights import Weights
 from fastdiff.models.valueless import valueless
 from fastdiff.ops import backends
 from unet_tools import batch, small_unet
@@ -139,7 +140,8 @@ def test_every_result_has_the_shape_dtype_and_layout_that_its_reader_expects(opt
     for step in lowered.steps:
         step.function = watched(step, step.function)
     plan = Plan(lowered, {})
-    plan.run(Weights().of(plan), [given[name] for name in plan.inputs])
+    with Weights().bound(plan) as bound:
+        bound.run([given[name] for name in plan.inputs])
     assert len(seen) == sum(len(step.writes) for step in lowered.steps)
 
 

@@ -172,7 +172,7 @@ def test_changes_between_two_steps_are_seen():
 
 @pytest.mark.parametrize("between", ["calls", "steps"])
 def test_a_hook_brings_the_modules_back(between, monkeypatch):
-    monkeypatch.setattr(execution, "PAYS", True)
+    monkeypatch.setattr(execution, "slower", lambda dtype: "")
     model = calm_unet()
     sampler = Sampler(model, PROCESS, steps=3, method="ddim")
     expected, seen = sampler.sample(SHAPE), []
@@ -195,7 +195,7 @@ def test_a_hook_brings_the_modules_back(between, monkeypatch):
 
 def test_programs_are_taken_where_they_pay(monkeypatch):
     for pays in (False, True):
-        monkeypatch.setattr(execution, "PAYS", pays)
+        monkeypatch.setattr(execution, "slower", lambda dtype, why="" if pays else "slow": why)
         sampler = Sampler(calm_unet(), PROCESS, steps=2)
         sampler.sample(SHAPE)
         assert ("as a program of" in sampler.explain()) == pays

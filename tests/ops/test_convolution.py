@@ -178,8 +178,7 @@ def test_a_bound_call_follows_its_memory():
         packed.refresh()
         run()
         assert torch.allclose(y, F.conv2d(x, weight, padding=1), atol=1e-3)
-    with pytest.raises(fastdiff.InputError, match="not laid out"):
-        bound(call._replace(x=torch.zeros(1, 16, 6, 6)), y, None)
+    assert bound(call._replace(x=torch.zeros(1, 16, 6, 6)), y, None) is None  # of another layout
 
 
 X, W = torch.zeros(2, 3, 8, 8), torch.zeros(4, 3, 3, 3)

@@ -30,7 +30,7 @@ def padded(monkeypatch):
 
     monkeypatch.setattr(padding, "DEVICES", ("cpu",))
     monkeypatch.setattr(packing, "serves", lambda dtype: False)
-    monkeypatch.setattr(execution, "PAYS", False)
+    monkeypatch.setattr(execution, "slower", lambda dtype: "a GPU")
     monkeypatch.setattr(PaddedConvolution, "__call__", counted)
     return calls
 

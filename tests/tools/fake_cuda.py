@@ -197,5 +197,5 @@ def faked():
         patch.setattr(torch._C, "_cuda_endAllocateToPool", cuda.end_allocate_to_pool, raising=False)
         patch.setattr(torch._C, "_cuda_releasePool", cuda.release_pool, raising=False)
         patch.setattr(packing, "serves", lambda dtype: False)  # a GPU has nothing packed
-        patch.setattr(execution, "PAYS", False)  # nor programs
+        patch.setattr(execution, "slower", lambda dtype: "a GPU")  # nor programs
         yield cuda

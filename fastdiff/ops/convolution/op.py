@@ -252,13 +252,13 @@ def run(shape: Any, addresses: list[int], moments: bool) -> None:
 _kernel = Kernel(OP, Arguments, _allocate, _plan, readable=_readable, outputs=2)
 
 
-def bound(call: Arguments, y: Tensor, moments: Maybe) -> Callable[[], None]:
-    """``call`` again and again, from and to the memory where its tensors are now.
-
-    Raises InputError for tensors that the kernel does not read as they stand.
-    """
+def bound(call: Arguments, y: Tensor, moments: Maybe) -> Callable[[], None] | None:
+    """``call`` again and again, from and to the memory where its tensors are now; None where the
+    kernel does not read them as they stand."""
     if _kernel.readable(call) is not call:
-        raise InputError(f"{OP}: a tensor is not laid out as the kernel reads it")
+        return None
+    if y.numel() == 0:
+        return lambda: None
     tensors = (*call[: _kernel.tensors], y, moments)
     fill = _plan(call)
     return lambda: fill(*tensors)

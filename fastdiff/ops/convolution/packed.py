@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops import native
+from fastdiff.ops.backends import KERNEL_DTYPES
 
 
 class Products(enum.IntEnum):
@@ -42,7 +43,7 @@ class Packed:
 
 def pack(weight: Tensor, dtype: torch.dtype, *, exact: bool = False) -> Packed:
     """A 2-D convolution's weight for inputs of ``dtype``. ``exact``: no products of pieces."""
-    if weight.dim() != 4 or not weight.is_cpu:
+    if weight.dim() != 4 or not weight.is_cpu or dtype not in KERNEL_DTYPES:
         return Packed(weight)
     products = products_of(dtype, exact)
     k, channels, height, width = weight.shape

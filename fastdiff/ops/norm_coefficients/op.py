@@ -116,13 +116,11 @@ def _plan(call: Arguments) -> Any:
 _kernel = Kernel(OP, Arguments, _allocate, _plan, readable=_readable)
 
 
-def bound(call: Arguments, coefficients: Tensor) -> Callable[[], None]:
-    """``call`` again and again, from and to the memory where its tensors are now.
-
-    Raises InputError for tensors that the kernel does not read as they stand.
-    """
+def bound(call: Arguments, coefficients: Tensor) -> Callable[[], None] | None:
+    """``call`` again and again, from and to the memory where its tensors are now; None where the
+    kernel does not read them as they stand."""
     if _kernel.readable(call) is not call:
-        raise InputError(f"{OP}: a tensor is not laid out as the kernel reads it")
+        return None
     tensors = (*call[: _kernel.tensors], coefficients)
     fill = _plan(call)
     return lambda: fill(*tensors)
