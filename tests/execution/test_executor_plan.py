@@ -16,7 +16,6 @@ from fastdiff.models.execution.lowering import CHANNELS_LAST, Lowering
 from fastdiff.models.execution.plan import Plan
 from fastdiff.models.execution.program import Program
 from fastdiff.models.execution.weights import Weights
-from fastdiff.models.execution.weights import Weights
 from fastdiff.models.valueless import valueless
 from fastdiff.ops import backends
 from unet_tools import batch, small_unet
