@@ -163,10 +163,10 @@ class Winograd {
     width_ = padded(smaller(kOutputs, shape_.out_channels - first));
     const float* panel = static_cast<const float*>(call_.panels) + kPlanes * sizes_.depth * first;
     for (int64_t plane = 0; plane < kPlanes; ++plane) {
-      FASTDIFF_ISA::multiply<false>(inputs_ + plane * sizes_.inputs_plane, sizes_.pitch,
-                                    panel + plane * sizes_.depth * width_, sizes_.depth, 0,
-                                    products_ + plane * sizes_.products_plane, kOutputs, end,
-                                    width_, sizes_.depth, false);
+      FASTDIFF_ISA::multiply<false, true>(inputs_ + plane * sizes_.inputs_plane, sizes_.pitch,
+                                          panel + plane * sizes_.depth * width_, sizes_.depth, 0,
+                                          products_ + plane * sizes_.products_plane, kOutputs, end,
+                                          width_, sizes_.depth, false);
     }
   }
 
