@@ -64,21 +64,19 @@ Plan plan_of(const ConvolutionShape& s, int threads) {
   p.blocks = ceil_div(s.out_channels, Bands::kOutputs);
   p.out_stride = p.blocks * Bands::kOutputs;
   const int64_t outputs = s.samples * s.out_height * s.out_width;
-  // Then threads share output channels, and each fills the input for itself.
+  // Few outputs are cut into fewer pieces than there are threads: these share output channels, and
+  // each fills the input for itself.
   const bool few = outputs < threads * Bands::kFewOutputs;
-  // Strips of a band: as many as fit, and a whole number of bands for each thread.
+  const int64_t pieces = few ? ceil_div(threads, p.blocks) : threads;
+  // Strips of a band: as many as fit, and a whole number of bands for each piece.
   const int64_t fit =
       larger(1, (Bands::kCacheBytes - bytes(0)) / larger(1, bytes(p.strip_rows) - bytes(0)));
-  int64_t bands = ceil_div(p.strips, fit);
-  if (!few) {
-    const int64_t wanted = ceil_div(s.samples * bands, threads) * threads;
-    bands = smaller(p.strips, ceil_div(wanted, s.samples));
-  }
+  const int64_t wanted = ceil_div(s.samples * ceil_div(p.strips, fit), pieces) * pieces;
+  const int64_t bands = smaller(p.strips, ceil_div(wanted, s.samples));
   p.band_rows = ceil_div(p.strips, bands) * p.strip_rows;
   p.bands = ceil_div(s.out_height, p.band_rows);
   p.units = s.samples * p.bands;
-  const int64_t most = ceil_div(p.units, few ? ceil_div(threads, p.blocks) : threads);
-  p.group = larger(1, smaller(most, Bands::kCacheBytes / bytes(p.band_rows)));
+  p.group = larger(1, smaller(ceil_div(p.units, pieces), Bands::kCacheBytes / bytes(p.band_rows)));
   p.groups = ceil_div(p.units, p.group);
   p.shares = smaller(p.blocks, ceil_div(threads, p.groups));
   return p;
