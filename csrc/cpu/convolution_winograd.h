@@ -87,9 +87,10 @@ class Winograd {
  public:
   using As = AsFloat32;
   static constexpr int64_t kOutputs = kPanel;
-  static constexpr int64_t kRows = M;                // output rows that belong together
-  static constexpr int64_t kFewOutputs = 384;        // of a thread
-  static constexpr int64_t kCacheBytes = 896 << 10;  // leaves the L2 room for products and weights
+  static constexpr int64_t kRows = M;          // output rows that belong together
+  static constexpr int64_t kFewOutputs = 384;  // of a thread
+  // Two thirds of an L2 of 2 MiB: the more tiles, the fewer times do the weights come from behind it.
+  static constexpr int64_t kCacheBytes = 1408 << 10;
 
   // What stays in the cache for a band of so many rows: transforms for all channels.
   static int64_t band_bytes(const ConvolutionShape& s, int64_t rows) {
