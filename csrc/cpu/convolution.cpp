@@ -1,10 +1,11 @@
 // A convolution with the norm before it and the additions after it, in one pass over memory.
 //
-// The output rows are cut into bands whose input fits into L2 (convolution_geometry.h); images smaller
-// than a band are taken several at a time. A thread fills its scratch memory with a band's normalised
-// and activated input and multiplies it, one block of output channels after the other, so that the
-// weights stream through once for all of a band's outputs. Where there are fewer bands than threads,
-// the output channels are shared out too, and the input is filled more than once.
+// The output rows are cut into bands whose input fits into L2 (in the form in which it is multiplied:
+// convolution_taps.h, convolution_winograd.h); images smaller than a band are taken several at a time.
+// A thread fills its scratch memory with a band's normalised and activated input and multiplies it,
+// one block of output channels after the other, so that the weights stream through once for all of a
+// band's outputs. Where there are fewer bands than threads, the output channels are shared out too,
+// and the input is filled more than once.
 //
 // An output is the same sum in the same order however the work is cut, and moments are merged from
 // strips of rows that follow from the shape alone: the number of threads changes no bit.
@@ -18,15 +19,13 @@
 #include <cpuid.h>
 #endif
 
-#include "convolution_products.h"
-#include "convolution_results.h"
+#include "convolution_taps.h"
+#include "convolution_winograd.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
 
-constexpr int64_t kBandBytes = 384 << 10;  // of scratch that leaves the L2 room for weights
-constexpr int64_t kFewOutputs = 192;       // of a thread: below, threads share output channels
-constexpr int64_t kStripOutputs = 64;      // of a strip that has moments of its own
+constexpr int64_t kStripOutputs = 64;  // of a strip that has moments of its own
 
 #if defined(FASTDIFF_AMX)
 // Linux saves the tiles of a process that has asked for it.
@@ -49,39 +48,35 @@ struct Plan {
   int64_t units;               // bands of all samples
   int64_t group;               // units that a task takes one after the other, block by block
   int64_t groups;
-  int64_t blocks;  // of output channels
-  int64_t shares;  // tasks that share a group's output channels
-  int64_t scratch_bytes;  // of a unit
-  int64_t out_stride;     // output channels, filled up to whole blocks
+  int64_t blocks;      // of output channels
+  int64_t shares;      // tasks that share a group's output channels
+  int64_t out_stride;  // output channels, filled up to whole blocks
 };
 
-template <typename Multiplier>
+template <typename Bands>
 Plan plan_of(const ConvolutionShape& s, int threads) {
-  using As = typename Multiplier::As;
-  const int64_t lines = ceil_div(s.channels + s.second_channels, As::kLine);
-  const auto bytes = [&](int64_t rows) {
-    return Geometry(s, rows).places * lines * kLineBytes * As::kImages;
-  };
+  const auto bytes = [&](int64_t rows) { return Bands::band_bytes(s, rows); };
   Plan p;
-  p.strip_rows = smaller(s.out_height, ceil_div(kStripOutputs, s.out_width));
+  p.strip_rows =
+      ceil_div(smaller(s.out_height, ceil_div(kStripOutputs, s.out_width)), Bands::kRows) *
+      Bands::kRows;
   p.strips = ceil_div(s.out_height, p.strip_rows);
-  p.blocks = ceil_div(s.out_channels, Multiplier::kOutputs);
-  p.out_stride = p.blocks * Multiplier::kOutputs;
+  p.blocks = ceil_div(s.out_channels, Bands::kOutputs);
+  p.out_stride = p.blocks * Bands::kOutputs;
   const int64_t outputs = s.samples * s.out_height * s.out_width;
-  const bool few = outputs < threads * kFewOutputs;
-  // Strips of a band: as many as fit, and a whole number of bands for each thread.
-  const int64_t fit = larger(1, (kBandBytes - bytes(0)) / larger(1, bytes(p.strip_rows) - bytes(0)));
-  int64_t bands = ceil_div(p.strips, fit);
-  if (!few) {
-    const int64_t wanted = ceil_div(s.samples * bands, threads) * threads;
-    bands = smaller(p.strips, ceil_div(wanted, s.samples));
-  }
+  // Few outputs are cut into fewer pieces than there are threads: these share output channels, and
+  // each fills the input for itself.
+  const bool few = outputs < threads * Bands::kFewOutputs;
+  const int64_t pieces = few ? ceil_div(threads, p.blocks) : threads;
+  // Strips of a band: as many as fit, and a whole number of bands for each piece.
+  const int64_t fit =
+      larger(1, (Bands::kCacheBytes - bytes(0)) / larger(1, bytes(p.strip_rows) - bytes(0)));
+  const int64_t wanted = ceil_div(s.samples * ceil_div(p.strips, fit), pieces) * pieces;
+  const int64_t bands = smaller(p.strips, ceil_div(wanted, s.samples));
   p.band_rows = ceil_div(p.strips, bands) * p.strip_rows;
   p.bands = ceil_div(s.out_height, p.band_rows);
   p.units = s.samples * p.bands;
-  p.scratch_bytes = bytes(p.band_rows);
-  const int64_t most = few ? p.units : ceil_div(p.units, threads);
-  p.group = larger(1, smaller(most, kBandBytes / p.scratch_bytes));
+  p.group = larger(1, smaller(ceil_div(p.units, pieces), Bands::kCacheBytes / bytes(p.band_rows)));
   p.groups = ceil_div(p.units, p.group);
   p.shares = smaller(p.blocks, ceil_div(threads, p.groups));
   return p;
@@ -108,15 +103,14 @@ void merge_strips(const ConvolutionShape& s, const Plan& p, const float* strips,
   }
 }
 
-template <typename T, typename Multiplier>
+template <typename T, typename Bands>
 int64_t run(const ConvolutionShape& s, const ConvolutionCall& call, float* workspace, int threads) {
-  using As = typename Multiplier::As;
-  constexpr int kVectors = Multiplier::kOutputs / kWidth;
+  constexpr int kVectors = Bands::kOutputs / kWidth;
   constexpr int64_t kLineFloats = kLineBytes / 4;
-  const Plan p = plan_of<Multiplier>(s, threads);
+  const Plan p = plan_of<Bands>(s, threads);
   const bool wants_moments = call.moments != nullptr;
   const int64_t strips_floats = p.strips * 2 * p.out_stride;
-  const int64_t scratch_floats = p.group * p.scratch_bytes / 4;
+  const int64_t scratch_floats = Bands::scratch(s, p.band_rows, p.group);
   const int64_t tasks = p.groups * p.shares;
   const int team = static_cast<int>(smaller(threads, tasks));
   const int64_t needed =
@@ -125,26 +119,14 @@ int64_t run(const ConvolutionShape& s, const ConvolutionCall& call, float* works
   float* const aligned = reinterpret_cast<float*>(
       ceil_div(reinterpret_cast<intptr_t>(workspace), kLineBytes) * kLineBytes);
   float* const strips = wants_moments ? aligned + team * scratch_floats : nullptr;
-
-  const int64_t channels = s.channels + s.second_channels;
-  const int64_t taps = s.kernel_height * s.kernel_width;
-  const Geometry geometry(s, p.band_rows);
-  Left left;
-  left.line = geometry.places * kLineBytes;
-  left.lines = ceil_div(channels, As::kLine);
-  left.image = left.line * left.lines;
-  left.geometry = &geometry;
-  const int64_t panel_bytes = left.lines * taps * Multiplier::kTapBytes;
   const T* const residuals = static_cast<const T*>(call.residual);
   T* const y = static_cast<T*>(call.y);
   const int64_t sample_elements = s.out_height * s.out_width * s.out_channels;
 
 #pragma omp parallel num_threads(team) if (team > 1)
   {
-    char* const scratch = reinterpret_cast<char*>(aligned + thread_index() * scratch_floats);
-    alignas(64) float products[Multiplier::kPositions * Multiplier::kOutputs];
-    Multiplier multiplier;
-    int64_t filled = -1, begun = -1;
+    Bands bands(s, call, p.band_rows, p.group, aligned + thread_index() * scratch_floats);
+    int64_t filled = -1, end = 0;
     for (int64_t task = thread_index(); task < tasks; task += thread_count()) {
       const int64_t group = task / p.shares, share = task % p.shares;
       const int64_t first = group * p.group, last = smaller(first + p.group, p.units);
@@ -152,26 +134,25 @@ int64_t run(const ConvolutionShape& s, const ConvolutionCall& call, float* works
         top = unit % p.bands * p.band_rows;
         return smaller(p.band_rows, s.out_height - top);
       };
+      if (group != filled) end = 0;
       for (int64_t unit = first; unit < last && group != filled; ++unit) {
         int64_t top;
         const int64_t rows = rows_of(unit, top);
-        fill<T, As>(scratch + (unit - first) * p.scratch_bytes, left.image, geometry, s, call,
-                    unit / p.bands, top, rows);
+        end = bands.template fill<T>(end, unit / p.bands, top, rows);
       }
       filled = group;
       for (int64_t block = p.blocks * share / p.shares; block < p.blocks * (share + 1) / p.shares;
            ++block) {
-        const int64_t k = block * Multiplier::kOutputs;
-        const char* panel = static_cast<const char*>(call.panels) + block * panel_bytes;
+        bands.multiply(block, end);
+        const int64_t k = block * Bands::kOutputs;
+        const int there = static_cast<int>(smaller(Bands::kOutputs, s.out_channels - k));
+        int64_t at = 0;
         for (int64_t unit = first; unit < last; ++unit) {
           const int64_t n = unit / p.bands;
           int64_t top;
-          const int64_t rows = rows_of(unit, top), outputs = geometry.outputs(rows);
-          if (begun != outputs) multiplier.begin(outputs);
-          begun = outputs;
-          const int there = static_cast<int>(smaller(Multiplier::kOutputs, s.out_channels - k));
+          const int64_t rows = rows_of(unit, top);
           const Results<T, kVectors> results = {
-              geometry,
+              s.out_width,
               s.out_channels,
               there,
               call.bias == nullptr ? nullptr : call.bias + k,
@@ -181,23 +162,14 @@ int64_t run(const ConvolutionShape& s, const ConvolutionCall& call, float* works
               strips == nullptr ? nullptr : strips + n * strips_floats + k,
               p.out_stride,
               p.strip_rows};
-          RunningMoments<kVectors> moments;
-          const int64_t step = multiplier.positions(outputs);
-          for (int64_t place = 0; place < outputs; place += step) {
-            const int64_t count = smaller(step, outputs - place);
-            left.places = scratch + (unit - first) * p.scratch_bytes + place * kLineBytes;
-            multiplier.multiply(left, panel, count, products);
-            const int64_t row = top + place / geometry.pitch, column = place % geometry.pitch;
-            if (there == Multiplier::kOutputs) {
-              results.template take<true>(products, row, column, count, top + rows, moments);
-            } else {
-              results.template take<false>(products, row, column, count, top + rows, moments);
-            }
+          if (there == Bands::kOutputs) {
+            at = bands.template take<true>(at, top, rows, results);
+          } else {
+            at = bands.template take<false>(at, top, rows, results);
           }
         }
       }
     }
-    if (begun >= 0) multiplier.end();
   }
   for (int64_t n = 0; wants_moments && n < s.samples; ++n) {
     merge_strips(s, p, strips + n * strips_floats, call.moments + n * 2 * s.out_channels);
@@ -205,54 +177,50 @@ int64_t run(const ConvolutionShape& s, const ConvolutionCall& call, float* works
   return needed;
 }
 
-template <typename Multiplier>
+template <typename Bands>
 int64_t run(const ConvolutionShape& s, const ConvolutionCall& call, float* workspace, int threads) {
   switch (s.dtype) {
     case DType::kFloat32:
-      return run<float, Multiplier>(s, call, workspace, threads);
+      return run<float, Bands>(s, call, workspace, threads);
     case DType::kBFloat16:
-      return run<BFloat16, Multiplier>(s, call, workspace, threads);
+      return run<BFloat16, Bands>(s, call, workspace, threads);
     case DType::kFloat16:
-      return run<Float16, Multiplier>(s, call, workspace, threads);
+      return run<Float16, Bands>(s, call, workspace, threads);
   }
   return 0;
 }
 
-template <typename Multiplier>
-int64_t panel_bytes(int64_t out_channels, int64_t channels, int64_t taps) {
-  return ceil_div(out_channels, Multiplier::kOutputs) * ceil_div(channels, Multiplier::As::kLine) *
-         taps * Multiplier::kTapBytes;
-}
-
-template <typename Multiplier>
-void pack(const Weights& weights, char* to, int threads) {
-  const int64_t lines = ceil_div(weights.channels, Multiplier::As::kLine), taps = weights.taps;
-  const int64_t pieces = ceil_div(weights.out_channels, Multiplier::kOutputs) * lines;
+template <typename Bands>
+void pack(const Weights& weights, char* panels, int threads) {
+  const int64_t lines = ceil_div(weights.channels, Bands::As::kLine);
+  const int64_t pieces = ceil_div(weights.out_channels, Bands::kOutputs) * lines;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t piece = 0; piece < pieces; ++piece) {
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      Multiplier::pack(to + (piece * taps + tap) * Multiplier::kTapBytes, weights,
-                     piece / lines * Multiplier::kOutputs, piece % lines * Multiplier::As::kLine, tap);
-    }
+    Bands::pack(panels, weights, piece / lines, piece % lines);
   }
 }
 
-// each.template operator()<P>() for the struct P that makes such products.
+template <typename T>
+struct Kind {
+  using Bands = T;
+};
+
+// each(Kind<Bands>), for the Bands that make such products.
 template <typename Each>
 auto with_products(Products products, const Each& each) {
 #if defined(FASTDIFF_AMX)
-  if (products == Products::kBFloat16) return each(TileProducts<false>{});
-  if (products == Products::kSplit) return each(TileProducts<true>{});
-#else
-  (void)products;
+  if (products == Products::kBFloat16) return each(Kind<TapBands<TileProducts<false>>>{});
+  if (products == Products::kSplit) return each(Kind<TapBands<TileProducts<true>>>{});
 #endif
-  return each(Float32Products{});
+  if (products == Products::kWinograd2) return each(Kind<Winograd<2>>{});
+  if (products == Products::kWinograd4) return each(Kind<Winograd<4>>{});
+  return each(Kind<TapBands<Float32Products>>{});
 }
 
 }  // namespace
 
 bool convolution_serves(Products products) {
-  if (products == Products::kFloat32) return true;
+  if (products != Products::kBFloat16 && products != Products::kSplit) return true;
 #if defined(FASTDIFF_AMX)
   static const bool tiles = may_use_tiles();
   return tiles;
@@ -264,7 +232,7 @@ bool convolution_serves(Products products) {
 int64_t convolution_panels(Products products, int64_t out_channels, int64_t channels,
                            int64_t taps) {
   return with_products(products, [&](auto made) {
-    return panel_bytes<decltype(made)>(out_channels, channels, taps);
+    return decltype(made)::Bands::panel_bytes(out_channels, channels, taps);
   });
 }
 
@@ -272,14 +240,14 @@ void pack_convolution(Products products, const ConvolutionWeight& w, void* panel
   const Weights weights = {w.values, w.out_channels,   w.channels,
                            w.taps,   w.out_stride, w.channel_stride, w.tap_stride};
   with_products(products, [&](auto made) {
-    pack<decltype(made)>(weights, static_cast<char*>(panels), threads);
+    pack<typename decltype(made)::Bands>(weights, static_cast<char*>(panels), threads);
   });
 }
 
 int64_t convolution(const ConvolutionShape& shape, const ConvolutionCall& call, float* workspace,
                     int threads) {
   return with_products(shape.products, [&](auto made) {
-    return run<decltype(made)>(shape, call, workspace, threads);
+    return run<typename decltype(made)::Bands>(shape, call, workspace, threads);
   });
 }
 

@@ -4,7 +4,6 @@
 #include <type_traits>
 
 #include "convolution_geometry.h"
-#include "rows.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 
@@ -16,7 +15,8 @@ struct AsFloat32 {
   static constexpr int64_t kImages = 1;
   static constexpr bool kExact = true;
   FASTDIFF_VEC void put(char* at, int64_t, const Vec* values) {
-    for (int i = 0; i < 16 / kWidth; ++i) store(reinterpret_cast<float*>(at) + i * kWidth, values[i]);
+    for (int i = 0; i < 16 / kWidth; ++i)
+      store(reinterpret_cast<float*>(at) + i * kWidth, values[i]);
   }
 };
 
@@ -49,9 +49,9 @@ struct AsSplit {
 // Sixteen channels of one sample: where they are and what is done to them.
 template <typename T>
 struct Channels {
-  const T* from;     // of the sample's first place
-  int64_t stride;    // elements from place to place
-  int count;         // of the sixteen that there are
+  const T* from;       // of the sample's first place
+  int64_t stride;      // elements from place to place
+  int count;           // of the sixteen that there are
   const float* scale;  // of these channels, or null
   const float* shift;
   bool silu;
@@ -68,10 +68,10 @@ static void fill_places(char* to, int64_t image, const Channels<T>& channels, in
   for (int i = 0; i < kParts; ++i) {
     in_part[i] = static_cast<int>(larger(0, smaller(kWidth, channels.count - i * kWidth)));
     if (!AFFINE) continue;
-    scale[i] = FULL ? load(channels.scale + i * kWidth)
-                    : load_n(channels.scale + i * kWidth, in_part[i]);
-    shift[i] = FULL ? load(channels.shift + i * kWidth)
-                    : load_n(channels.shift + i * kWidth, in_part[i]);
+    scale[i] =
+        FULL ? load(channels.scale + i * kWidth) : load_n(channels.scale + i * kWidth, in_part[i]);
+    shift[i] =
+        FULL ? load(channels.shift + i * kWidth) : load_n(channels.shift + i * kWidth, in_part[i]);
   }
   using Stored = std::conditional_t<As::kExact, float, BFloat16>;  // how exact a sigmoid must be
   for (int64_t place = 0; place < count; ++place) {
@@ -116,7 +116,8 @@ static void fill_channels(char* to, int64_t image, const Geometry& g, const Conv
     char* row = to + plane * g.plane_places * kLineBytes;
     const int64_t down = plane / stride, across = plane % stride;
     // Places of a row that the input has.
-    const int64_t there = smaller(g.pitch - g.before, ceil_div(larger(0, in_columns - across), stride));
+    const int64_t there =
+        smaller(g.pitch - g.before, ceil_div(larger(0, in_columns - across), stride));
     for (int64_t r = first - g.above; r < first + rows + g.below; ++r) {
       const int64_t y = r * stride + down;
       if (y < 0 || y >= in_rows) {
@@ -130,34 +131,29 @@ static void fill_channels(char* to, int64_t image, const Geometry& g, const Conv
       }
       row += g.pitch * kLineBytes;
     }
-    zero(row, g.plane_places - (g.band + g.above + g.below) * g.pitch +
-                  (g.band - rows) * g.pitch);
+    zero(row, g.plane_places - (g.band + g.above + g.below) * g.pitch + (g.band - rows) * g.pitch);
   }
 }
 
-// All channels of output rows [first, first + rows) of one sample.
+// Channels [c, c + 16) of output rows [first, first + rows) of one sample, zeros where there are none.
 template <typename T, typename As>
-static void fill(char* scratch, int64_t image, const Geometry& g, const ConvolutionShape& s,
-                 const ConvolutionCall& call, int64_t sample, int64_t first, int64_t rows) {
+static void fill(char* to, int64_t image, const Geometry& g, const ConvolutionShape& s,
+                 const ConvolutionCall& call, int64_t sample, int64_t c, int64_t first,
+                 int64_t rows) {
   const int64_t all = s.channels + s.second_channels;
-  const int64_t places = s.height * s.width;
   const float* scale =
-      call.coefficients == nullptr ? nullptr : call.coefficients + sample * 2 * all;
-  for (int64_t c = 0; c < ceil_div(all, As::kLine) * As::kLine; c += 16) {
-    char* to = scratch + c / As::kLine * g.places * kLineBytes + c % As::kLine * (kLineBytes / As::kLine);
-    const bool second = c >= s.channels;
-    const int64_t width = second ? s.second_channels : s.channels;
-    const int64_t within = second ? c - s.channels : c;
-    const T* from = static_cast<const T*>(second ? call.second : call.x);
-    const int count = static_cast<int>(larger(0, smaller(16, width - within)));
-    const Channels<T> channels = {from + sample * places * width + within,
-                                  width,
-                                  count,
-                                  scale == nullptr ? nullptr : scale + c,
-                                  scale == nullptr ? nullptr : scale + all + c,
-                                  s.silu};
-    fill_channels<T, As>(to, image, g, s, channels, first, rows);
-  }
+      call.coefficients == nullptr ? nullptr : call.coefficients + sample * 2 * all + c;
+  const bool second = c >= s.channels;
+  const int64_t width = second ? s.second_channels : s.channels;
+  const int64_t within = second ? c - s.channels : c;
+  const T* from = static_cast<const T*>(second ? call.second : call.x);
+  const Channels<T> channels = {from + sample * s.height * s.width * width + within,
+                                width,
+                                static_cast<int>(larger(0, smaller(16, width - within))),
+                                scale,
+                                scale == nullptr ? nullptr : scale + all,
+                                s.silu};
+  fill_channels<T, As>(to, image, g, s, channels, first, rows);
 }
 
 }  // namespace fastdiff::cpu::FASTDIFF_ISA

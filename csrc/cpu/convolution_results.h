@@ -1,8 +1,7 @@
 // What becomes of a block of products: the additions, the result in memory, its moments.
 #pragma once
 
-#include "convolution_geometry.h"
-#include "rows.h"
+#include "threads.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 
@@ -41,22 +40,25 @@ struct RunningMoments {
 // Results of one sample and one block of output channels, whose places come in order.
 template <typename T, int VECTORS>
 struct Results {
-  const Geometry& geometry;
+  using Moments = RunningMoments<VECTORS>;
+
+  int64_t width;  // of an output row
   int64_t out_channels;
-  int channels;           // of the block's that there are
-  const float* bias;      // of the block's channels, or null, as all below
-  const float* add;       // of the sample, too
-  const T* residual;      // of the sample's first place
-  T* y;                   // likewise
-  float* strips;          // (strips, 2, strips_stride): moments of `strip_rows` output rows each
+  int channels;       // of the block's that there are
+  const float* bias;  // of the block's channels, or null, as all below
+  const float* add;   // of the sample, too
+  const T* residual;  // of the sample's first place
+  T* y;               // likewise
+  float* strips;      // (strips, 2, strips_stride): moments of `strip_rows` output rows each
   int64_t strips_stride;
   int64_t strip_rows;
 
-  // products: rows of VECTORS registers, of `count` places from the `first`-th of output row `row`
-  // on, which lie in `last - row` rows at most.
+  // products: rows of VECTORS registers, of `count` places from the `column`-th of output row `row`
+  // on, which lie in `last - row` rows at most; a row has `pitch` places, of which the first are
+  // outputs.
   template <bool FULL>
-  void take(const float* products, int64_t row, int64_t column, int64_t count, int64_t last,
-            RunningMoments<VECTORS>& moments) const {
+  void take(const float* products, int64_t pitch, int64_t row, int64_t column, int64_t count,
+            int64_t last, Moments& moments) const {
     Vec added[VECTORS] = {};
     int in_part[VECTORS];
     for (int j = 0; j < VECTORS; ++j) {
@@ -64,7 +66,6 @@ struct Results {
       if (bias != nullptr) added[j] = get<FULL>(bias + j * kWidth, in_part[j]);
       if (add != nullptr) added[j] = added[j] + get<FULL>(add + j * kWidth, in_part[j]);
     }
-    const int64_t width = geometry.columns.out;
     while (count > 0 && row < last) {
       const int64_t here = larger(0, smaller(count, width - column));
       const int64_t place = row * width + column;
@@ -83,7 +84,7 @@ struct Results {
         moments.add(values);
         ++moments.count;
       }
-      const int64_t passed = smaller(count, geometry.pitch - column);
+      const int64_t passed = smaller(count, pitch - column);
       products += passed * VECTORS * kWidth;
       count -= passed;
       column += passed;
@@ -91,7 +92,7 @@ struct Results {
           ((row + 1) % strip_rows == 0 || row + 1 == last)) {
         moments.finish(strips + row / strip_rows * 2 * strips_stride, strips_stride);
       }
-      if (column < geometry.pitch) continue;
+      if (column < pitch) continue;
       column = 0;
       ++row;
     }

@@ -131,7 +131,7 @@ static inline int64_t panels_size(int64_t depth, int64_t columns) {
 
 // --- The product ------------------------------------------------------------------------------
 
-template <bool TRANSPOSED, int ROWS, int VECTORS>
+template <bool TRANSPOSED, bool FAR, int ROWS, int VECTORS>
 static inline void multiply_tile(const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
                                  int64_t depth, bool accumulate) {
   Vec sums[ROWS][VECTORS];
@@ -145,7 +145,10 @@ static inline void multiply_tile(const float* a, int64_t lda, const float* b, fl
   for (int64_t k = 0; k < depth; ++k) {
     Vec row[VECTORS];
 #pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; ++j) row[j] = load(b + j * kWidth);
+    for (int j = 0; j < VECTORS; ++j) {
+      row[j] = load(b + j * kWidth);
+      if (FAR) __builtin_prefetch(b + (kDepth * VECTORS + j) * kWidth);
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i) {
       const Vec factor = splat(TRANSPOSED ? a[i] : a[i * lda]);
@@ -165,35 +168,38 @@ static inline void multiply_tile(const float* a, int64_t lda, const float* b, fl
   }
 }
 
-template <bool TRANSPOSED, int VECTORS, int ROWS = max_rows(VECTORS)>
+template <bool TRANSPOSED, bool FAR, int VECTORS, int ROWS = max_rows(VECTORS)>
 static void multiply_rows(const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
                           int64_t rows, int64_t depth, bool accumulate) {
   for (; rows >= ROWS; rows -= ROWS) {
-    multiply_tile<TRANSPOSED, ROWS, VECTORS>(a, lda, b, c, ldc, depth, accumulate);
+    multiply_tile<TRANSPOSED, FAR, ROWS, VECTORS>(a, lda, b, c, ldc, depth, accumulate);
     a += TRANSPOSED ? ROWS : ROWS * lda;
     c += ROWS * ldc;
   }
   if constexpr (ROWS > 1) {
     if (rows > 0) {
-      multiply_rows<TRANSPOSED, VECTORS, ROWS - 1>(a, lda, b, c, ldc, rows, depth, accumulate);
+      multiply_rows<TRANSPOSED, FAR, VECTORS, ROWS - 1>(a, lda, b, c, ldc, rows, depth, accumulate);
     }
   }
 }
 
-template <bool TRANSPOSED, int VECTORS = kPanelVectors>
+template <bool TRANSPOSED, bool FAR, int VECTORS = kPanelVectors>
 static void multiply_panel(int64_t vectors, const float* a, int64_t lda, const float* b, float* c,
                            int64_t ldc, int64_t rows, int64_t depth, bool accumulate) {
   if (vectors == VECTORS) {
-    multiply_rows<TRANSPOSED, VECTORS>(a, lda, b, c, ldc, rows, depth, accumulate);
+    multiply_rows<TRANSPOSED, FAR, VECTORS>(a, lda, b, c, ldc, rows, depth, accumulate);
   } else if constexpr (VECTORS > 1) {
-    multiply_panel<TRANSPOSED, VECTORS - 1>(vectors, a, lda, b, c, ldc, rows, depth, accumulate);
+    multiply_panel<TRANSPOSED, FAR, VECTORS - 1>(vectors, a, lda, b, c, ldc, rows, depth,
+                                                 accumulate);
   }
 }
 
 // c (rows, columns) = a·b, or c += a·b. a is (rows, depth), row by row; TRANSPOSED, column by
 // column. b are rows [first, first + depth) of panels that are panel_depth deep. c's rows are ldc
-// apart, which is at least padded(columns): whole registers are written.
-template <bool TRANSPOSED>
+// apart, which is at least padded(columns): whole registers are written. FAR panels lie behind the L2:
+// the next kDepth rows are fetched while these are multiplied, across pages, at which the hardware's
+// prefetching stops.
+template <bool TRANSPOSED, bool FAR = false>
 static void multiply(const float* a, int64_t lda, const float* panels, int64_t panel_depth,
                      int64_t first, float* c, int64_t ldc, int64_t rows, int64_t columns,
                      int64_t depth, bool accumulate) {
@@ -202,8 +208,8 @@ static void multiply(const float* a, int64_t lda, const float* panels, int64_t p
     const float* panel = panels + column * panel_depth + first * width;
     for (int64_t k = 0; k < depth; k += kDepth) {
       const float* left = a + (TRANSPOSED ? k * lda : k);
-      multiply_panel<TRANSPOSED>(width / kWidth, left, lda, panel + k * width, c + column, ldc,
-                                 rows, smaller(kDepth, depth - k), accumulate || k > 0);
+      multiply_panel<TRANSPOSED, FAR>(width / kWidth, left, lda, panel + k * width, c + column, ldc,
+                                      rows, smaller(kDepth, depth - k), accumulate || k > 0);
     }
   }
 }

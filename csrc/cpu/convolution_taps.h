@@ -1,0 +1,116 @@
+// A convolution as products of shifted input: every tap of the kernel times a block of outputs.
+//
+// A thread's scratch holds its bands' filled input, which each block of output channels reads again.
+#pragma once
+
+#include "convolution_products.h"
+#include "convolution_results.h"
+
+namespace fastdiff::cpu::FASTDIFF_ISA {
+
+template <typename Multiplier>
+class TapBands {
+ public:
+  using As = typename Multiplier::As;
+  static constexpr int64_t kOutputs = Multiplier::kOutputs;
+  static constexpr int64_t kRows = 1;                // output rows that belong together
+  static constexpr int64_t kFewOutputs = 192;        // of a thread
+  static constexpr int64_t kCacheBytes = 384 << 10;  // leaves the L2 room for weights
+
+  // What stays in the cache for a band of so many rows.
+  static int64_t band_bytes(const ConvolutionShape& s, int64_t rows) {
+    return Geometry(s, rows).places * lines_of(s) * kLineBytes * As::kImages;
+  }
+
+  // Floats of scratch that a thread needs for `group` bands.
+  static int64_t scratch(const ConvolutionShape& s, int64_t rows, int64_t group) {
+    return group * band_bytes(s, rows) / 4;
+  }
+
+  static int64_t panel_bytes(int64_t out_channels, int64_t channels, int64_t taps) {
+    return ceil_div(out_channels, kOutputs) * ceil_div(channels, As::kLine) * taps *
+           Multiplier::kTapBytes;
+  }
+
+  // One line of input channels for one block of output channels.
+  static void pack(char* panels, const Weights& weights, int64_t block, int64_t line) {
+    const int64_t lines = ceil_div(weights.channels, As::kLine);
+    char* to = panels + (block * lines + line) * weights.taps * Multiplier::kTapBytes;
+    for (int64_t tap = 0; tap < weights.taps; ++tap) {
+      Multiplier::pack(to + tap * Multiplier::kTapBytes, weights, block * kOutputs,
+                       line * As::kLine, tap);
+    }
+  }
+
+  TapBands(const ConvolutionShape& shape, const ConvolutionCall& call, int64_t band_rows, int64_t,
+           float* scratch)
+      : shape_(shape),
+        call_(call),
+        geometry_(shape, band_rows),
+        scratch_(reinterpret_cast<char*>(scratch)),
+        band_bytes_(band_bytes(shape, band_rows)) {
+    left_.line = geometry_.places * kLineBytes;
+    left_.lines = lines_of(shape);
+    left_.image = left_.line * left_.lines;
+    left_.geometry = &geometry_;
+  }
+  ~TapBands() {
+    if (begun_ >= 0) multiplier_.end();
+  }
+  TapBands(const TapBands&) = delete;
+  TapBands& operator=(const TapBands&) = delete;
+
+  // Output rows [top, top + rows) of a sample as the band at `at`; returns where the next one is.
+  template <typename T>
+  int64_t fill(int64_t at, int64_t sample, int64_t top, int64_t rows) {
+    for (int64_t c = 0; c < left_.lines * As::kLine; c += 16) {
+      char* to =
+          scratch_ + at + c / As::kLine * left_.line + c % As::kLine * (kLineBytes / As::kLine);
+      FASTDIFF_ISA::fill<T, As>(to, left_.image, geometry_, shape_, call_, sample, c, top, rows);
+    }
+    return at + band_bytes_;
+  }
+
+  // The block that is taken next, from bands up to `end`.
+  void multiply(int64_t block, int64_t) {
+    panel_ = static_cast<const char*>(call_.panels) + block * left_.lines * shape_.kernel_height *
+                                                          shape_.kernel_width *
+                                                          Multiplier::kTapBytes;
+  }
+
+  // Gives the results the block's outputs of the band at `at`; returns where the next one is.
+  template <bool FULL, typename Results>
+  int64_t take(int64_t at, int64_t top, int64_t rows, const Results& results) {
+    const int64_t outputs = geometry_.outputs(rows);
+    if (begun_ != outputs) multiplier_.begin(outputs);
+    begun_ = outputs;
+    alignas(64) float products[Multiplier::kPositions * Multiplier::kOutputs];
+    typename Results::Moments moments;
+    const int64_t step = multiplier_.positions(outputs);
+    for (int64_t place = 0; place < outputs; place += step) {
+      const int64_t count = smaller(step, outputs - place);
+      left_.places = scratch_ + at + place * kLineBytes;
+      multiplier_.multiply(left_, panel_, count, products);
+      results.template take<FULL>(products, geometry_.pitch, top + place / geometry_.pitch,
+                                  place % geometry_.pitch, count, top + rows, moments);
+    }
+    return at + band_bytes_;
+  }
+
+ private:
+  static int64_t lines_of(const ConvolutionShape& s) {
+    return ceil_div(s.channels + s.second_channels, As::kLine);
+  }
+
+  const ConvolutionShape& shape_;
+  const ConvolutionCall& call_;
+  const Geometry geometry_;
+  char* const scratch_;
+  const int64_t band_bytes_;
+  Left left_;
+  Multiplier multiplier_;
+  int64_t begun_ = -1;  // outputs of a band that the multiplier is ready for
+  const char* panel_ = nullptr;
+};
+
+}  // namespace fastdiff::cpu::FASTDIFF_ISA
