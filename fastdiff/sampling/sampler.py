@@ -83,6 +83,9 @@ class Sampler:
         executor: whether a UNet of fastdiff on the CPU runs as a program of fused operations, with
             the same answers up to rounding: "auto", where that pays; True insists (InputError, at a
             call, for a network that cannot); False never.
+        exact_products: a program's float32 convolutions multiply the values themselves, as
+            PyTorch's do: not as sums of two bfloat16 (AMX), nor by Winograd's algorithm, which are
+            two to three times faster and off by some millionths of the largest result.
         device: where to sample; by default that of the model's parameters, else of ``noise``, else
             the CPU.
 
@@ -122,6 +125,7 @@ class Sampler:
         capture: bool | str = "auto",
         compile: bool | dict[str, Any] = False,
         executor: bool | str = "auto",
+        exact_products: bool = False,
         self_condition: str | None = None,
         device: torch.device | str | None = None,
     ):
@@ -146,7 +150,7 @@ class Sampler:
         self.self_condition = self_condition
         self.device = None if device is None else check_device(device)
         self.stats = Stats()
-        self.network = Network(model, dtype, channels_last, compile, executor)
+        self.network = Network(model, dtype, channels_last, compile, executor, exact_products)
         self._graphs = Graphs(capture)
         self._ran = "nothing was sampled yet"
         self._set(

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 import fastdiff
 from fastdiff.ops import convolution, native, norm_coefficients
 from fastdiff.ops.convolution import reference
+from fastdiff.ops.convolution.fastest import Products
 from fastdiff.ops.convolution.op import Arguments, bound
-from fastdiff.ops.convolution.packed import Products, pack
+from fastdiff.ops.convolution.packed import pack
 from kernel_tools import ISAS, examples, forced_isa
 from norm_cases import threads
 
@@ -106,8 +107,7 @@ def test_how_exact_the_products_are(products):
     x, weight = torch.randn(2, 256, 8, 8), torch.randn(64, 256, 3, 3) / 48
     truth = F.conv2d(x.double(), weight.double(), padding=1)
     dtype = torch.bfloat16 if products == Products.BFLOAT16 else torch.float32
-    packed = pack(weight, dtype, exact=products == Products.FLOAT32)
-    assert packed.products == products
+    packed = pack(weight, dtype, products=products)
     y, _ = convolution(x.to(dtype), packed, padding=(1, 1))
     error = (y.double() - truth).abs().max() / truth.abs().max()
     assert (
@@ -120,7 +120,9 @@ def test_moments_far_from_zero(isa, mean):
     torch.manual_seed(0)
     x, weight = torch.randn(2, 16, 16, 16), torch.eye(16)[:, :, None, None]
     bias = torch.full((16,), mean)
-    y, moments = convolution(x, pack(weight, x.dtype, exact=True), bias, moments=True)
+    y, moments = convolution(
+        x, pack(weight, x.dtype, products=Products.FLOAT32), bias, moments=True
+    )
     values = y.double().flatten(2)
     assert torch.allclose(moments[:, 0].double(), values.mean(2), rtol=1e-6, atol=1e-6)
     assert torch.allclose(moments[:, 1].double(), values.var(2, unbiased=False), rtol=1e-3)

@@ -15,6 +15,7 @@ import emulated_cuda  # noqa: F401  loads the library
 import fastdiff
 from fastdiff import GaussianDiffusion, StepTable, ops
 from fastdiff.ops import native
+from fastdiff.ops.convolution.fastest import possible
 from fastdiff.ops.convolution.packed import pack
 from fastdiff.ops.normal import normal as draw
 from fastdiff.process.schedules import get_named_beta_schedule
@@ -157,8 +158,8 @@ def convolution():
             weight = random(k, c + second, kernel, kernel)
             rows = {"second": rest, "coefficients": coefficients, "add": add}
             geometry = {"stride": stride, "padding": padding, "upsample": upsample}
-            for exact in (False, True):
-                packed = pack(weight, dtype, exact=exact)
+            for products in possible(dtype, (kernel, kernel), stride):
+                packed = pack(weight, dtype, products=products)
                 y, _ = ops.convolution(x, packed, activation="silu", **rows, **geometry)
                 ops.convolution(x, packed, random(k), residual=y, moments=True, **rows, **geometry)
 

@@ -29,6 +29,9 @@ class Executor:
         unet: a UNet as its class makes it, on the CPU.
         dtype: of activations and of the weights of convolutions, float32, bfloat16 or float64; None
             is that of the parameters. Statistics, norms and embeddings are float32 (float64).
+        exact: convolutions multiply float32 values themselves: not as two bfloat16 each (AMX), nor
+            by Winograd's algorithm, which are faster and off by some millionths of the largest
+            result.
 
     Raises:
         InputError: a network that is not executed (``problems.difference``), another dtype.
@@ -36,10 +39,10 @@ class Executor:
     Source: the blocks' own ``unroll``; Ho et al. 2020, appendix B.
     """
 
-    def __init__(self, unet: UNet, dtype: torch.dtype | None = None):
+    def __init__(self, unet: UNet, dtype: torch.dtype | None = None, *, exact: bool = False):
         if dtype is not None and dtype not in DTYPES:
             raise InputError(f"dtype is {dtype!r}; expected torch.float32, bfloat16 or float64")
-        self.unet, self.dtype = unet, dtype
+        self.unet, self.dtype, self.exact = unet, dtype, exact
         self._modules: list[nn.Module] = []  # that the plans are of
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._weights: Weights | None = None
@@ -120,14 +123,16 @@ class Executor:
         with self._lock:
             plan = self._plans.get(key)
             if plan is None:
-                plan = self._plans[key] = planned(self.unet, dtype, shapes)
+                plan = self._plans[key] = planned(self.unet, dtype, shapes, exact=self.exact)
             self._plans.move_to_end(key)
             while len(self._plans) > MOST_PLANS:
                 self._plans.popitem(last=False)
         return plan
 
 
-def planned(unet: UNet, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]]) -> Plan:
+def planned(
+    unet: UNet, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]], *, exact: bool = False
+) -> Plan:
     """The plan for arguments of these shapes by name: "x", "timesteps" and those of the network's
     conditions. It reads no values: networks on any device have one."""
     program = Program(dtype)
@@ -135,7 +140,7 @@ def planned(unet: UNet, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]]) 
     conditions = (values.get(name) for name in ("y", "low_res", "noise_level"))
     output = unet.unroll(program, values["x"], values["timesteps"], *conditions)
     names = {module: name for name, module in unet.named_modules()}
-    return Plan(Lowering(program, output), names)
+    return Plan(Lowering(program, output, exact=exact), names)
 
 
 def _versions(unet: nn.Module) -> list[tuple[int, int, torch.dtype]]:

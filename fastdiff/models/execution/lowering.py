@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from fastdiff.models.execution import functions
 from fastdiff.models.execution.program import Program, Value, Weight
+from fastdiff.ops import native
+from fastdiff.ops.backends import KERNEL_DTYPES
+from fastdiff.ops.convolution.fastest import Products, Workload, fastest
 
 CHANNELS_LAST, CONTIGUOUS = "channels_last", "contiguous"
 
@@ -64,10 +67,13 @@ class Step:
 
 
 class Lowering:
-    """``steps``; ``inputs`` by name; ``weights``; ``output``, where the program's result is."""
+    """``steps``; ``inputs`` by name; ``weights``; ``output``, where the program's result is.
 
-    def __init__(self, program: Program, output: Value):
-        self.program = program
+    ``exact``: float32 products are of the values themselves.
+    """
+
+    def __init__(self, program: Program, output: Value, *, exact: bool = False):
+        self.program, self.exact = program, exact
         self.layout = CHANNELS_LAST if len(output.shape) == 4 else CONTIGUOUS
         self.steps: list[Step] = []
         self.inputs: dict[str, Slot] = {}
@@ -122,6 +128,18 @@ class Lowering:
         assert layer is not None
         return self._weight_slot(Weight((layer,), name, form, dims))
 
+    def _packed(self, layer: nn.Conv1d | nn.Conv2d, value: Value) -> Slot:
+        """A convolution's weight for the products that are fastest for its shapes."""
+        n, out_channels, height, width = value.shape
+        kernel = layer.kernel_size if len(layer.kernel_size) == 2 else (1, 1)
+        products = None
+        if self.program.dtype in KERNEL_DTYPES:
+            amx = native.library().convolution_serves(int(Products.SPLIT))
+            channels, stride = layer.in_channels, layer.stride[0]
+            shape = (n, channels, out_channels, height, width, kernel, stride)
+            products, _ = fastest(Workload(self.program.dtype, *shape, amx), exact=self.exact)
+        return self._weight_slot(Weight((layer,), "weight", "packed", 2, products))
+
     def _weight_slot(self, weight: Weight) -> Slot:
         if weight not in self.weights:
             image = weight.form != "vector"
@@ -167,7 +185,7 @@ class Lowering:
             functions.convolve,
             [
                 self._image(x),
-                self._weight(layer, "weight", "packed", len(value.size)),
+                self._packed(layer, value),
                 self._weight(layer, "bias", "vector"),
                 None if second is None else self._image(second),
                 coefficients,

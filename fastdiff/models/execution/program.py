@@ -13,21 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.ops.arithmetic import arithmetic
+from fastdiff.ops.convolution.fastest import Products
 
 
 @dataclass(frozen=True)
 class Weight:
     """A parameter in the form in which an operation reads it.
 
-    ``form``: "packed" for ``ops.convolution``, of ``dims`` dimensions, "image" in the dtype of the
-    activations, "vector" in that of statistics and embeddings. Of several layers: one after the
-    other, as one product reads them.
+    ``form``: "packed" for ``ops.convolution`` by its ``products``, of ``dims`` dimensions, "image"
+    in the dtype of the activations, "vector" in that of statistics and embeddings. Of several
+    layers: one after the other, as one product reads them.
     """
 
     layers: tuple[nn.Module, ...]
     name: str
     form: str
     dims: int = 0
+    products: Products | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,4 +48,6 @@ def _in_form(weight: Weight, dtype: torch.dtype) -> Any:
         return made.to(arithmetic(dtype)).contiguous()
     if weight.dims and made.dim() != weight.dims + 2:  # a kernel of one, of any dimension
         made = made.reshape(*made.shape[:2], *(1,) * weight.dims)
-    return pack(made, dtype) if weight.form == "packed" else made.to(dtype)
+    if weight.form == "packed":
+        return pack(made, dtype, products=weight.products)
+    return made.to(dtype)

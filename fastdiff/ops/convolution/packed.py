@@ -1,6 +1,5 @@
 """A convolution's weight in the order in which the CPU's kernels multiply by it."""
 
-import enum
 from dataclasses import dataclass
 
 import torch
@@ -8,14 +7,7 @@ from torch import Tensor
 
 from fastdiff.ops import native
 from fastdiff.ops.backends import KERNEL_DTYPES
-
-
-class Products(enum.IntEnum):
-    """How a kernel multiplies (csrc/common/convolution.h)."""
-
-    FLOAT32 = 0
-    BFLOAT16 = 1
-    SPLIT = 2  # float32 as the sum of two bfloat16, without the product of the smaller ones
+from fastdiff.ops.convolution.fastest import Products, possible
 
 
 @dataclass
@@ -41,11 +33,16 @@ class Packed:
         )  # fmt: skip
 
 
-def pack(weight: Tensor, dtype: torch.dtype, *, exact: bool = False) -> Packed:
-    """A 2-D convolution's weight for inputs of ``dtype``. ``exact``: no products of pieces."""
+def pack(weight: Tensor, dtype: torch.dtype, *, products: Products | None = None) -> Packed:
+    """A 2-D convolution's weight for inputs of ``dtype``, on the CPU.
+
+    ``products``: how to multiply, one of ``fastest.possible``; None: float32 or AMX's tiles, which
+    serve every kernel and stride.
+    """
     if weight.dim() != 4 or not weight.is_cpu or dtype not in KERNEL_DTYPES:
         return Packed(weight)
-    products = products_of(dtype, exact)
+    if products is None:
+        products = possible(dtype, (), 1)[-1]
     k, channels, height, width = weight.shape
     size = native.library().convolution_panels(int(products), k, channels, height * width)
     room = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
@@ -56,12 +53,3 @@ def pack(weight: Tensor, dtype: torch.dtype, *, exact: bool = False) -> Packed:
 
 
 ALIGNMENT = 64
-
-
-def products_of(dtype: torch.dtype, exact: bool = False) -> Products:
-    """What multiplies fastest here, without rounding the values of ``dtype`` any further than to
-    the 16 bits that two bfloat16 hold."""
-    wanted = Products.BFLOAT16 if dtype == torch.bfloat16 else Products.SPLIT
-    if wanted == Products.SPLIT and exact:
-        return Products.FLOAT32
-    return wanted if native.library().convolution_serves(int(wanted)) else Products.FLOAT32

@@ -11,7 +11,7 @@ from fastdiff.models.replicas.twin import Twin
 from fastdiff.models.unet import UNet
 from fastdiff.ops import backends, native
 from fastdiff.ops.backends import KERNEL_DTYPES
-from fastdiff.ops.convolution.packed import Products, products_of
+from fastdiff.ops.convolution.fastest import Products, possible
 
 
 def slower(dtype: torch.dtype) -> str:
@@ -22,7 +22,7 @@ def slower(dtype: torch.dtype) -> str:
         return f"no kernels multiply in {name_of(dtype)}"
     # Of float32 products ours are as fast as PyTorch's, and what is around them is faster; in
     # bfloat16 without tiles PyTorch's are faster.
-    own = products_of(dtype) != Products.FLOAT32
+    own = possible(dtype, (), 1)[-1] != Products.FLOAT32
     if own or (dtype == torch.float32 and native.library().current_isa() != "baseline"):
         return ""
     return f"PyTorch multiplies faster in {name_of(dtype)} on this CPU"
@@ -34,9 +34,9 @@ class Executed:
     ``ran``: how the last call did, in words.
     """
 
-    def __init__(self, twin: Twin, dtype: torch.dtype | None):
+    def __init__(self, twin: Twin, dtype: torch.dtype | None, exact: bool):
         self.twin, self.dtype = twin.twin, dtype
-        self.executor = Executor(twin.original, dtype)
+        self.executor = Executor(twin.original, dtype, exact=exact)
         self.ran = ""
 
     def __call__(
@@ -69,11 +69,14 @@ class Executed:
 class Programs:
     """Which UNets of a replica run as programs, and why others do not.
 
-    ``executor``: True, False or "auto", where it pays; ``dtype``: of the network's autocast.
+    ``executor``: True, False or "auto", where it pays; ``exact``: the Executor's; ``dtype``: of the
+    network's autocast.
     """
 
-    def __init__(self, executor: bool | str, dtype: torch.dtype | None, compiles: bool):
-        self.executor = executor
+    def __init__(
+        self, executor: bool | str, exact: bool, dtype: torch.dtype | None, compiles: bool
+    ):
+        self.executor, self.exact = executor, exact
         self.dtype = None if dtype == torch.float32 else dtype
         self.wanted = not compiles and executor is not False
         self.refused = ""
@@ -117,7 +120,7 @@ class Programs:
 
     def _forward(self, twin: Twin) -> Executed:
         kept = twin.forward
-        return kept if type(kept) is Executed else Executed(twin, self.dtype)
+        return kept if type(kept) is Executed else Executed(twin, self.dtype, self.exact)
 
     def _refusal(self, unet: nn.Module) -> str:
         """Why this UNet is not executed; "" where it is."""

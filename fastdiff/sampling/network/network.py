@@ -31,7 +31,7 @@ class Network:
     weights are.
     ``compile``: False, True or torch.compile's keyword arguments.
     ``executor``: whether UNets run as programs of fused operations: "auto" (where that pays), True
-    or False.
+    or False; ``exact``: by products of float32 values themselves.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class Network:
         channels_last: bool | None,
         compile: bool | dict[str, Any],
         executor: bool | str = "auto",
+        exact: bool = False,
     ):
         self.model, self.dtype = model, dtype
         self.module = module_of(model)
@@ -51,7 +52,7 @@ class Network:
         self.captures = self.compile_options.get("mode") in ("reduce-overhead", "max-autotune")
         self.asked_channels_last = channels_last
         self.weights = Weights(dtype)
-        self.programs = Programs(executor, dtype, self.compiles)
+        self.programs = Programs(executor, exact, dtype, self.compiles)
         self.lock = self.replica.lock
         self.running = self.watched = 0  # calls
         self._made_for: Any = None
@@ -60,7 +61,7 @@ class Network:
     def __reduce__(self) -> tuple[Any, ...]:
         compile = self.compile_options if self.compiles else False
         given = (self.model, self.dtype, self.asked_channels_last, compile)
-        return Network, (*given, self.programs.executor)
+        return Network, (*given, self.programs.executor, self.programs.exact)
 
     def __call__(self, x: Tensor, timesteps: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """The output, (N, C or 2C, ...), for x (N, C, ...) and float32 (N,) timesteps."""

@@ -1,0 +1,78 @@
+"""Which products a CPU's convolution is made of: a pure function of what is known before a call.
+
+The rule rests on the tables in benchmarks/results/convolution_plan, one for a machine and a number
+of threads, which ``python benchmarks/measure_convolution_plan.py`` measures;
+tests/ops/test_convolution_plan.py holds the rule and all of them together.
+"""
+
+import enum
+from typing import NamedTuple
+
+import torch
+
+from fastdiff.ops import native
+
+
+class Products(enum.IntEnum):
+    """How a kernel multiplies (csrc/common/convolution.h).
+
+    SPLIT: float32 as the sum of two bfloat16, without the product of the smaller ones. WINOGRAD2
+    and WINOGRAD4: outputs in tiles of 2×2 and 4×4, of 3×3 kernels without a stride (Lavin & Gray
+    2016, arXiv:1509.09308).
+    """
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    SPLIT = 2
+    WINOGRAD2 = 3
+    WINOGRAD4 = 4
+
+
+def possible(dtype: torch.dtype, kernel: tuple[int, ...], stride: int) -> list[Products]:
+    """What serves here without rounding the values of ``dtype`` any further than to the 16 bits
+    that two bfloat16 hold."""
+    found = [Products.FLOAT32]
+    tiles = Products.BFLOAT16 if dtype == torch.bfloat16 else Products.SPLIT
+    if native.library().convolution_serves(int(tiles)):
+        found.append(tiles)
+    if kernel == (3, 3) and stride == 1 and dtype != torch.bfloat16:
+        found += [Products.WINOGRAD2, Products.WINOGRAD4]
+    return found
+
+
+class Workload(NamedTuple):
+    """What decides. ``height``, ``width``: of the output; ``amx``: the library multiplies in
+    tiles."""
+
+    dtype: torch.dtype
+    samples: int
+    channels: int
+    out_channels: int
+    height: int
+    width: int
+    kernel: tuple[int, ...]
+    stride: int
+    amx: bool
+
+
+def fastest(work: Workload, *, exact: bool = False) -> tuple[Products, str]:
+    """The products, and the reason in words. ``exact``: by float32 multiplications of the values
+    themselves, in float32 neither in pieces nor transformed."""
+    if work.dtype == torch.bfloat16:
+        if work.amx:
+            return Products.BFLOAT16, "AMX multiplies bfloat16 in tiles"
+        return Products.FLOAT32, "without AMX bfloat16 is multiplied as float32"
+    if exact:
+        return Products.FLOAT32, "products of the values themselves were asked for"
+    if work.amx:
+        return Products.SPLIT, "three products of bfloat16 pieces in AMX's tiles are faster"
+    if work.kernel != (3, 3) or work.stride != 1:
+        return Products.FLOAT32, "Winograd's algorithm is for 3×3 kernels without a stride"
+    tiles = work.samples * -(-work.height // 4) * -(-work.width // 4)
+    # Tiles of 4×4 take 9/16 of the multiplications of tiles of 2×2, and read 9/4 of the weights.
+    if tiles * WEIGHTS_PER_TILE >= work.channels * work.out_channels:
+        return Products.WINOGRAD4, "in tiles of 4×4 a quarter of the multiplications remain"
+    return Products.WINOGRAD2, f"tiles of 2×2: for {tiles} of 4×4 too many weights would be read"
+
+
+WEIGHTS_PER_TILE = 8192
