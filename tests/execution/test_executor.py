@@ -71,13 +71,16 @@ def test_the_answers_are_the_forwards(case):
     given = arguments(model, size)
     with torch.no_grad():
         single = Executor(model)(**given)
+        values = Executor(model, exact=True)(**given)
         assert single.dtype == torch.float32 and single.shape[2:] == tuple(size)
         assert single.std() > 0.01
         model.double()
         exact = model(**in_dtype(given, torch.float64))
         double = Executor(model)(**in_dtype(given, torch.float64))
     assert (double - exact).abs().max() < 1e-10
-    assert (single - exact).abs().max() < 6e-5 * exact.abs().max()  # of split products
+    largest = exact.abs().max()
+    assert (single - exact).abs().max() < 3e-4 * largest  # of pieces, where the plan takes them
+    assert (values - exact).abs().max() < 2e-5 * largest
 
 
 @pytest.mark.parametrize("case", ["plain", "ADM", "1-D"])
@@ -196,10 +199,12 @@ def test_weights_are_live(kind, inside):
 @torch.no_grad()
 def test_weights_are_packed_once_between_begin_and_end(monkeypatch):
     packed, pack = [], weights.pack
-    monkeypatch.setattr(weights, "pack", lambda *args: packed.append(1) or pack(*args))
+    monkeypatch.setattr(
+        weights, "pack", lambda *args, **named: packed.append(1) or pack(*args, **named)
+    )
     model = small_unet()
     x, t, _ = batch(model, 8, 8)
-    executor = Executor(model)
+    executor = Executor(model, exact=True)  # of one kind, whatever the batch
     executor.begin()
     for n in (1, 2, 2):
         executor(x[:n], t[:n])
