@@ -67,6 +67,11 @@ def _network(name: str) -> fastdiff.UNet:
     return model
 
 
+def forget() -> None:
+    """The networks that those of their own are copied from."""
+    _network.cache_clear()
+
+
 def diffusers_network(name: str) -> Any:
     """``fastdiff_network(name)`` as diffusers' UNet2DModel, with the same weights."""
     from diffusers import UNet2DModel
