@@ -45,6 +45,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "num_res_blocks": 1,
         "channel_mult": (1, 1),
         "attention_resolutions": (2,),
+        # Of more than one channel: a norm of each alone would take away what t has added to it.
+        "norm_num_groups": 8,
         "image_size": 8,
     },
 }
