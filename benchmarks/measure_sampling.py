@@ -96,7 +96,7 @@ def measure(
         **{"steps": steps, "rounds": rounds, "threads": torch.get_num_threads()},
         "times_s": {name: statistics.median(taken) for name, taken in times.items()},
         "least_s": {name: min(taken) for name, taken in times.items()},
-        # Each pair of neighbouring turns gives one ratio.
+        # Each round gives one ratio.
         "times_faster": {
             name: statistics.median(p / o for p, o in zip(taken, times[ours], strict=True))
             for name, taken in times.items()

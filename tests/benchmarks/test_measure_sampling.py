@@ -195,3 +195,15 @@ def test_patterns_choose_rivals_of_the_dtype():
     assert not any(n.startswith(("plain", "fastdiff")) or "bfloat16" in n for n in chosen)
     compiled = [n for n in made if measure_sampling.is_wanted(n, "bfloat16", ["* compiled"])]
     assert {"diffusers bfloat16 compiled", "fastdiff bfloat16 compiled"} <= set(compiled)
+
+
+def test_a_contender_is_made_once_and_not_before_its_turn():
+    made = []
+
+    def make():
+        made.append(True)
+        return lambda: "images"
+
+    sample = peers_sampling.on_first_call(make)
+    assert not made
+    assert [sample(), sample()] == ["images", "images"] and made == [True]
