@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from fastdiff.optional import version_of
 from harness import peers, results
 from harness import peers_sampling as sampling
 from harness.products import Floor
@@ -30,6 +31,7 @@ from report import sampling_table
 
 CPU = torch.device("cpu")
 PRESETS = ("ddpm-cifar10", "iddpm-imagenet64")
+PACKAGES = ("diffusers", "onnxruntime", "openvino")  # whose versions are kept
 RIVALS = ("diffusers *", "openvino *", "onnxruntime *")
 
 
@@ -106,6 +108,7 @@ def measure(
         "flops": sampling.network_flops(preset, batch),
         "psnr_db": psnr,
         "missing": missing,
+        "packages": {name: version_of(name) for name in PACKAGES},
     }
 
 

@@ -151,10 +151,11 @@ def _forms_table(rows: Sequence[dict[str, Any]], count: int, cores: bool) -> str
 def sampling_table(data: dict[str, Any]) -> str:
     """One machine's markdown table: in each race fastdiff, its rivals from the fastest on, and the
     floor."""
-    head = ["network", "batch", "dtype", "contender", "ms a call", "least", "fastdiff is faster"]
+    head = ["network", "batch", "dtype", "steps", "contender", "ms a call", "least"]
+    head += ["fastdiff is faster", "PSNR, dB", "peak MB"]
     cells = []
     for row in data["rows"]:
-        case = [row["shape"], row["batch"], row["dtype"]]
+        case = [row["shape"], row["batch"], row["dtype"], row["steps"]]
         names = sorted(row["times_s"], key=lambda name: (name != row["ours"], row["times_s"][name]))
         for name in names:
             ms = [_three_digits(1e3 * row[field][name]) for field in ("times_s", "least_s")]
@@ -164,7 +165,7 @@ def sampling_table(data: dict[str, Any]) -> str:
             cells.append([*case, name, *ms, *beside, megabytes])
         floor = [_three_digits(1e3 * row["floor_s"]), *["–"] * 3]
         cells.append([*case, "*its products alone*", "–", *floor])
-    return f"**{caption(data)}**\n\n{_markdown([*head, 'PSNR, dB', 'peak MB'], cells)}"
+    return f"**{caption(data)}**\n\n{_markdown(head, cells)}"
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

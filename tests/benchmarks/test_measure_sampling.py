@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import measure_sampling
 import report
+from fastdiff.optional import version_of
 from harness import peers, peers_graphs, peers_sampling, products, results
 
 CPU = torch.device("cpu")
@@ -163,9 +164,10 @@ def test_a_row_is_a_race_of_one_dtype(measured):
     assert row["least_s"] == pytest.approx({"fastdiff float32": 0.01, "diffusers float32": 0.02})
     assert row["times_faster"] == pytest.approx({"diffusers float32": 3.0})
     assert row["psnr_db"] == pytest.approx({"fastdiff float32": 200, "diffusers float32": 20})
+    assert row["packages"]["diffusers"] == version_of("diffusers")
     assert row["missing"] == {"onnxruntime float32": "onnxruntime is not installed here"}
     assert "left out: onnxruntime float32: onnxruntime is not installed here" in said
-    assert "| tiny | 2 | float32 | fastdiff float32 | 10 | 10 | – | 200 | 321 |" in said
+    assert "| tiny | 2 | float32 | 2 | fastdiff float32 | 10 | 10 | – | 200 | 321 |" in said
 
 
 def test_rows_become_the_table_of_the_page(measured, tmp_path):
@@ -173,8 +175,8 @@ def test_rows_become_the_table_of_the_page(measured, tmp_path):
     page.write_text("# T\n<!-- sampling: start -->\nold\n<!-- sampling: end -->\nend\n")
     assert report.main([str(measured[0]), "--page", str(page), "--docs", str(tmp_path)]) == 0
     ours, theirs, floor = page.read_text().split("| --- |\n")[1].splitlines()[:3]
-    assert ours == "| tiny | 2 | float32 | fastdiff float32 | 10 | 10 | – | 200 | 321 |"
-    assert theirs == "| tiny | 2 | float32 | diffusers float32 | 30 | 20 | 3.00× | 20 | 321 |"
+    assert ours == "| tiny | 2 | float32 | 2 | fastdiff float32 | 10 | 10 | – | 200 | 321 |"
+    assert theirs == "| tiny | 2 | float32 | 2 | diffusers float32 | 30 | 20 | 3.00× | 20 | 321 |"
     assert "its products alone" in floor and "old" not in page.read_text()
 
 
