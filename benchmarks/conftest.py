@@ -289,11 +289,8 @@ def pytest_terminal_summary(terminalreporter, config):
     if operations:
         terminalreporter.section("operations: times faster than eager, and share of the floor")
         terminalreporter.write_line(summary.as_text(operations, _device(config).type))
-        notes = {
-            f"{row['op']}: {name}: {why}"
-            for row in operations
-            for name, why in row["missing"].items()
-        }
+    notes = {f"{row['op']}: {name}: {why}" for row in rows for name, why in row["missing"].items()}
+    if notes:
         terminalreporter.write_line("\n".join(f"left out, {note}" for note in sorted(notes)))
     if recorded.path is not None and rows:
         terminalreporter.write_line(f"written: {recorded.path} ({len(recorded.rows())} rows)")

@@ -2,9 +2,9 @@
 
     python benchmarks/report.py [results.json ...]
 
-Without files it takes all of benchmarks/results/ and its training/. The tables replace what stands
-between the markers of their kind in that page; the plot of each file of operations becomes
-docs/roofline_<file>.png.
+Without files it takes all of benchmarks/results/, its training/ and its sampling/. The tables
+replace what stands between the markers of their kind in that page; the plot of each file of
+operations becomes docs/roofline_<file>.png.
 """
 
 import argparse
@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 # The kinds of tables, by which a page's markers are named.
 OPERATIONS = "operations"
 TRAINING = "training"  # and the op of the rows of measure_training.py
+SAMPLING = "sampling"  # likewise of measure_sampling.py
 
 # Okabe & Ito's colours, told apart with any colour vision; the markers differ too.
 STYLE = {
@@ -36,9 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the plots go")
     args = parser.parse_args(argv)
-    files = args.files or sorted(
-        [*results.FOLDER.glob("*.json"), *results.FOLDER.glob(f"{TRAINING}/*.json")]
-    )
+    folders = (results.FOLDER, results.FOLDER / TRAINING, results.FOLDER / SAMPLING)
+    files = args.files or sorted(path for folder in folders for path in folder.glob("*.json"))
     loaded = {path: data for path in files if (data := results.load(path)) is not None}
     if not loaded:
         print(f"no results among {[str(f) for f in files]}", file=sys.stderr)
@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path, data in loaded.items():
         if any(row["op"] == TRAINING for row in data["rows"]):
             sections.setdefault(TRAINING, []).append(training_tables(data))
+            continue
+        if any(row["op"] == SAMPLING for row in data["rows"]):
+            sections.setdefault(SAMPLING, []).append(sampling_table(data))
             continue
         if not any(row["op"] in STYLE for row in data["rows"]):  # of the sampler alone
             continue
@@ -143,6 +146,26 @@ def _forms_table(rows: Sequence[dict[str, Any]], count: int, cores: bool) -> str
         cells.append([preset, every[0]["batch"], dtype, *map(_rate, every)])
         cells[-1] += [*(f"{share:.2f}" for share in shares), _others(every)]
     return _markdown([*head, "others %"], cells)
+
+
+def sampling_table(data: dict[str, Any]) -> str:
+    """One machine's markdown table: in each race fastdiff, its rivals from the fastest on, and the
+    floor."""
+    head = ["network", "batch", "dtype", "steps", "contender", "ms a call", "least"]
+    head += ["fastdiff is faster", "PSNR, dB", "peak MB"]
+    cells = []
+    for row in data["rows"]:
+        case = [row["shape"], row["batch"], row["dtype"], row["steps"]]
+        names = sorted(row["times_s"], key=lambda name: (name != row["ours"], row["times_s"][name]))
+        for name in names:
+            ms = [_three_digits(1e3 * row[field][name]) for field in ("times_s", "least_s")]
+            beside = [_times(row["times_faster"].get(name)), f"{row['psnr_db'][name]:.0f}"]
+            memory = row.get("peak_mb", {}).get(name)
+            megabytes = "–" if memory is None else f"{memory:.0f}"
+            cells.append([*case, name, *ms, *beside, megabytes])
+        floor = [_three_digits(1e3 * row["floor_s"]), *["–"] * 3]
+        cells.append([*case, "*its products alone*", "–", *floor])
+    return f"**{caption(data)}**\n\n{_markdown(head, cells)}"
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -45,6 +45,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "num_res_blocks": 1,
         "channel_mult": (1, 1),
         "attention_resolutions": (2,),
+        # Of more than one channel: a norm of each alone would take away what t has added to it.
+        "norm_num_groups": 8,
         "image_size": 8,
     },
 }
@@ -65,6 +67,11 @@ def _network(name: str) -> fastdiff.UNet:
             if isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Linear):
                 module.reset_parameters()
     return model
+
+
+def forget() -> None:
+    """The networks that those of their own are copied from."""
+    _network.cache_clear()
 
 
 def diffusers_network(name: str) -> Any:

@@ -1,16 +1,19 @@
 """DDIM by fastdiff's Sampler, and by others in the settings that their users reach for.
 
 One network for all, one x_T and the same timesteps, so that all make the same images: ``psnr_db``
-says how nearly. The others are diffusers (UNet2DModel and DDIMScheduler) and, named "plain",
-fastdiff's network on plain PyTorch operations: what torch.compile would make of our own code. They
-are given what costs them least: half-precision weights for half-precision products, timesteps that
-are on the device already.
+says how nearly. The others are diffusers (UNet2DModel and DDIMScheduler), its network as a graph in
+other runtimes (peers_graphs.py), and, named "plain", fastdiff's network on plain PyTorch
+operations: what torch.compile would make of our own code. They are given what costs them least:
+half-precision weights for half-precision products, timesteps that are on the device already.
 
-    python -m harness.peers_sampling NAME BATCH CONTENDER
+    python -m harness.peers_sampling NAME BATCH CONTENDER THREADS
 
 in benchmarks/ runs one of them in a process of its own and prints the process's peak memory in MB.
 """
 
+import ctypes
+import functools
+import gc
 import math
 import re
 import sys
@@ -25,13 +28,14 @@ import torch._dynamo
 
 import fastdiff
 from fastdiff.models.flops import unet_flops
-from harness import peers, peers_eager
+from harness import peers, peers_eager, peers_graphs
 
 STEPS = 50
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EAGER = "diffusers float32"  # its default
 COMPARED = 8  # images of a batch, where they are held to others
 
+Update = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]  # (x_t, ε, t) -> x_prev
 Modes = Mapping[str, dict[str, Any]]  # torch.compile's arguments by name
 MODES: dict[str, Modes] = {
     "cpu": {"compiled": {"options": {"freezing": True}}},  # weights as constants, in oneDNN's order
@@ -41,13 +45,15 @@ MODES: dict[str, Modes] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """How a peer runs: the dtype of its weights, their layout, torch.compile's arguments, and
-    whether float32 products run in tf32 (None: as PyTorch does, convolutions alone)."""
+    """How a peer runs: the dtype of its weights, their layout, torch.compile's arguments, whether
+    float32 products run in tf32 (None: as PyTorch does, convolutions alone), and the dtype that the
+    CPU's autocast gives products."""
 
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
     compiled: dict[str, Any] | None = None
     tf32: bool | None = None
+    autocast: torch.dtype = torch.float32
 
 
 @dataclass
@@ -89,6 +95,20 @@ def fastdiff_sampling(
 def diffusers_sampling(
     name: str, batch: int, setting: Setting, device: torch.device, steps: int = STEPS
 ) -> peers.Step:
+    model, update = peers.diffusers_network(name), _scheduled(steps)
+    return _sampling(model, update, name, batch, setting, device, steps)
+
+
+def graph_sampling(
+    runtime: str, name: str, batch: int, dtype: torch.dtype, steps: int = STEPS
+) -> peers.Step:
+    """diffusers' network in the runtime, its scheduler around it. ImportError: it is missing."""
+    network = peers_graphs.network(runtime, name, batch, dtype)
+    # What a graph is given and answers is float32, whatever it computes in.
+    return _loop(network, _scheduled(steps), name, batch, Setting(), torch.device("cpu"), steps)
+
+
+def _scheduled(steps: int) -> Update:
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=True)
@@ -99,8 +119,7 @@ def diffusers_sampling(
         # ε from the clipped x_0, as published and as the Sampler does.
         return scheduler.step(output, t, x, use_clipped_model_output=True).prev_sample
 
-    model = peers.diffusers_network(name)
-    return _sampling(model, update, name, batch, setting, device, steps)
+    return update
 
 
 def plain_sampling(
@@ -126,14 +145,13 @@ def plain_sampling(
 
 def _sampling(
     model: torch.nn.Module,
-    update: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+    update: Update,
     name: str,
     batch: int,
     setting: Setting,
     device: torch.device,
     steps: int,
 ) -> peers.Step:
-    layout = torch.channels_last if setting.channels_last else torch.preserve_format
     model = model.eval().to(device, setting.dtype)
     if setting.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -142,6 +160,19 @@ def _sampling(
         # Of one line of code, for every peer that is compiled in this process.
         torch._dynamo.config.recompile_limit = 64
         network = torch.compile(model, dynamic=False, **setting.compiled)
+    return _loop(network, update, name, batch, setting, device, steps)
+
+
+def _loop(
+    network: Callable[..., Any],
+    update: Update,
+    name: str,
+    batch: int,
+    setting: Setting,
+    device: torch.device,
+    steps: int,
+) -> peers.Step:
+    layout = torch.channels_last if setting.channels_last else torch.preserve_format
     noise = peers.images(name, batch).to(device, memory_format=layout)
     rows = [(t, torch.full((batch,), t, device=device)) for t in timesteps(steps)]
 
@@ -150,7 +181,8 @@ def _sampling(
         x = noise
         # Where a peer is to be at its best, cuDNN looks for the fastest kernels, as in a capture.
         search = switched((torch.backends.cudnn,), "benchmark", setting.channels_last or None)
-        with products_in_tf32(setting.tf32), search:
+        # Around all steps, so that weights are cast once.
+        with products_in_tf32(setting.tf32), search, peers.autocast(setting.autocast):
             for t, on_device in rows:
                 if setting.compiled is not None:
                     torch.compiler.cudagraph_mark_step_begin()
@@ -190,6 +222,8 @@ def settings(device: torch.device, modes: Modes) -> dict[str, Setting]:
     if device.type != "cpu":
         made["diffusers float32 without tf32"] = Setting(tf32=False)
         made["diffusers float32 all tf32"] = Setting(tf32=True)
+    else:
+        made["diffusers bfloat16 autocast"] = Setting(channels_last=True, autocast=torch.bfloat16)
     return made | compiled_settings("diffusers", modes)
 
 
@@ -217,6 +251,11 @@ def contenders(
     for peer, setting in {"plain float32": Setting(), **compiled_settings("plain", modes)}.items():
         made[peer] = lambda setting=setting: plain_sampling(name, batch, setting, device, steps)
     for dtype_name, dtype in DTYPES.items():
+        for runtime, served in peers_graphs.RUNTIMES.items() if device.type == "cpu" else ():
+            if dtype in served.dtypes:
+                made[f"{runtime} {dtype_name}"] = lambda runtime=runtime, dtype=dtype: (
+                    graph_sampling(runtime, name, batch, dtype, steps)
+                )
         made[f"fastdiff {dtype_name}"] = lambda dtype=dtype: fastdiff_sampling(
             name, batch, dtype, device, steps
         )
@@ -227,14 +266,22 @@ def contenders(
     return made
 
 
-def reference_images(name: str, device: torch.device, steps: int) -> tuple[str, torch.Tensor]:
+def on_first_call(make: Callable[[], peers.Step]) -> peers.Step:
+    """A contender that is made in its first turn, where a race forgives an optional one."""
+    once = functools.cache(make)
+    return lambda: once()()
+
+
+def reference_images(
+    name: str, device: torch.device, steps: int, count: int = COMPARED
+) -> tuple[str, torch.Tensor]:
     """(who made them, the first images of every batch): in float32 throughout, by diffusers where
     it is installed."""
     exact = Setting(tf32=False)
     try:
-        who, sample = "diffusers", diffusers_sampling(name, COMPARED, exact, device, steps)
+        who, sample = "diffusers", diffusers_sampling(name, count, exact, device, steps)
     except ImportError:
-        who, sample = "plain", plain_sampling(name, COMPARED, exact, device, steps)
+        who, sample = "plain", plain_sampling(name, count, exact, device, steps)
     return f"{who} float32 without tf32", sample()
 
 
@@ -276,19 +323,30 @@ def matrix_product_share(call: peers.Step) -> float:
 
 
 def peak_memory_mb(name: str, batch: int, contender: str) -> float:
-    """Of two sampling steps in a process of its own."""
+    """Of two sampling steps in a process of its own, after two that made ready what is kept."""
     import subprocess
 
     command = [sys.executable, "-m", __name__, name, str(batch), contender]
+    command += [str(torch.get_num_threads())]
     folder = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
+def forget_what_made_the_network() -> None:
+    """Memory that only led to a contender is given back, and the process's peak begins anew."""
+    peers.forget()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 if __name__ == "__main__":
-    made = contenders(sys.argv[1], int(sys.argv[2]), torch.device("cpu"), steps=2)
-    sample = made[sys.argv[3]]()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of what made the network is forgotten
+    name, batch, contender, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    sample = contenders(name, int(batch), torch.device("cpu"), steps=2)[contender]()
+    sample()
+    forget_what_made_the_network()
     sample()
     # Not ru_maxrss, which begins with what the parent had when it started this process.
     status = Path("/proc/self/status").read_text()

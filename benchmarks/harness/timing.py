@@ -119,6 +119,13 @@ class GpuTurn:
         return self.start.elapsed_time(self.end) / 1e3 / self.calls
 
 
+def seconds(call: Callable[[], object]) -> float:
+    """Of one call, by the wall clock."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def turn_type(device: torch.device) -> type[CpuTurn] | type[GpuTurn]:
     return GpuTurn if device.type == "cuda" else CpuTurn
 

@@ -12,7 +12,7 @@ import torch
 import fastdiff
 from fastdiff.checkpoints.diffusers_unet_config import diffusers_config
 from gpu import goals, lines
-from harness import peers, peers_eager, peers_sampling, results
+from harness import peers, peers_eager, peers_graphs, peers_sampling, results
 from paths import ROOT
 from patience import WAIT
 
@@ -125,6 +125,8 @@ def test_all_that_sample_make_the_same_images(modes):
     assert who == "diffusers float32 without tf32"
     made = peers_sampling.contenders("tiny", 3, CPU, 3, modes=modes)
     for name, make in made.items():
+        if name.split()[0] in peers_graphs.RUNTIMES:  # tests/benchmarks/test_measure_sampling.py
+            continue
         images = make()()
         assert images.shape == (3, 3, 8, 8), name
         assert peers_sampling.psnr_db(images, reference) > (90 if "float32" in name else 30), name

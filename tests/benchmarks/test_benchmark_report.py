@@ -159,7 +159,7 @@ def test_a_page_without_markers_and_a_file_of_another_kind_are_refused(tmp_path,
 
 def test_the_page_of_benchmarks_has_the_markers():
     text = (report.ROOT / "docs" / "benchmarks.md").read_text()
-    for kind in (report.OPERATIONS, report.TRAINING):
+    for kind in (report.OPERATIONS, report.TRAINING, report.SAMPLING):
         assert [text.count(marker) for marker in report.markers(kind)] == [1, 1]
 
 
