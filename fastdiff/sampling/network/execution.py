@@ -91,7 +91,9 @@ class Programs:
             return {}
         twins = {twin.original: twin for twin in replica.modules()}
         unets = [module for module, _ in replica.parts() if isinstance(module, UNet)]
-        self.forwards, self.refused = {}, "" if unets else "the model has no UNet of fastdiff"
+        self.forwards, self.refused = {}, ""
+        if not unets and self.executor is True:
+            self.refused = "the model has no UNet of fastdiff"
         for unet in unets:
             twin = twins.get(unet)
             said = self._refusal(unet) if twin else "it cannot be replicated"
