@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff import UNet
 from fastdiff.models import presets
-from fastdiff.models.execution import functions
+from fastdiff.models.execution import functions, lowering
 from fastdiff.models.execution.executor import Executor, planned
 from fastdiff.models.execution.explanation import bytes_moved, copies, counts
 from fastdiff.models.execution.lowering import CHANNELS_LAST, Lowering
@@ -18,6 +18,7 @@ from fastdiff.models.execution.program import Program
 from fastdiff.models.execution.weights import Weights
 from fastdiff.models.valueless import valueless
 from fastdiff.ops import backends
+from fastdiff.ops.convolution.fastest import Products
 from unet_tools import batch, small_unet
 
 
@@ -211,3 +212,27 @@ def test_the_explanation_lists_every_operation():
         "copies between layers, of layout or dtype: 0",
     ):
         assert line in text, line
+
+
+def test_transformed_weights_are_bounded(monkeypatch):
+    """Without AMX: of a large network the first layers take Winograd's algorithm alone."""
+    library = lowering.native.library()
+    serves = type("", (), {"convolution_panels": library.convolution_panels})
+    serves.convolution_serves = staticmethod(lambda products: False)
+    monkeypatch.setattr(lowering.native, "library", lambda: serves)
+
+    def of(name):
+        plan, _ = of_preset(name, n=8)
+        weights = [w for w in plan.weights if w.form == "packed"]
+        sizes = {
+            w: library.convolution_panels(int(w.products), *w.layers[0].weight.shape[:2], 9)
+            for w in weights
+            if w.products in (Products.WINOGRAD2, Products.WINOGRAD4)
+        }
+        threes = [w for w in weights if w.layers[0].kernel_size == (3, 3)]
+        return sum(sizes.values()), len(sizes), len(threes)
+
+    total, transformed, threes = of("ddpm-cifar10")
+    assert transformed == threes - 3 and total < lowering.MOST_TRANSFORMED  # but for the strided
+    total, transformed, threes = of("iddpm-imagenet64")
+    assert 0 < transformed < threes - 3 and total <= lowering.MOST_TRANSFORMED

@@ -21,6 +21,7 @@ from fastdiff.ops.backends import KERNEL_DTYPES
 from fastdiff.ops.convolution.fastest import Products, Workload, fastest
 
 CHANNELS_LAST, CONTIGUOUS = "channels_last", "contiguous"
+MOST_TRANSFORMED = 1 << 30  # bytes of weights that Winograd's algorithm has transformed
 
 
 @dataclass(eq=False)
@@ -82,6 +83,7 @@ class Lowering:
         self._producers: dict[Slot, Step] = {}
         self._moments: dict[Value, Slot] = {}
         self._parts: dict[Value, list[Slot]] = {}  # of a projection
+        self._transformed = 0  # bytes of weights
         for value in program.values:
             if value.kind not in ("norm", "concat", "upsample"):  # which wait for who reads them
                 self._tensor(value)
@@ -138,7 +140,16 @@ class Lowering:
             channels, stride = layer.in_channels, layer.stride[0]
             shape = (n, channels, out_channels, height, width, kernel, stride)
             products, _ = fastest(Workload(self.program.dtype, *shape, amx), exact=self.exact)
+            if products in (Products.WINOGRAD2, Products.WINOGRAD4):
+                products = self._within_bounds(products, out_channels, channels)
         return self._weight_slot(Weight((layer,), "weight", "packed", 2, products))
+
+    def _within_bounds(self, products: Products, out_channels: int, channels: int) -> Products:
+        """Winograd's, as long as the weights, which are two to four times larger, fit into memory:
+        the large images come first, which gain most and have small weights."""
+        panels = native.library().convolution_panels
+        self._transformed += panels(int(products), out_channels, channels, 9)
+        return products if self._transformed <= MOST_TRANSFORMED else Products.FLOAT32
 
     def _weight_slot(self, weight: Weight) -> Slot:
         if weight not in self.weights:
