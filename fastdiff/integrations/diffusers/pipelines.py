@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from fastdiff.acceleration import accelerate, is_accelerated, restore
 from fastdiff.acceleration.calls import shared_arguments
-from fastdiff.acceleration.fused_class import Fused, check_removable, derived, put_back
+from fastdiff.acceleration.fused_class import check_removable, derived, put_back
 from fastdiff.errors import InputError
 from fastdiff.integrations.diffusers.ddim import DDIMScheduler
 from fastdiff.integrations.diffusers.ddpm import DDPMScheduler
 from fastdiff.integrations.diffusers.dpmsolver_multistep import DPMSolverMultistepScheduler
 from fastdiff.integrations.diffusers.generators import check_generators
 from fastdiff.integrations.options import check_sampler_options
+from fastdiff.models.fused import Fused
 from fastdiff.sampling.sampler import Sampler
 
 PIPELINES = (diffusers.DDPMPipeline, diffusers.DDIMPipeline)
