@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from fastdiff.models.execution.executor import Executor
 from fastdiff.models.readers import reading_of
@@ -64,3 +65,61 @@ def test_bfloat16_is_near():
     expected = model(x, t, **kwargs)
     found = program_of(model, torch.bfloat16)(x, t, **kwargs)
     assert 0 < (found - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+CHANGES = {
+    "a hook": (lambda m: m.out.register_forward_hook(lambda *_: None), "out has a hook"),
+    "other heads": (
+        lambda m: setattr(m.middle_block[1].attention, "n_heads", 4),
+        "middle_block.1.attention has n_heads 4, not 2",
+    ),
+    "another norm": (
+        lambda m: m.out.__setitem__(0, nn.GroupNorm(32, 32)),
+        "out.0 is a torch.GroupNorm, not a GroupNorm32",
+    ),
+    "another way of a block": (
+        lambda m: setattr(m.middle_block[0], "use_scale_shift_norm", True),
+        "input_blocks.1.0 has use_scale_shift_norm False, not True",
+    ),
+    "no middle": (
+        lambda m: delattr(m, "middle_block"),
+        "its parts are not those of a UNetModel",
+    ),
+    "no levels": (lambda m: setattr(m, "channel_mult", None), "its parts are not those of a UNet"),
+    "an impossible width": (
+        lambda m: setattr(m, "model_channels", 7),
+        "its class does not make it of its arguments",
+    ),
+    "half precision": (lambda m: m.half(), "its weights are float16"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_what_was_changed_is_named(change):
+    model, (make, message) = small(Guided), CHANGES[change]
+    reading = reading_of(model)
+    assert reading.difference() == ""
+    make(model)
+    said = reading.difference()
+    assert message in said and "\n" not in said
+
+
+@torch.no_grad()
+def test_arguments_that_are_its_own_to_refuse():
+    model = small(Improved, num_classes=3)
+    reading, (x, t, kwargs) = reading_of(model), given(model)
+    assert reading.difference() == ""
+    for args, others in (
+        ((x, t), {}),
+        ((x, t), {"y": torch.zeros(3).long()}),
+        ((x[..., :5], t), kwargs),
+        ((x, t), {"y": kwargs["y"], "scale": 2}),
+        ((x,), kwargs),
+        ((x, None), kwargs),
+        ((None, t), kwargs),
+    ):
+        assert reading.call(args, others) is None
+        with pytest.raises((AssertionError, RuntimeError, TypeError, AttributeError)):
+            model(*args, **others)
+    assert reading.call((x, t), kwargs).arguments.keys() == {"x", "timesteps", "y"}

@@ -79,12 +79,12 @@ class Executor:
     def begin(self) -> None:
         """Pack the weights anew, which may have changed unseen. InputError as the constructor's."""
         self._check()
-        self._weights_of = _versions(self.reading.module)
+        self._weights_of = versions(self.reading.module)
         self._weights = Weights(self.reading.tensors)
 
     def refresh(self) -> None:
         """Pack the weights anew if one has been exchanged or written to."""
-        if self._weights_of != _versions(self.reading.module):
+        if self._weights_of != versions(self.reading.module):
             self.begin()
 
     def end(self) -> None:
@@ -147,7 +147,7 @@ def planned(unet: UNet, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]]) 
     return Plan(Lowering(program, output), names)
 
 
-def _versions(unet: nn.Module) -> list[tuple[int, int, torch.dtype]]:
+def versions(unet: nn.Module) -> list[tuple[int, int, torch.dtype]]:
     """Where the parameters are, and how often they were written to."""
     return [
         (p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in unet.parameters()

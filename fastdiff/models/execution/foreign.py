@@ -4,13 +4,13 @@ import copy
 import inspect
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff.errors import InputError, first_line
-from fastdiff.models.execution.executor import Executor
+from fastdiff.models.execution.executor import Executor, versions
 from fastdiff.models.execution.problems import Form, changed, class_name, dtype_of, forms, name_of
 from fastdiff.models.execution.reading import Call, Reading
 from fastdiff.models.fused import unfused
@@ -97,11 +97,11 @@ class Foreign(Reading):
     def _fits(self, arguments: dict[str, Any]) -> bool:
         """Whether the network's own forward would take these: of others it is to speak itself."""
         x, timesteps = arguments["x"], arguments["timesteps"]
-        if not isinstance(x, Tensor):
+        if not (isinstance(x, Tensor) and isinstance(timesteps, Tensor | int | float)):
             return False
-        timesteps = torch.as_tensor(timesteps, device=x.device)
-        if timesteps.dim() == 0:
-            timesteps = timesteps.expand(len(x))
+        timesteps = torch.as_tensor(timesteps)
+        if timesteps.numel() == 1:
+            timesteps = timesteps.reshape(1).expand(len(x))
         arguments["timesteps"] = timesteps
         others = (arguments.get(name) for name in ("y", "low_res", "noise_level"))
         try:
@@ -120,13 +120,12 @@ class Foreign(Reading):
         """``difference`` is to be asked before."""
         kinds = {type(module) for module in self.module.modules()}
         forwards = {kind: kind.forward for kind in kinds}  # somebody may exchange one for a class
-        tried_as = (self._settings, dtype_of(self.module), forwards)
-        before, said = _tried.get(self.module, (None, ""))
-        if before != tried_as:
-            said = self._tried()
-            if said != _ZEROS:
-                _tried[self.module] = (tried_as, said)
-        return said
+        form = (self._settings, dtype_of(self.module), forwards)
+        last = _trials.get(self.module)
+        if last is None or last.form != form or (last.said and last.of != versions(self.module)):
+            of = versions(self.module)
+            last = _trials[self.module] = _Trial(form, of, self._tried())
+        return last.said
 
     @torch.no_grad()
     def _tried(self) -> str:
@@ -142,7 +141,7 @@ class Foreign(Reading):
             return f"tried on small inputs it fails ({first_line(error)})"
         largest = expected.abs().max()
         if not largest:
-            return _ZEROS
+            return "it answers zeros, on which no program can be tried"
         differs = float((found - expected).abs().max() / largest)
         most = MOST_LOW_ERROR if dtype == torch.bfloat16 else MOST_ERROR
         if differs <= most:
@@ -150,9 +149,16 @@ class Foreign(Reading):
         return f"tried on small inputs in {name_of(dtype)} its program differs by {differs:.1e}"
 
 
-_ZEROS = "it answers zeros, on which no program can be tried"
-# Of each network: as what it was tried last, and what was said of it.
-_tried: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]]" = weakref.WeakKeyDictionary()
+class _Trial(NamedTuple):
+    """What was tried, of which weights, and what was said. Other weights are tried again where it
+    failed: they answered zeros or not-a-number, or somebody wrote to them meanwhile."""
+
+    form: Any
+    of: Any
+    said: str
+
+
+_trials: "weakref.WeakKeyDictionary[nn.Module, _Trial]" = weakref.WeakKeyDictionary()
 
 
 class _Likeness:
