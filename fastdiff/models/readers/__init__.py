@@ -21,7 +21,14 @@ _of_class = {name: reading for reading in READINGS for name in reading.classes}
 
 
 def reading_of(module: nn.Module) -> Reading | None:
-    """How a network is read; None for what is no U-Net that is known, nor derived from one."""
+    """How a network is read: a UNet of fastdiff, diffusers' ``UNet2DModel``, the ``UNetModel`` and
+    ``SuperResModel`` of improved-diffusion and guided-diffusion, and what derives from them. None
+    for any other module.
+
+    ``difference()`` of it says why the network as it stands is no program, and ``disagreement()``,
+    asked after that, what its program answered else; "" where nothing. It is what an ``Executor``
+    is made of.
+    """
     if isinstance(module, UNet):
         return Reading(module)
     for kind in type(module).__mro__:
