@@ -143,6 +143,10 @@ CHANGES = {
         lambda m: setattr(m.up_blocks[1], "s1", 0.9),
         "up_blocks.1 has another s1",
     ),
+    "a scale for each head": (
+        lambda m: setattr(attention(m), "scale", torch.ones(2)),
+        "mid_block.attentions.0 has scale tensor([1., 1.]), not 0.",
+    ),
     "another forward": (
         lambda m: setattr(m, "forward", types.MethodType(lambda self, *_: None, m)),
         "the network has another forward",
@@ -196,7 +200,7 @@ def test_zeros_prove_nothing():
 
 def test_other_classes():
     derived = reading_of(Derived(**TINY))
-    assert "Derived, derived from a class that is known" in derived.difference()
+    assert "Derived; known is only the class that it derives from" in derived.difference()
     assert reading_of(nn.Linear(1, 1)) is None
 
 

@@ -90,6 +90,14 @@ CHANGES = {
         lambda m: setattr(m, "model_channels", 7),
         "its class does not make it of its arguments",
     ),
+    "an impossible rate": (
+        lambda m: setattr(m, "dropout", 2),
+        "its class does not make it of its arguments (dropout probability has to be between",
+    ),
+    "no convolution first": (
+        lambda m: m.input_blocks[0].__setitem__(0, nn.Identity()),
+        "its parts are not those of a UNetModel",
+    ),
     "half precision": (lambda m: m.half(), "its weights are float16"),
 }
 

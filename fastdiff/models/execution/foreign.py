@@ -1,6 +1,5 @@
 """Another codebase's U-Net read as one of fastdiff's: its parameters shared, its forward tried."""
 
-import copy
 import inspect
 import weakref
 from collections.abc import Collection, Mapping, Sequence
@@ -37,7 +36,7 @@ class Foreign(Reading):
 
     def __init__(self, module: nn.Module):
         super().__init__(module)
-        self._settings: Any = None
+        self._settings: Any = None  # that ``_likeness`` is of
         self._likeness: _Likeness | None = None
 
     def settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -65,15 +64,14 @@ class Foreign(Reading):
     def difference(self) -> str:
         kind = unfused(type(self.module))
         if (kind.__module__, kind.__qualname__) not in self.classes:
-            return f"it is a {class_name(kind)}, derived from a class that is known"
+            return f"it is a {class_name(kind)}; known is only the class that it derives from"
         try:
             theirs, ours = self.settings()
-            if self._settings != (kind, theirs):
-                self._settings = (kind, copy.deepcopy(theirs))
-                self._likeness = _Likeness(self, kind, theirs, ours)
         except InputError as error:
             return str(error)
-        assert self._likeness is not None
+        settings = (kind, repr(theirs))
+        if self._likeness is None or self._settings != settings:
+            self._likeness, self._settings = _Likeness(self, kind, theirs, ours), settings
         return self._likeness.problem or changed(self.module, self._likeness.forms)
 
     def tensors(self, layer: nn.Module, name: str) -> Sequence[Tensor]:
@@ -88,7 +86,7 @@ class Foreign(Reading):
         except TypeError:
             return None
         del given["self"]
-        given |= given.pop("kwargs", {})
+        given |= given.pop("kwargs", {})  # of one that hands them on
         arguments = {self.names[name]: given[name] for name in given.keys() & self.names.keys()}
         if given.keys() - self.names.keys() - {"return_dict"} or not self._fits(arguments):
             return None
@@ -112,7 +110,7 @@ class Foreign(Reading):
         halved = x.shape[2:] if x.dim() < 5 else x.shape[3:]
         sizes_fit = all(side % _factor(self.unet) == 0 for side in halved)
         low = torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32
-        return sizes_fit and (low or x.dtype == dtype_of(self.module))
+        return sizes_fit and x.is_cpu and (low or x.dtype == dtype_of(self.module))
 
     # --- Trying it ----------------------------------------------------------------------------
 
@@ -177,8 +175,12 @@ class _Likeness:
         except Exception as error:  # whatever another release of its class makes of them
             self.problem = f"its class does not make it of its arguments ({first_line(error)})"
             return
-        with valueless():
-            self.unet = UNet(**ours)
+        try:
+            with valueless():
+                self.unet = UNet(**ours)
+        except InputError as error:
+            self.problem = str(error)
+            return
         self.forms = forms(network, reading.free)
         self.problem = self._mapped(dict(network.named_parameters()), reading.layers(self.unet))
 

@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _EVERYWHERE = frozenset(vars(nn.Module()))
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # What changes nothing of what is computed in eval mode, or is the user's to write.
-_FREE = frozenset({"use_checkpoint", "p", "inplace", "image_size", "null_label"})
+FREE = frozenset({"use_checkpoint", "p", "inplace", "image_size", "null_label"})
 _COMPARED = (type, FunctionType, BuiltinFunctionType, MethodType, functools.partial)
 
 
@@ -119,7 +119,7 @@ def _expected(config: str) -> dict[str, Form]:
     """What a network of these arguments is made of."""
     with valueless():
         unet = UNet(**json.loads(config))
-    return forms(unet, _FREE)
+    return forms(unet, FREE)
 
 
 def forms(network: nn.Module, free: Collection[str]) -> dict[str, Form]:
@@ -132,7 +132,7 @@ def forms(network: nn.Module, free: Collection[str]) -> dict[str, Form]:
         if kind not in known:
             known[kind] = frozenset({*dir(kind), *names_in_forward(kind)} - set(free))
         held = vars(module)
-        attributes = {k: held[k] for k in held.keys() - _EVERYWHERE - set(free)}
+        attributes = {k: held[k] for k in held if k not in _EVERYWHERE and k not in free}
         parameters = module._parameters.items()
         shapes = {k: None if p is None else tuple(p.shape) for k, p in parameters}
         found[name] = Form(kind, attributes, known[kind], shapes)
@@ -143,8 +143,11 @@ def _same(value: Any, expected: Any) -> bool:
     """Objects that do not say what they equal, such as an attention processor, by their class and
     attributes."""
     kind = type(expected)
-    if value is expected or kind.__eq__ is not object.__eq__ or isinstance(expected, _COMPARED):
-        return bool(value is expected or value == expected)
+    if value is expected:
+        return True
+    if kind.__eq__ is not object.__eq__ or isinstance(expected, _COMPARED):
+        equal = value == expected
+        return equal is True  # arrays answer other things
     if type(value) is not kind or not hasattr(expected, "__dict__"):
         return False
     held, wanted = vars(value), vars(expected)

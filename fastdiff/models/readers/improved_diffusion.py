@@ -8,6 +8,7 @@ from torch import nn
 
 from fastdiff.errors import InputError
 from fastdiff.models.execution.foreign import Foreign
+from fastdiff.models.execution.problems import FREE
 from fastdiff.models.fused import unfused
 from fastdiff.models.resampling import CONVOLUTIONS
 from fastdiff.models.unet import UNet
@@ -32,7 +33,7 @@ class UNetModel(Foreign):
         for package in ("improved_diffusion", "guided_diffusion")
         for name in ("UNetModel", UPSAMPLER)
     )
-    free = frozenset({"use_checkpoint", "image_size", "p", "inplace", "dropout", "_feature_size"})
+    free = FREE | {"dropout"}
     names = {"x": "x", "timesteps": "timesteps", "y": "y", "low_res": "low_res"}
 
     def settings(self) -> tuple[dict[str, Any], dict[str, Any]]:

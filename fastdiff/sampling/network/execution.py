@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastdiff.errors import InputError
 from fastdiff.models.execution.executor import Executor
@@ -15,7 +16,7 @@ from fastdiff.ops import backends, native
 from fastdiff.ops.backends import KERNEL_DTYPES
 from fastdiff.ops.convolution.packed import Products, products_of
 
-NO_TWIN = "it cannot be replicated"
+NONE = "the model has no U-Net that is known"
 
 
 def slower(dtype: torch.dtype) -> str:
@@ -83,6 +84,7 @@ class Programs:
         self.wanted = not compiles and executor is not False
         self.refused = ""
         self.forwards: dict[Twin, Executed] = {}
+        self.readings: dict[nn.Module, Reading] = {}
 
     def of(self, replica: Replica) -> dict[Twin, Executed]:
         """What runs in place of the forwards of these twins.
@@ -92,16 +94,17 @@ class Programs:
         if not self.wanted:
             return {}
         twins = {twin.original: twin for twin in replica.modules()}
-        readings = [r for module, _ in replica.parts() if (r := reading_of(module)) is not None]
-        self.forwards, self.refused = {}, "" if readings else "the model has no U-Net that is known"
-        for reading in readings:
-            twin = twins.get(reading.module)
-            kept = twin.forward if twin and type(twin.forward) is Executed else None
-            said = self._refusal(kept.reading if kept else reading) if twin else NO_TWIN
+        found = {m: self.readings.get(m) or reading_of(m) for m, _ in replica.parts()}
+        self.readings = {module: reading for module, reading in found.items() if reading}
+        self.forwards, self.refused = {}, "" if self.readings else NONE
+        for module, reading in self.readings.items():
+            twin = twins.get(module)
+            said = self._refusal(reading) if twin else "it cannot be replicated"
             if said or twin is None:
                 self.refused = said
             else:
-                self.forwards[twin] = kept or Executed(twin, reading, self.dtype)
+                kept = type(twin.forward) is Executed
+                self.forwards[twin] = twin.forward if kept else Executed(twin, reading, self.dtype)
         if self.refused and self.executor is True:
             raise InputError(f"executor=True: {self.refused}; take executor='auto' or False")
         return self.forwards

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastdiff.errors import InputError
 from fastdiff.models.execution.foreign import Foreign
+from fastdiff.models.execution.problems import FREE
 from fastdiff.models.fused import unfused
 from fastdiff.models.readers.diffusers.config import CLASS, FIELDS, unet_arguments
 from fastdiff.models.readers.diffusers.names import module_names
@@ -17,10 +18,8 @@ from fastdiff.models.unet import UNet
 
 class UNet2D(Foreign):
     classes = (("diffusers.models.unets.unet_2d", CLASS),)
-    free = frozenset(
-        {"_internal_dict", "sample_size", "gradient_checkpointing", "_gradient_checkpointing_func"}
-        | {"p", "inplace", "dropout"}
-    )
+    free = FREE | {"_internal_dict", "sample_size", "dropout"}
+    free |= {"gradient_checkpointing", "_gradient_checkpointing_func"}
     names = {"sample": "x", "timestep": "timesteps", "class_labels": "y"}
 
     def settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
