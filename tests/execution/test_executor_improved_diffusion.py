@@ -131,3 +131,9 @@ def test_arguments_that_are_its_own_to_refuse():
         with pytest.raises((AssertionError, RuntimeError, TypeError, AttributeError)):
             model(*args, **others)
     assert reading.call((x, t), kwargs).arguments.keys() == {"x", "timesteps", "y"}
+
+
+def test_what_fastdiffs_network_cannot_be_is_said_at_every_call():
+    reading = reading_of(small(Improved, num_heads=5))
+    for _ in range(2):
+        assert reading.difference().startswith("attention over 64 channels cannot have 5 heads")
