@@ -14,8 +14,8 @@ from torch import nn
 import fastdiff
 from accelerate_tools import T, X, network
 from ddpm_pytorch_package import package
-from fastdiff.acceleration.fused_class import Fused
 from fastdiff.cli import main
+from fastdiff.models.fused import Fused
 from fastdiff.models.power_function import coefficients
 from fastdiff.process.schedules import linear_betas
 from improved_diffusion_tools import CODEBASES

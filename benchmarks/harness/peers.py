@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 import fastdiff
 from fastdiff.checkpoints.diffusers_unet import diffusers_state
-from fastdiff.checkpoints.diffusers_unet_config import diffusers_config
 from fastdiff.models import presets
+from fastdiff.models.readers.diffusers.config import diffusers_config
 from fastdiff.training.memory_order import memory_order
 
 Step = Callable[[], object]

@@ -14,7 +14,6 @@ from fastdiff.acceleration.autocast import under_autocast
 from fastdiff.acceleration.example_inputs import example_inputs
 from fastdiff.acceleration.families import FAMILIES
 from fastdiff.acceleration.fused_class import (
-    Fused,
     Fusion,
     Kinds,
     Refused,
@@ -29,6 +28,7 @@ from fastdiff.acceleration.outcome import Part, Report
 from fastdiff.acceleration.pieces import seed
 from fastdiff.checks import check_float
 from fastdiff.errors import InputError
+from fastdiff.models.fused import Fused
 from fastdiff.models.layouts import plain_convolutions
 from fastdiff.models.replicas.replica import replica_of
 

@@ -4,7 +4,6 @@ Names, parameters and their storage stay; ``isinstance`` holds; a pickle or ``to
 module is the original's, which loads without fastdiff.
 """
 
-import copy
 import functools
 import inspect
 import weakref
@@ -24,37 +23,10 @@ from fastdiff.acceleration.calls import (
     kinds_of,
 )
 from fastdiff.errors import InputError, first_line
+from fastdiff.models.fused import Fused
 from fastdiff.models.replicas.replica import twin_of
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class Fused:
-    """Mixed into every exchanged class.
-
-    What fastdiff itself keeps with an object is its attribute ``_fastdiff``, which pickles lack.
-    """
-
-    fastdiff_original: type
-    fastdiff_bypassed: tuple[str, ...] = ()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        original: Any = type(self)
-        while issubclass(original, Fused):
-            original = original.fastdiff_original
-        # Of protocol 1, because later ones insist on the object's own class.
-        reduced: Any = super().__reduce_ex__(1)
-        make, arguments, *rest = reduced
-        arguments = tuple(original if a is type(self) else a for a in arguments)
-        if rest and isinstance(rest[0], dict):  # its state
-            rest[0] = {name: held for name, held in rest[0].items() if name != "_fastdiff"}
-        return make, arguments, *rest
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
 
 
 class Refused(Exception):

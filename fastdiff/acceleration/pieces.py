@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.acceleration.fused_class import Fused
+from fastdiff.models.fused import Fused
 from fastdiff.models.replicas.replica import twin_of
 
 _generator = torch.Generator()  # nobody else's moves; accelerate runs in one thread at a time

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from fastdiff import acceleration
 from fastdiff.acceleration.calls import shared_arguments
-from fastdiff.acceleration.fused_class import Fused, check_removable, derived, put_back
+from fastdiff.acceleration.fused_class import check_removable, derived, put_back
 from fastdiff.errors import InputError
 from fastdiff.integrations.options import check_sampler_options
 from fastdiff.methods.table import StepTable
+from fastdiff.models.fused import Fused
 from fastdiff.sampling.sampler import Sampler
 
 HOME = "denoising_diffusion_pytorch.denoising_diffusion_pytorch"

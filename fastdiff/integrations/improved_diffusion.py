@@ -51,6 +51,7 @@ def accelerate(
     channels_last: bool | None = None,
     capture: bool | str = "auto",
     compile: bool | dict[str, Any] = False,
+    executor: bool | str = "auto",
 ) -> "AcceleratedDiffusion":
     """``diffusion`` with the same methods, computed by fastdiff.
 
@@ -61,13 +62,15 @@ def accelerate(
         channels_last: the layout of x and of the weights.
         capture: whether a step becomes a CUDA graph.
         compile: whether the network runs through torch.compile.
+        executor: whether U-Nets on a CPU run as programs.
 
     Raises InputError for an object that computes, asks for or draws something else than these
     codebases do, naming the method: a subclass with a p_mean_variance of its own, for one.
     """
-    options = {"dtype": dtype, "channels_last": channels_last, "capture": capture}
-    check_sampler_options(**options, compile=compile)
-    return AcceleratedDiffusion(diffusion, **options, compile=compile)
+    options: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last, "capture": capture}
+    options |= {"compile": compile, "executor": executor}
+    check_sampler_options(**options)
+    return AcceleratedDiffusion(diffusion, **options)
 
 
 class AcceleratedDiffusion:

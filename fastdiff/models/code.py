@@ -12,6 +12,17 @@ def names_in(function: Any) -> set[str]:
     return _names(code) if isinstance(code, CodeType) else set()
 
 
+def names_in_forward(kind: Any) -> set[str]:
+    """What the forward of a class names, and the methods that it calls."""
+    names: set[str] = set()
+    unseen = {"forward"}
+    while unseen:
+        name = unseen.pop()
+        names.add(name)
+        unseen |= names_in(inspect.getattr_static(kind, name, None)) - names
+    return names
+
+
 def _names(code: CodeType) -> set[str]:
     names = set(code.co_names)
     for constant in code.co_consts:

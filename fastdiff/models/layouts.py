@@ -1,13 +1,12 @@
 """Which weights may be laid out channels last."""
 
-import inspect
 import weakref
 from collections import Counter
 from typing import Any
 
 from torch import nn
 
-from fastdiff.models.code import names_in
+from fastdiff.models.code import names_in_forward
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -58,15 +57,5 @@ def _reads_weights(kind: Any) -> bool:
     do in any layout."""
     if kind not in _answers:
         ours = kind.__module__.startswith(("fastdiff.", "torch."))
-        _answers[kind] = not ours and "weight" in _names_in_forward(kind)
+        _answers[kind] = not ours and "weight" in names_in_forward(kind)
     return _answers[kind]
-
-
-def _names_in_forward(kind: Any) -> set[str]:
-    names: set[str] = set()
-    unseen = {"forward"}
-    while unseen:
-        name = unseen.pop()
-        names.add(name)
-        unseen |= names_in(inspect.getattr_static(kind, name, None)) - names
-    return names

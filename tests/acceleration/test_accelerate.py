@@ -15,8 +15,8 @@ from torch.nn.utils import parametrize
 
 import fastdiff
 from accelerate_tools import T, X, assert_close, network, replaced
-from fastdiff.acceleration.fused_class import Fused
 from fastdiff.errors import InputError
+from fastdiff.models.fused import Fused
 from fastdiff.models.unet import UNet
 from paths import TOOLS
 from published_blocks import AttentionBlock, GroupNorm32, Network, ResBlock

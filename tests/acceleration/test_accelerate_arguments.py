@@ -15,7 +15,7 @@ import fastdiff
 from accelerate_tools import assert_close, replaced
 from compvis_blocks import AttnBlock, CrossAttention, ResnetBlock
 from ddpm_pytorch_package import package
-from fastdiff.acceleration.fused_class import Fused
+from fastdiff.models.fused import Fused
 from published_blocks import AttentionBlock, ResBlock
 
 pytestmark = pytest.mark.usefixtures("seeded")

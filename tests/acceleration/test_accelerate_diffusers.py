@@ -13,7 +13,7 @@ from torch import nn
 
 import fastdiff
 from accelerate_tools import assert_close, replaced
-from fastdiff.acceleration.fused_class import Fused
+from fastdiff.models.fused import Fused
 
 pytestmark = pytest.mark.usefixtures("seeded")
 IMAGE, TIMES, TEXT = torch.randn(2, 3, 8, 8), torch.tensor([10, 500]), torch.randn(2, 5, 16)

@@ -10,7 +10,7 @@ from torch import nn
 import fastdiff
 from accelerate_tools import assert_close, replaced
 from compvis_blocks import AttnBlock, CrossAttention, ResnetBlock, ResnetBlockOfImages
-from fastdiff.acceleration.fused_class import Fused
+from fastdiff.models.fused import Fused
 from published_blocks import GroupNorm32, ResBlock, SiLU
 
 pytestmark = pytest.mark.usefixtures("seeded")

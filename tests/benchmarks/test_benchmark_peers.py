@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff.checkpoints.diffusers_unet_config import diffusers_config
+from fastdiff.models.readers.diffusers.config import diffusers_config
 from gpu import goals, lines
 from harness import peers, peers_eager, peers_graphs, peers_sampling, results
 from paths import ROOT

@@ -20,8 +20,8 @@ from diffusers_format_tools import (
 from extent import examples
 from fastdiff import UNet
 from fastdiff.checkpoints.diffusers_unet import diffusers_state, load_unet, save_unet
-from fastdiff.checkpoints.diffusers_unet_config import FIELDS, diffusers_config, unet_arguments
 from fastdiff.models import presets
+from fastdiff.models.readers.diffusers.config import FIELDS, diffusers_config, unet_arguments
 
 # The config.json files of released networks, as far as the network depends on them.
 DDPM = {

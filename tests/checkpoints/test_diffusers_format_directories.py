@@ -17,8 +17,8 @@ import fastdiff
 from diffusers_format_tools import TINY, assert_same_output, assert_same_weights, randomized, theirs
 from fastdiff import UNet
 from fastdiff.checkpoints.diffusers_unet import load_unet, save_unet
-from fastdiff.checkpoints.diffusers_unet_config import BOOKKEEPING, FIELDS, unet_arguments
 from fastdiff.errors import InputError
+from fastdiff.models.readers.diffusers.config import BOOKKEEPING, FIELDS, unet_arguments
 from json_values import json_values
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -15,6 +15,7 @@ from fastdiff.models.execution.explanation import bytes_moved, copies, counts
 from fastdiff.models.execution.lowering import CHANNELS_LAST, Lowering
 from fastdiff.models.execution.plan import Plan
 from fastdiff.models.execution.program import Program
+from fastdiff.models.execution.reading import Reading
 from fastdiff.models.execution.weights import Weights
 from fastdiff.models.valueless import valueless
 from fastdiff.ops import backends
@@ -140,7 +141,7 @@ def test_every_result_has_the_shape_dtype_and_layout_that_its_reader_expects(opt
     for step in lowered.steps:
         step.function = watched(step, step.function)
     plan = Plan(lowered, {})
-    with Weights().bound(plan) as bound:
+    with Weights(Reading(model).tensors).bound(plan) as bound:
         bound.run([given[name] for name in plan.inputs])
     assert len(seen) == sum(len(step.writes) for step in lowered.steps)
 

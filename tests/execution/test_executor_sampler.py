@@ -267,7 +267,7 @@ def hooked():
 @pytest.mark.parametrize(
     "model, options, message",
     [
-        (Tiny(3), {}, "the model has no UNet of fastdiff"),
+        (Tiny(3), {}, "the model has no U-Net that is known"),
         (hooked(), {}, "out.2 has a hook"),
         (calm_unet(), {"dtype": torch.float16}, "its weights are float32, to be run in float16"),
         (

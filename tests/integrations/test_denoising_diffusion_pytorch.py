@@ -10,10 +10,10 @@ from torch.nn.utils import parametrize
 
 import fastdiff
 from ddpm_pytorch_package import package
-from fastdiff.acceleration.fused_class import Fused
 from fastdiff.errors import InputError
 from fastdiff.integrations import denoising_diffusion_pytorch as integration
 from fastdiff.integrations.denoising_diffusion_pytorch import accelerate, restore
+from fastdiff.models.fused import Fused
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from fastdiff.acceleration import accelerate, is_accelerated, restore
 from fastdiff.acceleration.calls import shared_arguments
-from fastdiff.acceleration.fused_class import Fused, check_removable, derived, put_back
+from fastdiff.acceleration.fused_class import check_removable, derived, put_back
 from fastdiff.errors import InputError
 from fastdiff.integrations.diffusers.ddim import DDIMScheduler
 from fastdiff.integrations.diffusers.ddpm import DDPMScheduler
 from fastdiff.integrations.diffusers.dpmsolver_multistep import DPMSolverMultistepScheduler
 from fastdiff.integrations.diffusers.generators import check_generators
 from fastdiff.integrations.options import check_sampler_options
+from fastdiff.models.fused import Fused
 from fastdiff.sampling.sampler import Sampler
 
 PIPELINES = (diffusers.DDPMPipeline, diffusers.DDIMPipeline)
@@ -46,6 +47,7 @@ def accelerate_pipeline(
     channels_last: bool = True,
     capture: bool | str = "auto",
     compile: bool | dict[str, Any] = False,
+    executor: bool | str = "auto",
 ) -> Any:
     """Let a DDPMPipeline or DDIMPipeline run through fastdiff; returns the pipeline itself.
 
@@ -70,6 +72,7 @@ def accelerate_pipeline(
         channels_last: the layout of x and of the weights of plain 2-D convolutions.
         capture: "auto", True or False: whether a step becomes a CUDA graph.
         compile: whether the network runs through torch.compile, or its keyword arguments.
+        executor: whether the U-Net on a CPU runs as a program, as the Sampler's argument says.
 
     Raises:
         InputError: another pipeline, or options that do not fit.
@@ -77,7 +80,7 @@ def accelerate_pipeline(
     if type(pipe) not in PIPELINES:
         known = ", ".join(kind.__name__ for kind in PIPELINES)
         raise InputError(f"pipe is a {type(pipe).__name__}; expected a {known}")
-    options = {"dtype": dtype, "capture": capture, "compile": compile}
+    options = {"dtype": dtype, "capture": capture, "compile": compile, "executor": executor}
     check_sampler_options(**options)
     kind: Any = type(pipe)
     pipe.__class__ = _accelerated_class(kind)

@@ -11,8 +11,9 @@ from fastdiff.errors import InputError
 from fastdiff.models.execution.explanation import explanation
 from fastdiff.models.execution.lowering import Lowering
 from fastdiff.models.execution.plan import Plan
-from fastdiff.models.execution.problems import DTYPES, difference, dtype_of
+from fastdiff.models.execution.problems import DTYPES, dtype_of
 from fastdiff.models.execution.program import Program
+from fastdiff.models.execution.reading import Reading
 from fastdiff.models.execution.weights import Weights
 from fastdiff.models.unet import UNet
 
@@ -20,13 +21,14 @@ MOST_PLANS = 8
 
 
 class Executor:
-    """What ``unet`` answers in eval mode and without gradients, computed by fused operations.
+    """What ``network`` answers in eval mode and without gradients, computed by fused operations.
 
     It reads the network's own parameters. Between ``begin()`` and ``end()``, a sampler's call, they
     are packed once, and ``refresh()`` sees what changed; outside of it every call packs them.
 
     Args:
-        unet: a UNet as its class makes it, on the CPU.
+        network: a UNet as its class makes it, on the CPU, or the ``Reading`` of such a network of
+            another codebase (``fastdiff.models.readers.reading_of``).
         dtype: of activations and of the weights of convolutions, float32, bfloat16 or float64; None
             is that of the parameters. Statistics, norms and embeddings are float32 (float64).
         exact: convolutions multiply float32 values themselves: not as two bfloat16 each (AMX), nor
@@ -34,15 +36,18 @@ class Executor:
             result.
 
     Raises:
-        InputError: a network that is not executed (``problems.difference``), another dtype.
+        InputError: a network that is not executed (``Reading.difference``), another dtype.
 
     Source: the blocks' own ``unroll``; Ho et al. 2020, appendix B.
     """
 
-    def __init__(self, unet: UNet, dtype: torch.dtype | None = None, *, exact: bool = False):
+    def __init__(
+        self, network: UNet | Reading, dtype: torch.dtype | None = None, *, exact: bool = False
+    ):
         if dtype is not None and dtype not in DTYPES:
             raise InputError(f"dtype is {dtype!r}; expected torch.float32, bfloat16 or float64")
-        self.unet, self.dtype, self.exact = unet, dtype, exact
+        self.reading = network if isinstance(network, Reading) else Reading(network)
+        self.dtype, self.exact = dtype, exact
         self._modules: list[nn.Module] = []  # that the plans are of
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._weights: Weights | None = None
@@ -65,7 +70,7 @@ class Executor:
         weights = self._weights
         if weights is None:  # outside of a sampler's call
             self._check()
-            weights = Weights()
+            weights = Weights(self.reading.tensors)
         self.unet.check(x, timesteps, y, low_res, noise_level)
         conditions = {"y": y, "low_res": low_res, "noise_level": noise_level}
         given = {"x": x, "timesteps": timesteps}
@@ -79,11 +84,12 @@ class Executor:
     def begin(self) -> None:
         """Pack the weights anew, which may have changed unseen. InputError as the constructor's."""
         self._check()
-        self._weights_of, self._weights = _versions(self.unet), Weights()
+        self._weights_of = versions(self.reading.module)
+        self._weights = Weights(self.reading.tensors)
 
     def refresh(self) -> None:
         """Pack the weights anew if one has been exchanged or written to."""
-        if self._weights_of != _versions(self.unet):
+        if self._weights_of != versions(self.reading.module):
             self.begin()
 
     def end(self) -> None:
@@ -97,6 +103,11 @@ class Executor:
         return explanation(self._last)
 
     @property
+    def unet(self) -> UNet:
+        """Whose ``unroll`` is planned."""
+        return self.reading.unet
+
+    @property
     def count(self) -> int:
         """The operations of the last call."""
         return 0 if self._last is None else len(self._last.steps)
@@ -108,7 +119,7 @@ class Executor:
 
     def _check(self) -> None:
         """InputError for a network that has become another one; plans are of the modules it has."""
-        found = difference(self.unet)
+        found = self.reading.difference()
         if found:
             raise InputError(f"this network is not executed as a program: {found}")
         modules = list(self.unet.modules())
@@ -118,7 +129,7 @@ class Executor:
                 self._plans.clear()
 
     def _plan(self, shapes: dict[str, tuple[int, ...]]) -> Plan:
-        dtype = self.dtype or dtype_of(self.unet)
+        dtype = self.dtype or dtype_of(self.reading.module)
         key = (dtype, *shapes.items())
         with self._lock:
             plan = self._plans.get(key)
@@ -143,7 +154,7 @@ def planned(
     return Plan(Lowering(program, output, exact=exact), names)
 
 
-def _versions(unet: nn.Module) -> list[tuple[int, int, torch.dtype]]:
+def versions(unet: nn.Module) -> list[tuple[int, int, torch.dtype]]:
     """Where the parameters are, and how often they were written to."""
     return [
         (p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in unet.parameters()

@@ -1,14 +1,17 @@
-"""UNets that run as programs of fused operations while a sampler samples."""
+"""U-Nets that run as programs of fused operations while a sampler samples."""
+
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastdiff.errors import InputError
 from fastdiff.models.execution.executor import Executor
-from fastdiff.models.execution.problems import DTYPES, difference
+from fastdiff.models.execution.problems import DTYPES, dtype_of, name_of
+from fastdiff.models.execution.reading import Reading
+from fastdiff.models.readers import reading_of
 from fastdiff.models.replicas.replica import Replica
 from fastdiff.models.replicas.twin import Twin
-from fastdiff.models.unet import UNet
 from fastdiff.ops import backends, native
 from fastdiff.ops.backends import KERNEL_DTYPES
 from fastdiff.ops.convolution.fastest import Products, possible
@@ -29,32 +32,33 @@ def slower(dtype: torch.dtype) -> str:
 
 
 class Executed:
-    """The forward of a UNet's twin, as a program in ``dtype``; None: in that of its weights.
+    """The forward of a network's twin, as a program in ``dtype``; None: in that of its weights.
 
     ``ran``: how the last call did, in words.
     """
 
-    def __init__(self, twin: Twin, dtype: torch.dtype | None, exact: bool):
-        self.twin, self.dtype = twin.twin, dtype
-        self.executor = Executor(twin.original, dtype, exact=exact)
+    def __init__(self, twin: Twin, reading: Reading, dtype: torch.dtype | None, exact: bool):
+        self.twin, self.reading, self.dtype = twin.twin, reading, dtype
+        self.executor = Executor(reading, dtype, exact=exact)
         self.ran = ""
 
-    def __call__(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        y: Tensor | None = None,
-        low_res: Tensor | None = None,
-        noise_level: Tensor | None = None,
-    ) -> Tensor:
-        others = self.dtype is None and torch.is_autocast_enabled("cpu")
-        if torch.is_grad_enabled() or others:
-            reason = "it is under the caller's autocast" if others else "gradients are wanted"
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        reason, call = self._refusal(), None
+        if not reason:
+            call = self.reading.call(args, kwargs)
+            reason = "its program is not for such arguments"
+        if call is None:
             self.ran = f"the network as it is: {reason}"
-            return UNet.forward(self.twin, x, timesteps, y, low_res, noise_level)
-        output = self.executor(x, timesteps, y, low_res, noise_level)
+            return type(self.twin).forward(self.twin, *args, **kwargs)
+        output = self.executor(**call.arguments)
         self.ran = f"the network as a program of {self.executor.count} operations"
-        return output
+        return call.answer(output)
+
+    def _refusal(self) -> str:
+        if torch.is_grad_enabled():
+            return "gradients are wanted"
+        others = self.dtype is None and torch.is_autocast_enabled("cpu")
+        return "it is under the caller's autocast" if others else ""
 
     def begin(self) -> None:
         """Read weights that may have changed unseen."""
@@ -67,7 +71,7 @@ class Executed:
 
 
 class Programs:
-    """Which UNets of a replica run as programs, and why others do not.
+    """Which U-Nets of a replica run as programs, and why others do not.
 
     ``executor``: True, False or "auto", where it pays; ``exact``: the Executor's; ``dtype``: of the
     network's autocast.
@@ -81,6 +85,7 @@ class Programs:
         self.wanted = not compiles and executor is not False
         self.refused = ""
         self.forwards: dict[Twin, Executed] = {}
+        self.readings: dict[nn.Module, Reading] = {}
 
     def of(self, replica: Replica) -> dict[Twin, Executed]:
         """What runs in place of the forwards of these twins.
@@ -90,51 +95,48 @@ class Programs:
         if not self.wanted:
             return {}
         twins = {twin.original: twin for twin in replica.modules()}
-        unets = [module for module, _ in replica.parts() if isinstance(module, UNet)]
+        found = {m: self.readings.get(m) or reading_of(m) for m, _ in replica.parts()}
+        self.readings = {module: reading for module, reading in found.items() if reading}
         self.forwards, self.refused = {}, ""
-        if not unets and self.executor is True:
-            self.refused = "the model has no UNet of fastdiff"
-        for unet in unets:
-            twin = twins.get(unet)
-            said = self._refusal(unet) if twin else "it cannot be replicated"
+        if not self.readings and self.executor is True:
+            self.refused = "the model has no U-Net that is known"
+        for module, reading in self.readings.items():
+            twin = twins.get(module)
+            said = self._refusal(reading) if twin else "it cannot be replicated"
             if said or twin is None:
                 self.refused = said
             else:
-                self.forwards[twin] = self._forward(twin)
+                kept = type(twin.forward) is Executed
+                self.forwards[twin] = (
+                    twin.forward if kept else Executed(twin, reading, self.dtype, self.exact)
+                )
         if self.refused and self.executor is True:
             raise InputError(f"executor=True: {self.refused}; take executor='auto' or False")
         return self.forwards
 
     def follow(self, replica: Replica) -> bool:
-        """See what was done to the weights since the call began; False where a UNet has become one
+        """See what was done to the weights since the call began; False where a U-Net has become one
         that is not executed."""
         present = {twin.original: twin for twin in replica.modules()}
         for twin, forward in self.forwards.items():
-            if present.get(twin.original) is not twin or self._refusal(twin.original):
+            if present.get(twin.original) is not twin or self._refusal(forward.reading):
                 return False
             forward.executor.refresh()
         return True
 
     def explain(self) -> str:
-        """How the UNets run; "" where programs are not wanted, or nothing ran yet."""
+        """How the U-Nets run; "" where programs are not wanted, or nothing ran yet."""
         said = [f"the network as it is: {self.refused}"] if self.refused else []
         return "; ".join([*said, *(forward.ran for forward in self.forwards.values())])
 
-    def _forward(self, twin: Twin) -> Executed:
-        kept = twin.forward
-        return kept if type(kept) is Executed else Executed(twin, self.dtype, self.exact)
-
-    def _refusal(self, unet: nn.Module) -> str:
-        """Why this UNet is not executed; "" where it is."""
-        found = difference(unet)
+    def _refusal(self, reading: Reading) -> str:
+        """Why this network is not executed; "" where it is."""
+        found = reading.difference()
         if found:
             return found
-        own = next(unet.parameters()).dtype
+        own = dtype_of(reading.module)
         dtype = self.dtype or own
         if dtype not in DTYPES or own not in (torch.float32, dtype):
             return f"its weights are {name_of(own)}, to be run in {name_of(dtype)}"
-        return "" if self.executor is True else slower(dtype)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        said = "" if self.executor is True else slower(dtype)
+        return said or reading.disagreement()
