@@ -80,9 +80,9 @@ class Sampler:
             predicted a step before, zeros first (Chen et al. 2022, arXiv:2208.04202).
         compile: run the network through torch.compile: True, or its keyword arguments. Inductor's
             freezing makes the weights constants: after a change of them make a new sampler.
-        executor: whether a UNet of fastdiff on the CPU runs as a program of fused operations, with
-            the same answers up to rounding: "auto", where that pays; True insists (InputError, at a
-            call, for a network that cannot); False never.
+        executor: whether a UNet of fastdiff runs as a program of fused operations, with the same
+            answers up to rounding: "auto", where that pays (on no GPU yet); True insists
+            (InputError, at a call, for a network that cannot); False never.
         device: where to sample; by default that of the model's parameters, else of ``noise``, else
             the CPU.
 

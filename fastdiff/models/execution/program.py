@@ -14,20 +14,24 @@ from torch import Tensor, nn
 
 from fastdiff.ops.arithmetic import arithmetic
 
+WIDE = 8  # channels that tensor cores read at a time
+
 
 @dataclass(frozen=True)
 class Weight:
     """A parameter in the form in which an operation reads it.
 
     ``form``: "packed" for ``ops.convolution``, of ``dims`` dimensions, "image" in the dtype of the
-    activations, "vector" in that of statistics and embeddings. Of several layers: one after the
-    other, as one product reads them.
+    activations, "wide" that with zeros up to ``WIDE`` channels in and out, "vector" in that of
+    statistics and embeddings. Of several layers: one after the other, as one product reads them.
+    ``plus``: for each of these a layer whose parameter of that name is added to it, or None.
     """
 
     layers: tuple[nn.Module, ...]
     name: str
     form: str
     dims: int = 0
+    plus: tuple[nn.Module | None, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,51 +1,107 @@
 """A network's weights in the forms in which a program reads them, and programs bound to them."""
 
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 from fastdiff.models.execution.bound import Bound
+from fastdiff.models.execution.launched import Launched
 from fastdiff.models.execution.plan import Plan
-from fastdiff.models.execution.program import Weight
+from fastdiff.models.execution.program import WIDE, Weight
 from fastdiff.ops.arithmetic import arithmetic
-from fastdiff.ops.convolution.packed import pack
+from fastdiff.ops.convolution.packed import Packed, pack
+
+_numbers = itertools.count(1)
 
 
 class Weights:
-    """What plans read, made of the parameters once."""
+    """What plans read, made of the parameters once.
+
+    ``number``: of these weights alone; while they have it, no tensor moves that a plan has read.
+    """
 
     def __init__(self) -> None:
+        self.number = next(_numbers)
         self._made: dict[tuple[Weight, torch.dtype], Any] = {}
-        self._idle: dict[Plan, list[Bound]] = {}  # in no call
+        self._idle: dict[Plan, list[Bound | Launched]] = {}  # in no call
         self._lock = threading.Lock()
 
     @contextmanager
-    def bound(self, plan: Plan) -> Iterator[Bound]:
+    def bound(self, plan: Plan) -> Iterator[Bound | Launched]:
         """The plan on these weights, for one call."""
         with self._lock:
             idle = self._idle.setdefault(plan, [])
             made = idle.pop() if idle else None
             weights = [] if made else [self._in_form(weight, plan.dtype) for weight in plan.weights]
-        bound = made or Bound(plan, weights)
+        kind = Launched if plan.captured else Bound
+        bound = made or kind(plan, weights)
         yield bound
         with self._lock:
             idle.append(bound)
 
+    def refresh(self) -> bool:
+        """Take the values that the parameters have now, where the tensors are; False where one
+        would have to move."""
+        with self._lock, torch.no_grad():
+            for (weight, dtype), kept in self._made.items():
+                new = _in_form(weight, dtype)
+                if isinstance(new, Packed) or _form(new) != _form(kept):
+                    return False
+                if new.data_ptr() != kept.data_ptr():
+                    if _is_parameter(new, weight) or _is_parameter(kept, weight):
+                        return False
+                    kept.copy_(new)
+        return True
+
     def _in_form(self, weight: Weight, dtype: torch.dtype) -> Any:
         key = (weight, dtype)
         if key not in self._made:
-            self._made[key] = _in_form(weight, dtype)
+            with torch.inference_mode(False):  # others refresh them
+                self._made[key] = _in_form(weight, dtype)
         return self._made[key]
 
 
 def _in_form(weight: Weight, dtype: torch.dtype) -> Any:
-    parts = [layer.get_parameter(weight.name).detach() for layer in weight.layers]
-    made = parts[0] if len(parts) == 1 else torch.cat(parts)
+    made = _joined(weight.layers, weight.name)
     if weight.form == "vector":
-        return made.to(arithmetic(dtype)).contiguous()
+        made = made.to(arithmetic(dtype)).contiguous()
+        return _plus(made, weight) if any(weight.plus) else made
     if weight.dims and made.dim() != weight.dims + 2:  # a kernel of one, of any dimension
         made = made.reshape(*made.shape[:2], *(1,) * weight.dims)
-    return pack(made, dtype) if weight.form == "packed" else made.to(dtype)
+    if weight.form == "packed":
+        return pack(made, dtype)
+    if weight.form == "wide":
+        outs, ins = (max(0, WIDE - n) for n in made.shape[:2])
+        made = functional.pad(made, (0, 0, 0, 0, 0, ins, 0, outs))
+    last = torch.channels_last if made.dim() == 4 else torch.preserve_format
+    return made.to(dtype, memory_format=last)
+
+
+def _joined(layers: tuple[nn.Module, ...], name: str) -> Tensor:
+    parts = [layer.get_parameter(name).detach() for layer in layers]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _plus(made: Tensor, weight: Weight) -> Tensor:
+    """What is added to each layer's part, in a tensor of its own."""
+    sizes = [len(layer.get_parameter(weight.name)) for layer in weight.layers]
+    parts = list(made.clone().split(sizes))
+    for part, layer in zip(parts, weight.plus, strict=True):
+        if layer is not None:
+            part.add_(layer.get_parameter(weight.name).detach())
+    return torch.cat(parts)
+
+
+def _is_parameter(made: Tensor, weight: Weight) -> bool:
+    """Whether it is the parameter's own memory."""
+    return made.data_ptr() in [v.get_parameter(weight.name).data_ptr() for v in weight.layers]
+
+
+def _form(made: Tensor) -> tuple[Any, ...]:
+    return made.shape, made.stride(), made.dtype, made.device

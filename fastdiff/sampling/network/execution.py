@@ -13,9 +13,12 @@ from fastdiff.ops import backends, native
 from fastdiff.ops.backends import KERNEL_DTYPES
 from fastdiff.ops.convolution.packed import Products, products_of
 
+# Why "auto" leaves a UNet on a GPU as it is.
+UNMEASURED = "no GPU has shown a program faster yet"
+
 
 def slower(dtype: torch.dtype) -> str:
-    """Why a network in ``dtype`` is better run as it is; "" where a program is faster."""
+    """Why a network in ``dtype`` on a CPU is better run as it is; "" where a program is faster."""
     if backends.named() not in (None, "native"):
         return f"the backend {backends.named()!r} was named"
     if dtype not in KERNEL_DTYPES:
@@ -31,13 +34,13 @@ def slower(dtype: torch.dtype) -> str:
 class Executed:
     """The forward of a UNet's twin, as a program in ``dtype``; None: in that of its weights.
 
-    ``ran``: how the last call did, in words.
+    ``ran``: how the last call of it did, in words, which a graph goes on doing.
     """
 
     def __init__(self, twin: Twin, dtype: torch.dtype | None):
         self.twin, self.dtype = twin.twin, dtype
         self.executor = Executor(twin.original, dtype)
-        self.ran = ""
+        self.ran = "the network as it is: its forward was called by itself, and not the network"
 
     def __call__(
         self,
@@ -47,7 +50,7 @@ class Executed:
         low_res: Tensor | None = None,
         noise_level: Tensor | None = None,
     ) -> Tensor:
-        others = self.dtype is None and torch.is_autocast_enabled("cpu")
+        others = self.dtype is None and torch.is_autocast_enabled(x.device.type)
         if torch.is_grad_enabled() or others:
             reason = "it is under the caller's autocast" if others else "gradients are wanted"
             self.ran = f"the network as it is: {reason}"
@@ -59,11 +62,15 @@ class Executed:
     def begin(self) -> None:
         """Read weights that may have changed unseen."""
         self.executor.begin()
-        self.ran = "the network as it is: its forward was called by itself, and not the network"
 
     def end(self) -> None:
         """Give the memory back."""
         self.executor.end()
+
+    @property
+    def generation(self) -> int:
+        """Of the weights, which graphs go on reading while it stays."""
+        return self.executor.generation
 
 
 class Programs:
@@ -128,7 +135,9 @@ class Programs:
         dtype = self.dtype or own
         if dtype not in DTYPES or own not in (torch.float32, dtype):
             return f"its weights are {name_of(own)}, to be run in {name_of(dtype)}"
-        return "" if self.executor is True else slower(dtype)
+        if self.executor is True:
+            return ""
+        return slower(dtype) if next(unet.parameters()).is_cpu else UNMEASURED
 
 
 def name_of(dtype: torch.dtype) -> str:
