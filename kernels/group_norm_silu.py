@@ -13,6 +13,8 @@ first and over the channels of a group second, so any number of channels per gro
 - read once: a tile holds all positions; two sweeps over registers give mean and M2 = Σ(x − mean)².
 - chunks: tiles write (mean, M2) to a workspace, a small kernel merges them in order (Chan, Golub &
   LeVeque 1979), a third reads x again, last tile first: that is what the L2 still holds.
+Both ways serve residual_norm too (residual_norm.py), where x is a sum, and a second tensor has the
+channels after its own.
 Deterministic: no atomics. Range: any C, any group of 2 elements or more, 64-bit offsets.
 """
 
@@ -36,12 +38,13 @@ from .group_norm_tiles import (
     place,
     prepare,
     read,
+    read_joined,
     split_program,
 )
 from .launcher import Launch
 
 Tensor = torch.Tensor
-__all__ = ["backward", "forward", "choose_tiles"]
+__all__ = ["backward", "forward", "launches", "choose_tiles"]
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -52,6 +55,9 @@ def forward_once_kernel(
     scale,
     shift,
     add,
+    addend,  # (C,) or None; of residual_norm, as second and total
+    second,
+    total,
     y,
     mean_out,  # or None, as rstd_out
     rstd_out,
@@ -59,6 +65,7 @@ def forward_once_kernel(
     scale_stride,
     shift_stride,
     add_stride,
+    split,
     channels,
     positions,
     group,
@@ -67,6 +74,7 @@ def forward_once_kernel(
     eps,
     silu,
     ADD: tl.constexpr,
+    JOINED: tl.constexpr,  # residual_norm: x + add + addend, then second
     EXACT: tl.constexpr,
     WIDTH: tl.constexpr,  # or 0
     SPAN: tl.constexpr,
@@ -87,7 +95,13 @@ def forward_once_kernel(
         sample, slab, chunk, channels, positions, group, width, 1,
         SPAN, False, CHANNELS_LAST, WIDE, CB, SB,
     )  # fmt: skip
-    v = read(x, add, add_stride, sample, channel, inside, start, offsets, mask, ADD)
+    if JOINED:
+        v = read_joined(
+            x, add, addend, second, total, split, sample, channel, chunk, inside, start, offsets,
+            mask, channels, positions, CHANNELS_LAST, WIDE, SB,
+        )  # fmt: skip
+    else:
+        v = read(x, add, add_stride, sample, channel, inside, start, offsets, mask, ADD)
     a, b = coefficients(
         weight, bias, scale, shift, film, scale_stride, shift_stride, sample, channel, inside, CB
     )
@@ -109,8 +123,12 @@ def forward_once_kernel(
 def moments_kernel(
     x,
     add,
+    addend,
+    second,
+    total,
     partial,  # (3, N, G, parts·chunks): rough mean, mean − rough, M2
     add_stride,
+    split,
     plane,  # elements from the one to the other
     channels,
     positions,
@@ -120,6 +138,7 @@ def moments_kernel(
     parts,
     chunks,
     ADD: tl.constexpr,
+    JOINED: tl.constexpr,
     SPAN: tl.constexpr,
     PARTED: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -134,7 +153,13 @@ def moments_kernel(
         sample, slab, chunk, channels, positions, group, width, parts,
         SPAN, PARTED, CHANNELS_LAST, WIDE, CB, SB,
     )  # fmt: skip
-    v = read(x, add, add_stride, sample, channel, inside, start, offsets, mask, ADD)
+    if JOINED:
+        v = read_joined(
+            x, add, addend, second, total, split, sample, channel, chunk, inside, start, offsets,
+            mask, channels, positions, CHANNELS_LAST, WIDE, SB,
+        )  # fmt: skip
+    else:
+        v = read(x, add, add_stride, sample, channel, inside, start, offsets, mask, ADD)
     part = slab % parts
     count = part_count(part, chunk, positions, group, width, PARTED, SB)
     d, rest, rough, m2 = moments(v, mask, count, group, SPAN, CB)
@@ -208,6 +233,9 @@ def forward_apply_kernel(
     scale,
     shift,
     add,
+    addend,
+    second,
+    total,
     y,
     mean_in,
     rstd_in,
@@ -215,6 +243,7 @@ def forward_apply_kernel(
     scale_stride,
     shift_stride,
     add_stride,
+    split,
     channels,
     positions,
     group,
@@ -224,6 +253,7 @@ def forward_apply_kernel(
     chunks,
     silu,
     ADD: tl.constexpr,
+    JOINED: tl.constexpr,
     SPAN: tl.constexpr,
     PARTED: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -239,7 +269,13 @@ def forward_apply_kernel(
         sample, slab, chunk, channels, positions, group, width, parts,
         SPAN, PARTED, CHANNELS_LAST, WIDE, CB, SB,
     )  # fmt: skip
-    v = read(x, add, add_stride, sample, channel, inside, start, offsets, mask, ADD)
+    if JOINED:
+        v = read_joined(
+            x, add, addend, second, total, split, sample, channel, chunk, inside, start, offsets,
+            mask, channels, positions, CHANNELS_LAST, WIDE, SB,
+        )  # fmt: skip
+    else:
+        v = read(x, add, add_stride, sample, channel, inside, start, offsets, mask, ADD)
     a, b = coefficients(
         weight, bias, scale, shift, film, scale_stride, shift_stride, sample, channel, inside, CB
     )
@@ -264,46 +300,68 @@ def forward(
     shift, add, and fills y, like x, and the groups' mean and rstd, float32 (2, N, num_groups), or
     None."""
     cut = prepare(x, num_groups, scale, shift, add, backward=False)
-    if not cut.tiles.read_once:
-        return _forward_in_chunks(cut, eps, silu)
-    grid = (cut.samples * cut.slabs,)
-    numbers = (*cut.strides, *cut.sizes, eps, silu)
-    launch = Launch(forward_once_kernel, grid, *numbers, **cut.exact, **cut.constants)
+    launch = launches(cut, eps, silu)
 
     def fill(x, weight, bias, scale, shift, add, y, statistics):
-        mean, rstd = (None, None) if statistics is None else statistics.unbind()
-        launch(*normalised(x, weight, bias, scale, shift, add), y, mean, rstd)
+        launch(normalised(x, weight, bias, scale, shift, add), y, statistics)
 
     return fill
 
 
-def _forward_in_chunks(cut: Cut, eps: float, silu: bool) -> Callable[..., None]:
+def launches(cut: Cut, eps: float, silu: bool, split: int | None = None) -> Callable[..., None]:
+    """What takes (x, weight, bias, scale, shift, add), y, statistics or None, and where ``split``,
+    the channels of x, says that it is residual_norm's, (addend, second, total)."""
+    constants = {"JOINED": split is not None, **cut.constants}
+    split = cut.channels if split is None else split
+    if not cut.tiles.read_once:
+        return _launches_of_chunks(cut, eps, silu, split, constants)
+    numbers = (*cut.strides, split, *cut.sizes, eps, silu)
+    grid = (cut.samples * cut.slabs,)
+    launch = Launch(forward_once_kernel, grid, *numbers, **cut.exact, **constants)
+
+    def fill(operands, y, statistics, joined=NOTHING_JOINED):
+        mean, rstd = (None, None) if statistics is None else statistics.unbind()
+        launch(*operands, *joined, y, mean, rstd)
+
+    return fill
+
+
+NOTHING_JOINED = (None, None, None)
+
+
+def _launches_of_chunks(
+    cut: Cut, eps: float, silu: bool, split: int, constants: dict
+) -> Callable[..., None]:
     tiles, rows = cut.tiles, cut.samples * (cut.channels // cut.group)
-    total, parted = tiles.parts * tiles.chunks, tiles.parts > 1
-    plane = rows * total
-    few = total <= 128
+    total_chunks, parted = tiles.parts * tiles.chunks, tiles.parts > 1
+    plane = rows * total_chunks
+    few = total_chunks <= 128
     grid = (cut.samples * cut.slabs * tiles.chunks,)
     sizes = (*cut.sizes, tiles.parts, tiles.chunks)
     add_stride = cut.strides[-1]
     moments = Launch(
-        moments_kernel, grid, add_stride, plane, *sizes, PARTED=parted, **cut.constants
+        moments_kernel, grid, add_stride, split, plane, *sizes, PARTED=parted, **constants
     )
     merge = Launch(
         merge_kernel, (rows,),
-        cut.positions, cut.group, tiles.width, tiles.chunks, total, eps,
+        cut.positions, cut.group, tiles.width, tiles.chunks, total_chunks, eps,
         PARTED=parted, SB=tiles.tile_positions, BLOCK=128 if few else 1024,
         num_warps=1 if few else 4, enable_fp_fusion=True,
     )  # fmt: skip
-    numbers = (*cut.strides, *sizes, silu)
-    apply = Launch(forward_apply_kernel, grid, *numbers, PARTED=parted, **cut.constants)
+    numbers = (*cut.strides, split, *sizes, silu)
+    apply = Launch(forward_apply_kernel, grid, *numbers, PARTED=parted, **constants)
 
-    def fill(x, weight, bias, scale, shift, add, y, statistics):
+    def fill(operands, y, statistics, joined=NOTHING_JOINED):
+        x, *parameters, add = operands
+        addend, second, total = joined
         partial = torch.empty((3, plane), dtype=torch.float32, device=x.device)
         if statistics is None:
             statistics = torch.empty((2, rows), dtype=torch.float32, device=x.device)
         mean, rstd = statistics.unbind()
-        moments(x, add, partial)
+        moments(x, add, *joined, partial)
         merge(partial, plane, mean, rstd)
-        apply(*normalised(x, weight, bias, scale, shift, add), y, mean, rstd)
+        if total is not None:  # the sum is there now
+            x, add, addend = total, None, None
+        apply(x, *parameters, add, addend, second, None, y, mean, rstd)
 
     return fill

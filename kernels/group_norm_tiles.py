@@ -147,9 +147,11 @@ def normalised(x: Tensor, weight, bias, scale, shift, add) -> tuple:
     return (x, weight, bias, x, x, add) if scale is None else (x, weight, bias, scale, shift, add)
 
 
-def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool) -> Cut:
+def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool, more: int = 0) -> Cut:
+    """``more``: channels of a second tensor, which are normalised with those of x."""
     samples, channels = x.shape[:2]
     positions = x.numel() // (samples * channels)
+    channels += more
     group = channels // groups
     channels_last = not x.is_contiguous()
     itemsize = x.element_size()
@@ -281,6 +283,83 @@ def read(
     elif ADD == 2:
         value += tl.load(add + start + offsets, mask=mask, other=0.0).to(tl.float32)
     return value
+
+
+@triton.jit
+def read_joined(
+    x,
+    residual,  # or None, as what follows
+    bias,
+    second,
+    total,  # x itself, where the sum is to stand there
+    split,  # channels of x
+    sample,
+    channel,
+    chunk,
+    inside,
+    start,
+    offsets,
+    mask,
+    channels,
+    positions,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    SB: tl.constexpr,
+):
+    """The channels of total = x + residual + bias, rounded as it is written, then those of second,
+    in float32, 0 outside; (CB, SB)."""
+    own = mask
+    at = start
+    places = offsets
+    if second is not None:
+        own = mask & (channel < split)[:, None]
+        at, places = in_part(
+            start, offsets, sample, chunk, channels - split, 0, positions, CHANNELS_LAST, WIDE, SB
+        )
+    value = tl.load(x + at + places, mask=own, other=0.0)
+    if residual is not None or bias is not None:
+        wide = value.to(tl.float32)
+        if residual is not None:
+            wide += tl.load(residual + at + places, mask=own, other=0.0).to(tl.float32)
+        if bias is not None:
+            more = tl.load(bias + channel, mask=inside & (channel < split), other=0.0)
+            wide = tl.where(own, wide + more.to(tl.float32)[:, None], 0.0)
+        value = wide.to(x.dtype.element_ty)
+    if total is not None:
+        tl.store(total + at + places, value, mask=own)
+    value = value.to(tl.float32)
+    if second is not None:
+        at, places = in_part(
+            start, offsets, sample, chunk, split, split, positions, CHANNELS_LAST, WIDE, SB
+        )
+        rest = mask & (channel >= split)[:, None]
+        value += tl.load(second + at + places, mask=rest, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def in_part(
+    start,
+    offsets,
+    sample,
+    chunk,
+    missing,
+    before,
+    positions,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    SB: tl.constexpr,
+):
+    """A tile's origin and offsets in a tensor of ``missing`` channels less, of which ``before``
+    come before its own."""
+    rows = sample * positions
+    if CHANNELS_LAST:
+        step = tl.arange(0, SB)
+        if WIDE:
+            step = step.to(tl.int64)
+        rows += chunk * SB
+        return start - rows * missing - before, offsets - step[None, :] * missing
+    return start - rows * missing - before * tl.cast(positions, tl.int64), offsets
 
 
 @triton.jit

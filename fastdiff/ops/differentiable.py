@@ -76,10 +76,11 @@ class Kernel:
             return self.dispatch(call)
         return self.eager(*call) if wants_gradient else self.run(call)
 
-    def run(self, call: Any) -> Outputs:
+    def run(self, call: Any, outputs: Outputs | None = None) -> Outputs:
+        """``outputs``: where the results are to stand, in place of new memory."""
         tensors = call[: self.tensors]
         launch = self._launch(call, tensors)
-        outputs = self.allocate(call)
+        outputs = self.allocate(call) if outputs is None else outputs
         if launch is None:
             found = zip(outputs, self.run(self.readable(call)), strict=True)
             return tuple(None if room is None else room.copy_(v) for room, v in found)

@@ -80,10 +80,10 @@ class Sampler:
             predicted a step before, zeros first (Chen et al. 2022, arXiv:2208.04202).
         compile: run the network through torch.compile: True, or its keyword arguments. Inductor's
             freezing makes the weights constants: after a change of them make a new sampler.
-        executor: whether a U-Net on the CPU runs as a program of fused operations, with the same
-            answers up to rounding: one of fastdiff, diffusers' UNet2DModel, improved-diffusion's
-            or guided-diffusion's. "auto": where that pays; True insists (InputError, at a call,
-            for a network that cannot); False never. ``explain()`` says why one does not.
+        executor: whether a U-Net runs as a program of fused operations, with the same answers up to
+            rounding: one of fastdiff, diffusers' UNet2DModel, improved-diffusion's or
+            guided-diffusion's. "auto": where that pays (on no GPU yet); True insists (InputError,
+            at a call, for a network that cannot); False never. ``explain()`` says why one does not.
         exact_products: a program's float32 convolutions multiply the values themselves, as
             PyTorch's do: not as sums of two bfloat16 (AMX), nor by Winograd's algorithm, which are
             two to three times faster and off by some millionths of the largest result.

@@ -13,6 +13,7 @@ from fastdiff.models.execution import functions, lowering
 from fastdiff.models.execution.executor import Executor, planned
 from fastdiff.models.execution.explanation import bytes_moved, copies, counts
 from fastdiff.models.execution.lowering import CHANNELS_LAST, Lowering
+from fastdiff.models.execution.lowering_cuda import CudaLowering
 from fastdiff.models.execution.plan import Plan
 from fastdiff.models.execution.program import Program
 from fastdiff.models.execution.reading import Reading
@@ -109,8 +110,11 @@ def test_copies_are_counted_where_there_are_some():
         ({"dims": 1}, (9,)),
     ],
 )
+@pytest.mark.parametrize("kind", [Lowering, CudaLowering])
 @torch.no_grad()
-def test_every_result_has_the_shape_dtype_and_layout_that_its_reader_expects(options, size, dtype):
+def test_every_result_has_the_shape_dtype_and_layout_that_its_reader_expects(
+    options, size, dtype, kind
+):
     model = small_unet(**options)
     x, t, y = batch(model, *size)
     given = {"x": x, "timesteps": t} | ({} if y is None else {"y": y})
@@ -119,7 +123,7 @@ def test_every_result_has_the_shape_dtype_and_layout_that_its_reader_expects(opt
     program = Program(dtype)
     values = {name: program.input(name, tensor.shape) for name, tensor in given.items()}
     names = ("x", "timesteps", "y", "low_res", "noise_level")
-    lowered = Lowering(program, model.unroll(program, *map(values.get, names)))
+    lowered = kind(program, model.unroll(program, *map(values.get, names)))
     seen = []
 
     def watched(step, function):
@@ -166,12 +170,13 @@ class Alive(TorchDispatchMode):
 
 @pytest.mark.seconds
 @pytest.mark.parametrize("name", ["ddpm-cifar10", "iddpm-imagenet64", "adm-64"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @torch.no_grad()
-def test_no_more_is_held_alive_than_by_the_forward(name):
+def test_no_more_is_held_alive_than_by_the_forward(name, device):
     with valueless():
         unet = UNet.from_preset(name)
     shapes = shapes_of(unet, 8, 32)
-    plan = planned(unet, torch.float32, shapes)
+    plan = planned(unet, torch.float32, shapes, device=device)
     with backends.backend(None), torch.device("meta"), Alive() as alive:
         given = {k: torch.empty(shape) for k, shape in shapes.items()}
         given |= {"y": torch.empty(8, dtype=torch.long)} if "y" in given else {}

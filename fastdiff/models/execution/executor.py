@@ -10,25 +10,28 @@ from torch import Tensor, nn
 from fastdiff.errors import InputError
 from fastdiff.models.execution.explanation import explanation
 from fastdiff.models.execution.lowering import Lowering
+from fastdiff.models.execution.lowering_cuda import CudaLowering
 from fastdiff.models.execution.plan import Plan
-from fastdiff.models.execution.problems import DTYPES, dtype_of
+from fastdiff.models.execution.problems import DTYPES, device_of, dtype_of
 from fastdiff.models.execution.program import Program
 from fastdiff.models.execution.reading import Reading
 from fastdiff.models.execution.weights import Weights
 from fastdiff.models.unet import UNet
 
 MOST_PLANS = 8
+LOWERINGS: dict[str, type[Lowering]] = {"cpu": Lowering, "cuda": CudaLowering}
 
 
 class Executor:
     """What ``network`` answers in eval mode and without gradients, computed by fused operations.
 
     It reads the network's own parameters. Between ``begin()`` and ``end()``, a sampler's call, they
-    are packed once, and ``refresh()`` sees what changed; outside of it every call packs them.
+    are packed once, and ``refresh()`` sees what changed; outside of it every call packs them. On a
+    GPU they stay where they are, for graphs that read them.
 
     Args:
-        network: a UNet as its class makes it, on the CPU, or the ``Reading`` of such a network of
-            another codebase (``fastdiff.models.readers.reading_of``).
+        network: a UNet as its class makes it, on the CPU or on a GPU, or the ``Reading`` of such a
+            network of another codebase (``fastdiff.models.readers.reading_of``).
         dtype: of activations and of the weights of convolutions, float32, bfloat16 or float64; None
             is that of the parameters. Statistics, norms and embeddings are float32 (float64).
         exact: convolutions multiply float32 values themselves: not as two bfloat16 each (AMX), nor
@@ -52,6 +55,7 @@ class Executor:
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._weights: Weights | None = None
         self._weights_of: Any = None
+        self._begun = False
         self._lock = threading.Lock()
         self._last: Plan | None = None
         self._check()
@@ -67,10 +71,9 @@ class Executor:
     ) -> Tensor:
         """As ``UNet.forward``: (N, out_channels, *spatial) in the dtype of ``x``. Raises InputError
         for the arguments that it does."""
-        weights = self._weights
-        if weights is None:  # outside of a sampler's call
-            self._check()
-            weights = Weights(self.reading.tensors)
+        weights = self._weights if self._begun else None
+        if weights is None:
+            weights = self._weights_now()
         self.unet.check(x, timesteps, y, low_res, noise_level)
         conditions = {"y": y, "low_res": low_res, "noise_level": noise_level}
         given = {"x": x, "timesteps": timesteps}
@@ -83,9 +86,8 @@ class Executor:
 
     def begin(self) -> None:
         """Pack the weights anew, which may have changed unseen. InputError as the constructor's."""
-        self._check()
-        self._weights_of = versions(self.reading.module)
-        self._weights = Weights(self.reading.tensors)
+        self._weights_of, self._weights = versions(self.reading.module), self._weights_now()
+        self._begun = True
 
     def refresh(self) -> None:
         """Pack the weights anew if one has been exchanged or written to."""
@@ -93,8 +95,10 @@ class Executor:
             self.begin()
 
     def end(self) -> None:
-        """Give the memory back."""
-        self._weights = self._weights_of = None
+        """Give the memory back that no graph may read."""
+        self._begun, self._weights_of = False, None
+        if not self._lowering.captured:
+            self._weights = None
 
     def explain(self) -> str:
         """The operations of the last call as a list, and what each block reads and writes."""
@@ -112,10 +116,28 @@ class Executor:
         """The operations of the last call."""
         return 0 if self._last is None else len(self._last.steps)
 
+    @property
+    def generation(self) -> int:
+        """A number that stays while a graph may go on reading the weights where they are."""
+        return 0 if self._weights is None else self._weights.number
+
     def plan(self, *shape: int, **others: tuple[int, ...]) -> Plan:
         """The plan for x of this shape, and for those of ``y``, ``low_res`` and ``noise_level``
         that are given."""
         return self._plan({"x": shape, "timesteps": shape[:1], **others})
+
+    @property
+    def _lowering(self) -> type[Lowering]:
+        return LOWERINGS[device_of(self.reading.module).type]
+
+    def _weights_now(self) -> Weights:
+        self._check()
+        kept = self._weights
+        if not self._lowering.captured:
+            return Weights(self.reading.tensors)
+        if kept is None or not kept.refresh():
+            kept = self._weights = Weights(self.reading.tensors)
+        return kept
 
     def _check(self) -> None:
         """InputError for a network that has become another one; plans are of the modules it has."""
@@ -130,11 +152,14 @@ class Executor:
 
     def _plan(self, shapes: dict[str, tuple[int, ...]]) -> Plan:
         dtype = self.dtype or dtype_of(self.reading.module)
-        key = (dtype, *shapes.items())
+        device = device_of(self.reading.module).type
+        key = (device, dtype, *shapes.items())
         with self._lock:
             plan = self._plans.get(key)
             if plan is None:
-                plan = self._plans[key] = planned(self.unet, dtype, shapes, exact=self.exact)
+                plan = self._plans[key] = planned(
+                    self.unet, dtype, shapes, device=device, exact=self.exact
+                )
             self._plans.move_to_end(key)
             while len(self._plans) > MOST_PLANS:
                 self._plans.popitem(last=False)
@@ -142,16 +167,22 @@ class Executor:
 
 
 def planned(
-    unet: UNet, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]], *, exact: bool = False
+    unet: UNet,
+    dtype: torch.dtype,
+    shapes: dict[str, tuple[int, ...]],
+    *,
+    device: str = "cpu",
+    exact: bool = False,
 ) -> Plan:
     """The plan for arguments of these shapes by name: "x", "timesteps" and those of the network's
-    conditions. It reads no values: networks on any device have one."""
+    conditions. It reads no values: a network anywhere has one for the CPU and one for a GPU
+    (``device``: "cpu" or "cuda")."""
     program = Program(dtype)
     values = {name: program.input(name, shape) for name, shape in shapes.items()}
     conditions = (values.get(name) for name in ("y", "low_res", "noise_level"))
     output = unet.unroll(program, values["x"], values["timesteps"], *conditions)
     names = {module: name for name, module in unet.named_modules()}
-    return Plan(Lowering(program, output, exact=exact), names)
+    return Plan(LOWERINGS[device](program, output, exact=exact), names)
 
 
 def versions(unet: nn.Module) -> list[tuple[int, int, torch.dtype]]:

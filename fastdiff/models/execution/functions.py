@@ -23,7 +23,7 @@ MEMORY_FORMATS = {
 
 
 def convert(x: Tensor, *, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
-    return x.to(dtype).contiguous(memory_format=layout)
+    return x.to(dtype, memory_format=layout).contiguous(memory_format=layout)
 
 
 def convolve(
@@ -105,13 +105,17 @@ def norm(
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    add: Tensor | None = None,
     *,
     groups: int,
     eps: float,
     activation: str | None,
 ) -> Tensor:
+    """``add``: (N, C) or (C,), added to x before the norm."""
+    if add is not None and add.dim() == 1:
+        add = add.expand(x.shape[0], -1)
     return group_norm_silu(
-        x, groups, weight, bias, eps, scale=scale, shift=shift, activation=activation
+        x, groups, weight, bias, eps, scale=scale, shift=shift, add=add, activation=activation
     )
 
 

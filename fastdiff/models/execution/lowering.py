@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.models.execution import functions
-from fastdiff.models.execution.program import Program, Value, Weight
+from fastdiff.models.execution.program import WIDE, Program, Value, Weight
 from fastdiff.ops import native
 from fastdiff.ops.backends import KERNEL_DTYPES
 from fastdiff.ops.convolution.fastest import Products, Workload, fastest
@@ -70,8 +70,11 @@ class Step:
 class Lowering:
     """``steps``; ``inputs`` by name; ``weights``; ``output``, where the program's result is.
 
-    ``exact``: float32 products are of the values themselves.
+    ``captured``: the steps allocate what they answer, and are recorded in graphs, which go on
+    reading the weights where they are. ``exact``: float32 products are of the values themselves.
     """
+
+    captured = False
 
     def __init__(self, program: Program, output: Value, *, exact: bool = False):
         self.program, self.exact = program, exact
@@ -85,11 +88,14 @@ class Lowering:
         self._parts: dict[Value, list[Slot]] = {}  # of a projection
         self._transformed = 0  # bytes of weights
         for value in program.values:
-            if value.kind not in ("norm", "concat", "upsample"):  # which wait for who reads them
-                self._tensor(value)
+            self._start(value)
         self.output = self._tensor(output)
 
     # --- Values as tensors --------------------------------------------------------------------
+
+    def _start(self, value: Value) -> None:
+        if value.kind not in ("norm", "concat", "upsample"):  # which wait for who reads them
+            self._tensor(value)
 
     def _tensor(self, value: Value) -> Slot:
         if value not in self._made:
@@ -157,6 +163,8 @@ class Lowering:
             dtype = self.program.dtype if image else self.program.vectors
             shapes = [layer.get_parameter(weight.name).shape for layer in weight.layers]
             shape = (sum(s[0] for s in shapes), *shapes[0][1:])
+            if weight.form == "wide":
+                shape = (max(shape[0], WIDE), max(shape[1], WIDE), *shape[2:])
             self.weights[weight] = Slot(shape, dtype, weight=weight)
         return self.weights[weight]
 
@@ -262,7 +270,8 @@ class Lowering:
         together = [v for v in self.program.values if v.kind == "projection" and v.inputs == (emb,)]
         films = {v.inputs[1] for v in self.program.values if v.kind == "norm"}
         layers = tuple(v.layer for v in together if v.layer is not None)
-        weights = (self._weight_slot(Weight(layers, name, "vector")) for name in ("weight", "bias"))
+        bias = Weight(layers, "bias", "vector", plus=self._added_to(together))
+        weights = map(self._weight_slot, (Weight(layers, "weight", "vector"), bias))
         n, vectors = emb.shape[0], self.program.vectors
         whole = Slot((n, sum(v.shape[1] for v in together)), vectors)
         start = 0
@@ -276,6 +285,10 @@ class Lowering:
             self._made[v] = self._parts[v][0]
         self._emit("projections", None, F.linear, [self._tensor(emb), *weights], whole)
         return self._made[value]
+
+    def _added_to(self, projections: Sequence[Value]) -> tuple[nn.Module | None, ...]:
+        """Layers whose biases the projections' take in."""
+        return ()
 
     def _film(self, film: Value | None) -> list[Slot | None]:
         """A projection's scale and shift."""

@@ -14,12 +14,12 @@ class Plan:
 
     ``weights``: what the steps read, and in which slot; ``inputs``: the arguments' slots by name;
     ``places``: where results and arguments stand in ``nbytes`` of memory; ``parts``: those that are
-    columns of others; ``peak``: the most bytes of results that are alive at a time; ``names``: of
-    the network's modules.
+    columns of others, or stand there; ``peak``: the most bytes of results that are alive at a time;
+    ``captured``: as of the lowering; ``names``: of the network's modules.
     """
 
     def __init__(self, lowered: Lowering, names: Mapping[nn.Module, str]):
-        self.names = names
+        self.names, self.captured = names, lowered.captured
         self.steps, self.dtype, self.layout = lowered.steps, lowered.program.dtype, lowered.layout
         self.weights, self.inputs, self.output = lowered.weights, lowered.inputs, lowered.output
         touched = [slot for step in self.steps for slot in (*step.writes, *step.reads)]
@@ -42,7 +42,8 @@ class Plan:
                 whole = slot.whole or slot
                 first, _ = alive.get(whole, (number, number))
                 alive[whole] = first, number
-        alive[self.output] = alive[self.output][0], len(self.steps)
+        output = self.output.whole or self.output
+        alive[output] = alive[output][0], len(self.steps)
         return alive
 
 

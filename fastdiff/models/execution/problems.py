@@ -17,6 +17,7 @@ from fastdiff.models.unet import UNet
 from fastdiff.models.valueless import valueless
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+DEVICES = ("cpu", "cuda")
 _EVERYWHERE = frozenset(vars(nn.Module()))
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # What changes nothing of what is computed in eval mode, or is the user's to write.
@@ -46,8 +47,8 @@ def problem(unet: Any) -> str:
 
 
 def difference(unet: Any) -> str:
-    """What of a network is not as ``UNet(**unet.config)`` makes it, or on no CPU; "" for nothing.
-    Eval mode or not."""
+    """What of a network is not as ``UNet(**unet.config)`` makes it, or not on one of ``DEVICES``;
+    "" for nothing. Eval mode or not."""
     if type(unet) is not UNet:
         return f"it is a {class_name(type(unet))}, not a UNet of fastdiff"
     try:
@@ -69,8 +70,9 @@ def changed(network: nn.Module, expected: Mapping[str, Form]) -> str:
     dtype = dtype_of(network)
     if dtype not in DTYPES:
         return f"its weights are {name_of(dtype)}"
+    device = device_of(network)
     for name, module in found.items():
-        said = _of_module(module, expected[name]) or _of_parameters(module, dtype)
+        said = _of_module(module, expected[name]) or _of_parameters(module, dtype, device)
         if said:
             return f"{name or 'the network'} {said}"
     return ""
@@ -79,6 +81,11 @@ def changed(network: nn.Module, expected: Mapping[str, Form]) -> str:
 def dtype_of(network: nn.Module) -> torch.dtype:
     """That of its weights."""
     return next(network.parameters()).dtype
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """That of its weights."""
+    return next(network.parameters()).device
 
 
 def _of_module(module: nn.Module, expected: Form) -> str:
@@ -101,14 +108,16 @@ def _of_module(module: nn.Module, expected: Form) -> str:
     return ""
 
 
-def _of_parameters(module: nn.Module, dtype: torch.dtype) -> str:
+def _of_parameters(module: nn.Module, dtype: torch.dtype, device: torch.device) -> str:
     for name, parameter in module._parameters.items():
         if parameter is None:
             continue
         if type(parameter) is not nn.Parameter:
             return f"has {name} as a {class_name(type(parameter))}"
-        if not parameter.is_cpu:
+        if parameter.device.type not in DEVICES:
             return f"is on {parameter.device}"
+        if parameter.device != device:
+            return f"has {name} on {parameter.device}, others on {device}"
         if parameter.dtype != dtype:
             return f"has {name} in {parameter.dtype}, others in {dtype}"
     return ""

@@ -15,14 +15,18 @@ from torch import Tensor, nn
 from fastdiff.ops.arithmetic import arithmetic
 from fastdiff.ops.convolution.fastest import Products
 
+WIDE = 8  # channels that tensor cores read at a time
+
 
 @dataclass(frozen=True)
 class Weight:
     """A parameter in the form in which an operation reads it.
 
     ``form``: "packed" for ``ops.convolution`` by its ``products``, of ``dims`` dimensions, "image"
-    in the dtype of the activations, "vector" in that of statistics and embeddings. Of several
-    layers: one after the other, as one product reads them.
+    in the dtype of the activations, "wide" that with zeros up to ``WIDE`` channels in and out,
+    "vector" in that of statistics and embeddings. Of several layers: one after the other, as one
+    product reads them. ``plus``: for each of these a layer whose parameter of that name is added to
+    it, or None.
     """
 
     layers: tuple[nn.Module, ...]
@@ -30,6 +34,7 @@ class Weight:
     form: str
     dims: int = 0
     products: Products | None = None
+    plus: tuple[nn.Module | None, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastdiff.errors import InputError
 from fastdiff.models.execution.executor import Executor
-from fastdiff.models.execution.problems import DTYPES, dtype_of, name_of
+from fastdiff.models.execution.problems import DTYPES, device_of, dtype_of, name_of
 from fastdiff.models.execution.reading import Reading
 from fastdiff.models.readers import reading_of
 from fastdiff.models.replicas.replica import Replica
@@ -16,9 +16,12 @@ from fastdiff.ops import backends, native
 from fastdiff.ops.backends import KERNEL_DTYPES
 from fastdiff.ops.convolution.fastest import Products, possible
 
+# Why "auto" leaves a UNet on a GPU as it is.
+UNMEASURED = "no GPU has shown a program faster yet"
+
 
 def slower(dtype: torch.dtype) -> str:
-    """Why a network in ``dtype`` is better run as it is; "" where a program is faster."""
+    """Why a network in ``dtype`` on a CPU is better run as it is; "" where a program is faster."""
     if backends.named() not in (None, "native"):
         return f"the backend {backends.named()!r} was named"
     if dtype not in KERNEL_DTYPES:
@@ -34,13 +37,13 @@ def slower(dtype: torch.dtype) -> str:
 class Executed:
     """The forward of a network's twin, as a program in ``dtype``; None: in that of its weights.
 
-    ``ran``: how the last call did, in words.
+    ``ran``: how the last call of it did, in words, which a graph goes on doing.
     """
 
     def __init__(self, twin: Twin, reading: Reading, dtype: torch.dtype | None, exact: bool):
         self.twin, self.reading, self.dtype = twin.twin, reading, dtype
         self.executor = Executor(reading, dtype, exact=exact)
-        self.ran = ""
+        self.ran = "the network as it is: its forward was called by itself, and not the network"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         reason, call = self._refusal(), None
@@ -57,17 +60,22 @@ class Executed:
     def _refusal(self) -> str:
         if torch.is_grad_enabled():
             return "gradients are wanted"
-        others = self.dtype is None and torch.is_autocast_enabled("cpu")
+        device = device_of(self.reading.module).type
+        others = self.dtype is None and torch.is_autocast_enabled(device)
         return "it is under the caller's autocast" if others else ""
 
     def begin(self) -> None:
         """Read weights that may have changed unseen."""
         self.executor.begin()
-        self.ran = "the network as it is: its forward was called by itself, and not the network"
 
     def end(self) -> None:
         """Give the memory back."""
         self.executor.end()
+
+    @property
+    def generation(self) -> int:
+        """Of the weights, which graphs go on reading while it stays."""
+        return self.executor.generation
 
 
 class Programs:
@@ -138,5 +146,8 @@ class Programs:
         dtype = self.dtype or own
         if dtype not in DTYPES or own not in (torch.float32, dtype):
             return f"its weights are {name_of(own)}, to be run in {name_of(dtype)}"
-        said = "" if self.executor is True else slower(dtype)
-        return said or reading.disagreement()
+        if self.executor is not True:
+            said = slower(dtype) if device_of(reading.module).type == "cpu" else UNMEASURED
+            if said:
+                return said
+        return reading.disagreement()

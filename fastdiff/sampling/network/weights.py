@@ -74,10 +74,11 @@ def signature(replica: Replica) -> tuple[Any, ...]:
     tensors: list[Tensor | None] = []
     for original, part in replica.parts():
         hooks = (*part._forward_hooks, *part._forward_pre_hooks)
-        parts.append((id(original), *hooks))
+        forward = vars(part).get("forward")
+        parts.append((id(original), *hooks, getattr(forward, "generation", 0)))  # of a program
         tensors.extend(part._parameters.values())
         tensors.extend(part._buffers.values())
-        tensors.extend(getattr(vars(part).get("forward"), "tensors", ()))  # padded weights
+        tensors.extend(getattr(forward, "tensors", ()))  # padded weights
     places = ((t.data_ptr(), t.shape, t.dtype, t.stride()) for t in tensors if t is not None)
     return tuple(parts), tuple(places)
 

@@ -1,0 +1,60 @@
+"""A plan's steps launched one after the other: what a GPU runs, and a graph captures."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fastdiff.models.execution.lowering import Slot
+from fastdiff.models.execution.plan import Plan
+
+
+class Launched:
+    """A plan's steps on memory of PyTorch's allocator, which a capture knows: a result is let go
+    after its last reader. Nothing is read back, and nothing copied.
+
+    ``weights``: as the plan wants them.
+    """
+
+    def __init__(self, plan: Plan, weights: Sequence[Any]):
+        self._held: dict[Slot | None, Any] = {None: None}
+        self._held.update(zip(plan.weights.values(), weights, strict=True))
+        self._inputs, self._output = list(plan.inputs.values()), plan.output
+        self._steps = list(zip(plan.steps, _last_needed(plan), strict=True))
+        written = {slot for step in plan.steps for slot in step.writes}
+        self._parts: dict[Slot | None, list[Slot]] = {}
+        for slot in plan.parts - written:
+            self._parts.setdefault(slot.whole, []).append(slot)
+
+    def run(self, arguments: Sequence[Tensor]) -> Tensor:
+        """The result for the arguments, in the order of the plan's ``inputs``."""
+        held = dict(self._held)
+        held.update(zip(self._inputs, arguments, strict=True))
+        for step, last_needed in self._steps:
+            results = step.function(*[held[slot] for slot in step.reads], **step.options)
+            results = results if isinstance(results, tuple) else (results,)
+            for slot, result in zip(step.writes, results, strict=True):
+                held[slot] = result
+                for part in self._parts.get(slot, ()):
+                    held[part] = part.part_of(result)
+            del results, result
+            for slot in last_needed:
+                held.pop(slot, None)
+        return held[self._output]
+
+
+def _last_needed(plan: Plan) -> list[list[Slot]]:
+    """For each step the results that none after it needs, by all their names."""
+    last: dict[Slot, int] = {}
+    names: dict[Slot, set[Slot]] = {}
+    for number, step in enumerate(plan.steps):
+        for slot in (*step.reads, *step.writes):
+            if slot is not None and slot.weight is None:
+                whole = slot.whole or slot
+                last[whole] = number
+                names.setdefault(whole, {whole}).add(slot)
+    del last[plan.output.whole or plan.output]
+    found: list[list[Slot]] = [[] for _ in plan.steps]
+    for whole, number in last.items():
+        found[number] += names[whole]
+    return found
