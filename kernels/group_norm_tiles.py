@@ -147,11 +147,13 @@ def normalised(x: Tensor, weight, bias, scale, shift, add) -> tuple:
     return (x, weight, bias, x, x, add) if scale is None else (x, weight, bias, scale, shift, add)
 
 
-def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool, more: int = 0) -> Cut:
-    """``more``: channels of a second tensor, which are normalised with those of x."""
+def prepare(
+    x: Tensor, groups: int, scale, shift, add, backward: bool, more: int | None = None
+) -> Cut:
+    """``more``: of residual_norm, the channels of its second tensor."""
     samples, channels = x.shape[:2]
     positions = x.numel() // (samples * channels)
-    channels += more
+    channels += more or 0
     group = channels // groups
     channels_last = not x.is_contiguous()
     itemsize = x.element_size()
@@ -166,7 +168,7 @@ def prepare(x: Tensor, groups: int, scale, shift, add, backward: bool, more: int
     small = tiles.tile_channels * tiles.tile_positions <= SMALL
     general = small and tiles.tile_channels <= PAIRWISE
     exact = dict(EXACT=positions == tiles.tile_positions, WIDTH=0 if small else tiles.width)
-    if exact["EXACT"] and tiles.warps >= 8 and not (channels_last or backward):
+    if exact["EXACT"] and tiles.warps >= 8 and not (channels_last or backward) and more is None:
         exact["maxnreg"] = 64  # enough, and two programs of 512 threads fit a multiprocessor
     constants = dict(
         ADD=kind,

@@ -18,6 +18,7 @@ from fastdiff.ops.attention.reference import attention as attention_equation
 from fastdiff.ops.group_norm_silu.reference import group_norm_silu as group_norm_equation
 from fastdiff.ops.posterior_step.reference import posterior_step as step_equation
 from fastdiff.ops.q_sample.reference import q_sample as q_sample_equation
+from fastdiff.ops.residual_norm.reference import residual_norm as residual_norm_equation
 from fastdiff.ops.rms_norm_silu.reference import rms_norm_silu as rms_norm_equation
 
 HALF, FULL = torch.bfloat16, torch.float32
@@ -45,6 +46,7 @@ def cases(device: torch.device, dry: bool) -> Iterator[Case]:
     made = partial(_normal, device=device, generator=torch.Generator().manual_seed(0))
     yield from _elementwise(made, device, dry)
     yield from _group_norms(made, dry)
+    yield from _residual_norms(made, dry)
     yield from _rms_norms(made, dry)
     yield from _attentions(made, dry)  # last: their kernels take longest to compile
 
@@ -73,6 +75,33 @@ def _group_norms(made: Callable[..., Tensor], dry: bool) -> Iterator[Case]:
             partial(call, fastdiff.ops.group_norm_silu),
             partial(call, group_norm_equation),
             is_differentiable=True,
+        )
+
+
+def _residual_norms(made: Callable[..., Tensor], dry: bool) -> Iterator[Case]:
+    """Of one block's end and the next one's norm: with a second tensor, one group in both of them,
+    and the largest that is read once."""
+    sizes = [(2, 128, 64, 16, FULL), (4, 256, 128, 32, HALF)]
+    groups = 32
+    if dry:
+        sizes, groups = [(1, 8, 4, 4, FULL), (1, 8, 4, 4, HALF)], 3
+    for n, channels, more, size, dtype in sizes:
+        x, residual, second = (
+            made(n, c, size, size, dtype=dtype, last=dtype == HALF)
+            for c in (channels, channels, more)
+        )
+        rows = (made(channels), made(channels + more), made(channels + more))
+
+        def call(function, x, residual, second, add, weight, bias):
+            given = {"residual": residual, "add": add, "second": second}
+            return function(x, groups, weight, bias, **given)
+
+        yield Case(
+            "residual_norm",
+            f"{n}x{channels}+{more}@{size}",
+            (x, residual, second, *rows),
+            partial(call, fastdiff.ops.residual_norm),
+            partial(call, residual_norm_equation),
         )
 
 

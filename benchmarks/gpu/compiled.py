@@ -9,11 +9,17 @@ is not in the caches comes last, where there is the time to compile it.
 
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
 
 from gpu.compilations import Compilation, keep_caches, wanted
 from gpu.goals import OURS
 from gpu.phase import Phase
-from gpu.sampling import Case, chosen, race_samplers
+from gpu.sampling import Case, chosen, network, peer, race_samplers, steps
+from harness.peers_sampling import fastdiff_sampling
+
+PROGRAM = f"{OURS}, executor=True"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,10 +33,13 @@ def cases(phase: Phase) -> Iterator[Case]:
     rivals: dict[tuple[str, int], list[Compilation]] = {}
     for one in wanted(phase):
         rivals.setdefault((one.network, one.batch), []).append(one)
-    for (network, batch), members in rivals.items():
+    for (name, batch), members in rivals.items():
         takes = {one.contender: 0.0 if phase.dry else one.likely_s() for one in members}
-        names = [OURS, *sorted(takes, key=lambda name: takes[name])]
-        yield Case(network, batch, chosen(phase, network, batch, names), takes=takes)
+        how = (network(phase, name), batch, torch.bfloat16, phase.device, steps(phase))
+        program = partial(peer, partial(fastdiff_sampling, *how, executor=True))
+        ours = {**chosen(phase, name, batch, [OURS]), PROGRAM: program}
+        others = chosen(phase, name, batch, sorted(takes, key=lambda peer: takes[peer]))
+        yield Case(name, batch, {**ours, **others}, takes=takes)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def sampler(rows: Iterable[Row]) -> Iterator[Verdict]:
         if OURS not in steps or not (batch == goal.batch or members[0].get("dry")):
             continue
         for rival in steps:
-            if rival != OURS and goal.rival in (None, rival):
+            if not rival.startswith("fastdiff") and goal.rival in (None, rival):
                 case = f"{network}, batch {batch}, over {rival}"
                 yield verdict(goal.name, case, steps[rival] / steps[OURS], goal.least, "x")
 

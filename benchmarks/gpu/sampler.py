@@ -1,4 +1,5 @@
-"""A captured step of the Sampler: norms by Triton and by CUDA, with and without cuDNN's search.
+"""A captured step of the Sampler: norms by Triton and by CUDA, with and without cuDNN's search, and
+the network as a program.
 
     python -m gpu.sampler --out FOLDER [--dry] [--budget SECONDS]
 
@@ -37,6 +38,8 @@ def contenders(phase: Phase, batch: int) -> Iterator[tuple[str, Callable[[], Con
         for search, switch in SEARCH.items():
             make = partial(fastdiff_sampling, *how, cudnn=switch)
             yield f"fastdiff, {norms}, cudnn.benchmark {search}", partial(peer, make, backend)
+    make = partial(fastdiff_sampling, *how, cudnn=SEARCH["on"], executor=True)
+    yield "fastdiff, plan, cudnn.benchmark on, executor=True", partial(peer, make)
 
 
 if __name__ == "__main__":

@@ -61,11 +61,12 @@ def phase_in(out, seconds=60.0):
 def test_the_sampler_is_measured_with_both_norms_and_cudnn_both_ways(tmp_path):
     (ceiling, *rows) = rows_of(sampler, tmp_path)
     assert ceiling["matmul_tflops"] > 0
-    assert sorted(row["round"] for row in rows) == [0] * 4 + [1] * 4 + [2] * 4
+    assert sorted(row["round"] for row in rows) == [0] * 5 + [1] * 5 + [2] * 5
     for row in rows:
         assert row["phase"] == "sampler" and row["dry"] and row["ms_per_step"] > 0
         assert row["norms"] == ("native" if "plan" in row["contender"] else "reference")
         assert row["ran"].startswith("eager: CUDA graphs need")
+        assert "executor=True" not in row["contender"] or "as a program of" in row["ran"]
 
 
 @pytest.mark.seconds
@@ -77,7 +78,7 @@ def test_peers_make_the_same_images_as_the_float32_one(script, tmp_path):
     if script is eager:
         assert names == set(eager.CONTENDERS)
     else:
-        assert names == {"fastdiff bfloat16", *COMPILED}
+        assert names == {"fastdiff bfloat16", compiled.PROGRAM, *COMPILED}
     assert all(row["psnr_against"] == "diffusers float32 without tf32" for row in rows)
     assert all(row["psnr_db"] > 35 for row in rows)
 
@@ -131,8 +132,9 @@ def test_what_is_not_compiled_yet_is_raced_last(tmp_path):
     compilations.Compilation(ready, "ddpm-cifar10", 64).note()
     first, *others = compiled.cases(phase)
     assert (first.network, first.batch, len(others)) == ("ddpm-cifar10", 64, 3)
-    ours, raced_first, *rest = first.makers
-    assert (ours, raced_first, first.takes[ready]) == ("fastdiff bfloat16", ready, 0.0)
+    ours, program, raced_first, *rest = first.makers
+    assert (ours, program) == ("fastdiff bfloat16", compiled.PROGRAM)
+    assert (raced_first, first.takes[ready]) == (ready, 0.0)
     assert rest[-1] == "plain bfloat16 max-autotune" and {*rest, ready} == COMPILED
     assert all(seconds > 0 for case in others for seconds in case.takes.values())
 

@@ -29,9 +29,13 @@ def test_each_call_is_well_on_the_cpu(backend):
         if fields["backend"] == backend:
             found[fields["op"], fields["shape"], fields["direction"]] = measure()
     assert {op for op, _, _ in found} == {
-        "group_norm_silu", "rms_norm_silu", "attention", "q_sample", "posterior_step"
+        "group_norm_silu", "residual_norm", "rms_norm_silu", "attention", "q_sample",
+        "posterior_step",
     }  # fmt: skip
-    assert {at: row for at, row in found.items() if row["ok"] is not True} == {}
+    without = {"residual_norm"} if backend == "native" else set()  # it is the GPUs'
+    assert {op for (op, _, _), row in found.items() if "left_out" in row} == without
+    wrong = {at: row for at, row in found.items() if row["ok"] is not True}
+    assert {op for op, _, _ in wrong} == without, wrong
 
 
 def test_the_calls_for_gpus_differ_in_size_alone():

@@ -46,6 +46,8 @@ FEW = [
     ((8, 256, 16, 16), 256, torch.float32, True),
     ((1, 128, 256, 256), 128, torch.bfloat16, True),
     ((8, 192, 64, 64), 192, torch.bfloat16, False),
+    ((8, 128, 32, 32), 128, torch.float32, False),
+    ((8, 384, 32, 32), 0, torch.float32, False),
 ]
 MANY = [
     ((8, channels, side, side), second, dtype, channels_last)
