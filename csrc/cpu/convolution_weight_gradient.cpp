@@ -19,7 +19,7 @@
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
 
-constexpr int64_t kBandPlaces = 4224;  // of a band: 64 rows of 66
+constexpr int64_t kBandPlaces = 600;  // of a band: x of that many is in the L2 from line to line
 constexpr int64_t kGroupBytes = 8ll
                                 << 20;  // of the bands that are filled before they are multiplied
 constexpr int64_t kRunSteps = 8;        // whose x and dy stay in L1 from tap to tap

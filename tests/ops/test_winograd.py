@@ -71,8 +71,16 @@ def native_convolution(products, threads=1, **given):
     )
     panels = aligned(library.convolution_panels(products, out_channels, channels, 9))
     library.pack_convolution_cpu(
-        products, weight.data_ptr(), out_channels, channels, 9, 9 * channels, 9, 1,
-        panels.data_ptr(), threads,
+        products,
+        weight.data_ptr(),
+        out_channels,
+        channels,
+        9,
+        9 * channels,
+        9,
+        1,
+        panels.data_ptr(),
+        threads,
     )
     workspace = torch.empty(library.convolution_workspace(shape, True, threads))
     additions = [address(given[name]) for name in ("bias", "add", "residual")]
