@@ -1,5 +1,6 @@
 #include "../cpu/convolution.h"
 
+#include "../cpu/convolution_weight_gradient.h"
 #include "binding.h"
 
 namespace fastdiff {
@@ -9,9 +10,8 @@ const Binding convolution_binding([](py::module_& module) {
   py::class_<ConvolutionShape>(module, "ConvolutionShape")
       .def(py::init([](int64_t samples, int64_t channels, int64_t second_channels, int64_t height,
                        int64_t width, int64_t out_channels, int64_t out_height, int64_t out_width,
-                       int64_t kernel_height, int64_t kernel_width, int64_t stride,
-                       int64_t padding, bool upsample, bool silu, int dtype, int products,
-                       int64_t add_stride) {
+                       int64_t kernel_height, int64_t kernel_width, int64_t stride, int64_t padding,
+                       bool upsample, bool silu, int dtype, int products, int64_t add_stride) {
              return ConvolutionShape{samples,
                                      channels,
                                      second_channels,
@@ -37,11 +37,10 @@ const Binding convolution_binding([](py::module_& module) {
            py::arg("dtype"), py::arg("products"), py::arg("add_stride"));
   module.def("convolution_serves",
              [](int products) { return cpu::convolution_serves(static_cast<Products>(products)); });
-  module.def("convolution_panels",
-             [](int products, int64_t out_channels, int64_t channels, int64_t taps) {
-               return cpu::convolution_panels(static_cast<Products>(products), out_channels,
-                                              channels, taps);
-             });
+  module.def("convolution_panels", [](int products, int64_t out_channels, int64_t channels,
+                                      int64_t taps) {
+    return cpu::convolution_panels(static_cast<Products>(products), out_channels, channels, taps);
+  });
   module.def("pack_convolution_cpu",
              [](int products, uintptr_t values, int64_t out_channels, int64_t channels,
                 int64_t taps, int64_t out_stride, int64_t channel_stride, int64_t tap_stride,
@@ -74,6 +73,20 @@ const Binding convolution_binding([](py::module_& module) {
                                   at<float>(moments)};
     cpu::convolution(shape, call, at<float>(workspace), threads);
   });
+  module.def("convolution_weight_gradient_workspace",
+             [](const ConvolutionShape& shape, int threads) {
+               return cpu::convolution_weight_gradient(shape, {}, nullptr, threads);
+             });
+  module.def("convolution_weight_gradient_cpu",
+             [](const ConvolutionShape& shape, uintptr_t x, uintptr_t dy, uintptr_t dw,
+                uintptr_t db, int64_t out_stride, int64_t channel_stride, int64_t tap_stride,
+                uintptr_t workspace, int threads) {
+               py::gil_scoped_release unlocked;
+               cpu::convolution_weight_gradient(shape,
+                                                {at(x), at(dy), at<float>(dw), at<float>(db),
+                                                 out_stride, channel_stride, tap_stride},
+                                                at<float>(workspace), threads);
+             });
 });
 
 }  // namespace

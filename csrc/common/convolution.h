@@ -71,4 +71,16 @@ struct ConvolutionCall {
   float* moments;
 };
 
+// dy is the gradient of y, (samples, out_height, out_width, out_channels) in x's dtype; dw has
+// elements (out_channels, channels, taps) that are strides apart. db may be null.
+struct ConvolutionWeightGradientCall {
+  const void* x;
+  const void* dy;
+  float* dw;
+  float* db;
+  int64_t out_stride;
+  int64_t channel_stride;
+  int64_t tap_stride;
+};
+
 }  // namespace fastdiff

@@ -9,11 +9,12 @@ namespace fastdiff::cpu::FASTDIFF_ISA {
 
 constexpr int64_t kLineBytes = 64;
 
-// Elements as they stand in scratch: 16 channels of a place.
+// Elements as they stand in scratch: 16 channels of a place. kPlain: only ever of x as it is.
 struct AsFloat32 {
   static constexpr int64_t kLine = 16;
   static constexpr int64_t kImages = 1;
   static constexpr bool kExact = true;
+  static constexpr bool kPlain = false;
   FASTDIFF_VEC void put(char* at, int64_t, const Vec* values) {
     for (int i = 0; i < 16 / kWidth; ++i)
       store(reinterpret_cast<float*>(at) + i * kWidth, values[i]);
@@ -24,6 +25,7 @@ struct AsBFloat16 {
   static constexpr int64_t kLine = 32;
   static constexpr int64_t kImages = 1;
   static constexpr bool kExact = false;
+  static constexpr bool kPlain = false;
   FASTDIFF_VEC void put(char* at, int64_t, const Vec* values) {
     for (int i = 0; i < 16 / kWidth; ++i)
       store(reinterpret_cast<BFloat16*>(at) + i * kWidth, values[i]);
@@ -35,6 +37,7 @@ struct AsSplit {
   static constexpr int64_t kLine = 32;
   static constexpr int64_t kImages = 2;
   static constexpr bool kExact = true;
+  static constexpr bool kPlain = false;
   FASTDIFF_VEC void put(char* at, int64_t image, const Vec* values) {
     for (int i = 0; i < 16 / kWidth; ++i) {
       BFloat16* to = reinterpret_cast<BFloat16*>(at) + i * kWidth;
@@ -91,14 +94,18 @@ static void fill_row(char* to, int64_t image, const Channels<T>& channels, int64
   const bool full = channels.count == 16, affine = channels.scale != nullptr;
 #define FASTDIFF_FILL(FULL, AFFINE, SILU) \
   fill_places<T, As, FULL, AFFINE, SILU>(to, image, channels, count, first, step, doubled)
-  if (full && affine && channels.silu) return FASTDIFF_FILL(true, true, true);
-  if (full && affine) return FASTDIFF_FILL(true, true, false);
-  if (full && !channels.silu) return FASTDIFF_FILL(true, false, false);
-  if (full) return FASTDIFF_FILL(true, false, true);
-  if (affine && channels.silu) return FASTDIFF_FILL(false, true, true);
-  if (affine) return FASTDIFF_FILL(false, true, false);
-  if (channels.silu) return FASTDIFF_FILL(false, false, true);
-  return FASTDIFF_FILL(false, false, false);
+  if constexpr (As::kPlain) {
+    return full ? FASTDIFF_FILL(true, false, false) : FASTDIFF_FILL(false, false, false);
+  } else {
+    if (full && affine && channels.silu) return FASTDIFF_FILL(true, true, true);
+    if (full && affine) return FASTDIFF_FILL(true, true, false);
+    if (full && !channels.silu) return FASTDIFF_FILL(true, false, false);
+    if (full) return FASTDIFF_FILL(true, false, true);
+    if (affine && channels.silu) return FASTDIFF_FILL(false, true, true);
+    if (affine) return FASTDIFF_FILL(false, true, false);
+    if (channels.silu) return FASTDIFF_FILL(false, false, true);
+    return FASTDIFF_FILL(false, false, false);
+  }
 #undef FASTDIFF_FILL
 }
 

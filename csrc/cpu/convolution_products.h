@@ -40,11 +40,23 @@ struct Weights {
 
   // kWidth input channels from `in` on, of one output channel.
   FASTDIFF_MEMBER Vec row(int64_t out, int64_t in, int64_t tap) const {
-    const int64_t count = out < out_channels ? larger(0, smaller(kWidth, channels - in)) : 0;
+    return elements(out, in, tap, out < out_channels ? channels - in : 0, channel_stride);
+  }
+  // kWidth output channels from `out` on, of one input channel.
+  FASTDIFF_MEMBER Vec column(int64_t out, int64_t in, int64_t tap) const {
+    return elements(out, in, tap, in < channels ? out_channels - out : 0, out_stride);
+  }
+  // Whether columns lie side by side, as in a transposed weight.
+  FASTDIFF_MEMBER bool in_columns() const { return out_stride == 1 && channel_stride != 1; }
+
+ private:
+  FASTDIFF_MEMBER Vec elements(int64_t out, int64_t in, int64_t tap, int64_t most,
+                               int64_t stride) const {
+    const int64_t count = larger(0, smaller(kWidth, most));
     const float* at = from + out * out_stride + in * channel_stride + tap * tap_stride;
-    if (count == kWidth && channel_stride == 1) return load(at);
+    if (count == kWidth && stride == 1) return load(at);
     float values[kWidth] = {};
-    for (int64_t c = 0; c < count; ++c) values[c] = at[c * channel_stride];
+    for (int64_t i = 0; i < count; ++i) values[i] = at[i * stride];
     return load(values);
   }
 };
@@ -69,6 +81,15 @@ struct Float32Products {
 
   // (channels, outputs).
   static void pack(char* to, const Weights& weights, int64_t out, int64_t in, int64_t tap) {
+    if (weights.in_columns()) {
+      for (int64_t c = 0; c < As::kLine; ++c) {
+        for (int64_t k = 0; k < kOutputs; k += kWidth) {
+          store(reinterpret_cast<float*>(to) + c * kOutputs + k,
+                weights.column(out + k, in + c, tap));
+        }
+      }
+      return;
+    }
     for (int64_t c = 0; c < As::kLine; c += kWidth) {
       for (int64_t k = 0; k < kOutputs; k += kWidth) {
         Vec rows[kWidth];
@@ -118,6 +139,16 @@ struct Float32Products {
 };
 
 #if defined(FASTDIFF_AMX)
+// Two values of each lane side by side in bfloat16, and what that leaves of them. A pair is a float32
+// as far as a transposition knows.
+FASTDIFF_VEC void pair(Vec first, Vec second, Vec& high, Vec& low) {
+  const auto join = [](VecHalf a, VecHalf b) { return as_floats(widen(a) | (widen(b) << 16)); };
+  const VecHalf a = from_floats(first, BFloat16{}), b = from_floats(second, BFloat16{});
+  high = join(a, b);
+  low = join(from_floats(first - to_floats(a, BFloat16{}), BFloat16{}),
+             from_floats(second - to_floats(b, BFloat16{}), BFloat16{}));
+}
+
 // 2×2 tiles of 16 outputs and 16 channels, in bfloat16; or the three products of split values.
 template <bool SPLIT>
 struct TileProducts {
@@ -142,12 +173,16 @@ struct TileProducts {
   FASTDIFF_MEMBER void end() { _tile_release(); }
   FASTDIFF_MEMBER int64_t positions(int64_t) const { return 2 * rows; }
 
-  // Pairs of input channels stand side by side: (channels / 2, outputs, 2). A pair is a float32 as
-  // far as the transposition knows.
+  // Pairs of input channels stand side by side: (channels / 2, outputs, 2).
   static void pack(char* to, const Weights& weights, int64_t out, int64_t in, int64_t tap) {
     for (int64_t half = 0; half < 2; ++half) {
       Vec high[16], low[16];
-      for (int k = 0; k < 16; ++k) {
+      const bool in_columns = weights.in_columns();
+      for (int i = 0; in_columns && i < 16; ++i) {
+        pair(weights.column(out + half * 16, in + 2 * i, tap),
+             weights.column(out + half * 16, in + 2 * i + 1, tap), high[i], low[i]);
+      }
+      for (int k = 0; !in_columns && k < 16; ++k) {
         BFloat16 of_high[32], of_low[32];
         for (int part = 0; part < 2; ++part) {
           const Vec v = weights.row(out + half * 16 + k, in + part * 16, tap);
@@ -157,10 +192,10 @@ struct TileProducts {
         memcpy(&high[k], of_high, sizeof of_high);
         memcpy(&low[k], of_low, sizeof of_low);
       }
-      transpose(high);
+      if (!in_columns) transpose(high);
       memcpy(to + half * kTileBytes, high, sizeof high);
       if (!SPLIT) continue;
-      transpose(low);
+      if (!in_columns) transpose(low);
       memcpy(to + (2 + half) * kTileBytes, low, sizeof low);
     }
   }
@@ -175,18 +210,18 @@ struct TileProducts {
       _tile_zero(2);
       _tile_zero(3);
     }
-#define FASTDIFF_OUTPUTS(from)                        \
-  _tile_loadd(4, (from), kLineBytes);                 \
+#define FASTDIFF_OUTPUTS(from)        \
+  _tile_loadd(4, (from), kLineBytes); \
   if (TWO) _tile_loadd(5, (from) + second, kLineBytes)
-#define FASTDIFF_WEIGHTS(from)              \
-  _tile_loadd(6, (from), kLineBytes);       \
+#define FASTDIFF_WEIGHTS(from)        \
+  _tile_loadd(6, (from), kLineBytes); \
   _tile_loadd(7, (from) + kTileBytes, kLineBytes)
-#define FASTDIFF_PRODUCTS()                 \
-  _tile_dpbf16ps(0, 4, 6);                  \
-  _tile_dpbf16ps(1, 4, 7);                  \
-  if (TWO) {                                \
-    _tile_dpbf16ps(2, 5, 6);                \
-    _tile_dpbf16ps(3, 5, 7);                \
+#define FASTDIFF_PRODUCTS()  \
+  _tile_dpbf16ps(0, 4, 6);   \
+  _tile_dpbf16ps(1, 4, 7);   \
+  if (TWO) {                 \
+    _tile_dpbf16ps(2, 5, 6); \
+    _tile_dpbf16ps(3, 5, 7); \
   }
     for_each_tap(left, [&](const char* at) {
       FASTDIFF_OUTPUTS(at);

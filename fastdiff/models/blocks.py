@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdiff.errors import InputError
+from fastdiff.models.convolve import convolve
 from fastdiff.models.execution.program import Program, Value
 from fastdiff.models.resampling import Downsample, Upsample, convolution, upsample_nearest
 from fastdiff.ops.attention.op import attention
@@ -164,7 +165,7 @@ class ResBlock(nn.Module):
             h, x = upsample_nearest(h, size), upsample_nearest(x, size)
         elif self.pool is not None:
             h, x = self.pool(h), self.pool(x)
-        h = in_conv(h)
+        h = convolve(in_conv, h)
         _, emb_linear = self.emb_layers  # whose SiLU all blocks share
         emb = emb_linear(emb)  # (N, C') or (N, 2C')
         if self.use_scale_shift_norm:
@@ -172,8 +173,9 @@ class ResBlock(nn.Module):
             h = apply_norm(out_norm, h, scale=scale, shift=shift)
         else:
             h = apply_norm(out_norm, h, add=emb)
-        h = out_conv(dropout(h))
-        h += self.skip_connection(x)  # in place: nothing needs the convolution's output again
+        h = convolve(out_conv, dropout(h))
+        # In place: nothing needs the convolution's output again.
+        h += convolve(self.skip_connection, x)
         return h
 
     def unroll(
@@ -263,7 +265,7 @@ class EmbedSequential(nn.Sequential):
                 assert size is not None
                 x = layer(x, size)
             else:
-                x = layer(x)
+                x = convolve(layer, x)
         return x
 
     def unroll(

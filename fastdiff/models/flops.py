@@ -1,10 +1,11 @@
 """How many operations networks take: convolutions, matrix products and attention, two operations to
 each multiplication and addition, as ``torch.utils.flop_counter`` counts them.
 
-Of fastdiff's operations attention counts. The others go once over their tensors, and like torch's
-own norms and activations count nothing.
+Of fastdiff's operations attention and a training's convolutions count. The others go once over
+their tensors, and like torch's own norms and activations count nothing.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,12 @@ def flops(call: Callable[[], Any]) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     ours = torch.ops.fastdiff
-    formulas = {ours.attention: _attention, ours.attention_backward: _attention_backward}
+    formulas = {
+        ours.attention: _attention,
+        ours.attention_backward: _attention_backward,
+        ours.convolution_training: _convolution,
+        ours.convolution_training_backward: _convolution_backward,
+    }
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         call()
     return counter.get_total_flops()
@@ -55,6 +61,21 @@ def _attention(qkv: Sequence[int], *others: Any, **named: Any) -> int:
     """Of qkv (N, 3C, T): q·kᵀ and the product with v, N·C·T² multiplications each."""
     n, width, tokens = qkv
     return 2 * 2 * n * (width // 3) * tokens**2
+
+
+def _convolution(
+    x: Sequence[int], weight: Sequence[int], *others: Any, out_shape: Sequence[int], **named: Any
+) -> int:
+    """A product of each output with its taps."""
+    return 2 * out_shape[0] * math.prod(out_shape[2:]) * math.prod(weight)
+
+
+def _convolution_backward(
+    grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *others: Any, **named: Any
+) -> int:
+    """As many for each of the gradients of x and weight that is wanted."""
+    *_, wants_x, wants_weight, _ = others
+    return (wants_x + wants_weight) * _convolution(x, weight, out_shape=grad)
 
 
 def _attention_backward(

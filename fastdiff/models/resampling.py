@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.models.convolve import convolve
 from fastdiff.models.execution.program import Program, Value
 
 CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
@@ -76,7 +77,7 @@ class Upsample(nn.Module):
         if self.use_conv and doubling_folds(x, size):
             return convolve_doubled(x, self.conv.weight, self.conv.bias)
         x = upsample_nearest(x, size)
-        return self.conv(x) if self.use_conv else x
+        return convolve(self.conv, x) if self.use_conv else x
 
     def unroll(self, program: Program, x: Value, size: Sequence[int]) -> Value:
         x = program.upsample(self, x, size)
@@ -110,7 +111,7 @@ class Downsample(nn.Module):
             # Unlike its kin it refuses an image smaller than the window.
             window = [min(k, n) for k, n in zip((1, 2, 2), x.shape[2:], strict=True)]
             return F.avg_pool3d(x, window, self.op.stride, ceil_mode=True)
-        return self.op(x if self.pad_after is None else F.pad(x, self.pad_after))
+        return convolve(self.op, x if self.pad_after is None else F.pad(x, self.pad_after))
 
     def unroll(self, program: Program, x: Value) -> Value:
         if isinstance(self.op, nn.Conv1d | nn.Conv2d | nn.Conv3d):

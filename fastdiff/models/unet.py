@@ -13,6 +13,7 @@ from fastdiff.models.blocks import (
     apply_norm,
     zero_module,
 )
+from fastdiff.models.convolve import convolve
 from fastdiff.models.encoder import Encoder
 from fastdiff.models.execution.program import Program, Value, Weight
 from fastdiff.models.resampling import Upsample, convolution
@@ -222,7 +223,7 @@ class UNet(Encoder):
             h = torch.cat([h, skips.pop()], dim=1)
             # Upsampling goes to the next skip's size: twice this one, or one off if that was odd.
             h = block(h, emb, skips[-1].shape[2:] if skips else None)
-        return self.out[2](apply_norm(self.out[0], h)).to(x.dtype)
+        return convolve(self.out[2], apply_norm(self.out[0], h)).to(x.dtype)
 
     def check(
         self,

@@ -85,10 +85,10 @@ class Kernel:
             found = zip(outputs, self.run(self.readable(call)), strict=True)
             return tuple(None if room is None else room.copy_(v) for room, v in found)
         given = (*tensors, *outputs, *call[self.plain :])
-        if outputs[0].is_cpu:
+        if tensors[0].is_cpu:
             launch(*given)
         else:
-            with backends.device_of(outputs[0]):
+            with backends.device_of(tensors[0]):
                 launch(*given)
         return outputs
 
@@ -130,10 +130,9 @@ class Kernel:
 
     def _operate(self, function: Callable[[Any], Outputs], values: tuple[Any, ...]) -> Any:
         """``function`` as an operator has it: of flat values, to tensors."""
-        first, *others = function(self._built(values))
-        if not others:
-            return first
-        return first, *(first.new_empty(0) if other is None else other for other in others)
+        call = self._built(values)
+        outputs = tuple(call[0].new_empty(0) if v is None else v for v in function(call))
+        return outputs if len(outputs) > 1 else outputs[0]
 
     def _built(self, flat: tuple[Any, ...]) -> Any:
         """The record of an operator's values."""
@@ -215,6 +214,11 @@ def differentiable_once(
         return [residual if g is None and t is not None else g for g, t in zip(found, tensors)]  # noqa: B905
 
     forward.differentiate(setup, gradients)
+    refuse_second_derivatives(forward, backward)
+
+
+def refuse_second_derivatives(forward: Kernel, backward: Kernel) -> None:
+    """Whoever asks for a gradient of ``backward``'s gradients is told so."""
 
     def refuse(ctx: Any, *_: Any) -> Any:
         raise InputError(
@@ -222,4 +226,4 @@ def differentiable_once(
             "higher derivatives run it under fastdiff.backend('reference')"
         )
 
-    torch.library.register_autograd(f"fastdiff::{name}", refuse, lib=_LIBRARY)
+    torch.library.register_autograd(f"fastdiff::{backward.name}", refuse, lib=_LIBRARY)

@@ -151,15 +151,6 @@ def test_a_batch_of_none_and_other_layouts():
     assert torch.equal(convolution(x, laid_out, **strange)[0], expected)
 
 
-def test_gradients_are_the_references():
-    x = torch.randn(1, 3, 5, 5, requires_grad=True)
-    weight = torch.randn(4, 3, 3, 3, requires_grad=True)
-    y, _ = convolution(x, weight, activation="silu", padding=(1, 1))
-    expected = torch.autograd.grad(F.conv2d(F.silu(x), weight, padding=1).sum(), (x, weight))
-    for found, wanted in zip(torch.autograd.grad(y.sum(), (x, weight)), expected, strict=True):
-        assert torch.allclose(found, wanted, atol=1e-5)
-
-
 def test_a_bound_call_follows_its_memory():
     torch.manual_seed(0)
     x = torch.randn(1, 16, 6, 6).contiguous(memory_format=torch.channels_last)

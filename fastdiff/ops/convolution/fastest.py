@@ -40,6 +40,11 @@ def possible(dtype: torch.dtype, kernel: tuple[int, ...], stride: int) -> list[P
     return found
 
 
+def products_of(dtype: torch.dtype) -> Products:
+    """What multiplies fastest here of what serves every kernel and stride."""
+    return possible(dtype, (), 1)[-1]
+
+
 class Workload(NamedTuple):
     """What decides. ``height``, ``width``: of the output; ``amx``: the library multiplies in
     tiles."""

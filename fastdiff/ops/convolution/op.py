@@ -10,14 +10,21 @@ from fastdiff.errors import InputError
 from fastdiff.ops import dispatch, native
 from fastdiff.ops.backends import KERNEL_DTYPES
 from fastdiff.ops.checks import check_activation, check_tensor, check_x, refusal
-from fastdiff.ops.convolution import reference
+from fastdiff.ops.convolution import reference, training
+from fastdiff.ops.convolution.launch import empty_channels_last, run, to_channels_last
 from fastdiff.ops.convolution.packed import Packed, pack
 from fastdiff.ops.differentiable import Kernel
-from fastdiff.ops.dispatch import NO_GRADIENTS, OPERATIONS, Choice, Operation, wants_gradient
+from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation, wants_gradient
 from fastdiff.ops.layouts import Maybe
 from fastdiff.ops.native import address, code
 
 OP = "convolution"
+MOST_TAPS = 49  # kMostTaps of csrc/cpu/convolution_geometry.h
+# Why no kernel can serve a call.
+FUSED_GRADIENTS = (
+    "a tensor requires a gradient, and only 'reference' has those of what is fused with a "
+    "convolution (use torch.no_grad())"
+)
 LINE = 16  # channels that the kernel takes at a time: of x, where another source follows
 
 
@@ -59,7 +66,8 @@ def convolution(
         Products are float32, or bfloat16 where ``x`` is; of weights that are packed on a CPU with
         AMX, float32 values are taken as the sum of two bfloat16, which is exact to 2⁻¹⁷.
 
-    Gradients are the reference's alone. Raises InputError for shapes, dtypes, devices or names that
+    A convolution of x alone with a bias has gradients of its own, once, with the same products;
+    otherwise they are the reference's. Raises InputError for shapes, dtypes, devices or names that
     do not fit.
 
     Source: Ho et al. 2020, appendix B, and Wu & He 2018, equation 1.
@@ -70,13 +78,17 @@ def convolution(
     whole = weight.weight if isinstance(weight, Packed) else weight
     tensors = (bias, second, coefficients, add, residual)
     _check(x, whole, *tensors, stride, padding, upsample)
-    backend = choose(x, whole, *tensors).backend
+    named: dict[str, Any] = {"second": second, "coefficients": coefficients, "add": add}
+    named |= {"residual": residual, "upsample": upsample, "activation": activation}
+    named |= {"moments": moments}
+    backend = choose(x, whole, bias, **named).backend
     if backend == "reference":
-        named: dict[str, Any] = {"second": second, "coefficients": coefficients, "add": add}
-        named |= {"residual": residual, "stride": stride, "padding": padding, "moments": moments}
-        named |= {"upsample": upsample, "activation": activation}
+        named |= {"stride": stride, "padding": padding}
         rounded = whole.to(x.dtype) if x.dtype in KERNEL_DTYPES else whole
         return reference.convolution(x, rounded, bias, **named)
+    if wants_gradient(x, whole, bias):
+        plain = training.Arguments(x, whole, bias, stride, *padding)
+        return training.forward(plain, True)[0], None
     if packed is None or packed.panels is None:
         packed = pack(whole, x.dtype)
     assert packed.panels is not None
@@ -99,13 +111,20 @@ def convolution(
     )
 
 
-def choose(x: Tensor, *others: Any, **named: Any) -> Choice:
+def choose(
+    x: Tensor, weight: Any, bias: Maybe = None, *, stride: int = 1,
+    padding: tuple[int, int] = (0, 0), **fused: Any,
+) -> Choice:  # fmt: skip
     """What serves this call and why (``fastdiff.explain``)."""
+    whole = weight.weight if isinstance(weight, Packed) else weight
     missing = ""
-    if wants_gradient(x, *others) or wants_gradient(*named.values()):
-        missing = NO_GRADIENTS
-    elif x.dim() != 4:
+    if any(v is not None and v is not False for v in fused.values()):
+        if wants_gradient(x, whole, bias, *fused.values()):
+            missing = FUSED_GRADIENTS
+    if x.dim() != 4:
         missing = "only 'reference' takes other than two spatial dimensions"
+    elif whole.shape[2:].numel() > MOST_TAPS:
+        missing = f"only 'reference' takes kernels of more than {MOST_TAPS} taps"
     return dispatch.choose(OPERATION, x, missing)
 
 
@@ -185,7 +204,7 @@ def _readable(call: Arguments) -> Arguments:
     x, second = call.x, call.second
     if second is not None and x.shape[1] % LINE:  # both in a register
         x, second = torch.cat([x, second.to(x.dtype)], dim=1), None
-    x, second, residual = (_channels_last(v, x.dtype) for v in (x, second, call.residual))
+    x, second, residual = (to_channels_last(v, x.dtype) for v in (x, second, call.residual))
     bias, coefficients = (None if v is None else v.float().contiguous() for v in call[2:5:2])
     add = call.add
     if add is not None and (add.dtype != torch.float32 or add.stride(1) != 1):
@@ -194,15 +213,9 @@ def _readable(call: Arguments) -> Arguments:
     return call._replace(**made, coefficients=coefficients)
 
 
-def _channels_last(v: Maybe, dtype: torch.dtype) -> Any:
-    if v is None or (v.dtype == dtype and v.is_contiguous(memory_format=torch.channels_last)):
-        return v
-    return v.to(dtype).contiguous(memory_format=torch.channels_last)
-
-
 def _allocate(call: Arguments) -> tuple[Tensor, Maybe]:
     n, k = call.x.shape[0], call.out_channels
-    y = call.x.new_empty((n, *call.out_size(), k)).permute(0, 3, 1, 2)
+    y = empty_channels_last(call.x, (n, k, *call.out_size()))
     return y, call.x.new_empty((n, 2, k), dtype=torch.float32) if call.moments else None
 
 
@@ -239,14 +252,6 @@ def _plan(call: Arguments) -> Any:
 
 # Arguments' tensors and the outputs, in the order in which the library takes them.
 ORDER = (0, 3, 4, 1, 2, 5, 6, 7, 8)
-
-
-def run(shape: Any, addresses: list[int], moments: bool) -> None:
-    """One launch in torch's threads."""
-    library, threads = native.library(), torch.get_num_threads()
-    workspace = native.borrow(library.convolution_workspace(shape, moments, threads))
-    library.convolution_cpu(shape, *addresses, workspace.data_ptr(), threads)
-    native.give_back(workspace)
 
 
 _kernel = Kernel(OP, Arguments, _allocate, _plan, readable=_readable, outputs=2)

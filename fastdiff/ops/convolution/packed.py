@@ -1,5 +1,7 @@
 """A convolution's weight in the order in which the CPU's kernels multiply by it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from fastdiff.ops import native
 from fastdiff.ops.backends import KERNEL_DTYPES
-from fastdiff.ops.convolution.fastest import Products, possible
+from fastdiff.ops.convolution.fastest import Products, products_of
 
 
 @dataclass
@@ -22,15 +24,30 @@ class Packed:
         """Take the values that the weight has now."""
         if self.panels is None:
             return
-        values = self.weight.detach().float()
-        if values.stride(2) != values.shape[3] * values.stride(3):  # its taps are in no order
-            values = values.contiguous()
-        k, channels, height, width = values.shape
-        out_stride, channel_stride, _, tap_stride = values.stride()
-        native.library().pack_convolution_cpu(
-            int(self.products), values.data_ptr(), k, channels, height * width, out_stride,
-            channel_stride, tap_stride, self.panels.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+        write_panels(self.weight, self.products, self.panels)
+
+
+def write_panels(
+    weight: Tensor, products: Products, panels: Tensor, transposed: bool = False
+) -> None:
+    """The panels of a 2-D convolution's weight; ``transposed``: of the convolution whose result is
+    the gradient of its input (inputs for outputs, and the taps in reverse)."""
+    values = with_taps_in_order(weight.detach().float())
+    k, channels, height, width = values.shape
+    strides, first = [values.stride(0), values.stride(1), values.stride(3)], values.data_ptr()
+    if transposed:
+        first += (height * width - 1) * strides[2] * values.element_size()
+        k, channels, strides = channels, k, [strides[1], strides[0], -strides[2]]
+    native.library().pack_convolution_cpu(
+        int(products), first, k, channels, height * width, *strides, panels.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def with_taps_in_order(weight: Tensor) -> Tensor:
+    """The weight, or a copy of it, whose taps are one stride apart."""
+    in_order = weight.stride(2) == weight.shape[3] * weight.stride(3)
+    return weight if in_order else weight.contiguous()
 
 
 def pack(weight: Tensor, dtype: torch.dtype, *, products: Products | None = None) -> Packed:
@@ -42,14 +59,29 @@ def pack(weight: Tensor, dtype: torch.dtype, *, products: Products | None = None
     if weight.dim() != 4 or not weight.is_cpu or dtype not in KERNEL_DTYPES:
         return Packed(weight)
     if products is None:
-        products = possible(dtype, (), 1)[-1]
+        products = products_of(dtype)
     k, channels, height, width = weight.shape
     size = native.library().convolution_panels(int(products), k, channels, height * width)
-    room = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
-    start = -room.data_ptr() % ALIGNMENT
-    packed = Packed(weight, room[start : start + size], products)
+    packed = Packed(weight, _aligned(torch.empty(size + ALIGNMENT, dtype=torch.uint8)), products)
     packed.refresh()
     return packed
 
 
 ALIGNMENT = 64
+
+
+def _aligned(room: Tensor) -> Tensor:
+    return room[-room.data_ptr() % ALIGNMENT :]
+
+
+@contextmanager
+def lent_panels(weight: Tensor, products: Products, transposed: bool = False) -> Iterator[Tensor]:
+    """Panels for one call, in memory that the next call's may have."""
+    k, channels, height, width = weight.shape
+    sides = (channels, k) if transposed else (k, channels)
+    size = native.library().convolution_panels(int(products), *sides, height * width)
+    room = native.borrow((size + ALIGNMENT) // 4 + 1)
+    panels = _aligned(room.view(torch.uint8))
+    write_panels(weight, products, panels, transposed)
+    yield panels
+    native.give_back(room)

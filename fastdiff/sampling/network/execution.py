@@ -14,7 +14,7 @@ from fastdiff.models.replicas.replica import Replica
 from fastdiff.models.replicas.twin import Twin
 from fastdiff.ops import backends, native
 from fastdiff.ops.backends import KERNEL_DTYPES
-from fastdiff.ops.convolution.fastest import Products, possible
+from fastdiff.ops.convolution.fastest import Products, products_of
 
 # Why "auto" leaves a UNet on a GPU as it is.
 UNMEASURED = "no GPU has shown a program faster yet"
@@ -28,7 +28,7 @@ def slower(dtype: torch.dtype) -> str:
         return f"no kernels multiply in {name_of(dtype)}"
     # Of float32 products ours are as fast as PyTorch's, and what is around them is faster; in
     # bfloat16 without tiles PyTorch's are faster.
-    own = possible(dtype, (), 1)[-1] != Products.FLOAT32
+    own = products_of(dtype) != Products.FLOAT32
     if own or (dtype == torch.float32 and native.library().current_isa() != "baseline"):
         return ""
     return f"PyTorch multiplies faster in {name_of(dtype)} on this CPU"

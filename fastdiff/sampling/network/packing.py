@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.models.convolve import is_plain_convolution
+
 Geometry = tuple[Any, ...]
 # Up to here a second copy of a float32 weight is worth its memory. Another dtype needs one anyway.
 MOST_SAMPLES, MOST_POSITIONS = 2, 1024
@@ -87,14 +89,5 @@ class PackedConvolution:
 
 
 def packable(layer: nn.Module, dtype: torch.dtype | None) -> bool:
-    """Whether it is a plain convolution on the CPU whose forward nobody has replaced."""
-    return (
-        type(layer) is nn.Conv2d
-        and layer.padding_mode == "zeros"
-        and not isinstance(layer.padding, str)
-        and "forward" not in layer.__dict__
-        and type(layer.weight) is nn.Parameter
-        and layer.weight.device.type == "cpu"
-        and layer.weight.dtype == torch.float32
-        and serves(dtype or torch.float32)
-    )
+    """Whether it is a plain convolution that this PyTorch packs."""
+    return is_plain_convolution(layer) and serves(dtype or torch.float32)

@@ -1,0 +1,198 @@
+"""A convolution of x alone as a training's forward makes it, and its gradients, on the CPU.
+
+The gradient of x is a convolution of y's with the weight transposed, by the same kernel; that of
+the weight is the sum over places of csrc/cpu/convolution_weight_gradient.cpp. A weight changes from
+step to step, so it is packed at each call.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdiff.ops import backends, native
+from fastdiff.ops.convolution.fastest import products_of
+from fastdiff.ops.convolution.launch import empty_channels_last, run, to_channels_last
+from fastdiff.ops.convolution.packed import lent_panels, with_taps_in_order
+from fastdiff.ops.differentiable import Kernel, refuse_second_derivatives
+from fastdiff.ops.layouts import Maybe
+from fastdiff.ops.native import address, code
+
+
+class Arguments(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Maybe
+    stride: int
+    before: int
+    after: int
+
+
+class Backward(NamedTuple):
+    grad: Tensor
+    x: Tensor
+    weight: Tensor
+    stride: int
+    before: int
+    after: int
+    wants_x: bool
+    wants_weight: bool
+    wants_bias: bool
+
+
+def _readable(call: Any) -> Any:
+    """Either record with copies of what the kernels do not read as it stands."""
+    x = to_channels_last(call.x, call.x.dtype)
+    call = call._replace(x=x, weight=with_taps_in_order(call.weight.float()))
+    if isinstance(call, Backward):
+        return call._replace(grad=to_channels_last(call.grad, x.dtype))
+    return call if call.bias is None else call._replace(bias=call.bias.float().contiguous())
+
+
+def _allocate(call: Arguments) -> tuple[Tensor]:
+    size = (
+        (side + call.before + call.after - taps) // call.stride + 1
+        for side, taps in zip(call.x.shape[2:], call.weight.shape[2:], strict=True)
+    )
+    return (empty_channels_last(call.x, (call.x.shape[0], call.weight.shape[0], *size)),)
+
+
+def _plan(call: Arguments) -> Callable[..., None]:
+    """What fills y for calls like this one."""
+    shape = _shape(call.x, call.weight.shape, *call[3:])
+    products = products_of(call.x.dtype)
+
+    def fill(x: Tensor, weight: Tensor, bias: Maybe, y: Tensor) -> None:
+        with lent_panels(weight, products) as panels:
+            _convolve(shape, x, panels, bias, y)
+
+    return fill
+
+
+def _shape(x: Tensor, kernel: Sequence[int], stride: int, before: int, after: int) -> Any:
+    """As the library has it, with a weight of shape ``kernel``."""
+    n, channels, height, width = x.shape
+    return native.library().ConvolutionShape(
+        samples=n,
+        channels=channels,
+        second_channels=0,
+        height=height,
+        width=width,
+        out_channels=kernel[0],
+        out_height=(height + before + after - kernel[2]) // stride + 1,
+        out_width=(width + before + after - kernel[3]) // stride + 1,
+        kernel_height=kernel[2],
+        kernel_width=kernel[3],
+        stride=stride,
+        padding=before,
+        upsample=False,
+        silu=False,
+        dtype=code(x),
+        products=int(products_of(x.dtype)),
+        add_stride=0,
+    )
+
+
+def _convolve(shape: Any, x: Tensor, panels: Tensor, bias: Maybe, y: Tensor) -> None:
+    addresses = [x.data_ptr(), 0, 0, panels.data_ptr(), address(bias), 0, 0, y.data_ptr(), 0]
+    run(shape, addresses, moments=False)
+
+
+def _allocate_gradients(call: Backward) -> tuple[Maybe, Maybe, Maybe]:
+    x, weight = call.x, call.weight
+    return (
+        empty_channels_last(x, x.shape) if call.wants_x else None,
+        torch.empty_like(weight, dtype=torch.float32) if call.wants_weight else None,
+        weight.new_empty(len(weight), dtype=torch.float32) if call.wants_bias else None,
+    )
+
+
+def _plan_gradients(call: Backward) -> Callable[..., None]:
+    """What fills the gradients of x, weight and bias that are wanted, for calls like this one."""
+    of_x, of_weight = _plan_data(call), _plan_weight(call)
+
+    def fill(grad: Tensor, x: Tensor, weight: Tensor, dx: Maybe, dw: Maybe, db: Maybe) -> None:
+        if dx is not None:
+            of_x(grad, weight, dx)
+        if dw is not None:
+            of_weight(x, grad, dw, db)
+        elif db is not None:
+            db.copy_(grad.sum((0, 2, 3), dtype=torch.float32))
+
+    return fill
+
+
+def _plan_data(call: Backward) -> Callable[[Tensor, Tensor, Tensor], None]:
+    grad, x, weight, stride, before, after, *_ = call
+    k, channels, height, width = weight.shape
+    if stride > 1 or height != width or max(before, after) >= height:
+        return lambda grad, weight, dx: _data_by_pytorch(grad, weight, dx, stride, before, after)
+    shape = _shape(grad, (channels, k, height, width), 1, height - 1 - before, height - 1 - after)
+    products = products_of(x.dtype)
+
+    def fill(grad: Tensor, weight: Tensor, dx: Tensor) -> None:
+        with lent_panels(weight, products, transposed=True) as panels:
+            _convolve(shape, grad, panels, None, dx)
+
+    return fill
+
+
+def _data_by_pytorch(
+    grad: Tensor, weight: Tensor, dx: Tensor, stride: int, before: int, after: int
+) -> None:
+    """With strides: each of their remainders is a convolution of its own there."""
+    height, width = dx.shape[2:]
+    padded = dx.new_empty(1).expand(*dx.shape[:2], height + before + after, width + before + after)
+    found, *_ = torch.ops.aten.convolution_backward(
+        grad, padded, weight.to(grad.dtype), None, [stride] * 2, [0, 0], [1, 1], False, [0, 0], 1,
+        [True, False, False],
+    )  # fmt: skip
+    dx.copy_(found[:, :, before : before + height, before : before + width])
+
+
+def _plan_weight(call: Backward) -> Callable[[Tensor, Tensor, Tensor, Maybe], None]:
+    shape = _shape(call.x, call.weight.shape, call.stride, call.before, call.after)
+
+    def fill(x: Tensor, grad: Tensor, dw: Tensor, db: Maybe) -> None:
+        library, threads = native.library(), torch.get_num_threads()
+        workspace = native.borrow(library.convolution_weight_gradient_workspace(shape, threads))
+        library.convolution_weight_gradient_cpu(
+            shape, x.data_ptr(), grad.data_ptr(), dw.data_ptr(), address(db), dw.stride(0),
+            dw.stride(1), dw.stride(3), workspace.data_ptr(), threads,
+        )  # fmt: skip
+        native.give_back(workspace)
+
+    return fill
+
+
+forward = Kernel("convolution_training", Arguments, _allocate, _plan, readable=_readable)
+backward = Kernel(
+    "convolution_training_backward", Backward, _allocate_gradients, _plan_gradients,
+    readable=_readable, outputs=3,
+)  # fmt: skip
+
+
+def _keep(ctx: Any, call: Arguments, outputs: tuple[Tensor]) -> None:
+    ctx.save_for_backward(call.x, call.weight)
+    ctx.rest = call[3:]
+    ctx.bias_dtype = None if call.bias is None else call.bias.dtype
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Maybe, ...]:
+    x, weight = ctx.saved_tensors
+    wants = ctx.needs_input_grad[:3]
+    call = Backward(grad, x, weight, *ctx.rest, *wants)
+    if backends.launches_backward_directly(grad) and not torch.is_grad_enabled():
+        found = backward.run(call)
+    else:  # the operator refuses the derivative that whoever keeps the backward's graph may ask
+        found = backward.dispatch(call)
+    dtypes = (x.dtype, weight.dtype, ctx.bias_dtype)
+    return tuple(
+        g.to(dtype) if wanted else None
+        for g, wanted, dtype in zip(found, wants, dtypes, strict=True)
+    )
+
+
+forward.differentiate(_keep, _gradients)
+refuse_second_derivatives(forward, backward)
