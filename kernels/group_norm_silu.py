@@ -55,9 +55,9 @@ def forward_once_kernel(
     scale,
     shift,
     add,
-    addend,  # (C,) or None; of residual_norm, as second and total
+    addend,  # (C,) or None; of residual_norm, as second and total_out
     second,
-    total,
+    total_out,
     y,
     mean_out,  # or None, as rstd_out
     rstd_out,
@@ -97,8 +97,8 @@ def forward_once_kernel(
     )  # fmt: skip
     if JOINED:
         v = read_joined(
-            x, add, addend, second, total, split, sample, channel, chunk, inside, start, offsets,
-            mask, channels, positions, CHANNELS_LAST, WIDE, SB,
+            x, add, addend, second, total_out, split, sample, channel, chunk, inside, start,
+            offsets, mask, channels, positions, CHANNELS_LAST, WIDE, SB,
         )  # fmt: skip
     else:
         v = read(x, add, add_stride, sample, channel, inside, start, offsets, mask, ADD)
@@ -125,7 +125,7 @@ def moments_kernel(
     add,
     addend,
     second,
-    total,
+    total_out,
     partial,  # (3, N, G, parts·chunks): rough mean, mean − rough, M2
     add_stride,
     split,
@@ -155,8 +155,8 @@ def moments_kernel(
     )  # fmt: skip
     if JOINED:
         v = read_joined(
-            x, add, addend, second, total, split, sample, channel, chunk, inside, start, offsets,
-            mask, channels, positions, CHANNELS_LAST, WIDE, SB,
+            x, add, addend, second, total_out, split, sample, channel, chunk, inside, start,
+            offsets, mask, channels, positions, CHANNELS_LAST, WIDE, SB,
         )  # fmt: skip
     else:
         v = read(x, add, add_stride, sample, channel, inside, start, offsets, mask, ADD)
@@ -235,7 +235,7 @@ def forward_apply_kernel(
     add,
     addend,
     second,
-    total,
+    total_out,
     y,
     mean_in,
     rstd_in,
@@ -271,8 +271,8 @@ def forward_apply_kernel(
     )  # fmt: skip
     if JOINED:
         v = read_joined(
-            x, add, addend, second, total, split, sample, channel, chunk, inside, start, offsets,
-            mask, channels, positions, CHANNELS_LAST, WIDE, SB,
+            x, add, addend, second, total_out, split, sample, channel, chunk, inside, start,
+            offsets, mask, channels, positions, CHANNELS_LAST, WIDE, SB,
         )  # fmt: skip
     else:
         v = read(x, add, add_stride, sample, channel, inside, start, offsets, mask, ADD)

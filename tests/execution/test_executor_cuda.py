@@ -159,6 +159,19 @@ def test_graphs_may_go_on_reading_the_weights_while_their_generation_stays(kind,
 
 
 @torch.no_grad()
+def test_a_parameter_that_was_exchanged_is_not_written_to():
+    model = small_unet()
+    x, t, _ = batch(model, 8, 8)
+    executor = Executor(model)
+    executor(x, t)
+    layer = model.middle_block[0].in_layers[2]
+    before, values = layer.weight, layer.weight.clone()
+    layer.weight = nn.Parameter(2 * before.contiguous())  # read in another layout: by a copy
+    torch.testing.assert_close(executor(x, t), model(x, t), rtol=1e-4, atol=1e-4)
+    assert torch.equal(before, values)
+
+
+@torch.no_grad()
 def test_copies_of_weights_that_are_cast_never_move():
     model = small_unet()
     x, t, _ = batch(model, 8, 8)

@@ -1,5 +1,6 @@
 """The Triton kernels of residual_norm: in the interpreter, compiled without a GPU, on a GPU."""
 
+import re
 import subprocess
 import sys
 
@@ -9,8 +10,10 @@ import torch
 from paths import TOOLS
 
 pytest.importorskip("triton")
+import triton  # noqa: E402
+
 from fastdiff.kernels import residual_norm as kernels  # noqa: E402
-from triton_tools import compiling, report  # noqa: E402
+from triton_tools import compiling, meeting_new_kernels, report  # noqa: E402
 
 
 @pytest.mark.parametrize("extent", ["short", pytest.param("complete", marks=pytest.mark.long)])
@@ -77,6 +80,21 @@ def test_compiles_without_spills(capability, cases, tmp_path, monkeypatch):
             launch(*case)
         taken[str(case)] = usages
     report(capability, taken, spills=16 if cases is MANY else 0)
+
+
+@pytest.mark.seconds
+def test_channels_are_read_and_written_side_by_side(tmp_path, monkeypatch):
+    """What is known of the pointers and of both tensors' channels lasts to the machine code."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    code = []
+
+    def compile_source(source, target, options):
+        code.append(triton.compile(source, target=target, options=options).asm["ptx"])
+
+    with meeting_new_kernels(90, compile_source):
+        launch((8, 128, 16, 16), 128, torch.bfloat16, True)
+    widths = re.findall(r"(?:ld|st)\.global[\w.:]*?(v4\.b32|v2\.b32|b32|b16)", code[0])
+    assert set(widths) == {"v4.b32"}, widths
 
 
 @pytest.mark.cuda

@@ -107,7 +107,7 @@ def main():
         ((1, 150, 9, 3), 1, 50),
     ]
     if SHORT:
-        del shapes[4:]
+        shapes = [shapes[0], shapes[3]]
     paths = set()
     for i, (shape, groups, second) in enumerate(shapes):
         given = [(True, True), (False, True), (True, False), (False, False)]

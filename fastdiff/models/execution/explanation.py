@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 
+from fastdiff.models.execution import functions
 from fastdiff.models.execution.lowering import CHANNELS_LAST, Slot, Step
 from fastdiff.models.execution.plan import Plan
 from fastdiff.ops.backends import HAS_TRITON
@@ -11,7 +12,7 @@ from fastdiff.ops.backends import HAS_TRITON
 CONVOLUTIONS = ("convolution", "plain_convolution", "product", "accumulate")
 NORMS = ("group_norm_silu", "residual_norm")
 # The kernels that PyTorch launches for an operation on a GPU, where it is not one.
-KERNELS = {"waves": 9, "lookup": 2, "pad": 2, "widen": 2}
+KERNELS = {"waves": 9, "pad": 2, "widen": 2}
 
 
 def counts(plan: Plan) -> Counter[str]:
@@ -91,7 +92,7 @@ def explanation(plan: Plan) -> str:
 
 def _fused(step: Step) -> str:
     """What a convolution does beside its product."""
-    if len(step.reads) != 7 or step.kind != "convolution":  # the CPU's
+    if step.function is not functions.convolve:
         return ""
     _, _, _, second, coefficients, add, residual = step.reads
     options = step.options

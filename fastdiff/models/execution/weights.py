@@ -32,6 +32,7 @@ class Weights:
     def __init__(self, tensors: Tensors) -> None:
         self._tensors, self.number = tensors, next(_numbers)
         self._made: dict[tuple[Weight, torch.dtype], Any] = {}
+        self._copies: set[tuple[Weight, torch.dtype]] = set()  # of these, the others are parameters
         self._idle: dict[Plan, list[Bound | Launched]] = {}  # in no call
         self._lock = threading.Lock()
 
@@ -56,17 +57,19 @@ class Weights:
                 new = self._anew(weight, dtype)
                 if isinstance(new, Packed) or _form(new) != _form(kept):
                     return False
-                if new.data_ptr() != kept.data_ptr():
-                    if self._is_parameter(new, weight) or self._is_parameter(kept, weight):
-                        return False
+                if (weight, dtype) in self._copies:
                     kept.copy_(new)
+                elif new.data_ptr() != kept.data_ptr():
+                    return False
         return True
 
     def _in_form(self, weight: Weight, dtype: torch.dtype) -> Any:
         key = (weight, dtype)
         if key not in self._made:
             with torch.inference_mode(False):  # others refresh them
-                self._made[key] = self._anew(weight, dtype)
+                made = self._made[key] = self._anew(weight, dtype)
+            if not isinstance(made, Packed) and not self._is_parameter(made, weight):
+                self._copies.add(key)
         return self._made[key]
 
     def _anew(self, weight: Weight, dtype: torch.dtype) -> Any:
