@@ -9,6 +9,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from fastdiff import ops
 from fastdiff.checks import check_device
 from fastdiff.errors import InputError
 from fastdiff.methods.table import StepTable
+from fastdiff.ops.convolution.packed import pack
 from fastdiff.ops.dispatch import OPERATIONS
 from fastdiff.process.gaussian import create_diffusion
 
@@ -54,12 +57,12 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--batch and --seconds must be positive")
     threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
     print(f"{args.dtype}, batch {args.batch}, {device}{threads}, torch {torch.__version__}")
-    print(f"{'operation':16} {'shape':12} {'eager':>10} {'fastdiff':>10} {'faster':>7} {'GB/s':>7}")
+    print(f"{'operation':17} {'shape':12} {'eager':>10} {'fastdiff':>10} {'faster':>7} {'GB/s':>7}")
     with torch.no_grad():
         for case in cases(args.batch, DTYPES[args.dtype], device):
             eager, ours = race((case.eager, case.ours), device, args.seconds)
             print(
-                f"{case.op:16} {case.shape:12} {statistics.median(eager) * 1e3:7.3f} ms "
+                f"{case.op:17} {case.shape:12} {statistics.median(eager) * 1e3:7.3f} ms "
                 f"{statistics.median(ours) * 1e3:7.3f} ms "
                 f"{statistics.median(e / o for e, o in zip(eager, ours, strict=True)):6.2f}x "
                 f"{case.bytes / statistics.median(ours) / 1e9:7.1f}  {case.choose()}"
@@ -99,6 +102,9 @@ def cases(batch: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case
         yield _case("group_norm_silu", f"{channels}@{size}", _eager_norm, norm, {}, 2)
         rms = (h, normal(1, channels, 1, 1))
         yield _case("rms_norm_silu", f"{channels}@{size}", _eager_rms_norm, rms, {}, 2)
+        residual = {"residual": normal(*h.shape).contiguous(memory_format=torch.channels_last)}
+        yield _case("residual_norm", f"{channels}@{size}", _eager_residual, norm, residual, 4)
+    yield from _convolutions(batch, dtype, device)
     diffusion = create_diffusion(steps=1000)
     signal, noise = (
         torch.from_numpy(table).float().to(device)
@@ -117,20 +123,71 @@ def cases(batch: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case
         yield _case("attention", shape, _eager_attention, (qkv, heads), {}, 4 / 3)
 
 
+def _convolutions(batch: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """A residual block's second half, and what its norm comes to."""
+    for channels, size in ((256, 8), (128, 32)):
+        x = torch.randn(batch, channels, size, size, device=device, dtype=dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        moments = torch.rand(batch, 2, channels, device=device)
+        norm = (moments, 32, *torch.randn(2, channels, device=device))
+        yield _case("norm_coefficients", f"{channels}@{size}", _eager_coefficients, norm, {}, 2)
+        weight = torch.randn(channels, channels, 3, 3, device=device) / (9 * channels) ** 0.5
+        kernel = pack(weight, dtype) if device.type == "cpu" else weight
+        around: dict[str, Any] = {
+            "coefficients": ops.norm_coefficients(*norm),
+            "activation": "silu",
+            "residual": x,
+            "padding": (1, 1),
+            "moments": True,
+        }
+        plain = weight.to(dtype, memory_format=torch.channels_last)
+        yield Case(
+            "convolution",
+            f"{channels}@{size}",
+            partial(ops.convolution, x, kernel, **around),
+            partial(_eager_convolution, x, plain),
+            partial(_chosen, "convolution", x, weight),
+            3 * x.nbytes + plain.nbytes,
+        )
+
+
+def _chosen(op: str, *args: Any, **kwargs: Any) -> str:
+    return OPERATIONS[op].choose(*args, **kwargs).backend
+
+
 def _case(op: str, shape: str, eager: Callable, args: tuple, kwargs: dict, passes: float) -> Case:
     function = getattr(ops, op)
     return Case(
         op,
         shape,
         lambda: function(*args, **kwargs),
-        lambda: eager(*args),
-        lambda: OPERATIONS[op].choose(*args, **kwargs).backend,
+        lambda: eager(*args, **{k: v for k, v in kwargs.items() if isinstance(v, Tensor)}),
+        partial(_chosen, op, *args, **kwargs),
         int(passes * args[0].nbytes),
     )
 
 
 def _eager_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(F.group_norm(x, groups, weight, bias))
+
+
+def _eager_convolution(x: Tensor, weight: Tensor) -> Tensor:
+    return x + F.conv2d(F.silu(F.group_norm(x, 32)), weight, padding=1)
+
+
+def _eager_residual(x: Tensor, *norm: Any, residual: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return total, F.silu(F.group_norm(total, *norm))
+
+
+def _eager_coefficients(moments: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
+    n, _, channels = moments.shape
+    mean, variance = moments.view(n, 2, groups, -1).unbind(1)
+    variance = variance.mean(2) + mean.var(2, unbiased=False)
+    gain = torch.rsqrt(variance + 1e-5).repeat_interleave(channels // groups, 1) * weight
+    return torch.stack(
+        [gain, bias - mean.mean(2).repeat_interleave(channels // groups, 1) * gain], 1
+    )
 
 
 def _eager_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
