@@ -16,8 +16,9 @@ from kernel_tools import ISAS, examples, forced_isa
 from norm_cases import threads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Of the largest result: a rounding of it, of the inputs where they are rounded, and the sums'.
-BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+# Of the largest result, which may be what large terms leave: a rounding of it, of the inputs where
+# they are rounded or in pieces, and the sums'.
+BOUNDS = {torch.float32: 5e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 
 
 def case(n, c, size, k, kernel, *, second=0, dtype=torch.float32, doubled=False, **options):
