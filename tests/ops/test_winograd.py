@@ -1,5 +1,7 @@
 """Winograd's algorithm in the native convolution, against float64 and beside PyTorch's own."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,26 +101,30 @@ def error(found, exact):
     return ((found.double() - exact).abs().max() / exact.abs().max()).item()
 
 
+def bare(*args):
+    return randoms(*args, activation=None) | {"coefficients": None, "bias": None, "add": None}
+
+
 CASES = {
-    "whole tiles and blocks": randoms(32, 64, (8, 8)),
-    "sizes that are no multiples": randoms(20, 70, (9, 7)),
-    "one place": randoms(16, 8, (1, 1)),
-    "many samples of a tile": randoms(16, 24, (4, 4), samples=9),
-    "two sources": randoms(32, 40, (8, 12), second=16),
-    "upsampled": randoms(16, 32, (6, 5), upsample=True),
-    "no padding": randoms(16, 32, (7, 10), padding=(0, 0)),
-    "padding after": randoms(16, 32, (6, 6), padding=(0, 1)),
-    "wide padding": randoms(16, 32, (6, 7), padding=(3, 2)),
-    "wider than it is high": randoms(16, 16, (3, 90), samples=1),
-    "more than a band": randoms(256, 16, (32, 20), samples=1),
-    "nothing but products": randoms(24, 32, (8, 8), activation=None)
-    | {"coefficients": None, "bias": None, "add": None},
+    "whole tiles and blocks": partial(randoms, 32, 64, (8, 8)),
+    "sizes that are no multiples": partial(randoms, 20, 70, (9, 7)),
+    "one place": partial(randoms, 16, 8, (1, 1)),
+    "many samples of a tile": partial(randoms, 16, 24, (4, 4), samples=9),
+    "two sources": partial(randoms, 32, 40, (8, 12), second=16),
+    "upsampled": partial(randoms, 16, 32, (6, 5), upsample=True),
+    "no padding": partial(randoms, 16, 32, (7, 10), padding=(0, 0)),
+    "padding after": partial(randoms, 16, 32, (6, 6), padding=(0, 1)),
+    "wide padding": partial(randoms, 16, 32, (6, 7), padding=(3, 2)),
+    "wider than it is high": partial(randoms, 16, 16, (3, 90), samples=1),
+    "more than a band": partial(randoms, 256, 16, (32, 20), samples=1),
+    "nothing but products": partial(bare, 24, 32, (8, 8)),
 }
 
 
 @WINOGRAD
 @pytest.mark.parametrize("given", CASES.values(), ids=CASES)
 def test_every_shape_is_right(given, products, isa):
+    given = given()
     y, moments = native_convolution(products, **given)
     exact, exact_moments = in_float64(given)
     assert error(y, exact) < 3e-6
@@ -138,10 +144,10 @@ def test_stored_in_sixteen_bits(products, dtype):
 @WINOGRAD
 @pytest.mark.parametrize("name", ["many samples of a tile", "more than a band", "upsampled"])
 def test_the_number_of_threads_changes_no_bit(products, name):
-    one = native_convolution(products, **CASES[name])
+    one = native_convolution(products, **CASES[name]())
     for threads in (2, 3, 7):
         for found, expected in zip(
-            native_convolution(products, threads, **CASES[name]), one, strict=True
+            native_convolution(products, threads, **CASES[name]()), one, strict=True
         ):
             assert torch.equal(found, expected)
 

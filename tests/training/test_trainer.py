@@ -86,9 +86,10 @@ def test_microbatches_average_to_the_full_batch(tmp_path, microbatch):
         gradients.append([p.grad for p in trainer.parameters])
         losses.append(json.loads((trainer.run_dir / "metrics.jsonl").read_text())["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    # Convolutions of a part may be PyTorch's where those of the whole batch are the library's.
     scale = max(float(g.abs().max()) for g in gradients[0])
     for whole, parts in zip(*gradients, strict=True):
-        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6 * scale)
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5 * scale)
 
 
 def test_gradients_are_clipped_and_logged_unclipped(tmp_path):
