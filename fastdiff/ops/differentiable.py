@@ -6,6 +6,7 @@ Where nobody listens and no subclass is among the tensors, a call goes past PyTo
 which halves its cost.
 """
 
+import functools
 import operator
 import typing
 from collections.abc import Callable
@@ -91,6 +92,12 @@ class Kernel:
             with backends.device_of(tensors[0]):
                 launch(*given)
         return outputs
+
+    def bound(self, call: Any, outputs: Outputs) -> Callable[[], None] | None:
+        """``call`` again and again, from and to the memory where its tensors and ``outputs`` are
+        now; None where the kernels do not read them as they stand."""
+        launch = self._planned(call)
+        return launch and functools.partial(launch, *call[: self.tensors], *outputs)
 
     def _launch(self, call: Any, tensors: tuple[Any, ...]) -> Any:
         """What fills the outputs of calls like this one; None where kernels read copies only."""

@@ -162,7 +162,7 @@ def test_a_bound_call_follows_its_memory():
     call = Arguments(
         x, packed.panels, *nothing, 8, 3, 3, 1, 1, 1, False, False, int(packed.products), False
     )
-    run = bound(call, y, None)
+    run = bound(call, (y, None))
     for _ in range(2):
         with torch.no_grad():
             x.normal_()
@@ -170,7 +170,7 @@ def test_a_bound_call_follows_its_memory():
         packed.refresh()
         run()
         assert torch.allclose(y, F.conv2d(x, weight, padding=1), atol=1e-3)
-    assert bound(call._replace(x=torch.zeros(1, 16, 6, 6)), y, None) is None  # of another layout
+    assert bound(call._replace(x=torch.zeros(1, 16, 6, 6)), (y, None)) is None  # of another layout
 
 
 X, W = torch.zeros(2, 3, 8, 8), torch.zeros(4, 3, 3, 3)

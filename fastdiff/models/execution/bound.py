@@ -91,7 +91,7 @@ def _convolution(step: Step, reads: list[Any], writes: list[Tensor]) -> Run | No
         products=int(weight.products),
         moments=moments,
     )
-    return convolution_op.bound(call, writes[0], writes[1] if moments else None)
+    return convolution_op.bound(call, (writes[0], writes[1] if moments else None))
 
 
 def _coefficients(step: Step, reads: list[Any], writes: list[Tensor]) -> Run | None:
@@ -100,7 +100,7 @@ def _coefficients(step: Step, reads: list[Any], writes: list[Tensor]) -> Run | N
         return None
     rows = (moments, second, weight, bias, scale, shift)
     call = norm_op.Arguments(*rows, step.options["groups"], step.options["eps"])
-    return norm_op.bound(call, writes[0])
+    return norm_op.bound(call, (writes[0],))
 
 
 def _attention(step: Step, reads: list[Any], writes: list[Tensor]) -> Run | None:
@@ -108,7 +108,7 @@ def _attention(step: Step, reads: list[Any], writes: list[Tensor]) -> Run | None
     if attention_op.choose(qkv, heads).backend != "native":
         return None
     call = attention_op.Arguments(qkv, heads, step.options["order"], "native", False)
-    return attention_op.bound(call, writes[0].flatten(2))
+    return attention_op.bound(call, (writes[0].flatten(2), None))
 
 
 def _product(step: Step, reads: list[Any], writes: list[Tensor]) -> Run:

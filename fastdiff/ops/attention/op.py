@@ -1,6 +1,5 @@
 """Attention on the qkv projection of the published U-Nets in one call."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -166,13 +165,7 @@ def _of_library(name: str, call: Any) -> Any:
 
 
 _kernel = Kernel(OP, Arguments, _allocate, _forward, outputs=2)
-
-
-def bound(call: Arguments, out: Tensor) -> Callable[[], None]:
-    """The C++ kernel of ``call`` again and again, from and to the memory where qkv and ``out``,
-    (N, C, T) in token-major order, are now."""
-    fill, qkv = _of_library("attention_forward", call), call.qkv
-    return lambda: fill(qkv, out, None)
+bound = _kernel.bound
 
 
 def _allocate_gradient(call: Any) -> tuple[Tensor]:

@@ -1,6 +1,5 @@
 """A convolution with the norm before it and the additions after it in one call."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -255,15 +254,4 @@ ORDER = (0, 3, 4, 1, 2, 5, 6, 7, 8)
 
 
 _kernel = Kernel(OP, Arguments, _allocate, _plan, readable=_readable, outputs=2)
-
-
-def bound(call: Arguments, y: Tensor, moments: Maybe) -> Callable[[], None] | None:
-    """``call`` again and again, from and to the memory where its tensors are now; None where the
-    kernel does not read them as they stand."""
-    if _kernel.readable(call) is not call:
-        return None
-    if y.numel() == 0:
-        return lambda: None
-    tensors = (*call[: _kernel.tensors], y, moments)
-    fill = _plan(call)
-    return lambda: fill(*tensors)
+bound = _kernel.bound

@@ -1,6 +1,5 @@
 """A group norm as a scale and a shift per sample and channel."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -115,12 +114,4 @@ def _plan(call: Arguments) -> Any:
 
 _kernel = Kernel(OP, Arguments, _allocate, _plan, readable=_readable)
 
-
-def bound(call: Arguments, coefficients: Tensor) -> Callable[[], None] | None:
-    """``call`` again and again, from and to the memory where its tensors are now; None where the
-    kernel does not read them as they stand."""
-    if _kernel.readable(call) is not call:
-        return None
-    tensors = (*call[: _kernel.tensors], coefficients)
-    fill = _plan(call)
-    return lambda: fill(*tensors)
+bound = _kernel.bound
