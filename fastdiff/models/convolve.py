@@ -53,7 +53,7 @@ def _dtype_of_kernels(layer: nn.Module, x: Tensor) -> torch.dtype | None:
         and layer.padding[0] == layer.padding[1]
         and not any(layer.__dict__.get(hooks) for hooks in HOOKS)
         and layer.__dict__.get("_compiled_call_impl") is None
-        and weight[0, 0].numel() <= MOST_TAPS
+        and weight.shape[2:].numel() <= MOST_TAPS
         and _pays(x, weight, layer.stride[0])
     )
     return dtype if serves and products_of(dtype) != Products.FLOAT32 else None
@@ -61,7 +61,7 @@ def _dtype_of_kernels(layer: nn.Module, x: Tensor) -> torch.dtype | None:
 
 def _pays(x: Tensor, weight: Tensor, stride: int) -> bool:
     positions = len(x) * x.shape[2] * x.shape[3] // stride**2
-    if min(weight.shape[:2]) < FEWEST_CHANNELS or weight[0, 0].numel() == 1:
+    if min(weight.shape[:2]) < FEWEST_CHANNELS or weight.shape[2:].numel() == 1:
         return False
     return positions * weight.numel() >= FEWEST_PRODUCTS
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops import native
-from fastdiff.ops.layouts import Maybe
+from fastdiff.ops.layouts import Maybe, row_stride
+from fastdiff.ops.native import address, code
 
 
 def to_channels_last(v: Maybe, dtype: torch.dtype) -> Any:
@@ -24,9 +25,69 @@ def empty_channels_last(like: Tensor, size: Sequence[int]) -> Tensor:
     )
 
 
-def run(shape: Any, addresses: list[int], moments: bool) -> None:
+def out_size(
+    size: Sequence[int], kernel: Sequence[int], stride: int, zeros: int, upsample: bool = False
+) -> list[int]:
+    """Of the result along each dimension; ``zeros``: before the first and after the last position
+    together."""
+    times = 2 if upsample else 1  # no shift: a compiler's symbolic sizes have none
+    return [
+        (side * times + zeros - taps) // stride + 1 for side, taps in zip(size, kernel, strict=True)
+    ]
+
+
+def shape_of(
+    x: Tensor,
+    out_channels: int,
+    kernel: Sequence[int],
+    stride: int,
+    padding: tuple[int, int],
+    products: int,
+    *,
+    second: Maybe = None,
+    add: Maybe = None,
+    upsample: bool = False,
+    silu: bool = False,
+) -> Any:
+    """A call as the library has it."""
+    n, channels, height, width = x.shape
+    out_height, out_width = out_size((height, width), kernel, stride, sum(padding), upsample)
+    return native.library().ConvolutionShape(
+        samples=n,
+        channels=channels,
+        second_channels=0 if second is None else second.shape[1],
+        height=height,
+        width=width,
+        out_channels=out_channels,
+        out_height=out_height,
+        out_width=out_width,
+        kernel_height=kernel[0],
+        kernel_width=kernel[1],
+        stride=stride,
+        padding=padding[0],
+        upsample=upsample,
+        silu=silu,
+        dtype=code(x),
+        products=products,
+        add_stride=row_stride(add),
+    )
+
+
+def run(
+    shape: Any,
+    x: Tensor,
+    panels: Tensor,
+    bias: Maybe,
+    second: Maybe,
+    coefficients: Maybe,
+    add: Maybe,
+    residual: Maybe,
+    y: Tensor,
+    moments: Maybe,
+) -> None:
     """One launch in torch's threads."""
     library, threads = native.library(), torch.get_num_threads()
-    workspace = native.borrow(library.convolution_workspace(shape, moments, threads))
-    library.convolution_cpu(shape, *addresses, workspace.data_ptr(), threads)
+    workspace = native.borrow(library.convolution_workspace(shape, moments is not None, threads))
+    places = map(address, (x, second, coefficients, panels, bias, add, residual, y, moments))
+    library.convolution_cpu(shape, *places, workspace.data_ptr(), threads)
     native.give_back(workspace)

@@ -1,21 +1,27 @@
 """A convolution with the norm before it and the additions after it in one call."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError
-from fastdiff.ops import dispatch, native
+from fastdiff.ops import dispatch
 from fastdiff.ops.backends import KERNEL_DTYPES
 from fastdiff.ops.checks import check_activation, check_tensor, check_x, refusal
 from fastdiff.ops.convolution import reference, training
-from fastdiff.ops.convolution.launch import empty_channels_last, run, to_channels_last
+from fastdiff.ops.convolution.launch import (
+    empty_channels_last,
+    out_size,
+    run,
+    shape_of,
+    to_channels_last,
+)
 from fastdiff.ops.convolution.packed import Packed, pack
 from fastdiff.ops.differentiable import Kernel
 from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation, wants_gradient
 from fastdiff.ops.layouts import Maybe
-from fastdiff.ops.native import address, code
 
 OP = "convolution"
 MOST_TAPS = 49  # kMostTaps of csrc/cpu/convolution_geometry.h
@@ -149,15 +155,6 @@ class Arguments(NamedTuple):
     products: int
     moments: bool
 
-    def out_size(self) -> tuple[int, int]:
-        kernel = (self.kernel_height, self.kernel_width)
-        sides = (n << self.upsample for n in self.x.shape[2:])
-        height, width = (
-            (n + self.before + self.after - k) // self.stride + 1
-            for n, k in zip(sides, kernel, strict=True)
-        )
-        return height, width
-
 
 def _check(
     x: Tensor, weight: Any, bias: Maybe, second: Maybe, coefficients: Maybe, add: Maybe,
@@ -179,10 +176,7 @@ def _check(
             f"{OP}: stride={stride}, padding={padding}; expected a stride of at least 1 and two "
             "numbers of at least 0"
         )
-    out = [
-        ((side << upsample) + sum(padding) - taps) // stride + 1
-        for side, taps in zip(size, weight.shape[2:], strict=True)
-    ]
+    out = out_size(size, weight.shape[2:], stride, sum(padding), upsample)
     if min(out, default=1) < 1:
         raise InputError(
             f"{OP}: x has shape {tuple(x.shape)}, which is smaller than the kernel "
@@ -214,43 +208,27 @@ def _readable(call: Arguments) -> Arguments:
 
 def _allocate(call: Arguments) -> tuple[Tensor, Maybe]:
     n, k = call.x.shape[0], call.out_channels
-    y = empty_channels_last(call.x, (n, k, *call.out_size()))
+    kernel, zeros = (call.kernel_height, call.kernel_width), call.before + call.after
+    size = out_size(call.x.shape[2:], kernel, call.stride, zeros, call.upsample)
+    y = empty_channels_last(call.x, (n, k, *size))
     return y, call.x.new_empty((n, 2, k), dtype=torch.float32) if call.moments else None
 
 
 def _plan(call: Arguments) -> Any:
     """What fills y and moments for calls like this one."""
-    x, add, library = call.x, call.add, native.library()
-    n, channels, height, width = x.shape
-    out_height, out_width = call.out_size()
-    shape = library.ConvolutionShape(
-        samples=n,
-        channels=channels,
-        second_channels=0 if call.second is None else call.second.shape[1],
-        height=height,
-        width=width,
-        out_channels=call.out_channels,
-        out_height=out_height,
-        out_width=out_width,
-        kernel_height=call.kernel_height,
-        kernel_width=call.kernel_width,
-        stride=call.stride,
-        padding=call.before,
+    shape = shape_of(
+        call.x,
+        call.out_channels,
+        (call.kernel_height, call.kernel_width),
+        call.stride,
+        (call.before, call.after),
+        call.products,
+        second=call.second,
+        add=call.add,
         upsample=call.upsample,
         silu=call.silu,
-        dtype=code(x),
-        products=call.products,
-        add_stride=0 if add is None else add.stride(0),
     )
-
-    def fill(*tensors: Maybe) -> None:
-        run(shape, [address(tensors[i]) for i in ORDER], call.moments)
-
-    return fill
-
-
-# Arguments' tensors and the outputs, in the order in which the library takes them.
-ORDER = (0, 3, 4, 1, 2, 5, 6, 7, 8)
+    return partial(run, shape)
 
 
 _kernel = Kernel(OP, Arguments, _allocate, _plan, readable=_readable, outputs=2)

@@ -13,11 +13,17 @@ from torch import Tensor
 
 from fastdiff.ops import backends, native
 from fastdiff.ops.convolution.fastest import products_of
-from fastdiff.ops.convolution.launch import empty_channels_last, run, to_channels_last
+from fastdiff.ops.convolution.launch import (
+    empty_channels_last,
+    out_size,
+    run,
+    shape_of,
+    to_channels_last,
+)
 from fastdiff.ops.convolution.packed import lent_panels, with_taps_in_order
 from fastdiff.ops.differentiable import Kernel, refuse_second_derivatives
 from fastdiff.ops.layouts import Maybe
-from fastdiff.ops.native import address, code
+from fastdiff.ops.native import address
 
 
 class Arguments(NamedTuple):
@@ -51,10 +57,8 @@ def _readable(call: Any) -> Any:
 
 
 def _allocate(call: Arguments) -> tuple[Tensor]:
-    size = (
-        (side + call.before + call.after - taps) // call.stride + 1
-        for side, taps in zip(call.x.shape[2:], call.weight.shape[2:], strict=True)
-    )
+    zeros = call.before + call.after
+    size = out_size(call.x.shape[2:], call.weight.shape[2:], call.stride, zeros)
     return (empty_channels_last(call.x, (call.x.shape[0], call.weight.shape[0], *size)),)
 
 
@@ -65,38 +69,15 @@ def _plan(call: Arguments) -> Callable[..., None]:
 
     def fill(x: Tensor, weight: Tensor, bias: Maybe, y: Tensor) -> None:
         with lent_panels(weight, products) as panels:
-            _convolve(shape, x, panels, bias, y)
+            run(shape, x, panels, bias, None, None, None, None, y, None)
 
     return fill
 
 
 def _shape(x: Tensor, kernel: Sequence[int], stride: int, before: int, after: int) -> Any:
     """As the library has it, with a weight of shape ``kernel``."""
-    n, channels, height, width = x.shape
-    return native.library().ConvolutionShape(
-        samples=n,
-        channels=channels,
-        second_channels=0,
-        height=height,
-        width=width,
-        out_channels=kernel[0],
-        out_height=(height + before + after - kernel[2]) // stride + 1,
-        out_width=(width + before + after - kernel[3]) // stride + 1,
-        kernel_height=kernel[2],
-        kernel_width=kernel[3],
-        stride=stride,
-        padding=before,
-        upsample=False,
-        silu=False,
-        dtype=code(x),
-        products=int(products_of(x.dtype)),
-        add_stride=0,
-    )
-
-
-def _convolve(shape: Any, x: Tensor, panels: Tensor, bias: Maybe, y: Tensor) -> None:
-    addresses = [x.data_ptr(), 0, 0, panels.data_ptr(), address(bias), 0, 0, y.data_ptr(), 0]
-    run(shape, addresses, moments=False)
+    products = int(products_of(x.dtype))
+    return shape_of(x, kernel[0], kernel[2:], stride, (before, after), products)
 
 
 def _allocate_gradients(call: Backward) -> tuple[Maybe, Maybe, Maybe]:
@@ -133,7 +114,7 @@ def _plan_data(call: Backward) -> Callable[[Tensor, Tensor, Tensor], None]:
 
     def fill(grad: Tensor, weight: Tensor, dx: Tensor) -> None:
         with lent_panels(weight, products, transposed=True) as panels:
-            _convolve(shape, grad, panels, None, dx)
+            run(shape, grad, panels, None, None, None, None, None, dx, None)
 
     return fill
 
