@@ -22,6 +22,7 @@ from fastdiff.errors import InputError
 from fastdiff.methods.table import StepTable
 from fastdiff.ops.convolution.packed import pack
 from fastdiff.ops.dispatch import OPERATIONS
+from fastdiff.ops.norm_coefficients.reference import norm_coefficients
 from fastdiff.process.gaussian import create_diffusion
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -130,7 +131,7 @@ def _convolutions(batch: int, dtype: torch.dtype, device: torch.device) -> Itera
         x = x.contiguous(memory_format=torch.channels_last)
         moments = torch.rand(batch, 2, channels, device=device)
         norm = (moments, 32, *torch.randn(2, channels, device=device))
-        yield _case("norm_coefficients", f"{channels}@{size}", _eager_coefficients, norm, {}, 2)
+        yield _case("norm_coefficients", f"{channels}@{size}", norm_coefficients, norm, {}, 2)
         weight = torch.randn(channels, channels, 3, 3, device=device) / (9 * channels) ** 0.5
         kernel = pack(weight, dtype) if device.type == "cpu" else weight
         around: dict[str, Any] = {
@@ -178,16 +179,6 @@ def _eager_convolution(x: Tensor, weight: Tensor) -> Tensor:
 def _eager_residual(x: Tensor, *norm: Any, residual: Tensor) -> tuple[Tensor, Tensor]:
     total = x + residual
     return total, F.silu(F.group_norm(total, *norm))
-
-
-def _eager_coefficients(moments: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
-    n, _, channels = moments.shape
-    mean, variance = moments.view(n, 2, groups, -1).unbind(1)
-    variance = variance.mean(2) + mean.var(2, unbiased=False)
-    gain = torch.rsqrt(variance + 1e-5).repeat_interleave(channels // groups, 1) * weight
-    return torch.stack(
-        [gain, bias - mean.mean(2).repeat_interleave(channels // groups, 1) * gain], 1
-    )
 
 
 def _eager_rms_norm(x: Tensor, weight: Tensor) -> Tensor:

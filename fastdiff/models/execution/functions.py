@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.models.resampling import upsample_nearest
-from fastdiff.ops.arithmetic import arithmetic
 from fastdiff.ops.attention.op import attention
 from fastdiff.ops.convolution.op import convolution
 from fastdiff.ops.convolution.packed import Packed
@@ -64,12 +63,6 @@ def coefficients(
     return norm_coefficients(
         moments, groups, weight, bias, eps, second=second, scale=scale, shift=shift
     )
-
-
-def moments(x: Tensor) -> Tensor:
-    """The mean and the biased variance of each sample's channels, (N, 2, C)."""
-    positions = x.flatten(2).to(arithmetic(x.dtype))
-    return torch.stack([positions.mean(2), positions.var(2, unbiased=False)], dim=1)
 
 
 def attend(qkv: Tensor, *, num_heads: int, order: str) -> Tensor:

@@ -19,6 +19,7 @@ from fastdiff.models.execution.program import WIDE, Program, Value, Weight
 from fastdiff.ops import native
 from fastdiff.ops.backends import KERNEL_DTYPES
 from fastdiff.ops.convolution.fastest import Products, Workload, fastest
+from fastdiff.ops.convolution.reference import moments_of
 
 CHANNELS_LAST, CONTIGUOUS = "channels_last", "contiguous"
 MOST_TRANSFORMED = 1 << 30  # bytes of weights that Winograd's algorithm has transformed
@@ -244,7 +245,7 @@ class Lowering:
                 producer.writes.append(made)
                 producer.options["moments"] = True
             else:
-                self._emit("moments", value.layer, functions.moments, [image], made)
+                self._emit("moments", value.layer, moments_of, [image], made)
             self._moments[value] = made
         return self._moments[value]
 

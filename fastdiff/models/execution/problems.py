@@ -35,17 +35,6 @@ class Form(NamedTuple):
     parameters: dict[str, tuple[int, ...] | None]
 
 
-def problem(unet: Any) -> str:
-    """Why a network as it stands is not executed, in a few words; "" where it is."""
-    found = difference(unet)
-    if found:
-        return found
-    for name, module in unet.named_modules():
-        if isinstance(module, nn.Dropout) and module.training and module.p:
-            return f"{name} is in training mode and drops"
-    return ""
-
-
 def difference(unet: Any) -> str:
     """What of a network is not as ``UNet(**unet.config)`` makes it, or not on one of ``DEVICES``;
     "" for nothing. Eval mode or not."""
@@ -59,8 +48,8 @@ def difference(unet: Any) -> str:
 
 
 def changed(network: nn.Module, expected: Mapping[str, Form]) -> str:
-    """What of a network has not the form that is expected of it, or is on no CPU; "" for
-    nothing."""
+    """What of a network has not the form that is expected of it, or is on none of ``DEVICES``; ""
+    for nothing."""
     if others_watch():
         return "there is a hook on all modules"
     found = dict(network.named_modules(remove_duplicate=False))

@@ -55,8 +55,11 @@ def convolution(
     if residual is not None:
         y = y + residual.to(dtype)
     layout = torch.channels_last if spatial == 2 else torch.contiguous_format
-    found = None
-    if moments:
-        positions = y.flatten(2)
-        found = torch.stack([positions.mean(2), positions.var(2, unbiased=False)], dim=1)
+    found = moments_of(y) if moments else None
     return y.to(x.dtype).contiguous(memory_format=layout), found
+
+
+def moments_of(x: Tensor) -> Tensor:
+    """The mean and the biased variance of each sample's channels, (N, 2, C)."""
+    positions = x.flatten(2).to(arithmetic(x.dtype))
+    return torch.stack([positions.mean(2), positions.var(2, unbiased=False)], dim=1)

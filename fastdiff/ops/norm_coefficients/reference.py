@@ -10,7 +10,7 @@ def norm_coefficients(
     groups: int,
     weight: Tensor,
     bias: Tensor,
-    eps: float,
+    eps: float = 1e-5,
     *,
     second: Tensor | None = None,
     scale: Tensor | None = None,
