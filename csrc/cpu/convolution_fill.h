@@ -10,27 +10,18 @@ namespace fastdiff::cpu::FASTDIFF_ISA {
 constexpr int64_t kLineBytes = 64;
 
 // Elements as they stand in scratch: 16 channels of a place. kPlain: only ever of x as it is.
-struct AsFloat32 {
-  static constexpr int64_t kLine = 16;
+template <typename T>
+struct AsStored {
+  static constexpr int64_t kLine = kLineBytes / sizeof(T);
   static constexpr int64_t kImages = 1;
-  static constexpr bool kExact = true;
+  static constexpr bool kExact = sizeof(T) == 4;
   static constexpr bool kPlain = false;
   FASTDIFF_VEC void put(char* at, int64_t, const Vec* values) {
-    for (int i = 0; i < 16 / kWidth; ++i)
-      store(reinterpret_cast<float*>(at) + i * kWidth, values[i]);
+    for (int i = 0; i < 16 / kWidth; ++i) store(reinterpret_cast<T*>(at) + i * kWidth, values[i]);
   }
 };
-
-struct AsBFloat16 {
-  static constexpr int64_t kLine = 32;
-  static constexpr int64_t kImages = 1;
-  static constexpr bool kExact = false;
-  static constexpr bool kPlain = false;
-  FASTDIFF_VEC void put(char* at, int64_t, const Vec* values) {
-    for (int i = 0; i < 16 / kWidth; ++i)
-      store(reinterpret_cast<BFloat16*>(at) + i * kWidth, values[i]);
-  }
-};
+using AsFloat32 = AsStored<float>;
+using AsBFloat16 = AsStored<BFloat16>;
 
 // The value rounded, and `image` bytes on what that leaves, rounded.
 struct AsSplit {
