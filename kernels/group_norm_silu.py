@@ -47,6 +47,23 @@ Tensor = torch.Tensor
 __all__ = ["backward", "forward", "launches", "choose_tiles"]
 
 
+@triton.jit
+def read_input(
+    x, add, addend, second, total_out, add_stride, split, sample, channel, chunk, inside, start,
+    offsets, mask, channels, positions, ADD: tl.constexpr, JOINED: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, SB: tl.constexpr,
+):  # fmt: skip
+    """A tile of what is normalised, in float32: group_norm_silu's or, JOINED, residual_norm's."""
+    if JOINED:
+        v = read_joined(
+            x, add, addend, second, total_out, split, sample, channel, chunk, inside, start,
+            offsets, mask, channels, positions, CHANNELS_LAST, WIDE, SB,
+        )  # fmt: skip
+    else:
+        v = read(x, add, add_stride, sample, channel, inside, start, offsets, mask, ADD)
+    return v
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_once_kernel(
     x,
@@ -95,13 +112,10 @@ def forward_once_kernel(
         sample, slab, chunk, channels, positions, group, width, 1,
         SPAN, False, CHANNELS_LAST, WIDE, CB, SB,
     )  # fmt: skip
-    if JOINED:
-        v = read_joined(
-            x, add, addend, second, total_out, split, sample, channel, chunk, inside, start,
-            offsets, mask, channels, positions, CHANNELS_LAST, WIDE, SB,
-        )  # fmt: skip
-    else:
-        v = read(x, add, add_stride, sample, channel, inside, start, offsets, mask, ADD)
+    v = read_input(
+        x, add, addend, second, total_out, add_stride, split, sample, channel, chunk, inside, start,
+        offsets, mask, channels, positions, ADD, JOINED, CHANNELS_LAST, WIDE, SB,
+    )  # fmt: skip
     a, b = coefficients(
         weight, bias, scale, shift, film, scale_stride, shift_stride, sample, channel, inside, CB
     )
@@ -153,13 +167,10 @@ def moments_kernel(
         sample, slab, chunk, channels, positions, group, width, parts,
         SPAN, PARTED, CHANNELS_LAST, WIDE, CB, SB,
     )  # fmt: skip
-    if JOINED:
-        v = read_joined(
-            x, add, addend, second, total_out, split, sample, channel, chunk, inside, start,
-            offsets, mask, channels, positions, CHANNELS_LAST, WIDE, SB,
-        )  # fmt: skip
-    else:
-        v = read(x, add, add_stride, sample, channel, inside, start, offsets, mask, ADD)
+    v = read_input(
+        x, add, addend, second, total_out, add_stride, split, sample, channel, chunk, inside, start,
+        offsets, mask, channels, positions, ADD, JOINED, CHANNELS_LAST, WIDE, SB,
+    )  # fmt: skip
     part = slab % parts
     count = part_count(part, chunk, positions, group, width, PARTED, SB)
     d, rest, rough, m2 = moments(v, mask, count, group, SPAN, CB)
@@ -269,13 +280,10 @@ def forward_apply_kernel(
         sample, slab, chunk, channels, positions, group, width, parts,
         SPAN, PARTED, CHANNELS_LAST, WIDE, CB, SB,
     )  # fmt: skip
-    if JOINED:
-        v = read_joined(
-            x, add, addend, second, total_out, split, sample, channel, chunk, inside, start,
-            offsets, mask, channels, positions, CHANNELS_LAST, WIDE, SB,
-        )  # fmt: skip
-    else:
-        v = read(x, add, add_stride, sample, channel, inside, start, offsets, mask, ADD)
+    v = read_input(
+        x, add, addend, second, total_out, add_stride, split, sample, channel, chunk, inside, start,
+        offsets, mask, channels, positions, ADD, JOINED, CHANNELS_LAST, WIDE, SB,
+    )  # fmt: skip
     a, b = coefficients(
         weight, bias, scale, shift, film, scale_stride, shift_stride, sample, channel, inside, CB
     )
