@@ -11,7 +11,7 @@ from torch import nn
 
 import fastdiff
 from diffusers_format_tools import TINY, theirs
-from fastdiff.models.execution.executor import Executor
+from executor_cases import program_of
 from fastdiff.models.readers import reading_of
 
 HO = {"downsample_padding": 0, "norm_eps": 1e-6, "flip_sin_to_cos": False, "freq_shift": 1}
@@ -31,19 +31,6 @@ def given(model, n=2):
     x, t = torch.randn(n, 3, 8, 12, dtype=model.dtype), torch.linspace(0, 999, n)
     classes = model.config.num_class_embeds
     return (x, t) if classes is None else (x, t, torch.arange(n) % classes)
-
-
-def program_of(model, dtype=None):
-    """The network's answers, computed as a program."""
-    reading = reading_of(model)
-    assert reading.difference() == reading.disagreement() == ""
-    executor = Executor(reading, dtype)
-
-    def run(*args, **kwargs):
-        call = reading.call(args, kwargs)
-        return None if call is None else call.answer(executor(**call.arguments))
-
-    return run
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import threading
 
 import diffusers
 import pytest
@@ -18,6 +17,7 @@ from fastdiff.sampling.sampler import Sampler
 from improved_diffusion_tools import CODEBASES
 from published_unet import Guided, Improved, small
 from sampler_tools import diffusion
+from thread_tools import at_once
 
 PROCESS = diffusion(20)
 SHAPE = (2, 3, 8, 8)
@@ -169,18 +169,8 @@ def test_threads_share_a_network():
     model = calm()
     several = [Sampler(model, PROCESS, steps=3, executor=True) for _ in range(2)]
     expected = [several[0].sample(SHAPE, seed=seed) for seed in range(4)]
-    found = {}
-    threads = [
-        threading.Thread(
-            target=lambda s=seed: found.update({s: several[s % 2].sample(SHAPE, seed=s)})
-        )
-        for seed in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(found[seed], expected[seed]) for seed in range(4))
+    found = at_once(*(lambda s=seed: several[s % 2].sample(SHAPE, seed=s) for seed in range(4)))
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.seconds

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastdiff.models.execution.executor import Executor
+from executor_cases import program_of
 from fastdiff.models.readers import reading_of
 from published_unet import Guided, GuidedUpsampler, Improved, ImprovedUpsampler, small
 
@@ -31,19 +31,6 @@ def given(model, n=2):
     if model.in_channels == 6:
         kwargs["low_res"] = torch.randn(n, 3, 3, 4)
     return x, torch.linspace(0, 999, n), kwargs
-
-
-def program_of(model, dtype=None):
-    """The network's answers, computed as a program."""
-    reading = reading_of(model)
-    assert reading.difference() == reading.disagreement() == ""
-    executor = Executor(reading, dtype)
-
-    def run(*args, **kwargs):
-        call = reading.call(args, kwargs)
-        return call.answer(executor(**call.arguments))
-
-    return run
 
 
 @pytest.mark.parametrize("name", NETWORKS)

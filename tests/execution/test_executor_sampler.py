@@ -1,7 +1,6 @@
 """A sampler that runs its U-Net as a program gives the samples of one that does not."""
 
 import pickle
-import threading
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from fastdiff.process.edm import EDM
 from fastdiff.sampling.network import execution
 from fastdiff.sampling.sampler import Sampler
 from sampler_tools import Tiny, diffusion
+from thread_tools import at_once
 from unet_tools import small_unet
 
 PROCESS = diffusion(20)
@@ -238,16 +238,8 @@ def test_threads_share_a_sampler():
     model = calm_unet()
     sampler = Sampler(model, PROCESS, steps=3, executor=True)
     expected = [sampler.sample(SHAPE, seed=seed) for seed in range(4)]
-    found = {}
-    threads = [
-        threading.Thread(target=lambda s=seed: found.update({s: sampler.sample(SHAPE, seed=s)}))
-        for seed in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(found[seed], expected[seed]) for seed in range(4))
+    found = at_once(*(lambda s=seed: sampler.sample(SHAPE, seed=s) for seed in range(4)))
+    assert all(map(torch.equal, found, expected))
 
 
 def test_a_network_that_is_pickled_and_back():

@@ -1,8 +1,6 @@
 """posterior_step's kernels: values on every instruction set, layouts, calls in a row, torch."""
 
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -20,6 +18,7 @@ from fastdiff.ops.posterior_step.op import posterior_step
 from kernel_tools import (
     DEVICES,
     LAYOUTS,
+    agreements,
     compile_for,
     each_isa,
     examples,
@@ -28,7 +27,7 @@ from kernel_tools import (
     poisoned_outputs,
     spilled,
 )
-from paths import ROOT, TOOLS
+from paths import ROOT
 
 DEVICE = torch.get_default_device()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -352,13 +351,7 @@ def test_the_plan():
 @pytest.mark.seconds
 def test_triton_interpreter_agrees_with_the_cpu():
     pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, str(TOOLS / "triton_elementwise_check.py"), "posterior_step"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("agrees") == 6
+    assert agreements("triton_elementwise_check.py", "posterior_step") == 6
 
 
 @pytest.mark.seconds

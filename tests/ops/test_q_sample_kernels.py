@@ -2,8 +2,6 @@
 
 import math
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from fastdiff.ops.normal.op import FAST_ERROR
 from kernel_tools import (
     DEVICES,
     LAYOUTS,
+    agreements,
     assert_drawn_alike,
     compile_for,
     each_isa,
@@ -29,7 +28,6 @@ from kernel_tools import (
     poisoned_outputs,
     spilled,
 )
-from paths import TOOLS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEVICE = torch.get_default_device()
@@ -340,13 +338,7 @@ def test_the_plan():
 @pytest.mark.seconds
 def test_triton_interpreter_agrees_with_the_cpu():
     pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, str(TOOLS / "triton_elementwise_check.py"), "q_sample"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("agrees") == 17
+    assert agreements("triton_elementwise_check.py", "q_sample") == 17
 
 
 @pytest.mark.seconds

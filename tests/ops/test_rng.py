@@ -1,8 +1,6 @@
 """Counter-based noise: published vectors, distribution, layouts, streams, backends, errors."""
 
 import math
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,8 +17,7 @@ from fastdiff.ops.layouts import sample_layout
 from fastdiff.ops.normal import drawn_apart, normal, op
 from fastdiff.ops.normal.op import _choose
 from fastdiff.ops.normal.reference import philox4x32
-from kernel_tools import assert_drawn_alike, each_isa
-from paths import TOOLS
+from kernel_tools import agreements, assert_drawn_alike, each_isa
 
 # Random123's kat_vectors: philox4x32, 10 rounds: counter, key, result.
 KNOWN_ANSWERS = [
@@ -383,11 +380,7 @@ def test_bad_shapes_are_named(shape):
 @pytest.mark.seconds
 def test_triton_interpreter_agrees_with_the_cpu():
     pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, str(TOOLS / "triton_normal_check.py")], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("agrees") == 10
+    assert agreements("triton_normal_check.py") == 10
 
 
 @pytest.mark.seconds

@@ -1,12 +1,9 @@
 """The Triton kernels of attention: in the interpreter, compiled without a GPU, on a GPU."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from paths import TOOLS
+from kernel_tools import agreements
 
 pytest.importorskip("triton")
 from fastdiff.kernels import attention as kernels  # noqa: E402
@@ -22,13 +19,7 @@ U_NETS = [  # heads, tokens, head_dim of the published U-Nets
 @pytest.mark.parametrize("extent", ["short", pytest.param("complete", marks=pytest.mark.long)])
 @pytest.mark.seconds
 def test_the_interpreter_agrees_with_float64(extent):
-    done = subprocess.run(
-        [sys.executable, str(TOOLS / "triton_attention_check.py"), extent],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("agree") == 5
+    assert agreements("triton_attention_check.py", extent) == 5
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

@@ -1,14 +1,11 @@
 """The Triton kernels of group_norm_silu: in the interpreter, compiled without a GPU, on a GPU."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import fastdiff
 from fastdiff import ops
-from paths import TOOLS
+from kernel_tools import agreements
 
 pytest.importorskip("triton")
 from fastdiff.kernels import group_norm_silu as kernels  # noqa: E402
@@ -25,13 +22,7 @@ U_NETS = [  # C, positions: FIELD shapes of the published U-Nets, 32 groups
 @pytest.mark.parametrize("extent", ["short", pytest.param("complete", marks=pytest.mark.long)])
 @pytest.mark.seconds
 def test_the_interpreter_agrees_with_float64(extent):
-    done = subprocess.run(
-        [sys.executable, str(TOOLS / "triton_group_norm_silu_check.py"), extent],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("agree") == 4
+    assert agreements("triton_group_norm_silu_check.py", extent) == 4
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -1,13 +1,11 @@
 """The Triton kernels of residual_norm: in the interpreter, compiled without a GPU, on a GPU."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from paths import TOOLS
+from kernel_tools import agreements
 
 pytest.importorskip("triton")
 import triton  # noqa: E402
@@ -19,13 +17,7 @@ from triton_tools import compiling, meeting_new_kernels, report  # noqa: E402
 @pytest.mark.parametrize("extent", ["short", pytest.param("complete", marks=pytest.mark.long)])
 @pytest.mark.seconds
 def test_the_interpreter_agrees_with_float64(extent):
-    done = subprocess.run(
-        [sys.executable, str(TOOLS / "triton_residual_norm_check.py"), extent],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("agree") == 4
+    assert agreements("triton_residual_norm_check.py", extent) == 4
 
 
 def launch(shape, second, dtype, channels_last):

@@ -1,12 +1,9 @@
 """The Triton kernel of rms_norm_silu: in the interpreter, compiled without a GPU, on a GPU."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from paths import TOOLS
+from kernel_tools import agreements
 
 pytest.importorskip("triton")
 from fastdiff.kernels import rms_norm_silu as kernels  # noqa: E402
@@ -21,13 +18,7 @@ SHAPES = [  # C, positions: of a U-Net of 64 … 512 channels; odd ones, one cha
 @pytest.mark.parametrize("extent", ["short", pytest.param("complete", marks=pytest.mark.long)])
 @pytest.mark.seconds
 def test_the_interpreter_agrees_with_float64(extent):
-    done = subprocess.run(
-        [sys.executable, str(TOOLS / "triton_rms_norm_silu_check.py"), extent],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("agree") == 3
+    assert agreements("triton_rms_norm_silu_check.py", extent) == 3
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

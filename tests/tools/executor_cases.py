@@ -5,6 +5,8 @@ from torch import nn
 
 from fastdiff import UNet
 from fastdiff.models import presets
+from fastdiff.models.execution.executor import Executor
+from fastdiff.models.readers import reading_of
 from unet_tools import batch
 
 # Everything of Ho et al.'s network but its size.
@@ -73,3 +75,16 @@ def changes(model: UNet):
         model.middle_block[0].in_layers[2] = other
 
     return {"exchange": exchange, "in place": in_place, "unseen": unseen, "module": module}
+
+
+def program_of(model, dtype=None):
+    """Another codebase's network, as a program; it answers None to calls that are not for one."""
+    reading = reading_of(model)
+    assert reading.difference() == reading.disagreement() == ""
+    executor = Executor(reading, dtype)
+
+    def run(*args, **kwargs):
+        call = reading.call(args, kwargs)
+        return None if call is None else call.answer(executor(**call.arguments))
+
+    return run

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fastdiff.ops import backends, native
 from fastdiff.ops.normal import normal
 from fastdiff.ops.normal.op import FAST_ERROR
 from machine_code import instructions
+from paths import TOOLS
 
 EMULATED = native.emulates_cuda()  # a thousand times slower than the kernels of the CPU
 ISAS = native.library().supported_isas()[-1 if EMULATED else 0 :]
@@ -59,6 +61,14 @@ def assert_drawn_alike(actual, expected):
     assert actual.dtype == expected.dtype
     rounding = torch.finfo(actual.dtype).eps if actual.dtype != torch.float32 else 0.0
     torch.testing.assert_close(actual, expected, rtol=rounding, atol=FAST_ERROR)
+
+
+def agreements(script, *arguments):
+    """How often a script of this folder, which runs Triton's interpreter, says that two agree."""
+    command = [sys.executable, str(TOOLS / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.count("agree")
 
 
 def examples(count):
