@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "convolution.h"
 #include "dtype.h"
 
 namespace fastdiff {
@@ -17,6 +18,7 @@ struct TokenTensor {
 
 struct Attention {
   DType dtype;
+  Products products;  // kFloat32, kBFloat16 of bfloat16, or kSplit, of forward
   int64_t samples;
   int64_t heads;
   int64_t tokens;

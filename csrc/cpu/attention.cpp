@@ -2,15 +2,14 @@
 //
 // Layouts: q, k and v are row ranges of one projection (N, 3C, T) with any strides; token-major
 // (channel stride 1) and channel-major (token stride 1) are the ones in use. float32, bfloat16,
-// float16; all arithmetic is float32. Any head_dim and number of tokens.
+// float16; all sums and the softmax are float32, products as `products` says. Any head_dim and number
+// of tokens.
 // Bytes moved: qkv once and the output once, and for backward qkv, output and its gradient once and
 // the gradient of qkv once; that is little beside the floor, the matrix products: 4·T²·head_dim
 // operations per head forward and 10·T²·head_dim backward. A head of 256 tokens and head_dim 256
 // takes 0.34 ms at 32 FMAs a cycle and 3.1 GHz.
 //
-// Forward: k (transposed) and v of a head are packed into panels (matmul.h); each block of queries
-// then goes over the keys in blocks of kKeys with an online softmax (Milakov & Gimelshein 2018;
-// Dao et al. 2022, algorithm 1), and the logarithm of its denominator is kept: lse.
+// Forward: attention_forward.h, with float32 products or in tiles (attention_tiles.h).
 // Backward: P = exp(scale·q·kᵀ − lse) and dS = P∘(dO·vᵀ − rowsum(dO∘O))·scale of kKeys keys and
 // all queries are written to the workspace; dV = Pᵀ·dO, dK = dSᵀ·q and dQ += dS·k follow from them
 // (Dao et al. 2022, algorithm 4, in an order that adds up without atomics).
@@ -19,155 +18,11 @@
 // keys. No sum depends on how they share the work.
 #include "attention.h"
 
-#include "attention_pieces.h"
+#include "attention_forward.h"
+#include "attention_tiles.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
-
-// --- Forward ----------------------------------------------------------------------------------
-
-// A row's maximum starts from the least number, not from -inf: scores may be -inf (their product
-// overflows, or k has one), and of a first block of nothing else -inf − -inf would make NaN.
-constexpr float kLeast = -__FLT_MAX__;
-
-FASTDIFF_VEC Vec larger(Vec a, Vec b) { return a > b ? a : b; }
-
-FASTDIFF_VEC Vec first_lanes(Vec v, int64_t n, float others) {
-  VecI lane;
-  for (int i = 0; i < kWidth; ++i) lane[i] = i;
-  return lane < static_cast<int32_t>(n) ? v : splat(others);
-}
-
-// Lane i becomes the largest lane, or the sum of the lanes, of rows[i].
-FASTDIFF_VEC Vec largest_of_each(Vec* rows) {
-  transpose(rows);
-  Vec result = rows[0];
-  for (int i = 1; i < kWidth; ++i) result = larger(rows[i], result);
-  return result;
-}
-
-FASTDIFF_VEC Vec sum_of_each(Vec* rows) {
-  transpose(rows);
-  Vec result = rows[0];
-  for (int i = 1; i < kWidth; ++i) result += rows[i];
-  return result;
-}
-
-// For up to kWidth rows: scores become exp(scale·scores - m), m the row's largest so far; its
-// total so far is brought up to date. Returns what everything of the row so far shrank by.
-inline Vec exponentials(float* scores, int64_t stride, int rows, int64_t keys, float scale,
-                        float* m, float* total) {
-  const float lowest = -__builtin_inff();
-  const int64_t whole = keys - keys % kWidth;
-  Vec each[kWidth];
-  for (int i = 0; i < kWidth; ++i) each[i] = splat(lowest);
-  for (int i = 0; i < rows; ++i) {
-    const float* row = scores + i * stride;
-    Vec highest = splat(lowest);
-    for (int64_t j = 0; j < whole; j += kWidth) highest = larger(load(row + j), highest);
-    if (whole < keys) {
-      highest = larger(first_lanes(load(row + whole), keys - whole, lowest), highest);
-    }
-    each[i] = highest;
-  }
-  const Vec before = load(m), now = larger(largest_of_each(each) * splat(scale), before);
-  store(m, now);
-
-  const Vec factor = splat(scale);
-  for (int i = 0; i < kWidth; ++i) each[i] = Vec{};
-  for (int i = 0; i < rows; ++i) {
-    float* row = scores + i * stride;
-    const Vec offset = splat(-m[i]);
-    Vec added = Vec{};
-    for (int64_t j = 0; j < whole; j += kWidth) {
-      const Vec p = exp(fma(load(row + j), factor, offset));
-      store(row + j, p);
-      added += p;
-    }
-    if (whole < keys) {
-      const Vec p = exp(fma(load(row + whole), factor, offset));
-      store(row + whole, p);
-      added += first_lanes(p, keys - whole, 0.0f);
-    }
-    each[i] = added;
-  }
-  const Vec shrink = exp(before - now);
-  store(total, fma(load(total), shrink, sum_of_each(each)));
-  return shrink;
-}
-
-inline void multiply_row(float* row, int64_t width, float by) {
-  const Vec factor = splat(by);
-  for (int64_t j = 0; j < width; j += kWidth) store(row + j, load(row + j) * factor);
-}
-
-// One block of queries of one head.
-template <typename T>
-void attend(const Attention& p, const Cut& cut, int64_t head, int64_t block, const float* k_panels,
-            const float* v_panels, float* scratch) {
-  const int64_t tokens = p.tokens, head_dim = p.head_dim;
-  const int64_t first = block * cut.rows, rows = smaller(cut.rows, tokens - first);
-  const int64_t sample = head / p.heads, own = head % p.heads;
-  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
-  float* out = scratch + cut.rows * cut.width;
-  float* scores = out + cut.rows * cut.width;
-  const Rows q = rows_of(part<const T>(p.qkv, sample, own * p.head_rows), first, rows, head_dim,
-                         scratch, cut.width);
-
-  float m[kRows], total[kRows];
-  for (int64_t i = 0; i < kRows; ++i) m[i] = kLeast, total[i] = 0.0f;
-  for (int64_t key = 0; key < tokens; key += kKeys) {
-    const int64_t keys = smaller(kKeys, tokens - key);
-    multiply<false>(q.data, q.stride, k_panels + key * head_dim, head_dim, 0, scores,
-                    cut.score_stride, rows, keys, head_dim, false);
-    for (int64_t i = 0; i < rows; i += kWidth) {
-      const int count = static_cast<int>(smaller(kWidth, rows - i));
-      const Vec shrink = exponentials(scores + i * cut.score_stride, cut.score_stride, count, keys,
-                                      scale, m + i, total + i);
-      for (int row = 0; key > 0 && row < count; ++row) {
-        multiply_row(out + (i + row) * cut.width, cut.width, shrink[row]);
-      }
-    }
-    multiply<false>(scores, cut.score_stride, v_panels, tokens, key, out, cut.width, rows, head_dim,
-                    keys, key > 0);
-  }
-  for (int64_t i = 0; i < rows; ++i) {
-    // Of nothing but -inf there is no softmax; exp, which is never zero, would make one.
-    if (m[i] == kLeast) total[i] = __builtin_nanf("");
-    multiply_row(out + i * cut.width, cut.width, 1.0f / total[i]);
-    if (p.lse != nullptr) p.lse[head * tokens + first + i] = m[i] + __builtin_logf(total[i]);
-  }
-  unpack_rows(part<T>(p.out, sample, own * head_dim), first, out, cut.width, rows, head_dim);
-}
-
-template <typename T>
-void forward(const Attention& p, int threads) {
-  const Cut cut(p, threads, false);
-  const int64_t heads = p.samples * p.heads, tokens = p.tokens, head_dim = p.head_dim;
-  const int64_t chunks = ceil_div(tokens, kRows);
-  float* scratch = p.workspace + cut.group * cut.head_floats;
-#pragma omp parallel num_threads(cut.team) if (cut.team > 1)
-  for_each_group(heads, cut.group, [&](int64_t base, int64_t group) {
-    for_each_piece(group, chunks, [&](int64_t index, int64_t chunk) {
-      const int64_t sample = (base + index) / p.heads, own = (base + index) % p.heads;
-      const int64_t first = chunk * kRows, last = smaller(first + kRows, tokens);
-      float* k_panels = p.workspace + index * cut.head_floats;
-      float* v_panels = k_panels + panels_size(head_dim, tokens);
-      const int64_t row = own * p.head_rows;
-      pack_by_token(k_panels, part<const T>(p.qkv, sample, row + p.part_rows), first, last, tokens,
-                    head_dim);
-      pack_by_channel(v_panels, part<const T>(p.qkv, sample, row + 2 * p.part_rows), first, last,
-                      tokens, head_dim);
-    });
-    for_each_piece(group, cut.blocks, [&](int64_t index, int64_t block) {
-      const float* k_panels = p.workspace + index * cut.head_floats;
-      attend<T>(p, cut, base + index, block, k_panels, k_panels + panels_size(head_dim, tokens),
-                scratch + thread_index() * cut.thread_floats);
-    });
-  });
-}
-
-// --- Backward ---------------------------------------------------------------------------------
 
 // A head's share of the workspace.
 struct HeadScratch {
@@ -291,9 +146,17 @@ struct Backward {
   }
 };
 
+Cut backward_cut(const Attention& p, int threads) {
+  Cut cut(p, threads, kWidth);
+  const int64_t by_channel = p.tokens * cut.width, by_token = p.head_dim * padded(p.tokens);
+  cut.hold(p, 4 * by_channel + 2 * by_token + padded(p.tokens) + 2 * p.tokens * cut.score_stride,
+           2 * cut.rows * cut.width);
+  return cut;
+}
+
 template <typename T>
 void backward(const Attention& p, int threads) {
-  const Cut cut(p, threads, true);
+  const Cut cut = backward_cut(p, threads);
   const int64_t heads = p.samples * p.heads, tokens = p.tokens;
   const int64_t chunks = ceil_div(tokens, kRows);
   float* scratch = p.workspace + cut.group * cut.head_floats;
@@ -326,22 +189,37 @@ void backward(const Attention& p, int threads) {
   });
 }
 
+template <typename T>
+struct Kind {
+  using Factors = T;
+};
+
+// each(Kind<Factors>), for the Factors that make a call's products.
+template <typename Each>
+auto with_factors(const Attention& p, const Each& each) {
+#if defined(FASTDIFF_AMX)
+  if (p.products == Products::kBFloat16) return each(Kind<TileFactors<BFloat16, false>>{});
+  if (p.products == Products::kSplit && p.dtype == DType::kFloat16) {
+    return each(Kind<TileFactors<Float16, true>>{});
+  }
+  if (p.products == Products::kSplit) return each(Kind<TileFactors<float, true>>{});
+#endif
+  if (p.dtype == DType::kBFloat16) return each(Kind<PanelFactors<BFloat16>>{});
+  if (p.dtype == DType::kFloat16) return each(Kind<PanelFactors<Float16>>{});
+  return each(Kind<PanelFactors<float>>{});
+}
+
 }  // namespace
 
 int64_t attention_workspace(const Attention& p, bool for_backward, int threads) {
-  const Cut cut(p, threads, for_backward);
-  return cut.group * cut.head_floats + cut.team * cut.thread_floats;
+  if (for_backward) return backward_cut(p, threads).floats();
+  return with_factors(p, [&](auto made) {
+    return forward_cut<typename decltype(made)::Factors>(p, threads).floats();
+  });
 }
 
 void attention_forward(const Attention& p, int threads) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return forward<float>(p, threads);
-    case DType::kBFloat16:
-      return forward<BFloat16>(p, threads);
-    case DType::kFloat16:
-      return forward<Float16>(p, threads);
-  }
+  with_factors(p, [&](auto made) { forward<typename decltype(made)::Factors>(p, threads); });
 }
 
 void attention_backward(const Attention& p, int threads) {

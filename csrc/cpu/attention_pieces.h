@@ -16,33 +16,32 @@ struct Cut {
   int team;
   int64_t rows;    // of a block
   int64_t blocks;  // of a head
-  int64_t group;   // heads packed at a time
-  int64_t width;   // padded(head_dim)
+  int64_t width;   // of a token's channels, in whole `columns`
   int64_t score_stride;
-  int64_t head_floats;
-  int64_t thread_floats;
+  int64_t group = 0;  // heads packed at a time
+  int64_t head_floats = 0;
+  int64_t thread_floats = 0;
 
-  Cut(const Attention& p, int threads, bool backward) {
+  Cut(const Attention& p, int threads, int64_t columns) {
     const int64_t heads = p.samples * p.heads;
     const int64_t useful = 1 + heads * p.tokens * p.tokens * p.head_dim / kThreadWork;
     team = static_cast<int>(smaller(threads, useful));
     rows = kRows;
     while (rows > 16 && heads * ceil_div(p.tokens, rows) < 2 * team) rows /= 2;
     blocks = ceil_div(p.tokens, rows);
-    width = padded(p.head_dim);
+    width = ceil_div(p.head_dim, columns) * columns;
     // Not a power of two, or the rows of a column would share a few sets of the L1.
-    score_stride = padded(smaller(p.tokens, kKeys)) + 16;
-    const int64_t by_channel = p.tokens * width, by_token = p.head_dim * padded(p.tokens);
-    if (backward) {
-      head_floats = 4 * by_channel + 2 * by_token + padded(p.tokens) + 2 * p.tokens * score_stride;
-      thread_floats = 2 * rows * width;
-    } else {
-      head_floats = by_channel + by_token;
-      thread_floats = rows * (2 * width + score_stride);
-    }
-    head_floats = ceil_div(head_floats, 16) * 16;
-    group = smaller(smaller(heads, team), 1 + kGroupFloats / (head_floats + 1));
+    score_stride = ceil_div(smaller(p.tokens, kKeys), columns) * columns + 16;
   }
+
+  // Room for so many floats of each head and of each thread.
+  void hold(const Attention& p, int64_t of_head, int64_t of_thread) {
+    head_floats = ceil_div(of_head, 16) * 16;
+    thread_floats = ceil_div(of_thread, 16) * 16;
+    group = smaller(smaller(p.samples * p.heads, team), 1 + kGroupFloats / (head_floats + 1));
+  }
+
+  int64_t floats() const { return group * head_floats + team * thread_floats; }
 };
 
 // Calls work(head, piece) for the pieces of `heads` heads. With as many heads as threads each takes
@@ -83,6 +82,17 @@ Part<T> part(const TokenTensor& tensor, int64_t sample, int64_t row) {
   return {
       static_cast<T*>(tensor.data) + sample * tensor.sample_stride + row * tensor.channel_stride,
       tensor.channel_stride, tensor.token_stride};
+}
+
+// A head's k and v.
+template <typename T>
+Part<const T> k_of(const Attention& p, int64_t head) {
+  return part<const T>(p.qkv, head / p.heads, head % p.heads * p.head_rows + p.part_rows);
+}
+
+template <typename T>
+Part<const T> v_of(const Attention& p, int64_t head) {
+  return part<const T>(p.qkv, head / p.heads, head % p.heads * p.head_rows + 2 * p.part_rows);
 }
 
 // `tokens` rows of head_dim channels, one after the other.

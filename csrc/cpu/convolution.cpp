@@ -191,7 +191,7 @@ int64_t run(const ConvolutionShape& s, const ConvolutionCall& call, float* works
 }
 
 template <typename Bands>
-void pack(const Weights& weights, char* panels, int threads) {
+void pack(const Weights<float>& weights, char* panels, int threads) {
   const int64_t lines = ceil_div(weights.channels, Bands::As::kLine);
   const int64_t pieces = ceil_div(weights.out_channels, Bands::kOutputs) * lines;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -237,7 +237,7 @@ int64_t convolution_panels(Products products, int64_t out_channels, int64_t chan
 }
 
 void pack_convolution(Products products, const ConvolutionWeight& w, void* panels, int threads) {
-  const Weights weights = {w.values, w.out_channels,   w.channels,
+  const Weights<float> weights = {w.values, w.out_channels,   w.channels,
                            w.taps,   w.out_stride, w.channel_stride, w.tap_stride};
   with_products(products, [&](auto made) {
     pack<typename decltype(made)::Bands>(weights, static_cast<char*>(panels), threads);

@@ -19,22 +19,24 @@ struct Left {
   int64_t line;   // bytes from a line of channels to the next
   int64_t image;  // bytes to the smaller pieces of split values
   int64_t lines;
-  const Geometry* geometry;
+  int64_t taps;
+  const int64_t* offset;  // of each tap, in places
 };
 
 template <typename Each>
 FASTDIFF_VEC void for_each_tap(const Left& left, const Each& each) {
   for (int64_t line = 0; line < left.lines; ++line) {
     const char* at = left.places + line * left.line;
-    for (int tap = 0; tap < left.geometry->taps; ++tap) {
-      each(at + left.geometry->offset[tap] * kLineBytes);
+    for (int64_t tap = 0; tap < left.taps; ++tap) {
+      each(at + left.offset[tap] * kLineBytes);
     }
   }
 }
 
-// A convolution's float32 weight, elements apart by strides; zero beyond its channels.
+// A right factor, elements apart by strides: a convolution's weight; zero beyond its channels.
+template <typename T>
 struct Weights {
-  const float* from;
+  const T* from;
   int64_t out_channels, channels, taps;
   int64_t out_stride, channel_stride, tap_stride;
 
@@ -53,10 +55,10 @@ struct Weights {
   FASTDIFF_MEMBER Vec elements(int64_t out, int64_t in, int64_t tap, int64_t most,
                                int64_t stride) const {
     const int64_t count = larger(0, smaller(kWidth, most));
-    const float* at = from + out * out_stride + in * channel_stride + tap * tap_stride;
+    const T* at = from + out * out_stride + in * channel_stride + tap * tap_stride;
     if (count == kWidth && stride == 1) return load(at);
     float values[kWidth] = {};
-    for (int64_t i = 0; i < count; ++i) values[i] = at[i * stride];
+    for (int64_t i = 0; i < count; ++i) values[i] = to_float(at[i * stride]);
     return load(values);
   }
 };
@@ -80,7 +82,8 @@ struct Float32Products {
   FASTDIFF_MEMBER int64_t positions(int64_t) const { return kPositions; }
 
   // (channels, outputs).
-  static void pack(char* to, const Weights& weights, int64_t out, int64_t in, int64_t tap) {
+  template <typename T>
+  static void pack(char* to, const Weights<T>& weights, int64_t out, int64_t in, int64_t tap) {
     if (weights.in_columns()) {
       for (int64_t c = 0; c < As::kLine; ++c) {
         for (int64_t k = 0; k < kOutputs; k += kWidth) {
@@ -174,7 +177,8 @@ struct TileProducts {
   FASTDIFF_MEMBER int64_t positions(int64_t) const { return 2 * rows; }
 
   // Pairs of input channels stand side by side: (channels / 2, outputs, 2).
-  static void pack(char* to, const Weights& weights, int64_t out, int64_t in, int64_t tap) {
+  template <typename T>
+  static void pack(char* to, const Weights<T>& weights, int64_t out, int64_t in, int64_t tap) {
     for (int64_t half = 0; half < 2; ++half) {
       Vec high[16], low[16];
       const bool in_columns = weights.in_columns();
@@ -202,13 +206,20 @@ struct TileProducts {
 
   // Tiles: sums 0 to 3, outputs 4 and 5, weights 6 and 7.
   template <bool TWO>
-  FASTDIFF_MEMBER void multiply_tiles(const Left& left, const char* panel, float* to) const {
-    const int64_t second = rows * kLineBytes;
+  FASTDIFF_MEMBER void multiply_tiles(const Left& left, const char* panel, float* to,
+                                      int64_t pitch, bool more) const {
+    const int64_t second = rows * kLineBytes, row_bytes = pitch * 4;
     _tile_zero(0);
     _tile_zero(1);
     if (TWO) {
       _tile_zero(2);
       _tile_zero(3);
+    }
+    if (more) {
+      _tile_loadd(0, to, row_bytes);
+      _tile_loadd(1, to + 16, row_bytes);
+      if (TWO) _tile_loadd(2, to + rows * pitch, row_bytes);
+      if (TWO) _tile_loadd(3, to + rows * pitch + 16, row_bytes);
     }
 #define FASTDIFF_OUTPUTS(from)        \
   _tile_loadd(4, (from), kLineBytes); \
@@ -239,21 +250,21 @@ struct TileProducts {
 #undef FASTDIFF_OUTPUTS
 #undef FASTDIFF_WEIGHTS
 #undef FASTDIFF_PRODUCTS
-    constexpr int64_t kRow = kOutputs * 4;
-    _tile_stored(0, to, kRow);
-    _tile_stored(1, to + 16, kRow);
+    _tile_stored(0, to, row_bytes);
+    _tile_stored(1, to + 16, row_bytes);
     if (TWO) {
-      _tile_stored(2, to + rows * kOutputs, kRow);
-      _tile_stored(3, to + rows * kOutputs + 16, kRow);
+      _tile_stored(2, to + rows * pitch, row_bytes);
+      _tile_stored(3, to + rows * pitch + 16, row_bytes);
     }
   }
 
-  FASTDIFF_MEMBER void multiply(const Left& left, const char* panel, int64_t positions,
-                                float* to) const {
+  // Rows of the result are `pitch` floats apart; `more`: it is added to what is there.
+  FASTDIFF_MEMBER void multiply(const Left& left, const char* panel, int64_t positions, float* to,
+                                int64_t pitch = kOutputs, bool more = false) const {
     if (positions > rows) {
-      multiply_tiles<true>(left, panel, to);
+      multiply_tiles<true>(left, panel, to, pitch, more);
     } else {
-      multiply_tiles<false>(left, panel, to);
+      multiply_tiles<false>(left, panel, to, pitch, more);
     }
   }
 };

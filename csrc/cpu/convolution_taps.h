@@ -33,7 +33,7 @@ class TapBands {
   }
 
   // One line of input channels for one block of output channels.
-  static void pack(char* panels, const Weights& weights, int64_t block, int64_t line) {
+  static void pack(char* panels, const Weights<float>& weights, int64_t block, int64_t line) {
     const int64_t lines = ceil_div(weights.channels, As::kLine);
     char* to = panels + (block * lines + line) * weights.taps * Multiplier::kTapBytes;
     for (int64_t tap = 0; tap < weights.taps; ++tap) {
@@ -52,7 +52,8 @@ class TapBands {
     left_.line = geometry_.places * kLineBytes;
     left_.lines = lines_of(shape);
     left_.image = left_.line * left_.lines;
-    left_.geometry = &geometry_;
+    left_.taps = geometry_.taps;
+    left_.offset = geometry_.offset;
   }
   ~TapBands() {
     if (begun_ >= 0) multiplier_.end();

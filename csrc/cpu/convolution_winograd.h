@@ -110,7 +110,7 @@ class Winograd {
   }
 
   // One line of input channels for one block of output channels: (planes, channels, outputs).
-  static void pack(char* panels, const Weights& weights, int64_t block, int64_t line) {
+  static void pack(char* panels, const Weights<float>& weights, int64_t block, int64_t line) {
     const int64_t first = block * kOutputs, depth = depth_of(weights.channels);
     const int64_t width = padded(smaller(kOutputs, weights.out_channels - first));
     float* to = reinterpret_cast<float*>(panels) + kPlanes * depth * first;

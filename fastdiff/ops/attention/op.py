@@ -10,6 +10,7 @@ from fastdiff.ops import backends, dispatch, native
 from fastdiff.ops.attention import reference
 from fastdiff.ops.attention.fastest import Workload, fastest
 from fastdiff.ops.checks import refusal
+from fastdiff.ops.convolution.fastest import Products, products_of
 from fastdiff.ops.differentiable import Kernel, differentiable_once
 from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
 from fastdiff.ops.layouts import Maybe
@@ -99,7 +100,7 @@ def run(implementation: str, qkv: Tensor, num_heads: int, order: str) -> Tensor:
     if implementation in ("sdpa", "matmuls"):
         return getattr(reference, implementation)(qkv, num_heads, order)
     training = dispatch.wants_gradient(qkv)
-    return _kernel(Arguments(qkv, num_heads, order, implementation, training), training)[0]
+    return _kernel(Arguments(qkv, num_heads, order, implementation, training, False), training)[0]
 
 
 class Arguments(NamedTuple):
@@ -108,6 +109,7 @@ class Arguments(NamedTuple):
     order: str
     backend: str
     keep: bool  # lse = log Σ exp(scores), for a backward to come
+    split: bool  # float32 may be multiplied as the sum of two bfloat16, where that is faster
 
 
 def _allocate(call: Arguments) -> tuple[Tensor, Maybe]:
@@ -150,7 +152,10 @@ def _of_library(name: str, call: Any) -> Any:
     head_dim = width // (3 * heads)
     # Rows from a head's q to the next head's, and from q to k, and on to v.
     rows = (3 * head_dim, head_dim) if call.order == "heads_first" else (head_dim, heads * head_dim)
-    described = (native.DTYPE_CODES[call.qkv.dtype], n, heads, tokens, head_dim, *rows)
+    dtype = call.qkv.dtype
+    exact = dtype == torch.float32 and not call.split
+    products = Products.FLOAT32 if exact else products_of(dtype)
+    described = (native.DTYPE_CODES[dtype], int(products), n, heads, tokens, head_dim, *rows)
 
     def fill(qkv: Tensor, out: Tensor, lse: Maybe, *gradients: Tensor) -> None:
         places = (qkv.data_ptr(), qkv.stride(), out.data_ptr(), out.stride(), address(lse))
