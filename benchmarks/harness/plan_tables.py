@@ -67,11 +67,12 @@ def machine() -> dict:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         model = names[0] if names else model
-    isa, amx = cpu()
+    isa, tiles, amx = cpu()
     return {
         "cpu": model,
         "cores": os.cpu_count(),
         "isa": isa,
+        "tiles": tiles,
         "amx": amx,
         "threads": torch.get_num_threads(),
         "times": "shortest",

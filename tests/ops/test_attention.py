@@ -20,8 +20,10 @@ from attention_tools import (
     sdpa,
 )
 from fastdiff.ops import native
-from fastdiff.ops.attention.op import attention, run
+from fastdiff.ops.attention.op import Arguments, attention, bound, run
 from fastdiff.ops.attention.reference import attention as reference
+from fastdiff.ops.attention.reference import split_heads
+from fastdiff.ops.convolution.fastest import Products
 
 PUBLISHED = [  # heads, tokens, head_dim of the published U-Nets
     *[(1, 256, 256), (1, 16, 256), (1, 256, 512), (1, 64, 512), (4, 256, 64), (4, 64, 64)],
@@ -100,6 +102,27 @@ def test_every_order_layout_and_size(n, heads, head_dim, tokens, dtype, order, l
     upstream = torch.randn(n, tokens, heads * head_dim).to(dtype).transpose(1, 2)
     if tokens > 1:  # of one token's q and k it is zero, and all rounding: the next test
         check_gradient(natively, qkv, heads, order, upstream)
+
+
+@pytest.mark.sample(6)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("heads", "tokens", "head_dim"), PUBLISHED + EDGES)
+def test_products_of_split_values(heads, tokens, head_dim, dtype, layout):
+    """Two bfloat16 hold a float32 to 2⁻¹⁷, and the product of the smaller ones is left out: a score
+    is off by 2⁻¹⁶ of its terms, and what P·v adds up likewise."""
+    if not native.library().convolution_serves(int(Products.SPLIT)):
+        pytest.skip("needs a CPU with AMX")
+    qkv = projection(2, 3 * heads * head_dim, tokens, dtype, layout)
+    q, k, v = split_heads(qkv.double(), heads, "qkv_first")
+    terms = (q.abs() @ k.abs().transpose(2, 3)).max() / head_dim**0.5
+    truth = head_by_head(qkv, heads, "qkv_first")
+    out = qkv.new_empty(2, tokens, heads * head_dim).transpose(1, 2)
+    call = Arguments(qkv, heads, "qkv_first", "native", False, True)
+    bound(call, (out, None))()
+    rounding = torch.finfo(dtype).eps / 2
+    limit = v.abs().max() * (2**-16 * (2 * terms + 2) + rounding)
+    assert (out.double() - truth).abs().max() <= limit
 
 
 @pytest.mark.parametrize("head_dim", [1, 13, 40, 256])
@@ -217,7 +240,7 @@ def test_a_nan_stays_in_its_sample(isa, bits):
 
 def test_the_logsumexp_that_backward_reads(isa):
     qkv = projection(2, 3 * 2 * 20, 300)
-    _, lse = torch.ops.fastdiff.attention(qkv, 2, "heads_first", "native", True)
+    _, lse = torch.ops.fastdiff.attention(qkv, 2, "heads_first", "native", True, False)
     q, k, _ = qkv.double().view(2, 2, 3, 20, 300).unbind(2)
     truth = torch.logsumexp(q.transpose(2, 3) @ k / 20**0.5, dim=3)
     assert lse.dtype == torch.float32 and error(lse, truth) < 2e-6

@@ -23,7 +23,7 @@ def backend(request, monkeypatch):
     """Native, or what the plan takes on this CPU, or ("baseline") on one without AVX2."""
     if request.param == "baseline":
         module = importlib.import_module("fastdiff.ops.attention.op")
-        monkeypatch.setattr(module, "cpu", lambda: ("baseline", False))
+        monkeypatch.setattr(module, "cpu", lambda: ("baseline", False, False))
     with fastdiff.backend(None if request.param == "baseline" else request.param):
         yield request.param
 
@@ -40,9 +40,9 @@ on_any_cpu = pytest.mark.parametrize("backend", ["native", None, "baseline"], in
 def test_opcheck(dtype, layout):
     qkv = qkv_of(dtype, layout)
     torch.library.opcheck(
-        torch.ops.fastdiff.attention, (qkv, HEADS, "heads_first", "native", False)
+        torch.ops.fastdiff.attention, (qkv, HEADS, "heads_first", "native", False, False)
     )
-    arguments = (HEADS, "heads_first", "native", True)
+    arguments = (HEADS, "heads_first", "native", True, False)
     leaf = qkv.clone().requires_grad_()
     torch.library.opcheck(
         torch.ops.fastdiff.attention,

@@ -105,9 +105,10 @@ def _coefficients(step: Step, reads: list[Any], writes: list[Tensor]) -> Run | N
 
 def _attention(step: Step, reads: list[Any], writes: list[Tensor]) -> Run | None:
     qkv, heads = reads[0].flatten(2), step.options["num_heads"]
+    order, split = step.options["order"], step.options["split"]
     if attention_op.choose(qkv, heads).backend != "native":
         return None
-    call = attention_op.Arguments(qkv, heads, step.options["order"], "native", False)
+    call = attention_op.Arguments(qkv, heads, order, "native", False, split)
     return attention_op.bound(call, (writes[0].flatten(2), None))
 
 

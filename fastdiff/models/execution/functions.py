@@ -65,8 +65,9 @@ def coefficients(
     )
 
 
-def attend(qkv: Tensor, *, num_heads: int, order: str) -> Tensor:
-    """(N, C, *spatial), tokens before channels, of (N, 3C, *spatial)."""
+def attend(qkv: Tensor, *, num_heads: int, order: str, split: bool) -> Tensor:
+    """(N, C, *spatial), tokens before channels, of (N, 3C, *spatial). ``split`` is for steps that
+    are bound to the library's kernel."""
     return attention(qkv.flatten(2), num_heads, order=order).unflatten(2, qkv.shape[2:])
 
 

@@ -261,6 +261,7 @@ class Lowering:
             [self._image(qkv)],
             made,
             **value.options,
+            split=not self.exact,
         )
 
     def _projection(self, value: Value) -> Slot:

@@ -3,9 +3,8 @@
 The rule for the CPU rests on the tables in benchmarks/results/attention_plan, one for a machine and
 a number of threads, which ``python benchmarks/measure_attention_plan.py`` measures;
 tests/ops/test_attention_plan.py holds the rule and all of them together. The exceptions' reason:
-a CPU with AMX multiplies bfloat16 matrices several times faster than float32 vectors can, PyTorch
-(oneDNN) uses it, and fastdiff's kernel does not. In float32 and float16, and on small or
-channel-major inputs, which PyTorch copies first, the kernel is the faster one.
+a CPU with AMX multiplies bfloat16 matrices several times faster than float32 vectors can, and
+fastdiff's backward does not use it, nor does its forward where the library was built without.
 """
 
 from typing import NamedTuple
@@ -22,8 +21,8 @@ class Workload(NamedTuple):
     """What decides.
 
     training: a backward will follow; token_major: the channels of a token are neighbours;
-    isa: of the native library; amx: PyTorch multiplies bfloat16 matrices in AMX tiles. The last two
-    matter on the CPU alone.
+    isa: of the native library; tiles: its forward multiplies bfloat16 in AMX's; amx: PyTorch does.
+    The last three matter on the CPU alone.
     """
 
     device_type: str
@@ -33,6 +32,7 @@ class Workload(NamedTuple):
     training: bool
     token_major: bool
     isa: str = ""
+    tiles: bool = False
     amx: bool = False
 
 
@@ -67,6 +67,11 @@ def _fastest_on_cpu(work: Workload) -> tuple[str, str]:
         if work.training:
             if work.tokens >= 192 and work.head_dim >= 32:
                 return "matmuls", f"PyTorch's matrix products are measured faster for {shape}"
-        elif work.token_major and work.tokens >= 32 and work.tokens * work.head_dim >= 4096:
+        elif (
+            not work.tiles
+            and work.token_major
+            and work.tokens >= 32
+            and work.tokens * work.head_dim >= 4096
+        ):
             return "sdpa", f"PyTorch's SDPA is measured faster for {shape}"
     return "native", "the C++ kernel is measured faster than PyTorch's SDPA"

@@ -76,18 +76,19 @@ def _choose(qkv: Tensor, num_heads: int) -> Choice:
 
 
 def _workload(qkv: Tensor, num_heads: int) -> Workload:
-    isa, amx = cpu() if qkv.is_cpu else ("", False)
+    isa, tiles, amx = cpu() if qkv.is_cpu else ("", False, False)
     head_dim = qkv.shape[1] // (3 * num_heads)
     training, token_major = dispatch.wants_gradient(qkv), qkv.stride(1) == 1
     return Workload(
-        qkv.device.type, qkv.dtype, qkv.shape[2], head_dim, training, token_major, isa, amx
+        qkv.device.type, qkv.dtype, qkv.shape[2], head_dim, training, token_major, isa, tiles, amx
     )
 
 
 @native.constant_when_compiled
-def cpu() -> tuple[str, bool]:
-    """The native library's instruction set, and whether PyTorch multiplies in AMX tiles."""
-    return native.library().current_isa(), _AMX
+def cpu() -> tuple[str, bool, bool]:
+    """The native library's instruction set, and whether it and PyTorch multiply in AMX tiles."""
+    library = native.library()
+    return library.current_isa(), library.convolution_serves(int(Products.BFLOAT16)), _AMX
 
 
 _AMX: bool = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
