@@ -34,9 +34,9 @@ class Executor:
             network of another codebase (``fastdiff.models.readers.reading_of``).
         dtype: of activations and of the weights of convolutions, float32, bfloat16 or float64; None
             is that of the parameters. Statistics, norms and embeddings are float32 (float64).
-        exact: convolutions multiply float32 values themselves: not as two bfloat16 each (AMX), nor
-            by Winograd's algorithm, which are faster and off by some millionths of the largest
-            result.
+        exact: convolutions and attention multiply float32 values themselves: not as two bfloat16
+            each (AMX), nor by Winograd's algorithm, which are faster and off by some millionths of
+            the largest result.
 
     Raises:
         InputError: a network that is not executed (``Reading.difference``), another dtype.
