@@ -47,13 +47,14 @@ def normal_kernel(
     BLOCK: tl.constexpr,
     EXACT: tl.constexpr,  # the CPU's to the bit
 ):
-    sample, first_quad, elements = block_of_program(channels, spatial, BLOCK)
+    sample, first_quad, elements = block_of_program(channels, spatial, BLOCK, WIDE)
     element = elements_from(first_quad, BLOCK, WIDE)
     number = counted(first_sample) + sample
-    z = draw(counted(seed), counted(step), number, first_quad, BLOCK, EXACT)
+    dtype: tl.constexpr = out.dtype.element_ty
+    z = draw(counted(seed), counted(step), number, first_quad, BLOCK, dtype, EXACT)
     at = place(element, spatial, channel_stride, spatial_stride, ONE_RUN)
     to = out + sample * sample_stride + at
-    tl.store(to, z.to(out.dtype.element_ty), mask=element < elements)
+    tl.store(to, z.to(dtype), mask=element < elements)
 
 
 @triton.jit(do_not_specialize=["seed", "step", "sample", "first_quad", "quads"])
