@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from torch.func import grad, jvp
 
 import fastdiff
-from fastdiff.ops import convolution
+from fastdiff.ops import convolution, native
+from fastdiff.ops.convolution import training
+from fastdiff.ops.convolution.fastest import Products
 from fastdiff.ops.convolution.op import FUSED_GRADIENTS, MOST_TAPS
 from kernel_tools import ISAS, examples, forced_isa
 from norm_cases import threads
@@ -61,6 +63,19 @@ def test_any_shape(data):
     )  # fmt: skip
     with forced_isa(draw(st.sampled_from(ISAS))), threads(draw(st.integers(1, 3))):
         check(leaves, draw(st.integers(1, 3)), padding)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("products", [Products.FLOAT32, Products.PAIRS])
+def test_bfloat16_as_without_tiles(monkeypatch, products, stride):
+    if not native.library().convolution_serves(int(products)):
+        pytest.skip(f"this CPU makes no products of the kind {products.name}")
+    torch.manual_seed(0)
+    asked = []
+    monkeypatch.setattr(training, "products_of", lambda dtype: asked.append(dtype) or products)
+    channels = 40 + 8 * int(products) + stride  # shapes whose launches nobody has made ready
+    check(case(2, channels, (9, 14), 70, (3, 3), torch.bfloat16), stride)
+    assert asked
 
 
 @pytest.mark.parametrize("dtype", list(BOUNDS))
