@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import fastdiff
 from fastdiff.ops import convolution, native, norm_coefficients
 from fastdiff.ops.convolution import reference
-from fastdiff.ops.convolution.fastest import Products, possible
+from fastdiff.ops.convolution.fastest import Products, possible, products_of
 from fastdiff.ops.convolution.op import Arguments, bound
 from fastdiff.ops.convolution.packed import pack
 from kernel_tools import ISAS, examples, forced_isa
@@ -19,6 +19,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Of the largest result, which may be what large terms leave: a rounding of it, of the inputs where
 # they are rounded or in pieces, and the sums'.
 BOUNDS = {torch.float32: 5e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+
+IN_BFLOAT16 = [Products.BFLOAT16, Products.PAIRS]
 
 
 def case(n, c, size, k, kernel, *, second=0, dtype=torch.float32, doubled=False, **options):
@@ -48,7 +50,8 @@ def check(arguments, products=None):
     (x, weight), named = arguments
     given_weight = weight if products is None else pack(weight, x.dtype, products=products)
     y, moments = convolution(x, given_weight, moments=True, **named)
-    rounded = weight.to(torch.bfloat16) if x.dtype == torch.bfloat16 else weight
+    used = products_of(x.dtype) if products is None else products
+    rounded = weight.to(torch.bfloat16) if used in IN_BFLOAT16 else weight
     truth, expected = reference.convolution(
         x.double(), rounded.double(), moments=True, **in_float64(named)
     )
@@ -108,9 +111,6 @@ def test_threads_change_no_bit(n, c, side, k, dtype, products):
 def needs(products):
     if not native.library().convolution_serves(int(products)):
         pytest.skip(f"this CPU makes no products of the kind {products.name}")
-
-
-IN_BFLOAT16 = [Products.BFLOAT16, Products.PAIRS]
 
 
 @pytest.mark.parametrize("products", list(Products))

@@ -33,7 +33,8 @@ def check(leaves, stride=1, padding=(1, 1)):
     """The gradients, all three."""
     x, weight, bias = leaves
     y, _ = convolution(x, weight, bias, stride=stride, padding=padding)
-    rounded = weight.bfloat16() if x.dtype == torch.bfloat16 else weight
+    in_bfloat16 = training.products_of(x.dtype) in (Products.BFLOAT16, Products.PAIRS)
+    rounded = weight.bfloat16() if in_bfloat16 else weight
     wide = [v.detach().double().requires_grad_() for v in (x, rounded, bias)]
     truth = padded(*wide, stride, padding)
     bound = BOUNDS[x.dtype] * truth.abs().max().clamp_min(1e-30)
@@ -70,12 +71,14 @@ def test_any_shape(data):
 def test_bfloat16_as_without_tiles(monkeypatch, products, stride):
     if not native.library().convolution_serves(int(products)):
         pytest.skip(f"this CPU makes no products of the kind {products.name}")
-    torch.manual_seed(0)
-    asked = []
-    monkeypatch.setattr(training, "products_of", lambda dtype: asked.append(dtype) or products)
+    found = []
+    monkeypatch.setattr(training, "products_of", lambda dtype: products)
     channels = 40 + 8 * int(products) + stride  # shapes whose launches nobody has made ready
-    check(case(2, channels, (9, 14), 70, (3, 3), torch.bfloat16), stride)
-    assert asked
+    for count in (1, 3):
+        torch.manual_seed(0)
+        with threads(count):
+            found.append(check(case(2, channels, (9, 14), 70, (3, 3), torch.bfloat16), stride))
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("dtype", list(BOUNDS))
