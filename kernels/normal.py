@@ -1,7 +1,8 @@
 """normal: counter-based Gaussian noise, the Triton fill.
 
 Layouts: samples of (channels, spatial) with any strides; float32, bfloat16, float16.
-Bytes moved: the output, once; floor for (64, 3, 256, 256) float32: 11.7 µs at 4.3 TB/s (H200).
+Bytes moved: the output, once; floor for (64, 3, 256, 256) float32: 11.7 µs at 4.3 TB/s (H200), in
+which 31 instructions an element are done, 15.5 in the halves. The kernel has 23.
 
 One program draws BLOCK counters of one sample, interleaves the four lanes and stores 4·BLOCK
 neighbouring elements. Range: element indices below 2^34.
@@ -17,6 +18,7 @@ from fastdiff.ops.counters import signed
 
 from .elementwise import (
     BLOCK,
+    WARPS,
     block_of_program,
     counted,
     draw,
@@ -47,13 +49,14 @@ def normal_kernel(
     BLOCK: tl.constexpr,
     EXACT: tl.constexpr,  # the CPU's to the bit
 ):
-    sample, first_quad, elements = block_of_program(channels, spatial, BLOCK)
+    sample, first_quad, elements = block_of_program(channels, spatial, BLOCK, WIDE)
     element = elements_from(first_quad, BLOCK, WIDE)
     number = counted(first_sample) + sample
-    z = draw(counted(seed), counted(step), number, first_quad, BLOCK, EXACT)
+    dtype: tl.constexpr = out.dtype.element_ty
+    z = draw(counted(seed), counted(step), number, first_quad, BLOCK, dtype, EXACT)
     at = place(element, spatial, channel_stride, spatial_stride, ONE_RUN)
     to = out + sample * sample_stride + at
-    tl.store(to, z.to(out.dtype.element_ty), mask=element < elements)
+    tl.store(to, z.to(dtype), mask=element < elements)
 
 
 @triton.jit(do_not_specialize=["seed", "step", "sample", "first_quad", "quads"])
@@ -89,6 +92,7 @@ def launch_for(samples: int, layout: tuple[int, int, int, int, int], exact: bool
         WIDE=is_wide((samples, channels, spatial)),
         BLOCK=BLOCK,
         EXACT=exact,
+        num_warps=WARPS,
         enable_fp_fusion=False,
     )
 

@@ -27,6 +27,7 @@ from .elementwise import (
     is_one_run,
     is_wide,
     place,
+    widened,
 )
 from .launcher import Launch
 
@@ -99,7 +100,7 @@ def posterior_step_kernel(
     WIDE: tl.constexpr,  # more than 2^31 elements in a sample
     BLOCK: tl.constexpr,
 ):
-    sample, first_quad, elements = block_of_program(channels, spatial, BLOCK)
+    sample, first_quad, elements = block_of_program(channels, spatial, BLOCK, WIDE)
     element = elements_from(first_quad, BLOCK, WIDE)
     inside = element < elements
 
@@ -116,13 +117,13 @@ def posterior_step_kernel(
     clip = tl.load(row + PLACE.clip, mask=known, other=float("nan"))
 
     at = sample * x_sample + place(element, spatial, x_channel, x_spatial, ONE_RUN)
-    x = tl.load(x_t + at, mask=inside).to(tl.float32)
+    x = widened(tl.load(x_t + at, mask=inside))
     at = sample * output_sample + place(element, spatial, output_channel, output_spatial, ONE_RUN)
-    said = tl.load(output + at, mask=inside).to(tl.float32)
+    said = widened(tl.load(output + at, mask=inside))
     if GUIDED:
         if guidance_address is not None:
             guidance = tl.load(guidance_address)
-        unconditional = tl.load(output + guidance_offset + at, mask=inside).to(tl.float32)
+        unconditional = widened(tl.load(output + guidance_offset + at, mask=inside))
         said = unconditional + guidance * (said - unconditional)
 
     x0 = tl.fma(tl.zeros_like(x) + b, said, a * x)
@@ -132,18 +133,19 @@ def posterior_step_kernel(
     if prev_x_start is not None:
         before = place(element, spatial, before_channel, before_spatial, ONE_RUN)
         before = tl.load(prev_x_start + sample * before_sample + before, mask=inside)
-        value = add_term(value, e, before.to(tl.float32))
+        value = add_term(value, e, widened(before))
     if DRAWS or noise is not None:
         if DRAWS:
             number = counted(first_sample) + sample
-            z = draw(counted(seed), step + FIRST_COUNTER_STEP, number, first_quad, BLOCK)
+            draw_step = step + FIRST_COUNTER_STEP
+            z = draw(counted(seed), draw_step, number, first_quad, BLOCK, output.dtype.element_ty)
         else:
             z_at = place(element, spatial, noise_channel, noise_spatial, ONE_RUN)
-            z = tl.load(noise + sample * noise_sample + z_at, mask=inside).to(tl.float32)
+            z = widened(tl.load(noise + sample * noise_sample + z_at, mask=inside))
         if LEARNED:
             log_min = tl.load(row + PLACE.log_min, mask=known, other=float("nan"))
             log_max = tl.load(row + PLACE.log_max, mask=known, other=float("nan"))
-            f = tl.load(output + variance_offset + at, mask=inside).to(tl.float32) * 0.5 + 0.5
+            f = widened(tl.load(output + variance_offset + at, mask=inside)) * 0.5 + 0.5
             z = exp(0.5 * (f * log_max + (1.0 - f) * log_min)) * z
         value = add_term(value, sigma, z)
 

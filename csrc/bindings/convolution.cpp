@@ -37,6 +37,8 @@ const Binding convolution_binding([](py::module_& module) {
            py::arg("dtype"), py::arg("products"), py::arg("add_stride"));
   module.def("convolution_serves",
              [](int products) { return cpu::convolution_serves(static_cast<Products>(products)); });
+  module.def("convolution_pays",
+             [](int products) { return cpu::convolution_pays(static_cast<Products>(products)); });
   module.def("convolution_panels", [](int products, int64_t out_channels, int64_t channels,
                                       int64_t taps) {
     return cpu::convolution_panels(static_cast<Products>(products), out_channels, channels, taps);

@@ -15,15 +15,16 @@
 
 namespace fastdiff {
 
-// How products are made: of float32, of bfloat16, of float32 in two bfloat16 pieces each without the
-// product of the smaller ones; or of float32 by Winograd's algorithm in tiles of 2×2 or 4×4 outputs,
-// for 3×3 kernels and stride 1 alone.
+// How products are made: of float32; in tiles of bfloat16, or of float32 in two bfloat16 pieces each
+// without the product of the smaller ones; of float32 by Winograd's algorithm in tiles of 2×2 or 4×4
+// outputs, for 3×3 kernels and stride 1 alone; or of bfloat16, two channels at a time.
 enum class Products : int {
   kFloat32 = 0,
   kBFloat16 = 1,
   kSplit = 2,
   kWinograd2 = 3,
-  kWinograd4 = 4
+  kWinograd4 = 4,
+  kPairs = 5
 };
 
 struct ConvolutionShape {

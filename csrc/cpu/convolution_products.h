@@ -4,8 +4,12 @@
 // channels, and in these taps, in the order in which they are multiplied.
 #pragma once
 
+// Where these kernels run there is AVX512_BF16 (isa.cpp), and AMX perhaps (convolution_serves).
+#if defined(__AVX512BF16__)
+#define FASTDIFF_PAIRS
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__)
 #define FASTDIFF_AMX
+#endif
 #endif
 
 #include "convolution_fill.h"
@@ -63,8 +67,18 @@ struct Weights {
   }
 };
 
-struct Float32Products {
-  using As = AsFloat32;
+// A word of 32 bits, whatever it means, in every lane.
+FASTDIFF_VEC Vec splat_word(const char* from) {
+  uint32_t word;
+  memcpy(&word, from, sizeof word);
+  return as_floats(VecU{} + word);
+}
+
+// Rows of outputs times two registers of output channels, word by word of a line: 32 bits, which Words
+// knows the meaning of. It has As, pack, add(sums, word, weights), and where the registers of weights
+// stand: kStep words from one word's to the next one's, and kSide from a word's first to its second.
+template <typename Words>
+struct RowProducts : Words {
   static constexpr int kVectors = 2;
   static constexpr int kOutputs = kVectors * kWidth;
 #if defined(__AVX512F__)
@@ -75,13 +89,59 @@ struct Float32Products {
   static constexpr int kRows = 4;
 #endif
   static constexpr int kPositions = 2 * kRows;
-  static constexpr int64_t kTapBytes = As::kLine * kOutputs * 4;
+  static constexpr int64_t kWords = kLineBytes / 4;
+  static constexpr int64_t kTapBytes = kWords * kOutputs * 4;
 
   FASTDIFF_MEMBER void begin(int64_t) {}
   FASTDIFF_MEMBER void end() {}
   FASTDIFF_MEMBER int64_t positions(int64_t) const { return kPositions; }
 
-  // (channels, outputs).
+  template <int ROWS>
+  static void multiply_rows(const Left& left, const float* panel, int64_t rows, float* to) {
+    if constexpr (ROWS > 1) {
+      if (rows < ROWS) return multiply_rows<ROWS - 1>(left, panel, rows, to);
+    }
+    Vec sums[ROWS][kVectors] = {};
+    for_each_tap(left, [&](const char* at) {
+      for (int64_t c = 0; c < kWords; ++c) {
+        Vec b[kVectors];
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; ++j) {
+          b[j] = load(panel + c * Words::kStep + j * Words::kSide);
+        }
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; ++i) {
+          const Vec factor = splat_word(at + i * kLineBytes + c * 4);
+#pragma GCC unroll 2
+          for (int j = 0; j < kVectors; ++j) sums[i][j] = Words::add(sums[i][j], factor, b[j]);
+        }
+      }
+      panel += kTapBytes / 4;
+    });
+    for (int i = 0; i < ROWS; ++i) {
+      for (int j = 0; j < kVectors; ++j) store(to + i * kOutputs + j * kWidth, sums[i][j]);
+    }
+  }
+
+  static void multiply(Left left, const char* panel, int64_t positions, float* to) {
+    while (positions > 0) {
+      const int64_t rows = smaller(positions, kRows);
+      multiply_rows<kRows>(left, reinterpret_cast<const float*>(panel), rows, to);
+      left.places += rows * kLineBytes;
+      to += rows * kOutputs;
+      positions -= rows;
+    }
+  }
+};
+
+// One channel of float32. Weights: (channels, outputs).
+struct Float32Words {
+  using As = AsFloat32;
+  static constexpr int kOutputs = 2 * kWidth;
+  static constexpr int kStep = kOutputs, kSide = kWidth;
+
+  FASTDIFF_VEC Vec add(Vec sums, Vec value, Vec weights) { return fma(value, weights, sums); }
+
   template <typename T>
   static void pack(char* to, const Weights<T>& weights, int64_t out, int64_t in, int64_t tap) {
     if (weights.in_columns()) {
@@ -103,45 +163,10 @@ struct Float32Products {
       }
     }
   }
-
-  template <int ROWS>
-  static void multiply_rows(const Left& left, const float* panel, int64_t rows, float* to) {
-    if constexpr (ROWS > 1) {
-      if (rows < ROWS) return multiply_rows<ROWS - 1>(left, panel, rows, to);
-    }
-    Vec sums[ROWS][kVectors] = {};
-    for_each_tap(left, [&](const char* at) {
-      const float* a = reinterpret_cast<const float*>(at);
-      for (int64_t c = 0; c < As::kLine; ++c) {
-        Vec b[kVectors];
-#pragma GCC unroll 2
-        for (int j = 0; j < kVectors; ++j) b[j] = load(panel + j * kWidth);
-        panel += kOutputs;
-#pragma GCC unroll 12
-        for (int i = 0; i < ROWS; ++i) {
-          const Vec factor = splat(a[i * As::kLine + c]);
-#pragma GCC unroll 2
-          for (int j = 0; j < kVectors; ++j) sums[i][j] = fma(factor, b[j], sums[i][j]);
-        }
-      }
-    });
-    for (int i = 0; i < ROWS; ++i) {
-      for (int j = 0; j < kVectors; ++j) store(to + i * kOutputs + j * kWidth, sums[i][j]);
-    }
-  }
-
-  static void multiply(Left left, const char* panel, int64_t positions, float* to) {
-    while (positions > 0) {
-      const int64_t rows = smaller(positions, kRows);
-      multiply_rows<kRows>(left, reinterpret_cast<const float*>(panel), rows, to);
-      left.places += rows * kLineBytes;
-      to += rows * kOutputs;
-      positions -= rows;
-    }
-  }
 };
+using Float32Products = RowProducts<Float32Words>;
 
-#if defined(FASTDIFF_AMX)
+#if defined(FASTDIFF_PAIRS)
 // Two values of each lane side by side in bfloat16, and what that leaves of them. A pair is a float32
 // as far as a transposition knows.
 FASTDIFF_VEC void pair(Vec first, Vec second, Vec& high, Vec& low) {
@@ -152,31 +177,14 @@ FASTDIFF_VEC void pair(Vec first, Vec second, Vec& high, Vec& low) {
              from_floats(second - to_floats(b, BFloat16{}), BFloat16{}));
 }
 
-// 2×2 tiles of 16 outputs and 16 channels, in bfloat16; or the three products of split values.
+// Weights in bfloat16: two tiles of 16 outputs each, of pairs of input channels side by side, (channels
+// / 2, outputs, 2); of split values two more, of the smaller pieces.
 template <bool SPLIT>
-struct TileProducts {
-  using As = std::conditional_t<SPLIT, AsSplit, AsBFloat16>;
+struct PairPanels {
   static constexpr int kOutputs = 32;
-  static constexpr int kPositions = 32;
   static constexpr int64_t kTileBytes = 1024;
   static constexpr int64_t kTapBytes = (SPLIT ? 4 : 2) * kTileBytes;
-  int64_t rows = 0;  // of a tile of outputs
 
-  // For blocks of `outputs` in all, in tiles of one height.
-  FASTDIFF_MEMBER void begin(int64_t outputs) {
-    const int64_t tiles = ceil_div(outputs, 16);
-    rows = ceil_div(outputs, tiles);
-    alignas(64) uint8_t config[64] = {1};
-    for (int tile = 0; tile < 8; ++tile) {
-      reinterpret_cast<uint16_t*>(config + 16)[tile] = 64;
-      config[48 + tile] = static_cast<uint8_t>(tile < 6 ? rows : 16);
-    }
-    _tile_loadconfig(config);
-  }
-  FASTDIFF_MEMBER void end() { _tile_release(); }
-  FASTDIFF_MEMBER int64_t positions(int64_t) const { return 2 * rows; }
-
-  // Pairs of input channels stand side by side: (channels / 2, outputs, 2).
   template <typename T>
   static void pack(char* to, const Weights<T>& weights, int64_t out, int64_t in, int64_t tap) {
     for (int64_t half = 0; half < 2; ++half) {
@@ -203,6 +211,45 @@ struct TileProducts {
       memcpy(to + (2 + half) * kTileBytes, low, sizeof low);
     }
   }
+};
+
+// Two channels of bfloat16, whose products the sum takes one after the other, each rounded; subnormal
+// factors and sums are zero.
+struct PairWords : PairPanels<false> {
+  using As = AsBFloat16;
+  static constexpr int kStep = kWidth, kSide = kTileBytes / 4;
+
+  FASTDIFF_VEC Vec add(Vec sums, Vec pair, Vec weights) {
+    return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sums),
+                                                  reinterpret_cast<__m512bh>(pair),
+                                                  reinterpret_cast<__m512bh>(weights)));
+  }
+};
+using PairProducts = RowProducts<PairWords>;
+#endif
+
+#if defined(FASTDIFF_AMX)
+// 2×2 tiles of 16 outputs and 16 channels, in bfloat16; or the three products of split values.
+template <bool SPLIT>
+struct TileProducts : PairPanels<SPLIT> {
+  using As = std::conditional_t<SPLIT, AsSplit, AsBFloat16>;
+  using PairPanels<SPLIT>::kOutputs, PairPanels<SPLIT>::kTileBytes, PairPanels<SPLIT>::kTapBytes;
+  static constexpr int kPositions = 32;
+  int64_t rows = 0;  // of a tile of outputs
+
+  // For blocks of `outputs` in all, in tiles of one height.
+  FASTDIFF_MEMBER void begin(int64_t outputs) {
+    const int64_t tiles = ceil_div(outputs, 16);
+    rows = ceil_div(outputs, tiles);
+    alignas(64) uint8_t config[64] = {1};
+    for (int tile = 0; tile < 8; ++tile) {
+      reinterpret_cast<uint16_t*>(config + 16)[tile] = 64;
+      config[48 + tile] = static_cast<uint8_t>(tile < 6 ? rows : 16);
+    }
+    _tile_loadconfig(config);
+  }
+  FASTDIFF_MEMBER void end() { _tile_release(); }
+  FASTDIFF_MEMBER int64_t positions(int64_t) const { return 2 * rows; }
 
   // Tiles: sums 0 to 3, outputs 4 and 5, weights 6 and 7.
   template <bool TWO>

@@ -63,7 +63,7 @@ struct Float32Sums {
   }
 };
 
-#if defined(FASTDIFF_AMX)
+#if defined(FASTDIFF_PAIRS)
 // Sixteen channels of a place and of the one after it in pairs, at every place: a tile of 16 pairs may
 // begin anywhere.
 template <bool SPLIT>
@@ -89,24 +89,13 @@ struct AsPairs {
   }
 };
 
-// Tiles of bfloat16, or the three products of split values. A step of dy is a tile of 16 channels by
-// 32 places, contiguous.
+// A step of dy is a tile of 16 channels by 32 places, contiguous.
 template <bool SPLIT>
-struct TileSums {
+struct PairSteps {
   using As = AsPairs<SPLIT>;
   static constexpr int64_t kLines = 2;
   static constexpr int64_t kStepBytes = 1024;
   static constexpr int kSquare = 256;  // floats
-
-  FASTDIFF_VEC void begin() {
-    alignas(64) uint8_t config[64] = {1};
-    for (int tile = 0; tile < 8; ++tile) {
-      reinterpret_cast<uint16_t*>(config + 16)[tile] = 64;
-      config[48 + tile] = 16;
-    }
-    _tile_loadconfig(config);
-  }
-  FASTDIFF_VEC void end() { _tile_release(); }
 
   FASTDIFF_VEC void put(char* to, int64_t image, const Vec* values) {
     Vec high[16], low[16];
@@ -117,6 +106,60 @@ struct TileSums {
     transpose(low);
     memcpy(to + image, low, sizeof low);
   }
+};
+
+// Rows of output channels times two registers of input channels, a pair of places at a time.
+struct PairSums : PairSteps<false> {
+  static constexpr int kRows = 8;
+
+  FASTDIFF_VEC void begin() {}
+  FASTDIFF_VEC void end() {}
+
+  static void add(const Factors& factors, int64_t steps, float* sums) {
+    for (int64_t k = 0; k < kLines * 16; k += kRows) {
+      const char* dy = factors.dy + k / 16 * factors.dy_line + k % 16 * kLineBytes;
+      const char* x = factors.x;
+      float* const to = sums + k / 16 * kLines * kSquare + k % 16 * 16;
+      Vec found[kRows][kLines];
+      for (int i = 0; i < kRows; ++i) {
+        for (int j = 0; j < kLines; ++j) found[i][j] = load(to + j * kSquare + i * 16);
+      }
+      for (int64_t step = 0; step < steps; ++step, dy += kStepBytes) {
+        for (int64_t pair = 0; pair < kStep / 2; ++pair, x += 2 * kLineBytes) {
+          Vec b[kLines];
+          for (int j = 0; j < kLines; ++j) {
+            b[j] = load(reinterpret_cast<const float*>(x + j * factors.x_line));
+          }
+#pragma GCC unroll 8
+          for (int i = 0; i < kRows; ++i) {
+            const Vec factor = splat_word(dy + i * kLineBytes + pair * 4);
+            for (int j = 0; j < kLines; ++j) found[i][j] = PairWords::add(found[i][j], factor, b[j]);
+          }
+        }
+      }
+      for (int i = 0; i < kRows; ++i) {
+        for (int j = 0; j < kLines; ++j) store(to + j * kSquare + i * 16, found[i][j]);
+      }
+    }
+  }
+};
+#endif
+
+#if defined(FASTDIFF_AMX)
+// Tiles of bfloat16, or the three products of split values.
+template <bool SPLIT>
+struct TileSums : PairSteps<SPLIT> {
+  using PairSteps<SPLIT>::kStepBytes, PairSteps<SPLIT>::kSquare;
+
+  FASTDIFF_VEC void begin() {
+    alignas(64) uint8_t config[64] = {1};
+    for (int tile = 0; tile < 8; ++tile) {
+      reinterpret_cast<uint16_t*>(config + 16)[tile] = 64;
+      config[48 + tile] = 16;
+    }
+    _tile_loadconfig(config);
+  }
+  FASTDIFF_VEC void end() { _tile_release(); }
 
   // Tiles: sums 0 to 3, dy 4 and 5, x 6 and 7.
   static void add(const Factors& factors, int64_t steps, float* sums) {

@@ -246,6 +246,9 @@ int64_t convolution_weight_gradient(const ConvolutionShape& shape,
   if (shape.products == Products::kSplit)
     return run<TileSums<true>>(shape, call, workspace, threads);
 #endif
+#if defined(FASTDIFF_PAIRS)
+  if (shape.products == Products::kPairs) return run<PairSums>(shape, call, workspace, threads);
+#endif
   return run<Float32Sums>(shape, call, workspace, threads);
 }
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fastdiff.ops import backends
+from fastdiff.ops import backends, native
 from fastdiff.ops.convolution.fastest import Products, products_of
 from fastdiff.ops.convolution.op import MOST_TAPS, convolution
 
@@ -56,7 +56,15 @@ def _dtype_of_kernels(layer: nn.Module, x: Tensor) -> torch.dtype | None:
         and weight.shape[2:].numel() <= MOST_TAPS
         and _pays(x, weight, layer.stride[0])
     )
-    return dtype if serves and products_of(dtype) != Products.FLOAT32 else None
+    return dtype if serves and _multiplies_faster(dtype) else None
+
+
+def _multiplies_faster(dtype: torch.dtype) -> bool:
+    """Of float32 products ours are as fast as PyTorch's, and half as fast again as what it has for
+    bfloat16 without AMX."""
+    if products_of(dtype) != Products.FLOAT32:
+        return True
+    return dtype == torch.bfloat16 and native.library().current_isa() != "baseline"
 
 
 def _pays(x: Tensor, weight: Tensor, stride: int) -> bool:

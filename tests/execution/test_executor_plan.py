@@ -224,7 +224,7 @@ def test_transformed_weights_are_bounded(monkeypatch):
     """Without AMX: of a large network the first layers take Winograd's algorithm alone."""
     library = lowering.native.library()
     serves = type("", (), {"convolution_panels": library.convolution_panels})
-    serves.convolution_serves = staticmethod(lambda products: False)
+    serves.convolution_pays = staticmethod(lambda products: False)
     monkeypatch.setattr(lowering.native, "library", lambda: serves)
 
     def of(name):

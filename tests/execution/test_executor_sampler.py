@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from fastdiff.errors import InputError
+from fastdiff.ops.convolution.fastest import Products
 from fastdiff.process.edm import EDM
 from fastdiff.sampling.network import execution
 from fastdiff.sampling.sampler import Sampler
+from kernel_tools import ISAS, forced_isa
 from sampler_tools import Tiny, diffusion
 from thread_tools import at_once
 from unet_tools import small_unet
@@ -202,6 +204,18 @@ def test_programs_are_taken_where_they_pay(monkeypatch):
         other = Sampler(Tiny(3), PROCESS, steps=2)
         other.sample(SHAPE)
         assert "as a program of" not in other.explain()
+
+
+def test_where_programs_pay(monkeypatch):
+    """Without tiles: where registers are wide."""
+    monkeypatch.setattr(execution, "products_of", lambda dtype: Products.FLOAT32)
+    for isa in ISAS:
+        with forced_isa(isa):
+            for dtype in (torch.float32, torch.bfloat16):
+                assert (execution.slower(dtype) == "") == (isa != "baseline")
+            assert "float16" in execution.slower(torch.float16)
+    monkeypatch.setattr(execution, "products_of", lambda dtype: Products.SPLIT)
+    assert execution.slower(torch.float16) == ""
 
 
 def test_packed_weights_are_given_back():

@@ -10,6 +10,7 @@ import fastdiff
 from fastdiff.models import convolve as module
 from fastdiff.models.convolve import convolve
 from fastdiff.ops.convolution.fastest import Products
+from kernel_tools import ISAS, forced_isa
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +112,16 @@ def test_another_call_is_the_layers():
         assert torch.equal(convolve(layer, x), layer(x))
     frozen = plain().requires_grad_(False)
     assert convolve(frozen, x.detach()).grad_fn is None
+
+
+def test_bfloat16_needs_no_tiles(monkeypatch):
+    monkeypatch.setattr(module, "products_of", lambda dtype: Products.FLOAT32)
+    layer, x = plain(), images()
+    for isa in ISAS:
+        with forced_isa(isa):
+            assert not by_kernels(layer, x)[0]
+            with torch.autocast("cpu", torch.bfloat16):
+                assert by_kernels(layer, x)[0] == (isa != "baseline")
 
 
 def losses(steps=50):

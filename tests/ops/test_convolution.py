@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import fastdiff
 from fastdiff.ops import convolution, native, norm_coefficients
 from fastdiff.ops.convolution import reference
-from fastdiff.ops.convolution.fastest import Products
+from fastdiff.ops.convolution.fastest import Products, possible, products_of
 from fastdiff.ops.convolution.op import Arguments, bound
 from fastdiff.ops.convolution.packed import pack
 from kernel_tools import ISAS, examples, forced_isa
@@ -19,6 +19,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Of the largest result, which may be what large terms leave: a rounding of it, of the inputs where
 # they are rounded or in pieces, and the sums'.
 BOUNDS = {torch.float32: 5e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+
+IN_BFLOAT16 = [Products.BFLOAT16, Products.PAIRS]
 
 
 def case(n, c, size, k, kernel, *, second=0, dtype=torch.float32, doubled=False, **options):
@@ -43,11 +45,13 @@ def in_float64(named):
     return {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in named.items()}
 
 
-def check(arguments, *, packed=False):
+def check(arguments, products=None):
+    """``products``: of a packed weight."""
     (x, weight), named = arguments
-    given_weight = pack(weight, x.dtype) if packed else weight
+    given_weight = weight if products is None else pack(weight, x.dtype, products=products)
     y, moments = convolution(x, given_weight, moments=True, **named)
-    rounded = weight.to(torch.bfloat16) if x.dtype == torch.bfloat16 else weight
+    used = products_of(x.dtype) if products is None else products
+    rounded = weight.to(torch.bfloat16) if used in IN_BFLOAT16 else weight
     truth, expected = reference.convolution(
         x.double(), rounded.double(), moments=True, **in_float64(named)
     )
@@ -74,44 +78,85 @@ def test_any_shape(data):
     doubled = draw(st.booleans())
     least = [max(1, -(-(k - sum(padding)) // (2 if doubled else 1))) for k in kernel]
     size = [draw(st.integers(n, n + 11)) for n in least]
+    stride = draw(st.integers(1, 3))
     arguments = case(
         draw(st.integers(1, 3)), draw(st.integers(1, 70)), size, draw(st.integers(1, 70)), kernel,
         second=draw(st.sampled_from([0, 0, 5, 16, 33])), dtype=dtype, doubled=doubled,
-        stride=draw(st.integers(1, 3)), padding=padding,
-        activation=draw(st.sampled_from(["silu", None])),
+        stride=stride, padding=padding, activation=draw(st.sampled_from(["silu", None])),
     )  # fmt: skip
     with forced_isa(isa), threads(draw(st.integers(1, 3))):
-        y, _ = check(arguments, packed=draw(st.booleans()))
+        products = draw(st.sampled_from([None, *possible(dtype, kernel, stride)]))
+        y, _ = check(arguments, products)
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("n, c, side, k", [(1, 128, 32, 64), (8, 256, 8, 64), (3, 96, 4, 256)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_change_no_bit(n, c, side, k, dtype):
+@pytest.mark.parametrize(
+    "dtype, products", [*((dtype, None) for dtype in DTYPES), (torch.bfloat16, Products.PAIRS)]
+)
+def test_threads_change_no_bit(n, c, side, k, dtype, products):
+    if products is not None:
+        needs(products)
     torch.manual_seed(0)
     options = {"padding": (1, 1), "activation": "silu", "second": 32, "dtype": dtype}
     arguments = case(n, c, (side, side), k, (3, 3), **options)
     results = []
     for count in (1, 2, 5):
         with threads(count):
-            results.append(check(arguments))
+            results.append(check(arguments, products))
     for y, moments in results[1:]:
         assert torch.equal(y, results[0][0]) and torch.equal(moments, results[0][1])
+
+
+def needs(products):
+    if not native.library().convolution_serves(int(products)):
+        pytest.skip(f"this CPU makes no products of the kind {products.name}")
 
 
 @pytest.mark.parametrize("products", list(Products))
 def test_how_exact_the_products_are(products):
     """Beside PyTorch's own, of the largest result."""
-    if not native.library().convolution_serves(int(products)):
-        pytest.skip("this CPU has no tiles")
+    needs(products)
     torch.manual_seed(0)
     x, weight = torch.randn(2, 256, 8, 8), torch.randn(64, 256, 3, 3) / 48
     truth = F.conv2d(x.double(), weight.double(), padding=1)
-    dtype = torch.bfloat16 if products == Products.BFLOAT16 else torch.float32
+    dtype = torch.bfloat16 if products in IN_BFLOAT16 else torch.float32
     packed = pack(weight, dtype, products=products)
     y, _ = convolution(x.to(dtype), packed, padding=(1, 1))
     error = (y.double() - truth).abs().max() / truth.abs().max()
-    assert error <= {Products.BFLOAT16: 6e-3, Products.SPLIT: 6e-6}.get(products, 3e-6)
+    assert error <= {Products.SPLIT: 6e-6}.get(products, 6e-3 if products in IN_BFLOAT16 else 3e-6)
+
+
+@pytest.mark.parametrize("products", IN_BFLOAT16)
+@pytest.mark.parametrize("mean", [0.0, 8.0])
+def test_products_of_bfloat16_are_added_in_float32(products, mean):
+    """Of inputs in float32, which are rounded, the sums are seen: each of n products is exact, and
+    each of n additions rounds what is then there."""
+    needs(products)
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 70, 6, 5) + mean, torch.randn(40, 70, 3, 3)
+    y, _ = convolution(x, pack(weight, x.dtype, products=products), padding=(1, 1))
+    rounded = [v.bfloat16().double() for v in (x, weight)]
+    truth = F.conv2d(*rounded, padding=1)
+    bound = 70 * 9 * 2**-24 * F.conv2d(*(v.abs() for v in rounded), padding=1)
+    error = (y.double() - truth).abs()
+    assert (error <= bound).all() and error.max() > 0
+    assert error.max() < 1e-6 * truth.abs().max()
+
+
+@pytest.mark.parametrize("products", IN_BFLOAT16)
+def test_subnormal_factors_and_sums_are_zero(products):
+    """Of products in bfloat16; in float32 they are numbers."""
+    needs(products)
+    x = torch.zeros(1, 16, 1, 3)
+    x[0, 3, 0] = torch.tensor([2.0**-130, 2.0**-80, 1.0])
+    weight = torch.zeros(1, 16, 1, 1)
+    for value, expected in ((2.0**40, [0, 2.0**-40, 2.0**40]), (2.0**-60, [0, 0, 2.0**-60])):
+        weight[0, 3] = value
+        y, _ = convolution(x, pack(weight, x.dtype, products=products))
+        assert y.flatten().tolist() == expected
+        y, _ = convolution(x, pack(weight, x.dtype, products=Products.FLOAT32))
+        assert torch.equal(y.flatten(), x[0, 3, 0] * value)
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e3, -3e4])

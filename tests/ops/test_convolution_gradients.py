@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from torch.func import grad, jvp
 
 import fastdiff
-from fastdiff.ops import convolution
+from fastdiff.ops import convolution, native
+from fastdiff.ops.convolution import training
+from fastdiff.ops.convolution.fastest import Products
 from fastdiff.ops.convolution.op import FUSED_GRADIENTS, MOST_TAPS
 from kernel_tools import ISAS, examples, forced_isa
 from norm_cases import threads
@@ -31,7 +33,8 @@ def check(leaves, stride=1, padding=(1, 1)):
     """The gradients, all three."""
     x, weight, bias = leaves
     y, _ = convolution(x, weight, bias, stride=stride, padding=padding)
-    rounded = weight.bfloat16() if x.dtype == torch.bfloat16 else weight
+    in_bfloat16 = training.products_of(x.dtype) in (Products.BFLOAT16, Products.PAIRS)
+    rounded = weight.bfloat16() if in_bfloat16 else weight
     wide = [v.detach().double().requires_grad_() for v in (x, rounded, bias)]
     truth = padded(*wide, stride, padding)
     bound = BOUNDS[x.dtype] * truth.abs().max().clamp_min(1e-30)
@@ -61,6 +64,21 @@ def test_any_shape(data):
     )  # fmt: skip
     with forced_isa(draw(st.sampled_from(ISAS))), threads(draw(st.integers(1, 3))):
         check(leaves, draw(st.integers(1, 3)), padding)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("products", [Products.FLOAT32, Products.PAIRS])
+def test_bfloat16_as_without_tiles(monkeypatch, products, stride):
+    if not native.library().convolution_serves(int(products)):
+        pytest.skip(f"this CPU makes no products of the kind {products.name}")
+    found = []
+    monkeypatch.setattr(training, "products_of", lambda dtype: products)
+    channels = 40 + 8 * int(products) + stride  # shapes whose launches nobody has made ready
+    for count in (1, 3):
+        torch.manual_seed(0)
+        with threads(count):
+            found.append(check(case(2, channels, (9, 14), 70, (3, 3), torch.bfloat16), stride))
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("dtype", list(BOUNDS))

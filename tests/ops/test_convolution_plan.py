@@ -6,22 +6,24 @@ import math
 import pytest
 import torch
 
-from fastdiff.ops.convolution.fastest import Products, Workload, fastest, possible
+from fastdiff.ops.convolution.fastest import Products, Units, Workload, fastest, possible
 from paths import ROOT
 
 FOLDER = ROOT / "benchmarks" / "results" / "convolution_plan"
 TABLES = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
 
+NONE, TILES, PAIRS = Units(False, False), Units(True, False), Units(False, True)
+
 
 def workload(**changes):
     fields = dict(dtype=torch.float32, samples=1, channels=256, out_channels=256, height=16)
-    rest = dict(width=16, kernel=(3, 3), stride=1, amx=False)
+    rest = dict(width=16, kernel=(3, 3), stride=1, units=NONE)
     return Workload(**{**fields, **rest, **changes})
 
 
-@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("units", [NONE, TILES], ids=["without AMX", "AMX"])
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
-def test_the_rule_agrees_with_the_measurements(table, amx):
+def test_the_rule_agrees_with_the_measurements(table, units):
     """Within a tenth of the fastest on average, and nowhere half as fast."""
     lost = []
     for row in table["rows"]:
@@ -31,13 +33,13 @@ def test_the_rule_agrees_with_the_measurements(table, amx):
                 height=row["side"],
                 width=row["side"],
                 kernel=(row["kernel"],) * 2,
-                amx=amx,
+                units=units,
                 **{key: row[key] for key in ("samples", "channels", "out_channels")},
             )
         )
         times = dict(row["microseconds"])
         theirs = times.pop("pytorch")
-        if not amx:  # as on a CPU without tiles
+        if not units.amx:  # as on a CPU without tiles
             times = {name: v for name, v in times.items() if name not in ("split", "bfloat16")}
         found = times[choice.name.lower()]
         lost.append(found / min(times.values()))
@@ -54,23 +56,27 @@ def test_the_rule_agrees_with_the_measurements(table, amx):
         ({"samples": 1, "height": 4, "width": 4}, Products.WINOGRAD2, "for 1 of 4×4"),
         ({"stride": 2}, Products.FLOAT32, "without a stride"),
         ({"kernel": (1, 1)}, Products.FLOAT32, "3×3"),
-        ({"amx": True}, Products.SPLIT, "AMX"),
-        ({"amx": True, "kernel": (1, 1)}, Products.SPLIT, "AMX"),
-        ({"amx": True, "dtype": torch.bfloat16}, Products.BFLOAT16, "AMX"),
-        ({"dtype": torch.bfloat16}, Products.FLOAT32, "as float32"),
+        ({"units": TILES}, Products.SPLIT, "AMX"),
+        ({"units": TILES, "kernel": (1, 1)}, Products.SPLIT, "AMX"),
+        ({"units": TILES, "dtype": torch.bfloat16}, Products.BFLOAT16, "AMX"),
+        ({"units": Units(True, True), "dtype": torch.bfloat16}, Products.BFLOAT16, "AMX"),
+        ({"units": PAIRS, "dtype": torch.bfloat16}, Products.PAIRS, "two channels"),
+        ({"units": PAIRS}, Products.WINOGRAD4, "4×4"),
+        ({"dtype": torch.bfloat16}, Products.WINOGRAD4, "4×4"),
+        ({"dtype": torch.bfloat16, "kernel": (1, 1)}, Products.FLOAT32, "as float32"),
         ({"dtype": torch.float16}, Products.WINOGRAD4, "4×4"),
     ],
 )
 def test_what_the_plan_says(changes, products, reason):
     found, why = fastest(workload(**changes))
     assert found == products and reason in why
-    if products not in (Products.BFLOAT16, Products.SPLIT):
+    if products not in (Products.BFLOAT16, Products.SPLIT, Products.PAIRS):
         work = workload(**changes)
         assert found in possible(work.dtype, work.kernel, work.stride)
 
 
 def test_products_of_the_values_themselves():
-    for amx in (False, True):
-        assert fastest(workload(amx=amx), exact=True)[0] == Products.FLOAT32
-        half = workload(amx=amx, dtype=torch.bfloat16)
+    for units in (NONE, TILES, PAIRS):
+        assert fastest(workload(units=units), exact=True)[0] == Products.FLOAT32
+        half = workload(units=units, dtype=torch.bfloat16)
         assert fastest(half, exact=True) == fastest(half)

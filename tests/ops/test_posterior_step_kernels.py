@@ -387,7 +387,7 @@ def test_triton_compiles_without_a_gpu_and_without_spills(capability, tmp_path, 
 @pytest.mark.seconds
 @pytest.mark.parametrize(
     ("dtype", "x_start", "most"),
-    [("fp32", None, 38), ("fp32", "*fp32", 39), ("bf16", None, 42), ("bf16", "*bf16", 44)],
+    [("fp32", None, 37), ("fp32", "*fp32", 38), ("bf16", None, 39), ("bf16", "*bf16", 40)],
 )
 def test_triton_draws_in_few_instructions(dtype, x_start, most, tmp_path, monkeypatch):
     pytest.importorskip("triton")

@@ -367,7 +367,7 @@ def test_triton_compiles_without_a_gpu_and_without_spills(capability, tmp_path, 
 @pytest.mark.seconds
 @pytest.mark.parametrize(
     ("dtype", "drawn", "most"),
-    [("fp32", None, 30), ("fp32", "*fp32", 31), ("bf16", None, 34), ("bf16", "*bf16", 35)],
+    [("fp32", None, 29), ("fp32", "*fp32", 30), ("bf16", None, 31), ("bf16", "*bf16", 32)],
 )
 def test_triton_draws_in_few_instructions(dtype, drawn, most, tmp_path, monkeypatch):
     pytest.importorskip("triton")

@@ -17,7 +17,7 @@ from fastdiff.ops.layouts import sample_layout
 from fastdiff.ops.normal import drawn_apart, normal, op
 from fastdiff.ops.normal.op import _choose
 from fastdiff.ops.normal.reference import philox4x32
-from kernel_tools import agreements, assert_drawn_alike, each_isa
+from kernel_tools import agreements, assert_drawn_alike, each_isa, instructions_drawing
 
 # Random123's kat_vectors: philox4x32, 10 rounds: counter, key, result.
 KNOWN_ANSWERS = [
@@ -413,6 +413,19 @@ def test_triton_kernels_compile_without_a_gpu(capability, tmp_path, monkeypatch)
         )
         assert compiled.asm["cubin"]
         assert "fma.rn.f32" not in compiled.asm["ptx"]  # one rounding per operation, as the CPU
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_triton_draws_in_few_instructions(dtype, tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from fastdiff.kernels.normal import normal_kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    types = {"out": f"*{dtype}", "seed": "i64", "first_sample": "i64"}
+    flags = {"ONE_RUN": True, "WIDE": False, "EXACT": False}
+    aligned = ("out", "spatial", "sample_stride")
+    assert instructions_drawing(normal_kernel, types, flags, aligned, tmp_path) <= 24
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from fastdiff.models.execution import functions
 from fastdiff.models.execution.program import WIDE, Program, Value, Weight
 from fastdiff.ops import native
 from fastdiff.ops.backends import KERNEL_DTYPES
-from fastdiff.ops.convolution.fastest import Products, Workload, fastest
+from fastdiff.ops.convolution.fastest import Products, Workload, fastest, units
 from fastdiff.ops.convolution.reference import moments_of
 
 CHANNELS_LAST, CONTIGUOUS = "channels_last", "contiguous"
@@ -143,10 +143,10 @@ class Lowering:
         kernel = layer.kernel_size if len(layer.kernel_size) == 2 else (1, 1)
         products = None
         if self.program.dtype in KERNEL_DTYPES:
-            amx = native.library().convolution_serves(int(Products.SPLIT))
             channels, stride = layer.in_channels, layer.stride[0]
             shape = (n, channels, out_channels, height, width, kernel, stride)
-            products, _ = fastest(Workload(self.program.dtype, *shape, amx), exact=self.exact)
+            work = Workload(self.program.dtype, *shape, units())
+            products, _ = fastest(work, exact=self.exact)
             if products in (Products.WINOGRAD2, Products.WINOGRAD4):
                 products = self._within_bounds(products, out_channels, channels)
         return self._weight_slot(Weight((layer,), "weight", "packed", 2, products))

@@ -16,9 +16,10 @@ from fastdiff.ops import native
 class Products(enum.IntEnum):
     """How a kernel multiplies (csrc/common/convolution.h).
 
-    SPLIT: float32 as the sum of two bfloat16, without the product of the smaller ones. WINOGRAD2
-    and WINOGRAD4: outputs in tiles of 2×2 and 4×4, of 3×3 kernels without a stride (Lavin & Gray
-    2016, arXiv:1509.09308).
+    BFLOAT16: in AMX's tiles. SPLIT: so, float32 as the sum of two bfloat16, without the product of
+    the smaller ones. WINOGRAD2 and WINOGRAD4: in float32, outputs in tiles of 2×2 and 4×4, of 3×3
+    kernels without a stride (Lavin & Gray 2016, arXiv:1509.09308). PAIRS: bfloat16, two channels
+    with an instruction (AVX512_BF16).
     """
 
     FLOAT32 = 0
@@ -26,28 +27,43 @@ class Products(enum.IntEnum):
     SPLIT = 2
     WINOGRAD2 = 3
     WINOGRAD4 = 4
+    PAIRS = 5
 
 
 def possible(dtype: torch.dtype, kernel: tuple[int, ...], stride: int) -> list[Products]:
     """What serves here without rounding the values of ``dtype`` any further than to the 16 bits
     that two bfloat16 hold."""
+    half = dtype == torch.bfloat16
     found = [Products.FLOAT32]
-    tiles = Products.BFLOAT16 if dtype == torch.bfloat16 else Products.SPLIT
-    if native.library().convolution_serves(int(tiles)):
-        found.append(tiles)
-    if kernel == (3, 3) and stride == 1 and dtype != torch.bfloat16:
+    for products in (Products.PAIRS, Products.BFLOAT16) if half else (Products.SPLIT,):
+        if native.library().convolution_serves(int(products)):
+            found.append(products)
+    if kernel == (3, 3) and stride == 1:
         found += [Products.WINOGRAD2, Products.WINOGRAD4]
     return found
 
 
+class Units(NamedTuple):
+    """What a CPU multiplies bfloat16 with. ``amx``: in tiles; ``pairs``: by instructions for pairs,
+    where these take no longer than those for float32."""
+
+    amx: bool
+    pairs: bool
+
+
+def units() -> Units:
+    """Of this CPU."""
+    pays = native.library().convolution_pays
+    return Units(pays(int(Products.SPLIT)), pays(int(Products.PAIRS)))
+
+
 def products_of(dtype: torch.dtype) -> Products:
     """What multiplies fastest here of what serves every kernel and stride."""
-    return possible(dtype, (), 1)[-1]
+    return _in_bfloat16(dtype, units())[0]
 
 
 class Workload(NamedTuple):
-    """What decides. ``height``, ``width``: of the output; ``amx``: the library multiplies in
-    tiles."""
+    """What decides. ``height``, ``width``: of the output."""
 
     dtype: torch.dtype
     samples: int
@@ -57,27 +73,37 @@ class Workload(NamedTuple):
     width: int
     kernel: tuple[int, ...]
     stride: int
-    amx: bool
+    units: Units
 
 
 def fastest(work: Workload, *, exact: bool = False) -> tuple[Products, str]:
     """The products, and the reason in words. ``exact``: by float32 multiplications of the values
     themselves, in float32 neither in pieces nor transformed."""
-    if work.dtype == torch.bfloat16:
-        if work.amx:
-            return Products.BFLOAT16, "AMX multiplies bfloat16 in tiles"
-        return Products.FLOAT32, "without AMX bfloat16 is multiplied as float32"
-    if exact:
+    if exact and work.dtype != torch.bfloat16:
         return Products.FLOAT32, "products of the values themselves were asked for"
-    if work.amx:
-        return Products.SPLIT, "three products of bfloat16 pieces in AMX's tiles are faster"
+    found, why = _in_bfloat16(work.dtype, work.units)
+    if found != Products.FLOAT32:
+        return found, why
     if work.kernel != (3, 3) or work.stride != 1:
-        return Products.FLOAT32, "Winograd's algorithm is for 3×3 kernels without a stride"
+        return found, f"{why}, and Winograd's algorithm is for 3×3 kernels without a stride"
     tiles = work.samples * -(-work.height // 4) * -(-work.width // 4)
     # Tiles of 4×4 take 9/16 of the multiplications of tiles of 2×2, and read 9/4 of the weights.
     if tiles * WEIGHTS_PER_TILE >= work.channels * work.out_channels:
         return Products.WINOGRAD4, "in tiles of 4×4 a quarter of the multiplications remain"
     return Products.WINOGRAD2, f"tiles of 2×2: for {tiles} of 4×4 too many weights would be read"
+
+
+def _in_bfloat16(dtype: torch.dtype, units: Units) -> tuple[Products, str]:
+    """Products in bfloat16 that pay, or float32's, for any kernel and stride."""
+    if dtype != torch.bfloat16:
+        if units.amx:
+            return Products.SPLIT, "three products of bfloat16 pieces in AMX's tiles are faster"
+        return Products.FLOAT32, "without AMX float32 is multiplied as it is"
+    if units.amx:
+        return Products.BFLOAT16, "AMX multiplies bfloat16 in tiles"
+    if units.pairs:
+        return Products.PAIRS, "an instruction multiplies bfloat16 two channels at a time"
+    return Products.FLOAT32, "bfloat16 is multiplied as float32, which is no slower on this CPU"
 
 
 WEIGHTS_PER_TILE = 8192

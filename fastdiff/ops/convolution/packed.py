@@ -53,7 +53,7 @@ def with_taps_in_order(weight: Tensor) -> Tensor:
 def pack(weight: Tensor, dtype: torch.dtype, *, products: Products | None = None) -> Packed:
     """A 2-D convolution's weight for inputs of ``dtype``, on the CPU.
 
-    ``products``: how to multiply, one of ``fastest.possible``; None: float32 or AMX's tiles, which
+    ``products``: how to multiply, one of ``fastest.possible``; None: the fastest here of those that
     serve every kernel and stride.
     """
     if weight.dim() != 4 or not weight.is_cpu or dtype not in KERNEL_DTYPES:
