@@ -19,16 +19,15 @@ struct Left {
   int64_t line;   // bytes from a line of channels to the next
   int64_t image;  // bytes to the smaller pieces of split values
   int64_t lines;
-  const Geometry* geometry;
+  const int64_t* offsets;  // places, of the taps
+  int64_t taps;
 };
 
 template <typename Each>
 FASTDIFF_VEC void for_each_tap(const Left& left, const Each& each) {
   for (int64_t line = 0; line < left.lines; ++line) {
     const char* at = left.places + line * left.line;
-    for (int tap = 0; tap < left.geometry->taps; ++tap) {
-      each(at + left.geometry->offset[tap] * kLineBytes);
-    }
+    for (int64_t tap = 0; tap < left.taps; ++tap) each(at + left.offsets[tap] * kLineBytes);
   }
 }
 

@@ -19,7 +19,7 @@ class TapBands {
 
   // What stays in the cache for a band of so many rows.
   static int64_t band_bytes(const ConvolutionShape& s, int64_t rows) {
-    return Geometry(s, rows).places * lines_of(s) * kLineBytes * As::kImages;
+    return Geometry(undoubled(s), rows).places * lines_of(s) * kLineBytes * As::kImages;
   }
 
   // Floats of scratch that a thread needs for `group` bands.
@@ -44,15 +44,27 @@ class TapBands {
 
   TapBands(const ConvolutionShape& shape, const ConvolutionCall& call, int64_t band_rows, int64_t,
            float* scratch)
-      : shape_(shape),
+      : shape_(undoubled(shape)),
         call_(call),
-        geometry_(shape, band_rows),
+        geometry_(shape_, band_rows),
         scratch_(reinterpret_cast<char*>(scratch)),
-        band_bytes_(band_bytes(shape, band_rows)) {
+        band_bytes_(band_bytes(shape, band_rows)),
+        blocks_(ceil_div(shape.out_channels, kOutputs)) {
+    const int64_t down = shape.folded ? (shape.kernel_height + 1) / 2 : shape.kernel_height;
+    const int64_t across = shape.folded ? (shape.kernel_width + 1) / 2 : shape.kernel_width;
+    for (int64_t part = 0; part < parts_of(shape); ++part) {
+      const int64_t row = shape.padding % 2 * (part / 2), column = shape.padding % 2 * (part % 2);
+      for (int64_t i = 0; i < down; ++i) {
+        for (int64_t j = 0; j < across; ++j) {
+          offsets_[part][i * across + j] =
+              geometry_.offset[(row + i) * shape_.kernel_width + column + j];
+        }
+      }
+    }
+    left_.taps = down * across;
     left_.line = geometry_.places * kLineBytes;
     left_.lines = lines_of(shape);
     left_.image = left_.line * left_.lines;
-    left_.geometry = &geometry_;
   }
   ~TapBands() {
     if (begun_ >= 0) multiplier_.end();
@@ -73,9 +85,9 @@ class TapBands {
 
   // The block that is taken next, from bands up to `end`.
   void multiply(int64_t block, int64_t) {
-    panel_ = static_cast<const char*>(call_.panels) + block * left_.lines * shape_.kernel_height *
-                                                          shape_.kernel_width *
-                                                          Multiplier::kTapBytes;
+    panel_ = static_cast<const char*>(call_.panels) +
+             block * left_.lines * left_.taps * Multiplier::kTapBytes;
+    left_.offsets = offsets_[block / blocks_];
   }
 
   // Gives the results the block's outputs of the band at `at`; returns where the next one is.
@@ -102,11 +114,13 @@ class TapBands {
     return ceil_div(s.channels + s.second_channels, As::kLine);
   }
 
-  const ConvolutionShape& shape_;
+  const ConvolutionShape shape_;  // of the input that stands in scratch
   const ConvolutionCall& call_;
   const Geometry geometry_;
   char* const scratch_;
   const int64_t band_bytes_;
+  const int64_t blocks_;  // of a part
+  int64_t offsets_[4][kMostTaps];
   Left left_;
   Multiplier multiplier_;
   int64_t begun_ = -1;  // outputs of a band that the multiplier is ready for

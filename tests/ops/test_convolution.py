@@ -69,7 +69,7 @@ def test_any_shape(data):
     torch.manual_seed(0)
     draw = data.draw
     dtype, isa = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(ISAS))
-    kernel = draw(st.sampled_from([(1, 1), (3, 3), (2, 3), (5, 5)]))
+    kernel = draw(st.sampled_from([(1, 1), (3, 3), (2, 3), (5, 5), (1, 3)]))
     padding = (draw(st.integers(0, 2)), draw(st.integers(0, 2)))
     doubled = draw(st.booleans())
     least = [max(1, -(-(k - sum(padding)) // (2 if doubled else 1))) for k in kernel]
@@ -86,10 +86,13 @@ def test_any_shape(data):
 
 
 @pytest.mark.parametrize("n, c, side, k", [(1, 128, 32, 64), (8, 256, 8, 64), (3, 96, 4, 256)])
+@pytest.mark.parametrize("doubled", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_change_no_bit(n, c, side, k, dtype):
+def test_threads_change_no_bit(n, c, side, k, doubled, dtype):
     torch.manual_seed(0)
+    side >>= doubled
     options = {"padding": (1, 1), "activation": "silu", "second": 32, "dtype": dtype}
+    options["doubled"] = doubled
     arguments = case(n, c, (side, side), k, (3, 3), **options)
     results = []
     for count in (1, 2, 5):
@@ -160,7 +163,7 @@ def test_a_bound_call_follows_its_memory():
     y = torch.empty(1, 6, 6, 8).permute(0, 3, 1, 2)
     nothing = (None,) * 5
     call = Arguments(
-        x, packed.panels, *nothing, 8, 3, 3, 1, 1, 1, False, False, int(packed.products), False
+        x, packed.panels, *nothing, 8, 3, 3, 1, 1, 1, *(False,) * 3, int(packed.products), False
     )
     run = bound(call, (y, None))
     for _ in range(2):

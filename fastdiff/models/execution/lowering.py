@@ -137,7 +137,9 @@ class Lowering:
         assert layer is not None
         return self._weight_slot(Weight((layer,), name, form, dims))
 
-    def _packed(self, layer: nn.Conv1d | nn.Conv2d, value: Value) -> Slot:
+    def _packed(
+        self, layer: nn.Conv1d | nn.Conv2d, value: Value, before: int, upsample: bool
+    ) -> Slot:
         """A convolution's weight for the products that are fastest for its shapes."""
         n, out_channels, height, width = value.shape
         kernel = layer.kernel_size if len(layer.kernel_size) == 2 else (1, 1)
@@ -146,10 +148,12 @@ class Lowering:
             amx = native.library().convolution_serves(int(Products.SPLIT))
             channels, stride = layer.in_channels, layer.stride[0]
             shape = (n, channels, out_channels, height, width, kernel, stride)
-            products, _ = fastest(Workload(self.program.dtype, *shape, amx), exact=self.exact)
+            work = Workload(self.program.dtype, *shape, amx, upsample)
+            products, _ = fastest(work, exact=self.exact)
             if products in (Products.WINOGRAD2, Products.WINOGRAD4):
                 products = self._within_bounds(products, out_channels, channels)
-        return self._weight_slot(Weight((layer,), "weight", "packed", 2, products))
+        doubled = before if upsample and layer.stride[0] == 1 else None
+        return self._weight_slot(Weight((layer,), "weight", "packed", 2, products, doubled))
 
     def _within_bounds(self, products: Products, out_channels: int, channels: int) -> Products:
         """Winograd's, as long as the weights, which are two to four times larger, fit into memory:
@@ -198,14 +202,14 @@ class Lowering:
         if x.kind == "concat":
             x, second = x.inputs
             assert x is not None and second is not None
-        before = int(layer.padding[0])
+        before, upsample = int(layer.padding[0]), "upsample" in options
         return self._emit(
             "convolution",
             layer,
             functions.convolve,
             [
                 self._image(x),
-                self._packed(layer, value),
+                self._packed(layer, value, before, upsample),
                 self._weight(layer, "bias", "vector"),
                 None if second is None else self._image(second),
                 coefficients,

@@ -58,6 +58,7 @@ class Workload(NamedTuple):
     kernel: tuple[int, ...]
     stride: int
     amx: bool
+    upsample: bool = False
 
 
 def fastest(work: Workload, *, exact: bool = False) -> tuple[Products, str]:
