@@ -21,6 +21,8 @@ struct Left {
   int64_t lines;
   const int64_t* offsets;  // places, of the taps
   int64_t taps;
+  int64_t place = kLineBytes;  // bytes from a place to the next
+  const Left* then = nullptr;  // further lines, of a second source
 };
 
 template <typename Each>
@@ -62,6 +64,7 @@ struct Weights {
 
 struct Float32Products {
   using As = AsFloat32;
+  static constexpr bool kReadsX = false;  // whether places may be where x has them
   static constexpr int kVectors = 2;
   static constexpr int kOutputs = kVectors * kWidth;
 #if defined(__AVX512F__)
@@ -152,6 +155,7 @@ FASTDIFF_VEC void pair(Vec first, Vec second, Vec& high, Vec& low) {
 template <bool SPLIT>
 struct TileProducts {
   using As = std::conditional_t<SPLIT, AsSplit, AsBFloat16>;
+  static constexpr bool kReadsX = !SPLIT;
   static constexpr int kOutputs = 32;
   static constexpr int kPositions = 32;
   static constexpr int64_t kTileBytes = 1024;
@@ -202,16 +206,15 @@ struct TileProducts {
   // Tiles: sums 0 to 3, outputs 4 and 5, weights 6 and 7.
   template <bool TWO>
   FASTDIFF_MEMBER void multiply_tiles(const Left& left, const char* panel, float* to) const {
-    const int64_t second = rows * kLineBytes;
     _tile_zero(0);
     _tile_zero(1);
     if (TWO) {
       _tile_zero(2);
       _tile_zero(3);
     }
-#define FASTDIFF_OUTPUTS(from)        \
-  _tile_loadd(4, (from), kLineBytes); \
-  if (TWO) _tile_loadd(5, (from) + second, kLineBytes)
+#define FASTDIFF_OUTPUTS(from)   \
+  _tile_loadd(4, (from), place); \
+  if (TWO) _tile_loadd(5, (from) + rows * place, place)
 #define FASTDIFF_WEIGHTS(from)        \
   _tile_loadd(6, (from), kLineBytes); \
   _tile_loadd(7, (from) + kTileBytes, kLineBytes)
@@ -222,19 +225,22 @@ struct TileProducts {
     _tile_dpbf16ps(2, 5, 6); \
     _tile_dpbf16ps(3, 5, 7); \
   }
-    for_each_tap(left, [&](const char* at) {
-      FASTDIFF_OUTPUTS(at);
-      FASTDIFF_WEIGHTS(panel);
-      FASTDIFF_PRODUCTS();
-      if (SPLIT) {
-        FASTDIFF_WEIGHTS(panel + 2 * kTileBytes);
-        FASTDIFF_PRODUCTS();
-        FASTDIFF_OUTPUTS(at + left.image);
+    for (const Left* source = &left; source != nullptr; source = source->then) {
+      const int64_t place = source->place;
+      for_each_tap(*source, [&](const char* at) {
+        FASTDIFF_OUTPUTS(at);
         FASTDIFF_WEIGHTS(panel);
         FASTDIFF_PRODUCTS();
-      }
-      panel += kTapBytes;
-    });
+        if (SPLIT) {
+          FASTDIFF_WEIGHTS(panel + 2 * kTileBytes);
+          FASTDIFF_PRODUCTS();
+          FASTDIFF_OUTPUTS(at + source->image);
+          FASTDIFF_WEIGHTS(panel);
+          FASTDIFF_PRODUCTS();
+        }
+        panel += kTapBytes;
+      });
+    }
 #undef FASTDIFF_OUTPUTS
 #undef FASTDIFF_WEIGHTS
 #undef FASTDIFF_PRODUCTS
