@@ -18,7 +18,7 @@ from fastdiff.models.execution import functions
 from fastdiff.models.execution.program import WIDE, Program, Value, Weight
 from fastdiff.ops import native
 from fastdiff.ops.backends import KERNEL_DTYPES
-from fastdiff.ops.convolution.fastest import Products, Workload, fastest
+from fastdiff.ops.convolution.fastest import Products, Workload, fastest, folded_is_faster
 from fastdiff.ops.convolution.reference import moments_of
 
 CHANNELS_LAST, CONTIGUOUS = "channels_last", "contiguous"
@@ -143,16 +143,16 @@ class Lowering:
         """A convolution's weight for the products that are fastest for its shapes."""
         n, out_channels, height, width = value.shape
         kernel = layer.kernel_size if len(layer.kernel_size) == 2 else (1, 1)
-        products = None
+        products = doubled = None
         if self.program.dtype in KERNEL_DTYPES:
             amx = native.library().convolution_serves(int(Products.SPLIT))
             channels, stride = layer.in_channels, layer.stride[0]
             shape = (n, channels, out_channels, height, width, kernel, stride)
             work = Workload(self.program.dtype, *shape, amx, upsample)
             products, _ = fastest(work, exact=self.exact)
+            doubled = before if folded_is_faster(work) else None
             if products in (Products.WINOGRAD2, Products.WINOGRAD4):
                 products = self._within_bounds(products, out_channels, channels)
-        doubled = before if upsample and layer.stride[0] == 1 else None
         return self._weight_slot(Weight((layer,), "weight", "packed", 2, products, doubled))
 
     def _within_bounds(self, products: Products, out_channels: int, channels: int) -> Products:

@@ -95,7 +95,7 @@ def convolution(
         plain = training.Arguments(x, whole, bias, stride, *padding)
         return training.forward(plain, True)[0], None
     if packed is None or packed.panels is None:
-        packed = pack(whole, x.dtype, doubled=padding[0] if upsample and stride == 1 else None)
+        packed = pack(whole, x.dtype)
     elif packed.folded is not None and (packed.folded, True, 1) != (padding[0], upsample, stride):
         raise InputError(
             f"{OP}: upsample={upsample}, padding={padding}, stride={stride}; expected what the "
