@@ -64,12 +64,15 @@ def test_small_integers_are_exact(products, padding, size):
         torch.testing.assert_close(moments.double(), torch.stack(found, 1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("stored, more", [(torch.float32, 1.05), (torch.bfloat16, 1.6)])
 @pytest.mark.parametrize("products", DIRECT)
-def test_no_less_exact_than_of_every_tap(products):
-    """Rounded sums, beside a sum of rounded products: ours and PyTorch's own."""
+def test_how_exact_beside_products_of_every_tap(products, stored, more):
+    """Ours and PyTorch's own. Weights of float32 are rounded either way, themselves or their sums;
+    of bfloat16, the sums alone."""
     dtype = served(products)
     torch.manual_seed(0)
-    x, weight = torch.randn(2, 256, 8, 8).to(dtype), torch.randn(64, 256, 3, 3) / 48
+    x = torch.randn(2, 256, 8, 8).to(dtype)
+    weight = (torch.randn(64, 256, 3, 3) / 48).to(stored)
     truth = F.conv2d(doubled(x.double()), weight.double(), padding=1)
     named = {"padding": (1, 1), "upsample": True}
 
@@ -79,9 +82,9 @@ def test_no_less_exact_than_of_every_tap(products):
     found = error(convolution(x, pack(weight, dtype, products=products, doubled=1), **named)[0])
     of_every_tap = error(convolution(x, pack(weight, dtype, products=products), **named)[0])
     pytorchs = error(F.conv2d(doubled(x), weight.to(dtype), padding=1))
-    assert found <= 1.05 * of_every_tap
+    assert found <= more * of_every_tap
     if dtype == torch.bfloat16:
-        assert found <= 1.05 * pytorchs
+        assert found <= more * pytorchs
 
 
 def test_panels_follow_the_weight():
