@@ -19,8 +19,8 @@ struct Left {
   int64_t line;   // bytes from a line of channels to the next
   int64_t image;  // bytes to the smaller pieces of split values
   int64_t lines;
-  const int64_t* offsets;  // places, of the taps
   int64_t taps;
+  const int64_t* offset;       // of each tap, in places
   int64_t place = kLineBytes;  // bytes from a place to the next
   const Left* then = nullptr;  // further lines, of a second source
 };
@@ -29,7 +29,9 @@ template <typename Each>
 FASTDIFF_VEC void for_each_tap(const Left& left, const Each& each) {
   for (int64_t line = 0; line < left.lines; ++line) {
     const char* at = left.places + line * left.line;
-    for (int64_t tap = 0; tap < left.taps; ++tap) each(at + left.offsets[tap] * kLineBytes);
+    for (int64_t tap = 0; tap < left.taps; ++tap) {
+      each(at + left.offset[tap] * kLineBytes);
+    }
   }
 }
 

@@ -83,7 +83,7 @@ class TapBands {
   void multiply(int64_t block, int64_t) {
     panel_ = static_cast<const char*>(call_.panels) +
              block * lines_ * left_.taps * Multiplier::kTapBytes;
-    left_.offsets = rest_.offsets = offsets_[block / blocks_];
+    left_.offset = rest_.offset = offsets_[block / blocks_];
   }
 
   // Gives the results the block's outputs of the band at `at`; returns where the next one is.
