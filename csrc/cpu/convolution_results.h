@@ -43,15 +43,16 @@ template <typename T, int VECTORS>
 struct Results {
   using Moments = RunningMoments<VECTORS>;
 
-  int64_t rows;   // of outputs
-  int64_t width;  // of a row
-  int64_t row_stride, place_stride;  // elements
-  int channels;       // of the block's that there are
-  const float* bias;  // of the block's channels, or null, as all below
-  const float* add;   // of the sample, too
-  const T* residual;  // of the sample's first place
-  T* y;               // likewise
-  float* strips;      // (strips, 2, strips_stride): moments of `strip_rows` output rows each
+  int64_t rows;          // of outputs
+  int64_t width;         // of a row
+  int64_t row_stride;    // elements
+  int64_t place_stride;  // likewise
+  int channels;          // of the block's that there are
+  const float* bias;     // of the block's channels, or null, as all below
+  const float* add;      // of the sample, too
+  const T* residual;     // of the sample's first place
+  T* y;                  // likewise
+  float* strips;         // (strips, 2, strips_stride): moments of `strip_rows` output rows each
   int64_t strips_stride;
   int64_t strip_rows;
 

@@ -166,9 +166,9 @@ class TapBands {
   const char* from_;  // scratch, or x
   const char* second_ = nullptr;
   bool reads_x_ = false;
-  int64_t first_ = 0;  // place of x, of the first band
+  int64_t first_ = 0;          // place of x, of the first band
   const int64_t band_places_;  // 64 bytes each, all lines
-  const int64_t blocks_;  // of a part
+  const int64_t blocks_;       // of a part
   int64_t offsets_[4][kMostTaps];
   int64_t lines_;
   Left left_, rest_;
