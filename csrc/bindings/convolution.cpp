@@ -11,7 +11,8 @@ const Binding convolution_binding([](py::module_& module) {
       .def(py::init([](int64_t samples, int64_t channels, int64_t second_channels, int64_t height,
                        int64_t width, int64_t out_channels, int64_t out_height, int64_t out_width,
                        int64_t kernel_height, int64_t kernel_width, int64_t stride, int64_t padding,
-                       bool upsample, bool silu, int dtype, int products, int64_t add_stride) {
+                       bool upsample, bool folded, bool silu, int dtype, int products,
+                       int64_t add_stride) {
              return ConvolutionShape{samples,
                                      channels,
                                      second_channels,
@@ -25,6 +26,7 @@ const Binding convolution_binding([](py::module_& module) {
                                      stride,
                                      padding,
                                      upsample,
+                                     folded,
                                      silu,
                                      static_cast<DType>(dtype),
                                      static_cast<Products>(products),
@@ -33,8 +35,8 @@ const Binding convolution_binding([](py::module_& module) {
            py::kw_only(), py::arg("samples"), py::arg("channels"), py::arg("second_channels"),
            py::arg("height"), py::arg("width"), py::arg("out_channels"), py::arg("out_height"),
            py::arg("out_width"), py::arg("kernel_height"), py::arg("kernel_width"),
-           py::arg("stride"), py::arg("padding"), py::arg("upsample"), py::arg("silu"),
-           py::arg("dtype"), py::arg("products"), py::arg("add_stride"));
+           py::arg("stride"), py::arg("padding"), py::arg("upsample"), py::arg("folded"),
+           py::arg("silu"), py::arg("dtype"), py::arg("products"), py::arg("add_stride"));
   module.def("convolution_serves",
              [](int products) { return cpu::convolution_serves(static_cast<Products>(products)); });
   module.def("convolution_pays",

@@ -41,6 +41,7 @@ struct ConvolutionShape {
   int64_t stride;
   int64_t padding;  // zeros before the first row and column; those after follow from the sizes
   bool upsample;
+  bool folded;  // upsample, by panels of sums of taps: one after the other for a doubled place's four
   bool silu;
   DType dtype;  // of x, second, residual and y
   Products products;

@@ -46,22 +46,22 @@ struct Plan {
   int64_t units;               // bands of all samples
   int64_t group;               // units that a task takes one after the other, block by block
   int64_t groups;
-  int64_t blocks;      // of output channels
+  int64_t blocks;      // of output channels, one part's after the other's
   int64_t shares;      // tasks that share a group's output channels
-  int64_t out_stride;  // output channels, filled up to whole blocks
+  int64_t out_stride;  // output channels of these
 };
 
 template <typename Bands>
 Plan plan_of(const ConvolutionShape& s, int threads) {
   const auto bytes = [&](int64_t rows) { return Bands::band_bytes(s, rows); };
+  const Part part(s, 0);  // the largest
   Plan p;
-  p.strip_rows =
-      ceil_div(smaller(s.out_height, ceil_div(kStripOutputs, s.out_width)), Bands::kRows) *
-      Bands::kRows;
-  p.strips = ceil_div(s.out_height, p.strip_rows);
-  p.blocks = ceil_div(s.out_channels, Bands::kOutputs);
+  p.strip_rows = ceil_div(smaller(part.rows, ceil_div(kStripOutputs, part.columns)), Bands::kRows) *
+                 Bands::kRows;
+  p.strips = ceil_div(part.rows, p.strip_rows);
+  p.blocks = parts_of(s) * ceil_div(s.out_channels, Bands::kOutputs);
   p.out_stride = p.blocks * Bands::kOutputs;
-  const int64_t outputs = s.samples * s.out_height * s.out_width;
+  const int64_t outputs = s.samples * part.rows * part.columns;
   // Few outputs are cut into fewer pieces than there are threads: these share output channels, and
   // each fills the input for itself.
   const bool few = outputs < threads * Bands::kFewOutputs;
@@ -72,7 +72,7 @@ Plan plan_of(const ConvolutionShape& s, int threads) {
   const int64_t wanted = ceil_div(s.samples * ceil_div(p.strips, fit), pieces) * pieces;
   const int64_t bands = smaller(p.strips, ceil_div(wanted, s.samples));
   p.band_rows = ceil_div(p.strips, bands) * p.strip_rows;
-  p.bands = ceil_div(s.out_height, p.band_rows);
+  p.bands = ceil_div(part.rows, p.band_rows);
   p.units = s.samples * p.bands;
   p.group = larger(1, smaller(ceil_div(p.units, pieces), Bands::kCacheBytes / bytes(p.band_rows)));
   p.groups = ceil_div(p.units, p.group);
@@ -82,14 +82,18 @@ Plan plan_of(const ConvolutionShape& s, int threads) {
 
 // The strips' moments of sample `n` to (2, out_channels).
 void merge_strips(const ConvolutionShape& s, const Plan& p, const float* strips, float* to) {
+  const int64_t part_stride = p.out_stride / parts_of(s);
   for (int64_t k = 0; k < s.out_channels; k += kWidth) {
     const int lanes = static_cast<int>(smaller(kWidth, s.out_channels - k));
     Vec mean{}, squares{};
     float count = 0.0f;
-    for (int64_t strip = 0; strip < p.strips; ++strip) {
-      const float* at = strips + strip * 2 * p.out_stride + k;
-      const int64_t rows = smaller(p.strip_rows, s.out_height - strip * p.strip_rows);
-      const float more = static_cast<float>(rows * s.out_width);
+    for (int64_t i = 0; i < parts_of(s) * p.strips; ++i) {
+      const Part part(s, i / p.strips);
+      const int64_t strip = i % p.strips;
+      const int64_t rows = smaller(p.strip_rows, part.rows - strip * p.strip_rows);
+      if (rows <= 0 || part.columns == 0) continue;
+      const float* at = strips + strip * 2 * p.out_stride + i / p.strips * part_stride + k;
+      const float more = static_cast<float>(rows * part.columns);
       const float share = more / (count + more);  // Chan, Golub & LeVeque 1983
       const Vec delta = load(at) - mean;
       mean = fma(delta, splat(share), mean);
@@ -106,9 +110,11 @@ int64_t run(const ConvolutionShape& s, const ConvolutionCall& call, float* works
   constexpr int kVectors = Bands::kOutputs / kWidth;
   constexpr int64_t kLineFloats = kLineBytes / 4;
   const Plan p = plan_of<Bands>(s, threads);
+  const Part all(s, 0);
   const bool wants_moments = call.moments != nullptr;
   const int64_t strips_floats = p.strips * 2 * p.out_stride;
   const int64_t scratch_floats = Bands::scratch(s, p.band_rows, p.group);
+  const int64_t part_blocks = p.blocks / parts_of(s);
   const int64_t tasks = p.groups * p.shares;
   const int team = static_cast<int>(smaller(threads, tasks));
   const int64_t needed =
@@ -130,7 +136,7 @@ int64_t run(const ConvolutionShape& s, const ConvolutionCall& call, float* works
       const int64_t first = group * p.group, last = smaller(first + p.group, p.units);
       const auto rows_of = [&](int64_t unit, int64_t& top) {
         top = unit % p.bands * p.band_rows;
-        return smaller(p.band_rows, s.out_height - top);
+        return smaller(p.band_rows, all.rows - top);
       };
       if (group != filled) end = 0;
       for (int64_t unit = first; unit < last && group != filled; ++unit) {
@@ -142,7 +148,9 @@ int64_t run(const ConvolutionShape& s, const ConvolutionCall& call, float* works
       for (int64_t block = p.blocks * share / p.shares; block < p.blocks * (share + 1) / p.shares;
            ++block) {
         bands.multiply(block, end);
-        const int64_t k = block * Bands::kOutputs;
+        const Part part(s, block / part_blocks);
+        const int64_t k = block % part_blocks * Bands::kOutputs;
+        const int64_t first_output = (part.row * s.out_width + part.column) * s.out_channels + k;
         const int there = static_cast<int>(smaller(Bands::kOutputs, s.out_channels - k));
         int64_t at = 0;
         for (int64_t unit = first; unit < last; ++unit) {
@@ -150,14 +158,16 @@ int64_t run(const ConvolutionShape& s, const ConvolutionCall& call, float* works
           int64_t top;
           const int64_t rows = rows_of(unit, top);
           const Results<T, kVectors> results = {
-              s.out_width,
-              s.out_channels,
+              part.rows,
+              part.columns,
+              part.step * s.out_width * s.out_channels,
+              part.step * s.out_channels,
               there,
               call.bias == nullptr ? nullptr : call.bias + k,
               call.add == nullptr ? nullptr : call.add + n * s.add_stride + k,
-              residuals == nullptr ? nullptr : residuals + n * sample_elements + k,
-              y + n * sample_elements + k,
-              strips == nullptr ? nullptr : strips + n * strips_floats + k,
+              residuals == nullptr ? nullptr : residuals + n * sample_elements + first_output,
+              y + n * sample_elements + first_output,
+              strips == nullptr ? nullptr : strips + n * strips_floats + block * Bands::kOutputs,
               p.out_stride,
               p.strip_rows};
           if (there == Bands::kOutputs) {

@@ -18,6 +18,40 @@ namespace fastdiff::cpu::FASTDIFF_ISA {
 
 constexpr int kMostTaps = 49;  // 7×7
 
+// Where a doubled image is convolved as it was before. The output at 2i + a reads, by tap t, the place
+// i + ⌊(a + t − padding) / 2⌋: the taps that read the same one are added up in advance, and for each
+// remainder (a, b) of rows and columns (a part) remains a convolution of its own, with (taps + 1) / 2
+// of an odd number of taps each way. This is the one whose input serves all parts: they have their
+// taps among its own.
+inline ConvolutionShape undoubled(ConvolutionShape s) {
+  if (!s.folded) return s;
+  const auto reach = [&](int64_t taps) { return s.padding % 2 + (taps - s.padding % 2) / 2 + 1; };
+  s.kernel_height = reach(s.kernel_height);
+  s.kernel_width = reach(s.kernel_width);
+  s.padding = ceil_div(s.padding, 2);
+  s.out_height = ceil_div(s.out_height, 2);
+  s.out_width = ceil_div(s.out_width, 2);
+  s.upsample = false;
+  return s;
+}
+
+// How many convolutions a call is.
+FASTDIFF_VEC int64_t parts_of(const ConvolutionShape& s) { return s.folded ? 4 : 1; }
+
+// The outputs of one of them.
+struct Part {
+  int64_t row, column;  // the first
+  int64_t step;         // to the next, each way
+  int64_t rows, columns;
+
+  Part(const ConvolutionShape& s, int64_t part)
+      : row(part / 2),
+        column(part % 2),
+        step(s.folded ? 2 : 1),
+        rows(ceil_div(s.out_height - row, step)),
+        columns(ceil_div(s.out_width - column, step)) {}
+};
+
 // One dimension of it.
 struct Side {
   int64_t stride;

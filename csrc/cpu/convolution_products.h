@@ -24,7 +24,9 @@ struct Left {
   int64_t image;  // bytes to the smaller pieces of split values
   int64_t lines;
   int64_t taps;
-  const int64_t* offset;  // of each tap, in places
+  const int64_t* offset;       // of each tap, in places
+  int64_t place = kLineBytes;  // bytes from a place to the next
+  const Left* then = nullptr;  // further lines, of a second source
 };
 
 template <typename Each>
@@ -79,6 +81,7 @@ FASTDIFF_VEC Vec splat_word(const char* from) {
 // stand: kStep words from one word's to the next one's, and kSide from a word's first to its second.
 template <typename Words>
 struct RowProducts : Words {
+  static constexpr bool kReadsX = false;  // whether places may be where x has them
   static constexpr int kVectors = 2;
   static constexpr int kOutputs = kVectors * kWidth;
 #if defined(__AVX512F__)
@@ -234,6 +237,7 @@ template <bool SPLIT>
 struct TileProducts : PairPanels<SPLIT> {
   using As = std::conditional_t<SPLIT, AsSplit, AsBFloat16>;
   using PairPanels<SPLIT>::kOutputs, PairPanels<SPLIT>::kTileBytes, PairPanels<SPLIT>::kTapBytes;
+  static constexpr bool kReadsX = !SPLIT;
   static constexpr int kPositions = 32;
   int64_t rows = 0;  // of a tile of outputs
 
@@ -255,7 +259,7 @@ struct TileProducts : PairPanels<SPLIT> {
   template <bool TWO>
   FASTDIFF_MEMBER void multiply_tiles(const Left& left, const char* panel, float* to,
                                       int64_t pitch, bool more) const {
-    const int64_t second = rows * kLineBytes, row_bytes = pitch * 4;
+    const int64_t row_bytes = pitch * 4;
     _tile_zero(0);
     _tile_zero(1);
     if (TWO) {
@@ -268,9 +272,9 @@ struct TileProducts : PairPanels<SPLIT> {
       if (TWO) _tile_loadd(2, to + rows * pitch, row_bytes);
       if (TWO) _tile_loadd(3, to + rows * pitch + 16, row_bytes);
     }
-#define FASTDIFF_OUTPUTS(from)        \
-  _tile_loadd(4, (from), kLineBytes); \
-  if (TWO) _tile_loadd(5, (from) + second, kLineBytes)
+#define FASTDIFF_OUTPUTS(from)   \
+  _tile_loadd(4, (from), place); \
+  if (TWO) _tile_loadd(5, (from) + rows * place, place)
 #define FASTDIFF_WEIGHTS(from)        \
   _tile_loadd(6, (from), kLineBytes); \
   _tile_loadd(7, (from) + kTileBytes, kLineBytes)
@@ -281,19 +285,22 @@ struct TileProducts : PairPanels<SPLIT> {
     _tile_dpbf16ps(2, 5, 6); \
     _tile_dpbf16ps(3, 5, 7); \
   }
-    for_each_tap(left, [&](const char* at) {
-      FASTDIFF_OUTPUTS(at);
-      FASTDIFF_WEIGHTS(panel);
-      FASTDIFF_PRODUCTS();
-      if (SPLIT) {
-        FASTDIFF_WEIGHTS(panel + 2 * kTileBytes);
-        FASTDIFF_PRODUCTS();
-        FASTDIFF_OUTPUTS(at + left.image);
+    for (const Left* source = &left; source != nullptr; source = source->then) {
+      const int64_t place = source->place;
+      for_each_tap(*source, [&](const char* at) {
+        FASTDIFF_OUTPUTS(at);
         FASTDIFF_WEIGHTS(panel);
         FASTDIFF_PRODUCTS();
-      }
-      panel += kTapBytes;
-    });
+        if (SPLIT) {
+          FASTDIFF_WEIGHTS(panel + 2 * kTileBytes);
+          FASTDIFF_PRODUCTS();
+          FASTDIFF_OUTPUTS(at + source->image);
+          FASTDIFF_WEIGHTS(panel);
+          FASTDIFF_PRODUCTS();
+        }
+        panel += kTapBytes;
+      });
+    }
 #undef FASTDIFF_OUTPUTS
 #undef FASTDIFF_WEIGHTS
 #undef FASTDIFF_PRODUCTS

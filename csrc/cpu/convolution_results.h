@@ -37,19 +37,22 @@ struct RunningMoments {
   }
 };
 
-// Results of one sample and one block of output channels, whose places come in order.
+// Results of one sample and one block of output channels, whose places come in order: all of them, or
+// those that are every other one each way.
 template <typename T, int VECTORS>
 struct Results {
   using Moments = RunningMoments<VECTORS>;
 
-  int64_t width;  // of an output row
-  int64_t out_channels;
-  int channels;       // of the block's that there are
-  const float* bias;  // of the block's channels, or null, as all below
-  const float* add;   // of the sample, too
-  const T* residual;  // of the sample's first place
-  T* y;               // likewise
-  float* strips;      // (strips, 2, strips_stride): moments of `strip_rows` output rows each
+  int64_t rows;          // of outputs
+  int64_t width;         // of a row
+  int64_t row_stride;    // elements
+  int64_t place_stride;  // likewise
+  int channels;          // of the block's that there are
+  const float* bias;     // of the block's channels, or null, as all below
+  const float* add;      // of the sample, too
+  const T* residual;     // of the sample's first place
+  T* y;                  // likewise
+  float* strips;         // (strips, 2, strips_stride): moments of `strip_rows` output rows each
   int64_t strips_stride;
   int64_t strip_rows;
 
@@ -66,12 +69,13 @@ struct Results {
       if (bias != nullptr) added[j] = get<FULL>(bias + j * kWidth, in_part[j]);
       if (add != nullptr) added[j] = added[j] + get<FULL>(add + j * kWidth, in_part[j]);
     }
+    last = smaller(last, rows);
     while (count > 0 && row < last) {
       const int64_t here = larger(0, smaller(count, width - column));
-      const int64_t place = row * width + column;
+      const int64_t first = row * row_stride + column * place_stride;
       for (int64_t i = 0; i < here; ++i) {
         Vec values[VECTORS];
-        const int64_t at = (place + i) * out_channels;
+        const int64_t at = first + i * place_stride;
         for (int j = 0; j < VECTORS; ++j) {
           values[j] = load(products + (i * VECTORS + j) * kWidth) + added[j];
           if (residual != nullptr) {

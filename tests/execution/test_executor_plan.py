@@ -242,3 +242,20 @@ def test_transformed_weights_are_bounded(monkeypatch):
     assert transformed == threes - 3 and total < lowering.MOST_TRANSFORMED  # but for the strided
     total, transformed, threes = of("iddpm-imagenet64")
     assert 0 < transformed < threes - 3 and total <= lowering.MOST_TRANSFORMED
+
+
+def test_doublings_are_folded_where_results_are_large():
+    def folded(n):
+        plan, _ = of_preset("ddpm-cifar10", n, torch.bfloat16)
+        return [step.reads[1].weight.doubled for step in plan.steps if "upsample" in step.options]
+
+    assert folded(1) == [None, 1, 1] and folded(8) == [1, 1, 1]
+    model = small_unet()
+    x, t, y = batch(model, 16, 16, n=4)
+    for exact in (False, True):
+        executor = Executor(model, exact=exact)
+        plan = executor.plan(*x.shape)
+        assert any(weight.doubled == 1 for weight in plan.weights)
+        with torch.no_grad():
+            found, expected = executor(x, t, y), model(x, t, y)
+        assert (found - expected).abs().max() < 3e-4 * expected.abs().max()

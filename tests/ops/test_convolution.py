@@ -21,6 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BOUNDS = {torch.float32: 5e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 
 IN_BFLOAT16 = [Products.BFLOAT16, Products.PAIRS]
+OF_DTYPES = [(dtype, products_of(dtype)) for dtype in DTYPES]
 
 
 def case(n, c, size, k, kernel, *, second=0, dtype=torch.float32, doubled=False, **options):
@@ -48,7 +49,10 @@ def in_float64(named):
 def check(arguments, products=None):
     """``products``: of a packed weight."""
     (x, weight), named = arguments
-    given_weight = weight if products is None else pack(weight, x.dtype, products=products)
+    doubled = named["padding"][0] if named["upsample"] and named.get("stride", 1) == 1 else None
+    given_weight = weight
+    if products is not None:
+        given_weight = pack(weight, x.dtype, products=products, doubled=doubled)
     y, moments = convolution(x, given_weight, moments=True, **named)
     used = products_of(x.dtype) if products is None else products
     rounded = weight.to(torch.bfloat16) if used in IN_BFLOAT16 else weight
@@ -73,7 +77,7 @@ def test_any_shape(data):
     torch.manual_seed(0)
     draw = data.draw
     dtype, isa = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(ISAS))
-    kernel = draw(st.sampled_from([(1, 1), (3, 3), (2, 3), (5, 5)]))
+    kernel = draw(st.sampled_from([(1, 1), (3, 3), (2, 3), (5, 5), (1, 3)]))
     padding = (draw(st.integers(0, 2)), draw(st.integers(0, 2)))
     doubled = draw(st.booleans())
     least = [max(1, -(-(k - sum(padding)) // (2 if doubled else 1))) for k in kernel]
@@ -91,14 +95,14 @@ def test_any_shape(data):
 
 
 @pytest.mark.parametrize("n, c, side, k", [(1, 128, 32, 64), (8, 256, 8, 64), (3, 96, 4, 256)])
-@pytest.mark.parametrize(
-    "dtype, products", [*((dtype, None) for dtype in DTYPES), (torch.bfloat16, Products.PAIRS)]
-)
-def test_threads_change_no_bit(n, c, side, k, dtype, products):
-    if products is not None:
-        needs(products)
+@pytest.mark.parametrize("doubled", [False, True])
+@pytest.mark.parametrize("dtype, products", [*OF_DTYPES, (torch.bfloat16, Products.PAIRS)])
+def test_threads_change_no_bit(n, c, side, k, doubled, dtype, products):
+    needs(products)
     torch.manual_seed(0)
+    side >>= doubled
     options = {"padding": (1, 1), "activation": "silu", "second": 32, "dtype": dtype}
+    options["doubled"] = doubled
     arguments = case(n, c, (side, side), k, (3, 3), **options)
     results = []
     for count in (1, 2, 5):
@@ -205,7 +209,7 @@ def test_a_bound_call_follows_its_memory():
     y = torch.empty(1, 6, 6, 8).permute(0, 3, 1, 2)
     nothing = (None,) * 5
     call = Arguments(
-        x, packed.panels, *nothing, 8, 3, 3, 1, 1, 1, False, False, int(packed.products), False
+        x, packed.panels, *nothing, 8, 3, 3, 1, 1, 1, *(False,) * 3, int(packed.products), False
     )
     run = bound(call, (y, None))
     for _ in range(2):

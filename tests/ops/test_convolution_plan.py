@@ -6,7 +6,14 @@ import math
 import pytest
 import torch
 
-from fastdiff.ops.convolution.fastest import Products, Units, Workload, fastest, possible
+from fastdiff.ops.convolution.fastest import (
+    Products,
+    Units,
+    Workload,
+    fastest,
+    folded_is_faster,
+    possible,
+)
 from paths import ROOT
 
 FOLDER = ROOT / "benchmarks" / "results" / "convolution_plan"
@@ -34,6 +41,7 @@ def test_the_rule_agrees_with_the_measurements(table, units):
                 width=row["side"],
                 kernel=(row["kernel"],) * 2,
                 units=units,
+                upsample=row.get("upsample", False),
                 **{key: row[key] for key in ("samples", "channels", "out_channels")},
             )
         )
@@ -80,3 +88,11 @@ def test_products_of_the_values_themselves():
         assert fastest(workload(units=units), exact=True)[0] == Products.FLOAT32
         half = workload(units=units, dtype=torch.bfloat16)
         assert fastest(half, exact=True) == fastest(half)
+
+
+def test_a_doubling_is_folded_into_large_results():
+    doubled = {"upsample": True, "height": 8, "width": 8}
+    assert folded_is_faster(workload(samples=4, **doubled))
+    assert not folded_is_faster(workload(samples=3, **doubled))
+    assert not folded_is_faster(workload(samples=4, stride=2, **doubled))
+    assert not folded_is_faster(workload(samples=4, height=8, width=8))

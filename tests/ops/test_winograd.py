@@ -66,6 +66,7 @@ def native_convolution(products, threads=1, **given):
         stride=1,
         padding=given["padding"][0],
         upsample=given["upsample"],
+        folded=False,
         silu=given["activation"] == "silu",
         dtype=native.DTYPE_CODES[x.dtype],
         products=products,

@@ -158,10 +158,14 @@ def convolution():
             weight = random(k, c + second, kernel, kernel)
             rows = {"second": rest, "coefficients": coefficients, "add": add}
             geometry = {"stride": stride, "padding": padding, "upsample": upsample}
-            for products in possible(dtype, (kernel, kernel), stride):
-                packed = pack(weight, dtype, products=products)
+            ways = possible(dtype, (kernel, kernel), stride)
+            for products, doubled in itertools.product(ways, {None, 1 if upsample else None}):
+                packed = pack(weight, dtype, products=products, doubled=doubled)
                 y, _ = ops.convolution(x, packed, activation="silu", **rows, **geometry)
                 ops.convolution(x, packed, random(k), residual=y, moments=True, **rows, **geometry)
+    for size in ((5, 5), (4, 4), (3, 8)):  # read where they are, and not
+        x, rest = (random(2, 32, *size, dtype=torch.bfloat16, offset=1) for _ in range(2))
+        ops.convolution(x, random(33, 64, 1, 1), second=rest, moments=True)
 
 
 def norm_coefficients():

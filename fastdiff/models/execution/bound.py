@@ -87,6 +87,7 @@ def _convolution(step: Step, reads: list[Any], writes: list[Tensor]) -> Run | No
         before=options["padding"][0],
         after=options["padding"][1],
         upsample=bool(options.get("upsample")),
+        folded=weight.folded is not None,
         silu=options.get("activation") is not None,
         products=int(weight.products),
         moments=moments,

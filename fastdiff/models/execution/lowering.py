@@ -18,7 +18,13 @@ from fastdiff.models.execution import functions
 from fastdiff.models.execution.program import WIDE, Program, Value, Weight
 from fastdiff.ops import native
 from fastdiff.ops.backends import KERNEL_DTYPES
-from fastdiff.ops.convolution.fastest import Products, Workload, fastest, units
+from fastdiff.ops.convolution.fastest import (
+    Products,
+    Workload,
+    fastest,
+    folded_is_faster,
+    units,
+)
 from fastdiff.ops.convolution.reference import moments_of
 
 CHANNELS_LAST, CONTIGUOUS = "channels_last", "contiguous"
@@ -137,19 +143,22 @@ class Lowering:
         assert layer is not None
         return self._weight_slot(Weight((layer,), name, form, dims))
 
-    def _packed(self, layer: nn.Conv1d | nn.Conv2d, value: Value) -> Slot:
+    def _packed(
+        self, layer: nn.Conv1d | nn.Conv2d, value: Value, before: int, upsample: bool
+    ) -> Slot:
         """A convolution's weight for the products that are fastest for its shapes."""
         n, out_channels, height, width = value.shape
         kernel = layer.kernel_size if len(layer.kernel_size) == 2 else (1, 1)
-        products = None
+        products = doubled = None
         if self.program.dtype in KERNEL_DTYPES:
             channels, stride = layer.in_channels, layer.stride[0]
             shape = (n, channels, out_channels, height, width, kernel, stride)
-            work = Workload(self.program.dtype, *shape, units())
+            work = Workload(self.program.dtype, *shape, units(), upsample)
             products, _ = fastest(work, exact=self.exact)
+            doubled = before if folded_is_faster(work) else None
             if products in (Products.WINOGRAD2, Products.WINOGRAD4):
                 products = self._within_bounds(products, out_channels, channels)
-        return self._weight_slot(Weight((layer,), "weight", "packed", 2, products))
+        return self._weight_slot(Weight((layer,), "weight", "packed", 2, products, doubled))
 
     def _within_bounds(self, products: Products, out_channels: int, channels: int) -> Products:
         """Winograd's, as long as the weights, which are two to four times larger, fit into memory:
@@ -198,14 +207,14 @@ class Lowering:
         if x.kind == "concat":
             x, second = x.inputs
             assert x is not None and second is not None
-        before = int(layer.padding[0])
+        before, upsample = int(layer.padding[0]), "upsample" in options
         return self._emit(
             "convolution",
             layer,
             functions.convolve,
             [
                 self._image(x),
-                self._packed(layer, value),
+                self._packed(layer, value, before, upsample),
                 self._weight(layer, "bias", "vector"),
                 None if second is None else self._image(second),
                 coefficients,

@@ -80,7 +80,7 @@ class Weights:
         if weight.dims and made.dim() != weight.dims + 2:  # a kernel of one, of any dimension
             made = made.reshape(*made.shape[:2], *(1,) * weight.dims)
         if weight.form == "packed":
-            return pack(made, dtype, products=weight.products)
+            return pack(made, dtype, products=weight.products, doubled=weight.doubled)
         if weight.form == "wide":
             outs, ins = (max(0, WIDE - n) for n in made.shape[:2])
             made = functional.pad(made, (0, 0, 0, 0, 0, ins, 0, outs))

@@ -47,6 +47,7 @@ def shape_of(
     second: Maybe = None,
     add: Maybe = None,
     upsample: bool = False,
+    folded: bool = False,
     silu: bool = False,
 ) -> Any:
     """A call as the library has it."""
@@ -66,6 +67,7 @@ def shape_of(
         stride=stride,
         padding=padding[0],
         upsample=upsample,
+        folded=folded,
         silu=silu,
         dtype=code(x),
         products=products,

@@ -96,6 +96,11 @@ def convolution(
         return training.forward(plain, True)[0], None
     if packed is None or packed.panels is None:
         packed = pack(whole, x.dtype)
+    elif packed.folded is not None and (packed.folded, True, 1) != (padding[0], upsample, stride):
+        raise InputError(
+            f"{OP}: upsample={upsample}, padding={padding}, stride={stride}; expected what the "
+            f"weight was packed for: upsample=True, padding=({packed.folded}, …), stride=1"
+        )
     assert packed.panels is not None
     return _kernel(
         Arguments(
@@ -109,6 +114,7 @@ def convolution(
             before=padding[0],
             after=padding[1],
             upsample=upsample,
+            folded=packed.folded is not None,
             silu=activation is not None,
             products=int(packed.products),
             moments=moments,
@@ -151,6 +157,7 @@ class Arguments(NamedTuple):
     before: int
     after: int
     upsample: bool
+    folded: bool
     silu: bool
     products: int
     moments: bool
@@ -226,6 +233,7 @@ def _plan(call: Arguments) -> Any:
         second=call.second,
         add=call.add,
         upsample=call.upsample,
+        folded=call.folded,
         silu=call.silu,
     )
     return partial(run, shape)

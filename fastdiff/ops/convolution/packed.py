@@ -1,10 +1,11 @@
 """A convolution's weight in the order in which the CPU's kernels multiply by it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.ops import native
@@ -14,17 +15,26 @@ from fastdiff.ops.convolution.fastest import Products, products_of
 
 @dataclass
 class Packed:
-    """``weight`` (K, C, *kernel), and the kernel's ``panels`` of it; None where there is none."""
+    """``weight`` (K, C, *kernel), and the kernel's ``panels`` of it; None where there is none.
+
+    ``folded``: the panels are of the taps' sums, for an input that is doubled (``sums_of``) with so
+    much padding before it.
+    """
 
     weight: Tensor
     panels: Tensor | None = None
     products: Products = Products.FLOAT32
+    folded: int | None = None
 
     def refresh(self) -> None:
         """Take the values that the weight has now."""
         if self.panels is None:
             return
-        write_panels(self.weight, self.products, self.panels)
+        if self.folded is None:
+            return write_panels(self.weight, self.products, self.panels)
+        parts = sums_of(self.weight, self.folded)
+        for part, panels in zip(parts, self.panels.chunk(len(parts)), strict=True):
+            write_panels(part, self.products, panels)
 
 
 def write_panels(
@@ -50,19 +60,51 @@ def with_taps_in_order(weight: Tensor) -> Tensor:
     return weight if in_order else weight.contiguous()
 
 
-def pack(weight: Tensor, dtype: torch.dtype, *, products: Products | None = None) -> Packed:
+def sums_of(weight: Tensor, before: int) -> Tensor:
+    """(4, K, C, (rows + 1) / 2, (columns + 1) / 2) float32: the sums of the taps that read the same
+    position of an input before it is doubled, for the outputs at each remainder of row and column
+    by 2. With ``before`` zeros before it, the output at 2i + a reads by tap t the position
+    i + ⌊(a + t - before) / 2⌋."""
+    sums = weight.detach().float()
+    for dim in (-1, -2):
+        parts = []
+        for remainder in range(2):
+            first = (remainder - before) % 2  # whether a pair begins before the first tap
+            zeros = (0, 0) * (-1 - dim) + (first, 1 - first)
+            parts.append(F.pad(sums, zeros).unflatten(dim, (-1, 2)).sum(dim))
+        sums = torch.stack(parts)
+    return sums.flatten(0, 1)
+
+
+def folds(products: Products, kernel: Sequence[int]) -> bool:
+    """Whether a doubling before a convolution of stride 1 is done by sums of taps: of kernels with
+    odd sides, which leave equal numbers of them to all outputs."""
+    direct = products not in (Products.WINOGRAD2, Products.WINOGRAD4)
+    return direct and max(kernel) > 1 and all(taps % 2 for taps in kernel)
+
+
+def pack(
+    weight: Tensor, dtype: torch.dtype, *, products: Products | None = None,
+    doubled: int | None = None,
+) -> Packed:  # fmt: skip
     """A 2-D convolution's weight for inputs of ``dtype``, on the CPU.
 
     ``products``: how to multiply, one of ``fastest.possible``; None: the fastest here of those that
-    serve every kernel and stride.
+    serve every kernel and stride. ``doubled``: for an input that is doubled, with so many zeros
+    before the first position, and stride 1.
     """
     if weight.dim() != 4 or not weight.is_cpu or dtype not in KERNEL_DTYPES:
         return Packed(weight)
     if products is None:
         products = products_of(dtype)
     k, channels, height, width = weight.shape
-    size = native.library().convolution_panels(int(products), k, channels, height * width)
-    packed = Packed(weight, _aligned(torch.empty(size + ALIGNMENT, dtype=torch.uint8)), products)
+    folded = doubled if folds(products, (height, width)) else None
+    times, taps = 1, height * width
+    if folded is not None:
+        times, taps = 4, (height + 1) // 2 * ((width + 1) // 2)
+    size = times * native.library().convolution_panels(int(products), k, channels, taps)
+    panels = _aligned(torch.empty(size + ALIGNMENT, dtype=torch.uint8))[:size]
+    packed = Packed(weight, panels, products, folded)
     packed.refresh()
     return packed
 
