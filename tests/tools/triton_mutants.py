@@ -87,8 +87,8 @@ MUTANTS = [
         "pieces are merged without what their means vary by",
         "residual_norm",
         "group_norm_silu.py",
-        "m2 += block_m2 + delta * delta * (count * block_count / both)",
-        "m2 += block_m2",
+        "block_m2 = tl.sum(part_m2 + n * d * d, 0)",
+        "block_m2 = tl.sum(part_m2, 0)",
         CHECK,
     ),
     Mutant(
