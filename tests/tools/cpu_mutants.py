@@ -12,6 +12,7 @@ from mutants import with_switches as with_switches_of
 CONVOLUTION = ("tests/ops/test_convolution.py", "-k", "not any_shape")
 NORMS = ("tests/ops/test_convolution.py", "-k", "norm_as_scale")
 GRADIENTS = ("tests/ops/test_convolution_gradients.py", "-k", "threads or wanted or layouts")
+IN_GROUPS = (GRADIENTS[0], "-k", "40-16-32-32")  # of bands, with fewer blocks than threads
 WINOGRAD = ("tests/ops/test_winograd.py",)
 
 ANY, PACKING, WEIGHT = "convolution", "pack_convolution", "convolution_weight_gradient"
@@ -269,7 +270,7 @@ MUTANTS = [
         "convolution_weight_gradient.cpp",
         "if (first == 0) memset(",
         "if (first == 0 || BROKEN) memset(",
-        GRADIENTS,
+        IN_GROUPS,
     ),
     Mutant(
         "bands overwrite the bias's sums of those before",
@@ -277,7 +278,7 @@ MUTANTS = [
         "convolution_weight_gradient.cpp",
         "bias_sums + (unit * layout.dy_lines + line) * 16);",
         "bias_sums + ((BROKEN ? unit % layout.group : unit) * layout.dy_lines + line) * 16);",
-        GRADIENTS,
+        IN_GROUPS,
     ),
     Mutant(
         "the last tap that a thread has is nobody's",
@@ -285,7 +286,7 @@ MUTANTS = [
         "convolution_weight_gradient.cpp",
         "static_cast<int>(taps * (share + 1) / shares);",
         "static_cast<int>(taps * (share + 1) / shares) - (BROKEN && share + 1 < shares);",
-        GRADIENTS,
+        IN_GROUPS,
     ),
     Mutant(
         "a block's squares change places",

@@ -162,7 +162,8 @@ def convolution():
                 packed = pack(weight, dtype, products=products)
                 y, _ = ops.convolution(x, packed, activation="silu", **rows, **geometry)
                 ops.convolution(x, packed, random(k), residual=y, moments=True, **rows, **geometry)
-            leaves = [v.requires_grad_() for v in (x.clone(), random(k, c, kernel, kernel), add[0])]
+            leaves = x.clone(), random(k, c, kernel, kernel), random(k)
+            leaves = [leaf.requires_grad_() for leaf in leaves]
             y, _ = ops.convolution(*leaves, stride=stride, padding=padding)
             torch.autograd.grad(y, leaves, torch.randn_like(y))
 
