@@ -12,7 +12,7 @@ from fastdiff.ops.convolution import reference
 from fastdiff.ops.convolution.fastest import Products, possible, products_of
 from fastdiff.ops.convolution.op import Arguments, bound
 from fastdiff.ops.convolution.packed import pack
-from kernel_tools import ISAS, examples, forced_isa
+from kernel_tools import ISAS, examples, forced_isa, scratch_of_nan  # noqa: F401
 from norm_cases import threads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -92,6 +92,40 @@ def test_any_shape(data):
         products = draw(st.sampled_from([None, *possible(dtype, kernel, stride)]))
         y, _ = check(arguments, products)
     assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "kernel, stride, padding, doubled",
+    [
+        ((3, 3), 1, (1, 1), False),
+        ((3, 3), 1, (1, 0), False),  # rows go on behind their last output
+        ((2, 3), 1, (0, 0), True),
+        ((3, 3), 2, (0, 1), False),
+        ((1, 1), 2, (0, 0), False),
+        ((4, 2), 2, (1, 1), True),
+        ((5, 5), 3, (2, 2), False),
+    ],
+)
+def test_where_taps_are(isa, kernel, stride, padding, doubled, dtype):
+    """In images that end in part of a strip, and blocks of channels that are not full."""
+    torch.manual_seed(0)
+    options = {"stride": stride, "padding": padding, "doubled": doubled, "dtype": dtype}
+    check(case(2, 19, (11, 13), 21, kernel, second=6, activation="silu", **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_outputs(dtype):
+    """A block of them ends wherever the row does."""
+    torch.manual_seed(0)
+    whole, weight = torch.randn(1, 16, 1, 260).to(dtype), torch.randn(8, 16, 1, 1).to(dtype)
+    exact = F.conv2d(whole.double(), weight.double())
+    for products in possible(dtype, (1, 1), 1):
+        packed = pack(weight.float(), dtype, products=products)
+        for width in range(1, 261):
+            y, _ = convolution(whole[..., :width], packed)
+            bound = BOUNDS[dtype] * exact.abs().max()
+            assert (y - exact[..., :width]).abs().max() <= bound, width
 
 
 @pytest.mark.parametrize("n, c, side, k", [(1, 128, 32, 64), (8, 256, 8, 64), (3, 96, 4, 256)])

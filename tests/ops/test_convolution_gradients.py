@@ -12,7 +12,7 @@ from fastdiff.ops import convolution, native
 from fastdiff.ops.convolution import training
 from fastdiff.ops.convolution.fastest import Products
 from fastdiff.ops.convolution.op import FUSED_GRADIENTS, MOST_TAPS
-from kernel_tools import ISAS, examples, forced_isa
+from kernel_tools import ISAS, examples, forced_isa, scratch_of_nan  # noqa: F401
 from norm_cases import threads
 
 # Of the largest gradient: what the products round, or the gradient of x to its dtype.
@@ -30,7 +30,7 @@ def padded(x, weight, bias, stride, padding):
 
 
 def check(leaves, stride=1, padding=(1, 1)):
-    """The gradients, all three."""
+    """The result and all three gradients."""
     x, weight, bias = leaves
     y, _ = convolution(x, weight, bias, stride=stride, padding=padding)
     in_bfloat16 = training.products_of(x.dtype) in (Products.BFLOAT16, Products.PAIRS)
@@ -45,7 +45,7 @@ def check(leaves, stride=1, padding=(1, 1)):
     for leaf, ours, right in zip(leaves, found, expected, strict=True):
         assert ours.dtype == leaf.dtype and ours.shape == leaf.shape
         assert (ours - right).abs().max() <= BOUNDS[x.dtype] * right.abs().max().clamp_min(1e-30)
-    return found
+    return y, *found
 
 
 @pytest.mark.seconds
@@ -87,12 +87,11 @@ def test_threads_change_no_bit(n, c, side, k, dtype):
     """With bands of rows, with more than one group of them, and with fewer blocks than threads."""
     torch.manual_seed(0)
     leaves = case(n, c, (side, side), k, (3, 3), dtype)
-    dy = torch.randn(n, k, side, side).to(dtype)
     results = []
     for count in (1, 2, 5):
+        torch.manual_seed(1)
         with threads(count):
-            y, _ = convolution(*leaves, padding=(1, 1))
-            results.append((y, *torch.autograd.grad(y, leaves, dy)))
+            results.append(check(leaves))
     for others in results[1:]:
         assert all(map(torch.equal, others, results[0]))
 
@@ -100,7 +99,7 @@ def test_threads_change_no_bit(n, c, side, k, dtype):
 def test_only_what_is_wanted():
     torch.manual_seed(0)
     leaves = case(2, 5, (6, 6), 4, (3, 3))
-    all_three = check(leaves)
+    _, *all_three = check(leaves)
     for wanted in range(3):
         for i, leaf in enumerate(leaves):
             leaf.requires_grad_(i == wanted)

@@ -41,7 +41,7 @@ def address(tensor):
 
 
 def aligned(size):
-    room = torch.empty(size + 64, dtype=torch.uint8)
+    room = torch.full((size + 64,), 255, dtype=torch.uint8)  # NaN
     return room[-room.data_ptr() % 64 :][:size]
 
 
@@ -85,7 +85,8 @@ def native_convolution(products, threads=1, **given):
         panels.data_ptr(),
         threads,
     )
-    workspace = torch.empty(library.convolution_workspace(shape, True, threads))
+    floats = library.convolution_workspace(shape, True, threads)
+    workspace = torch.full((floats,), torch.nan)
     additions = [address(given[name]) for name in ("bias", "add", "residual")]
     places = [y.data_ptr(), moments.data_ptr(), workspace.data_ptr()]
     inputs = [x.data_ptr(), address(second), address(given["coefficients"]), panels.data_ptr()]

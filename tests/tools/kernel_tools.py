@@ -114,6 +114,16 @@ def poisoned_outputs():
         torch.empty_like = original
 
 
+@pytest.fixture(scope="module", autouse=True)
+def scratch_of_nan():
+    """A call's scratch memory on the CPU is of the size that it asks for, and full of NaN: what it
+    reads it must have written. A module that imports this has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "borrow", lambda floats: torch.full((floats,), float("nan")))
+        patch.setattr(native, "give_back", lambda workspace: None)
+        yield
+
+
 def compile_for(capability, kernel, types, constants, aligned=(), **options):
     """A Triton kernel compiled with no GPU. ``types``: what is no int32; None is absent;
     ``aligned``: what 16 divides; ``options``: Triton's own."""

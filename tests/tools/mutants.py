@@ -1,174 +1,69 @@
-"""Broken copies of the CUDA kernels: one library for the emulation holds them all.
+"""What the broken copies of the kernels have in common: each must be caught by a suite.
 
-A copy of csrc/ has a switch at every place that a mutant breaks; FASTDIFF_MUTANT, read when the
-library is loaded, closes one of them, for the launches of one kernel. Without it the copy computes
-what the repository's sources do.
+cuda_mutants.py, cpu_mutants.py and triton_mutants.py list them.
 """
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from subprocess import CompletedProcess
 from typing import NamedTuple
 
-NORM = ("tests/ops/test_group_norm_silu_cuda.py", "-k", "cutting or order_of_threads")
-NOISE = ("tests/ops/test_rng_cuda.py",)
-ELEMENTWISE = ("tests/ops/test_elementwise_cuda.py",)
+import pytest
 
 
 class Mutant(NamedTuple):
     what: str
-    kernel: str  # in its launches it is broken
-    file: str  # of csrc/cuda/
+    kernel: str
+    file: str  # beside the others of its list
     before: str  # occurs once
-    after: str  # BROKEN is true in the broken copy
+    after: str  # in C++, BROKEN is true in the broken copy
     suite: tuple[str, ...]
-    short: bool = False  # in make test: of a kind and of a kernel one
-
-
-FORWARD, BACKWARD = "group_norm_silu", "group_norm_silu_backward"
-MUTANTS = [
-    Mutant(
-        "deviations are taken before the mean is there",
-        FORWARD,
-        "group_norm_silu.cu",
-        "shared.moments[group].mean = mean;\n  }\n  __syncthreads();",
-        "shared.moments[group].mean = mean;\n  }\n  if (!BROKEN) __syncthreads();",
-        NORM,
-        short=True,
-    ),
-    Mutant(
-        "a neighbour's moments are read before they are there",
-        FORWARD,
-        "group_norm_silu.cu",
-        "      return;\n    }\n    sync_parts(tile);",
-        "      return;\n    }\n    BROKEN ? __syncthreads() : sync_parts(tile);",
-        NORM,
-    ),
-    Mutant(
-        "a block ends while a neighbour reads its memory",
-        FORWARD,
-        "group_norm_silu.cu",
-        "  if constexpr (kPass == Pass::kWhole) {\n    sync_parts(tile);",
-        "  if constexpr (kPass == Pass::kWhole) {\n"
-        "    BROKEN ? __syncthreads() : sync_parts(tile);",
-        NORM,
-    ),
-    Mutant(
-        "what is held is one pack further",
-        FORWARD,
-        "group_norm.h",
-        "return row * columns + column; }",
-        "return row * columns + column + BROKEN; }",
-        NORM,
-    ),
-    Mutant(
-        "the coefficients are read before all are written",
-        BACKWARD,
-        "group_norm_silu_backward.cu",
-        "    }\n  }\n  __syncthreads();\n\n  if constexpr (kPass != Pass::kSecond) {",
-        "    }\n  }\n  if (!BROKEN) __syncthreads();\n\n  if constexpr (kPass != Pass::kSecond) {",
-        NORM,
-    ),
-    Mutant(
-        "a neighbour's totals are read before they are there",
-        BACKWARD,
-        "group_norm_silu_backward.cu",
-        "      return;\n    }\n    sync_parts(tile);",
-        "      return;\n    }\n    BROKEN ? __syncthreads() : sync_parts(tile);",
-        NORM,
-        short=True,
-    ),
-    Mutant(
-        "the sums of a channel go to its neighbour",
-        BACKWARD,
-        "group_norm_silu_backward.cu",
-        "  sums[index] = dv;",
-        "  sums[index + BROKEN] = dv;",
-        NORM,
-    ),
-    Mutant(
-        "the last element is one too far",
-        "normal",
-        "normal.cu",
-        "if (element >= elements) break;",
-        "if (element >= elements + BROKEN) break;",
-        NOISE,
-        short=True,
-    ),
-    Mutant(
-        "a tile of noise is overwritten while it is read",
-        "posterior_step",
-        "elementwise.h",
-        "      __syncthreads();  // the tile before has been read\n",
-        "      if (!BROKEN) __syncthreads();\n",
-        ELEMENTWISE,
-        short=True,
-    ),
-    Mutant(
-        "the row after the last is read",
-        "posterior_step",
-        "posterior_step.cu",
-        "i < 0 || i >= rows",
-        "i < 0 || i >= rows + BROKEN",
-        ELEMENTWISE,
-    ),
-    Mutant(
-        "a tile of noise is read before it is drawn",
-        "q_sample",
-        "elementwise.h",
-        "drawn());\n      __syncthreads();",
-        "drawn());\n      if (!BROKEN) __syncthreads();",
-        ELEMENTWISE,
-    ),
-    Mutant(
-        "the row after the last is read",
-        "q_sample",
-        "q_sample.cu",
-        "i < 0 || i >= rows",
-        "i < 0 || i >= rows + BROKEN",
-        ELEMENTWISE,
-        short=True,
-    ),
-]
-
-SWITCH = """
-#include <cstdlib>
-
-namespace fastdiff::emulation {
-struct Mutant {
-  int number = 0;
-  std::string kernel;
-};
-inline const Mutant mutant = [] {
-  const char* const wanted = std::getenv("FASTDIFF_MUTANT");  // "3 group_norm_silu"
-  if (wanted == nullptr) return Mutant{};
-  char* end;
-  const long number = std::strtol(wanted, &end, 10);
-  return Mutant{static_cast<int>(number), end + 1};
-}();
-inline int broken = 0;  // the mutant's number while its kernel runs
-}  // namespace fastdiff::emulation
-"""
-LAUNCH = "void launch(const Launch& how, const Arguments&... arguments) {\n"
-CHOOSE = (
-    "  emulation::broken = emulation::mutant.kernel == how.name ? emulation::mutant.number : 0;\n"
-)
-
-
-def environment(mutant: Mutant) -> dict[str, str]:
-    return {"FASTDIFF_MUTANT": f"{MUTANTS.index(mutant) + 1} {mutant.kernel}"}
-
-
-def with_switches(path: str, source: str) -> str:
-    """The text of a file of csrc/ with the switches of all mutants."""
-    if path == "emulation/emulation.h":
-        return source + SWITCH
-    if path == "cuda/launch.h":
-        return replaced(source, LAUNCH, LAUNCH + CHOOSE)
-    for number, mutant in enumerate(MUTANTS, 1):
-        if path == f"cuda/{mutant.file}":
-            switch = f"(fastdiff::emulation::broken == {number})"
-            source = replaced(source, mutant.before, mutant.after.replace("BROKEN", switch))
-    return source
+    short: bool = False  # in make test
 
 
 def replaced(source: str, before: str, after: str) -> str:
     assert source.count(before) == 1, f"write the mutation for what the kernel is now: {before}"
     return source.replace(before, after)
+
+
+def with_switches(source: str, file: str, mutants: list[Mutant], number: str) -> str:
+    """A file's text with the switches of the mutants in it; ``number``: the C++ variable that says
+    which of them is closed, from 1 on."""
+    for i, mutant in enumerate(mutants, 1):
+        if mutant.file == file:
+            after = mutant.after.replace("BROKEN", f"({number} == {i})")
+            source = replaced(source, mutant.before, after)
+    return source
+
+
+def cases(mutants: list[Mutant]) -> list:
+    """Of a test of each: in make test some of them."""
+    return [
+        pytest.param(
+            mutant,
+            marks=() if mutant.short else pytest.mark.long,
+            id=f"{mutant.kernel}: {mutant.what}",
+        )
+        for mutant in mutants
+    ]
+
+
+def outcomes(
+    mutants: list[Mutant], complete: bool, run: Callable[[Mutant], CompletedProcess]
+) -> dict[Mutant, CompletedProcess]:
+    """``run`` of every mutant that this run of the tests takes, as many at a time as there are
+    processors."""
+    chosen = [mutant for mutant in mutants if mutant.short or complete]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(chosen, pool.map(run, chosen), strict=True))
+
+
+def check_caught(done: CompletedProcess, *signs: str) -> None:
+    output = done.stdout + done.stderr
+    assert done.returncode != 0, output[-3000:]
+    assert any(sign in output for sign in signs), output[-3000:]
+
+
+# By a wrong value or an error of the launch, or by a sanitizer, which ends the process.
+BY_PYTEST = ("FAILED", "AddressSanitizer", "runtime error")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mutants import with_switches
+import cpu_mutants
+import cuda_mutants
 from paths import ROOT, TOOLS
 
 COMPLETE = {"FASTDIFF_SANITIZE": "address,undefined"}
@@ -29,7 +30,7 @@ def runtime(name: str) -> str | None:
 
 
 class Build:
-    """csrc/ with the switches of mutants.py, built in ``folder``; what is there is built on."""
+    """csrc/ with the switches of all mutants, built in ``folder``; what is there is built on."""
 
     def __init__(self, folder: Path, options: dict[str, str]):
         import pybind11
@@ -96,9 +97,12 @@ def copy_sources(folder: Path) -> None:
     """CMakeLists.txt and csrc/ with the mutants' switches; a file that is the same stays as old as
     it is, so that ninja compiles what changed."""
     texts = {Path("CMakeLists.txt"): (ROOT / "CMakeLists.txt").read_text()}
+    texts[Path("csrc/cpu", cpu_mutants.HEADER)] = cpu_mutants.SWITCH
     for path in (p for p in (ROOT / "csrc").rglob("*") if p.is_file()):
         name = path.relative_to(ROOT)
-        texts[name] = with_switches(name.relative_to("csrc").as_posix(), path.read_text())
+        of_csrc = name.relative_to("csrc").as_posix()
+        text = cuda_mutants.with_switches(of_csrc, path.read_text())
+        texts[name] = cpu_mutants.with_switches(of_csrc, text)
     for name, text in texts.items():
         copy = folder / name
         if not copy.exists() or copy.read_text() != text:

@@ -163,6 +163,10 @@ def convolution():
                 packed = pack(weight, dtype, products=products, doubled=doubled)
                 y, _ = ops.convolution(x, packed, activation="silu", **rows, **geometry)
                 ops.convolution(x, packed, random(k), residual=y, moments=True, **rows, **geometry)
+            leaves = x.clone(), random(k, c, kernel, kernel), random(k)
+            leaves = [leaf.requires_grad_() for leaf in leaves]
+            y, _ = ops.convolution(*leaves, stride=stride, padding=padding)
+            torch.autograd.grad(y, leaves, torch.randn_like(y))
     for size in ((5, 5), (4, 4), (3, 8)):  # read where they are, and not
         x, rest = (random(2, 32, *size, dtype=torch.bfloat16, offset=1) for _ in range(2))
         ops.convolution(x, random(33, 64, 1, 1), second=rest, moments=True)
