@@ -54,7 +54,7 @@ struct Plan {
 template <typename Bands>
 Plan plan_of(const ConvolutionShape& s, int threads) {
   const auto bytes = [&](int64_t rows) { return Bands::band_bytes(s, rows); };
-  const Part part(s, 0);  // the largest
+  const Parity part(s, 0);  // the largest
   Plan p;
   p.strip_rows = ceil_div(smaller(part.rows, ceil_div(kStripOutputs, part.columns)), Bands::kRows) *
                  Bands::kRows;
@@ -88,7 +88,7 @@ void merge_strips(const ConvolutionShape& s, const Plan& p, const float* strips,
     Vec mean{}, squares{};
     float count = 0.0f;
     for (int64_t i = 0; i < parts_of(s) * p.strips; ++i) {
-      const Part part(s, i / p.strips);
+      const Parity part(s, i / p.strips);
       const int64_t strip = i % p.strips;
       const int64_t rows = smaller(p.strip_rows, part.rows - strip * p.strip_rows);
       if (rows <= 0 || part.columns == 0) continue;
@@ -110,7 +110,7 @@ int64_t run(const ConvolutionShape& s, const ConvolutionCall& call, float* works
   constexpr int kVectors = Bands::kOutputs / kWidth;
   constexpr int64_t kLineFloats = kLineBytes / 4;
   const Plan p = plan_of<Bands>(s, threads);
-  const Part all(s, 0);
+  const Parity all(s, 0);
   const bool wants_moments = call.moments != nullptr;
   const int64_t strips_floats = p.strips * 2 * p.out_stride;
   const int64_t scratch_floats = Bands::scratch(s, p.band_rows, p.group);
@@ -148,7 +148,7 @@ int64_t run(const ConvolutionShape& s, const ConvolutionCall& call, float* works
       for (int64_t block = p.blocks * share / p.shares; block < p.blocks * (share + 1) / p.shares;
            ++block) {
         bands.multiply(block, end);
-        const Part part(s, block / part_blocks);
+        const Parity part(s, block / part_blocks);
         const int64_t k = block % part_blocks * Bands::kOutputs;
         const int64_t first_output = (part.row * s.out_width + part.column) * s.out_channels + k;
         const int there = static_cast<int>(smaller(Bands::kOutputs, s.out_channels - k));

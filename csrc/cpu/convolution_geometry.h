@@ -39,12 +39,12 @@ inline ConvolutionShape undoubled(ConvolutionShape s) {
 FASTDIFF_VEC int64_t parts_of(const ConvolutionShape& s) { return s.folded ? 4 : 1; }
 
 // The outputs of one of them.
-struct Part {
+struct Parity {
   int64_t row, column;  // the first
   int64_t step;         // to the next, each way
   int64_t rows, columns;
 
-  Part(const ConvolutionShape& s, int64_t part)
+  Parity(const ConvolutionShape& s, int64_t part)
       : row(part / 2),
         column(part % 2),
         step(s.folded ? 2 : 1),

@@ -142,9 +142,9 @@ MUTANTS = [
         "the products with the weights' smaller pieces are left out",
         TILES,
         "convolution_products.h",
-        "        FASTDIFF_WEIGHTS(panel + 2 * kTileBytes);\n        FASTDIFF_PRODUCTS();",
-        "        FASTDIFF_WEIGHTS(panel + 2 * kTileBytes);\n"
-        "        if (!BROKEN) {\n          FASTDIFF_PRODUCTS();\n        }",
+        "          FASTDIFF_WEIGHTS(panel + 2 * kTileBytes);\n          FASTDIFF_PRODUCTS();",
+        "          FASTDIFF_WEIGHTS(panel + 2 * kTileBytes);\n"
+        "          if (!BROKEN) {\n            FASTDIFF_PRODUCTS();\n          }",
         CONVOLUTION,
     ),
     Mutant(
@@ -193,8 +193,16 @@ MUTANTS = [
         "the residual is the first sample's",
         ANY,
         "convolution.cpp",
-        "residuals + n * sample_elements + k",
-        "residuals + (BROKEN ? 0 : n) * sample_elements + k",
+        "residuals + n * sample_elements + first_output",
+        "residuals + (BROKEN ? 0 : n) * sample_elements + first_output",
+        CONVOLUTION,
+    ),
+    Mutant(
+        "a doubled image's parts are written beside their places",
+        ANY,
+        "convolution.cpp",
+        "(part.row * s.out_width + part.column) * s.out_channels + k;",
+        "(part.row * s.out_width + (BROKEN ? 0 : part.column)) * s.out_channels + k;",
         CONVOLUTION,
     ),
     # --- How the work is cut ------------------------------------------------------------------
@@ -218,8 +226,8 @@ MUTANTS = [
         "the last band has as many rows as the others",
         ANY,
         "convolution.cpp",
-        "return smaller(p.band_rows, s.out_height - top);",
-        "return BROKEN ? p.band_rows : smaller(p.band_rows, s.out_height - top);",
+        "return smaller(p.band_rows, all.rows - top);",
+        "return BROKEN ? p.band_rows : smaller(p.band_rows, all.rows - top);",
         CONVOLUTION,
     ),
     Mutant(
