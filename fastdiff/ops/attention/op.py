@@ -1,5 +1,7 @@
 """Attention on the qkv projection of the published U-Nets in one call."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +12,7 @@ from fastdiff.ops import backends, dispatch, native
 from fastdiff.ops.attention import reference
 from fastdiff.ops.attention.fastest import Workload, fastest
 from fastdiff.ops.checks import refusal
-from fastdiff.ops.differentiable import Kernel, differentiable_once
+from fastdiff.ops.differentiable import Kernel, Launch, differentiable_once
 from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
 from fastdiff.ops.layouts import Maybe
 from fastdiff.ops.native import address
@@ -152,16 +154,16 @@ def _of_library(name: str, call: Any) -> Any:
     rows = (3 * head_dim, head_dim) if call.order == "heads_first" else (head_dim, heads * head_dim)
     described = (native.DTYPE_CODES[call.qkv.dtype], n, heads, tokens, head_dim, *rows)
 
-    def fill(qkv: Tensor, out: Tensor, lse: Maybe, *gradients: Tensor) -> None:
+    def prepared(qkv: Tensor, out: Tensor, lse: Maybe, *gradients: Tensor) -> Callable[[], None]:
         places = (qkv.data_ptr(), qkv.stride(), out.data_ptr(), out.stride(), address(lse))
         problem = library.Attention(*described, *places)
-        threads = torch.get_num_threads()
-        workspace = native.borrow(library.attention_workspace(problem, bool(gradients), threads))
         rest = (value for v in gradients for value in (v.data_ptr(), v.stride()))
-        native.launch(name, "native", qkv, problem, *rest, workspace.data_ptr())
-        native.give_back(workspace)
+        return native.in_threads(
+            partial(getattr(library, f"{name}_cpu"), problem, *rest),
+            partial(library.attention_workspace, problem, bool(gradients)),
+        )
 
-    return fill
+    return Launch(prepared)
 
 
 _kernel = Kernel(OP, Arguments, _allocate, _forward, outputs=2)
