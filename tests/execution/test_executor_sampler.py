@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastdiff.errors import InputError
+from fastdiff.models.execution.reading import Reading
 from fastdiff.process.edm import EDM
 from fastdiff.sampling.network import execution
 from fastdiff.sampling.sampler import Sampler
@@ -210,6 +211,15 @@ def test_packed_weights_are_given_back():
     held = []
     sampler.sample(SHAPE, callback=lambda step: held.append(programs(sampler)[0].executor._weights))
     assert held[0] and programs(sampler)[0].executor._weights is None
+
+
+def test_a_network_is_looked_at_once_in_a_call(monkeypatch):
+    sampler = Sampler(calm_unet(), PROCESS, steps=3, executor=True)
+    sampler.sample(SHAPE)
+    asked, difference = [], Reading.difference
+    monkeypatch.setattr(Reading, "difference", lambda self: asked.append(1) or difference(self))
+    sampler.sample(SHAPE)
+    assert len(asked) == 1
 
 
 def test_a_caller_with_autocast_or_gradients_gets_the_forward():

@@ -84,15 +84,18 @@ class Executor:
             with weights.bound(plan) as bound:
                 return bound.run([given[name] for name in plan.inputs]).to(x.dtype)
 
-    def begin(self) -> None:
-        """Pack the weights anew, which may have changed unseen. InputError as the constructor's."""
-        self._weights_of, self._weights = versions(self.reading.module), self._weights_now()
+    def begin(self, *, asked: bool = False) -> None:
+        """Pack the weights anew, which may have changed unseen. InputError as the constructor's.
+
+        ``asked``: ``reading.difference()`` was, just now, and found nothing.
+        """
+        self._weights_of, self._weights = versions(self.reading.module), self._weights_now(asked)
         self._begun = True
 
-    def refresh(self) -> None:
-        """Pack the weights anew if one has been exchanged or written to."""
+    def refresh(self, *, asked: bool = False) -> None:
+        """``begin`` if a weight has been exchanged or written to."""
         if self._weights_of != versions(self.reading.module):
-            self.begin()
+            self.begin(asked=asked)
 
     def end(self) -> None:
         """Give the memory back that no graph may read."""
@@ -130,8 +133,8 @@ class Executor:
     def _lowering(self) -> type[Lowering]:
         return LOWERINGS[device_of(self.reading.module).type]
 
-    def _weights_now(self) -> Weights:
-        self._check()
+    def _weights_now(self, asked: bool = False) -> Weights:
+        self._check(asked)
         kept = self._weights
         if not self._lowering.captured:
             return Weights(self.reading.tensors)
@@ -139,9 +142,9 @@ class Executor:
             kept = self._weights = Weights(self.reading.tensors)
         return kept
 
-    def _check(self) -> None:
+    def _check(self, asked: bool = False) -> None:
         """InputError for a network that has become another one; plans are of the modules it has."""
-        found = self.reading.difference()
+        found = "" if asked else self.reading.difference()
         if found:
             raise InputError(f"this network is not executed as a program: {found}")
         modules = list(self.unet.modules())
