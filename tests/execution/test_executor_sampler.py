@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastdiff.errors import InputError
+from fastdiff.models.execution import executor
 from fastdiff.models.execution.reading import Reading
 from fastdiff.process.edm import EDM
 from fastdiff.sampling.network import execution
@@ -205,12 +206,17 @@ def test_programs_are_taken_where_they_pay(monkeypatch):
         assert "as a program of" not in other.explain()
 
 
-def test_packed_weights_are_given_back():
-    model = calm_unet()
-    sampler = Sampler(model, PROCESS, steps=2, executor=True)
+@pytest.mark.parametrize("most", [0, 256 << 20])
+def test_a_call_leaves_memory_for_the_next_or_gives_it_back(most, monkeypatch):
+    monkeypatch.setattr(executor, "MOST_KEPT", most)
+    sampler = Sampler(calm_unet(), PROCESS, steps=2, executor=True)
     held = []
-    sampler.sample(SHAPE, callback=lambda step: held.append(programs(sampler)[0].executor._weights))
-    assert held[0] and programs(sampler)[0].executor._weights is None
+    for _ in range(2):
+        sampler.sample(
+            SHAPE, callback=lambda step: held.append(programs(sampler)[0].executor._weights)
+        )
+    kept = programs(sampler)[0].executor._weights
+    assert held[0] and (kept is held[0] is held[-1] if most else kept is None)
 
 
 def test_a_network_is_looked_at_once_in_a_call(monkeypatch):

@@ -19,6 +19,7 @@ from fastdiff.models.execution.weights import Weights
 from fastdiff.models.unet import UNet
 
 MOST_PLANS = 8
+MOST_KEPT = 256 << 20  # bytes between calls, of packed weights and of results
 LOWERINGS: dict[str, type[Lowering]] = {"cpu": Lowering, "cuda": CudaLowering}
 
 
@@ -26,8 +27,10 @@ class Executor:
     """What ``network`` answers in eval mode and without gradients, computed by fused operations.
 
     It reads the network's own parameters. Between ``begin()`` and ``end()``, a sampler's call, they
-    are packed once, and ``refresh()`` sees what changed; outside of it every call packs them. On a
-    GPU they stay where they are, for graphs that read them.
+    are packed once, and ``refresh()`` sees what changed; outside of it every call packs them. The
+    memory that the last call was computed in stays with the Executor where it is no more than
+    ``MOST_KEPT``: fresh one costs as much again as the packing. On a GPU they stay where they are,
+    for graphs that read them.
 
     Args:
         network: a UNet as its class makes it, on the CPU or on a GPU, or the ``Reading`` of such a
@@ -71,7 +74,8 @@ class Executor:
     ) -> Tensor:
         """As ``UNet.forward``: (N, out_channels, *spatial) in the dtype of ``x``. Raises InputError
         for the arguments that it does."""
-        weights = self._weights if self._begun else None
+        begun = self._begun
+        weights = self._weights if begun else None
         if weights is None:
             weights = self._weights_now()
         self.unet.check(x, timesteps, y, low_res, noise_level)
@@ -82,7 +86,10 @@ class Executor:
             plan = self._plan({name: tensor.shape for name, tensor in given.items()})
             self._last = plan
             with weights.bound(plan) as bound:
-                return bound.run([given[name] for name in plan.inputs]).to(x.dtype)
+                output = bound.run([given[name] for name in plan.inputs]).to(x.dtype)
+        if not begun:
+            self._let_go()
+        return output
 
     def begin(self, *, asked: bool = False) -> None:
         """Pack the weights anew, which may have changed unseen. InputError as the constructor's.
@@ -98,10 +105,9 @@ class Executor:
             self.begin(asked=asked)
 
     def end(self) -> None:
-        """Give the memory back that no graph may read."""
+        """Give memory back that no graph may read, where it is more than ``MOST_KEPT``."""
         self._begun, self._weights_of = False, None
-        if not self._lowering.captured:
-            self._weights = None
+        self._let_go()
 
     def explain(self) -> str:
         """The operations of the last call as a list, and what each block reads and writes."""
@@ -135,12 +141,15 @@ class Executor:
 
     def _weights_now(self, asked: bool = False) -> Weights:
         self._check(asked)
-        kept = self._weights
-        if not self._lowering.captured:
-            return Weights(self.reading.tensors)
-        if kept is None or not kept.refresh():
+        kept, captured = self._weights, self._lowering.captured
+        if kept is None or not (kept.refresh() if captured else kept.outdate()):
             kept = self._weights = Weights(self.reading.tensors)
         return kept
+
+    def _let_go(self) -> None:
+        kept = self._weights
+        if kept is not None and not self._lowering.captured and kept.nbytes > MOST_KEPT:
+            self._weights = None
 
     def _check(self, asked: bool = False) -> None:
         """InputError for a network that has become another one; plans are of the modules it has."""
