@@ -62,7 +62,7 @@ def accelerate(
         channels_last: the layout of x and of the weights.
         capture: whether a step becomes a CUDA graph.
         compile: whether the network runs through torch.compile.
-        executor: whether U-Nets on a CPU run as programs.
+        executor: whether U-Nets run as programs.
 
     Raises InputError for an object that computes, asks for or draws something else than these
     codebases do, naming the method: a subclass with a p_mean_variance of its own, for one.

@@ -6,10 +6,10 @@ Where nobody listens and no subclass is among the tensors, a call goes past PyTo
 which halves its cost.
 """
 
-import functools
 import operator
 import typing
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +27,17 @@ _SCHEMAS: dict[Any, str] = {
     Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", float | None: "float?",
     bool: "bool", str: "str",
 }  # fmt: skip
+
+
+class Launch:
+    """A launch in two parts: ``prepared(*tensors, *outputs)`` looks up where these are, and answers
+    what runs there, as often as it is called."""
+
+    def __init__(self, prepared: Callable[..., Callable[[], Any]]) -> None:
+        self.prepared = prepared
+
+    def __call__(self, *given: Any) -> None:
+        self.prepared(*given)()
 
 
 class Kernel:
@@ -93,11 +104,14 @@ class Kernel:
                 launch(*given)
         return outputs
 
-    def bound(self, call: Any, outputs: Outputs) -> Callable[[], None] | None:
+    def bound(self, call: Any, outputs: Outputs) -> Callable[[], Any] | None:
         """``call`` again and again, from and to the memory where its tensors and ``outputs`` are
-        now; None where the kernels do not read them as they stand."""
+        now, which the caller keeps; None where the kernels do not read them as they stand."""
         launch = self._planned(call)
-        return launch and functools.partial(launch, *call[: self.tensors], *outputs)
+        if launch is None:
+            return None
+        prepared = launch.prepared if isinstance(launch, Launch) else partial(partial, launch)
+        return prepared(*call[: self.tensors], *outputs)
 
     def _launch(self, call: Any, tensors: tuple[Any, ...]) -> Any:
         """What fills the outputs of calls like this one; None where kernels read copies only."""

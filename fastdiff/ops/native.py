@@ -171,6 +171,23 @@ def give_back(workspace: torch.Tensor) -> None:
         _IDLE.append(workspace)
 
 
+def in_threads(run: Callable[[int, int], Any], floats: Callable[[int], int]) -> Callable[[], None]:
+    """``run(workspace, threads)`` in torch's threads, again and again; ``floats(threads)``: of its
+    workspace, asked for where the number of threads has changed. It serves one call at a time."""
+    size = sized_for = 0
+
+    def runs() -> None:
+        nonlocal size, sized_for
+        threads = torch.get_num_threads()
+        if threads != sized_for:
+            size, sized_for = floats(threads), threads
+        workspace = borrow(size)
+        run(workspace.data_ptr(), threads)
+        give_back(workspace)
+
+    return runs
+
+
 def cuda_stream(device: torch.device) -> int:
     """The address of the device's current stream; 0, the default stream, in the emulation."""
     if device.type != "cuda":

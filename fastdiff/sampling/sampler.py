@@ -84,6 +84,7 @@ class Sampler:
             rounding: one of fastdiff, diffusers' UNet2DModel, improved-diffusion's or
             guided-diffusion's. "auto": where that pays (on no GPU yet); True insists (InputError,
             at a call, for a network that cannot); False never. ``explain()`` says why one does not.
+            On a CPU the sampler holds up to 256 MiB from call to call, where the next one computes.
         exact_products: a program's float32 convolutions and attention multiply the values
             themselves, as PyTorch's do: not as sums of two bfloat16 (AMX), nor by Winograd's
             algorithm, which are two to three times faster and off by some millionths of the largest

@@ -11,8 +11,8 @@ from torch import nn
 
 from executor_cases import ADM, CASES, arguments, changes, in_dtype
 from fastdiff.errors import InputError
-from fastdiff.models.execution import weights
 from fastdiff.models.execution.executor import Executor
+from fastdiff.ops.convolution.packed import Packed
 from unet_tools import batch, small_unet
 
 
@@ -130,10 +130,8 @@ def test_weights_are_live(kind, inside):
 
 @torch.no_grad()
 def test_weights_are_packed_once_between_begin_and_end(monkeypatch):
-    packed, pack = [], weights.pack
-    monkeypatch.setattr(
-        weights, "pack", lambda *args, **named: packed.append(1) or pack(*args, **named)
-    )
+    packed, refresh = [], Packed.refresh
+    monkeypatch.setattr(Packed, "refresh", lambda self: packed.append(1) or refresh(self))
     model = small_unet()
     x, t, _ = batch(model, 8, 8)
     executor = Executor(model, exact=True)  # of one kind, whatever the batch
@@ -146,6 +144,59 @@ def test_weights_are_packed_once_between_begin_and_end(monkeypatch):
     executor.end()
     executor(x, t)
     assert len(packed) == 2 * len(convolutions)
+
+
+def panels(executor):
+    made = executor._weights._made.values()
+    return [m.panels.data_ptr() for m in made if isinstance(m, Packed) and m.panels is not None]
+
+
+@pytest.mark.parametrize("kind", ["exchange", "in place", "unseen", "module"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_the_next_call_computes_in_the_memory_of_the_last(kind, dtype):
+    model = small_unet()
+    x, t, _ = batch(model, 8, 8)
+    executor = Executor(model, dtype)
+    executor(x, t)
+    kept, before = executor._weights, panels(executor)
+    changes(model)[kind]()
+    found = executor(x, t)
+    assert executor._weights is kept and (kind == "module" or panels(executor) == before)
+    assert torch.equal(found, Executor(model, dtype)(x, t))
+
+
+@torch.no_grad()
+def test_a_call_gives_back_what_is_not_for_its_own_plan():
+    model = small_unet()
+    x, t, _ = batch(model, 8, 8)
+    executor = Executor(model)
+    executor(x, t)
+    alone = executor._weights.nbytes
+    executor.begin()
+    executor(x[:1], t[:1])
+    executor(x, t)
+    assert executor._weights.nbytes > alone  # two plans of one call
+    executor.end()
+    executor(x, t)
+    assert executor._weights.nbytes == alone
+
+
+@torch.no_grad()
+def test_a_call_that_begins_beside_another_one_leaves_its_weights_alone():
+    model = small_unet()
+    x, t, _ = batch(model, 8, 8)
+    executor = Executor(model)
+    before = executor(x, t)
+    plan = executor.plan(*x.shape)
+    first = executor._weights
+    with first.bound(plan) as bound:
+        model.out[2].weight.mul_(3)
+        executor.begin()
+        after = executor(x, t)
+        assert executor._weights is not first
+        assert torch.equal(bound.run([{"x": x, "timesteps": t}[n] for n in plan.inputs]), before)
+    assert (after - before).abs().max() > 1e-3
 
 
 # --- Refusals -----------------------------------------------------------------------------------

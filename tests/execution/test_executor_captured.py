@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 
 from capture_tools import taped
+from diffusers_format_tools import TINY, theirs
 from executor_cases import changes
 from fastdiff import UNet
 from fastdiff.models.execution import executor as executor_module
@@ -11,6 +13,7 @@ from fastdiff.models.execution.explanation import kernels
 from fastdiff.models.execution.lowering_cuda import CudaLowering
 from fastdiff.sampling.capture import CapturedStep
 from fastdiff.sampling.sampler import Sampler
+from published_unet import Guided, Improved, small
 from sampler_tools import diffusion
 from unet_tools import small_unet
 
@@ -51,6 +54,16 @@ def test_a_graph_of_a_program_serves_every_row(graphs, dtype, tolerance):
         assert (found - expected).abs().max() < tolerance
     assert graphs() == 1
     assert ours.explain().startswith("a captured CUDA graph")
+    assert "; the network as a program of" in ours.explain()
+
+
+@pytest.mark.parametrize("kind", [Improved, Guided, UNet2DModel])
+def test_a_graph_of_another_codebases_network(graphs, kind):
+    model = theirs(TINY) if kind is UNet2DModel else small(kind)
+    ours, plain = samplers(model)
+    found, expected = (s.sample(SHAPE, seed=1) for s in (ours, plain))
+    assert (found - expected).abs().max() < 1e-3
+    assert graphs() == 1
     assert "; the network as a program of" in ours.explain()
 
 

@@ -1,16 +1,19 @@
 """A program as a GPU runs it, on tensors of the CPU: its answers, its kernels, its bytes."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from executor_cases import ADM, CASES, arguments, changes, in_dtype
+from diffusers_format_tools import TINY, theirs
+from executor_cases import ADM, CASES, arguments, changes, in_dtype, program_of
 from fastdiff import UNet
 from fastdiff.models.blocks import ResBlock
 from fastdiff.models.execution import executor as executor_module
-from fastdiff.models.execution import problems
+from fastdiff.models.execution import foreign, problems
 from fastdiff.models.execution.executor import Executor, planned
 from fastdiff.models.execution.explanation import (
     beside_convolutions,
@@ -22,9 +25,12 @@ from fastdiff.models.execution.explanation import (
 from fastdiff.models.execution.launched import Launched
 from fastdiff.models.execution.lowering_cuda import CudaLowering
 from fastdiff.models.execution.plan import Plan
+from fastdiff.models.readers import reading_of
 from fastdiff.models.valueless import valueless
+from fastdiff.models.wrappers import tensor_of
 from fastdiff.sampling.network import execution
 from fastdiff.sampling.network.network import Network
+from published_unet import Guided, small
 from unet_tools import batch, small_unet
 
 
@@ -318,6 +324,44 @@ def test_a_gpu_is_asked_for_programs(elsewhere):
         network = Network(model, torch.bfloat16, None, False, executor)
         assert len(network.programs.of(network.replica)) == count
         assert (network.programs.refused == execution.UNMEASURED) == (executor == "auto")
+
+
+@pytest.mark.parametrize("make", [lambda: small(Guided), lambda: theirs(TINY)])
+@torch.no_grad()
+def test_another_codebases_network_is_tried_and_called_where_it_is(make, elsewhere, monkeypatch):
+    model = make().to("meta")
+    reading, tried = reading_of(model), []
+
+    class Program:
+        def __init__(self, reading):
+            pass
+
+        def __call__(self, **arguments):
+            tried.append({v.device.type for v in arguments.values()})
+            raise RuntimeError("no values")
+
+    monkeypatch.setattr(foreign, "Executor", Program)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # "meta" has none
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    assert reading.difference() == ""
+    assert reading.disagreement() == "tried on small inputs it fails (no values)"
+    assert tried == [{"meta"}]  # after the network's own forward on the same
+    x, t = torch.zeros(2, 3, 8, 8, device="meta"), torch.zeros(2, device="meta")
+    assert reading.call((x, t), {}) is not None
+    assert reading.call((x, 3), {}).arguments["timesteps"].device.type == "meta"
+    assert reading.call((x.new_zeros(x.shape, device="cpu"), t), {}) is None
+    assert reading.call((x, torch.zeros(2)), {}) is None
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("make", [lambda: small(Guided), lambda: theirs(TINY)])
+@torch.no_grad()
+def test_on_a_gpu_the_answers_are_another_codebases_networks(make):
+    model = make().cuda()
+    x, t = torch.randn(2, 3, 16, 16, device="cuda"), torch.tensor([10, 900], device="cuda")
+    expected = tensor_of(model(x, t))
+    found = tensor_of(program_of(model)(x, t))
+    assert (found - expected).abs().max() < 1e-2 * expected.abs().max()
 
 
 @pytest.mark.cuda

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from fastdiff.errors import InputError
+from fastdiff.models.execution import executor
+from fastdiff.models.execution.reading import Reading
 from fastdiff.ops.convolution.fastest import Products
 from fastdiff.process.edm import EDM
 from fastdiff.sampling.network import execution
@@ -219,12 +221,26 @@ def test_where_programs_pay(monkeypatch):
     assert execution.slower(torch.float16) == ""
 
 
-def test_packed_weights_are_given_back():
-    model = calm_unet()
-    sampler = Sampler(model, PROCESS, steps=2, executor=True)
+@pytest.mark.parametrize("most", [0, 256 << 20])
+def test_a_call_leaves_memory_for_the_next_or_gives_it_back(most, monkeypatch):
+    monkeypatch.setattr(executor, "MOST_KEPT", most)
+    sampler = Sampler(calm_unet(), PROCESS, steps=2, executor=True)
     held = []
-    sampler.sample(SHAPE, callback=lambda step: held.append(programs(sampler)[0].executor._weights))
-    assert held[0] and programs(sampler)[0].executor._weights is None
+    for _ in range(2):
+        sampler.sample(
+            SHAPE, callback=lambda step: held.append(programs(sampler)[0].executor._weights)
+        )
+    kept = programs(sampler)[0].executor._weights
+    assert held[0] and (kept is held[0] is held[-1] if most else kept is None)
+
+
+def test_a_network_is_looked_at_once_in_a_call(monkeypatch):
+    sampler = Sampler(calm_unet(), PROCESS, steps=3, executor=True)
+    sampler.sample(SHAPE)
+    asked, difference = [], Reading.difference
+    monkeypatch.setattr(Reading, "difference", lambda self: asked.append(1) or difference(self))
+    sampler.sample(SHAPE)
+    assert len(asked) == 1
 
 
 def test_a_caller_with_autocast_or_gradients_gets_the_forward():

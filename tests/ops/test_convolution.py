@@ -235,7 +235,7 @@ def test_a_batch_of_none_and_other_layouts():
     assert torch.equal(convolution(x, laid_out, **strange)[0], expected)
 
 
-def test_a_bound_call_follows_its_memory():
+def test_a_bound_call_follows_its_memory_in_any_number_of_threads():
     torch.manual_seed(0)
     x = torch.randn(1, 16, 6, 6).contiguous(memory_format=torch.channels_last)
     weight = torch.nn.Parameter(torch.randn(8, 16, 3, 3))
@@ -246,12 +246,13 @@ def test_a_bound_call_follows_its_memory():
         x, packed.panels, *nothing, 8, 3, 3, 1, 1, 1, *(False,) * 3, int(packed.products), False
     )
     run = bound(call, (y, None))
-    for _ in range(2):
+    for count in (1, 3, 2):
         with torch.no_grad():
             x.normal_()
             weight.normal_()
         packed.refresh()
-        run()
+        with threads(count):
+            run()
         assert torch.allclose(y, F.conv2d(x, weight, padding=1), atol=1e-3)
     assert bound(call._replace(x=torch.zeros(1, 16, 6, 6)), (y, None)) is None  # of another layout
 

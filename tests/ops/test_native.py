@@ -14,6 +14,7 @@ import torch
 from fastdiff.errors import InputError
 from fastdiff.ops import native
 from fastdiff.ops.normal import normal
+from norm_cases import threads
 from paths import ROOT
 
 ISAS = native.library().supported_isas()
@@ -152,6 +153,30 @@ def test_a_team_has_the_asked_size():
     assert [native.library().team_size(n) for n in (1, 2, 3)] == [1, 2, 3]
 
 
+def test_a_workspace_is_as_large_as_the_threads_of_each_run_need(monkeypatch):
+    monkeypatch.setattr(native, "_IDLE", [])
+    borrowed, ran, asked = [], [], []
+
+    def lent(floats):
+        borrowed.append(torch.empty(floats))
+        return borrowed[-1]
+
+    def floats(threads):
+        asked.append(threads)
+        return 100 * threads
+
+    monkeypatch.setattr(native, "borrow", lent)
+    run = native.in_threads(lambda *given: ran.append(given), floats)
+    for count in (1, 1, 3, 2):
+        with threads(count):
+            run()
+    assert asked == [1, 3, 2]
+    assert [len(workspace) for workspace in borrowed] == [100, 100, 300, 200]
+    places = [workspace.data_ptr() for workspace in borrowed]
+    assert ran == list(zip(places, [1, 1, 3, 2], strict=True))
+    assert [id(v) for v in native._IDLE] == [id(v) for v in borrowed]
+
+
 def test_threads_draw_at_the_same_time():
     expected = normal((4, 3, 64, 64), seed=1)
     draws = [None] * 4
@@ -160,10 +185,10 @@ def test_threads_draw_at_the_same_time():
         for _ in range(10):
             draws[index] = normal((4, 3, 64, 64), seed=1)
 
-    threads = [threading.Thread(target=draw, args=(i,)) for i in range(4)]
-    for thread in threads:
+    drawing = [threading.Thread(target=draw, args=(i,)) for i in range(4)]
+    for thread in drawing:
         thread.start()
-    for thread in threads:
+    for thread in drawing:
         thread.join()
     assert all(torch.equal(drawn, expected) for drawn in draws)
 

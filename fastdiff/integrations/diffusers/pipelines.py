@@ -72,7 +72,7 @@ def accelerate_pipeline(
         channels_last: the layout of x and of the weights of plain 2-D convolutions.
         capture: "auto", True or False: whether a step becomes a CUDA graph.
         compile: whether the network runs through torch.compile, or its keyword arguments.
-        executor: whether the U-Net on a CPU runs as a program, as the Sampler's argument says.
+        executor: whether the U-Net runs as a program, as the Sampler's argument says.
 
     Raises:
         InputError: another pipeline, or options that do not fit.

@@ -35,6 +35,7 @@ class Bound:
             held[slot] = slot.part_of(held[slot.whole])
         self._inputs = [held[slot] for slot in plan.inputs.values()]
         self._output: Tensor = held[plan.output]
+        self._held = held  # whose addresses the steps have
         self._steps = [_bound(step, [held[s] for s in step.reads], held) for step in plan.steps]
 
     def run(self, arguments: Sequence[Tensor]) -> Tensor:

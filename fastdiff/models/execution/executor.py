@@ -19,6 +19,7 @@ from fastdiff.models.execution.weights import Weights
 from fastdiff.models.unet import UNet
 
 MOST_PLANS = 8
+MOST_KEPT = 256 << 20  # bytes between calls, of packed weights and of results
 LOWERINGS: dict[str, type[Lowering]] = {"cpu": Lowering, "cuda": CudaLowering}
 
 
@@ -26,8 +27,10 @@ class Executor:
     """What ``network`` answers in eval mode and without gradients, computed by fused operations.
 
     It reads the network's own parameters. Between ``begin()`` and ``end()``, a sampler's call, they
-    are packed once, and ``refresh()`` sees what changed; outside of it every call packs them. On a
-    GPU they stay where they are, for graphs that read them.
+    are packed once, and ``refresh()`` sees what changed; outside of it every call packs them. The
+    memory that the last call was computed in stays with the Executor where it is no more than
+    ``MOST_KEPT``: fresh one costs as much again as the packing. On a GPU they stay where they are,
+    for graphs that read them.
 
     Args:
         network: a UNet as its class makes it, on the CPU or on a GPU, or the ``Reading`` of such a
@@ -71,7 +74,8 @@ class Executor:
     ) -> Tensor:
         """As ``UNet.forward``: (N, out_channels, *spatial) in the dtype of ``x``. Raises InputError
         for the arguments that it does."""
-        weights = self._weights if self._begun else None
+        begun = self._begun
+        weights = self._weights if begun else None
         if weights is None:
             weights = self._weights_now()
         self.unet.check(x, timesteps, y, low_res, noise_level)
@@ -82,23 +86,28 @@ class Executor:
             plan = self._plan({name: tensor.shape for name, tensor in given.items()})
             self._last = plan
             with weights.bound(plan) as bound:
-                return bound.run([given[name] for name in plan.inputs]).to(x.dtype)
+                output = bound.run([given[name] for name in plan.inputs]).to(x.dtype)
+        if not begun:
+            self._let_go()
+        return output
 
-    def begin(self) -> None:
-        """Pack the weights anew, which may have changed unseen. InputError as the constructor's."""
-        self._weights_of, self._weights = versions(self.reading.module), self._weights_now()
+    def begin(self, *, asked: bool = False) -> None:
+        """Pack the weights anew, which may have changed unseen. InputError as the constructor's.
+
+        ``asked``: ``reading.difference()`` was, just now, and found nothing.
+        """
+        self._weights_of, self._weights = versions(self.reading.module), self._weights_now(asked)
         self._begun = True
 
-    def refresh(self) -> None:
-        """Pack the weights anew if one has been exchanged or written to."""
+    def refresh(self, *, asked: bool = False) -> None:
+        """``begin`` if a weight has been exchanged or written to."""
         if self._weights_of != versions(self.reading.module):
-            self.begin()
+            self.begin(asked=asked)
 
     def end(self) -> None:
-        """Give the memory back that no graph may read."""
+        """Give memory back that no graph may read, where it is more than ``MOST_KEPT``."""
         self._begun, self._weights_of = False, None
-        if not self._lowering.captured:
-            self._weights = None
+        self._let_go()
 
     def explain(self) -> str:
         """The operations of the last call as a list, and what each block reads and writes."""
@@ -130,18 +139,21 @@ class Executor:
     def _lowering(self) -> type[Lowering]:
         return LOWERINGS[device_of(self.reading.module).type]
 
-    def _weights_now(self) -> Weights:
-        self._check()
-        kept = self._weights
-        if not self._lowering.captured:
-            return Weights(self.reading.tensors)
-        if kept is None or not kept.refresh():
+    def _weights_now(self, asked: bool = False) -> Weights:
+        self._check(asked)
+        kept, captured = self._weights, self._lowering.captured
+        if kept is None or not (kept.refresh() if captured else kept.outdate()):
             kept = self._weights = Weights(self.reading.tensors)
         return kept
 
-    def _check(self) -> None:
+    def _let_go(self) -> None:
+        kept = self._weights
+        if kept is not None and not self._lowering.captured and kept.nbytes > MOST_KEPT:
+            self._weights = None
+
+    def _check(self, asked: bool = False) -> None:
         """InputError for a network that has become another one; plans are of the modules it has."""
-        found = self.reading.difference()
+        found = "" if asked else self.reading.difference()
         if found:
             raise InputError(f"this network is not executed as a program: {found}")
         modules = list(self.unet.modules())

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from fastdiff.errors import InputError, first_line
 from fastdiff.models.execution.executor import Executor, versions
-from fastdiff.models.execution.problems import Form, changed, class_name, dtype_of, forms, name_of
+from fastdiff.models.execution.problems import (
+    Form,
+    changed,
+    class_name,
+    device_of,
+    dtype_of,
+    forms,
+    name_of,
+)
 from fastdiff.models.execution.reading import Call, Reading
 from fastdiff.models.fused import unfused
 from fastdiff.models.replicas.replica import twin_of
@@ -18,7 +26,8 @@ from fastdiff.models.unet import UNet
 from fastdiff.models.valueless import valueless
 from fastdiff.models.wrappers import tensor_of
 
-# Of a network's answer, over the largest value; bfloat16 is rounded otherwise by every program.
+# Of a network's answer, over the largest value; bfloat16 is rounded otherwise by every program, and
+# on GPUs float32 too, whose convolutions multiply as TF32.
 MOST_ERROR, MOST_LOW_ERROR = 1e-3, 5e-2
 
 
@@ -97,20 +106,24 @@ class Foreign(Reading):
         x, timesteps = arguments["x"], arguments["timesteps"]
         if not (isinstance(x, Tensor) and isinstance(timesteps, Tensor | int | float)):
             return False
-        timesteps = torch.as_tensor(timesteps)
+        if not isinstance(timesteps, Tensor) or timesteps.dim() == 0:
+            timesteps = torch.as_tensor(timesteps, device=x.device)
         if timesteps.numel() == 1:
             timesteps = timesteps.reshape(1).expand(len(x))
         arguments["timesteps"] = timesteps
-        others = (arguments.get(name) for name in ("y", "low_res", "noise_level"))
+        others = [arguments.get(name) for name in ("y", "low_res", "noise_level")]
         try:
             self.unet.check(x, timesteps, *others)
         except InputError:
+            return False
+        device = device_of(self.module)
+        if any(v is not None and v.device != device for v in (x, timesteps, *others)):
             return False
         # Unlike ours, these go to twice the size on the way up.
         halved = x.shape[2:] if x.dim() < 5 else x.shape[3:]
         sizes_fit = all(side % _factor(self.unet) == 0 for side in halved)
         low = torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32
-        return sizes_fit and x.is_cpu and (low or x.dtype == dtype_of(self.module))
+        return sizes_fit and (low or x.dtype == dtype_of(self.module))
 
     # --- Trying it ----------------------------------------------------------------------------
 
@@ -127,12 +140,13 @@ class Foreign(Reading):
 
     @torch.no_grad()
     def _tried(self) -> str:
-        dtype = dtype_of(self.module)
-        arguments = _small(self.unet, dtype)
+        dtype, device = dtype_of(self.module), device_of(self.module)
+        small = _small(self.unet, dtype)
+        arguments = {name: tensor.to(device) for name, tensor in small.items()}
         theirs = {ours: name for name, ours in self.names.items()}
         given = {theirs[name]: tensor for name, tensor in arguments.items()}
         try:
-            with twin_of(self.module) as twin, torch.autocast("cpu", enabled=False):
+            with twin_of(self.module) as twin, torch.autocast(device.type, enabled=False):
                 expected = tensor_of(twin(**given)).float()
             found = Executor(self)(**arguments).float()
         except Exception as error:  # whatever such a network does with such inputs
@@ -141,7 +155,8 @@ class Foreign(Reading):
         if not largest:
             return "it answers zeros, on which no program can be tried"
         differs = float((found - expected).abs().max() / largest)
-        most = MOST_LOW_ERROR if dtype == torch.bfloat16 else MOST_ERROR
+        rounds = dtype == torch.bfloat16 or (dtype == torch.float32 and device.type != "cpu")
+        most = MOST_LOW_ERROR if rounds else MOST_ERROR
         if differs <= most:
             return ""
         return f"tried on small inputs in {name_of(dtype)} its program differs by {differs:.1e}"

@@ -1,5 +1,7 @@
 """Attention on the qkv projection of the published U-Nets in one call."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from fastdiff.ops.attention import reference
 from fastdiff.ops.attention.fastest import Workload, fastest
 from fastdiff.ops.checks import refusal
 from fastdiff.ops.convolution.fastest import Products, products_of
-from fastdiff.ops.differentiable import Kernel, differentiable_once
+from fastdiff.ops.differentiable import Kernel, Launch, differentiable_once
 from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
 from fastdiff.ops.layouts import Maybe
 from fastdiff.ops.native import address
@@ -158,16 +160,16 @@ def _of_library(name: str, call: Any) -> Any:
     products = Products.FLOAT32 if exact else products_of(dtype)
     described = (native.DTYPE_CODES[dtype], int(products), n, heads, tokens, head_dim, *rows)
 
-    def fill(qkv: Tensor, out: Tensor, lse: Maybe, *gradients: Tensor) -> None:
+    def prepared(qkv: Tensor, out: Tensor, lse: Maybe, *gradients: Tensor) -> Callable[[], None]:
         places = (qkv.data_ptr(), qkv.stride(), out.data_ptr(), out.stride(), address(lse))
         problem = library.Attention(*described, *places)
-        threads = torch.get_num_threads()
-        workspace = native.borrow(library.attention_workspace(problem, bool(gradients), threads))
         rest = (value for v in gradients for value in (v.data_ptr(), v.stride()))
-        native.launch(name, "native", qkv, problem, *rest, workspace.data_ptr())
-        native.give_back(workspace)
+        return native.in_threads(
+            partial(getattr(library, f"{name}_cpu"), problem, *rest),
+            partial(library.attention_workspace, problem, bool(gradients)),
+        )
 
-    return fill
+    return Launch(prepared)
 
 
 _kernel = Kernel(OP, Arguments, _allocate, _forward, outputs=2)

@@ -1,6 +1,7 @@
-"""The layout that the library's convolution reads and writes, and one launch of it."""
+"""The layout that the library's convolution reads and writes, and launches of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def shape_of(
     )
 
 
-def run(
+def prepared(
     shape: Any,
     x: Tensor,
     panels: Tensor,
@@ -86,10 +87,11 @@ def run(
     residual: Maybe,
     y: Tensor,
     moments: Maybe,
-) -> None:
-    """One launch in torch's threads."""
-    library, threads = native.library(), torch.get_num_threads()
-    workspace = native.borrow(library.convolution_workspace(shape, moments is not None, threads))
+) -> Callable[[], None]:
+    """What launches in torch's threads, from and to where these are now."""
+    library = native.library()
     places = map(address, (x, second, coefficients, panels, bias, add, residual, y, moments))
-    library.convolution_cpu(shape, *places, workspace.data_ptr(), threads)
-    native.give_back(workspace)
+    return native.in_threads(
+        partial(library.convolution_cpu, shape, *places),
+        partial(library.convolution_workspace, shape, moments is not None),
+    )

@@ -14,12 +14,12 @@ from fastdiff.ops.convolution import reference, training
 from fastdiff.ops.convolution.launch import (
     empty_channels_last,
     out_size,
-    run,
+    prepared,
     shape_of,
     to_channels_last,
 )
 from fastdiff.ops.convolution.packed import Packed, pack
-from fastdiff.ops.differentiable import Kernel
+from fastdiff.ops.differentiable import Kernel, Launch
 from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation, wants_gradient
 from fastdiff.ops.layouts import Maybe
 
@@ -236,7 +236,7 @@ def _plan(call: Arguments) -> Any:
         folded=call.folded,
         silu=call.silu,
     )
-    return partial(run, shape)
+    return Launch(partial(prepared, shape))
 
 
 _kernel = Kernel(OP, Arguments, _allocate, _plan, readable=_readable, outputs=2)

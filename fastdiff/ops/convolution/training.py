@@ -6,6 +6,7 @@ step to step, so it is packed at each call.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from fastdiff.ops.convolution.fastest import products_of
 from fastdiff.ops.convolution.launch import (
     empty_channels_last,
     out_size,
-    run,
+    prepared,
     shape_of,
     to_channels_last,
 )
@@ -69,7 +70,7 @@ def _plan(call: Arguments) -> Callable[..., None]:
 
     def fill(x: Tensor, weight: Tensor, bias: Maybe, y: Tensor) -> None:
         with lent_panels(weight, products) as panels:
-            run(shape, x, panels, bias, None, None, None, None, y, None)
+            prepared(shape, x, panels, bias, None, None, None, None, y, None)()
 
     return fill
 
@@ -114,7 +115,7 @@ def _plan_data(call: Backward) -> Callable[[Tensor, Tensor, Tensor], None]:
 
     def fill(grad: Tensor, weight: Tensor, dx: Tensor) -> None:
         with lent_panels(weight, products, transposed=True) as panels:
-            run(shape, grad, panels, None, None, None, None, None, dx, None)
+            prepared(shape, grad, panels, None, None, None, None, None, dx, None)()
 
     return fill
 
@@ -136,13 +137,13 @@ def _plan_weight(call: Backward) -> Callable[[Tensor, Tensor, Tensor, Maybe], No
     shape = _shape(call.x, call.weight.shape, call.stride, call.before, call.after)
 
     def fill(x: Tensor, grad: Tensor, dw: Tensor, db: Maybe) -> None:
-        library, threads = native.library(), torch.get_num_threads()
-        workspace = native.borrow(library.convolution_weight_gradient_workspace(shape, threads))
-        library.convolution_weight_gradient_cpu(
-            shape, x.data_ptr(), grad.data_ptr(), dw.data_ptr(), address(db), dw.stride(0),
-            dw.stride(1), dw.stride(3), workspace.data_ptr(), threads,
-        )  # fmt: skip
-        native.give_back(workspace)
+        library = native.library()
+        places = map(address, (x, grad, dw, db))
+        strides = dw.stride(0), dw.stride(1), dw.stride(3)
+        native.in_threads(
+            partial(library.convolution_weight_gradient_cpu, shape, *places, *strides),
+            partial(library.convolution_weight_gradient_workspace, shape),
+        )()
 
     return fill
 

@@ -1,5 +1,7 @@
 """A group norm as a scale and a shift per sample and channel."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 from fastdiff.errors import InputError
 from fastdiff.ops import native
 from fastdiff.ops.checks import check_pair, check_tensor, refusal
-from fastdiff.ops.differentiable import Kernel
+from fastdiff.ops.differentiable import Kernel, Launch
 from fastdiff.ops.dispatch import OPERATIONS, Operation
 from fastdiff.ops.layouts import Maybe, row_stride
 from fastdiff.ops.native import address
@@ -109,7 +111,12 @@ def _plan(call: Arguments) -> Any:
         eps=call.eps,
         film_stride=row_stride(call.scale),
     )
-    return lambda *tensors: native.launch(OP, "native", tensors[0], shape, *map(address, tensors))
+    return Launch(partial(_prepared, shape))
+
+
+def _prepared(shape: Any, *tensors: Maybe) -> Callable[[], None]:
+    run = partial(native.library().norm_coefficients_cpu, shape, *map(address, tensors))
+    return lambda: run(torch.get_num_threads())
 
 
 _kernel = Kernel(OP, Arguments, _allocate, _plan, readable=_readable)

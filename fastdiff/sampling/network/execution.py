@@ -66,7 +66,7 @@ class Executed:
 
     def begin(self) -> None:
         """Read weights that may have changed unseen."""
-        self.executor.begin()
+        self.executor.begin(asked=True)  # by ``Programs.of``
 
     def end(self) -> None:
         """Give the memory back."""
@@ -129,7 +129,7 @@ class Programs:
         for twin, forward in self.forwards.items():
             if present.get(twin.original) is not twin or self._refusal(forward.reading):
                 return False
-            forward.executor.refresh()
+            forward.executor.refresh(asked=True)
         return True
 
     def explain(self) -> str:
