@@ -276,7 +276,7 @@ class Sampler:
         looked_at = watched or self.denoised_fn is not None or self.cond_fn is not None
         with ExitStack() as stack:
             with call.stats.phase("prepare"):
-                stack.enter_context(self.network.sampling(looked_at))
+                stack.enter_context(self.network.sampling(looked_at, call.timesteps))
                 self._graphs.begin(self.network)
             for i, timestep in enumerate(call.timesteps):
                 run = call.run_of(i)

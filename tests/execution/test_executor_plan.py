@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdiff import UNet
 from fastdiff.models import presets
 from fastdiff.models.execution import functions, lowering
+from fastdiff.models.execution.ahead import Ahead
 from fastdiff.models.execution.executor import Executor, planned
 from fastdiff.models.execution.explanation import bytes_moved, copies, counts
 from fastdiff.models.execution.lowering import CHANNELS_LAST, Lowering
@@ -146,7 +147,7 @@ def test_every_result_has_the_shape_dtype_and_layout_that_its_reader_expects(
         step.function = watched(step, step.function)
     plan = Plan(lowered, {})
     with Weights(Reading(model).tensors).bound(plan) as bound:
-        bound.run([given[name] for name in plan.inputs])
+        bound.run([given[name] for name in plan.inputs], Ahead())
     assert len(seen) == sum(len(step.writes) for step in lowered.steps)
 
 

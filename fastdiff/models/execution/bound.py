@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.models.execution import functions
+from fastdiff.models.execution.ahead import Ahead
 from fastdiff.models.execution.lowering import Slot, Step
 from fastdiff.models.execution.plan import Plan
 from fastdiff.ops import backends
@@ -36,12 +37,21 @@ class Bound:
         self._inputs = [held[slot] for slot in plan.inputs.values()]
         self._output: Tensor = held[plan.output]
         self._held = held  # whose addresses the steps have
-        self._steps = [_bound(step, [held[s] for s in step.reads], held) for step in plan.steps]
+        steps = [_bound(step, [held[s] for s in step.reads], held) for step in plan.steps]
+        self._plan, self._early, self._steps = plan, steps[: plan.early], steps[plan.early :]
 
-    def run(self, arguments: Sequence[Tensor]) -> Tensor:
-        """The result for the arguments, in the order of the plan's ``inputs``."""
+    def run(self, arguments: Sequence[Tensor], ahead: Ahead) -> Tensor:
+        """The result for the arguments, in the order of the plan's ``inputs``; ``ahead``: of the
+        weights as they are now."""
         for place, given in zip(self._inputs, arguments, strict=True):
             place.copy_(given)
+        rows = ahead.rows(self._plan, self._held, self._held[self._plan.inputs["timesteps"]])
+        if rows is None:
+            for step in self._early:
+                step()
+        else:
+            for slot, row in zip(self._plan.ahead, rows, strict=True):
+                self._held[slot].copy_(row)
         for step in self._steps:
             step()
         return self._output.clone()

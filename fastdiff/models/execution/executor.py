@@ -2,12 +2,14 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff.errors import InputError
+from fastdiff.models.execution.ahead import Ahead
 from fastdiff.models.execution.explanation import explanation
 from fastdiff.models.execution.lowering import Lowering
 from fastdiff.models.execution.lowering_cuda import CudaLowering
@@ -58,7 +60,7 @@ class Executor:
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._weights: Weights | None = None
         self._weights_of: Any = None
-        self._begun = False
+        self._begun, self._ahead = False, Ahead()
         self._lock = threading.Lock()
         self._last: Plan | None = None
         self._check()
@@ -74,7 +76,7 @@ class Executor:
     ) -> Tensor:
         """As ``UNet.forward``: (N, out_channels, *spatial) in the dtype of ``x``. Raises InputError
         for the arguments that it does."""
-        begun = self._begun
+        begun, ahead = self._begun, self._ahead
         weights = self._weights if begun else None
         if weights is None:
             weights = self._weights_now()
@@ -86,27 +88,29 @@ class Executor:
             plan = self._plan({name: tensor.shape for name, tensor in given.items()})
             self._last = plan
             with weights.bound(plan) as bound:
-                output = bound.run([given[name] for name in plan.inputs]).to(x.dtype)
+                arguments = [given[name] for name in plan.inputs]
+                output = bound.run(arguments, ahead).to(x.dtype)
         if not begun:
             self._let_go()
         return output
 
-    def begin(self, *, asked: bool = False) -> None:
+    def begin(self, *, asked: bool = False, timesteps: Sequence[float] = ()) -> None:
         """Pack the weights anew, which may have changed unseen. InputError as the constructor's.
 
-        ``asked``: ``reading.difference()`` was, just now, and found nothing.
+        ``asked``: ``reading.difference()`` was, just now, and found nothing. ``timesteps``: those
+        of the calls to come, whose embeddings are computed together.
         """
         self._weights_of, self._weights = versions(self.reading.module), self._weights_now(asked)
-        self._begun = True
+        self._ahead, self._begun = Ahead(timesteps), True
 
     def refresh(self, *, asked: bool = False) -> None:
         """``begin`` if a weight has been exchanged or written to."""
         if self._weights_of != versions(self.reading.module):
-            self.begin(asked=asked)
+            self.begin(asked=asked, timesteps=self._ahead.timesteps)
 
     def end(self) -> None:
         """Give memory back that no graph may read, where it is more than ``MOST_KEPT``."""
-        self._begun, self._weights_of = False, None
+        self._begun, self._ahead, self._weights_of = False, Ahead(), None
         self._let_go()
 
     def explain(self) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastdiff.models.execution.ahead import Ahead
 from fastdiff.models.execution.lowering import Slot
 from fastdiff.models.execution.plan import Plan
 
@@ -26,8 +27,9 @@ class Launched:
         for slot in plan.parts - written:
             self._parts.setdefault(slot.whole, []).append(slot)
 
-    def run(self, arguments: Sequence[Tensor]) -> Tensor:
-        """The result for the arguments, in the order of the plan's ``inputs``."""
+    def run(self, arguments: Sequence[Tensor], ahead: Ahead) -> Tensor:
+        """The result for the arguments, in the order of the plan's ``inputs``. All of it: a graph
+        is the same for every timestep."""
         held = dict(self._held)
         held.update(zip(self._inputs, arguments, strict=True))
         for step, last_needed in self._steps:

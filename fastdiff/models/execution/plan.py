@@ -1,10 +1,10 @@
 """A program's steps and where in memory their results stand, each only as long as it is read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from fastdiff.models.execution.lowering import Lowering, Slot
+from fastdiff.models.execution.lowering import Lowering, Slot, Step
 
 ALIGNMENT = 64
 
@@ -15,13 +15,19 @@ class Plan:
     ``weights``: what the steps read, and in which slot; ``inputs``: the arguments' slots by name;
     ``places``: where results and arguments stand in ``nbytes`` of memory; ``parts``: those that are
     columns of others, or stand there; ``peak``: the most bytes of results that are alive at a time;
-    ``captured``: as of the lowering; ``names``: of the network's modules.
+    ``captured``: as of the lowering; ``names``: of the network's modules. ``early``: how many of
+    the steps, the first ones, depend on nothing but the timesteps; ``ahead``: their results that
+    other steps read.
     """
 
     def __init__(self, lowered: Lowering, names: Mapping[nn.Module, str]):
         self.names, self.captured = names, lowered.captured
-        self.steps, self.dtype, self.layout = lowered.steps, lowered.program.dtype, lowered.layout
+        self.dtype, self.layout = lowered.program.dtype, lowered.layout
         self.weights, self.inputs, self.output = lowered.weights, lowered.inputs, lowered.output
+        early, others = _sorted(lowered.steps, lowered.inputs.get("timesteps"))
+        self.steps, self.early = early + others, len(early)
+        read = {slot.whole or slot for step in others for slot in step.reads if slot is not None}
+        self.ahead = [slot for step in early for slot in step.writes if slot in read]
         touched = [slot for step in self.steps for slot in (*step.writes, *step.reads)]
         self.parts = {slot for slot in touched if slot is not None and slot.whole is not None}
         alive = self._alive()
@@ -45,6 +51,18 @@ class Plan:
         output = self.output.whole or self.output
         alive[output] = alive[output][0], len(self.steps)
         return alive
+
+
+def _sorted(steps: Sequence[Step], timesteps: Slot | None) -> tuple[list[Step], list[Step]]:
+    """Those that depend on nothing but the timesteps, and the others; each in their order."""
+    known: set[Slot | None] = {timesteps}
+    early: list[Step] = []
+    for step in steps:
+        reads = [slot for slot in step.reads if slot is not None and slot.weight is None]
+        if reads and known.issuperset(reads):
+            early.append(step)
+            known.update(step.writes)
+    return early, [step for step in steps if step not in early]
 
 
 def _placed(alive: Mapping[Slot, tuple[int, int]]) -> tuple[dict[Slot, int], int]:

@@ -1,5 +1,6 @@
 """U-Nets that run as programs of fused operations while a sampler samples."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,8 +38,11 @@ def slower(dtype: torch.dtype) -> str:
 class Executed:
     """The forward of a network's twin, as a program in ``dtype``; None: in that of its weights.
 
-    ``ran``: how the last call of it did, in words, which a graph goes on doing.
+    ``ran``: how the last call of it did, in words, which a graph goes on doing. ``timesteps``: of
+    the calls to come.
     """
+
+    timesteps: Sequence[float] = ()
 
     def __init__(self, twin: Twin, reading: Reading, dtype: torch.dtype | None, exact: bool):
         self.twin, self.reading, self.dtype = twin.twin, reading, dtype
@@ -66,7 +70,7 @@ class Executed:
 
     def begin(self) -> None:
         """Read weights that may have changed unseen."""
-        self.executor.begin(asked=True)  # by ``Programs.of``
+        self.executor.begin(asked=True, timesteps=self.timesteps)  # asked by ``Programs.of``
 
     def end(self) -> None:
         """Give the memory back."""
@@ -95,8 +99,8 @@ class Programs:
         self.forwards: dict[Twin, Executed] = {}
         self.readings: dict[nn.Module, Reading] = {}
 
-    def of(self, replica: Replica) -> dict[Twin, Executed]:
-        """What runs in place of the forwards of these twins.
+    def of(self, replica: Replica, timesteps: Sequence[float] = ()) -> dict[Twin, Executed]:
+        """What runs in place of the forwards of these twins, at these timesteps.
 
         InputError where all must (``executor=True``), and one cannot.
         """
@@ -118,6 +122,7 @@ class Programs:
                 self.forwards[twin] = (
                     twin.forward if kept else Executed(twin, reading, self.dtype, self.exact)
                 )
+                self.forwards[twin].timesteps = timesteps
         if self.refused and self.executor is True:
             raise InputError(f"executor=True: {self.refused}; take executor='auto' or False")
         return self.forwards

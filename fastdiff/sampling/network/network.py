@@ -1,6 +1,6 @@
 """How a sampler runs its model: eval mode, dtype, layout, weights."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -55,6 +55,7 @@ class Network:
         self.programs = Programs(executor, exact, dtype, self.compiles)
         self.lock = self.replica.lock
         self.running = self.watched = 0  # calls
+        self.timesteps: Sequence[float] = ()  # of the last of them
         self._made_for: Any = None
         self._make_callable()
 
@@ -124,10 +125,12 @@ class Network:
         )
 
     @contextmanager
-    def sampling(self, watched: bool = True) -> Iterator[None]:
+    def sampling(self, watched: bool = True, timesteps: Sequence[float] = ()) -> Iterator[None]:
         """To be called inside: the model as it is when the call begins, in eval mode. ``watched``:
-        what its forward writes to its attributes somebody may look at before the call is over."""
+        what its forward writes to its attributes somebody may look at before the call is over;
+        ``timesteps``: at which it will be called."""
         with self.lock:
+            self.timesteps = timesteps
             self.follow()
             self._refresh_weights()
             self.running += 1
@@ -165,7 +168,7 @@ class Network:
     def _refresh_weights(self) -> None:
         twins = self.replica.modules()
         low = self.weights.low
-        programs = self.programs.of(self.replica)
+        programs = self.programs.of(self.replica, self.timesteps)
         # A program reads the weights of its parts themselves.
         parts = {part for twin in programs for part in twin.original.modules()}
         alone = [] if self.compiles else [t for t in twins if t.original not in parts]
