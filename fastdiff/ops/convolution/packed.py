@@ -1,11 +1,11 @@
 """A convolution's weight in the order in which the CPU's kernels multiply by it."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.ops import native
@@ -65,15 +65,15 @@ def sums_of(weight: Tensor, before: int) -> Tensor:
     position of an input before it is doubled, for the outputs at each remainder of row and column
     by 2. With ``before`` zeros before it, the output at 2i + a reads by tap t the position
     i + ⌊(a + t - before) / 2⌋."""
-    sums = weight.detach().float()
-    for dim in (-1, -2):
-        parts = []
-        for remainder in range(2):
-            first = (remainder - before) % 2  # whether a pair begins before the first tap
-            zeros = (0, 0) * (-1 - dim) + (first, 1 - first)
-            parts.append(F.pad(sums, zeros).unflatten(dim, (-1, 2)).sum(dim))
-        sums = torch.stack(parts)
-    return sums.flatten(0, 1)
+    taps = weight.detach().float().permute(2, 3, 0, 1)  # matrices are added fast in any layout
+    sides = [(count + 1) // 2 for count in taps.shape[:2]]
+    sums = taps.new_zeros(2, 2, *sides, *taps.shape[2:])
+    for a, b, i, j in itertools.product(range(2), range(2), *map(range, sides)):
+        row, column = 2 * i - (a - before) % 2, 2 * j - (b - before) % 2
+        for matrices in taps[max(row, 0) : row + 2]:
+            for matrix in matrices[max(column, 0) : column + 2]:
+                sums[a, b, i, j] += matrix
+    return sums.permute(0, 1, 4, 5, 2, 3).flatten(0, 1)
 
 
 def folds(products: Products, kernel: Sequence[int]) -> bool:
