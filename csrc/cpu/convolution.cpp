@@ -11,14 +11,6 @@
 // strips of rows that follow from the shape alone: the number of threads changes no bit.
 #include "convolution.h"
 
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-#if defined(__AVX2__)
-#include <cpuid.h>
-#endif
-
 #include "convolution_taps.h"
 #include "convolution_winograd.h"
 
@@ -26,19 +18,6 @@ namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
 
 constexpr int64_t kStripOutputs = 64;  // of a strip that has moments of its own
-
-// Linux saves the tiles of a process that has asked for it.
-bool may_use_tiles() {
-#if defined(FASTDIFF_AMX) && defined(__linux__)
-  constexpr int kRequest = 0x1023, kTileData = 18;
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool there = (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16 and AMX-TILE
-  return there && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-#else
-  return false;
-#endif
-}
 
 struct Plan {
   int64_t strip_rows, strips;  // of a sample
@@ -231,10 +210,7 @@ auto with_products(Products products, const Each& each) {
 }  // namespace
 
 bool convolution_serves(Products products) {
-  if (products == Products::kBFloat16 || products == Products::kSplit) {
-    static const bool tiles = may_use_tiles();
-    return tiles;
-  }
+  if (products == Products::kBFloat16 || products == Products::kSplit) return may_use_tiles();
 #if defined(FASTDIFF_PAIRS)
   return true;
 #else

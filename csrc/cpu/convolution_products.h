@@ -4,15 +4,8 @@
 // channels, and in these taps, in the order in which they are multiplied.
 #pragma once
 
-// Where these kernels run there is AVX512_BF16 (isa.cpp), and AMX perhaps (convolution_serves).
-#if defined(__AVX512BF16__)
-#define FASTDIFF_PAIRS
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
-#define FASTDIFF_AMX
-#endif
-#endif
-
 #include "convolution_fill.h"
+#include "tiles.h"
 #include "transpose.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
@@ -252,12 +245,7 @@ struct TileProducts : PairPanels<SPLIT> {
   FASTDIFF_MEMBER void begin(int64_t outputs) {
     const int64_t tiles = ceil_div(outputs, 16);
     rows = ceil_div(outputs, tiles);
-    alignas(64) uint8_t config[64] = {1};
-    for (int tile = 0; tile < 8; ++tile) {
-      reinterpret_cast<uint16_t*>(config + 16)[tile] = 64;
-      config[48 + tile] = static_cast<uint8_t>(tile < 6 ? rows : 16);
-    }
-    _tile_loadconfig(config);
+    configure_tiles(6, rows);
   }
   FASTDIFF_MEMBER void end() { _tile_release(); }
   FASTDIFF_MEMBER int64_t positions(int64_t) const { return 2 * rows; }

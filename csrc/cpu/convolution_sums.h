@@ -151,14 +151,7 @@ template <bool SPLIT>
 struct TileSums : PairSteps<SPLIT> {
   using PairSteps<SPLIT>::kStepBytes, PairSteps<SPLIT>::kSquare;
 
-  FASTDIFF_VEC void begin() {
-    alignas(64) uint8_t config[64] = {1};
-    for (int tile = 0; tile < 8; ++tile) {
-      reinterpret_cast<uint16_t*>(config + 16)[tile] = 64;
-      config[48 + tile] = 16;
-    }
-    _tile_loadconfig(config);
-  }
+  FASTDIFF_VEC void begin() { configure_tiles(0, 16); }
   FASTDIFF_VEC void end() { _tile_release(); }
 
   // Tiles: sums 0 to 3, dy 4 and 5, x 6 and 7.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.ops import backends, native
-from fastdiff.ops.convolution.fastest import Products, products_of
+from fastdiff.ops.convolution.fastest import Products, fastest_once
 from fastdiff.ops.convolution.op import MOST_TAPS, convolution
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -54,24 +54,24 @@ def _dtype_of_kernels(layer: nn.Module, x: Tensor) -> torch.dtype | None:
         and not any(layer.__dict__.get(hooks) for hooks in HOOKS)
         and layer.__dict__.get("_compiled_call_impl") is None
         and weight.shape[2:].numel() <= MOST_TAPS
-        and _pays(x, weight, layer.stride[0])
+        and _pays(x, weight, layer.stride[0], dtype)
     )
-    return dtype if serves and _multiplies_faster(dtype) else None
+    return dtype if serves else None
 
 
-def _multiplies_faster(dtype: torch.dtype) -> bool:
+def _pays(x: Tensor, weight: Tensor, stride: int, dtype: torch.dtype) -> bool:
     """Of float32 products ours are as fast as PyTorch's, and half as fast again as what it has for
     bfloat16 without AMX."""
-    if products_of(dtype) != Products.FLOAT32:
-        return True
-    return dtype == torch.bfloat16 and native.library().current_isa() != "baseline"
-
-
-def _pays(x: Tensor, weight: Tensor, stride: int) -> bool:
     positions = len(x) * x.shape[2] * x.shape[3] // stride**2
     if min(weight.shape[:2]) < FEWEST_CHANNELS or weight.shape[2:].numel() == 1:
         return False
-    return positions * weight.numel() >= FEWEST_PRODUCTS
+    if positions * weight.numel() < FEWEST_PRODUCTS:
+        return False
+    products = fastest_once(dtype, weight.shape, positions, stride)
+    if products in (Products.FLOAT32, Products.WINOGRAD4):
+        half_or_less = dtype == torch.bfloat16 or products == Products.WINOGRAD4
+        return half_or_less and native.library().current_isa() != "baseline"
+    return True
 
 
 def is_plain_convolution(layer: nn.Module) -> bool:

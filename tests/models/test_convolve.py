@@ -9,6 +9,7 @@ from torch import nn
 import fastdiff
 from fastdiff.models import convolve as module
 from fastdiff.models.convolve import convolve
+from fastdiff.ops.convolution import fastest
 from fastdiff.ops.convolution.fastest import Products
 from kernel_tools import ISAS, forced_isa
 
@@ -16,7 +17,7 @@ from kernel_tools import ISAS, forced_isa
 @pytest.fixture(autouse=True)
 def pays(monkeypatch):
     """On CPUs without tiles too."""
-    monkeypatch.setattr(module, "products_of", lambda dtype: Products.SPLIT)
+    monkeypatch.setattr(fastest, "products_of", lambda dtype: Products.SPLIT)
 
 
 def plain(c=32, k=48, kernel=3, **options):
@@ -114,12 +115,15 @@ def test_another_call_is_the_layers():
     assert convolve(frozen, x.detach()).grad_fn is None
 
 
-def test_bfloat16_needs_no_tiles(monkeypatch):
-    monkeypatch.setattr(module, "products_of", lambda dtype: Products.FLOAT32)
+def test_without_tiles(monkeypatch):
+    """In bfloat16, and in float32 where Winograd's algorithm pays."""
+    monkeypatch.setattr(fastest, "products_of", lambda dtype: Products.FLOAT32)
     layer, x = plain(), images()
+    wide, many = plain(64), images(c=64)
     for isa in ISAS:
         with forced_isa(isa):
             assert not by_kernels(layer, x)[0]
+            assert by_kernels(wide, many)[0] == (isa != "baseline")
             with torch.autocast("cpu", torch.bfloat16):
                 assert by_kernels(layer, x)[0] == (isa != "baseline")
 

@@ -1,5 +1,8 @@
 """convolution and norm_coefficients: against their equations in float64, and PyTorch's own."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -149,6 +152,22 @@ def test_threads_change_no_bit(n, c, side, k, doubled, dtype, products):
 def needs(products):
     if not native.library().convolution_serves(int(products)):
         pytest.skip(f"this CPU makes no products of the kind {products.name}")
+
+
+@pytest.mark.parametrize("products", [Products.BFLOAT16, Products.SPLIT])
+def test_tiles_that_nobody_has_asked_for(products):
+    """Linux kills a process that uses them unasked; a packed weight may come from anywhere."""
+    needs(products)
+    script = f"""
+import torch
+from fastdiff.ops.convolution.op import convolution
+from fastdiff.ops.convolution.packed import pack
+from fastdiff.ops.convolution.fastest import Products
+x, weight = torch.randn(1, 32, 8, 8), torch.randn(32, 32, 3, 3)
+print(convolution(x, pack(weight, x.dtype, products=Products({int(products)})))[0].shape)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "torch.Size([1, 32, 6, 6])"), done.stderr
 
 
 @pytest.mark.parametrize("products", list(Products))

@@ -9,7 +9,7 @@ from torch.func import grad, jvp
 
 import fastdiff
 from fastdiff.ops import convolution, native
-from fastdiff.ops.convolution import training
+from fastdiff.ops.convolution import fastest, training
 from fastdiff.ops.convolution.fastest import Products
 from fastdiff.ops.convolution.op import FUSED_GRADIENTS, MOST_TAPS
 from kernel_tools import ISAS, examples, forced_isa, scratch_of_nan  # noqa: F401
@@ -66,18 +66,41 @@ def test_any_shape(data):
         check(leaves, draw(st.integers(1, 3)), padding)
 
 
+def pretend(monkeypatch, products):
+    """That nothing multiplies faster here. For shapes whose launches nobody has made ready."""
+    for module in (fastest, training):
+        monkeypatch.setattr(module, "products_of", lambda dtype: products)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("products", [Products.FLOAT32, Products.PAIRS])
 def test_bfloat16_as_without_tiles(monkeypatch, products, stride):
     if not native.library().convolution_serves(int(products)):
         pytest.skip(f"this CPU makes no products of the kind {products.name}")
     found = []
-    monkeypatch.setattr(training, "products_of", lambda dtype: products)
-    channels = 40 + 8 * int(products) + stride  # shapes whose launches nobody has made ready
+    pretend(monkeypatch, products)
+    channels = 40 + 8 * int(products) + stride
     for count in (1, 3):
         torch.manual_seed(0)
         with threads(count):
             found.append(check(case(2, channels, (9, 14), 70, (3, 3), torch.bfloat16), stride))
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+def test_by_winograds_algorithm_as_without_tiles(monkeypatch, dtype):
+    """The result and the gradient of x."""
+    pretend(monkeypatch, Products.FLOAT32)
+    weight = (70, 53, 3, 3)
+    assert fastest.fastest_once(dtype, weight, 4 * 17 * 19, 1) == Products.WINOGRAD4
+    for less in (((70, 53, 3, 3), 1023, 1), ((70, 40, 3, 3), 2000, 1), (weight, 2000, 2)):
+        assert fastest.fastest_once(dtype, *less) == Products.FLOAT32
+    assert fastest.fastest_once(dtype, (70, 53, 5, 5), 2000, 1) == Products.FLOAT32
+    found = []
+    for count in (1, 3):
+        torch.manual_seed(0)
+        with threads(count):
+            found.append(check(case(4, 53, (17, 19), 70, (3, 3), dtype)))
     assert all(map(torch.equal, *found))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops import backends, native
-from fastdiff.ops.convolution.fastest import products_of
+from fastdiff.ops.convolution.fastest import Products, fastest_once, products_of
 from fastdiff.ops.convolution.launch import (
     empty_channels_last,
     out_size,
@@ -65,8 +65,10 @@ def _allocate(call: Arguments) -> tuple[Tensor]:
 
 def _plan(call: Arguments) -> Callable[..., None]:
     """What fills y for calls like this one."""
-    shape = _shape(call.x, call.weight.shape, *call[3:])
-    products = products_of(call.x.dtype)
+    n, _, *size = _allocate(call)[0].shape
+    positions = n * size[0] * size[1]
+    products = fastest_once(call.x.dtype, call.weight.shape, positions, call.stride)
+    shape = _shape(call.x, call.weight.shape, *call[3:], products)
 
     def fill(x: Tensor, weight: Tensor, bias: Maybe, y: Tensor) -> None:
         with lent_panels(weight, products) as panels:
@@ -75,10 +77,11 @@ def _plan(call: Arguments) -> Callable[..., None]:
     return fill
 
 
-def _shape(x: Tensor, kernel: Sequence[int], stride: int, before: int, after: int) -> Any:
+def _shape(
+    x: Tensor, kernel: Sequence[int], stride: int, before: int, after: int, products: Products
+) -> Any:
     """As the library has it, with a weight of shape ``kernel``."""
-    products = int(products_of(x.dtype))
-    return shape_of(x, kernel[0], kernel[2:], stride, (before, after), products)
+    return shape_of(x, kernel[0], kernel[2:], stride, (before, after), int(products))
 
 
 def _allocate_gradients(call: Backward) -> tuple[Maybe, Maybe, Maybe]:
@@ -110,8 +113,9 @@ def _plan_data(call: Backward) -> Callable[[Tensor, Tensor, Tensor], None]:
     k, channels, height, width = weight.shape
     if stride > 1 or height != width or max(before, after) >= height:
         return lambda grad, weight, dx: _data_by_pytorch(grad, weight, dx, stride, before, after)
-    shape = _shape(grad, (channels, k, height, width), 1, height - 1 - before, height - 1 - after)
-    products = products_of(x.dtype)
+    products = fastest_once(x.dtype, weight.shape, len(x) * x.shape[2] * x.shape[3], 1)
+    rests = height - 1 - before, height - 1 - after
+    shape = _shape(grad, (channels, k, height, width), 1, *rests, products)
 
     def fill(grad: Tensor, weight: Tensor, dx: Tensor) -> None:
         with lent_panels(weight, products, transposed=True) as panels:
@@ -134,7 +138,8 @@ def _data_by_pytorch(
 
 
 def _plan_weight(call: Backward) -> Callable[[Tensor, Tensor, Tensor, Maybe], None]:
-    shape = _shape(call.x, call.weight.shape, call.stride, call.before, call.after)
+    products = products_of(call.x.dtype)
+    shape = _shape(call.x, call.weight.shape, call.stride, call.before, call.after, products)
 
     def fill(x: Tensor, grad: Tensor, dw: Tensor, db: Maybe) -> None:
         library = native.library()
