@@ -57,10 +57,12 @@ struct Weights {
     const T* at = from + out * out_stride + in * channel_stride + tap * tap_stride;
     if (count == kWidth && stride == 1) return load(at);
 #if defined(__AVX512F__)
-    if (count == kWidth) {  // through memory, value by value, packing takes twice as long
-      const __m512i place = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-      const __m512i index = _mm512_mullo_epi32(place, _mm512_set1_epi32(static_cast<int>(stride)));
-      return Vec(_mm512_i32gather_ps(index, at, 4));
+    if constexpr (sizeof(T) == 4) {  // value by value, through memory, packing takes twice as long
+      if (count == kWidth && stride < 1 << 26 && stride > -(1 << 26)) {
+        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512i all = _mm512_set1_epi32(static_cast<int>(stride));
+        return Vec(_mm512_i32gather_ps(_mm512_mullo_epi32(lane, all), at, 4));
+      }
     }
 #endif
     float values[kWidth] = {};

@@ -104,6 +104,12 @@ def test_every_order_layout_and_size(n, heads, head_dim, tokens, dtype, order, l
         check_gradient(natively, qkv, heads, order, upstream)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_whole_registers_in_every_layout(dtype, layout):
+    check_values(natively, projection(2, 3 * 2 * 40, 37, dtype, layout), 2, "qkv_first")
+
+
 @pytest.mark.sample(6)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
