@@ -68,10 +68,10 @@ def _pays(x: Tensor, weight: Tensor, stride: int, dtype: torch.dtype) -> bool:
     if positions * weight.numel() < FEWEST_PRODUCTS:
         return False
     products = fastest_once(dtype, weight.shape, positions, stride)
-    if products in (Products.FLOAT32, Products.WINOGRAD4):
-        half_or_less = dtype == torch.bfloat16 or products == Products.WINOGRAD4
-        return half_or_less and native.library().current_isa() != "baseline"
-    return True
+    if products not in (Products.FLOAT32, Products.WINOGRAD4):
+        return True
+    faster = products == Products.WINOGRAD4 or dtype == torch.bfloat16
+    return faster and native.library().current_isa() != "baseline"
 
 
 def is_plain_convolution(layer: nn.Module) -> bool:

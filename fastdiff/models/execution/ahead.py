@@ -21,11 +21,14 @@ class Ahead:
     def __init__(self, timesteps: Sequence[float] = ()):
         self.timesteps = list(dict.fromkeys(timesteps))
         self._numbers = {timestep: i for i, timestep in enumerate(self.timesteps)}
-        self._made: dict[Plan, tuple[int, list[Tensor]]] = {}
+        self._made: dict[Plan, tuple[int, int, list[Tensor]]] = {}
 
-    def rows(self, plan: Plan, held: Mapping[Any, Any], timesteps: Tensor) -> list[Tensor] | None:
+    def rows(
+        self, plan: Plan, held: Mapping[Any, Any], taken: int, timesteps: Tensor
+    ) -> list[Tensor] | None:
         """What ``plan.ahead`` are at the timestep that (N,) all have, a row (1, C) each; None where
-        they differ, or it is not known. ``held``: the values of the weights' slots."""
+        they differ, or it is not known. ``held``: the values of the weights' slots, as they were
+        the time that is numbered ``taken``."""
         if len(self._numbers) < 2 or not len(timesteps) or not plan.ahead:
             return None
         number = self._numbers.get(timesteps[0].item())
@@ -33,10 +36,10 @@ class Ahead:
             return None
         first = number - number % MOST_ROWS
         found = self._made.get(plan)
-        if found is None or found[0] != first:
+        if found is None or found[:2] != (taken, first):
             chosen = timesteps.new_tensor(self.timesteps[first : first + MOST_ROWS])
-            found = self._made[plan] = first, _computed(plan, held, chosen)
-        return [rows[number - first : number - first + 1] for rows in found[1]]
+            found = self._made[plan] = taken, first, _computed(plan, held, chosen)
+        return [rows[number - first : number - first + 1] for rows in found[2]]
 
 
 def _computed(plan: Plan, held: Mapping[Any, Any], timesteps: Tensor) -> list[Tensor]:

@@ -23,8 +23,11 @@ Run = Callable[[], Any]
 class Bound:
     """One set of a plan's results in memory, and its steps, which read and write there.
 
-    ``weights``: as the plan wants them. It serves one call at a time.
+    ``weights``: as the plan wants them. It serves one call at a time. ``taken``: a number of the
+    values that these have.
     """
+
+    taken = 0
 
     def __init__(self, plan: Plan, weights: Sequence[Any]):
         memory = torch.empty(plan.nbytes, dtype=torch.uint8)
@@ -41,11 +44,11 @@ class Bound:
         self._plan, self._early, self._steps = plan, steps[: plan.early], steps[plan.early :]
 
     def run(self, arguments: Sequence[Tensor], ahead: Ahead) -> Tensor:
-        """The result for the arguments, in the order of the plan's ``inputs``; ``ahead``: of the
-        weights as they are now."""
+        """The result for the arguments, in the order of the plan's ``inputs``."""
         for place, given in zip(self._inputs, arguments, strict=True):
             place.copy_(given)
-        rows = ahead.rows(self._plan, self._held, self._held[self._plan.inputs["timesteps"]])
+        timesteps = self._held[self._plan.inputs["timesteps"]]
+        rows = ahead.rows(self._plan, self._held, self.taken, timesteps)
         if rows is None:
             for step in self._early:
                 step()

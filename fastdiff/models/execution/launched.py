@@ -14,8 +14,10 @@ class Launched:
     """A plan's steps on memory of PyTorch's allocator, which a capture knows: a result is let go
     after its last reader. Nothing is read back, and nothing copied.
 
-    ``weights``: as the plan wants them.
+    ``weights``: as the plan wants them; ``taken``: as of Bound.
     """
+
+    taken = 0
 
     def __init__(self, plan: Plan, weights: Sequence[Any]):
         self._held: dict[Slot | None, Any] = {None: None}

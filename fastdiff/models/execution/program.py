@@ -23,11 +23,10 @@ class Weight:
     """A parameter in the form in which an operation reads it.
 
     ``form``: "packed" for ``ops.convolution`` by its ``products``, of ``dims`` dimensions, for an
-    input that is ``doubled`` (``pack``), "image"
-    in the dtype of the activations, "wide" that with zeros up to ``WIDE`` channels in and out,
-    "vector" in that of statistics and embeddings. Of several layers: one after the other, as one
-    product reads them. ``plus``: for each of these a layer whose parameter of that name is added to
-    it, or None.
+    input that is ``doubled`` (``pack``), "image" in the dtype of the activations, "wide" that with
+    zeros up to ``WIDE`` channels in and out, "vector" in that of statistics and embeddings. Of
+    several layers: one after the other, as one product reads them. ``plus``: for each of these a
+    layer whose parameter of that name is added to it, or None.
     """
 
     layers: tuple[nn.Module, ...]

@@ -39,6 +39,7 @@ class Weights:
         self._current: set[Plan] = set()  # which read fresh ones alone
         self._idle: dict[Plan, list[Bound | Launched]] = {}  # in no call
         self._busy = 0  # calls
+        self._taken = self.number  # of the values
         self._lock = threading.Lock()
 
     @contextmanager
@@ -50,6 +51,7 @@ class Weights:
             idle = self._idle.setdefault(plan, [])
             kind = Launched if plan.captured else Bound
             made = idle.pop() if idle else kind(plan, [self._made[key] for key in _keys(plan)])
+            made.taken = self._taken
             self._busy += 1
         try:
             yield made
@@ -65,6 +67,7 @@ class Weights:
             if not self._busy:
                 self._fresh.clear()
                 self._current.clear()
+                self._taken = next(_numbers)
             return not self._busy
 
     def refresh(self) -> bool:
