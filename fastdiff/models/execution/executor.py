@@ -101,12 +101,13 @@ class Executor:
         of the calls to come, whose embeddings are computed together.
         """
         self._weights_of, self._weights = versions(self.reading.module), self._weights_now(asked)
-        self._ahead, self._begun = Ahead(timesteps), True
+        self._ahead = Ahead([*timesteps, *self._ahead.timesteps])  # of calls beside this one too
+        self._begun = True
 
     def refresh(self, *, asked: bool = False) -> None:
         """``begin`` if a weight has been exchanged or written to."""
         if self._weights_of != versions(self.reading.module):
-            self.begin(asked=asked, timesteps=self._ahead.timesteps)
+            self.begin(asked=asked)
 
     def end(self) -> None:
         """Give memory back that no graph may read, where it is more than ``MOST_KEPT``."""
