@@ -6,6 +6,7 @@ import torch
 from executor_cases import CASES, arguments
 from fastdiff.models.execution import ahead
 from fastdiff.models.execution.executor import Executor
+from fastdiff.ops.convolution.fastest import units
 from fastdiff.sampling.sampler import Sampler
 from sampler_tools import diffusion
 from unet_tools import batch, small_unet
@@ -67,6 +68,21 @@ def test_a_row_does_not_depend_on_the_others():
     executor.begin(timesteps=TIMESTEPS[:2])  # of a call that begins before that one ends
     found.append(executor(x, t))
     assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_image_is_the_same_to_the_bit_in_any_batch(dtype):
+    if not units().amx:
+        pytest.skip("without AMX larger batches have larger tiles of Winograd's")
+    model = small_unet()
+    x, _, _ = batch(model, 32, 32, n=9)
+    t = torch.full((9,), 3.0)
+    executor = Executor(model, dtype)
+    executor.begin(timesteps=TIMESTEPS)
+    whole = executor(x, t)
+    parts = [executor(part, t[: len(part)]) for part in x.split([1, 2, 6])]
+    assert torch.equal(torch.cat(parts), whole)
 
 
 @torch.no_grad()

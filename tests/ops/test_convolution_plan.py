@@ -91,8 +91,9 @@ def test_products_of_the_values_themselves():
 
 
 def test_a_doubling_is_folded_into_large_results():
-    doubled = {"upsample": True, "height": 8, "width": 8}
-    assert folded_is_faster(workload(samples=4, **doubled))
-    assert not folded_is_faster(workload(samples=3, **doubled))
-    assert not folded_is_faster(workload(samples=4, stride=2, **doubled))
-    assert not folded_is_faster(workload(samples=4, height=8, width=8))
+    """Whatever their number."""
+    doubled = {"upsample": True, "samples": 4}
+    assert folded_is_faster(workload(**{**doubled, "samples": 1}))
+    assert not folded_is_faster(workload(height=8, width=31, **doubled))
+    assert not folded_is_faster(workload(stride=2, **doubled))
+    assert not folded_is_faster(workload(samples=4))

@@ -121,8 +121,9 @@ def fastest_once(
 
 def folded_is_faster(work: Workload) -> bool:
     """Whether a doubling before a direct convolution is better done by sums of taps: 4/9 of the
-    products, by 16/9 of the weights, which in a network come from memory."""
-    outputs = work.samples * work.height * work.width
+    products, by 16/9 of the weights, which in a network come from memory. Of one sample's size: it
+    rounds otherwise, and an image is to be the same in any batch."""
+    outputs = work.height * work.width
     return work.upsample and work.stride == 1 and outputs >= FOLDED_OUTPUTS
 
 
