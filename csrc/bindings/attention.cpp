@@ -14,8 +14,8 @@ TokenTensor token_tensor(uintptr_t data, const Strides& strides) {
   return {at(data), strides[0], strides[1], strides[2]};
 }
 
-Attention attention_of(int dtype, int products, int64_t samples, int64_t heads, int64_t tokens, int64_t head_dim,
-                       int64_t head_rows, int64_t part_rows, uintptr_t qkv,
+Attention attention_of(int dtype, int products, int64_t samples, int64_t heads, int64_t tokens,
+                       int64_t head_dim, int64_t head_rows, int64_t part_rows, uintptr_t qkv,
                        const Strides& qkv_strides, uintptr_t out, const Strides& out_strides,
                        uintptr_t lse) {
   Attention attention = {};

@@ -62,15 +62,15 @@ struct Backward {
 
   Backward(const Attention& p, const Cut& cut, int64_t base, int64_t index)
       : p(p), cut(cut), scratch(p.workspace + index * cut.head_floats, p, cut), head(base + index) {
-    const int64_t sample = head / p.heads, own = head % p.heads, row = own * p.head_rows;
-    q = part<const T>(p.qkv, sample, row);
-    k = part<const T>(p.qkv, sample, row + p.part_rows);
-    v = part<const T>(p.qkv, sample, row + 2 * p.part_rows);
+    const int64_t sample = head / p.heads, own = head % p.heads;
+    q = factor_of<const T>(p, p.qkv, head, kQ);
+    k = factor_of<const T>(p, p.qkv, head, kK);
+    v = factor_of<const T>(p, p.qkv, head, kV);
     out = part<const T>(p.out, sample, own * p.head_dim);
     grad_out = part<const T>(p.grad_out, sample, own * p.head_dim);
-    grad_q = part<T>(p.grad_qkv, sample, row);
-    grad_k = part<T>(p.grad_qkv, sample, row + p.part_rows);
-    grad_v = part<T>(p.grad_qkv, sample, row + 2 * p.part_rows);
+    grad_q = factor_of<T>(p, p.grad_qkv, head, kQ);
+    grad_k = factor_of<T>(p, p.grad_qkv, head, kK);
+    grad_v = factor_of<T>(p, p.grad_qkv, head, kV);
   }
 
   void pack_chunk(int64_t chunk) const {

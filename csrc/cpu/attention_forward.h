@@ -97,7 +97,7 @@ void attend(const Attention& p, const Cut& cut, int64_t head, int64_t block, con
   float* out = scratch;
   float* scores = out + cut.rows * cut.width;
   Factors factors(p, cut, packed, scores, scores + cut.rows * cut.score_stride);
-  factors.take_queries(part<const T>(p.qkv, sample, own * p.head_rows), first, rows);
+  factors.take_queries(factor_of<const T>(p, p.qkv, head, kQ), first, rows);
 
   float m[kRows], total[kRows];
   for (int64_t i = 0; i < kRows; ++i) m[i] = kLeast, total[i] = 0.0f;
@@ -165,8 +165,8 @@ class PanelFactors {
   // Tokens [first, last) of a head's k and v.
   static void pack(const Attention& p, const Cut&, int64_t head, int64_t first, int64_t last,
                    float* to) {
-    pack_by_token(to, k_of<T>(p, head), first, last, p.tokens, p.head_dim);
-    pack_by_channel(to + panels_size(p.head_dim, p.tokens), v_of<T>(p, head), first, last, p.tokens,
+    pack_by_token(to, factor_of<const T>(p, p.qkv, head, kK), first, last, p.tokens, p.head_dim);
+    pack_by_channel(to + panels_size(p.head_dim, p.tokens), factor_of<const T>(p, p.qkv, head, kV), first, last, p.tokens,
                     p.head_dim);
   }
 

@@ -84,15 +84,12 @@ Part<T> part(const TokenTensor& tensor, int64_t sample, int64_t row) {
       tensor.channel_stride, tensor.token_stride};
 }
 
-// A head's k and v.
-template <typename T>
-Part<const T> k_of(const Attention& p, int64_t head) {
-  return part<const T>(p.qkv, head / p.heads, head % p.heads * p.head_rows + p.part_rows);
-}
+enum Factor { kQ, kK, kV };  // in the order of a projection's rows
 
+// A head's q, k or v of a projection, or of its gradient.
 template <typename T>
-Part<const T> v_of(const Attention& p, int64_t head) {
-  return part<const T>(p.qkv, head / p.heads, head % p.heads * p.head_rows + 2 * p.part_rows);
+Part<T> factor_of(const Attention& p, const TokenTensor& projection, int64_t head, Factor which) {
+  return part<T>(projection, head / p.heads, head % p.heads * p.head_rows + which * p.part_rows);
 }
 
 // `tokens` rows of head_dim channels, one after the other.

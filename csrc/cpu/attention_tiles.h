@@ -33,7 +33,8 @@ class TileFactors {
   // Tokens [first, last) of a head's k and v.
   static void pack(const Attention& p, const Cut& cut, int64_t head, int64_t first, int64_t last,
                    float* to) {
-    const Part<const T> k = k_of<T>(p, head), v = v_of<T>(p, head);
+    const Part<const T> k = factor_of<const T>(p, p.qkv, head, kK);
+    const Part<const T> v = factor_of<const T>(p, p.qkv, head, kV);
     const Weights<T> by_token = {
         k.data, p.tokens, p.head_dim, 1, k.token_stride, k.channel_stride, 0};
     const Weights<T> by_channel = {

@@ -12,7 +12,7 @@ from fastdiff.ops import backends, dispatch, native
 from fastdiff.ops.attention import reference
 from fastdiff.ops.attention.fastest import Workload, fastest
 from fastdiff.ops.checks import refusal
-from fastdiff.ops.convolution.fastest import Products, products_of
+from fastdiff.ops.convolution.fastest import Products, products_of, units
 from fastdiff.ops.differentiable import Kernel, Launch, differentiable_once
 from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
 from fastdiff.ops.layouts import Maybe
@@ -89,8 +89,7 @@ def _workload(qkv: Tensor, num_heads: int) -> Workload:
 @native.constant_when_compiled
 def cpu() -> tuple[str, bool, bool]:
     """The native library's instruction set, and whether it and PyTorch multiply in AMX tiles."""
-    library = native.library()
-    return library.current_isa(), library.convolution_serves(int(Products.BFLOAT16)), _AMX
+    return native.library().current_isa(), units().amx, _AMX
 
 
 _AMX: bool = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
