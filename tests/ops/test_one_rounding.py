@@ -180,6 +180,14 @@ def test_rms_norm_silu(
     check(result, truth, terms, silu_error(served, activation))
 
 
+def weighted_sizes(qkv, heads, order):
+    """Σ softmax(q·k)·|v|: what attention adds up, where v has both signs and the sum cancels."""
+    sizes = qkv.clone()
+    parts = sizes.unflatten(1, (heads, 3, -1) if order == "heads_first" else (3, heads, -1))
+    parts.select(2 if order == "heads_first" else 1, 2).abs_()  # v
+    return head_by_head(sizes, heads, order)
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     served=served,
@@ -198,7 +206,11 @@ def test_attention(served, n, heads, head_dim, tokens, size, order):
         result = attention(qkv, heads, order=order)
     # A score's rounding errors are its weight's relative ones.
     scores = 1 + size**2 * head_dim**0.5 * 10
-    check(result, head_by_head(qkv, heads, order), scores * qkv.double().abs().max())
+    terms = scores * qkv.double().abs().max()
+    if served == ("native", torch.bfloat16):  # in tiles the weights are bfloat16 too, as SDPA's
+        rounded = weighted_sizes(qkv, heads, order) * torch.finfo(dtype).eps / 2
+        terms = terms + rounded / (ROUNDINGS * torch.finfo(torch.float32).eps)
+    check(result, head_by_head(qkv, heads, order), terms)
 
 
 @settings(deadline=None, max_examples=40)
