@@ -112,7 +112,7 @@ def posterior_step_kernel(
     c = tl.load(row + PLACE.c, mask=known, other=float("nan"))
     d = tl.load(row + PLACE.d, mask=known, other=float("nan"))
     o = tl.load(row + PLACE.o, mask=known, other=float("nan"))
-    e = tl.load(row + PLACE.e, mask=known, other=float("nan"))
+    e = tl.load(row + PLACE.e0, mask=known, other=float("nan"))
     sigma = tl.load(row + PLACE.sigma, mask=known, other=float("nan"))
     clip = tl.load(row + PLACE.clip, mask=known, other=float("nan"))
 

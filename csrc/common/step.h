@@ -15,15 +15,16 @@
 namespace fastdiff {
 
 // StepTable's packed columns, fastdiff/methods/table.py: COLUMNS
-constexpr int kStepColumns = 12;
+constexpr int kStepColumns = 17;
 
 struct StepRow {
-  float a, b, c, d, o, e, sigma, log_min, log_max, clip;
+  float a, b, c, d, o, e0, e1, e2, sigma, log_min, log_max, clip;
 };
 
 FASTDIFF_INLINE StepRow step_row(const float* packed, int64_t row) {
   const float* r = packed + row * kStepColumns;
-  return {r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8], r[9]};
+  return {r[0], r[1], r[2], r[3], r[4], r[5], r[6],
+          r[7], r[8], r[9], r[10], r[11]};
 }
 
 template <typename F>

@@ -36,7 +36,7 @@ void apply(const StepRow& row, float guidance, const Terms& at, int64_t count) {
     if (at.unconditional) output = guide(output, get(at.unconditional + i), guidance);
     const Vec x0 = predicted_x_start(row, x_t, output);
     Vec x_prev = mean_of_step(row, x0, x_t, output);
-    if (at.before) x_prev = add_term(x_prev, row.e, get(at.before + i));
+    if (at.before) x_prev = add_term(x_prev, row.e0, get(at.before + i));
     if (at.noise) {
       const Vec z = get(at.noise + i);
       x_prev = at.variance ? fma(learned_std(row, get(at.variance + i)), z, x_prev)
@@ -72,7 +72,7 @@ bool posterior_step(const PosteriorStep& plan, const PosteriorStepCall& call, in
   const bool noisy = row.sigma != 0.0f;
   const bool draws = noisy && call.draws;
   const bool given = noisy && !call.draws && call.noise != nullptr;
-  const bool multistep = row.e != 0.0f && call.prev_x_start != nullptr;
+  const bool multistep = row.e0 != 0.0f && call.prev_x_start != nullptr;
   const void* unconditional = plan.guidance_offset >= 0
                                   ? advanced(call.output, plan.output.dtype, plan.guidance_offset)
                                   : nullptr;

@@ -45,14 +45,14 @@ struct PosteriorOp {
   __device__ __forceinline__ Start start() const {
     Start start;
     const int64_t i = index();
-    start.row = i < 0 || i >= rows ? StepRow{NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN}
+    start.row = i < 0 || i >= rows ? StepRow{NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN}
                                    : step_row(call.table, i);
     start.guidance = call.guidance_address != nullptr ? *call.guidance_address : call.guidance;
     const bool noisy = start.row.sigma != 0.0f;
     start.draws = noisy && call.draws;
     start.reads = given;
     if (!noisy) start.reads &= ~(1u << kNoise | 1u << kVariance);
-    if (start.row.e == 0.0f) start.reads &= ~(1u << kBefore);
+    if (start.row.e0 == 0.0f) start.reads &= ~(1u << kBefore);
     start.seed = seed_address != nullptr ? *seed_address : call.seed;
     start.counter_step = call.first_step + static_cast<uint32_t>(i);
     return start;
@@ -83,7 +83,7 @@ struct PosteriorOp {
     if (start.has(kBefore)) {
       read(kBefore, other);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) out[kXPrev][i] = add_term(out[kXPrev][i], row.e, other[i]);
+      for (int i = 0; i < kCount; ++i) out[kXPrev][i] = add_term(out[kXPrev][i], row.e0, other[i]);
     }
     if (!start.draws && !start.has(kNoise)) return;
     if (start.has(kVariance)) {

@@ -9,7 +9,7 @@ from fastdiff.methods.registry import method
 
 
 @method("ddim")
-def ddim(source: Source, *, eta: float, clipped_eps: bool) -> Columns:
+def ddim(source: Source, *, eta: float = 0.0, clipped_eps: bool) -> Columns:
     """x_prev = signal_prev·x_0 + √(noise_prev² − σ²)·ε + σ·z with ε = (x_t − signal·x_0)/noise.
 
     Args:

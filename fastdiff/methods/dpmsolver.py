@@ -13,7 +13,8 @@ def dpmsolver(source: Source) -> Columns:
     ratio = levels.noise_prev / levels.noise
     first_order = levels.signal_prev - levels.signal * ratio
     weight = _extrapolation(levels)
-    return {"c": first_order * (1 + weight), "d": ratio, "e": -first_order * weight}
+    columns = {"c": first_order * (1 + weight), "d": ratio, "e0": -first_order * weight}
+    return columns | _kept(levels)
 
 
 @method("sde-dpmsolver++")
@@ -27,12 +28,18 @@ def sde_dpmsolver(source: Source) -> Columns:
     """
     levels = source.levels
     weight = _extrapolation(levels)
-    return {
+    columns = {
         "c": levels.posterior_mean_coef1 * (1 + weight),
         "d": levels.posterior_mean_coef2,
-        "e": -levels.posterior_mean_coef1 * weight,
+        "e0": -levels.posterior_mean_coef1 * weight,
         "sigma": np.sqrt(levels.posterior_variance),
     }
+    return columns | _kept(levels)
+
+
+def _kept(levels: Levels) -> Columns:
+    """Every row leaves its x_0 in the first slot."""
+    return {"slot": np.zeros_like(levels.signal), "k": np.ones_like(levels.signal)}
 
 
 def _extrapolation(levels: Levels) -> Float64Array:

@@ -3,7 +3,10 @@
 The equation of a row, its notation and the sources stand in fastdiff/methods/table.py.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,34 @@ Columns = dict[str, Float64Array]  # names of COLUMNS (table.py) to (K,), t asce
 
 MEAN_TYPES = ("epsilon", "x_start", "v", "previous_x")
 VAR_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
+
+
+@dataclass(frozen=True)
+class Level:
+    """x = signal·x_0 + noise·ε, and what a network answers there: x_0 = a·x + b·output, given
+    ``timestep`` and x times ``input_scale``."""
+
+    signal: float
+    noise: float
+    a: float = 1.0
+    b: float = 0.0
+    timestep: float = 0.0
+    input_scale: float = 1.0
+
+    @cached_property
+    def log_snr(self) -> float:
+        """λ = log(signal / noise), ∞ for the data and −∞ where there is no signal."""
+        if self.signal == 0:
+            return -math.inf
+        return math.log(self.signal) - math.log(self.noise) if self.noise else math.inf
+
+    @property
+    def sigma(self) -> float:
+        """noise / signal: EDM's σ, ∞ where there is no signal."""
+        return self.noise / self.signal if self.signal else math.inf
+
+
+DATA = Level(1.0, 0.0)  # where the last row arrives
 
 
 @dataclass(frozen=True)
@@ -54,6 +85,10 @@ class Levels:
             posterior_mean_coef1=signal_prev * transition / noise**2,
             posterior_mean_coef2=shrink * (noise_prev / noise) ** 2,
         )
+
+    def first(self, count: int) -> "Levels":
+        """The ``count`` least noisy of them."""
+        return Levels(*(getattr(self, name)[:count] for name in self.__dataclass_fields__))
 
 
 def _check_levels(signal: Float64Array, noise: Float64Array) -> None:
@@ -111,10 +146,13 @@ def x_start_coefficients(levels: Levels, mean_type: str) -> tuple[Float64Array, 
 
 @dataclass(frozen=True)
 class Source:
-    """What the rows of every method follow from.
+    """What the rows of every method follow from, (K,) each, t ascending.
 
-    x_0 = a·x_t + b·output before clipping, (K,) each; ``mean_type`` and ``var_type`` say what the
-    network predicts. A ``mean_type`` that is none of MEAN_TYPES has its (a, b) from the process.
+    x_0 = a·x_t + b·output before clipping; ``mean_type`` and ``var_type`` say what the network
+    predicts. A ``mean_type`` that is none of MEAN_TYPES has its (a, b) from the process.
+    ``timesteps`` and ``input_scale`` are what the network is given and what x_t is multiplied by.
+    ``between``: the levels at other λ = log(signal / noise), for methods that take the network
+    there.
     """
 
     levels: Levels
@@ -122,16 +160,61 @@ class Source:
     b: Float64Array
     mean_type: str
     var_type: str
+    timesteps: Float64Array
+    input_scale: Float64Array
+    between: Callable[[list[float]], "list[Level]"]
 
     @classmethod
     def of(cls, levels: Levels, process: Any) -> "Source":
         """``levels``: of the ``process`` (methods/protocol.py), whose own (a, b) count if it gives
         any (``x_start_coefficients``).
 
-        InputError for an unknown type, and for ε-prediction from a step without signal.
+        InputError for an unknown type, for ε-prediction from a step without signal, and for arrays
+        of another length.
         """
         mean_type, var_type = process.mean_type, process.var_type
         is_learned(var_type)
         own = getattr(process, "x_start_coefficients", None)
         a, b = x_start_coefficients(levels, mean_type) if own is None else own
-        return cls(levels, a, b, mean_type, var_type)
+        arrays = {
+            "a": a,
+            "b": b,
+            "timesteps": process.model_timesteps,
+            "input_scale": process.input_scale,
+        }
+        for name, values in arrays.items():
+            if np.shape(values) != levels.signal.shape:
+                raise InputError(
+                    f"{name} has shape {np.shape(values)}; expected {levels.signal.shape}, "
+                    "one value a step"
+                )
+        arrays = {name: np.asarray(values, dtype=np.float64) for name, values in arrays.items()}
+
+        def between(log_snr: list[float]) -> list[Level]:
+            if not hasattr(process, "at_log_snr"):
+                raise InputError(
+                    f"a {type(process).__name__} has no at_log_snr, by which a method takes its "
+                    "network to noise levels between its steps; take one without churn"
+                )
+            there = process.at_log_snr(log_snr)
+            return list(cls.of(Levels.of(there.signal_scale, there.noise_scale), there).steps[::-1])
+
+        return cls(levels=levels, mean_type=mean_type, var_type=var_type, between=between, **arrays)
+
+    def last(self, count: int) -> "Source":
+        """That of the ``count`` last steps alone, the least noisy ones."""
+        names = ("a", "b", "timesteps", "input_scale")
+        arrays = {name: getattr(self, name)[:count] for name in names}
+        return replace(self, levels=self.levels.first(count), **arrays)
+
+    @cached_property
+    def steps(self) -> tuple[Level, ...]:
+        """The K levels in sampling order, the noisiest first."""
+        levels = self.levels
+        arrays = (levels.signal, levels.noise, self.a, self.b, self.timesteps, self.input_scale)
+        return tuple(Level(*values) for values in np.stack(arrays, 1)[::-1].tolist())
+
+    @property
+    def path(self) -> tuple[Level, ...]:
+        """``steps`` and the data at their end: row i leads from path[i] to path[i + 1]."""
+        return (*self.steps, DATA)

@@ -16,7 +16,9 @@ class Process(Protocol):
     The arrays are (K,), t ascending. ``Sampler`` also needs ``respace`` (as GaussianDiffusion's)
     and ``prior_std``, the standard deviation of x_T; with a ``cond_fn`` ``last_variance``, by which
     a gradient moves the mean of DDPM's last step. A process whose ``mean_type`` is of its own has
-    ``x_start_coefficients``, the (a, b) of x_0 = a·x_t + b·output.
+    ``x_start_coefficients``, the (a, b) of x_0 = a·x_t + b·output. Methods that take the network to
+    noise levels between the steps need ``at_log_snr(values)``: a process over those λ =
+    log(signal / noise), ascending or not, its own arrays in the order of falling λ.
     """
 
     mean_type: str

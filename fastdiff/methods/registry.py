@@ -7,19 +7,21 @@ from typing import Any
 
 from fastdiff.errors import InputError
 from fastdiff.methods.levels import Columns
+from fastdiff.methods.rows import Row
 
 
 @dataclass(frozen=True)
 class Method:
     """How a method derives its columns of a step table, and what it takes.
 
-    columns: from a Source and the options that it names; float64 (K,) each, t ascending.
+    columns: from a Source and the options that it names; float64 (K,) each, t ascending, for
+        methods with a row a step, or Rows in sampling order.
     learned_variance: the rows use the variance that the network learnt, where it learnt one.
     options: the names of ``StepTable.from_process``'s arguments that are such methods' alone.
     """
 
     name: str
-    columns: Callable[..., Columns]
+    columns: Callable[..., Columns | list[Row]]
     learned_variance: bool
     options: tuple[str, ...]
 
@@ -28,17 +30,17 @@ METHODS: dict[str, Method] = {}
 
 
 def method(name: str, *, learned_variance: bool = False) -> Callable[..., Any]:
-    """Register the decorated function, which derives a method's columns from a Source.
+    """Register the decorated function, which derives a method's columns, or rows, from a Source.
 
     Its keyword arguments are the method's options, which ``StepTable.from_process`` passes on: all
-    but ``eta`` and ``clipped_eps`` need a default.
+    but ``clipped_eps`` need a default.
 
     Args:
         name: of the method, for ``Sampler(method=…)``; no two are alike.
         learned_variance: whether its rows use the variance that a network learnt.
     """
 
-    def register(columns: Callable[..., Columns]) -> Callable[..., Columns]:
+    def register(columns: Callable[..., Any]) -> Callable[..., Any]:
         assert name not in METHODS, f"two methods are named {name!r}"
         _, *options = signature(columns).parameters
         METHODS[name] = Method(name, columns, learned_variance, tuple(options))

@@ -5,7 +5,7 @@ classifier may move what comes out.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -181,14 +181,18 @@ class ClassifierGuidance:
         i: Index,
         x_prev: Tensor,
         x_start: Tensor,
+        memory: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor]:
-        """(x_prev, x_0) of row ``i``, moved by the classifier's gradient at x_t."""
+        """(x_prev, x_0) of row ``i``, moved by the classifier's gradient at x_t, and so is what the
+        row kept of x_0 in ``memory``."""
         gradient = self.cond_fn(x, timesteps, **kwargs)
         check_like(gradient, "what cond_fn returned", x, "x")
         gradient = gradient.to(self.table.packed.dtype)
         row = columns_at(self.table, i, x)
         moved = at_row(self.gain, i, x) * gradient
         if self.table.method != "ddpm":
+            for slot, kept in enumerate(memory):
+                kept.add_(torch.where(row["slot"] == slot, row["k"] * moved, 0.0))
             return (x_prev + row["c"] * moved).to(x.dtype), (x_start + moved).to(x.dtype)
         _, v = split_output(output, self.table)
         if v is not None:
@@ -205,8 +209,6 @@ def classifier_gain(process: Any, table: StepTable) -> Tensor:
             # The published variance of the last step, which draws no noise, is not zero.
             gain[-1] = process.last_variance
         return gain
-    signal, noise = (
-        torch.from_numpy(level[: len(table)][::-1].copy())  # a table may leave out the first steps
-        for level in (process.signal_scale, process.noise_scale)
-    )
+    assert table.levels is not None  # it is of the process
+    signal, noise = torch.from_numpy(table.levels).unbind(1)
     return (noise**2 / signal).to(table.packed)

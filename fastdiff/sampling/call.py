@@ -92,8 +92,11 @@ class Call:
         with network.lock:  # another thread may configure the sampler meanwhile
             settings, process, table = sampler.settings, sampler.diffusion, sampler.table
         shape = tuple(inputs.shape)
-        skipped = 0 if inputs.image is None else _skipped(inputs.strength, len(table))
-        self.table = table = (table.starting_at(skipped) if skipped else table).to(device)
+        self.first = 0  # of the process's steps, the noisiest being 0
+        if inputs.image is not None:
+            self.first = _skipped(inputs.strength, len(noise_levels(process)[0]))
+            table = settings.table(process, self.first) if self.first else table
+        self.table = table = table.to(device)
         self.timesteps: list[float] = table.timesteps.tolist()
         conditions = Conditions(x_start=XStart(sampler.denoised_fn, settings.dynamic_threshold))
         if sampler.cond_fn is not None:
@@ -103,7 +106,7 @@ class Call:
             raise InputError("cond_kwargs belong to a classifier; give the sampler a cond_fn")
         if inputs.known is not None and inputs.known_mask is not None:
             given = (inputs.known, inputs.known_mask)
-            conditions.known = Known.of(*given, shape, device, process, len(table))
+            conditions.known = Known.of(*given, shape, device, process, table)
         kwargs = dict(inputs.model_kwargs or {})
         counters = (inputs.seed, inputs.first_sample, inputs.step_noise)
         is_table = isinstance(process, StepTable)
@@ -147,7 +150,7 @@ class Call:
         given = inputs.noise
         signal, noise = 0.0, 1.0
         if inputs.image is not None or not isinstance(process, StepTable):
-            signal, noise = (float(level[len(self.table) - 1]) for level in noise_levels(process))
+            signal, noise = (float(level[-1 - self.first]) for level in noise_levels(process))
         if inputs.image is None and given is None and signal > noise:
             raise InputError(
                 f"sampling would start at timestep {self.timesteps[0]:g}, where x_t is mostly data "
@@ -164,8 +167,8 @@ class Call:
         return x
 
 
-def _skipped(strength: float, rows: int) -> int:
-    """How many rows stand before the last ``strength`` of them, of which there is at least one."""
+def _skipped(strength: float, steps: int) -> int:
+    """How many steps stand before the last ``strength`` of them, of which there is at least one."""
     if not is_finite(strength) or not 0 < strength <= 1:
         raise InputError(f"strength is {strength!r}; expected a number above 0, at most 1")
-    return rows - max(1, round(strength * rows))
+    return steps - max(1, round(strength * steps))

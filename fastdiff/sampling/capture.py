@@ -1,8 +1,8 @@
 """Sampling steps captured as CUDA graphs, and replayed.
 
-A graph is one step on tensors that stay where they are: x, the x_0 of the row before, the row's
-number, the table, seed and guidance scale. So one graph serves every row, number of steps, η, seed
-and scale; what it does depend on is its key (``key_of``).
+A graph is one step on tensors that stay where they are: x, the x_0 of the row before, what the
+method keeps, the row's number, the table, seed and guidance scale. So one graph serves every row,
+number of steps, η, seed and scale; what it does depend on is its key (``key_of``).
 """
 
 import threading
@@ -25,7 +25,7 @@ from fastdiff.sampling.kwargs import Unknown, map_tensors, structure, tensors_of
 from fastdiff.sampling.network.network import Network
 from fastdiff.sampling.noise import CounterNoise, HeldNoise
 from fastdiff.sampling.stats import Stats
-from fastdiff.sampling.step import Run
+from fastdiff.sampling.step import Run, State
 
 MOST_GRAPHS = 8
 LEAST_ROWS = 4096  # of a captured table; longer ones get a graph of their own
@@ -34,10 +34,12 @@ LEAST_ROWS = 4096  # of a captured table; longer ones get a graph of their own
 class CapturedStep:
     """A graph of one step with the tensors it works on."""
 
-    def __init__(self, run: Run, x: Tensor, graph: type[CudaGraph], place: Any):
-        device = x.device
+    def __init__(self, run: Run, state: State, graph: type[CudaGraph], place: Any):
+        x, device = state.x, state.x.device
         self.rows = max(LEAST_ROWS, _power_of_two(len(run.table)))
-        self.x, self.x_start = x.clone(), torch.zeros_like(x)
+        self.state = replace(
+            State.beginning(torch.zeros_like(x), run.table), x_start=torch.zeros_like(x)
+        )
         self.row, self.seed, self.first_sample = torch.zeros(3, 1, dtype=torch.int64, device=device)
         self.failed = torch.full((1,), -1, dtype=torch.int64, device=device)
         self.scale = torch.zeros(1, device=device)
@@ -55,7 +57,7 @@ class CapturedStep:
                 packed=torch.zeros(self.rows, len(COLUMNS), device=device),
                 # Whether a row is noisy is the table's to say when it is read.
                 noisy_rows=(True,) * self.rows,
-                multistep_rows=(run.table.is_multistep,) * self.rows,
+                reading_rows=(run.table.slots > 0,) * self.rows,
             ),
             kwargs=kwargs,
             cond_kwargs={},  # a classifier's, which is never captured
@@ -70,41 +72,36 @@ class CapturedStep:
         self.graph: Any = None
         self.lock = threading.RLock()  # of the tensors: one row of one call at a time
         self.user: weakref.ref[Any] | None = None
-        self._begin(run, x, None, 0)
+        self._begin(run, state, 0)
         with torch.no_grad():
             self.graph = graph(self._step, device, place)
         run.stats.compile_seconds += self.run.stats.compile_seconds
         run.stats.compiled |= self.run.stats.compiled
 
     def _step(self) -> None:
-        with _without_cast_cache(self.x.device):
-            x, x_start = self.run.advance(self.x, self.x_start, self.row)
-        self.x.copy_(x)
-        self.x_start.copy_(x_start)
+        with _without_cast_cache(self.state.x.device):
+            x, x_start = self.run.advance(self.state, self.row)
+        self.state.take(State(x, x_start, self.state.memory))
         self.row.add_(1)
 
     def serve(self, user: Any, i: int) -> None:
-        """Be at row i of a call: ``user`` has its ``x``, its ``x_start`` and its ``run``, which has
-        this step's key. The user before keeps copies of its tensors."""
+        """Be at row i of a call: ``user`` has its ``state`` and its ``run``, which has this step's
+        key. The user before keeps copies of its tensors."""
         before = None if self.user is None else self.user()
         if before is user and self.next_row == i:
             return
         self.user = weakref.ref(user)
-        if before is not None and before is not user and before.x is self.x:
+        if before is not None and before is not user and before.state is self.state:
             self.graph.join()
-            before.x, before.x_start = self.x.clone(), self.x_start.clone()
-        self._begin(user.run, user.x, user.x_start, i)
+            before.state = self.state.copy()
+        self._begin(user.run, user.state, i)
 
-    def _begin(self, run: Run, x: Tensor, x_start: Tensor | None, i: int) -> None:
+    def _begin(self, run: Run, state: State, i: int) -> None:
         if self.graph is not None:
             self.graph.join()
         self.next_row, self.given = i, run
         rows = len(run.table)
-        self.x.copy_(x)
-        if x_start is None:
-            self.x_start.zero_()
-        else:
-            self.x_start.copy_(x_start)
+        self.state.take(state)
         self.row.fill_(i)
         self.run.table.packed[:rows].copy_(run.table.packed)
         held, given = self.run.update.of_x_start, run.update.of_x_start
@@ -122,8 +119,8 @@ class CapturedStep:
         if run.failed is not None:
             self.failed.copy_(run.failed)
 
-    def step(self, i: int) -> tuple[Tensor, Tensor]:
-        """(x, x_0) after row i; the next step writes over them."""
+    def step(self, i: int) -> State:
+        """After row i; the next step writes over it."""
         if isinstance(self.noise, HeldNoise):
             self.graph.join()  # the row before may still read its noise, on another stream
             self.noise.fill(self.given.noise, i, self.given.table.noisy_rows[i])
@@ -131,7 +128,7 @@ class CapturedStep:
         self.next_row = i + 1
         if self.given.failed is not None:
             self.given.failed.copy_(self.failed)
-        return self.x, self.x_start
+        return self.state
 
 
 class Graphs:
@@ -159,16 +156,17 @@ class Graphs:
                 for key in graphs:
                     del self.steps[key]
 
-    def find(self, run: Run, x: Tensor) -> CapturedStep | str:
+    def find(self, run: Run, state: State) -> CapturedStep | str:
         """The captured step for this run, or why it runs eagerly."""
         with self.lock:
-            return self._find(run, x)
+            return self._find(run, state)
 
-    def _find(self, run: Run, x: Tensor) -> CapturedStep | str:
+    def _find(self, run: Run, state: State) -> CapturedStep | str:
         if self.capture is False:
             return "capture=False"
-        if not self.graph.serves(x.device):
-            reason = f"CUDA graphs need a CUDA device, and the samples are on {x.device}"
+        device = state.x.device
+        if not self.graph.serves(device):
+            reason = f"CUDA graphs need a CUDA device, and the samples are on {device}"
             if self.capture is True:
                 raise InputError(f"capture=True: {reason}; use capture='auto' or False")
             return reason
@@ -177,7 +175,7 @@ class Graphs:
         if run.network.captures:
             return "torch.compile in this mode captures CUDA graphs of its own"
         try:
-            key = key_of(run, x)
+            key = key_of(run, state.x)
         except Unknown as reason:
             return self._refused(str(reason))
         found = self.steps.pop(key, None)
@@ -188,21 +186,21 @@ class Graphs:
         if found is None:
             while len(self.steps) >= self.most:
                 self.steps.popitem(last=False)
-            found = self._make(run, x)
+            found = self._make(run, state)
         self.steps[key] = found
         return found
 
-    def _make(self, run: Run, x: Tensor) -> CapturedStep | str:
-        device = x.device
+    def _make(self, run: Run, state: State) -> CapturedStep | str:
+        device = state.x.device
         self.begin(run.network)
         live = [step for step in self.steps.values() if isinstance(step, CapturedStep)]
-        if not any(step.x.device == device for step in live):
+        if not any(step.state.x.device == device for step in live):
             self.places.pop(device, None)  # a pool without graphs may not take another
         with self.graph.on(device), run.stats.phase("capture"), torch.inference_mode(False):
             if device not in self.places:
                 self.places[device] = self.graph.new_place(device)
             try:
-                step = CapturedStep(run, x, self.graph, self.places[device])
+                step = CapturedStep(run, state, self.graph, self.places[device])
             except BaseException as error:
                 self.places.pop(device, None)  # a pool in which a capture failed is not used again
                 if isinstance(error, TrainingError) or not isinstance(error, RuntimeError):
@@ -256,7 +254,7 @@ def key_of(run: Run, x: Tensor) -> tuple:
         structure(run.kwargs, "model_kwargs"),
         run.guidance_scale is not None,
         run.noise.kind,
-        (table.doubled_output, table.learned_variance, table.scales_input, table.is_multistep),
+        (table.doubled_output, table.learned_variance, table.scales_input, table.slots),
         (conditions.x_start, run.mean_is_output, conditions.known is not None, run.self_condition),
         (backends.named(), torch.get_float32_matmul_precision()),
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdiff.checks import check_float
 from fastdiff.errors import InputError
 from fastdiff.methods.protocol import noise_levels
-from fastdiff.methods.table import Index
+from fastdiff.methods.table import Index, StepTable
 from fastdiff.ops.q_sample.op import q_sample
 from fastdiff.process.update import ClassifierGuidance, XStart
 
@@ -37,9 +37,9 @@ class Known:
         shape: tuple[int, ...],
         device: torch.device,
         process: Any,
-        rows: int,
+        table: StepTable,
     ) -> "Known":
-        """For the last ``rows`` rows of ``process``. InputError for what does not fit ``shape``."""
+        """For the rows of ``process``'s ``table``. InputError for what does not fit ``shape``."""
         check_float(x_start, "known")
         if not isinstance(mask, Tensor):
             raise InputError(f"known_mask is a {type(mask).__name__}; expected a tensor")
@@ -51,9 +51,10 @@ class Known:
                     f"{name} has shape {tuple(tensor.shape)}, which does not broadcast to the "
                     f"samples' {shape}"
                 ) from None
-        signal, noise = noise_levels(process)
-        arrived = np.stack([np.append(1.0, signal[:-1]), np.append(0.0, noise[:-1])])
-        levels = np.ascontiguousarray(arrived[:, :rows][:, ::-1], dtype=np.float32)
+        noise_levels(process)  # InputError for a table of its own, whose levels nobody knows
+        assert table.levels is not None
+        arrived = np.append(table.levels[1:], [[1.0, 0.0]], axis=0)
+        levels = np.ascontiguousarray(arrived.T, dtype=np.float32)
         return cls(
             torch.broadcast_to(x_start.to(device, torch.float32), shape),
             torch.broadcast_to(mask.to(device) != 0, shape),

@@ -59,10 +59,10 @@ def encode(
     process and without a cond_fn (InputError otherwise).
     """
     settings, method = sampler.settings, sampler.settings.method
-    if method != "ddim" or settings.eta != 0 or sampler.cond_fn is not None:
+    if method != "ddim" or settings.eta or sampler.cond_fn is not None:
         raise InputError(
             "only the steps of a process by method 'ddim' with eta=0 and without a cond_fn lead "
-            f"back from an image to its noise, got method {method!r} with eta={settings.eta:g}"
+            f"back from an image to its noise, got method {method!r} with eta={settings.eta or 0.0:g}"
         )
     table = encoding_table(sampler.diffusion, clip_denoised=settings.clip_denoised)
     network = sampler.network

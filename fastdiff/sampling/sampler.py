@@ -24,7 +24,7 @@ from fastdiff.sampling.network.network import Model, Network
 from fastdiff.sampling.out_of_memory import explains_out_of_memory
 from fastdiff.sampling.settings import Settings
 from fastdiff.sampling.stats import Stats
-from fastdiff.sampling.step import Run
+from fastdiff.sampling.step import Run, State
 
 Step = dict[str, Any]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,7 +49,8 @@ class Sampler:
             (fastdiff.process.respacing).
         timesteps: the process's steps to take, ascending, in place of ``steps``.
         method: "ddpm" (with the process's variance), "ddim", "dpmsolver++" or "sde-dpmsolver++".
-        eta: of DDIM: 0 deterministic, 1 the DDPM posterior's variance.
+        eta: the share of noise: of DDIM 0 deterministic, 1 the DDPM posterior's variance; None is
+            the method's own.
         guidance_scale: s of classifier-free guidance, unconditional + s·(conditional −
             unconditional); the network then sees a batch of 2N. None is no guidance.
         guidance_interval: (low, high), the network's timesteps between which (inclusive) guidance
@@ -115,7 +116,7 @@ class Sampler:
         spacing: str = "uniform",
         timesteps: Sequence[int] | None = None,
         method: str = "ddpm",
-        eta: float = 0.0,
+        eta: float | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         clip_denoised: bool = True,
@@ -271,7 +272,7 @@ class Sampler:
 
     def _iterate(self, call: Call, watched: bool) -> Generator[Step, None, None]:
         """The steps; unwatched, only the last one has its tensors."""
-        engine: _Replayed | _Eager = _Eager(call.plain, call.x, None)
+        engine: _Replayed | _Eager = _Eager(call.plain, State.beginning(call.x, call.table))
         last = len(call.timesteps) - 1
         looked_at = watched or self.denoised_fn is not None or self.cond_fn is not None
         with ExitStack() as stack:
@@ -281,7 +282,7 @@ class Sampler:
             for i, timestep in enumerate(call.timesteps):
                 run = call.run_of(i)
                 # The caller's own gradient mode is back while the generator waits at the yield.
-                with torch.no_grad(), explains_out_of_memory(run, engine.x, i):
+                with torch.no_grad(), explains_out_of_memory(run, engine.state.x, i):
                     if looked_at and i > 0:  # somebody had a chance to change the model
                         self.network.follow()
                     if i == 0 or watched or call.changes_at(i):
@@ -298,14 +299,14 @@ class Sampler:
 
     def _engine(self, run: Run, before: "_Replayed | _Eager") -> "_Replayed | _Eager":
         """What does row i, and those after it until something changes."""
-        found = self._graphs.find(run, before.x)
+        found = self._graphs.find(run, before.state)
         if not isinstance(found, CapturedStep):
             self._ran = f"eager: {found}"
-            return _Eager(run, *before.position())
+            return _Eager(run, before.position())
         self._ran = f"a captured CUDA graph: {found.figures}"
         if isinstance(before, _Replayed) and before.graph is found and before.run is run:
             return before
-        return _Replayed(run, *before.position(), found)
+        return _Replayed(run, before.position(), found)
 
     def _device_of(self, tensor: Tensor | None) -> torch.device:
         if self.device is not None:
@@ -316,36 +317,37 @@ class Sampler:
 
 
 class _Eager:
-    """A call's steps, run one after the other; ``x``, ``x_start``: where it is."""
+    """A call's steps, run one after the other; ``state``: where it is."""
 
-    def __init__(self, run: Run, x: Tensor, x_start: Tensor | None):
-        self.run, self.x, self.x_start = run, x, x_start
+    def __init__(self, run: Run, state: State):
+        self.run, self.state = run, state
 
-    def position(self) -> tuple[Tensor, Tensor | None]:
-        """x and x_0, which stay what they are."""
-        return self.x, self.x_start
+    def position(self) -> State:
+        """Tensors that nobody else writes to."""
+        return self.state
 
     def step(self, i: int, copied: bool) -> tuple[Tensor, Tensor]:
-        self.x, x_start = self.run.advance(self.x, self.x_start, i)
-        self.x_start = x_start
-        return (self.x.clone(), x_start.clone()) if copied else (self.x, x_start)
+        x, x_start = self.run.advance(self.state, i)
+        self.state = State(x, x_start, self.state.memory)
+        return (x.clone(), x_start.clone()) if copied else (x, x_start)
 
 
 class _Replayed(_Eager):
     """A call's steps, replayed. Its tensors are the graph's, as long as no other call wants the
     graph: it then keeps copies of them, and goes on from these."""
 
-    def __init__(self, run: Run, x: Tensor, x_start: Tensor | None, graph: CapturedStep):
-        super().__init__(run, x, x_start)
+    def __init__(self, run: Run, state: State, graph: CapturedStep):
+        super().__init__(run, state)
         self.graph = graph
 
-    def position(self) -> tuple[Tensor, Tensor | None]:
+    def position(self) -> State:
         with self.graph.lock:
-            return self.x.clone(), None if self.x_start is None else self.x_start.clone()
+            return self.state.copy()
 
     def step(self, i: int, copied: bool) -> tuple[Tensor, Tensor]:
         with self.graph.lock:
             self.graph.serve(self, i)
-            self.x, x_start = self.graph.step(i)
-            self.x_start = x_start
-            return (self.x.clone(), x_start.clone()) if copied else (self.x, x_start)
+            self.state = self.graph.step(i)
+            x, x_start = self.state.x, self.state.x_start
+            assert x_start is not None
+            return (x.clone(), x_start.clone()) if copied else (x, x_start)

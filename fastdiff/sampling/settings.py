@@ -17,7 +17,7 @@ class Settings:
     spacing: str = "uniform"
     timesteps: Sequence[int] | None = None
     method: str = "ddpm"
-    eta: float = 0.0
+    eta: float | None = None
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     clip_denoised: bool = True
@@ -56,7 +56,7 @@ class Settings:
         """The process over the steps that are taken; a StepTable is its own."""
         if isinstance(process, StepTable):
             chosen = (self.steps, self.timesteps, self.eta, self.clip_denoised)
-            if chosen != (None, None, 0.0, True) or self.method not in ("ddpm", process.method):
+            if chosen != (None, None, None, True) or self.method not in ("ddpm", process.method):
                 raise InputError(
                     "a StepTable says which steps are taken and how; steps, timesteps, method, eta "
                     "and clip_denoised belong to a process"
@@ -68,11 +68,16 @@ class Settings:
             return process
         return process.respace(self.steps, spacing=self.spacing)
 
-    def table(self, strided: Any) -> StepTable:
+    def table(self, strided: Any, start: int = 0) -> StepTable:
+        """Of the strided process, without so many of its noisiest steps."""
         if isinstance(strided, StepTable):
             return strided
         return StepTable.from_process(
-            strided, method=self.method, eta=self.eta, clip_denoised=self.clip_denoised
+            strided,
+            method=self.method,
+            eta=self.eta,
+            clip_denoised=self.clip_denoised,
+            start=start,
         )
 
     def is_guided(self, timestep: float) -> bool:

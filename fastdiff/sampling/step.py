@@ -17,6 +17,37 @@ from fastdiff.sampling.stats import Stats
 
 
 @dataclass
+class State:
+    """Where a call is, all (N, C, ...): x, the x_0 that the row before predicted (None before the
+    first) and what the method's rows keep for later ones."""
+
+    x: Tensor
+    x_start: Tensor | None
+    memory: tuple[Tensor, ...]
+
+    @classmethod
+    def beginning(cls, x: Tensor, table: StepTable) -> "State":
+        return cls(x, None, tuple(torch.zeros_like(x) for _ in range(table.slots)))
+
+    def take(self, other: "State") -> None:
+        """Another's values, in the tensors that this one has."""
+        assert self.x_start is not None
+        self.x.copy_(other.x)
+        if other.x_start is None:
+            self.x_start.zero_()
+        else:
+            self.x_start.copy_(other.x_start)
+        for held, kept in zip(self.memory, other.memory, strict=True):
+            if held is not kept:
+                held.copy_(kept)
+
+    def copy(self) -> "State":
+        """Tensors that nothing writes over."""
+        x_start = None if self.x_start is None else self.x_start.clone()
+        return State(self.x.clone(), x_start, tuple(kept.clone() for kept in self.memory))
+
+
+@dataclass
 class Run:
     """What a call's steps are made of; every tensor is on the sampling device.
 
@@ -44,17 +75,17 @@ class Run:
     def __post_init__(self) -> None:
         self.update = Update(self.table, self.conditions.x_start, self.mean_is_output)
 
-    def advance(self, x: Tensor, x_start: Tensor | None, i: Index) -> tuple[Tensor, Tensor]:
-        """(x_{t−1}, predicted x_0) of row i from x_t and the x_0 of the row before.
+    def advance(self, state: State, i: Index) -> tuple[Tensor, Tensor]:
+        """(x_{t−1}, predicted x_0) of row i; the state's memory is written in place.
 
         ``i`` is a number, or a tensor that is read where it is: nothing then depends on the row but
         through tensors.
         """
         timesteps = self.table.at("timesteps", i)
         with self.stats.phase("network"):
-            output = self.run_network(x, x_start, timesteps, i)
+            output = self.run_network(state.x, state.x_start, timesteps, i)
         with self.stats.phase("update"):
-            x_prev, x_start = self.apply(x, x_start, output, timesteps, i)
+            x_prev, x_start = self.apply(state, output, timesteps, i)
         if self.failed is not None:
             bad = ~torch.isfinite(x_prev).all() & (self.failed < 0)
             self.failed.copy_(torch.where(bad, i, self.failed))
@@ -81,20 +112,22 @@ class Run:
             raise
 
     def apply(
-        self, x: Tensor, before: Tensor | None, output: Tensor, timesteps: Tensor, i: Index
+        self, state: State, output: Tensor, timesteps: Tensor, i: Index
     ) -> tuple[Tensor, Tensor]:
         """(x_{t−1}, predicted x_0) of row i from the network's output."""
-        conditions, scale = self.conditions, self.guidance_scale
+        conditions, scale, x = self.conditions, self.guidance_scale, state.x
         noisy = self.table.noisy_rows[i] if isinstance(i, int) else self.table.is_noisy
         if conditions.x_start:  # which reads the output before posterior_step would check it
             check_tensors(x, output, self.table.packed, self.table.doubled_output, scale)
         noise = self.noise.of_step(i, noisy)
         x_prev, x_start = self.update(
-            x, output, i, prev_x_start=before, guidance_scale=scale, **noise
+            x, output, i, memory=state.memory, guidance_scale=scale, **noise
         )
         if conditions.classifier is not None:
             given = (x, timesteps.expand(len(x)), self.cond_kwargs)
-            x_prev, x_start = conditions.classifier.apply(*given, output, i, x_prev, x_start)
+            x_prev, x_start = conditions.classifier.apply(
+                *given, output, i, x_prev, x_start, state.memory
+            )
         if conditions.known is not None:
             x_prev = conditions.known.put(x_prev, i, self.noise.of_known(i))
         return x_prev, x_start

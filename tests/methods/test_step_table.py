@@ -52,7 +52,7 @@ def test_ddpm_rows_are_the_posterior_and_the_prediction(schedule, steps, respaci
         "c": diffusion.posterior_mean_coef1,
         "d": diffusion.posterior_mean_coef2,
         "o": np.zeros(len(table)),
-        "e": np.zeros(len(table)),
+        "e0": np.zeros(len(table)),
         "sigma": np.sqrt(diffusion.posterior_variance),
         "clip": np.ones(len(table)),
         "timesteps": diffusion.model_timesteps,
@@ -167,7 +167,7 @@ def test_a_true_prediction_returns_x_start_and_arrives_at_it(mean_type, method):
             pred = row["a"] * x_t + row["b"] * output
             scale = abs(row["a"] * x_t) + abs(row["b"] * output)
             assert pred == pytest.approx(x_0, abs=1e-6 * scale)
-            x_prev = row["c"] * x_0 + row["d"] * x_t + row["o"] * output + row["e"] * x_0
+            x_prev = row["c"] * x_0 + row["d"] * x_t + row["o"] * output + row["e0"] * x_0
             signal_prev, noise_prev = (signal[t - 1], noise[t - 1]) if t else (1.0, 0.0)
             # The marginal q(x_prev | x_0): what is left of ε and the fresh noise make its variance.
             left = np.sqrt(max(noise_prev**2 - row["sigma"] ** 2, 0))
@@ -198,7 +198,7 @@ def test_zero_terminal_snr_gives_finite_rows(mean_type, var_type, method):
     if mean_type == "v":  # at no signal, v is −x_0
         assert (table.a[0], table.b[0]) == (0, -1)
     if "dpmsolver++" in method:  # λ = −∞ before row 1 makes it first order; the next is second
-        assert table.multistep_rows[:3] == (False, False, True)
+        assert table.reading_rows[:3] == (False, False, True)
 
 
 def test_zero_terminal_snr_refuses_epsilon():
@@ -212,10 +212,10 @@ def test_dpmsolver_orders_and_its_agreement_with_ddim_at_first_order():
     process = cosine(12)
     solver = StepTable.from_process(process, method="dpmsolver++")
     ddim = StepTable.from_process(process, method="ddim")
-    assert solver.multistep_rows == (False,) + (True,) * 10 + (False,)
+    assert solver.reading_rows == (False,) + (True,) * 10 + (False,)
     assert not any(solver.noisy_rows)
     # Taking both x_0 as equal leaves the first-order step, which is DDIM's.
-    torch.testing.assert_close(solver.c + solver.e, ddim.c, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(solver.c + solver.e0, ddim.c, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(solver.d, ddim.d, rtol=1e-6, atol=1e-7)
 
 
@@ -224,14 +224,14 @@ def test_the_sde_solver_is_the_posterior_at_first_order():
         sde = StepTable.from_process(process, method="sde-dpmsolver++")
         solver = StepTable.from_process(process, method="dpmsolver++")
         ddpm = StepTable.from_process(process, method="ddim", eta=1.0)
-        assert sde.multistep_rows == (False,) + (True,) * 10 + (False,)
+        assert sde.reading_rows == (False,) + (True,) * 10 + (False,)
         assert sde.noisy_rows == (True,) * 11 + (False,)  # the last arrives at noise 0
         assert not sde.learned_variance
-        torch.testing.assert_close(sde.c + sde.e, ddpm.c, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(sde.c + sde.e0, ddpm.c, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(sde.d, ddpm.d, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(sde.sigma, ddpm.sigma, rtol=1e-6, atol=1e-7)
         # Both solvers extrapolate x_0 alike.
-        torch.testing.assert_close(sde.e * solver.c, solver.e * sde.c, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(sde.e0 * solver.c, solver.e0 * sde.c, rtol=1e-5, atol=1e-7)
 
 
 @settings(max_examples=60, deadline=None)
@@ -241,46 +241,32 @@ def test_the_sde_solver_is_the_posterior_at_first_order():
     var_type=st.sampled_from(VAR_TYPES),
     data=st.data(),
 )
-def test_a_later_start_changes_the_first_row_alone(method, steps, var_type, data):
-    table = StepTable.from_process(cosine(steps, var_type=var_type), method=method)
-    whole = table.packed.clone()
-    row = data.draw(st.integers(0, steps - 1))
-    later = table.starting_at(row)
-    assert torch.equal(table.packed, whole) and len(later) == steps - row
-    assert later.packed.is_contiguous() and torch.equal(later.packed[1:], whole[row + 1 :])
-    assert later.noisy_rows == table.noisy_rows[row:]
-    assert later.multistep_rows == (False, *table.multistep_rows[row + 1 :])
-    assert later.multistep_rows == tuple((later.e != 0).tolist())
-    assert (later.c[0], later.e[0]) == (table.c[row] + table.e[row], 0)
-    kept = [i for i, name in enumerate(COLUMNS) if name not in ("c", "e")]
-    assert torch.equal(later.packed[0, kept], whole[row, kept])
-    assert (later.method, later.doubled_output) == (method, table.doubled_output)
-    assert later.starting_at(0).packed.equal(later.packed)
-
-
-def test_a_later_start_is_the_table_of_a_process_that_ends_there():
+def test_a_later_start_is_the_table_of_a_process_that_ends_there(method, steps, var_type, data):
     """What a start in the middle means: the rows of the same steps without the noisier ones."""
-    process = cosine(20)
-    for method in METHODS:
-        later = StepTable.from_process(process, method=method).starting_at(8)
-        shorter = GaussianDiffusion(process.betas[:12])
-        expected = StepTable.from_process(shorter, method=method)
-        torch.testing.assert_close(later.packed, expected.packed, rtol=1e-6, atol=1e-6)
-        assert later.is_multistep == expected.is_multistep
+    process = cosine(steps, var_type=var_type)
+    start = data.draw(st.integers(0, steps - 1))
+    later = StepTable.from_process(process, method=method, start=start)
+    shorter = GaussianDiffusion(process.betas[: steps - start], var_type=var_type)
+    expected = StepTable.from_process(shorter, method=method)
+    torch.testing.assert_close(later.packed, expected.packed, rtol=1e-6, atol=1e-6)
+    for name in ("noisy_rows", "reading_rows", "slots_written", "slots", "begins"):
+        assert getattr(later, name) == getattr(expected, name)
+    np.testing.assert_allclose(later.levels, expected.levels, rtol=1e-12)
+    assert not later.reading_rows[0]
 
 
 @pytest.mark.parametrize(
-    "row, message",
+    "start, message",
     [
-        (40, "row is 40; the table has rows 0 … 39"),
-        (-1, "row is -1; the table has rows 0 … 39"),
-        (1.0, "row must be an integer, got 1.0"),
-        (None, "row must be an integer, got None"),
+        (40, "start is 40; the process has steps 0 … 39"),
+        (-1, "start is -1; the process has steps 0 … 39"),
+        (1.0, "start must be an integer, got 1.0"),
+        (None, "start must be an integer, got None"),
     ],
 )
-def test_a_start_that_is_no_row(row, message):
+def test_a_start_that_is_no_step(start, message):
     with pytest.raises(InputError, match=message):
-        StepTable.from_process(cosine()).starting_at(row)
+        StepTable.from_process(cosine(), start=start)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -311,7 +297,7 @@ def test_clip_and_input_scale_columns():
 
 def test_packed_rows_copies_and_devices():
     table = StepTable.from_process(cosine())
-    assert table.packed.shape == (40, 12) and table.packed.dtype == torch.float32
+    assert table.packed.shape == (40, 17) and table.packed.dtype == torch.float32
     assert table.packed.is_contiguous()
     for i, name in enumerate(COLUMNS):
         assert torch.equal(getattr(table, name), table.packed[:, i])
@@ -342,7 +328,7 @@ def test_every_gaussian_process_keeps_its_marginals(log_snr_drops, start, radii,
     ):
         signal_prev = np.append(1.0, signal[:-1])
         noise_prev = np.append(0.0, noise[:-1])
-        c, d, e, sigma = (ascending(getattr(table, name)) for name in ("c", "d", "e", "sigma"))
+        c, d, e, sigma = (ascending(getattr(table, name)) for name in ("c", "d", "e0", "sigma"))
         scale = np.abs(c) + np.abs(e) + np.abs(d * signal) + signal_prev
         c = c + e  # the row before has the same x_0
         np.testing.assert_array_less(np.abs(c + d * signal - signal_prev), 1e-6 * scale + 1e-12)

@@ -30,7 +30,7 @@ def direct(rows, i, x_t, output, *, v=None, z=0.0, before=0.0):
     if v is not None:
         f = (v + 1) / 2
         std = std * np.exp(0.5 * (f * row["log_max"] + (1 - f) * row["log_min"]))
-    x_prev = row["c"] * x_0 + row["d"] * x_t + row["o"] * output + row["e"] * before + std * z
+    x_prev = row["c"] * x_0 + row["d"] * x_t + row["o"] * output + row["e0"] * before + std * z
     return x_prev, x_0
 
 

@@ -231,8 +231,8 @@ def _updates(
         heun = alpha * (gained / (-2.0 * h) + 1.0)
         std = sigma * torch.sqrt(gained)
     e = -((0.5 * k0 if solver == "midpoint" else heun) / r0).double()
-    first = {"c": k0, "d": d, "sigma": std}
-    return first, first | {"c": k0.double() - e, "e": e}
+    first = {"c": k0, "d": d, "sigma": std, "slot": 0.0, "k": 1.0}  # each row keeps its x_0
+    return first, first | {"c": k0.double() - e, "e0": e}
 
 
 def _indices(schedule: Tensor, timesteps: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """posterior_step: one sampler step (DDPM, DDIM, DPM-Solver++) from one row of a StepTable."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ def posterior_step(
     noise: Tensor | None = None,
     seed: int | Tensor | None = None,
     first_sample: int | Tensor = 0,
+    memory: Sequence[Tensor] | None = None,
     prev_x_start: Tensor | None = None,
     guidance_scale: float | Tensor | None = None,
     return_x_start: bool = True,
@@ -51,8 +53,11 @@ def posterior_step(
             noise of sample ``first_sample + i`` at this step; both are ints, or int64 tensors of
             one element on the device. A row that draws no noise needs neither noise nor seed, and
             ignores what it is given; a ``step`` tensor counts as any row.
-        prev_x_start: pred_x_start of the row before; DPM-Solver++ needs it (a first row does not
-            read it, so a ``step`` tensor may start from zeros).
+        memory: ``table.slots`` tensors like ``x_t``, M0, M1, …, which the row reads and of which it
+            writes one in place. What they hold before the first row counts for nothing.
+        prev_x_start: in place of ``memory`` where that is no more than pred_x_start of the row
+            before (``table.keeps_x_start``), which is only read. A first row does not read it, so a
+            ``step`` tensor may start from zeros.
         guidance_scale: s in unconditional + s·(conditional − unconditional), a number or a tensor
             of one element; a learned variance is the conditional half's.
         return_x_start: False: the second result is None and is never written.
@@ -63,21 +68,19 @@ def posterior_step(
     _check_images("x_t", x_t)
     if not isinstance(table, StepTable):
         raise refusal(OP, "table", table, "a StepTable")
-    noisy, multistep = _what_is_read(step, table, x_t)
+    noisy, reads = _what_is_read(step, table, x_t)
     if noise is not None and seed is not None:
         raise InputError(f"{OP}: noise and seed are both given; expected one of them")
     if noisy and noise is None and seed is None:
         raise InputError(f"{OP}: this step draws noise; give noise=, or seed= to have it drawn")
-    if multistep and prev_x_start is None:
-        raise InputError(
-            f"{OP}: this step is a second-order multistep one; give prev_x_start=, the "
-            "pred_x_start that the step before returned"
-        )
-    for name, tensor, read in (("noise", noise, noisy), ("prev_x_start", prev_x_start, multistep)):
+    kept = _checked_memory(memory, prev_x_start, table, step, reads, x_t)
+    for name, tensor, read in (("noise", noise, noisy), ("prev_x_start", prev_x_start, reads)):
         if tensor is not None and not read:
             check_tensor(OP, name, tensor, x_t, x_t.shape)
     backend = OPERATION.choose(x_t, model_output, noise, prev_x_start, guidance_scale).backend
-    noise, prev_x_start = noise if noisy else None, prev_x_start if multistep else None
+    if kept:
+        backend = "reference"
+    noise, prev_x_start = noise if noisy else None, prev_x_start if reads else None
     seed = counters.check_seed(seed, x_t) if noisy else None
     first_sample = counters.check_first_sample(first_sample, x_t)
     if seed is not None and (backend == "reference" or drawn_apart(backend)):
@@ -101,8 +104,47 @@ def posterior_step(
     )  # fmt: skip
     if backend == "reference":
         _check(call)
-    x_prev, x_start = reference.of_call(call) if backend == "reference" else _kernel(call)
+    x_prev, x_start = reference.of_call(call, kept) if backend == "reference" else _kernel(call)
     return x_prev, x_start if return_x_start else None
+
+
+def _checked_memory(
+    memory: Sequence[Tensor] | None,
+    prev_x_start: Tensor | None,
+    table: StepTable,
+    step: int | Tensor,
+    reads: bool,
+    x_t: Tensor,
+) -> tuple[Tensor, ...]:
+    """The tensors that the step reads or writes; () for prev_x_start and for what uses none."""
+    slots = table.slots
+    if prev_x_start is not None:
+        if memory is not None:
+            raise InputError(f"{OP}: memory and prev_x_start are both given; expected one of them")
+        if not table.keeps_x_start:
+            raise InputError(
+                f"{OP}: prev_x_start is given, but this table's rows keep more than that; give "
+                f"memory=, {slots} tensors like x_t"
+            )
+        return ()
+    writes = isinstance(step, Tensor) or table.slots_written[step] >= 0
+    if memory is None:
+        if reads and table.keeps_x_start:
+            raise InputError(
+                f"{OP}: this step is a second-order multistep one; give prev_x_start=, the "
+                "pred_x_start that the step before returned, or memory="
+            )
+        if reads or (writes and not table.keeps_x_start):
+            raise InputError(
+                f"{OP}: this step reads or keeps what other steps use; give memory=, {slots} "
+                "tensors like x_t, the same ones at every step"
+            )
+        return ()
+    if len(memory) != slots:
+        raise InputError(f"{OP}: memory has {len(memory)} tensors; expected the table's {slots}")
+    for slot, tensor in enumerate(memory):
+        check_tensor(OP, f"memory[{slot}]", tensor, x_t, x_t.shape)
+    return tuple(memory) if reads or writes else ()
 
 
 def check_tensors(
@@ -143,12 +185,12 @@ def _what_is_read(step: int | Tensor, table: StepTable, x_t: Tensor) -> tuple[bo
         integer = step.dtype in (torch.int32, torch.int64)
         if step.numel() != 1 or not integer or step.device != x_t.device:
             raise refusal(OP, "step", step, f"one int32 or int64 element on {x_t.device}")
-        return table.is_noisy, table.is_multistep
+        return table.is_noisy, table.slots > 0
     if not isinstance(step, int) or isinstance(step, bool):
         raise InputError(f"{OP}: step is {step!r}; expected an int or a tensor of one element")
     if not 0 <= step < len(table.noisy_rows):
         raise step_error(step, len(table))
-    return table.noisy_rows[step], table.multistep_rows[step]
+    return table.noisy_rows[step], table.reading_rows[step]
 
 
 def step_error(step: int, rows: int) -> InputError:

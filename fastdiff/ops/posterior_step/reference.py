@@ -1,5 +1,6 @@
 """One sampler step as the step table's equations write it (see fastdiff/methods/table.py)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,27 +15,40 @@ def posterior_step(
     *,
     variance_output: torch.Tensor | None = None,
     z: torch.Tensor | None = None,
-    x_start_before: torch.Tensor | None = None,
+    memory: Sequence[torch.Tensor] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x_prev, x_start) from x_t and the network's output, all (N, C, ...) in float32.
 
-    ``row`` maps the table's column names to scalars. ``z`` is N(0, I), ``x_start_before`` the
-    x_start of the row before; without them their terms are left out.
+    ``row`` maps the table's column names to scalars. ``z`` is N(0, I), ``memory`` M0, M1 and M2 as
+    far as there are; without them their terms are left out.
     """
     x_start = (row["a"] * x_t + row["b"] * output).clamp(-row["clip"], row["clip"])
     std = row["sigma"]
     if variance_output is not None:
         std = std * torch.exp(0.5 * log_variance(variance_output, row["log_min"], row["log_max"]))
     x_prev = _times(row["c"], x_start) + _times(row["d"], x_t) + _times(row["o"], output)
-    if x_start_before is not None:
-        x_prev = x_prev + _times(row["e"], x_start_before)
+    for slot, kept in enumerate(memory):
+        x_prev = x_prev + _times(row[f"e{slot}"], kept)
     if z is not None:
         x_prev = x_prev + torch.where(row["sigma"] != 0, std * z, 0.0)
     return x_prev, x_start
 
 
-def of_call(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x_prev, x_start) of a call's record (``Arguments`` of op.py), in the dtype of x_t."""
+def keep(
+    x_t: torch.Tensor,
+    x_start: torch.Tensor,
+    row: dict[str, torch.Tensor],
+    memory: Sequence[torch.Tensor],
+) -> None:
+    """M_slot ← k·x_0 + q·x_t, in place; slot −1 is none of them."""
+    kept = _times(row["k"], x_start) + _times(row["q"], x_t)
+    for slot, tensor in enumerate(memory):
+        tensor.copy_(torch.where(row["slot"] == slot, kept.to(tensor.dtype), tensor))
+
+
+def of_call(call: Any, memory: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x_prev, x_start) of a call's record (``Arguments`` of op.py), in the dtype of x_t;
+    ``memory`` is written in place, ``call.prev_x_start`` only read."""
     x_t, packed, noise, before = call.x_t, call.packed, call.noise, call.prev_x_start
     step = call.step
     if isinstance(step, torch.Tensor):  # a gather on the device: no synchronisation
@@ -44,14 +58,16 @@ def of_call(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
     n, channels = x_t.shape[:2]
     output = call.model_output[:, :channels].float()
     variance = call.model_output[:n, channels:].float() if call.learned_variance else None
+    columns = dict(zip(COLUMNS, row.unbind(), strict=True))
     x_prev, x_start = posterior_step(
         x_t.float(),
         output if call.guidance is None else guide(output, call.guidance),
-        dict(zip(COLUMNS, row.unbind(), strict=True)),
+        columns,
         variance_output=variance,
         z=None if noise is None else noise.float(),
-        x_start_before=None if before is None else before.float(),
+        memory=[kept.float() for kept in (memory if before is None else [before])],
     )
+    keep(x_t.float(), x_start, columns, memory)
     return x_prev.to(x_t.dtype), x_start.to(x_t.dtype)
 
 
