@@ -62,7 +62,7 @@ def encode(
     if method != "ddim" or settings.eta or sampler.cond_fn is not None:
         raise InputError(
             "only the steps of a process by method 'ddim' with eta=0 and without a cond_fn lead "
-            f"back from an image to its noise, got method {method!r} with eta={settings.eta or 0.0:g}"
+            f"back from an image to its noise, got method {method!r} with eta={settings.eta or 0:g}"
         )
     table = encoding_table(sampler.diffusion, clip_denoised=settings.clip_denoised)
     network = sampler.network
