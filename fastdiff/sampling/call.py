@@ -32,6 +32,7 @@ class Parts(Protocol):
     """What a call reads of its Sampler."""
 
     network: Network
+    guide: Network | None
     settings: Settings
     diffusion: Any
     table: StepTable
@@ -118,7 +119,6 @@ class Call:
             timesteps=self.timesteps,
             kwargs=kwargs,
             cond_kwargs=kwargs if inputs.cond_kwargs is None else dict(inputs.cond_kwargs),
-            guidance_scale=None,
             noise=noise_source(sampler.rng, shape, device, *counters, len(table)),
             conditions=conditions,
             stats=stats,
@@ -129,12 +129,24 @@ class Call:
         self.guided = [settings.is_guided(timestep) for timestep in self.timesteps]
         self.with_guidance = self.plain
         if settings.guidance_scale is not None:
-            doubled = doubled_kwargs(network.model, shape[0], kwargs, inputs.uncond_kwargs)
-            scale = settings.guidance_scale
-            self.with_guidance = replace(self.plain, kwargs=doubled, guidance_scale=scale)
+            self.with_guidance = self._guided(sampler, settings, inputs, kwargs)
         elif inputs.uncond_kwargs is not None:
             raise InputError("uncond_kwargs belong to guidance; give guidance_scale too")
         self.x = self._first_x(inputs, process, device, network.channels_last)
+
+    def _guided(
+        self, sampler: Parts, settings: Settings, inputs: Inputs, kwargs: dict[str, Any]
+    ) -> Run:
+        guidance: dict[str, Any] = {
+            "guidance_scale": settings.guidance_scale,
+            "guidance_rescale": settings.guidance_rescale,
+        }
+        if sampler.guide is not None:
+            given = kwargs | dict(inputs.uncond_kwargs or {})
+            return replace(self.plain, guide=sampler.guide, guide_kwargs=given, **guidance)
+        model, count = sampler.network.model, inputs.shape[0]
+        doubled = doubled_kwargs(model, count, kwargs, inputs.uncond_kwargs)
+        return replace(self.plain, kwargs=doubled, **guidance)
 
     def run_of(self, i: int) -> Run:
         return self.with_guidance if self.guided[i] else self.plain

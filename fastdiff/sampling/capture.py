@@ -9,6 +9,7 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -43,8 +44,8 @@ class CapturedStep:
         self.row, self.seed, self.first_sample = torch.zeros(3, 1, dtype=torch.int64, device=device)
         self.failed = torch.full((1,), -1, dtype=torch.int64, device=device)
         self.scale = torch.zeros(1, device=device)
-        kwargs = map_tensors(torch.clone, run.kwargs)
-        self.kwargs = list(tensors_of(kwargs))
+        kwargs, guide_kwargs = (map_tensors(torch.clone, given) for given in run.given)
+        self.kwargs = list(tensors_of((kwargs, guide_kwargs)))
         known = run.conditions.known
         self.known = None if known is None else known.held(self.rows)
         self.noise: Any = HeldNoise(x, known is not None)
@@ -60,6 +61,7 @@ class CapturedStep:
                 reading_rows=(run.table.slots > 0,) * self.rows,
             ),
             kwargs=kwargs,
+            guide_kwargs=guide_kwargs,
             cond_kwargs={},  # a classifier's, which is never captured
             guidance_scale=None if run.guidance_scale is None else self.scale,
             noise=self.noise,
@@ -67,7 +69,7 @@ class CapturedStep:
             failed=self.failed,
             stats=Stats(splits=False, compiled=set(run.stats.compiled)),
         )
-        self.weights = run.network.signature()
+        self.weights = run.signature()
         self.figures = ""  # what it takes, and what the eager step takes
         self.graph: Any = None
         self.lock = threading.RLock()  # of the tensors: one row of one call at a time
@@ -112,7 +114,7 @@ class CapturedStep:
             self.first_sample.fill_(signed(run.noise.first_sample))
         if run.guidance_scale is not None:
             self.scale.fill_(run.guidance_scale)
-        for tensor, value in zip(self.kwargs, tensors_of(run.kwargs), strict=True):
+        for tensor, value in zip(self.kwargs, tensors_of(run.given), strict=True):
             tensor.copy_(value)
         if self.known is not None and run.conditions.known is not None:
             self.known.fill(run.conditions.known)
@@ -139,20 +141,20 @@ class Graphs:
         self.steps: OrderedDict[tuple, CapturedStep | str] = OrderedDict()
         self.places: dict[torch.device, Any] = {}
         self.graph: type[CudaGraph] = GRAPH
-        self.attributes: tuple[Any, ...] = ()  # of the network, since the last capture
+        self.attributes: list[Any] = []  # of the networks, since the last capture
         self.warned = False
         self.lock = threading.RLock()  # of all of these
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Graphs, (self.capture, self.most)  # a copy captures for itself
 
-    def begin(self, network: Network) -> None:
-        """Forget the graphs of a network whose attributes have changed since: of Python's values a
+    def begin(self, networks: Sequence[Network]) -> None:
+        """Forget the graphs of networks whose attributes have changed since: of Python's values a
         graph sees nothing. Tensors and hooks it is compared with at every ``find``. What was found
         to run eagerly goes on so."""
         with self.lock:
             graphs = [key for key, step in self.steps.items() if isinstance(step, CapturedStep)]
-            if graphs and network.attributes() != self.attributes:
+            if graphs and _attributes(networks) != self.attributes:
                 for key in graphs:
                     del self.steps[key]
 
@@ -172,7 +174,7 @@ class Graphs:
             return reason
         if run.conditions.classifier is not None:
             return "cond_fn needs autograd"
-        if run.network.captures:
+        if any(network.captures for network in run.networks):
             return "torch.compile in this mode captures CUDA graphs of its own"
         try:
             key = key_of(run, state.x)
@@ -180,7 +182,7 @@ class Graphs:
             return self._refused(str(reason))
         found = self.steps.pop(key, None)
         if isinstance(found, CapturedStep) and (
-            found.weights != run.network.signature() or len(run.table) > found.rows
+            found.weights != run.signature() or len(run.table) > found.rows
         ):
             found = None  # its memory is given back before the new one asks for some
         if found is None:
@@ -192,7 +194,7 @@ class Graphs:
 
     def _make(self, run: Run, state: State) -> CapturedStep | str:
         device = state.x.device
-        self.begin(run.network)
+        self.begin(run.networks)
         live = [step for step in self.steps.values() if isinstance(step, CapturedStep)]
         if not any(step.state.x.device == device for step in live):
             self.places.pop(device, None)  # a pool without graphs may not take another
@@ -213,7 +215,7 @@ class Graphs:
                 replayed, eager = (
                     seconds_a_call(call, device) for call in (step.graph.replay, step._step)
                 )
-        self.attributes = run.network.attributes()  # a forward may count its calls in one
+        self.attributes = _attributes(run.networks)  # a forward may count its calls in one
         figures = f"{1e3 * replayed:.3g} ms a step, {1e3 * eager:.3g} ms eagerly"
         if self.capture == "auto" and eager < replayed:
             return f"measured faster than a CUDA graph ({figures})"
@@ -237,10 +239,14 @@ class Graphs:
         with self.lock:
             self.steps.clear()
             self.places.clear()
-            self.attributes = ()
+            self.attributes = []
 
 
 GRAPH: type[CudaGraph] = CudaGraph
+
+
+def _attributes(networks: Sequence[Network]) -> list[Any]:
+    return [network.attributes() for network in networks]
 
 
 def key_of(run: Run, x: Tensor) -> tuple:
@@ -252,7 +258,8 @@ def key_of(run: Run, x: Tensor) -> tuple:
         (x.shape, x.stride(), x.device),
         (run.network.dtype, autocast if run.network.dtype is None else None),
         structure(run.kwargs, "model_kwargs"),
-        run.guidance_scale is not None,
+        structure(run.guide_kwargs, "uncond_kwargs"),
+        (run.guidance_scale is not None, run.guide is not None, run.guidance_rescale),
         run.noise.kind,
         (table.doubled_output, table.learned_variance, table.scales_input, table.slots),
         (conditions.x_start, run.mean_is_output, conditions.known is not None, run.self_condition),

@@ -1,7 +1,7 @@
 """One sampling step: the network, the fused update, and what else was asked for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,8 +9,7 @@ from torch import Tensor
 
 from fastdiff.errors import InputError, TrainingError
 from fastdiff.methods.table import Index, StepTable
-from fastdiff.ops.posterior_step.op import check_tensors
-from fastdiff.process.update import Update
+from fastdiff.process.update import Guidance, Update
 from fastdiff.sampling.conditions import Conditions
 from fastdiff.sampling.network.network import Network
 from fastdiff.sampling.stats import Stats
@@ -51,8 +50,9 @@ class State:
 class Run:
     """What a call's steps are made of; every tensor is on the sampling device.
 
-    ``kwargs``: of the network, for the batch of N, or of 2N where ``guidance_scale`` is given;
-    ``cond_kwargs``: of the classifier, for the batch of N always.
+    ``kwargs``: of the network, for the batch of N, or of 2N where ``guidance_scale`` is given and
+    no ``guide``, which is run beside it with ``guide_kwargs``; ``cond_kwargs``: of the classifier,
+    for the batch of N always.
     ``timesteps``: (K,) numbers. ``failed``: an int64 element, −1 or the first row whose x is not
     finite; None on the CPU, where x is looked at itself. ``mean_is_output``: the update reads the
     network's output in place of x_0 (DDPM by previous-x prediction). ``self_condition``: the
@@ -64,16 +64,32 @@ class Run:
     timesteps: list[float]
     kwargs: Mapping[str, Any]
     cond_kwargs: Mapping[str, Any]
-    guidance_scale: float | Tensor | None
     noise: Any
     conditions: Conditions
     stats: Stats
+    guidance_scale: float | Tensor | None = None
+    guidance_rescale: float = 0.0
+    guide: Network | None = None
+    guide_kwargs: Mapping[str, Any] = field(default_factory=dict)
     failed: Tensor | None = None
     mean_is_output: bool = False
     self_condition: str | None = None
 
     def __post_init__(self) -> None:
         self.update = Update(self.table, self.conditions.x_start, self.mean_is_output)
+
+    @property
+    def networks(self) -> list[Network]:
+        return [self.network] if self.guide is None else [self.network, self.guide]
+
+    @property
+    def given(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """The networks' keyword arguments."""
+        return self.kwargs, self.guide_kwargs
+
+    def signature(self) -> list[Any]:
+        """What a captured step rests on beside the networks' attributes."""
+        return [network.signature() for network in self.networks]
 
     def advance(self, state: State, i: Index) -> tuple[Tensor, Tensor]:
         """(x_{t−1}, predicted x_0) of row i; the state's memory is written in place.
@@ -83,46 +99,67 @@ class Run:
         """
         timesteps = self.table.at("timesteps", i)
         with self.stats.phase("network"):
-            output = self.run_network(state.x, state.x_start, timesteps, i)
+            output, unconditional = self.run_networks(state, timesteps, i)
         with self.stats.phase("update"):
-            x_prev, x_start = self.apply(state, output, timesteps, i)
+            x_prev, x_start = self.apply(state, output, unconditional, timesteps, i)
         if self.failed is not None:
             bad = ~torch.isfinite(x_prev).all() & (self.failed < 0)
             self.failed.copy_(torch.where(bad, i, self.failed))
         return x_prev, x_start
 
-    def run_network(self, x: Tensor, before: Tensor | None, timesteps: Tensor, i: Index) -> Tensor:
-        """The network's output for row i; ``before``: the x_0 of the row before."""
-        kwargs = self.kwargs
-        if self.self_condition is not None:
-            before = torch.zeros_like(x) if before is None else before
-            if self.guidance_scale is not None:
-                before = torch.cat([before, before])
-            kwargs = {**kwargs, self.self_condition: before}
+    def run_networks(
+        self, state: State, timesteps: Tensor, i: Index
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the networks answer for row i: the network for N samples, or for guidance for 2N, or
+        N each of it and of the guide."""
+        x, before = state.x, state.x_start
         if self.table.scales_input:
             x = x * self.table.at("input_scale", i)
-        if self.guidance_scale is not None:
-            x = torch.cat([x, x])
-        timesteps = timesteps.expand(len(x))
+        if self.self_condition is not None and before is None:
+            before = torch.zeros_like(x)
+        if self.guidance_scale is None or self.guide is not None:
+            output = self._run(self.network, self.kwargs, x, before, timesteps, i)
+        else:
+            twice = None if before is None else torch.cat([before, before])
+            output = self._run(self.network, self.kwargs, torch.cat([x, x]), twice, timesteps, i)
+        if self.guide is None:
+            return output, None
+        return output, self._run(self.guide, self.guide_kwargs, x, before, timesteps, i)
+
+    def _run(
+        self,
+        network: Network,
+        kwargs: Mapping[str, Any],
+        x: Tensor,
+        before: Tensor | None,
+        timesteps: Tensor,
+        i: Index,
+    ) -> Tensor:
+        if self.self_condition is not None:
+            kwargs = {**kwargs, self.self_condition: before}
         try:
-            return self.stats.compiling(self.network, x, timesteps, kwargs)
+            return self.stats.compiling(network, x, timesteps.expand(len(x)), kwargs)
         except Exception as error:
             if not isinstance(error, InputError):
                 error.add_note(f"(while fastdiff sampled: step {i}, x of shape {tuple(x.shape)})")
             raise
 
     def apply(
-        self, state: State, output: Tensor, timesteps: Tensor, i: Index
+        self,
+        state: State,
+        output: Tensor,
+        unconditional: Tensor | None,
+        timesteps: Tensor,
+        i: Index,
     ) -> tuple[Tensor, Tensor]:
-        """(x_{t−1}, predicted x_0) of row i from the network's output."""
-        conditions, scale, x = self.conditions, self.guidance_scale, state.x
+        """(x_{t−1}, predicted x_0) of row i from what the networks answered."""
+        conditions, x = self.conditions, state.x
+        guidance = Guidance(self.guidance_scale, unconditional, self.guidance_rescale)
         noisy = self.table.noisy_rows[i] if isinstance(i, int) else self.table.is_noisy
         if conditions.x_start:  # which reads the output before posterior_step would check it
-            check_tensors(x, output, self.table.packed, self.table.doubled_output, scale)
+            guidance.check(x, output, self.table)
         noise = self.noise.of_step(i, noisy)
-        x_prev, x_start = self.update(
-            x, output, i, memory=state.memory, guidance_scale=scale, **noise
-        )
+        x_prev, x_start = self.update(x, output, i, guidance, memory=state.memory, **noise)
         if conditions.classifier is not None:
             given = (x, timesteps.expand(len(x)), self.cond_kwargs)
             x_prev, x_start = conditions.classifier.apply(

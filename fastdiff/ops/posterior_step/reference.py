@@ -61,7 +61,7 @@ def of_call(call: Any, memory: Sequence[torch.Tensor] = ()) -> tuple[torch.Tenso
     columns = dict(zip(COLUMNS, row.unbind(), strict=True))
     x_prev, x_start = posterior_step(
         x_t.float(),
-        output if call.guidance is None else guide(output, call.guidance),
+        output if call.guidance is None else guide(*output.chunk(2), call.guidance),
         columns,
         variance_output=variance,
         z=None if noise is None else noise.float(),
@@ -84,7 +84,8 @@ def _times(coefficient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.where(coefficient != 0, coefficient * value, 0.0)
 
 
-def guide(output: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022): (2N, ...), conditional first, → (N, ...)."""
-    conditional, unconditional = output.chunk(2)
+def guide(
+    conditional: torch.Tensor, unconditional: torch.Tensor, scale: torch.Tensor | float
+) -> torch.Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022), (N, ...) each."""
     return unconditional + scale * (conditional - unconditional)
