@@ -108,8 +108,9 @@ class Guidance:
         if self.scale is None:
             return output, output
         if self.unconditional is None:
-            return output.chunk(2)[0], reference.guide(*output.chunk(2), self.scale)
-        unconditional = self.unconditional[:, :channels].to(output.dtype)
+            output, unconditional = output.chunk(2)
+        else:
+            unconditional = self.unconditional[:, :channels].to(output.dtype)
         return output, reference.guide(output, unconditional, self.scale)
 
     def _factor(self, conditional: Tensor, guided: Tensor) -> Tensor:

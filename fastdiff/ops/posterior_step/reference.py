@@ -58,10 +58,13 @@ def of_call(call: Any, memory: Sequence[torch.Tensor] = ()) -> tuple[torch.Tenso
     n, channels = x_t.shape[:2]
     output = call.model_output[:, :channels].float()
     variance = call.model_output[:n, channels:].float() if call.learned_variance else None
+    if call.guidance is not None:
+        conditional, unconditional = output.chunk(2)
+        output = guide(conditional, unconditional, call.guidance)
     columns = dict(zip(COLUMNS, row.unbind(), strict=True))
     x_prev, x_start = posterior_step(
         x_t.float(),
-        output if call.guidance is None else guide(*output.chunk(2), call.guidance),
+        output,
         columns,
         variance_output=variance,
         z=None if noise is None else noise.float(),
