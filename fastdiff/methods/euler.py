@@ -31,7 +31,7 @@ def euler(
     Raises:
         InputError: a negative ``s_churn`` or ``s_noise``; churn by a process without such levels.
     """
-    return _rows(churned(source, s_churn, s_tmin, s_tmax, s_noise))
+    return euler_rows(churned(source, s_churn, s_tmin, s_tmax, s_noise))
 
 
 @method("euler_ancestral")
@@ -46,8 +46,9 @@ def euler_ancestral(source: Source, *, eta: float = 1.0, s_noise: float = 1.0) -
     Raises:
         InputError: an ``eta`` that is no share, a negative ``s_noise``.
     """
-    return _rows(ancestral(source.path, eta, s_noise))
+    return euler_rows(ancestral(source.path, eta, s_noise))
 
 
-def _rows(legs: list[Leg]) -> list[Row]:
+def euler_rows(legs: list[Leg]) -> list[Row]:
+    """x' = x + (σ' − σ)·dx/dσ, x being x / signal."""
     return [row for leg in legs for row in leg.rows()]
