@@ -160,8 +160,6 @@ def test_what_does_not_fit(options, message):
 
 
 def test_a_guide_of_another_shape_is_named():
-    sampler = Sampler(
-        closed_form(), diffusion(20), guide=lambda x, t: x[:, :1], guidance_scale=2.0
-    )
+    sampler = Sampler(closed_form(), diffusion(20), guide=lambda x, t: x[:, :1], guidance_scale=2.0)
     with pytest.raises(InputError, match=r"unconditional.*\(3, 1, 4, 4\)"):
         sampler.sample(SHAPE)

@@ -93,7 +93,7 @@ def test_torch_noise_is_drawn_in_the_published_order(method, eta):
 # Noise and batches
 
 
-@pytest.mark.parametrize("method, eta", [("ddpm", 0.0), ("ddim", 0.5), ("dpmsolver++", 0.0)])
+@pytest.mark.parametrize("method, eta", [(method, None) for method in METHODS] + [("ddim", 0.5)])
 def test_a_sample_is_the_same_in_any_batch(method, eta):
     sampler = Sampler(closed_form(), diffusion(), steps=5, method=method, eta=eta)
     whole = sampler.sample((5, 2, 4, 4), seed=9, first_sample=100)
