@@ -173,7 +173,7 @@ def test_a_true_prediction_returns_x_start_and_arrives_at_it(mean_type, method):
             # The marginal q(x_prev | x_0): what is left of ε and the fresh noise make its variance.
             left = np.sqrt(max(n_prev**2 - row["sigma"] ** 2, 0))
             line = s_prev * x_0 + left * eps
-            rounding = 1e-6 * (abs(line) + sum(map(abs, terms)))
+            rounding = 1e-5 * (abs(line) + sum(map(abs, terms)))
             assert math.fsum(terms) == pytest.approx(line, abs=rounding)
             if row["slot"] >= 0:
                 memory[int(row["slot"])] = row["k"] * x_0 + row["q"] * x_t
