@@ -112,6 +112,8 @@ class Call:
         is_table = isinstance(process, StepTable)
         predicts_mean = not is_table and process.mean_type == "previous_x"
         self.stats = stats
+        self.guided = [settings.is_guided(timestep) for timestep in self.timesteps]
+        extents = settings.extents(self.guided, len(sampler.table) - len(table))
         self.plain = Run(
             network=network,
             table=table,
@@ -122,16 +124,21 @@ class Call:
             noise=noise_source(sampler.rng, shape, device, *counters, len(table)),
             conditions=conditions,
             stats=stats,
+            conditional=kwargs,
+            extents={i: extents[i] for i, guided in enumerate(self.guided) if not guided},
+            depth=settings.depth,
             failed=failure_flag(device),
             mean_is_output=predicts_mean and table.method == "ddpm",
             self_condition=sampler.self_condition,
         )
-        self.guided = [settings.is_guided(timestep) for timestep in self.timesteps]
         self.with_guidance = self.plain
         if settings.guidance_scale is not None:
             doubled = doubled_kwargs(network.model, shape[0], kwargs, inputs.uncond_kwargs)
             scale = settings.guidance_scale
-            self.with_guidance = replace(self.plain, kwargs=doubled, guidance_scale=scale)
+            own = {i: extents[i] for i, guided in enumerate(self.guided) if guided}
+            self.with_guidance = replace(
+                self.plain, kwargs=doubled, guidance_scale=scale, extents=own
+            )
         elif inputs.uncond_kwargs is not None:
             raise InputError("uncond_kwargs belong to guidance; give guidance_scale too")
         self.x = self._first_x(inputs, process, device, network.channels_last)

@@ -11,6 +11,7 @@ import weakref
 from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from fastdiff.sampling.cuda_graph import CudaGraph, seconds_a_call
 from fastdiff.sampling.kwargs import Unknown, map_tensors, structure, tensors_of
 from fastdiff.sampling.network.network import Network
 from fastdiff.sampling.noise import CounterNoise, HeldNoise
+from fastdiff.sampling.reuse import WHOLE, Extent
 from fastdiff.sampling.stats import Stats
 from fastdiff.sampling.step import Run, State
 
@@ -32,7 +34,8 @@ LEAST_ROWS = 4096  # of a captured table; longer ones get a graph of their own
 
 
 class CapturedStep:
-    """A graph of one step with the tensors it works on."""
+    """Graphs of one step, one for each of the extents of its rows, with the tensors that they work
+    on."""
 
     def __init__(self, run: Run, state: State, graph: type[CudaGraph], place: Any):
         x, device = state.x, state.x.device
@@ -43,8 +46,8 @@ class CapturedStep:
         self.row, self.seed, self.first_sample = torch.zeros(3, 1, dtype=torch.int64, device=device)
         self.failed = torch.full((1,), -1, dtype=torch.int64, device=device)
         self.scale = torch.zeros(1, device=device)
-        kwargs = map_tensors(torch.clone, run.kwargs)
-        self.kwargs = list(tensors_of(kwargs))
+        kwargs, conditional = map_tensors(torch.clone, [run.kwargs, run.conditional])
+        self.kwargs = list(tensors_of([kwargs, conditional]))
         known = run.conditions.known
         self.known = None if known is None else known.held(self.rows)
         self.noise: Any = HeldNoise(x, known is not None)
@@ -60,6 +63,7 @@ class CapturedStep:
                 reading_rows=(run.table.slots > 0,) * self.rows,
             ),
             kwargs=kwargs,
+            conditional=conditional,
             cond_kwargs={},  # a classifier's, which is never captured
             guidance_scale=None if run.guidance_scale is None else self.scale,
             noise=self.noise,
@@ -69,20 +73,27 @@ class CapturedStep:
         )
         self.weights = run.network.signature()
         self.figures = ""  # what it takes, and what the eager step takes
-        self.graph: Any = None
+        self.graphs: dict[Extent, Any] = {}
         self.lock = threading.RLock()  # of the tensors: one row of one call at a time
         self.user: weakref.ref[Any] | None = None
-        self._begin(run, state, 0)
+        self._begin(run, state.anew(), 0)
         with torch.no_grad():
-            self.graph = graph(self._step, device, place)
+            for extent in sorted(set(run.extents.values()), reverse=True):  # all of it first
+                self.graphs[extent] = graph(partial(self.step_eagerly, extent), device, place)
         run.stats.compile_seconds += self.run.stats.compile_seconds
         run.stats.compiled |= self.run.stats.compiled
 
-    def _step(self) -> None:
+    def step_eagerly(self, extent: Extent = WHOLE) -> None:
+        made = replace(self.state)
         with _without_cast_cache(self.state.x.device):
-            x, x_start = self.run.advance(self.state, self.row)
-        self.state.take(State(x, x_start, self.state.memory))
+            x, x_start = self.run.advance(made, self.row, extent)
+        self.state.take(replace(made, x=x, x_start=x_start))
         self.row.add_(1)
+
+    @property
+    def graph(self) -> Any:
+        """That of all of the network, which a call's first row runs."""
+        return self.graphs[WHOLE]
 
     def serve(self, user: Any, i: int) -> None:
         """Be at row i of a call: ``user`` has its ``state`` and its ``run``, which has this step's
@@ -97,7 +108,7 @@ class CapturedStep:
         self._begin(user.run, user.state, i)
 
     def _begin(self, run: Run, state: State, i: int) -> None:
-        if self.graph is not None:
+        if self.graphs:
             self.graph.join()
         self.next_row, self.given = i, run
         rows = len(run.table)
@@ -112,7 +123,8 @@ class CapturedStep:
             self.first_sample.fill_(signed(run.noise.first_sample))
         if run.guidance_scale is not None:
             self.scale.fill_(run.guidance_scale)
-        for tensor, value in zip(self.kwargs, tensors_of(run.kwargs), strict=True):
+        given = tensors_of([run.kwargs, run.conditional])
+        for tensor, value in zip(self.kwargs, given, strict=True):
             tensor.copy_(value)
         if self.known is not None and run.conditions.known is not None:
             self.known.fill(run.conditions.known)
@@ -124,7 +136,7 @@ class CapturedStep:
         if isinstance(self.noise, HeldNoise):
             self.graph.join()  # the row before may still read its noise, on another stream
             self.noise.fill(self.given.noise, i, self.given.table.noisy_rows[i])
-        self.graph.replay()
+        self.graphs[self.given.extents[i]].replay()
         self.next_row = i + 1
         if self.given.failed is not None:
             self.given.failed.copy_(self.failed)
@@ -210,9 +222,8 @@ class Graphs:
                 cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
                 return self._refused(first_line(cause))
             with torch.no_grad():
-                replayed, eager = (
-                    seconds_a_call(call, device) for call in (step.graph.replay, step._step)
-                )
+                both = (step.graph.replay, step.step_eagerly)
+                replayed, eager = (seconds_a_call(call, device) for call in both)
         self.attributes = run.network.attributes()  # a forward may count its calls in one
         figures = f"{1e3 * replayed:.3g} ms a step, {1e3 * eager:.3g} ms eagerly"
         if self.capture == "auto" and eager < replayed:
@@ -253,6 +264,7 @@ def key_of(run: Run, x: Tensor) -> tuple:
         (run.network.dtype, autocast if run.network.dtype is None else None),
         structure(run.kwargs, "model_kwargs"),
         run.guidance_scale is not None,
+        (frozenset(run.extents.values()), run.depth),
         run.noise.kind,
         (table.doubled_output, table.learned_variance, table.scales_input, table.slots),
         (conditions.x_start, run.mean_is_output, conditions.known is not None, run.self_condition),

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdiff.errors import InputError, first_line
 from fastdiff.sampling.kwargs import narrowed
 from fastdiff.sampling.stats import Stats
-from fastdiff.sampling.step import Run
+from fastdiff.sampling.step import Run, State
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def _fits(run: Run, x: Tensor, i: int) -> bool:
         run, kwargs=narrowed(run.kwargs, halves * run.stats.images, halves * len(x)), stats=Stats()
     )
     try:
-        fewer.run_network(x, None, fewer.table.at("timesteps", i), i)
+        fewer.run_network(State(x, None, ()), fewer.table.at("timesteps", i), i)
     except RuntimeError as error:
         if not too_large(error):
             raise

@@ -1,7 +1,7 @@
 """One sampling step: the network, the fused update, and what else was asked for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,18 +12,23 @@ from fastdiff.methods.table import Index, StepTable
 from fastdiff.ops.posterior_step.op import check_tensors
 from fastdiff.process.update import Update
 from fastdiff.sampling.conditions import Conditions
+from fastdiff.sampling.network.execution import Features
 from fastdiff.sampling.network.network import Network
+from fastdiff.sampling.reuse import WHOLE, Extent
 from fastdiff.sampling.stats import Stats
 
 
 @dataclass
 class State:
     """Where a call is, all (N, C, ...): x, the x_0 that the row before predicted (None before the
-    first) and what the method's rows keep for later ones."""
+    first) and what the method's rows keep for later ones. And what the network's rows keep:
+    ``features``, of its deep layers, and ``unconditional``, of guidance; none before the first."""
 
     x: Tensor
     x_start: Tensor | None
     memory: tuple[Tensor, ...]
+    features: tuple[Tensor, ...] = ()
+    unconditional: tuple[Tensor, ...] = ()
 
     @classmethod
     def beginning(cls, x: Tensor, table: StepTable) -> "State":
@@ -37,14 +42,19 @@ class State:
             self.x_start.zero_()
         else:
             self.x_start.copy_(other.x_start)
-        for held, kept in zip(self.memory, other.memory, strict=True):
-            if held is not kept:
-                held.copy_(kept)
+        _take_all(self.memory, other.memory)
+        self.features = _take_all(self.features, other.features)
+        self.unconditional = _take_all(self.unconditional, other.unconditional)
+
+    def anew(self) -> "State":
+        """Without what the network's rows keep, which is of another batch."""
+        return replace(self, features=(), unconditional=())
 
     def copy(self) -> "State":
         """Tensors that nothing writes over."""
         x_start = None if self.x_start is None else self.x_start.clone()
-        return State(self.x.clone(), x_start, tuple(kept.clone() for kept in self.memory))
+        kept = (self.memory, self.features, self.unconditional)
+        return State(self.x.clone(), x_start, *(tuple(map(torch.clone, each)) for each in kept))
 
 
 @dataclass
@@ -52,8 +62,10 @@ class Run:
     """What a call's steps are made of; every tensor is on the sampling device.
 
     ``kwargs``: of the network, for the batch of N, or of 2N where ``guidance_scale`` is given;
+    ``conditional``: for the batch of N always;
     ``cond_kwargs``: of the classifier, for the batch of N always.
-    ``timesteps``: (K,) numbers. ``failed``: an int64 element, −1 or the first row whose x is not
+    ``timesteps``: (K,) numbers. ``extents``: how much of the network each of its rows runs;
+    ``depth``: at which the network is cut for that, or 0. ``failed``: an int64 element, −1 or the first row whose x is not
     finite; None on the CPU, where x is looked at itself. ``mean_is_output``: the update reads the
     network's output in place of x_0 (DDPM by previous-x prediction). ``self_condition``: the
     keyword argument that is the x_0 of the row before.
@@ -68,6 +80,9 @@ class Run:
     noise: Any
     conditions: Conditions
     stats: Stats
+    conditional: Mapping[str, Any] = field(default_factory=dict)
+    extents: Mapping[int, Extent] = field(default_factory=dict)
+    depth: int = 0
     failed: Tensor | None = None
     mean_is_output: bool = False
     self_condition: str | None = None
@@ -75,15 +90,16 @@ class Run:
     def __post_init__(self) -> None:
         self.update = Update(self.table, self.conditions.x_start, self.mean_is_output)
 
-    def advance(self, state: State, i: Index) -> tuple[Tensor, Tensor]:
-        """(x_{t−1}, predicted x_0) of row i; the state's memory is written in place.
+    def advance(self, state: State, i: Index, extent: Extent) -> tuple[Tensor, Tensor]:
+        """(x_{t−1}, predicted x_0) of row i; the state's memory is written in place, and what the
+        network's rows keep is exchanged.
 
         ``i`` is a number, or a tensor that is read where it is: nothing then depends on the row but
         through tensors.
         """
         timesteps = self.table.at("timesteps", i)
         with self.stats.phase("network"):
-            output = self.run_network(state.x, state.x_start, timesteps, i)
+            output = self.run_network(state, timesteps, i, extent)
         with self.stats.phase("update"):
             x_prev, x_start = self.apply(state, output, timesteps, i)
         if self.failed is not None:
@@ -91,25 +107,40 @@ class Run:
             self.failed.copy_(torch.where(bad, i, self.failed))
         return x_prev, x_start
 
-    def run_network(self, x: Tensor, before: Tensor | None, timesteps: Tensor, i: Index) -> Tensor:
-        """The network's output for row i; ``before``: the x_0 of the row before."""
-        kwargs = self.kwargs
+    def run_network(
+        self, state: State, timesteps: Tensor, i: Index, extent: Extent = WHOLE
+    ) -> Tensor:
+        """The network's output for row i, of 2N where there is guidance."""
+        x, count = state.x, len(state.x)
+        doubles = self.guidance_scale is not None and extent.both
+        kwargs = self.kwargs if extent.both else self.conditional
         if self.self_condition is not None:
-            before = torch.zeros_like(x) if before is None else before
-            if self.guidance_scale is not None:
+            before = torch.zeros_like(x) if state.x_start is None else state.x_start
+            if doubles:
                 before = torch.cat([before, before])
             kwargs = {**kwargs, self.self_condition: before}
         if self.table.scales_input:
             x = x * self.table.at("input_scale", i)
-        if self.guidance_scale is not None:
+        if doubles:
             x = torch.cat([x, x])
         timesteps = timesteps.expand(len(x))
+        features = None
+        if self.depth:
+            kept = () if extent.deep else tuple(part[: len(x)] for part in state.features)
+            features = Features(self.depth, kept)
         try:
-            return self.stats.compiling(self.network, x, timesteps, kwargs)
+            output = self.stats.compiling(self.network, x, timesteps, kwargs, features)
         except Exception as error:
             if not isinstance(error, InputError):
                 error.add_note(f"(while fastdiff sampled: step {i}, x of shape {tuple(x.shape)})")
             raise
+        if features is not None and extent.deep:
+            state.features = _put_first(features.kept, state.features)
+        if not extent.both:
+            return torch.cat([output, state.unconditional[0]])
+        if self.guidance_scale is not None and not all(row.both for row in self.extents.values()):
+            state.unconditional = (output[count:],)
+        return output
 
     def apply(
         self, state: State, output: Tensor, timesteps: Tensor, i: Index
@@ -146,6 +177,23 @@ class Run:
                 "network answered NaN or infinity there or before; use an earlier checkpoint, or "
                 "another dtype"
             )
+
+
+def _take_all(held: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tensors that are held, with the values of those that are given, if any."""
+    if not held:
+        return tuple(map(torch.clone, given))
+    for tensor, value in zip(held, given, strict=bool(given)):
+        if tensor is not value:
+            tensor.copy_(value)
+    return held
+
+
+def _put_first(new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """New features in place of the first samples' old ones."""
+    if not old or len(new[0]) == len(old[0]):
+        return new
+    return tuple(torch.cat([n, o[len(n) :]]) for n, o in zip(new, old, strict=True))
 
 
 def failure_flag(device: torch.device) -> Tensor | None:

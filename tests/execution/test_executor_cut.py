@@ -57,7 +57,8 @@ def test_a_shallow_call_is_the_forwards(case, lowering, lowered):
         whole = reference(**in_dtype(second, torch.float64))
         largest = expected.abs().max()
         assert (found - expected).abs().max() <= 1e-4 * largest
-        assert (whole - expected).abs().max() > 1e-3 * largest  # the deep part is the first call's
+        if case != "one pixel":  # which its norms leave nothing of
+            assert (whole - expected).abs().max() > 1e-3 * largest  # the deep part is the first's
 
 
 @torch.no_grad()
@@ -78,6 +79,8 @@ def test_the_forward_cut_in_two_is_the_forward(case):
 @pytest.mark.parametrize("case", CASES)
 def test_with_its_own_deep_part_a_shallow_call_is_the_whole_one_to_the_bit(case, dtype):
     options, size = CASES[case]
+    if dtype == torch.bfloat16 and options.get("dims") == 3:
+        pytest.skip("PyTorch pools no such volumes")
     model = small_unet(**options).to(dtype)
     given, other = (in_dtype(g, dtype) for g in two_calls(model, size))
     executor = Executor(model)
