@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from fastdiff.sampling.cuda_graph import CudaGraph, seconds_a_call
 from fastdiff.sampling.kwargs import Unknown, map_tensors, structure, tensors_of
 from fastdiff.sampling.network.network import Network
 from fastdiff.sampling.noise import CounterNoise, HeldNoise
+from fastdiff.sampling.reuse import WHOLE, Extent
 from fastdiff.sampling.stats import Stats
 from fastdiff.sampling.step import Run, State
 
@@ -33,7 +35,8 @@ LEAST_ROWS = 4096  # of a captured table; longer ones get a graph of their own
 
 
 class CapturedStep:
-    """A graph of one step with the tensors it works on."""
+    """Graphs of one step, one for each of the extents of its rows, with the tensors that they work
+    on."""
 
     def __init__(self, run: Run, state: State, graph: type[CudaGraph], place: Any):
         x, device = state.x, state.x.device
@@ -44,8 +47,8 @@ class CapturedStep:
         self.row, self.seed, self.first_sample = torch.zeros(3, 1, dtype=torch.int64, device=device)
         self.failed = torch.full((1,), -1, dtype=torch.int64, device=device)
         self.scale = torch.zeros(1, device=device)
-        kwargs, guide_kwargs = (map_tensors(torch.clone, given) for given in run.given)
-        self.kwargs = list(tensors_of((kwargs, guide_kwargs)))
+        kwargs, doubled, guide_kwargs = map_tensors(torch.clone, run.given)
+        self.kwargs = list(tensors_of([kwargs, doubled, guide_kwargs]))
         known = run.conditions.known
         self.known = None if known is None else known.held(self.rows)
         self.noise: Any = HeldNoise(x, known is not None)
@@ -61,6 +64,7 @@ class CapturedStep:
                 reading_rows=(run.table.slots > 0,) * self.rows,
             ),
             kwargs=kwargs,
+            doubled=doubled,
             guide_kwargs=guide_kwargs,
             cond_kwargs={},  # a classifier's, which is never captured
             guidance_scale=None if run.guidance_scale is None else self.scale,
@@ -71,20 +75,27 @@ class CapturedStep:
         )
         self.weights = run.signature()
         self.figures = ""  # what it takes, and what the eager step takes
-        self.graph: Any = None
+        self.graphs: dict[Extent, Any] = {}
         self.lock = threading.RLock()  # of the tensors: one row of one call at a time
         self.user: weakref.ref[Any] | None = None
-        self._begin(run, state, 0)
+        self._begin(run, state.anew(), 0)
         with torch.no_grad():
-            self.graph = graph(self._step, device, place)
+            for extent in sorted(set(run.extents.values()), reverse=True):  # all of it first
+                self.graphs[extent] = graph(partial(self.step_eagerly, extent), device, place)
         run.stats.compile_seconds += self.run.stats.compile_seconds
         run.stats.compiled |= self.run.stats.compiled
 
-    def _step(self) -> None:
+    def step_eagerly(self, extent: Extent = WHOLE) -> None:
+        made = replace(self.state)
         with _without_cast_cache(self.state.x.device):
-            x, x_start = self.run.advance(self.state, self.row)
-        self.state.take(State(x, x_start, self.state.memory))
+            x, x_start = self.run.advance(made, self.row, extent)
+        self.state.take(replace(made, x=x, x_start=x_start))
         self.row.add_(1)
+
+    @property
+    def graph(self) -> Any:
+        """That of all of the network, which a call's first row runs."""
+        return self.graphs[WHOLE]
 
     def serve(self, user: Any, i: int) -> None:
         """Be at row i of a call: ``user`` has its ``state`` and its ``run``, which has this step's
@@ -99,7 +110,7 @@ class CapturedStep:
         self._begin(user.run, user.state, i)
 
     def _begin(self, run: Run, state: State, i: int) -> None:
-        if self.graph is not None:
+        if self.graphs:
             self.graph.join()
         self.next_row, self.given = i, run
         rows = len(run.table)
@@ -126,7 +137,7 @@ class CapturedStep:
         if isinstance(self.noise, HeldNoise):
             self.graph.join()  # the row before may still read its noise, on another stream
             self.noise.fill(self.given.noise, i, self.given.table.noisy_rows[i])
-        self.graph.replay()
+        self.graphs[self.given.extents[i]].replay()
         self.next_row = i + 1
         if self.given.failed is not None:
             self.given.failed.copy_(self.failed)
@@ -212,9 +223,8 @@ class Graphs:
                 cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
                 return self._refused(first_line(cause))
             with torch.no_grad():
-                replayed, eager = (
-                    seconds_a_call(call, device) for call in (step.graph.replay, step._step)
-                )
+                both = (step.graph.replay, step.step_eagerly)
+                replayed, eager = (seconds_a_call(call, device) for call in both)
         self.attributes = _attributes(run.networks)  # a forward may count its calls in one
         figures = f"{1e3 * replayed:.3g} ms a step, {1e3 * eager:.3g} ms eagerly"
         if self.capture == "auto" and eager < replayed:
@@ -258,8 +268,10 @@ def key_of(run: Run, x: Tensor) -> tuple:
         (x.shape, x.stride(), x.device),
         (run.network.dtype, autocast if run.network.dtype is None else None),
         structure(run.kwargs, "model_kwargs"),
+        structure(run.doubled, "model_kwargs"),
         structure(run.guide_kwargs, "uncond_kwargs"),
         (run.guidance_scale is not None, run.guide is not None, run.guidance_rescale),
+        (frozenset(run.extents.values()), run.depth),
         run.noise.kind,
         (table.doubled_output, table.learned_variance, table.scales_input, table.slots),
         (conditions.x_start, run.mean_is_output, conditions.known is not None, run.self_condition),

@@ -49,10 +49,10 @@ def largest_batch(run: Run, x: Tensor, i: int, message: str) -> InputError:
 
 def _fits(run: Run, x: Tensor, i: int) -> bool:
     images, count = run.stats.images, len(x)
-    halves = 1 if run.guidance_scale is None or run.guide is not None else 2
     fewer = replace(
         run,
-        kwargs=narrowed(run.kwargs, halves * images, halves * count),
+        kwargs=narrowed(run.kwargs, images, count),
+        doubled=narrowed(run.doubled, 2 * images, 2 * count),
         guide_kwargs=narrowed(run.guide_kwargs, images, count),
         stats=Stats(),
     )

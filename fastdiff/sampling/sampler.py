@@ -6,6 +6,7 @@ once as a CUDA graph and replayed for every row.
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from fastdiff.sampling.call import Call, Inputs, WatchedInputs
 from fastdiff.sampling.capture import CapturedStep, Graphs
 from fastdiff.sampling.network.network import Model, Network
 from fastdiff.sampling.out_of_memory import explains_out_of_memory
+from fastdiff.sampling.reuse import Reuse, Rows
 from fastdiff.sampling.settings import Settings
 from fastdiff.sampling.stats import Stats
 from fastdiff.sampling.step import Run, State
@@ -68,6 +70,13 @@ class Sampler:
         clip_denoised: clip the predicted x_0 to [−1, 1].
         dynamic_threshold: a quantile such as 0.995: dynamic thresholding of x_0 (Saharia et al.
             2022) in place of the clip.
+        reuse: 3 runs the whole of a U-Net at every third row, and at the others its shallow layers
+            alone, on the deep features that were kept; [0, 4, 9] names the rows that run it whole
+            (:class:`fastdiff.sampling.reuse.Reuse`, which also says what is shallow; Ma et al.
+            2023, arXiv:2312.00858). The network has to be one that runs as a program (``executor``).
+            None reuses nothing.
+        guidance_reuse: the rows of guidance that run the unconditional half, in the same way; at
+            the others its last output counts. None is all.
         denoised_fn: applied to the predicted x_0 before it is clipped.
         cond_fn: classifier guidance: cond_fn(x, timesteps, **model_kwargs) answers
             ∇ log p(y | x_t), like x (Dhariwal & Nichol 2021); ``fastdiff.classifier_gradient``
@@ -134,6 +143,8 @@ class Sampler:
         guidance_rescale: float = 0.0,
         clip_denoised: bool = True,
         dynamic_threshold: float | None = None,
+        reuse: Reuse | Rows | None = None,
+        guidance_reuse: Rows | None = None,
         denoised_fn: DenoisedFn | None = None,
         cond_fn: CondFn | None = None,
         dtype: torch.dtype | None = None,
@@ -191,14 +202,16 @@ class Sampler:
                 guidance_rescale=guidance_rescale,
                 clip_denoised=clip_denoised,
                 dynamic_threshold=dynamic_threshold,
+                reuse=reuse,
+                guidance_reuse=guidance_reuse,
             ),
         )
 
     def configure(self, *, diffusion: Any = None, **changes: Any) -> "Sampler":
         """Change steps, spacing, timesteps, method, eta, their options, guidance_scale,
-        guidance_interval, guidance_rescale, clip_denoised, dynamic_threshold or the process (or
-        table) itself, as in the constructor; the rest stays. Returns itself. Raises InputError as
-        the constructor does.
+        guidance_interval, guidance_rescale, guidance_reuse, reuse, clip_denoised, dynamic_threshold
+        or the process (or table) itself, as in the constructor; the rest stays. Returns itself.
+        Raises InputError as the constructor does.
 
         What was captured stays too: a graph reads all of these from device memory, but for how much
         the method keeps, whether there is guidance, its rescaling, and dynamic_threshold.
@@ -305,8 +318,10 @@ class Sampler:
         looked_at = watched or self.denoised_fn is not None or self.cond_fn is not None
         with ExitStack() as stack:
             with call.stats.phase("prepare"):
-                for network in self._networks:
-                    stack.enter_context(network.sampling(looked_at, call.timesteps))
+                given = (looked_at, call.timesteps)
+                stack.enter_context(self.network.sampling(*given, call.plain.depth))
+                if self.guide is not None:
+                    stack.enter_context(self.guide.sampling(*given))
                 self._graphs.begin(self._networks)
             for i, timestep in enumerate(call.timesteps):
                 run = call.run_of(i)
@@ -332,11 +347,11 @@ class Sampler:
         found = self._graphs.find(run, before.state)
         if not isinstance(found, CapturedStep):
             self._ran = f"eager: {found}"
-            return _Eager(run, before.position())
+            return _Eager(run, before.position(run))
         self._ran = f"a captured CUDA graph: {found.figures}"
         if isinstance(before, _Replayed) and before.graph is found and before.run is run:
             return before
-        return _Replayed(run, before.position(), found)
+        return _Replayed(run, before.position(run), found)
 
     def _device_of(self, tensor: Tensor | None) -> torch.device:
         if self.device is not None:
@@ -352,13 +367,13 @@ class _Eager:
     def __init__(self, run: Run, state: State):
         self.run, self.state = run, state
 
-    def position(self) -> State:
-        """Tensors that nobody else writes to."""
-        return self.state
+    def position(self, run: Run) -> State:
+        """Tensors that nobody else writes to, for the rows of a run."""
+        return self.state if run is self.run else self.state.anew()
 
     def step(self, i: int, copied: bool) -> tuple[Tensor, Tensor]:
-        x, x_start = self.run.advance(self.state, i)
-        self.state = State(x, x_start, self.state.memory)
+        x, x_start = self.run.advance(self.state, i, self.run.extents[i])
+        self.state = replace(self.state, x=x, x_start=x_start)
         return (x.clone(), x_start.clone()) if copied else (x, x_start)
 
 
@@ -370,9 +385,10 @@ class _Replayed(_Eager):
         super().__init__(run, state)
         self.graph = graph
 
-    def position(self) -> State:
+    def position(self, run: Run) -> State:
         with self.graph.lock:
-            return self.state.copy()
+            state = self.state.copy()
+        return state if run is self.run else state.anew()
 
     def step(self, i: int, copied: bool) -> tuple[Tensor, Tensor]:
         with self.graph.lock:

@@ -7,6 +7,7 @@ from typing import Any
 from fastdiff.checks import is_finite
 from fastdiff.errors import InputError
 from fastdiff.methods.table import StepTable
+from fastdiff.sampling.reuse import Extent, Reuse, Rows, checked_rows, extents, reuse_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Settings:
     guidance_rescale: float = 0.0
     clip_denoised: bool = True
     dynamic_threshold: float | None = None
+    reuse: Reuse | Rows | None = None
+    guidance_reuse: Rows | None = None
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.timesteps is not None:
@@ -51,6 +54,23 @@ class Settings:
             raise InputError(
                 f"dynamic_threshold is {quantile!r}; expected a quantile above 0, at most 1"
             )
+
+        object.__setattr__(self, "reuse", reuse_of(self.reuse))
+        if self.guidance_reuse is not None:
+            if self.guidance_scale is None:
+                raise InputError("guidance_reuse belongs to guidance; give guidance_scale too")
+            rows = checked_rows("guidance_reuse", self.guidance_reuse)
+            object.__setattr__(self, "guidance_reuse", rows)
+
+    @property
+    def depth(self) -> int:
+        """At which the network is cut in two; 0 where none of it is reused."""
+        return self.reuse.depth if isinstance(self.reuse, Reuse) and self.reuse.rows != 1 else 0
+
+    def extents(self, guided: Sequence[bool], skipped: int) -> list[Extent]:
+        """How much of the network a call's rows run (reuse.py)."""
+        features = self.reuse.rows if isinstance(self.reuse, Reuse) else None
+        return extents(guided, features, self.guidance_reuse, skipped)
 
     def changed(self, changes: dict[str, Any]) -> "Settings":
         """With some of them replaced; of steps and timesteps the one that is named holds."""
