@@ -9,7 +9,7 @@ import numpy as np
 
 from fastdiff.checks import is_finite
 from fastdiff.errors import InputError
-from fastdiff.methods.legs import Leg, at_sigmas, churned
+from fastdiff.methods.legs import Leg, at_sigmas, check_not_negative, churned
 from fastdiff.methods.levels import Level, Source
 from fastdiff.methods.registry import method
 from fastdiff.methods.rows import Row
@@ -68,9 +68,11 @@ def restart(
         s_noise: what the added noise is multiplied by.
 
     Raises:
-        InputError: what is no such tuple; a process without levels between its steps.
+        InputError: what is no such tuple, a negative ``s_noise``; a process without levels between
+            its steps.
     """
-    legs = [Leg(at, to, to, s_noise) for at, to in pairwise(source.path)]
+    check_not_negative("s_noise", s_noise)
+    legs = [Leg(at, to, to) for at, to in pairwise(source.path)]
     for t_min, t_max, levels, times in map(_checked, restarts):
         reached = [level for level in source.steps[1:] if level.sigma < t_max]
         if not reached or t_max > source.steps[0].sigma:
@@ -79,7 +81,7 @@ def restart(
         last = max(i for i, leg in enumerate(legs) if leg.to == low)
         again = _downward(source, low, t_max, levels)
         for _ in range(times):
-            legs[last] = replace(legs[last], next=again[0].at)
+            legs[last] = replace(legs[last], next=again[0].at, s_noise=s_noise)
             legs[last + 1 : last + 1] = again
             last += len(again)
     return heun_rows(legs)

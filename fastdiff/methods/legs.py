@@ -97,7 +97,7 @@ def churned(
     noise: the first leg has none, and is not churned; nor does σ̂ exceed where the first begins.
     """
     for name, value in {"s_churn": s_churn, "s_noise": s_noise}.items():
-        _check_not_negative(name, value)
+        check_not_negative(name, value)
     steps = source.steps
     gamma = min(s_churn / len(steps), math.sqrt(2) - 1)
     most = steps[0].sigma
@@ -120,7 +120,7 @@ def ancestral(path: Sequence[Level], eta: float, s_noise: float = 1.0) -> list[L
     """
     if not (is_finite(eta) and 0 <= eta <= 1):
         raise InputError(f"eta is {eta!r}; expected 0 (deterministic) … 1 (the DDPM variance)")
-    _check_not_negative("s_noise", s_noise)
+    check_not_negative("s_noise", s_noise)
     legs = []
     for at, to in pairwise(path):
         ratio = at.signal * to.noise / (at.noise * to.signal)  # σ_to / σ_at
@@ -129,6 +129,7 @@ def ancestral(path: Sequence[Level], eta: float, s_noise: float = 1.0) -> list[L
     return legs
 
 
-def _check_not_negative(name: str, value: float) -> None:
+def check_not_negative(name: str, value: float) -> None:
+    """InputError for anything else than a number of at least 0."""
     if not (is_finite(value) and value >= 0):
         raise InputError(f"{name} is {value!r}; expected a finite number of at least 0")
