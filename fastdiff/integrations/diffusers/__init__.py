@@ -20,13 +20,27 @@ require("diffusers", "diffusers")
 
 from fastdiff.integrations.diffusers.ddim import DDIMScheduler
 from fastdiff.integrations.diffusers.ddpm import DDPMScheduler
+from fastdiff.integrations.diffusers.deis_multistep import DEISMultistepScheduler
 from fastdiff.integrations.diffusers.dpmsolver_multistep import DPMSolverMultistepScheduler
+from fastdiff.integrations.diffusers.euler import (
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+)
+from fastdiff.integrations.diffusers.heun import HeunDiscreteScheduler
 from fastdiff.integrations.diffusers.pipelines import accelerate_pipeline, restore_pipeline
+from fastdiff.integrations.diffusers.pndm import PNDMScheduler
+from fastdiff.integrations.diffusers.unipc_multistep import UniPCMultistepScheduler
 
 __all__ = [
     "DDIMScheduler",
     "DDPMScheduler",
+    "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
     "accelerate_pipeline",
     "restore_pipeline",
 ]

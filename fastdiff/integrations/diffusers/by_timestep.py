@@ -1,4 +1,4 @@
-"""What DDPM and DDIM share: a row per timestep, found without waiting for a device."""
+"""What DDPM, DDIM and PNDM share: a row per timestep, found without waiting for a device."""
 
 import operator
 from dataclasses import dataclass
@@ -11,9 +11,13 @@ from fastdiff.integrations.diffusers.fused import FusedScheduler, Rows, combine,
 
 @dataclass(frozen=True, slots=True)
 class TimestepRows(Rows):
-    """Rows in the order of ``scheduler.timesteps`` (K,), whose memory begins at ``address``."""
+    """Rows in the order of ``scheduler.timesteps`` (K,), whose memory begins at ``address``.
+
+    ``steps``: K. More rows follow in the same order, where a step may be taken in several ways.
+    """
 
     row_of: dict[int, int]
+    steps: int
     address: int | None  # None: they are not an int64 tensor without gaps
 
     def row(self, timestep: int | Tensor) -> int | str:
@@ -27,7 +31,7 @@ class TimestepRows(Rows):
                 return f"timestep is a {timestep.dtype} tensor of shape {tuple(timestep.shape)}"
             if self.address is not None and timestep.dtype == torch.int64:
                 offset = timestep.data_ptr() - self.address
-                if 0 <= offset < 8 * len(self.refusals):
+                if 0 <= offset < 8 * self.steps:
                     return offset // 8
         try:
             value = operator.index(timestep)

@@ -151,6 +151,7 @@ class DDIMScheduler(TimestepScheduler, stock.DDIMScheduler):
             x_start_is_output=prediction == "sample",
             kept=(self.timesteps, self.alphas_cumprod, self.final_alpha_cumprod),
             row_of=first_rows(timesteps),
+            steps=len(timesteps),
             address=self._address(),
         )
 

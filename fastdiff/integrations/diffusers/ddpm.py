@@ -120,6 +120,7 @@ class DDPMScheduler(TimestepScheduler, stock.DDPMScheduler):
             x_start_is_output=prediction == "sample",
             kept=(self.timesteps, self.alphas_cumprod),
             row_of=row_of,
+            steps=len(timesteps),
             address=self._address(),
         )
 

@@ -1,7 +1,6 @@
-"""DPM-Solver++ and its SDE form (Lu et al. 2022, arXiv:2211.01095), of the first and second order,
-as diffusers' DPMSolverMultistepScheduler computes them."""
+"""DPM-Solver++ and its SDE form (Lu et al. 2022, arXiv:2211.01095), of the first to third order, as
+diffusers' DPMSolverMultistepScheduler computes them."""
 
-from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -11,30 +10,26 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastdiff.integrations.diffusers.fused import (
-    NOT_SET,
-    FusedScheduler,
-    Plan,
-    Rows,
-    apply,
-    combine,
-    make_table,
-    misfit,
-    version,
-)
+from fastdiff.integrations.diffusers.fused import NOT_SET, Plan, Rows, apply, make_table, misfit
 from fastdiff.integrations.diffusers.generators import check_generators
+from fastdiff.integrations.diffusers.multistep import (
+    PREDICTIONS,
+    Columns,
+    MultistepScheduler,
+    chosen_rows,
+    in_blocks,
+    kept_in_turns,
+    x_start_columns,
+)
 
 _ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++")
-_PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 _settings = attrgetter(
     *("prediction_type", "algorithm_type", "solver_type", "thresholding", "use_flow_sigmas")
 )
 
 
-class DPMSolverMultistepScheduler(FusedScheduler, stock.DPMSolverMultistepScheduler):
+class DPMSolverMultistepScheduler(MultistepScheduler, stock.DPMSolverMultistepScheduler):
     """diffusers' DPMSolverMultistepScheduler with a fused step."""
-
-    lower_order_nums: int
 
     def step(
         self,
@@ -62,48 +57,24 @@ class DPMSolverMultistepScheduler(FusedScheduler, stock.DPMSolverMultistepSchedu
                 noise = randn_tensor(
                     sample.shape, generator=generator, device=sample.device, dtype=torch.float32
                 )
-        steps = len(self.timesteps)
-        before = self.model_outputs[-1] if row >= steps else None
+        order, index = divmod(row, len(self.timesteps))
+        before = self._before(order)
         x_prev, converted = apply(
-            rows, row, self._mean(model_output), sample, noise=noise, x_start_before=before
+            rows, row, self._mean(model_output), sample, noise=noise, memory=before
         )
-        self.model_outputs.append(converted)
-        del self.model_outputs[0]
-        self.lower_order_nums = min(self.lower_order_nums + 1, self.config.solver_order)
-        self._step_index = row % steps + 1
+        self._remember(converted, index)
         x_prev = x_prev.to(converted.dtype)
         return SchedulerOutput(prev_sample=x_prev) if return_dict else (x_prev,)
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """α·x_0 + σ·noise at these timesteps, (N, ...); float32 inside whatever the dtype."""
-        device = original_samples.device
-        dtype = torch.float64 if original_samples.dtype == torch.float64 else torch.float32
-        scales = self._sigma_to_alpha_sigma_t(self.sigmas.to(device, dtype))
-        if self.begin_index is None:
-            index = _indices(self.timesteps.to(device), timesteps.to(device))
-        else:  # inpainting after the first step, image-to-image before it
-            at = self.begin_index if self.step_index is None else self.step_index
-            index = torch.full(timesteps.shape, at, device=device)
-        return combine(original_samples, noise, index, *scales)
 
     def sampling_rows(self, device: torch.device, *, doubled_output: bool = False) -> Rows | str:
         """All of ``timesteps``, for a Sampler on ``device``, or why it cannot have them."""
         if doubled_output:
             return "its U-Net predicts a variance, which DPM-Solver has no use for"
-        made, steps = self._make_rows(device), len(self.timesteps)
-        if isinstance(made, str):
-            return made
-        orders = [self._order(index, index) for index in range(steps)]
-        if max(orders) == 3:
-            return "some of its steps are of the third order"
-        chosen = [index + (order - 1) * steps for index, order in enumerate(orders)]
-        table = made.table.rows(chosen, timesteps=self.timesteps)
-        return replace(
-            made,
-            table=table,
-            refusals=[made.refusals[i] for i in chosen],
-            draws=[made.draws[i] for i in chosen],
-        )
+        columns, steps = self._columns(), len(self.timesteps)
+        if isinstance(columns, str):
+            return columns
+        chosen = kept_in_turns(chosen_rows(columns, self._rows_by_order()), steps)
+        return self._rows_of(chosen, device)
 
     def _plan(
         self,
@@ -121,20 +92,11 @@ class DPMSolverMultistepScheduler(FusedScheduler, stock.DPMSolverMultistepSchedu
             return reason
         if variance_noise is not None and variance_noise.shape != sample.shape:
             return f"variance_noise has shape {tuple(variance_noise.shape)}, unlike sample"
-        key = (id(self.sigmas), version(self.sigmas), *_settings(self.config), sample.device)
+        key = (*self._watched(), *_settings(self.config), sample.device)
         rows = self._rows(key, lambda: self._make_rows(sample.device))
         if isinstance(rows, str):
             return rows
-        index, steps = self._index(timestep), len(self.timesteps)
-        if not (0 <= index < steps and 2 * steps == len(rows.refusals)):
-            return f"step {index} of {steps} has no noise level"
-        order = self._order(index, self.lower_order_nums)
-        if order == 3:
-            return "this step is of the third order"
-        if order == 2 and getattr(self.model_outputs[-1], "shape", None) != sample.shape:
-            return "the model output before is missing, or of another shape"
-        row = index + (order - 1) * steps
-        return rows.refusals[row] or (rows, row)
+        return self._row_by_order(rows, timestep, sample)
 
     def _mean(self, model_output: Tensor) -> Tensor:
         """The output without the learned variance: three channels, as diffusers has it."""
@@ -143,17 +105,7 @@ class DPMSolverMultistepScheduler(FusedScheduler, stock.DPMSolverMultistepSchedu
             return model_output[:, :3]
         return model_output
 
-    def _index(self, timestep: int | Tensor) -> int:
-        if self.step_index is not None:
-            return self.step_index
-        if self.begin_index is not None:
-            return self.begin_index
-        if isinstance(timestep, Tensor):
-            timestep = timestep.to(self.timesteps.device)
-        return self.index_for_timestep(timestep)
-
     def _order(self, index: int, taken: int) -> int:
-        """The order that diffusers takes this step with; ``taken``: how many steps before it."""
         config, left = self.config, len(self.timesteps) - index
         lowers = config.lower_order_final and len(self.timesteps) < 15
         ends_first = config.euler_at_final or lowers or config.final_sigmas_type == "zero"
@@ -164,84 +116,68 @@ class DPMSolverMultistepScheduler(FusedScheduler, stock.DPMSolverMultistepSchedu
         return 3
 
     def _make_rows(self, device: torch.device) -> Rows | str:
-        """K rows of the first order, then K of the second."""
+        columns = self._columns()
+        return columns if isinstance(columns, str) else self._rows_of(columns, device)
+
+    def _rows_of(self, columns: Columns, device: torch.device) -> Rows:
+        table, refusals = make_table(columns, device)
+        return Rows(
+            table=table,
+            refusals=refusals,
+            draws=[self.config.algorithm_type == "sde-dpmsolver++"] * len(refusals),
+            x_start_is_output=self.config.prediction_type == "sample",
+            kept=(self.sigmas,),
+        )
+
+    def _columns(self) -> Columns | str:
+        """Of K rows of the first order, K of the second and K of the third."""
         prediction, algorithm, solver, thresholding, _ = _settings(self.config)
         if thresholding:
             return "dynamic thresholding"
-        if prediction not in _PREDICTIONS:
+        if prediction not in PREDICTIONS:
             return f"prediction_type {prediction!r}"
         if algorithm not in _ALGORITHMS or solver not in ("midpoint", "heun"):
             return f"algorithm_type {algorithm!r} with solver_type {solver!r}"
         sigmas = self.sigmas.cpu()
         alpha, sigma = self._sigma_to_alpha_sigma_t(sigmas)
-        predicted = _x_start_columns(prediction, alpha[:-1], sigma[:-1], sigmas[:-1])
-        first, second = _updates(alpha, sigma, algorithm, solver)
-        both = {
-            name: torch.cat([torch.as_tensor(v).expand(len(sigmas) - 1) for v in (one, two)])
-            for name, one, two in [
-                *((name, value, value) for name, value in predicted.items()),
-                *((name, first.get(name, 0.0), value) for name, value in second.items()),
-            ]
-        }
-        both["timesteps"] = torch.arange(len(sigmas) - 1).repeat(2)
-        table, refusals = make_table(both, device)
-        return Rows(
-            table=table,
-            refusals=refusals,
-            draws=[algorithm == "sde-dpmsolver++"] * len(refusals),
-            x_start_is_output=prediction == "sample",
-            kept=(self.sigmas,),
-        )
+        predicted = x_start_columns(prediction, alpha[:-1], sigma[:-1], sigmas[:-1])
+        steps = len(sigmas) - 1
+        shared = predicted | {"timesteps": self.timesteps.cpu()}
+        blocks = [shared | update for update in _updates(alpha, sigma, algorithm, solver)]
+        return in_blocks(blocks, steps)
 
 
-def _x_start_columns(
-    prediction_type: str, alpha: Tensor, sigma: Tensor, raw_sigma: Tensor
-) -> dict[str, Any]:
-    """x_0 = a·x_t + b·output."""
-    if prediction_type == "epsilon":
-        return {"a": 1 / alpha, "b": -sigma / alpha}
-    if prediction_type == "v_prediction":
-        return {"a": alpha, "b": -sigma}
-    if prediction_type == "flow_prediction":
-        return {"a": 1.0, "b": -raw_sigma}
-    return {"a": 0.0, "b": 1.0}  # sample
+def _updates(alphas: Tensor, sigmas: Tensor, algorithm: str, solver: str) -> list[Columns]:
+    """The updates of the first to third order from each of K + 1 levels to the next.
 
-
-def _updates(
-    alphas: Tensor, sigmas: Tensor, algorithm: str, solver: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The first-order and the second-order update from each of K + 1 levels to the next.
-
-    x = d·x_s + k0·D0 + k1·D1 + std·z with D0 the prediction at s and D1 its difference from the
-    one before, over r0. diffusers' operations in their order, in float32: its differences of
-    logarithms are part of its results.
+    x = d·x_s + k0·D0 + k1·D1 + k2·D2 + std·z with D0 the prediction at s, and D1 and D2 made of
+    its differences from the ones before and theirs, over r0 and r1. diffusers' operations in their
+    order, in float32: its differences of logarithms are part of its results.
     """
     lambdas = torch.log(alphas) - torch.log(sigmas)
     sigma_s, lambda_s = sigmas[:-1], lambdas[:-1]
     alpha, sigma = alphas[1:], sigmas[1:]
     h = lambdas[1:] - lambda_s
-    r0 = (lambda_s - lambdas.roll(1)[:-1]) / h  # as in diffusers, the last level precedes the first
+    # As in diffusers, the last levels precede the first.
+    r0 = (lambda_s - lambdas.roll(1)[:-1]) / h
+    r1 = (lambdas.roll(1)[:-1] - lambdas.roll(2)[:-1]) / h
     std: Tensor | float = 0.0
     if algorithm == "dpmsolver++":
         d, k0 = sigma / sigma_s, -(alpha * (torch.exp(-h) - 1.0))
-        heun = alpha * ((torch.exp(-h) - 1.0) / h + 1.0)
+        k1 = alpha * ((torch.exp(-h) - 1.0) / h + 1.0)
+        k2 = -(alpha * ((torch.exp(-h) - 1.0 + h) / h**2 - 0.5))
     else:  # sde-dpmsolver++
         gained = 1.0 - torch.exp(-2.0 * h)
         d, k0 = sigma / sigma_s * torch.exp(-h), alpha * gained
-        heun = alpha * (gained / (-2.0 * h) + 1.0)
+        k1 = alpha * (gained / (-2.0 * h) + 1.0)
+        k2 = alpha * ((gained - 2.0 * h) / (2.0 * h) ** 2 - 0.5)
         std = sigma * torch.sqrt(gained)
-    e = -((0.5 * k0 if solver == "midpoint" else heun) / r0).double()
-    first = {"c": k0, "d": d, "sigma": std, "slot": 0.0, "k": 1.0}  # each row keeps its x_0
-    return first, first | {"c": k0.double() - e, "e0": e}
-
-
-def _indices(schedule: Tensor, timesteps: Tensor) -> Tensor:
-    """Of each timestep (N,) its place in the schedule (K,), without waiting for the device.
-
-    As diffusers has it: the second place of those that occur more than once, and the last for
-    those that do not occur.
-    """
-    equal = schedule == timesteps.reshape(-1, 1)  # (N, K)
-    seen = equal.cumsum(1)
-    place = torch.where(seen[:, -1:] > 1, equal & (seen == 2), equal).int().argmax(1)
-    return torch.where(seen[:, -1] == 0, len(schedule) - 1, place)
+    first = {"d": d, "sigma": std, "c": k0}
+    e = -((0.5 * k0 if solver == "midpoint" else k1) / r0).double()
+    second = {"d": d, "sigma": std, "c": k0.double() - e, "e0": e}
+    # D1 = D1_0 + r0·s·(D1_0 − D1_1) and D2 = s·(D1_0 − D1_1) with s = 1/(r0 + r1),
+    # D1_0 = (m0 − m1)/r0 and D1_1 = (m1 − m2)/r1
+    curve = ((k1 * r0 + k2) / (r0 + r1)).double()
+    newer, older = (k1 + curve) / r0, -curve / r1
+    third = {"d": d, "sigma": std, "c": k0 + newer, "e0": older - newer, "e1": -older}
+    return [first, second, third]

@@ -1,6 +1,6 @@
-"""What the three schedulers share: rows of coefficients in place of the stock step's arithmetic."""
+"""What all schedulers share: rows of coefficients in place of the stock step's arithmetic."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -65,10 +65,11 @@ class FusedScheduler:
         """Why ``step``, called like this, would take diffusers' own step; None: it is fused.
 
         Stock are dynamic thresholding, coefficients that are not finite (ε from a sample without
-        signal), DDPM's variance types "learned" and "fixed_large_log", DPM-Solver's third-order
-        steps and its algorithms "dpmsolver" and "sde-dpmsolver", dtypes other than float32,
-        bfloat16 and float16, shapes that broadcast, timesteps that are not in ``timesteps``,
-        torch.compile, and whatever diffusers refuses.
+        signal), DDPM's variance types "learned" and "fixed_large_log", DPM-Solver's algorithms
+        "dpmsolver" and "sde-dpmsolver", Euler's churn, orders above the third, UniPC's ``solver_p``
+        and its corrector of a sample that is not the one its last step returned, dtypes other than
+        float32, bfloat16 and float16, shapes that broadcast, timesteps that are not in
+        ``timesteps``, torch.compile, and whatever diffusers refuses.
         """
         plan = self._plan(model_output, timestep, sample, **options)
         return plan if isinstance(plan, str) else None
@@ -149,17 +150,29 @@ def apply(
     model_output: Tensor,
     sample: Tensor,
     *,
-    noise: Tensor | None,
-    x_start_before: Tensor | None = None,
+    noise: Tensor | None = None,
+    memory: Sequence[Tensor] = (),
+    return_x_start: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(x_prev, x_start) by one row, in the dtypes that the stock step's arithmetic would give."""
+    """(x_prev, x_start) by one row, in the dtypes that the stock step's arithmetic would give.
+
+    ``memory``: what the row reads, the first tensors of the table's slots, or writes. x_start is
+    x_prev where it is not returned.
+    """
     mixed = sample.dtype != model_output.dtype
     if mixed:
         sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
+    table = rows.table
+    slots = None
+    if table.reading_rows[row] or table.slots_written[row] >= 0:
+        # The operator may write to each slot, which a leaf of a user's gradients does not bear.
+        slots = [kept.clone() if kept.requires_grad else kept for kept in memory]
+        slots += slots[-1:] * (table.slots - len(slots))
     x_prev, x_start = posterior_step(
-        sample, model_output, rows.table, row, noise=noise, prev_x_start=x_start_before
+        sample, model_output, table, row, noise=noise, memory=slots, return_x_start=return_x_start
     )
-    assert x_start is not None
+    if x_start is None:
+        return x_prev, x_prev
     if mixed and rows.x_start_is_output:
         x_start = x_start.to(model_output.dtype)
     return x_prev, x_start
