@@ -44,7 +44,8 @@ LIMITS = [
     Limit(BACKWARD, "slopes_kernel", 32, 16),
     Limit(BACKWARD, "coefficients_kernel", 256, 2),
     Limit("normal.cu", "normal_kernel|philox_kernel", 256, 6),
-    Limit("posterior_step.cu", "flat_kernel|strided_kernel", 128, 5),
+    Limit("posterior_step.cu", "PosteriorOpILb0", 128, 5),
+    Limit("posterior_step.cu", "PosteriorOpILb1", 128, 4),  # keeps memory
     Limit("q_sample.cu", "flat_kernel|strided_kernel", 128, 8),
 ]
 
@@ -66,7 +67,8 @@ WIDE_ACCESS = r"Access(If|I13__nv_bfloat16|I6__half)Lb[01]ELi[48]E.*PassE[02]E"
 WIDE = [
     Wide(FORWARD, WIDE_ACCESS, 1, 1, and_small=True),
     Wide(BACKWARD, WIDE_ACCESS, 2, 1, and_small=True),
-    Wide("posterior_step.cu", "flat_kernel", 12, 4),
+    Wide("posterior_step.cu", "flat_kernel.*OpILb0", 12, 4),
+    Wide("posterior_step.cu", "flat_kernel.*OpILb1", 16, 10),
     Wide("q_sample.cu", "flat_kernel", 4, 4),
 ]
 

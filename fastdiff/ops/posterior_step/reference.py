@@ -46,9 +46,9 @@ def keep(
         tensor.copy_(torch.where(row["slot"] == slot, kept.to(tensor.dtype), tensor))
 
 
-def of_call(call: Any, memory: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, torch.Tensor]:
+def of_call(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """(x_prev, x_start) of a call's record (``Arguments`` of op.py), in the dtype of x_t;
-    ``memory`` is written in place, ``call.prev_x_start`` only read."""
+    ``call.memory`` is written in place, ``call.prev_x_start`` only read."""
     x_t, packed, noise, before = call.x_t, call.packed, call.noise, call.prev_x_start
     step = call.step
     if isinstance(step, torch.Tensor):  # a gather on the device: no synchronisation
@@ -56,7 +56,7 @@ def of_call(call: Any, memory: Sequence[torch.Tensor] = ()) -> tuple[torch.Tenso
     else:
         row = packed[step]
     n, channels = x_t.shape[:2]
-    output = call.model_output[:, :channels].float()
+    output = guided_output(call)
     variance = call.model_output[:n, channels:].float() if call.learned_variance else None
     if call.guidance is not None:
         conditional, unconditional = output.chunk(2)
@@ -68,10 +68,22 @@ def of_call(call: Any, memory: Sequence[torch.Tensor] = ()) -> tuple[torch.Tenso
         columns,
         variance_output=variance,
         z=None if noise is None else noise.float(),
-        memory=[kept.float() for kept in (memory if before is None else [before])],
+        memory=[kept.float() for kept in (call.memory if before is None else [before])],
     )
-    keep(x_t.float(), x_start, columns, memory)
+    keep(x_t.float(), x_start, columns, call.memory)
     return x_prev.to(x_t.dtype), x_start.to(x_t.dtype)
+
+
+def guided_output(call: Any) -> torch.Tensor:
+    """What the network says of each sample, (N, C, ...) in float32: guided, and scaled."""
+    x_t, scale = call.x_t, call.output_scale
+    channels = x_t.shape[1]
+    output = call.model_output[:, :channels].float()
+    if call.unconditional is not None:
+        output = torch.cat([output, call.unconditional[:, :channels].float()])
+    if call.guidance is not None:
+        output = guide(output, call.guidance)
+    return output if scale is None else scale.float().view(-1, *(1,) * (x_t.dim() - 1)) * output
 
 
 def log_variance(
