@@ -16,7 +16,7 @@ DEVICE = torch.get_default_device()
 NAN = float("nan")
 
 
-def table(steps=10, *, method="ddpm", eta=0.0, clip_denoised=True, **types):
+def table(steps=10, *, method="ddpm", eta=None, clip_denoised=True, **types):
     diffusion = GaussianDiffusion(get_named_beta_schedule("cosine", steps), **types)
     options = {"method": method, "eta": eta, "clip_denoised": clip_denoised}
     return StepTable.from_process(diffusion, **options).to(DEVICE)

@@ -9,7 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from fastdiff.methods.table import SLOTS, StepTable
+from fastdiff.methods.rows import SLOTS
+from fastdiff.methods.table import StepTable
+
+NAMES = ("c", "d", "e0", "e1", "e2", "sigma", "clip", "slot", "k", "q")
 
 
 def process(signal, noise, mean_type="x_start", var_type="fixed_small", **extra):
@@ -69,20 +72,13 @@ def run(table, x, x_start_of, z=None):
     return after
 
 
-NAMES = ("c", "d", "e0", "e1", "e2", "sigma", "clip", "slot", "k", "q")
-
-
 def arrivals(table):
     """(signal, noise) of the x that each row makes: the next row's, or the data's."""
     return np.concatenate([table.levels[1:], [[1.0, 0.0]]])
 
 
 class Mixture:
-    """Data of a few points, each widened to a normal: E[x_0 | x] and the ODE's flow in closed form.
-
-    Of one point the flow is x ↦ mean + √(signal'²s² + noise'²)/… ; of more it is computed by small
-    steps where it is needed.
-    """
+    """Data of a few points, each widened to a normal: x_0 given x in closed form."""
 
     def __init__(self, means, std):
         self.means, self.std = np.asarray(means, dtype=np.float64), std
