@@ -115,16 +115,21 @@ def test_every_step_is_that_of_diffusers_sigma_schedulers(method, steps, monkeyp
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 5, 6, 7, 8, 20])
 @pytest.mark.parametrize("order", [2, 3])
-def test_every_step_is_that_of_diffusers_singlestep_solver(order, steps):
+@pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
+def test_every_step_is_that_of_diffusers_singlestep_solver(solver_type, order, steps):
     import diffusers
 
     scheduler = diffusers.DPMSolverSinglestepScheduler(
-        trained_betas=BETAS, solver_order=order, final_sigmas_type="zero", lower_order_final=True
+        trained_betas=BETAS,
+        solver_order=order,
+        solver_type=solver_type,
+        final_sigmas_type="zero",
+        lower_order_final=True,
     )
     timesteps = np.linspace(0, 999, steps).round().astype(int)
     scheduler.set_timesteps(timesteps=timesteps[::-1].tolist())
     process = row_oracle.process(sigmas_of(timesteps), preserving=True)
-    table = row_oracle.table_of(process, f"dpmsolver++{order}s")
+    table = row_oracle.table_of(process, f"dpmsolver++{order}s", solver_type=solver_type)
     assert len(table) == steps
     signal, noise = table.levels.T
     x = np.array([0.4, -1.0, 0.7])
