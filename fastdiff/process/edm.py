@@ -12,7 +12,7 @@ It is trained at any sigma, and sampled at K of them: Sampler reads these throug
 which c_skip and c_out are a and b.
 """
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from fastdiff.ops.counters import Counters
 from fastdiff.process.between import Grid
 from fastdiff.process.config import built
 from fastdiff.process.forward import mean_flat, noised
-from fastdiff.process.respacing import chosen_timesteps
+from fastdiff.process.respacing import Respaced
 from fastdiff.process.reverse import Model, check_choice, network_output
 from fastdiff.process.score import Scored
 from fastdiff.process.tables import TimestepMap, arithmetic_dtype, check_timestep_map
@@ -87,7 +87,7 @@ class KarrasGrid(Grid):
         return np.exp(-self.log_snr[[0, -1]] / self.rho)
 
 
-class EDM(Scored):
+class EDM(Scored, Respaced):
     """q(x_sigma | x_0) = N(x_0, sigma²·I), EDM's loss at any sigma, and K levels to sample at.
 
     Args:
@@ -144,7 +144,7 @@ class EDM(Scored):
         self.num_timesteps = len(self.timestep_map)
         between = self.timestep_map.dtype == np.float64
         at = self.timestep_map
-        self.sigmas = self._grid().sigmas_at(at) if between else levels[at]
+        self.sigmas = self.grid().sigmas_at(at) if between else levels[at]
 
         total_std = np.hypot(self.sigmas, sigma_data)
         self.signal_scale = np.ones_like(self.sigmas)
@@ -226,23 +226,12 @@ class EDM(Scored):
         mse = mean_flat((target - output.to(target.dtype)) ** 2)
         return {"loss": mse, "mse": mse}
 
-    def respace(
-        self,
-        sections: str | int | Sequence[int] | None = None,
-        *,
-        spacing: str = "uniform",
-        timesteps: Sequence[int] | npt.NDArray[np.int64] | None = None,
-    ) -> "EDM":
-        """The strided process; arguments and errors: :meth:`GaussianDiffusion.respace`."""
-        steps = chosen_timesteps(self, sections, spacing, timesteps)
-        return EDM.from_config(self.to_config() | {"timestep_map": self.timestep_map[steps]})
-
     def at_log_snr(self, values: npt.ArrayLike) -> "EDM":
         """The process over the levels sigma = e^−λ with these λ = log(1 / sigma), in any order.
 
         Raises InputError for levels beyond ``sigma_min`` and ``sigma_max``, and equal ones.
         """
-        grid = self._grid()
+        grid = self.grid()
         steps = grid.timesteps_at(grid.falling(values))
         return EDM.from_config(self.to_config() | {"timestep_map": steps})
 
@@ -260,7 +249,11 @@ class EDM(Scored):
         """The process :meth:`to_config` described. Raises InputError for any other dictionary."""
         return built(cls, PROCESS, config)
 
-    def _grid(self) -> "KarrasGrid":
+    def _at_steps(self, steps: list[int], sections: Any) -> "EDM":
+        return EDM.from_config(self.to_config() | {"timestep_map": self.timestep_map[steps]})
+
+    def grid(self) -> "KarrasGrid":
+        """λ at the unstrided process's steps and between them."""
         steps = np.arange(self.original_num_steps, dtype=np.float64)
         levels = karras_sigmas(self.original_num_steps, self.sigma_min, self.sigma_max, self.rho)
         return KarrasGrid(steps, -np.log(levels), self.rho)

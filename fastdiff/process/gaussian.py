@@ -28,7 +28,7 @@ from fastdiff.process.between import (
 )
 from fastdiff.process.forward import forward_tables, posterior_mean
 from fastdiff.process.published_loops import DDIMLoopArguments, LoopArguments, StepNoise, last, loop
-from fastdiff.process.respacing import chosen_timesteps
+from fastdiff.process.respacing import Respaced
 from fastdiff.process.reverse import DDIMStepArguments, Model, StepArguments, step_at
 from fastdiff.process.score import Scored
 from fastdiff.process.tables import Tables, TimestepMap, check_timestep_map
@@ -36,7 +36,7 @@ from fastdiff.process.update import DenoisedFn
 from fastdiff.records import called_with
 
 
-class GaussianDiffusion(Scored):
+class GaussianDiffusion(Scored, Respaced):
     """A diffusion process over K steps, and what a network that reverses it is asked to predict.
 
     Args:
@@ -300,32 +300,6 @@ class GaussianDiffusion(Scored):
 
     # --- Strides and configuration ---
 
-    def respace(
-        self,
-        sections: str | int | Sequence[int] | None = None,
-        *,
-        spacing: str = "uniform",
-        timesteps: Sequence[int] | npt.NDArray[np.int64] | None = None,
-    ) -> "GaussianDiffusion":
-        """The strided process over a subsequence of the timesteps; ᾱ at those is unchanged.
-
-        ``sections`` as :func:`fastdiff.space_timesteps`, counted in this process's own K steps; for
-        a ``spacing`` of :func:`fastdiff.process.respacing.spaced_timesteps` other than "uniform", a
-        number of steps. Or ``timesteps``, a list that ascends strictly within 0 … K − 1. Its betas
-        are 1 − ᾱ_i / ᾱ_prev (Nichol & Dhariwal 2021 eq. 19) and the network still receives the
-        original timesteps.
-        """
-        chosen = chosen_timesteps(self, sections, spacing, timesteps)
-        kept = self.alphas_cumprod[chosen]
-        betas = 1.0 - kept / np.append(1.0, kept[:-1])
-        respaced = self._strided(betas, self.timestep_map[chosen])
-        # The recipe has a name for sections of the whole process only.
-        named = sections is not None and spacing == "uniform"
-        if named and self._recipe is not None and not self._recipe["timestep_respacing"]:
-            plain = sections if isinstance(sections, str) else np.asarray(sections).tolist()
-            respaced._recipe = self._recipe | {"timestep_respacing": plain}
-        return respaced
-
     def at_log_snr(self, values: npt.ArrayLike) -> "GaussianDiffusion":
         """The process over the levels with these λ = log(signal / noise), in any order.
 
@@ -340,7 +314,7 @@ class GaussianDiffusion(Scored):
                 "mean_type 'previous_x' predicts where a step of its own leads, so it has no "
                 "levels between its steps; expected 'epsilon', 'x_start' or 'v'"
             )
-        grid = self._grid()
+        grid = self.grid()
         log_snr = grid.falling(values)
         return self._strided(betas_of_log_snr(log_snr), grid.timesteps_at(log_snr))
 
@@ -364,6 +338,20 @@ class GaussianDiffusion(Scored):
         except TypeError as error:
             raise InputError(f"not a diffusion config: {error}") from error
 
+    def _at_steps(
+        self, steps: list[int], sections: str | int | Sequence[int] | None
+    ) -> "GaussianDiffusion":
+        """Its betas are 1 − ᾱ_i / ᾱ_prev (Nichol & Dhariwal 2021 eq. 19)."""
+        kept = self.alphas_cumprod[steps]
+        betas = 1.0 - kept / np.append(1.0, kept[:-1])
+        respaced = self._strided(betas, self.timestep_map[steps])
+        # The recipe has a name for sections of the whole process only.
+        recipe = self._recipe
+        if sections is not None and recipe is not None and not recipe["timestep_respacing"]:
+            plain = sections if isinstance(sections, str) else np.asarray(sections).tolist()
+            respaced._recipe = recipe | {"timestep_respacing": plain}
+        return respaced
+
     def _strided(self, betas: Float64Array, timestep_map: TimestepMap) -> "GaussianDiffusion":
         """This process over other levels of the same whole one."""
         whole = is_whole(self.timestep_map, self.original_num_steps)
@@ -371,7 +359,8 @@ class GaussianDiffusion(Scored):
         changes = {"betas": betas, "timestep_map": timestep_map, "original_betas": original}
         return GaussianDiffusion(**self._arguments() | changes)
 
-    def _grid(self) -> Grid:
+    def grid(self) -> Grid:
+        """λ at the unstrided process's steps and between them."""
         original = self.original_betas
         return Grid.of(self, None if original is None else log_snr_of_betas(original))
 

@@ -4,7 +4,6 @@ Song et al. 2021 (arXiv:2011.13456) section 3.4 and appendix C; in its notation 
 Ermon 2019. Sampling it needs nothing of its own: Sampler reads the process through a StepTable.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from fastdiff.ops.q_sample.op import q_sample
 from fastdiff.process.between import Grid, check_original, is_whole
 from fastdiff.process.config import built
 from fastdiff.process.forward import mean_flat, noised
-from fastdiff.process.respacing import chosen_timesteps
+from fastdiff.process.respacing import Respaced
 from fastdiff.process.reverse import Model, check_choice, network_output
 from fastdiff.process.score import Scored
 from fastdiff.process.tables import Tables, TablesAt, TimestepMap, check_timestep_map
@@ -46,7 +45,7 @@ def geometric_sigmas(
     return np.geomspace(sigma_min, sigma_max, num_steps, dtype=np.float64)
 
 
-class VarianceExploding(Scored):
+class VarianceExploding(Scored, Respaced):
     """q(x_t | x_0) = N(x_0, sigma_t²·I), its training losses, and what a StepTable reads of it.
 
     Args:
@@ -183,17 +182,6 @@ class VarianceExploding(Scored):
         mse = mean_flat((self._target(x_start, noise, at) - output.to(at.dtype)) ** 2)
         return {"loss": at["loss_weight"].flatten() * mse, "mse": mse}
 
-    def respace(
-        self,
-        sections: str | int | Sequence[int] | None = None,
-        *,
-        spacing: str = "uniform",
-        timesteps: Sequence[int] | npt.NDArray[np.int64] | None = None,
-    ) -> "VarianceExploding":
-        """The strided process; arguments and errors: :meth:`GaussianDiffusion.respace`."""
-        steps = chosen_timesteps(self, sections, spacing, timesteps)
-        return self._strided(self.sigmas[steps], self.timestep_map[steps])
-
     def at_log_snr(self, values: npt.ArrayLike) -> "VarianceExploding":
         """The process over the levels sigma = e^−λ with these λ = log(1 / sigma), in any order.
 
@@ -201,7 +189,7 @@ class VarianceExploding(Scored):
         sigma, linear from step to step of the unstrided process, is that. Raises InputError for
         levels beyond the first and the last step, and equal ones.
         """
-        grid = self._grid()
+        grid = self.grid()
         log_snr = grid.falling(values)
         return self._strided(np.exp(-log_snr), grid.timesteps_at(log_snr))
 
@@ -229,7 +217,11 @@ class VarianceExploding(Scored):
         changes = {"sigmas": sigmas, "timestep_map": timestep_map, "original_sigmas": original}
         return VarianceExploding.from_config(self.to_config() | changes)
 
-    def _grid(self) -> Grid:
+    def _at_steps(self, steps: list[int], sections: Any) -> "VarianceExploding":
+        return self._strided(self.sigmas[steps], self.timestep_map[steps])
+
+    def grid(self) -> Grid:
+        """λ at the unstrided process's steps and between them."""
         original = self.original_sigmas
         return Grid.of(self, None if original is None else -np.log(original))
 
