@@ -58,9 +58,6 @@ def of_call(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
     n, channels = x_t.shape[:2]
     output = guided_output(call)
     variance = call.model_output[:n, channels:].float() if call.learned_variance else None
-    if call.guidance is not None:
-        conditional, unconditional = output.chunk(2)
-        output = guide(conditional, unconditional, call.guidance)
     columns = dict(zip(COLUMNS, row.unbind(), strict=True))
     x_prev, x_start = posterior_step(
         x_t.float(),
@@ -79,10 +76,12 @@ def guided_output(call: Any) -> torch.Tensor:
     x_t, scale = call.x_t, call.output_scale
     channels = x_t.shape[1]
     output = call.model_output[:, :channels].float()
-    if call.unconditional is not None:
-        output = torch.cat([output, call.unconditional[:, :channels].float()])
     if call.guidance is not None:
-        output = guide(output, call.guidance)
+        if call.unconditional is None:
+            output, unconditional = output.chunk(2)
+        else:
+            unconditional = call.unconditional[:, :channels].float()
+        output = guide(output, unconditional, call.guidance)
     return output if scale is None else scale.float().view(-1, *(1,) * (x_t.dim() - 1)) * output
 
 
