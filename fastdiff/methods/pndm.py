@@ -1,4 +1,4 @@
-"""The linear multistep part of PNDM (Liu et al. 2022, arXiv:2202.09778, eq. 11–13): PLMS, iPNDM."""
+"""The linear multistep part of PNDM (Liu et al. 2022, arXiv:2202.09778): PLMS, iPNDM."""
 
 from itertools import pairwise
 

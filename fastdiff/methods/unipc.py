@@ -56,7 +56,7 @@ def unipc(
 
 
 def _predictor(at: Level, to: Level, before: list[Level], variant: str) -> list[float]:
-    """w of x' = DDIM's + Σ_j w_j·(x_0 at before_j − x_0) (eq. 9)."""
+    """w of x' = DDIM's + Σ_j w_j·(x_0 at before_j − x_0) (UniP)."""
     h = log_snr_step(at, to)
     nodes = [log_snr_step(at, level) / h for level in before]
     if len(nodes) == 1:  # the authors' simpler half in the place of φ_2 / B
@@ -67,7 +67,7 @@ def _predictor(at: Level, to: Level, before: list[Level], variant: str) -> list[
 def _correction(
     at: Level, to: Level, before: list[Level], predicted: list[float], variant: str
 ) -> list[float]:
-    """What the x at ``to`` is corrected by (eq. 8): factors of x_0 there, at ``at``, at ``before``.
+    """What the x at ``to`` is corrected by (UniC): factors of x_0 there, at ``at``, at ``before``.
 
     ``predicted``: the weights of ``before`` in what it was predicted by.
     """

@@ -256,7 +256,7 @@ def test_order_by_row():
 
 
 def test_unipc_without_corrector_is_2m_at_order_two():
-    """UniP-2 by B_2 is DPM-Solver++(2M), as its authors say."""
+    """UniP-2 by B_2 = e^h − 1 is the midpoint form of DPM-Solver++(2M)."""
     for space in (preserving, exploding):
         made = space(stretched(12))
         unip = table_of(made, "unipc", order=2, corrector=False)
