@@ -19,7 +19,12 @@ from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.process.schedules import get_named_beta_schedule, rescale_zero_terminal_snr
 from fastdiff.process.variance_exploding import VarianceExploding, geometric_sigmas
 
-BETWEEN = ("dpm_2", "dpm_2_ancestral", "restart", "dpmsolver++2s_ancestral")  # methods that take networks off the steps
+BETWEEN = (
+    "dpm_2",
+    "dpm_2_ancestral",
+    "restart",
+    "dpmsolver++2s_ancestral",
+)  # methods that take networks off the steps
 
 
 def levels(signal, noise, mean_type="epsilon", var_type="fixed_small", **extra):
