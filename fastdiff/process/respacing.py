@@ -105,11 +105,13 @@ def spaced_timesteps(
             f"spacing {spacing!r} needs noise levels, got {num_timesteps} steps: "
             "give a process (a GaussianDiffusion, a VarianceExploding, an EDM)"
         )
-    return _distinct(positions, num_timesteps).tolist()
+    return distinct_steps(positions, num_timesteps).tolist()
 
 
 class Respaced(Strided):
     """A process that can be strided, and has levels between its steps too."""
+
+    prior_std: float  # of x_T
 
     def respace(
         self,
@@ -240,7 +242,7 @@ def _timestep(step: Any) -> float:
     return float(value)
 
 
-def _distinct(positions: npt.NDArray[np.int64], num_timesteps: int) -> npt.NDArray[np.int64]:
+def distinct_steps(positions: npt.NDArray[np.int64], num_timesteps: int) -> npt.NDArray[np.int64]:
     """Ascending ``positions`` as distinct ones in 0 … num_timesteps − 1, moved no further than
     needed: up, and from the upper end down."""
     index = np.arange(len(positions))
