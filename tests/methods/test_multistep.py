@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fastdiff.errors import InputError
 from fastdiff.methods.rows import phi
 from fastdiff.methods.table import StepTable
+from fastdiff.process.edm import EDM
 from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.process.schedules import get_named_beta_schedule, rescale_zero_terminal_snr
 from fastdiff.sampling.sampler import Sampler
@@ -314,6 +315,18 @@ def test_at_eta_zero_the_sde_solvers_are_the_odes():
         sde = table_of(made, f"sde-dpmsolver++{order}", eta=0.0, **options)
         ode = table_of(made, f"dpmsolver++{order}", **options)
         assert torch.equal(sde.packed, ode.packed) and not sde.is_noisy
+
+
+def test_deis_in_t_is_in_log_rho_where_the_timestep_is_log_sigma():
+    """EDM's c_noise = log(σ)/4, in float32, from which its timesteps come."""
+    made = EDM(16)
+    for order in (2, 3, 4):
+        in_t, in_log_rho = (
+            factors(table_of(made, "deis", variable=variable, order=order))
+            for variable in ("t", "logrho")
+        )
+        for one, other in zip(in_t, in_log_rho, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize(
