@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fastdiff.errors import InputError
 from fastdiff.methods.rows import phi
 from fastdiff.methods.table import StepTable
+from fastdiff.process.edm import EDM
 from fastdiff.process.gaussian import GaussianDiffusion
 from fastdiff.process.schedules import get_named_beta_schedule, rescale_zero_terminal_snr
 from fastdiff.sampling.sampler import Sampler
@@ -97,6 +98,49 @@ def test_order_four_after_its_first_rows(method, options):
 
     errors = [error_of_one_step(rise) for rise in (0.1, 0.025)]
     assert math.log(errors[0] / errors[1], 4) == pytest.approx(5, abs=0.3)
+
+
+def moments(table, mean, std):
+    """The mean and standard deviation of x before the last row, of data N(mean, std²).
+
+    Their x_0 is linear in x, so that x is a sum over x_T, each row's z and 1: its coefficients.
+    """
+
+    def x_start(x, signal, noise):
+        variance = signal**2 * std**2 + noise**2
+        predicted = signal * std**2 / variance * x
+        predicted[-1] += mean * noise**2 / variance
+        return predicted
+
+    signal, noise = table.levels[0]
+    x_T = np.zeros(len(table) + 2)
+    x_T[0], x_T[-1] = np.hypot(signal * std, noise), signal * mean
+    *of_noise, constant = run(table, x_T, x_start, z=np.eye(len(table), len(x_T), 1))[-2]
+    return np.array([constant, np.linalg.norm(of_noise)])
+
+
+@pytest.mark.parametrize("space", [preserving, exploding])
+@pytest.mark.parametrize(
+    "method, options, order",
+    [
+        ("ddpm", {}, 1),
+        ("sde-dpmsolver++", {}, 2),
+        ("sde-dpmsolver++", {"solver_type": "heun"}, 2),
+        ("sde-dpmsolver++", {"eta": 0.5}, 2),
+        ("sde-dpmsolver++3m", {}, 2),  # as published; see dpmsolver.py
+        ("sde-dpmsolver++3m", {"eta": 2.0}, 2),
+    ],
+    ids=str,
+)
+def test_order_of_convergence_of_the_marginal(method, options, order, space):
+    """What SDE solvers are judged by: the distribution of x, here without a random number."""
+    errors = []
+    for steps in (64, 256):
+        table = table_of(space(stretched(steps + 1)), method, **options)
+        signal, noise = table.levels[-1]
+        exact = np.array([signal * 0.4, np.hypot(signal * 0.3, noise)])
+        errors.append(np.linalg.norm(moments(table, 0.4, 0.3) - exact))
+    assert math.log(errors[0] / errors[1], 4) == pytest.approx(order, abs=0.2)
 
 
 @settings(deadline=None, max_examples=100)
@@ -271,6 +315,18 @@ def test_at_eta_zero_the_sde_solvers_are_the_odes():
         sde = table_of(made, f"sde-dpmsolver++{order}", eta=0.0, **options)
         ode = table_of(made, f"dpmsolver++{order}", **options)
         assert torch.equal(sde.packed, ode.packed) and not sde.is_noisy
+
+
+def test_deis_in_t_is_in_log_rho_where_the_timestep_is_log_sigma():
+    """EDM's c_noise = log(σ)/4, in float32, from which its timesteps come."""
+    made = EDM(16)
+    for order in (2, 3, 4):
+        in_t, in_log_rho = (
+            factors(table_of(made, "deis", variable=variable, order=order))
+            for variable in ("t", "logrho")
+        )
+        for one, other in zip(in_t, in_log_rho, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize(
