@@ -17,6 +17,7 @@ from torch import Tensor
 from fastdiff.errors import InputError
 from fastdiff.files import replacing
 from fastdiff.images import to_bytes
+from fastdiff.methods.protocol import noise_levels
 from fastdiff.optional import require
 from fastdiff.sampling.sampler import Sampler
 
@@ -76,9 +77,13 @@ class Comparison:
         self._solution: Tensor | None = None
 
     def outcome(self, case: Case) -> Outcome | None:
-        """Of a case; None where the method takes more calls than that for a single step."""
+        """Of a case; None where so few calls are less than a step of the method, or where its steps
+        begin with what is mostly data."""
         steps = self._steps(case)
         if steps is None:
+            return None
+        signal, noise = noise_levels(self.sampler.diffusion)
+        if signal[-1] > noise[-1]:
             return None
         noisy = self.sampler.table.is_noisy
         if noisy and self.frechet is None:

@@ -81,12 +81,12 @@ def test_a_case_takes_no_more_calls_than_it_says(method):
         sampler, (1, 2, 2), **drawn, kwargs=lambda first, count: {}, frechet=lambda images: 1.5
     )
     comparison.solution()
-    for count in (2, 7):
+    for count in (1, 2, 7, 20):
         calls.clear()
         outcome = comparison.outcome(Case(method, "uniform", count))
         assert len(calls) <= count
-        if outcome is None:  # a single step takes more calls
-            assert not calls and count < 4
+        if outcome is None:  # a single step takes more calls, or begins with mostly data
+            assert not calls and count < 20
             continue
         assert 1 <= outcome.steps <= len(calls) and outcome.frechet == 1.5
         assert (outcome.error is None) == sampler.table.is_noisy
