@@ -60,14 +60,16 @@ def _legs(path: Sequence[Level]) -> list[Leg]:
 
 
 def _extrapolated(legs: list[Leg]) -> list[Row]:
-    """DPM-Solver++(2M): from the second leg on x_0 + (h / 2h_0)·(x_0 − x_0_before) in the place of
-    x_0, with h_0 the h of the leg before (Lu et al. 2022, arXiv:2211.01095, algorithm 2)."""
-    h = [log_snr_step(leg.at, leg.to) for leg in legs]
-    weights = [0.0, *(0.5 * now / before for before, now in pairwise(h))]
+    """DPM-Solver++(2M): x_0 + (h / 2h_0)·(x_0 − x_0_before) in x_0's place, with h_0 the h of the
+    leg before (Lu et al. 2022, arXiv:2211.01095, algorithm 2)."""
     rows = []
-    for leg, w in zip(legs, weights, strict=True):
+    before = -math.inf  # the row before the first leg came from the data
+    for leg in legs:
+        h = log_snr_step(leg.at, leg.to)
+        w = 0.0 if leg.is_first_order else 0.5 * h / before
         c, d = ddim_step(leg.at, leg.to)
         rows.append(Row(leg.at, c=c * (1 + w), d=d, e=(-c * w, 0.0, 0.0), slot=0, k=1.0))
+        before = h
     return rows
 
 

@@ -36,9 +36,9 @@ class Leg:
 
     @property
     def is_first_order(self) -> bool:
-        """To the data, and from a level without signal, there is nothing but Euler's step: dy/dσ
-        is undefined at the one end, σ infinite at the other."""
-        return self.to.noise == 0 or self.at.signal == 0
+        """To the data, and from or to a level without signal, there is nothing but Euler's step:
+        dy/dσ is undefined at the one, σ infinite at the other."""
+        return self.to.noise == 0 or self.at.signal == 0 or self.to.signal == 0
 
     def rows(
         self, points: Sequence[Level] = (), weights: Sequence[Sequence[float]] = ()
@@ -69,6 +69,8 @@ class Leg:
     def _up(self, row: Row) -> Row:
         """``row``, which makes x at ``to``, with what takes that to ``next``: y is left as it is,
         and noise of variance σ_next² − σ_to² is added."""
+        if self.next == self.to:
+            return row
         ratio = self.next.signal / self.to.signal
         kept = ratio * self.to.noise
         added = math.sqrt((self.next.noise - kept) * (self.next.noise + kept))

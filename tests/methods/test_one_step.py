@@ -12,42 +12,6 @@ import row_oracle
 from fastdiff.errors import InputError
 from fastdiff.methods.table import COLUMNS, StepTable
 
-WEIGHTS, MEANS, STD = np.array([0.35, 0.65]), np.array([-0.8, 0.5]), 0.25
-
-
-def evenly(steps, preserving=True, least=0.05, most=20.0):
-    """K steps, λ evenly spread."""
-    sigmas = np.exp(np.linspace(math.log(least), math.log(most), steps))
-    return row_oracle.process(sigmas, preserving=preserving)
-
-
-def posterior_mean(x, signal, noise):
-    """E[x_0 | x] for a mixture of two normals."""
-    variance = signal**2 * STD**2 + noise**2
-    gaps = x[..., None] - signal * MEANS
-    shares = WEIGHTS * np.exp(-(gaps**2) / (2 * variance))
-    each = MEANS + signal * STD**2 / variance * gaps
-    return (shares * each).sum(-1) / shares.sum(-1)
-
-
-def mass_below(x, signal, noise):
-    """P(x_t ≤ x) of that mixture, which the flow leaves as it is along each of its curves."""
-    scale = np.sqrt(2 * (signal**2 * STD**2 + noise**2))
-    each = [[math.erf(gap) for gap in row] for row in (x[:, None] - signal * MEANS) / scale]
-    return (WEIGHTS * (1 + np.array(each)) / 2).sum(-1)
-
-
-def along_the_flow(x, start, end):
-    """x at the level ``end`` on the curve through x at ``start``, by bisection."""
-    wanted = mass_below(x, *start)
-    low, high = np.full_like(x, -50.0), np.full_like(x, 50.0)
-    for _ in range(80):
-        middle = (low + high) / 2
-        below = mass_below(middle, *end) < wanted
-        low, high = np.where(below, middle, low), np.where(below, high, middle)
-    return low
-
-
 ORDERS = [
     ("euler", {}, 1),
     ("euler_ancestral", {"eta": 0.0}, 1),
@@ -72,11 +36,11 @@ def test_the_error_falls_with_the_order(method, options, order, preserving):
     counts = np.array([30, 42, 60, 84]) * (1 if order < 3 else 2)
     errors = []
     for steps in counts + 1:  # the last is to the data, which no number of steps makes smaller
-        table = row_oracle.table_of(evenly(steps, preserving), method, **options)
+        table = row_oracle.table_of(row_oracle.evenly(steps, preserving), method, **options)
         start, end = table.levels[0], table.levels[-1]
         x = np.linspace(-2, 2, 9) * start[1]
-        seen = row_oracle.run(table, x, posterior_mean)
-        exact = along_the_flow(x, start, end)
+        seen = row_oracle.run(table, x, row_oracle.posterior_mean)
+        exact = row_oracle.along_the_flow(x, start, end)
         errors.append(np.sqrt(np.mean((seen[-2] - exact) ** 2)))
     assert order - 0.25 <= slope(counts, errors) <= order + 0.6
     assert errors[-1] < {1: 0.02, 2: 2e-3, 3: 2e-5}[order]
@@ -109,7 +73,7 @@ def test_noise_keeps_the_marginals_of_gaussian_data(method, options, order, pres
         given = dict(options)
         if method == "restart":  # as fine as the rest
             given["restarts"] = [(*ends, int(steps) // 4, n) for *ends, _, n in given["restarts"]]
-        table = row_oracle.table_of(evenly(steps, preserving), method, **given)
+        table = row_oracle.table_of(row_oracle.evenly(steps, preserving), method, **given)
         assert table.is_noisy
         means, variances = row_oracle.moments(table, mean, variance)
         signal, noise = table.levels[-1]
@@ -128,16 +92,16 @@ def test_on_uneven_steps_3s_is_of_second_order(solver_type):
         process = row_oracle.process(0.05 * 400.0**place, preserving=True)
         table = row_oracle.table_of(process, "dpmsolver++3s", solver_type=solver_type)
         x = np.linspace(-2, 2, 9) * table.levels[0, 1]
-        exact = along_the_flow(x, table.levels[0], table.levels[-1])
-        seen = row_oracle.run(table, x, posterior_mean)
+        exact = row_oracle.along_the_flow(x, table.levels[0], table.levels[-1])
+        seen = row_oracle.run(table, x, row_oracle.posterior_mean)
         errors.append(np.sqrt(np.mean((seen[-2] - exact) ** 2)))
     assert 1.75 <= slope(counts, errors) <= 2.5
 
 
 def test_s_noise_multiplies_what_is_added():
     for method, options in (("heun", {"s_churn": 5.0}), ("euler_ancestral", {}), ("restart", {})):
-        one = row_oracle.table_of(evenly(12), method, **options)
-        more = row_oracle.table_of(evenly(12), method, s_noise=1.25, **options)
+        one = row_oracle.table_of(row_oracle.evenly(12), method, **options)
+        more = row_oracle.table_of(row_oracle.evenly(12), method, s_noise=1.25, **options)
         assert one.is_noisy
         torch.testing.assert_close(more.sigma, 1.25 * one.sigma)
         torch.testing.assert_close(more.d, one.d)
@@ -169,7 +133,7 @@ def test_eulers_steps_are_ddims(rises, least, preserving, eta):
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
 @pytest.mark.parametrize("method", ["heun", "dpm_2", "dpm_2_ancestral", "dpmsolver++2s_ancestral"])
 def test_two_calls_a_step_but_the_last(method, steps):
-    table = row_oracle.table_of(evenly(steps), method)
+    table = row_oracle.table_of(row_oracle.evenly(steps), method)
     assert len(table) == 2 * steps - 1
     assert table.begins == (True, False) * (steps - 1) + (True,)
     assert table.keeps_x_start
@@ -184,13 +148,13 @@ def test_two_calls_a_step_but_the_last(method, steps):
     ],
 )  # fmt: skip
 def test_singlestep_solvers_group_their_steps(order, steps, begins):
-    table = row_oracle.table_of(evenly(steps), f"dpmsolver++{order}s")
+    table = row_oracle.table_of(row_oracle.evenly(steps), f"dpmsolver++{order}s")
     assert "".join("b" if first else "." for first in table.begins) == begins
 
 
 @pytest.mark.parametrize("method", ["heun", "dpm_2", "dpmsolver++2s", "restart"])
 def test_from_a_level_without_signal_the_first_step_is_eulers(method):
-    process = evenly(6)
+    process = row_oracle.evenly(6)
     process.signal_scale[-1], process.noise_scale[-1] = 0.0, 1.0
     table = row_oracle.table_of(process, method)
     assert torch.isfinite(table.packed[:, : COLUMNS.index("clip")]).all()
@@ -209,7 +173,7 @@ def test_from_a_level_without_signal_the_first_step_is_eulers(method):
     method=st.sampled_from(["euler", "heun", "dpm_2"]),
 )
 def test_churn_lifts_every_step_within_its_bounds_but_the_first(steps, s_churn, ends, method):
-    process = evenly(steps)
+    process = row_oracle.evenly(steps)
     table = row_oracle.table_of(process, method, s_churn=s_churn, s_tmin=ends[0], s_tmax=ends[1])
     sigmas = (process.noise_scale / process.signal_scale)[::-1]
     gamma = min(s_churn / steps, math.sqrt(2) - 1)
@@ -227,7 +191,7 @@ def test_churn_lifts_every_step_within_its_bounds_but_the_first(steps, s_churn, 
 
 
 def test_restarts_go_where_they_are_published_to_go():
-    process = evenly(10)
+    process = row_oracle.evenly(10)
     sigmas = process.noise_scale / process.signal_scale
     table = row_oracle.table_of(process, "restart", restarts=[(0.5, 2.0, 4, 2)])
     assert len(table) == 19 + 2 * 2 * 3
@@ -256,7 +220,7 @@ def test_restarts_off_the_path_are_left_out(sigmas, restarts):
 
 
 def test_churn_and_restarts_need_levels_between_the_steps():
-    process = evenly(5)
+    process = row_oracle.evenly(5)
     del process.at_log_snr
     assert len(StepTable.from_process(process, method="heun")) == 9
     for method, options in (("heun", {"s_churn": 1.0}), ("restart", {}), ("dpm_2", {})):
@@ -268,9 +232,11 @@ def test_churn_and_restarts_need_levels_between_the_steps():
 
 
 def test_langevin_steps_stay_at_their_level_and_are_counted():
-    predictor = row_oracle.table_of(evenly(6), "euler_ancestral")
+    predictor = row_oracle.table_of(row_oracle.evenly(6), "euler_ancestral")
     for corrections in (0, 1, 3):
-        table = row_oracle.table_of(evenly(6), "predictor-corrector", corrections=corrections)
+        table = row_oracle.table_of(
+            row_oracle.evenly(6), "predictor-corrector", corrections=corrections
+        )
         assert len(table) == 6 + 5 * corrections and all(table.begins)
         kept = [0, *range(1 + corrections, len(table), 1 + corrections)]
         assert torch.equal(table.packed[kept], predictor.packed)
@@ -322,4 +288,4 @@ def test_langevin_steps_lead_to_the_marginal(snr):
 )
 def test_bad_options(method, options, message):
     with pytest.raises(InputError, match=message):
-        row_oracle.table_of(evenly(8), method, **options)
+        row_oracle.table_of(row_oracle.evenly(8), method, **options)

@@ -31,6 +31,12 @@ def process(sigmas, *, preserving, **extra):
     )
 
 
+def evenly(steps, preserving=True, least=0.05, most=20.0):
+    """K steps, λ evenly spread."""
+    sigmas = np.exp(np.linspace(math.log(least), math.log(most), steps))
+    return process(sigmas, preserving=preserving)
+
+
 def table_of(process, method, **options):
     """In float64; x_0 is not clipped."""
     return StepTable.from_process(
@@ -77,3 +83,35 @@ def moments(table, mean, variance):
     first[:2] = signal * mean, math.sqrt(signal**2 * variance + noise**2)
     factors = run(table, first, x_start_of, z=np.eye(count)[2:])
     return factors[:, 0], (factors[:, 1:] ** 2).sum(1)
+
+
+# --- A mixture of two normals, whose network and flow are known --------------------------------
+
+WEIGHTS, MEANS, STD = np.array([0.35, 0.65]), np.array([-0.8, 0.5]), 0.25
+
+
+def posterior_mean(x, signal, noise):
+    """E[x_0 | x] for a mixture of two normals."""
+    variance = signal**2 * STD**2 + noise**2
+    gaps = x[..., None] - signal * MEANS
+    shares = WEIGHTS * np.exp(-(gaps**2) / (2 * variance))
+    each = MEANS + signal * STD**2 / variance * gaps
+    return (shares * each).sum(-1) / shares.sum(-1)
+
+
+def mass_below(x, signal, noise):
+    """P(x_t ≤ x) of that mixture, which the flow leaves as it is along each of its curves."""
+    scale = np.sqrt(2 * (signal**2 * STD**2 + noise**2))
+    each = [[math.erf(gap) for gap in row] for row in (x[:, None] - signal * MEANS) / scale]
+    return (WEIGHTS * (1 + np.array(each)) / 2).sum(-1)
+
+
+def along_the_flow(x, start, end):
+    """x at the level ``end`` on the curve through x at ``start``, by bisection."""
+    wanted = mass_below(x, *start)
+    low, high = np.full_like(x, -1e3), np.full_like(x, 1e3)
+    for _ in range(80):
+        middle = (low + high) / 2
+        below = mass_below(middle, *end) < wanted
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return low
