@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 from fastdiff.errors import InputError
+from fastdiff.methods.dpmsolver import SOLVER_TYPES
 from fastdiff.methods.legs import Leg, ancestral
 from fastdiff.methods.levels import Level, Source
 from fastdiff.methods.registry import method
 from fastdiff.methods.rows import Row, log_snr_step, phi
-
-SOLVER_TYPES = ("midpoint", "heun")
 
 
 @method("dpmsolver++2s")
