@@ -126,7 +126,7 @@ def ancestral(path: Sequence[Level], eta: float, s_noise: float = 1.0) -> list[L
     legs = []
     for at, to in pairwise(path):
         ratio = at.signal * to.noise / (at.noise * to.signal)  # σ_to / σ_at
-        left = math.sqrt(1 - eta**2 * (1 - ratio) * (1 + ratio))
+        left = math.hypot(math.sqrt((1 - eta) * (1 + eta)), eta * ratio)
         legs.append(Leg(at, replace(to, noise=to.noise * left), to, s_noise))
     return legs
 
