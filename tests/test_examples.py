@@ -55,8 +55,7 @@ TABLES = {
     "learned_schedule": [("multiple of the learned", 6, 5), ("bits/dim", 2, 5)],
     "ddim_vs_ddpm": [("Fréchet", 5, 2), ("over DDIM's", 4, 2)],
     "solver_convergence": [
-        ("end of the probability-flow ODE", 10, 4),
-        ("minus the slope", 2, 4),
+        ("end of the probability-flow ODE", 9, 16),
         ("sliced Wasserstein-1", 7, 5),
     ],
     "tying_on_images": [("samples to real digits", 8, 3)],

@@ -19,7 +19,7 @@ namespace {
 
 // Raised with every change of a binding's arguments or meaning; fastdiff/ops/native.py compares it, so
 // that sources and a library built from older ones do not meet unnoticed.
-constexpr int kInterface = 8;
+constexpr int kInterface = 9;
 
 py::dict build_info() {
   py::dict info;

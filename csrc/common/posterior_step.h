@@ -6,6 +6,8 @@
 
 namespace fastdiff {
 
+constexpr int kSlots = 3;  // of memory
+
 // `output`'s second half of channels, where there is one, begins at `variance_offset` elements; the
 // unconditional half of its batch at `guidance_offset`.
 struct PosteriorStep {
@@ -14,9 +16,10 @@ struct PosteriorStep {
   Layout x_t;
   Layout output;
   int64_t variance_offset;  // negative: the variance is not learned
-  int64_t guidance_offset;  // negative: no guidance
+  int64_t guidance_offset;  // negative: no guidance, or by a tensor of its own
+  Layout unconditional;     // that tensor
   Layout noise;
-  Layout prev_x_start;
+  Layout memory[kSlots];
   Layout x_prev;
   Layout x_start;
 };
@@ -25,8 +28,11 @@ struct PosteriorStepCall {
   const void* x_t;
   const void* output;
   const float* table;
-  const void* noise;         // null: drawn, or none
-  const void* prev_x_start;  // null: none
+  const void* unconditional;  // null: within the output, or none
+  const float* output_scale;  // (samples,); null: 1
+  const void* noise;          // null: drawn, or none
+  void* memory[kSlots];       // null: none
+  bool keeps;                 // the row writes memory; else it is only read
   void* x_prev;
   void* x_start;  // null: not wanted
   int64_t step;

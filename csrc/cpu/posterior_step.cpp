@@ -2,8 +2,8 @@
 //
 // Layouts: any strides (common/elementwise.h), each operand its own; float32, bfloat16, float16,
 // arithmetic float32. Bytes moved with drawn noise: x_t, the network's output and x_prev, three
-// passes; one more each for a learned variance, guidance, a given noise, a previous x_start, and
-// x_start returned. Where noise is drawn the floor is the generator's arithmetic (normal.cpp).
+// passes; one more each for a learned variance, guidance, a given noise, every slot of memory that
+// the row reads or writes, and x_start returned. Where noise is drawn the floor is the generator's arithmetic (normal.cpp).
 //
 // Algorithm: by blocks (blocks.h): draw, then each term of the step from L1. The row, the counter's
 // step and the guidance scale are read here, so that a step kept in a tensor is never looked at in
@@ -24,19 +24,29 @@ struct Terms {
   const float* unconditional;  // null: no guidance
   const float* variance;       // null: sigma alone
   const float* noise;          // null: the row adds none
-  const float* before;         // null: the row reads none
+  const float* memory[kSlots];  // null: the row does not read it
   float* x_prev;
   float* x_start;  // null: not wanted
+  float* kept;     // null: the row writes no memory
 };
 
-void apply(const StepRow& row, float guidance, const Terms& at, int64_t count) {
+// In place in memory: a register's elements are read before they are written.
+template <bool kMemory>
+void apply(const StepRow& row, float guidance, float scale, const Terms& at, int64_t count) {
   for_each_register(count, [&](int64_t i, const auto& get, const auto& put) {
     const Vec x_t = get(at.x_t + i);
     Vec output = get(at.output + i);
     if (at.unconditional) output = guide(output, get(at.unconditional + i), guidance);
+    output = Lanes<Vec>::mul(Lanes<Vec>::splat(scale), output);
     const Vec x0 = predicted_x_start(row, x_t, output);
     Vec x_prev = mean_of_step(row, x0, x_t, output);
-    if (at.before) x_prev = add_term(x_prev, row.e0, get(at.before + i));
+    if constexpr (kMemory) {
+      for (int slot = 0; slot < kSlots; ++slot) {
+        const float* held = at.memory[slot];
+        if (held) x_prev = add_term(x_prev, memory_factor(row, slot), get(held + i));
+      }
+      if (at.kept) put(at.kept + i, kept_of_step(row, x0, x_t));
+    }
     if (at.noise) {
       const Vec z = get(at.noise + i);
       x_prev = at.variance ? fma(learned_std(row, get(at.variance + i)), z, x_prev)
@@ -72,17 +82,27 @@ bool posterior_step(const PosteriorStep& plan, const PosteriorStepCall& call, in
   const bool noisy = row.sigma != 0.0f;
   const bool draws = noisy && call.draws;
   const bool given = noisy && !call.draws && call.noise != nullptr;
-  const bool multistep = row.e0 != 0.0f && call.prev_x_start != nullptr;
-  const void* unconditional = plan.guidance_offset >= 0
-                                  ? advanced(call.output, plan.output.dtype, plan.guidance_offset)
-                                  : nullptr;
+  const bool own = call.unconditional != nullptr;
+  const Layout& unconditional_layout = own ? plan.unconditional : plan.output;
+  const void* unconditional = call.unconditional;
+  if (plan.guidance_offset >= 0) {
+    unconditional = advanced(call.output, plan.output.dtype, plan.guidance_offset);
+  }
   const void* variance = plan.variance_offset >= 0
                              ? advanced(call.output, plan.output.dtype, plan.variance_offset)
                              : nullptr;
+  const void* read_memory[kSlots] = {};
+  int written = -1;
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (memory_factor(row, slot) != 0.0f) read_memory[slot] = call.memory[slot];
+    if (call.keeps && call.memory[slot] != nullptr && row.slot == slot) written = slot;
+  }
+  const bool uses_memory = written >= 0 || read_memory[0] || read_memory[1] || read_memory[2];
 
   for_each_block(plan.shape, threads, [&](int64_t sample, int64_t begin, int64_t end) {
     alignas(64) float drawn[kBlock + kGroup];
-    alignas(64) float blocks[8][kBlock];
+    alignas(64) float blocks[8 + kSlots][kBlock];
+    const float scale = call.output_scale != nullptr ? call.output_scale[sample] : 1.0f;
     const float* first = nullptr;
     if (draws) {
       const uint64_t number = call.first_sample + static_cast<uint64_t>(sample);
@@ -96,15 +116,25 @@ bool posterior_step(const PosteriorStep& plan, const PosteriorStepCall& call, in
       Terms at;
       at.x_t = read(call.x_t, plan.x_t, 0);
       at.output = read(call.output, plan.output, 1);
-      at.unconditional = read(unconditional, plan.output, 2);
+      at.unconditional = read(unconditional, unconditional_layout, 2);
       at.variance = noisy ? read(variance, plan.output, 3) : nullptr;
       at.noise = draws ? first + offset : read(given ? call.noise : nullptr, plan.noise, 4);
-      at.before = read(multistep ? call.prev_x_start : nullptr, plan.prev_x_start, 5);
-      at.x_prev = target_of_run(call.x_prev, plan.x_prev, sample, run, blocks[6]);
+      at.x_prev = target_of_run(call.x_prev, plan.x_prev, sample, run, blocks[5]);
       at.x_start = call.x_start == nullptr
                        ? nullptr
-                       : target_of_run(call.x_start, plan.x_start, sample, run, blocks[7]);
-      apply(row, guidance, at, run.count);
+                       : target_of_run(call.x_start, plan.x_start, sample, run, blocks[6]);
+      if (uses_memory) {
+        for (int slot = 0; slot < kSlots; ++slot) {
+          at.memory[slot] = read(read_memory[slot], plan.memory[slot], 8 + slot);
+        }
+        at.kept = written < 0 ? nullptr
+                              : target_of_run(call.memory[written], plan.memory[written], sample,
+                                              run, blocks[7]);
+        apply<true>(row, guidance, scale, at, run.count);
+        if (at.kept) write_run(at.kept, call.memory[written], plan.memory[written], sample, run);
+      } else {
+        apply<false>(row, guidance, scale, at, run.count);
+      }
       write_run(at.x_prev, call.x_prev, plan.x_prev, sample, run);
       if (at.x_start) write_run(at.x_start, call.x_start, plan.x_start, sample, run);
     });

@@ -9,6 +9,7 @@
 //   kBlocks                     blocks of kThreads that a multiprocessor has registers for
 //   Start start()               what it reads from the device once, and what it then needs
 //   Row row(start, sample)      what it reads for one sample
+//   bool writes(start, output)  whether an output, where there is one, is written
 //   apply(start, row, read, noise, out)
 //                               the arithmetic on elements in registers; read(i, values) unpacks an
 //                               input that start() says is read: unpacked beforehand, those that
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks)
       work.op.apply(start, row, read, noise, out);
 #pragma unroll
       for (int i = 0; i < Op::kOutputs; ++i) {
-        if (i == 0 || work.out[i].at != nullptr) {
+        if (i == 0 || (work.out[i].at != nullptr && work.op.writes(start, i))) {
           store_octet(work.out[i], at.sample, span, octet, out[i]);
         }
       }
@@ -247,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks)
 #pragma unroll
     for (int i = 0; i < Op::kOutputs; ++i) {
       const Operand& to = work.out[i];
-      if (to.at == nullptr) continue;
+      if (to.at == nullptr || !work.op.writes(start, i)) continue;
       const Raw<4> bits = pack(to.layout.dtype, out[i]);
       if (to.layout.dtype == DType::kFloat32) {
         store_as<uint32_t>(to, work.shape, quad, bits);

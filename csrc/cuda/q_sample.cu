@@ -45,6 +45,8 @@ struct QSampleOp {
     return {signal[i], sigma[i]};
   }
 
+  __device__ __forceinline__ bool writes(const Start&, int) const { return true; }
+
   template <int kCount, typename Read>
   __device__ __forceinline__ void apply(const Start& start, const Row& row, const Read& read,
                                         const float (&noise)[kCount],

@@ -32,6 +32,8 @@ from fastdiff.commands.classifier_options import (
     describe_guidance,
     load_classifier,
 )
+from fastdiff.commands.method_options import OPTIONAL as METHOD_OPTIONAL
+from fastdiff.commands.method_options import add_method_arguments, method_arguments
 from fastdiff.commands.numbers import check_least
 from fastdiff.commands.sample_parts import Batch, Merged, Parts, split
 from fastdiff.commands.trajectory import KINDS, Trajectory
@@ -47,7 +49,6 @@ from fastdiff.images import (
     save_trajectory,
     to_bytes,
 )
-from fastdiff.methods.registry import METHODS
 from fastdiff.optional import require
 from fastdiff.ranks import join
 from fastdiff.sampling.cascade import Cascade
@@ -60,11 +61,12 @@ GRID_IMAGES = 100  # more than these no longer make a picture one can look at
 # Options without a default of their own; their help says what happens without them.
 OPTIONAL: tuple[str, ...] = ("checkpoint", "cascade", "low_res", "num", "steps", "classes")
 OPTIONAL += ("guidance_scale", "classifier", "classifier_scale", "columns", "scale")
+OPTIONAL += METHOD_OPTIONAL
 
 # Options that decide, as they stand, what the images are and which of them make a batch.
-DECISIVE: tuple[str, ...] = ("method", "eta", "spacing", "guidance_scale", "dtype", "truncate")
+DECISIVE: tuple[str, ...] = ("method", "spacing", "guidance_scale", "dtype", "truncate")
 DECISIVE += ("classifier_scale", "seed", "first_sample", "num", "batch_size")
-DECISIVE += ("cond_noise", "cond_truncated")
+DECISIVE += ("cond_noise", "cond_truncated", "guidance_rescale", *METHOD_OPTIONAL)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,10 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=64, help="images sampled together")
     add_step_arguments(parser, of_many=upsampling.STEPS_OF_MANY)
-    parser.add_argument("--method", choices=METHODS, default="ddpm", help="sampler")
-    parser.add_argument(
-        "--eta", type=float, default=0.0, help="of ddim: 0 deterministic, 1 as noisy as ddpm"
-    )
+    add_method_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument(
         "--first-sample",
@@ -106,6 +105,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="classifier-free guidance, for a network trained with label dropout (of a cascade: "
         "its base; default: none)",
+    )
+    parser.add_argument(
+        "--guidance-rescale",
+        type=float,
+        default=0.0,
+        metavar="PHI",
+        help="of guidance: bring the guided output's standard deviation back to the conditional's, "
+        "by this share (0 none, 1 wholly)",
     )
     add_classifier_arguments(parser)
     upsampling.add_arguments(parser)
@@ -345,6 +352,8 @@ def _sampler(
     classifier: Checkpoint | None = None,
 ) -> Sampler:
     """scale, classifier: by which it is guided."""
+    if args.guidance_scale is None and (args.guidance_rescale or args.guidance_reuse is not None):
+        raise InputError("--guidance-rescale and --guidance-reuse go with --guidance-scale")
     if scale is not None and networks.null_label(checkpoint) is None:
         raise InputError(
             "--guidance-scale needs a network that was trained with label dropout "
@@ -357,9 +366,10 @@ def _sampler(
         checkpoint.model,
         checkpoint.diffusion,
         steps=steps_of(steps, checkpoint),
-        method=args.method,
-        eta=args.eta,
+        **method_arguments(args),
         guidance_scale=scale,
+        guidance_rescale=0.0 if scale is None else args.guidance_rescale,
+        guidance_reuse=None if scale is None else args.guidance_reuse,
         cond_fn=cond_fn,
         dtype=torch.bfloat16 if args.dtype == "bfloat16" else None,
         spacing=args.spacing,

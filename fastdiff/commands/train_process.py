@@ -118,7 +118,8 @@ def _variance_exploding(
                 f"are: leave out {', '.join('--' + name.replace('_', '-') for name in levels)}"
             )
         asked = (flags.get(name, value) for name, value in levels.items())
-        _decide(recipe, {"sigmas": geometric_sigmas(*asked)}, "timestep_map", "original_num_steps")
+        overruled = ("timestep_map", "original_num_steps", "original_sigmas")
+        _decide(recipe, {"sigmas": geometric_sigmas(*asked)}, *overruled)
     for flag, name in (("predict", "mean_type"), ("variance", "var_type")):
         if flag in flags:
             recipe[name] = flags[flag]

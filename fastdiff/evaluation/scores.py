@@ -94,7 +94,8 @@ def evaluate(
         report["no_classifier"] = reason
     report |= _recognition(classifier, fake, real, real_labels, noise, labels, dataset)
     of_fake, of_real, of_noise = (_features(classifier, images) for images in (fake, real, noise))
-    report["frechet"] = _frechet(of_fake, of_real, of_noise, seed, ranks)
+    others = {"samples": of_fake, "noise": of_noise}
+    report["frechet"] = _frechet(of_real, others, seed, DRAWS, ranks)
     report["frechet"]["features"] = "classifier" if classifier else "pixels averaged to 8x8"
     report["nearest"] = _nearest(fake, real, noise, seed, device, ranks)
     return report
@@ -207,29 +208,67 @@ def _features(classifier: Classifier | None, images: Tensor) -> np.ndarray:
 
 
 def _frechet(
-    fake: np.ndarray, real: np.ndarray, noise: np.ndarray, seed: int, ranks: Ranks
+    real: np.ndarray, others: dict[str, np.ndarray], seed: int, draws: int, ranks: Ranks
 ) -> dict[str, Any]:
     """Distances between equal counts of features, over the same random draws."""
     rng = np.random.default_rng(seed)
-    count = min(len(real) // 2, len(fake), len(noise))
-    sets = {"samples": fake, "halves": real, "noise": noise}
+    count = min(len(real) // 2, *map(len, others.values()))
+    sets = {"halves": real, **others}
 
     def draw() -> tuple[np.ndarray, ...]:
         order = rng.permutation(len(real))[: 2 * count]
-        samples, pure = (rng.permutation(len(other))[:count] for other in (fake, noise))
-        return order[:count], samples, order[count:], pure
+        chosen = (rng.permutation(len(other))[:count] for other in others.values())
+        return order[:count], order[count:], *chosen
 
     def distances(chosen: tuple[np.ndarray, ...]) -> list[float]:
-        first, *others = chosen
-        pairs = zip(sets.values(), others, strict=True)
+        first, *rest = chosen
+        pairs = zip(sets.values(), rest, strict=True)
         return [frechet_distance(features[other], real[first]) for features, other in pairs]
 
-    found = np.array(ranks.each(distances, [draw() for _ in range(DRAWS)]))
-    result: dict[str, Any] = {"count": count, "draws": DRAWS}
+    found = np.array(ranks.each(distances, [draw() for _ in range(draws)]))
+    result: dict[str, Any] = {"count": count, "draws": draws}
     result |= dict(zip(sets, found.mean(0).tolist(), strict=True))
     result |= dict(zip((f"{name}_std" for name in sets), found.std(0).tolist(), strict=True))
     result["ratio"] = result["samples"] / result["halves"] if result["halves"] else None
     return result
+
+
+class FrechetRatio:
+    """The Fréchet ratio of many sets of samples to one data set: ``evaluate``'s, by one classifier.
+
+    Args: as ``evaluate``'s; ``draws``: random draws behind a ratio.
+
+    Raises InputError as ``evaluate`` does.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        *,
+        seed: int = 0,
+        classifier_steps: int | None = None,
+        device: torch.device | str = "cpu",
+        draws: int = 20,
+    ) -> None:
+        self.dataset, self.seed, self.draws = dataset, seed, draws
+        real, labels, _ = _real_images(dataset, seed)
+        self.classifier: Classifier | None = None
+        if _why_no_classifier(dataset, labels) is None:
+            self.classifier = train_classifier(
+                real,
+                labels,
+                len(dataset.class_names or []),
+                seed=seed,
+                steps=classifier_steps,
+                device=device,
+            )
+        self.real = _features(self.classifier, real)
+
+    def __call__(self, samples: np.ndarray) -> float:
+        """Of uint8 (N, H, W, C), N ≥ 2: 1 where they are as close as real images are."""
+        fake = _features(self.classifier, samples_like(samples, self.dataset))
+        found = _frechet(self.real, {"samples": fake}, self.seed, self.draws, ALONE)["ratio"]
+        return float("nan") if found is None else found
 
 
 def _nearest(

@@ -151,8 +151,8 @@ class Source:
     x_0 = a·x_t + b·output before clipping; ``mean_type`` and ``var_type`` say what the network
     predicts. A ``mean_type`` that is none of MEAN_TYPES has its (a, b) from the process.
     ``timesteps`` and ``input_scale`` are what the network is given and what x_t is multiplied by.
-    ``between``: the levels at other λ = log(signal / noise), for methods that take the network
-    there.
+    ``between``: the levels at other λ = log(signal / noise), in the order asked for, for methods
+    that take the network there; InputError where the process or its network cannot.
     """
 
     levels: Levels
@@ -191,13 +191,24 @@ class Source:
         arrays = {name: np.asarray(values, dtype=np.float64) for name, values in arrays.items()}
 
         def between(log_snr: list[float]) -> list[Level]:
+            if not log_snr:
+                return []
+            if mean_type == "previous_x":
+                raise InputError(
+                    "a network with mean_type 'previous_x' predicts the x of its own steps, and "
+                    "knows no noise levels between them; take a method that stays on the steps"
+                )
             if not hasattr(process, "at_log_snr"):
                 raise InputError(
                     f"a {type(process).__name__} has no at_log_snr, by which a method takes its "
-                    "network to noise levels between its steps; take one without churn"
+                    "network to noise levels between its steps; take a method that stays on the "
+                    "steps, without churn and restarts"
                 )
-            there = process.at_log_snr(log_snr)
-            return list(cls.of(Levels.of(there.signal_scale, there.noise_scale), there).steps[::-1])
+            rising = sorted(set(log_snr))
+            there = process.at_log_snr(rising)
+            steps = cls.of(Levels.of(there.signal_scale, there.noise_scale), there).steps
+            found = dict(zip(rising, steps, strict=True))
+            return [found[value] for value in log_snr]
 
         return cls(levels=levels, mean_type=mean_type, var_type=var_type, between=between, **arrays)
 

@@ -67,10 +67,10 @@ class History:
             e[self.slot(row)] = weight
         return e[0], e[1], e[2]
 
-    def keep(self, row: int) -> int:
-        """The slot that ``row`` writes, after it has read: that of the oldest."""
+    def keep(self, row: int) -> int | None:
+        """The slot that ``row`` writes, after it has read: that of the oldest. None of length 0."""
         self.recent = [row, *self.recent][: self.length]
-        return self.slot(row)
+        return self.slot(row) if self.length else None
 
 
 def ddim_step(at: Level, to: Level) -> tuple[float, float]:

@@ -193,14 +193,19 @@ class Encoder(nn.Module):
 
     def _encode(self, h: Tensor, emb: Tensor) -> list[Tensor]:
         """What each of the input blocks answers, and last the middle."""
+        answers = self._descend(h, emb, len(self.input_blocks))
+        return [*answers, self.middle_block(answers[-1], emb)]
+
+    def _descend(self, h: Tensor, emb: Tensor, count: int) -> list[Tensor]:
+        """What each of the first ``count`` input blocks answers."""
         answers: list[Tensor] = []
-        for block in self.input_blocks:
+        for block in self.input_blocks[:count]:
             h = block(h, emb)
             if not answers:
                 # An image of one channel has no layout of its own; from here on the blocks keep it.
                 h = h.contiguous(memory_format=self._memory_format())
             answers.append(h)
-        return [*answers, self.middle_block(h, emb)]
+        return answers
 
     def _unroll_encode(self, program: Program, h: Value, emb: Value) -> list[Value]:
         answers: list[Value] = []

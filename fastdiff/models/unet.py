@@ -206,6 +206,33 @@ class UNet(Encoder):
             InputError: an argument that is missing, unexpected or of the wrong shape. Labels out of
                 range are found here on the CPU only: looking at them on a GPU would wait for it.
         """
+        output, _ = self.forward_cut(x, timesteps, y, low_res, noise_level)
+        return output
+
+    def forward_cut(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        low_res: Tensor | None = None,
+        noise_level: Tensor | None = None,
+        *,
+        depth: int = 0,
+        deep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The prediction, and the value at which a network is cut in two.
+
+        Args:
+            depth: how many blocks at either end are shallow: the first of the input blocks, and the
+                last of the output blocks. Between them lies what changes little from one timestep
+                to the next (Ma et al. 2023, arXiv:2312.00858).
+            deep: what another call answered beside its prediction, in place of all that is not
+                shallow, which is then not computed.
+
+        Returns:
+            As ``forward``; and what the first of the shallow output blocks was given before its
+            skip, (N, C', *spatial').
+        """
         self.check(x, timesteps, y, low_res, noise_level)
         conditions = []
         if noise_level is not None:
@@ -218,12 +245,22 @@ class UNet(Encoder):
         if low_res is not None:
             resized = F.interpolate(low_res.to(h.dtype), x.shape[2:], mode=LOW_RES_MODE[self.dims])
             h = torch.cat([h, resized], dim=1)
-        *skips, h = self._encode(h, emb)
-        for block in self.output_blocks:
+        if deep is None:
+            *skips, h = self._encode(h, emb)
+            deep = self._ascend(h, skips, emb, depth)
+        else:
+            skips = self._descend(h, emb, depth)
+        h = self._ascend(deep, skips, emb, 0)
+        return convolve(self.out[2], apply_norm(self.out[0], h)).to(x.dtype), deep
+
+    def _ascend(self, h: Tensor, skips: list[Tensor], emb: Tensor, left: int) -> Tensor:
+        """What the output blocks make of h, until so many skips are left."""
+        while len(skips) > left:
+            block = self.output_blocks[-len(skips)]
             h = torch.cat([h, skips.pop()], dim=1)
             # Upsampling goes to the next skip's size: twice this one, or one off if that was odd.
             h = block(h, emb, skips[-1].shape[2:] if skips else None)
-        return convolve(self.out[2], apply_norm(self.out[0], h)).to(x.dtype)
+        return h
 
     def check(
         self,
@@ -245,7 +282,9 @@ class UNet(Encoder):
         y: Value | None,
         low_res: Value | None,
         noise_level: Value | None,
-    ) -> Value:
+        depth: int = 0,
+    ) -> tuple[Value, Value]:
+        """As ``forward_cut`` of a whole network."""
         conditions = []
         if noise_level is not None:
             given = (self.noise_embed, noise_level, LEVEL_TIMESTEPS)
@@ -256,11 +295,19 @@ class UNet(Encoder):
         if low_res is not None:
             x = program.concat(x, self._unroll_low_res(program, low_res, x.size))
         *skips, h = self._unroll_encode(program, x, emb)
-        for block in self.output_blocks:
+        deep = self._unroll_ascend(program, h, skips, emb, depth)
+        h = self._unroll_ascend(program, deep, skips, emb, 0)
+        return program.convolution(self.out[2], program.norm(self.out[0], h)), deep
+
+    def _unroll_ascend(
+        self, program: Program, h: Value, skips: list[Value], emb: Value, left: int
+    ) -> Value:
+        while len(skips) > left:
+            block = self.output_blocks[-len(skips)]
             assert isinstance(block, EmbedSequential)
             h = program.concat(h, skips.pop())
             h = block.unroll(program, h, emb, skips[-1].size if skips else None)
-        return program.convolution(self.out[2], program.norm(self.out[0], h))
+        return h
 
     def _unroll_labels(self, program: Program, y: Value) -> Value:
         def lookup(y: Tensor, weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import operator
 import typing
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from fastdiff.ops import backends
 from fastdiff.ops.counters import SCHEMA, Counter, Counters
 
 Outputs = tuple[Any, ...]  # tensors, or None where one is not wanted
+Written = Annotated[Tensor | None, "in place"]  # a record's field that its kernel writes, or None
 LARGEST_CACHE = 2048
 
 _LIBRARY = torch.library.Library("fastdiff", "FRAGMENT")
@@ -27,6 +28,7 @@ _SCHEMAS: dict[Any, str] = {
     Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", float | None: "float?",
     bool: "bool", str: "str",
 }  # fmt: skip
+_TENSORS = (Tensor, Tensor | None, Written)
 
 
 class Launch:
@@ -43,12 +45,12 @@ class Launch:
 class Kernel:
     """An operation's kernels: ``fastdiff::name`` for PyTorch, and a launch of its own beside it.
 
-    ``record`` is a NamedTuple of tensors, then of numbers and names, and of the fields of Counters
-    at the end or nowhere. ``allocate(call)`` makes the outputs (N of them; the operator returns an
-    empty tensor in the place of None), ``plan(call)`` what fills them: ``launch(*tensors,
-    *outputs, *counters)`` is kept for calls alike, as is that ``check(call)`` refused nothing: both
-    look at shapes, strides, dtypes and devices of the tensors, at numbers and names, and of
-    counters at whether there is a seed.
+    ``record`` is a NamedTuple of tensors, ``Written`` where the kernel writes them in place, then
+    of numbers and names, and of the fields of Counters at the end or nowhere. ``allocate(call)``
+    makes the outputs (N of them; the operator returns an empty tensor in the place of None),
+    ``plan(call)`` what fills them: ``launch(*tensors, *outputs, *counters)`` is kept for calls
+    alike, as is that ``check(call)`` refused nothing: both look at shapes, strides, dtypes and
+    devices of the tensors, at numbers and names, and of counters at whether there is a seed.
     ``readable(call)`` is the call with copies of the tensors that no kernel reads as they stand.
     """
 
@@ -64,15 +66,17 @@ class Kernel:
     ) -> None:
         self.name, self.record, self.allocate = name, record, allocate
         self.plan, self.check, self.copies = plan, check, readable
-        fields = typing.get_type_hints(record)
+        fields = typing.get_type_hints(record, include_extras=True)
         self.kinds = list(fields.values())
-        self.tensors = sum(kind in (Tensor, Tensor | None) for kind in self.kinds)
+        self.tensors = sum(kind in _TENSORS for kind in self.kinds)
+        self.written = [place for place, kind in enumerate(self.kinds) if kind == Written]
         self.counted = self.kinds[-1] == Counter
         self.plain = len(self.kinds) - len(Counters._fields) * self.counted  # what is no counter
         self.plans: dict[tuple, Any] = {}
         self.eager: Any = None  # an autograd Function's apply, where there are gradients
-        plain = list(fields.items())[: self.plain]
-        schema = [f"{_SCHEMAS[kind]} {field}" for field, kind in plain] + [SCHEMA] * self.counted
+        plain = list(fields)[: self.plain]
+        schema = [f"{self._schema(i)} {field}" for i, field in enumerate(plain)]
+        schema += [SCHEMA] * self.counted
         returns = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
         _LIBRARY.define(f"{name}({', '.join(schema)}) -> {returns}")
         for key in ("CPU", "CUDA"):
@@ -94,7 +98,11 @@ class Kernel:
         launch = self._launch(call, tensors)
         outputs = self.allocate(call) if outputs is None else outputs
         if launch is None:
-            found = zip(outputs, self.run(self.readable(call)), strict=True)
+            copies = self.readable(call)
+            found = zip(outputs, self.run(copies), strict=True)
+            for i in self.written:
+                if call[i] is not None:
+                    call[i].copy_(copies[i])
             return tuple(None if room is None else room.copy_(v) for room, v in found)
         given = (*tensors, *outputs, *call[self.plain :])
         if tensors[0].is_cpu:
@@ -102,6 +110,9 @@ class Kernel:
         else:
             with backends.device_of(tensors[0]):
                 launch(*given)
+        for i in self.written:  # autograd may hold them for a backward
+            if call[i] is not None and not call[i].is_inference():
+                torch.autograd.graph.increment_version(call[i])
         return outputs
 
     def bound(self, call: Any, outputs: Outputs) -> Callable[[], Any] | None:
@@ -148,6 +159,12 @@ class Kernel:
         counters = Counters(*call[self.plain :]).flat() if self.counted else ()
         outputs = self.operator(*call[: self.plain], *counters)
         return (outputs,) if isinstance(outputs, Tensor) else outputs
+
+    def _schema(self, place: int) -> str:
+        """The type of the record's field at ``place``."""
+        if place in self.written:
+            return f"Tensor({'abcdefgh'[self.written.index(place)]}!)?"
+        return _SCHEMAS[self.kinds[place]]
 
     def _operate(self, function: Callable[[Any], Outputs], values: tuple[Any, ...]) -> Any:
         """``function`` as an operator has it: of flat values, to tensors."""

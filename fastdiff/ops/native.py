@@ -10,7 +10,7 @@ import torch  # before the library: its OpenMP runtime is the one the library ca
 
 from fastdiff.errors import InputError
 
-INTERFACE = 8  # kInterface of csrc/bindings/module.cpp
+INTERFACE = 9  # kInterface of csrc/bindings/module.cpp
 ISA_VARIABLE = "FASTDIFF_ISA"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of csrc/common
 

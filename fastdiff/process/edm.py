@@ -12,7 +12,8 @@ It is trained at any sigma, and sampled at K of them: Sampler reads these throug
 which c_skip and c_out are a and b.
 """
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sized
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,13 @@ from fastdiff.checks import check_float, check_positive, is_finite
 from fastdiff.errors import InputError
 from fastdiff.methods.levels import Float64Array
 from fastdiff.ops.counters import Counters
+from fastdiff.process.between import Grid
 from fastdiff.process.config import built
 from fastdiff.process.forward import mean_flat, noised
-from fastdiff.process.respacing import chosen_timesteps
+from fastdiff.process.respacing import Respaced
 from fastdiff.process.reverse import Model, check_choice, network_output
 from fastdiff.process.score import Scored
-from fastdiff.process.tables import arithmetic_dtype, check_timestep_map
+from fastdiff.process.tables import TimestepMap, arithmetic_dtype, check_timestep_map
 from fastdiff.process.variance_exploding import VAR_TYPES, check_sigma_range
 
 PROCESS = "edm"
@@ -61,7 +63,31 @@ def karras_sigmas(
     return sigmas
 
 
-class EDM(Scored):
+@dataclass(frozen=True)
+class KarrasGrid(Grid):
+    """Eq. 5's levels with its own curve between the steps: sigma^(1/rho) is linear in t."""
+
+    rho: float
+
+    def sigmas_at(self, timesteps: Float64Array) -> Float64Array:
+        """The noise levels, (K,), at ``timesteps`` within the first and the last."""
+        least, most = self._roots()
+        return (least + timesteps / self.timesteps[-1] * (most - least)) ** self.rho
+
+    def timesteps_at(self, log_snr: Float64Array) -> Float64Array:
+        least, most = self._roots()
+        place = (np.exp(-log_snr / self.rho) - least) / (most - least)
+        return place.clip(0.0, 1.0) * self.timesteps[-1]
+
+    def log_snr_at(self, timesteps: Float64Array) -> Float64Array:
+        return -np.log(self.sigmas_at(timesteps))
+
+    def _roots(self) -> Float64Array:
+        """sigma_min^(1/rho) and sigma_max^(1/rho)."""
+        return np.exp(-self.log_snr[[0, -1]] / self.rho)
+
+
+class EDM(Scored, Respaced):
     """q(x_sigma | x_0) = N(x_0, sigma²·I), EDM's loss at any sigma, and K levels to sample at.
 
     Args:
@@ -103,7 +129,7 @@ class EDM(Scored):
         P_mean: float = -1.2,
         P_std: float = 1.2,
         var_type: str = "fixed_small",
-        timestep_map: Sequence[int] | npt.NDArray[np.int64] | None = None,
+        timestep_map: TimestepMap | None = None,
     ):
         levels = karras_sigmas(steps, sigma_min, sigma_max, rho)
         check_positive("sigma_data", sigma_data)
@@ -116,7 +142,9 @@ class EDM(Scored):
         maps = check_timestep_map(timestep_map, len(levels), count)
         self.timestep_map, self.original_num_steps = maps
         self.num_timesteps = len(self.timestep_map)
-        self.sigmas = levels[self.timestep_map]
+        between = self.timestep_map.dtype == np.float64
+        at = self.timestep_map
+        self.sigmas = self.grid().sigmas_at(at) if between else levels[at]
 
         total_std = np.hypot(self.sigmas, sigma_data)
         self.signal_scale = np.ones_like(self.sigmas)
@@ -198,16 +226,14 @@ class EDM(Scored):
         mse = mean_flat((target - output.to(target.dtype)) ** 2)
         return {"loss": mse, "mse": mse}
 
-    def respace(
-        self,
-        sections: str | int | Sequence[int] | None = None,
-        *,
-        spacing: str = "uniform",
-        timesteps: Sequence[int] | npt.NDArray[np.int64] | None = None,
-    ) -> "EDM":
-        """The strided process; arguments and errors: :meth:`GaussianDiffusion.respace`."""
-        steps = chosen_timesteps(self, sections, spacing, timesteps)
-        return EDM.from_config(self.to_config() | {"timestep_map": self.timestep_map[steps]})
+    def at_log_snr(self, values: npt.ArrayLike) -> "EDM":
+        """The process over the levels sigma = e^−λ with these λ = log(1 / sigma), in any order.
+
+        Raises InputError for levels beyond ``sigma_min`` and ``sigma_max``, and equal ones.
+        """
+        grid = self.grid()
+        steps = grid.timesteps_at(grid.falling(values))
+        return EDM.from_config(self.to_config() | {"timestep_map": steps})
 
     def to_config(self) -> dict[str, Any]:
         """A JSON dictionary from which :meth:`from_config` makes an equal process."""
@@ -222,6 +248,15 @@ class EDM(Scored):
     def from_config(cls, config: dict[str, Any]) -> "EDM":
         """The process :meth:`to_config` described. Raises InputError for any other dictionary."""
         return built(cls, PROCESS, config)
+
+    def _at_steps(self, steps: list[int], sections: Any) -> "EDM":
+        return EDM.from_config(self.to_config() | {"timestep_map": self.timestep_map[steps]})
+
+    def grid(self) -> "KarrasGrid":
+        """λ at the unstrided process's steps and between them."""
+        steps = np.arange(self.original_num_steps, dtype=np.float64)
+        levels = karras_sigmas(self.original_num_steps, self.sigma_min, self.sigma_max, self.rho)
+        return KarrasGrid(steps, -np.log(levels), self.rho)
 
     def _sigmas_at(self, t: Tensor, x_start: Tensor) -> Tensor:
         """float64 (N,): the level of each sample, its t checked."""

@@ -19,17 +19,24 @@ from fastdiff.ops.counters import Counters
 from fastdiff.ops.normal import draw_like
 from fastdiff.ops.q_sample.op import q_sample
 from fastdiff.process import likelihood, losses, reverse, schedules
+from fastdiff.process.between import (
+    Grid,
+    betas_of_log_snr,
+    check_original,
+    is_whole,
+    log_snr_of_betas,
+)
 from fastdiff.process.forward import forward_tables, posterior_mean
 from fastdiff.process.published_loops import DDIMLoopArguments, LoopArguments, StepNoise, last, loop
-from fastdiff.process.respacing import chosen_timesteps
+from fastdiff.process.respacing import Respaced
 from fastdiff.process.reverse import DDIMStepArguments, Model, StepArguments, step_at
 from fastdiff.process.score import Scored
-from fastdiff.process.tables import Tables, check_timestep_map
+from fastdiff.process.tables import Tables, TimestepMap, check_timestep_map
 from fastdiff.process.update import DenoisedFn
 from fastdiff.records import called_with
 
 
-class GaussianDiffusion(Scored):
+class GaussianDiffusion(Scored, Respaced):
     """A diffusion process over K steps, and what a network that reverses it is asked to predict.
 
     Args:
@@ -49,6 +56,8 @@ class GaussianDiffusion(Scored):
         timestep_map: for a respaced process, the (K,) timesteps of the process it was taken from:
             what the network was trained with.
         original_num_steps: for a respaced process, the length of that one.
+        original_betas: for a respaced process, the betas of that one, by which levels between its
+            steps are found.
 
     Its methods take ``x_start`` in [-1, 1], ``x``, ``x_t``: (N, ...) float; ``t``: (N,) integer in
     0 … K-1, the index into this process's steps; and
@@ -82,12 +91,16 @@ class GaussianDiffusion(Scored):
         rescale_timesteps: bool = False,
         loss_weighting: str | None = None,
         min_snr_gamma: float = 5.0,
-        timestep_map: Sequence[int] | npt.NDArray[np.int64] | None = None,
+        timestep_map: TimestepMap | None = None,
         original_num_steps: int | None = None,
+        original_betas: npt.ArrayLike | None = None,
     ):
         tables = forward_tables(betas)
         vars(self).update(tables)
         self.num_timesteps = count = len(self.betas)
+        self.original_betas, original_num_steps = check_original(
+            "original_betas", original_betas, original_num_steps, schedules.check_betas
+        )
         maps = check_timestep_map(timestep_map, original_num_steps, count)
         self.timestep_map, self.original_num_steps = maps
         self.rescale_timesteps = bool(rescale_timesteps)
@@ -287,34 +300,23 @@ class GaussianDiffusion(Scored):
 
     # --- Strides and configuration ---
 
-    def respace(
-        self,
-        sections: str | int | Sequence[int] | None = None,
-        *,
-        spacing: str = "uniform",
-        timesteps: Sequence[int] | npt.NDArray[np.int64] | None = None,
-    ) -> "GaussianDiffusion":
-        """The strided process over a subsequence of the timesteps; ᾱ at those is unchanged.
+    def at_log_snr(self, values: npt.ArrayLike) -> "GaussianDiffusion":
+        """The process over the levels with these λ = log(signal / noise), in any order.
 
-        ``sections`` as :func:`fastdiff.space_timesteps`, counted in this process's own K steps; for
-        a ``spacing`` of :func:`fastdiff.process.respacing.spaced_timesteps` other than "uniform", a
-        number of steps. Or ``timesteps``, a list that ascends strictly within 0 … K − 1. Its betas
-        are 1 − ᾱ_i / ᾱ_prev (Nichol & Dhariwal 2021 eq. 19) and the network still receives the
-        original timesteps.
+        Between the steps of the process that this one was taken from (of this one, where it does
+        not know that: ``original_betas``), λ is linear in t, and the network is given the t of a
+        level, which then is no integer. −inf is the last step where that has no signal. Raises
+        InputError for levels beyond the first and the last step, equal ones, and mean_type
+        "previous_x": that network's step ends at one of its own levels.
         """
-        chosen = chosen_timesteps(self, sections, spacing, timesteps)
-        kept = self.alphas_cumprod[chosen]
-        arguments = self._arguments() | {
-            "betas": 1.0 - kept / np.append(1.0, kept[:-1]),
-            "timestep_map": self.timestep_map[chosen],
-        }
-        respaced = GaussianDiffusion(**arguments)
-        # The recipe has a name for sections of the whole process only.
-        named = sections is not None and spacing == "uniform"
-        if named and self._recipe is not None and not self._recipe["timestep_respacing"]:
-            plain = sections if isinstance(sections, str) else np.asarray(sections).tolist()
-            respaced._recipe = self._recipe | {"timestep_respacing": plain}
-        return respaced
+        if self.mean_type == "previous_x":
+            raise InputError(
+                "mean_type 'previous_x' predicts where a step of its own leads, so it has no "
+                "levels between its steps; expected 'epsilon', 'x_start' or 'v'"
+            )
+        grid = self.grid()
+        log_snr = grid.falling(values)
+        return self._strided(betas_of_log_snr(log_snr), grid.timesteps_at(log_snr))
 
     def to_config(self) -> dict[str, Any]:
         """A JSON-serialisable dict from which :meth:`from_config` builds this process again.
@@ -323,8 +325,8 @@ class GaussianDiffusion(Scored):
         """
         if self._recipe is not None:
             return dict(self._recipe)
-        arrays = {"betas": self.betas.tolist(), "timestep_map": self.timestep_map.tolist()}
-        return self._arguments() | arrays
+        given = self._arguments().items()
+        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in given}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "GaussianDiffusion":
@@ -336,10 +338,36 @@ class GaussianDiffusion(Scored):
         except TypeError as error:
             raise InputError(f"not a diffusion config: {error}") from error
 
+    def _at_steps(
+        self, steps: list[int], sections: str | int | Sequence[int] | None
+    ) -> "GaussianDiffusion":
+        """Its betas are 1 − ᾱ_i / ᾱ_prev (Nichol & Dhariwal 2021 eq. 19)."""
+        kept = self.alphas_cumprod[steps]
+        betas = 1.0 - kept / np.append(1.0, kept[:-1])
+        respaced = self._strided(betas, self.timestep_map[steps])
+        # The recipe has a name for sections of the whole process only.
+        recipe = self._recipe
+        if sections is not None and recipe is not None and not recipe["timestep_respacing"]:
+            plain = sections if isinstance(sections, str) else np.asarray(sections).tolist()
+            respaced._recipe = recipe | {"timestep_respacing": plain}
+        return respaced
+
+    def _strided(self, betas: Float64Array, timestep_map: TimestepMap) -> "GaussianDiffusion":
+        """This process over other levels of the same whole one."""
+        whole = is_whole(self.timestep_map, self.original_num_steps)
+        original = self.betas if whole else self.original_betas
+        changes = {"betas": betas, "timestep_map": timestep_map, "original_betas": original}
+        return GaussianDiffusion(**self._arguments() | changes)
+
+    def grid(self) -> Grid:
+        """λ at the unstrided process's steps and between them."""
+        original = self.original_betas
+        return Grid.of(self, None if original is None else log_snr_of_betas(original))
+
     def _arguments(self) -> dict[str, Any]:
         """Of the constructor."""
         names = "betas mean_type var_type loss_type rescale_timesteps loss_weighting min_snr_gamma"
-        names += " timestep_map original_num_steps"
+        names += " timestep_map original_num_steps original_betas"
         return {name: getattr(self, name) for name in names.split()}
 
     def __getstate__(self) -> dict:

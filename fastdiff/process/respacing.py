@@ -1,19 +1,28 @@
 """Strided subsequences of timesteps: published sections, other spacings, or a list.
 
 Nichol & Dhariwal 2021 section 4; DDIM (Song et al. 2020); DPM-Solver (Lu et al. 2022,
-arXiv:2206.00927).
+arXiv:2206.00927). The spacings of noise levels between the steps stand in spacings.py.
 """
 
 import operator
-from collections.abc import Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
+from fastdiff.checks import is_finite
 from fastdiff.errors import InputError
-from fastdiff.methods.protocol import Process, noise_levels
+from fastdiff.methods.levels import Float64Array
+from fastdiff.methods.protocol import Process
+from fastdiff.process.between import Grid, Strided, log_snr
+from fastdiff.process.spacings import LEVEL_SPACINGS, Span, check_options, spread
+from fastdiff.process.tables import TimestepMap
 
-SPACINGS = ("uniform", "quadratic", "trailing", "logsnr")
+STEP_SPACINGS = ("uniform", "quadratic", "trailing", "logsnr")
+SPACINGS = (*STEP_SPACINGS, *LEVEL_SPACINGS)
 
 
 def space_timesteps(num_timesteps: int, sections: str | int | Iterable[int]) -> list[int]:
@@ -43,7 +52,10 @@ def space_timesteps(num_timesteps: int, sections: str | int | Iterable[int]) -> 
 
 
 def spaced_timesteps(
-    num_timesteps_or_process: int | Process, steps: str | int | Iterable[int], spacing: str
+    num_timesteps_or_process: int | Process,
+    steps: str | int | Iterable[int],
+    spacing: str,
+    **options: Any,
 ) -> list[int]:
     """``steps`` timesteps out of 0 … T − 1, ascending and distinct, by the name of their spacing.
 
@@ -52,34 +64,26 @@ def spaced_timesteps(
     CIFAR-10 (Song et al. 2020 appendix D.2; ``skip_type="quad"``). It starts at 0.8·T.
     ``"trailing"``: round(T, T − T/steps, T − 2T/steps, …) − 1, diffusers' name and rounding (Lin et
     al. 2023, arXiv:2305.08891, table 2). It takes T − 1; its last step is from about T/steps − 1.
-    ``"logsnr"``: nearest to evenly spread values of λ = log(signal / noise), both ends taken, as
-    DPM-Solver's ``skip_type="logSNR"``; needs the process, not T. A last step without signal
-    (λ = −∞) is taken, and the others are spread over the rest.
+    ``"karras"``, ``"exponential"``, ``"polyexponential"``, ``"beta"``: nearest to the levels of
+    these spacings (spacings.py), whose ``options`` they take; they need the process, not T.
+    ``"logsnr"``: another name of ``"exponential"``, nearest to evenly spread values of λ =
+    log(signal / noise).
 
     Where timesteps would coincide, the later of them move up to the next free one; at T − 1 the
-    earlier move down. Raises InputError for an unknown spacing, a count that is no integer in
-    1 … T (sections belong to ``"uniform"``), and ``"logsnr"`` without a process.
+    earlier move down. Raises InputError for an unknown spacing or option, a count that is no
+    integer in 1 … T (sections belong to ``"uniform"``), and a spacing of levels without a process.
     """
-    if spacing not in SPACINGS:
-        raise InputError(f"spacing is {spacing!r}; expected one of {', '.join(SPACINGS)}")
-    log_snr = None
+    _check_spacing(spacing, options)
+    levels = None
     if isinstance(num_timesteps_or_process, int | np.integer):
         num_timesteps = _count(num_timesteps_or_process, "the number of timesteps", minimum=1)
     else:
-        log_snr = _log_snr(num_timesteps_or_process)
-        num_timesteps = len(log_snr)
-    if spacing != "uniform" and isinstance(steps, str) and steps.strip().isdecimal():
-        steps = int(steps)
+        levels = log_snr(num_timesteps_or_process)
+        num_timesteps = len(levels)
     if spacing == "uniform":
         return space_timesteps(num_timesteps, steps)
-    try:
-        count = operator.index(steps)  # type: ignore[arg-type]
-    except TypeError:
-        raise InputError(
-            f"spacing {spacing!r} takes a number of steps, an integer, got {steps!r}: "
-            "sections belong to spacing 'uniform'"
-        ) from None
-    if not 1 <= count <= num_timesteps:
+    count = _number_of_steps(steps, spacing)
+    if count > num_timesteps:
         raise InputError(
             f"cannot choose {count} of {num_timesteps} steps: expected 1 … all of them"
         )
@@ -91,74 +95,154 @@ def spaced_timesteps(
         stride = num_timesteps / count
         descending = np.arange(num_timesteps, 0, -stride).round()[:count] - 1
         positions = descending[::-1].astype(np.int64)
-    elif log_snr is not None:
-        positions = _nearest_evenly_spread(log_snr, count)
+    elif levels is not None:
+        own = Grid(np.arange(num_timesteps, dtype=np.float64), levels)
+        by_level = "exponential" if spacing == "logsnr" else spacing
+        wanted = spread(Span(own, 0, num_timesteps - 1), count, by_level, options)
+        positions = own.timesteps_at(wanted).round().astype(np.int64)
     else:
         raise InputError(
-            f"spacing 'logsnr' needs noise levels, got {num_timesteps} steps: "
+            f"spacing {spacing!r} needs noise levels, got {num_timesteps} steps: "
             "give a process (a GaussianDiffusion, a VarianceExploding, an EDM)"
         )
-    return _distinct(positions, num_timesteps).tolist()
+    return distinct_steps(positions, num_timesteps).tolist()
 
 
-def chosen_timesteps(
-    process: Process,
+class Respaced(Strided):
+    """A process that can be strided, and has levels between its steps too."""
+
+    prior_std: float  # of x_T
+
+    def respace(
+        self,
+        sections: str | int | Iterable[int] | None = None,
+        *,
+        spacing: str = "uniform",
+        timesteps: TimestepMap | None = None,
+        rounded: bool = False,
+        **options: float,
+    ) -> Self:
+        """The strided process over a subsequence of the timesteps; the levels at those unchanged.
+
+        The network still receives the original timesteps, which between two steps are no integers.
+
+        Args:
+            sections: as :func:`fastdiff.space_timesteps`, counted in this process's own K steps;
+                with a ``spacing`` other than "uniform" a number of steps.
+            spacing: "uniform", "quadratic", "trailing" or "logsnr", of this process's steps
+                (:func:`fastdiff.process.respacing.spaced_timesteps`); "karras", "exponential",
+                "polyexponential" or "beta", of levels that may lie between them
+                (fastdiff/process/spacings.py; :meth:`at_log_snr`).
+            timesteps: in place of both a list that ascends strictly within 0 … K − 1, fractions
+                between two steps.
+            rounded: take the nearest steps, all distinct, in place of the levels themselves: for a
+                network that is given integers.
+            options: the spacing's own: ``rho`` of "karras" (7) and "polyexponential" (1),
+                ``alpha`` and ``beta`` of "beta" (0.6).
+
+        Raises InputError for what does not fit.
+        """
+        chosen = _chosen(self, sections, spacing, timesteps, rounded, options)
+        if not isinstance(chosen, list):
+            return self.at_log_snr(chosen)
+        return self._at_steps(chosen, sections if spacing == "uniform" else None)
+
+    @abstractmethod
+    def at_log_snr(self, values: npt.ArrayLike) -> Self:
+        """The process over the levels with these λ = log(signal / noise), in any order."""
+
+    @abstractmethod
+    def grid(self) -> Grid:
+        """λ at the unstrided process's steps and between them."""
+
+    @abstractmethod
+    def _at_steps(self, steps: list[int], sections: Any) -> Self:
+        """The process over these of its own steps; ``sections``: by which they were chosen."""
+
+
+def _chosen(
+    process: Respaced,
     sections: str | int | Iterable[int] | None,
     spacing: str,
-    timesteps: Sequence[int] | npt.NDArray[np.int64] | None,
-) -> list[int]:
-    """The steps that a process's ``respace`` takes: a spacing's, or ``timesteps`` themselves.
+    timesteps: Iterable[float] | None,
+    rounded: bool,
+    options: Mapping[str, Any],
+) -> list[int] | Float64Array:
+    """What is taken of a process: steps of its own, or λ (K,), falling, between them.
 
-    ``timesteps`` ascend strictly within 0 … K − 1 of the process. Raises InputError for others,
-    and unless exactly one of ``sections`` and ``timesteps`` is given.
+    Steps are those of a spacing of steps, of one of levels that is ``rounded``, and integer
+    ``timesteps``. ``timesteps`` ascend strictly within 0 … K − 1 of the process, fractions between
+    two of its steps. Raises InputError for others, and unless exactly one of ``sections`` and
+    ``timesteps`` is given.
     """
     if timesteps is None:
         if sections is None:
             raise InputError("respace needs a number of steps, sections, or timesteps: give one")
-        return spaced_timesteps(process, sections, spacing)
-    if sections is not None or spacing != "uniform":
+        _check_spacing(spacing, options)
+        if spacing in STEP_SPACINGS or rounded:
+            return spaced_timesteps(process, sections, spacing, **options)
+        first, last = process.timestep_map[[0, -1]]
+        count = _number_of_steps(sections, spacing)
+        return spread(Span(process.grid(), first, last), count, spacing, options)
+    if sections is not None or spacing != "uniform" or rounded or options:
         raise InputError("timesteps already say which steps to take: give no sections or spacing")
-    num_timesteps = len(noise_levels(process)[0])
+    chosen = _checked_timesteps(timesteps, len(process.timestep_map))
+    if all(step.is_integer() for step in chosen):
+        return [int(step) for step in chosen]
+    steps = np.arange(len(process.timestep_map))
+    return process.grid().log_snr_at(np.interp(chosen, steps, process.timestep_map))
+
+
+def _check_spacing(spacing: str, options: Mapping[str, Any]) -> None:
+    if spacing not in SPACINGS:
+        raise InputError(f"spacing is {spacing!r}; expected one of {', '.join(SPACINGS)}")
+    check_options(spacing, options)
+
+
+def _number_of_steps(steps: str | int | Iterable[int], spacing: str) -> int:
+    if isinstance(steps, str) and steps.strip().isdecimal():
+        steps = int(steps)
+    try:
+        count = operator.index(steps)  # type: ignore[arg-type]
+    except TypeError:
+        raise InputError(
+            f"spacing {spacing!r} takes a number of steps, an integer, got {steps!r}: "
+            "sections belong to spacing 'uniform'"
+        ) from None
+    if count < 1:
+        raise InputError(f"cannot choose {count} steps: expected 1 or more")
+    return count
+
+
+def _checked_timesteps(timesteps: Iterable[float], num_timesteps: int) -> list[float]:
     if not isinstance(timesteps, Iterable) or isinstance(timesteps, str):
-        raise InputError(f"timesteps must be a list of integers, got {timesteps!r}")
-    chosen = [_count(step, "each of timesteps") for step in timesteps]
+        raise InputError(f"timesteps must be a list of numbers, got {timesteps!r}")
+    chosen = [_timestep(step) for step in timesteps]
     if not chosen:
         raise InputError("timesteps is empty: give at least one")
     for before, after in zip(chosen, chosen[1:], strict=False):
         if after <= before:
             raise InputError(
-                f"timesteps must ascend strictly, but {after} comes after {before}: "
+                f"timesteps must ascend strictly, but {after:g} comes after {before:g}: "
                 "sort them, each once, the least noisy first"
             )
-    if chosen[-1] >= num_timesteps:
-        raise InputError(
-            f"timesteps must lie in 0 … {num_timesteps - 1}, the steps of this process, "
-            f"got {chosen[-1]}"
-        )
+    for step in (chosen[0], chosen[-1]):
+        if not 0 <= step <= num_timesteps - 1:
+            raise InputError(
+                f"timesteps must lie in 0 … {num_timesteps - 1}, the steps of this process, "
+                f"got {step:g}"
+            )
     return chosen
 
 
-def _log_snr(process: Process) -> npt.NDArray[np.float64]:
-    """λ = log(signal / noise), (K,) falling; −∞ where no signal is left."""
-    signal, noise = noise_levels(process)
-    with np.errstate(divide="ignore"):
-        return np.log(signal) - np.log(noise)
+def _timestep(step: Any) -> float:
+    value = step.item() if isinstance(step, np.ndarray | Tensor) and step.ndim == 0 else step
+    if not is_finite(value):
+        raise InputError(f"each of timesteps must be a finite number, got {step!r}")
+    return float(value)
 
 
-def _nearest_evenly_spread(log_snr: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:
-    """Ascending indices, perhaps equal ones, of the λ nearest to ``count`` evenly spread values."""
-    last = len(log_snr) - 1
-    if count == 1:
-        return np.array([last])  # sampling has to start from noise
-    if np.isneginf(log_snr[last]):
-        return np.append(_nearest_evenly_spread(log_snr[:last], count - 1), last)
-    wanted = np.linspace(log_snr[0], log_snr[last], count)
-    above = np.searchsorted(-log_snr, -wanted).clip(1, last)  # λ[above − 1] ≥ wanted ≥ λ[above]
-    nearer_below = log_snr[above - 1] - wanted <= wanted - log_snr[above]
-    return above - nearer_below
-
-
-def _distinct(positions: npt.NDArray[np.int64], num_timesteps: int) -> npt.NDArray[np.int64]:
+def distinct_steps(positions: npt.NDArray[np.int64], num_timesteps: int) -> npt.NDArray[np.int64]:
     """Ascending ``positions`` as distinct ones in 0 … num_timesteps − 1, moved no further than
     needed: up, and from the upper end down."""
     index = np.arange(len(positions))

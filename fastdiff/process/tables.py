@@ -1,7 +1,9 @@
 """Float64 tables over a process's K steps, and what is gathered from them on any device."""
 
+import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +13,8 @@ from torch import Tensor
 from fastdiff.checks import check_float, check_timesteps
 from fastdiff.errors import InputError
 from fastdiff.methods.levels import Float64Array
+
+TimestepMap = Sequence[float] | npt.NDArray[Any]
 
 
 class Tables:
@@ -67,13 +71,14 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
 
 
 def check_timestep_map(
-    timestep_map: Sequence[int] | npt.NDArray[np.int64] | None,
+    timestep_map: TimestepMap | None,
     original_num_steps: int | None,
     num_timesteps: int,
-) -> tuple[npt.NDArray[np.int64], int]:
-    """(K,) int64 steps of the unstrided process and its length; by default every step of K.
+) -> tuple[npt.NDArray[Any], int]:
+    """(K,) steps of the unstrided process and its length; by default every step of K.
 
-    Raises InputError unless there is one integer per step and they ascend within that length.
+    int64, or float64 where levels between the steps are given. Raises InputError unless there is
+    one number per step and they ascend within that length.
     """
     if timestep_map is None:
         timestep_map = np.arange(num_timesteps)
@@ -81,22 +86,23 @@ def check_timestep_map(
         steps = np.array(timestep_map)
     except (TypeError, ValueError):  # ragged
         raise InputError(
-            f"timestep_map must hold one integer per step, got {timestep_map!r}"
+            f"timestep_map must hold one number per step, got {timestep_map!r}"
         ) from None
-    if steps.shape != (num_timesteps,) or steps.dtype.kind not in "iu":
+    if steps.shape != (num_timesteps,) or not steps.size or steps.dtype.kind not in "iuf":
         raise InputError(
-            f"timestep_map must hold one integer per step, {num_timesteps} in all, "
+            f"timestep_map must hold one number per step, {num_timesteps} in all, "
             f"got {steps.dtype} of shape {steps.shape}"
         )
     try:
-        original = int(steps[-1]) + 1 if original_num_steps is None else original_num_steps
+        original = math.ceil(steps[-1]) + 1 if original_num_steps is None else original_num_steps
         original = operator.index(original)
     except TypeError:
         raise InputError(
             f"original_num_steps must be an integer, got {original_num_steps!r}"
         ) from None
-    if steps[0] < 0 or (np.diff(steps) <= 0).any() or steps[-1] >= original:
+    ascends = steps[0] >= 0 and (np.diff(steps) > 0).all() and steps[-1] <= original - 1
+    if not ascends:
         raise InputError(
             f"timestep_map must ascend within 0 … {original - 1} (original_num_steps - 1)"
         )
-    return steps.astype(np.int64), original
+    return steps.astype(np.float64 if steps.dtype.kind == "f" else np.int64), original

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastdiff.checks import check_like
 from fastdiff.methods.table import COLUMNS, Index, StepTable
 from fastdiff.ops.posterior_step import reference
-from fastdiff.ops.posterior_step.op import DTYPES, posterior_step
+from fastdiff.ops.posterior_step.op import DTYPES, check_tensors, posterior_step
 
 DenoisedFn = Callable[[Tensor], Tensor]
 CondFn = Callable[..., Tensor]
@@ -63,6 +63,62 @@ class XStart:
         return x_start.clamp(-s, s) / s
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """unconditional + s·(conditional − unconditional) (Ho & Salimans 2022, arXiv:2207.12598), by
+    ``scale`` s; None: there is none.
+
+    ``unconditional`` (N, C or 2C, ...), a guide's answer (Karras et al. 2024, arXiv:2406.02507);
+    without it the second half of the output's batch. ``rescale`` φ: the result is multiplied by
+    φ·(standard deviation of the conditional / its own) + 1 − φ, each sample's (Lin et al. 2023,
+    arXiv:2305.08891, eq. 15 and 16).
+    """
+
+    scale: float | Tensor | None = None
+    unconditional: Tensor | None = None
+    rescale: float = 0.0
+
+    def check(self, x: Tensor, output: Tensor, table: StepTable) -> None:
+        """InputError for an output that does not fit; posterior_step asks for itself."""
+        halves = self.unconditional is None
+        check_tensors(x, output, table.packed, table.doubled_output, self.scale if halves else None)
+
+    def arguments(self, output: Tensor, channels: int) -> dict[str, Any]:
+        """posterior_step's."""
+        if self.scale is None:
+            return {}
+        given: dict[str, Any] = {"guidance_scale": self.scale}
+        if self.unconditional is not None:
+            given["unconditional"] = self.unconditional
+        if self.rescale:
+            given["output_scale"] = self._factor(*self._means(output, channels))
+        return given
+
+    def mean(self, output: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+        """The guided (N, C, ...) of an output of so many channels for the mean."""
+        conditional, guided = (mean.to(dtype) for mean in self._means(output, channels))
+        if not self.rescale:
+            return guided
+        factor = self._factor(conditional, guided).to(dtype)
+        return factor.view(-1, *[1] * (guided.dim() - 1)) * guided
+
+    def _means(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+        """The conditional and the guided one."""
+        output = output[:, :channels].to(torch.promote_types(output.dtype, torch.float32))
+        if self.scale is None:
+            return output, output
+        if self.unconditional is None:
+            output, unconditional = output.chunk(2)
+        else:
+            unconditional = self.unconditional[:, :channels].to(output.dtype)
+        return output, reference.guide(output, unconditional, self.scale)
+
+    def _factor(self, conditional: Tensor, guided: Tensor) -> Tensor:
+        """(N,); 1 where the guided one is constant."""
+        own, wanted = (mean.flatten(1).std(1) for mean in (guided, conditional))
+        return torch.where(own > 0, self.rescale * wanted / own + 1 - self.rescale, 1.0)
+
+
 class Update:
     """Rows of ``table`` applied to what the network answers, x_0 transformed by ``x_start``.
 
@@ -75,33 +131,25 @@ class Update:
         self.of_x_start = x_start_table(table) if x_start and not mean_is_output else None
 
     def __call__(
-        self,
-        x: Tensor,
-        output: Tensor,
-        i: Index,
-        *,
-        guidance_scale: float | Tensor | None = None,
-        **given: Any,
+        self, x: Tensor, output: Tensor, i: Index, guidance: Guidance | None = None, **given: Any
     ) -> tuple[Tensor, Tensor]:
         """(x_prev, x_0); ``given`` are posterior_step's arguments."""
+        guidance = guidance or Guidance()
+        guided = guidance.arguments(output, x.shape[1])
         if not self.x_start:
-            return apply_rows(x, output, self.table, i, guidance_scale=guidance_scale, **given)
-        x_start = self._transformed(x, output, i, guidance_scale)
+            return apply_rows(x, output, self.table, i, **guided, **given)
+        x_start = self._transformed(x, output, i, guidance)
         if self.of_x_start is not None:
             return apply_rows(x, x_start, self.of_x_start, i, **given)
-        x_prev, _ = apply_rows(x, output, self.table, i, guidance_scale=guidance_scale, **given)
+        x_prev, _ = apply_rows(x, output, self.table, i, **guided, **given)
         return x_prev, x_start[:, : x.shape[1]]
 
-    def _transformed(
-        self, x: Tensor, output: Tensor, i: Index, guidance_scale: float | Tensor | None
-    ) -> Tensor:
+    def _transformed(self, x: Tensor, output: Tensor, i: Index, guidance: Guidance) -> Tensor:
         """The output of a network that predicts the transformed x_0, for ``of_x_start``."""
         row, dtype = columns_at(self.table, i, x), self.table.packed.dtype
-        mean, variance = split_output(output, self.table)
-        mean = mean.to(dtype)
-        if guidance_scale is not None:
-            mean = reference.guide(mean, guidance_scale)
+        mean = guidance.mean(output, x.shape[1], dtype)
         x_start = self.x_start(row["a"] * x.to(dtype) + row["b"] * mean, row["clip"])
+        _, variance = split_output(output, self.table)
         if variance is None:
             return x_start
         return torch.cat([x_start, variance[: len(x)].to(dtype)], dim=1)

@@ -4,7 +4,6 @@ Song et al. 2021 (arXiv:2011.13456) section 3.4 and appendix C; in its notation 
 Ermon 2019. Sampling it needs nothing of its own: Sampler reads the process through a StepTable.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,13 @@ from fastdiff.methods.levels import Float64Array
 from fastdiff.ops.counters import Counters
 from fastdiff.ops.normal import draw_like
 from fastdiff.ops.q_sample.op import q_sample
+from fastdiff.process.between import Grid, check_original, is_whole
 from fastdiff.process.config import built
 from fastdiff.process.forward import mean_flat, noised
-from fastdiff.process.respacing import chosen_timesteps
+from fastdiff.process.respacing import Respaced
 from fastdiff.process.reverse import Model, check_choice, network_output
 from fastdiff.process.score import Scored
-from fastdiff.process.tables import Tables, TablesAt, check_timestep_map
+from fastdiff.process.tables import Tables, TablesAt, TimestepMap, check_timestep_map
 
 PROCESS = "variance_exploding"
 MEAN_TYPES = ("epsilon", "x_start", "v")
@@ -45,7 +45,7 @@ def geometric_sigmas(
     return np.geomspace(sigma_min, sigma_max, num_steps, dtype=np.float64)
 
 
-class VarianceExploding(Scored):
+class VarianceExploding(Scored, Respaced):
     """q(x_t | x_0) = N(x_0, sigma_t²·I), its training losses, and what a StepTable reads of it.
 
     Args:
@@ -64,6 +64,8 @@ class VarianceExploding(Scored):
             predicted.
         timestep_map: of a strided process, the steps of the unstrided one: :meth:`respace` sets it.
         original_num_steps: of a strided process, the length of the unstrided one.
+        original_sigmas: of a strided process, the levels of the unstrided one, by which the
+            timesteps of levels between its steps are found.
 
     Attributes: ``sigmas``, ``signal_scale`` (ones), ``noise_scale`` (sigmas), ``input_scale``,
     float64 (K,); ``model_timesteps``, float32 (K,); ``timestep_map``, int64 (K,);
@@ -84,8 +86,9 @@ class VarianceExploding(Scored):
         conditioning: str = "timestep",
         loss_weighting: str | None = None,
         min_snr_gamma: float = 5.0,
-        timestep_map: Sequence[int] | npt.NDArray[np.int64] | None = None,
+        timestep_map: TimestepMap | None = None,
         original_num_steps: int | None = None,
+        original_sigmas: npt.ArrayLike | None = None,
     ):
         self.sigmas = _check_sigmas(sigmas)
         self.mean_type = check_choice("mean_type", mean_type, MEAN_TYPES)
@@ -99,6 +102,9 @@ class VarianceExploding(Scored):
         self.min_snr_gamma = float(min_snr_gamma)
 
         self.num_timesteps = len(self.sigmas)
+        self.original_sigmas, original_num_steps = check_original(
+            "original_sigmas", original_sigmas, original_num_steps, _check_sigmas
+        )
         self.timestep_map, self.original_num_steps = check_timestep_map(
             timestep_map, original_num_steps, self.num_timesteps
         )
@@ -176,38 +182,48 @@ class VarianceExploding(Scored):
         mse = mean_flat((self._target(x_start, noise, at) - output.to(at.dtype)) ** 2)
         return {"loss": at["loss_weight"].flatten() * mse, "mse": mse}
 
-    def respace(
-        self,
-        sections: str | int | Sequence[int] | None = None,
-        *,
-        spacing: str = "uniform",
-        timesteps: Sequence[int] | npt.NDArray[np.int64] | None = None,
-    ) -> "VarianceExploding":
-        """The strided process; arguments and errors: :meth:`GaussianDiffusion.respace`."""
-        steps = chosen_timesteps(self, sections, spacing, timesteps)
-        return VarianceExploding.from_config(
-            self.to_config()
-            | {
-                "sigmas": self.sigmas[steps],
-                "timestep_map": self.timestep_map[steps],
-                "original_num_steps": self.original_num_steps,
-            }
-        )
+    def at_log_snr(self, values: npt.ArrayLike) -> "VarianceExploding":
+        """The process over the levels sigma = e^−λ with these λ = log(1 / sigma), in any order.
+
+        The network's timestep is as ``conditioning`` has it: log sigma, or the index at which log
+        sigma, linear from step to step of the unstrided process, is that. Raises InputError for
+        levels beyond the first and the last step, and equal ones.
+        """
+        grid = self.grid()
+        log_snr = grid.falling(values)
+        return self._strided(np.exp(-log_snr), grid.timesteps_at(log_snr))
 
     def to_config(self) -> dict[str, Any]:
         """A JSON dictionary from which :meth:`from_config` makes an equal process."""
         names = "mean_type var_type scale_input conditioning loss_weighting min_snr_gamma"
+        original = self.original_sigmas
         return {
             **{"process": PROCESS, "sigmas": self.sigmas.tolist()},
             **{name: getattr(self, name) for name in names.split()},
             "timestep_map": self.timestep_map.tolist(),
             "original_num_steps": self.original_num_steps,
+            "original_sigmas": None if original is None else original.tolist(),
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "VarianceExploding":
         """The process :meth:`to_config` described. Raises InputError for any other dictionary."""
         return built(cls, PROCESS, config)
+
+    def _strided(self, sigmas: Float64Array, timestep_map: TimestepMap) -> "VarianceExploding":
+        """This process over other levels of the same unstrided one."""
+        whole = is_whole(self.timestep_map, self.original_num_steps)
+        original = self.sigmas if whole else self.original_sigmas
+        changes = {"sigmas": sigmas, "timestep_map": timestep_map, "original_sigmas": original}
+        return VarianceExploding.from_config(self.to_config() | changes)
+
+    def _at_steps(self, steps: list[int], sections: Any) -> "VarianceExploding":
+        return self._strided(self.sigmas[steps], self.timestep_map[steps])
+
+    def grid(self) -> Grid:
+        """λ at the unstrided process's steps and between them."""
+        original = self.original_sigmas
+        return Grid.of(self, None if original is None else -np.log(original))
 
     def _target(self, x_start: Tensor, noise: Tensor, at: TablesAt) -> Tensor:
         if self.mean_type == "epsilon":

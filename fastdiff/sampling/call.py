@@ -23,6 +23,7 @@ from fastdiff.sampling.conditions import Conditions, Known
 from fastdiff.sampling.kwargs import doubled_kwargs
 from fastdiff.sampling.network.network import Network
 from fastdiff.sampling.noise import noise_source
+from fastdiff.sampling.reuse import Extent
 from fastdiff.sampling.settings import Settings
 from fastdiff.sampling.stats import Stats
 from fastdiff.sampling.step import Run, failure_flag
@@ -32,6 +33,7 @@ class Parts(Protocol):
     """What a call reads of its Sampler."""
 
     network: Network
+    guide: Network | None
     settings: Settings
     diffusion: Any
     table: StepTable
@@ -112,29 +114,49 @@ class Call:
         is_table = isinstance(process, StepTable)
         predicts_mean = not is_table and process.mean_type == "previous_x"
         self.stats = stats
+        self.guided = [settings.is_guided(timestep) for timestep in self.timesteps]
+        extents = settings.extents(self.guided, len(sampler.table) - len(table))
         self.plain = Run(
             network=network,
             table=table,
             timesteps=self.timesteps,
             kwargs=kwargs,
             cond_kwargs=kwargs if inputs.cond_kwargs is None else dict(inputs.cond_kwargs),
-            guidance_scale=None,
             noise=noise_source(sampler.rng, shape, device, *counters, len(table)),
             conditions=conditions,
             stats=stats,
+            extents={i: extents[i] for i, guided in enumerate(self.guided) if not guided},
+            depth=settings.depth,
             failed=failure_flag(device),
             mean_is_output=predicts_mean and table.method == "ddpm",
             self_condition=sampler.self_condition,
         )
-        self.guided = [settings.is_guided(timestep) for timestep in self.timesteps]
         self.with_guidance = self.plain
         if settings.guidance_scale is not None:
-            doubled = doubled_kwargs(network.model, shape[0], kwargs, inputs.uncond_kwargs)
-            scale = settings.guidance_scale
-            self.with_guidance = replace(self.plain, kwargs=doubled, guidance_scale=scale)
+            self.with_guidance = self._guided(sampler, settings, inputs, kwargs, extents)
         elif inputs.uncond_kwargs is not None:
             raise InputError("uncond_kwargs belong to guidance; give guidance_scale too")
         self.x = self._first_x(inputs, process, device, network.channels_last)
+
+    def _guided(
+        self,
+        sampler: Parts,
+        settings: Settings,
+        inputs: Inputs,
+        kwargs: dict[str, Any],
+        extents: Sequence[Extent],
+    ) -> Run:
+        guidance: dict[str, Any] = {
+            "guidance_scale": settings.guidance_scale,
+            "guidance_rescale": settings.guidance_rescale,
+            "extents": {i: extents[i] for i, guided in enumerate(self.guided) if guided},
+        }
+        if sampler.guide is not None:
+            given = kwargs | dict(inputs.uncond_kwargs or {})
+            return replace(self.plain, guide=sampler.guide, guide_kwargs=given, **guidance)
+        model, count = sampler.network.model, inputs.shape[0]
+        doubled = doubled_kwargs(model, count, kwargs, inputs.uncond_kwargs)
+        return replace(self.plain, doubled=doubled, **guidance)
 
     def run_of(self, i: int) -> Run:
         return self.with_guidance if self.guided[i] else self.plain

@@ -9,8 +9,10 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from fastdiff.sampling.cuda_graph import CudaGraph, seconds_a_call
 from fastdiff.sampling.kwargs import Unknown, map_tensors, structure, tensors_of
 from fastdiff.sampling.network.network import Network
 from fastdiff.sampling.noise import CounterNoise, HeldNoise
+from fastdiff.sampling.reuse import WHOLE, Extent
 from fastdiff.sampling.stats import Stats
 from fastdiff.sampling.step import Run, State
 
@@ -32,7 +35,8 @@ LEAST_ROWS = 4096  # of a captured table; longer ones get a graph of their own
 
 
 class CapturedStep:
-    """A graph of one step with the tensors it works on."""
+    """Graphs of one step, one for each of the extents of its rows, with the tensors that they work
+    on."""
 
     def __init__(self, run: Run, state: State, graph: type[CudaGraph], place: Any):
         x, device = state.x, state.x.device
@@ -43,8 +47,8 @@ class CapturedStep:
         self.row, self.seed, self.first_sample = torch.zeros(3, 1, dtype=torch.int64, device=device)
         self.failed = torch.full((1,), -1, dtype=torch.int64, device=device)
         self.scale = torch.zeros(1, device=device)
-        kwargs = map_tensors(torch.clone, run.kwargs)
-        self.kwargs = list(tensors_of(kwargs))
+        kwargs, doubled, guide_kwargs = map_tensors(torch.clone, run.given)
+        self.kwargs = list(tensors_of([kwargs, doubled, guide_kwargs]))
         known = run.conditions.known
         self.known = None if known is None else known.held(self.rows)
         self.noise: Any = HeldNoise(x, known is not None)
@@ -60,6 +64,8 @@ class CapturedStep:
                 reading_rows=(run.table.slots > 0,) * self.rows,
             ),
             kwargs=kwargs,
+            doubled=doubled,
+            guide_kwargs=guide_kwargs,
             cond_kwargs={},  # a classifier's, which is never captured
             guidance_scale=None if run.guidance_scale is None else self.scale,
             noise=self.noise,
@@ -67,22 +73,29 @@ class CapturedStep:
             failed=self.failed,
             stats=Stats(splits=False, compiled=set(run.stats.compiled)),
         )
-        self.weights = run.network.signature()
+        self.weights = run.signature()
         self.figures = ""  # what it takes, and what the eager step takes
-        self.graph: Any = None
+        self.graphs: dict[Extent, Any] = {}
         self.lock = threading.RLock()  # of the tensors: one row of one call at a time
         self.user: weakref.ref[Any] | None = None
-        self._begin(run, state, 0)
+        self._begin(run, state.anew(), 0)
         with torch.no_grad():
-            self.graph = graph(self._step, device, place)
+            for extent in sorted(set(run.extents.values()), reverse=True):  # all of it first
+                self.graphs[extent] = graph(partial(self.step_eagerly, extent), device, place)
         run.stats.compile_seconds += self.run.stats.compile_seconds
         run.stats.compiled |= self.run.stats.compiled
 
-    def _step(self) -> None:
+    def step_eagerly(self, extent: Extent = WHOLE) -> None:
+        made = replace(self.state)
         with _without_cast_cache(self.state.x.device):
-            x, x_start = self.run.advance(self.state, self.row)
-        self.state.take(State(x, x_start, self.state.memory))
+            x, x_start = self.run.advance(made, self.row, extent)
+        self.state.take(replace(made, x=x, x_start=x_start))
         self.row.add_(1)
+
+    @property
+    def graph(self) -> Any:
+        """That of all of the network, which a call's first row runs."""
+        return self.graphs[WHOLE]
 
     def serve(self, user: Any, i: int) -> None:
         """Be at row i of a call: ``user`` has its ``state`` and its ``run``, which has this step's
@@ -97,7 +110,7 @@ class CapturedStep:
         self._begin(user.run, user.state, i)
 
     def _begin(self, run: Run, state: State, i: int) -> None:
-        if self.graph is not None:
+        if self.graphs:
             self.graph.join()
         self.next_row, self.given = i, run
         rows = len(run.table)
@@ -112,7 +125,7 @@ class CapturedStep:
             self.first_sample.fill_(signed(run.noise.first_sample))
         if run.guidance_scale is not None:
             self.scale.fill_(run.guidance_scale)
-        for tensor, value in zip(self.kwargs, tensors_of(run.kwargs), strict=True):
+        for tensor, value in zip(self.kwargs, tensors_of(run.given), strict=True):
             tensor.copy_(value)
         if self.known is not None and run.conditions.known is not None:
             self.known.fill(run.conditions.known)
@@ -124,7 +137,7 @@ class CapturedStep:
         if isinstance(self.noise, HeldNoise):
             self.graph.join()  # the row before may still read its noise, on another stream
             self.noise.fill(self.given.noise, i, self.given.table.noisy_rows[i])
-        self.graph.replay()
+        self.graphs[self.given.extents[i]].replay()
         self.next_row = i + 1
         if self.given.failed is not None:
             self.given.failed.copy_(self.failed)
@@ -139,20 +152,20 @@ class Graphs:
         self.steps: OrderedDict[tuple, CapturedStep | str] = OrderedDict()
         self.places: dict[torch.device, Any] = {}
         self.graph: type[CudaGraph] = GRAPH
-        self.attributes: tuple[Any, ...] = ()  # of the network, since the last capture
+        self.attributes: list[Any] = []  # of the networks, since the last capture
         self.warned = False
         self.lock = threading.RLock()  # of all of these
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Graphs, (self.capture, self.most)  # a copy captures for itself
 
-    def begin(self, network: Network) -> None:
-        """Forget the graphs of a network whose attributes have changed since: of Python's values a
+    def begin(self, networks: Sequence[Network]) -> None:
+        """Forget the graphs of networks whose attributes have changed since: of Python's values a
         graph sees nothing. Tensors and hooks it is compared with at every ``find``. What was found
         to run eagerly goes on so."""
         with self.lock:
             graphs = [key for key, step in self.steps.items() if isinstance(step, CapturedStep)]
-            if graphs and network.attributes() != self.attributes:
+            if graphs and _attributes(networks) != self.attributes:
                 for key in graphs:
                     del self.steps[key]
 
@@ -172,7 +185,7 @@ class Graphs:
             return reason
         if run.conditions.classifier is not None:
             return "cond_fn needs autograd"
-        if run.network.captures:
+        if any(network.captures for network in run.networks):
             return "torch.compile in this mode captures CUDA graphs of its own"
         try:
             key = key_of(run, state.x)
@@ -180,7 +193,7 @@ class Graphs:
             return self._refused(str(reason))
         found = self.steps.pop(key, None)
         if isinstance(found, CapturedStep) and (
-            found.weights != run.network.signature() or len(run.table) > found.rows
+            found.weights != run.signature() or len(run.table) > found.rows
         ):
             found = None  # its memory is given back before the new one asks for some
         if found is None:
@@ -192,7 +205,7 @@ class Graphs:
 
     def _make(self, run: Run, state: State) -> CapturedStep | str:
         device = state.x.device
-        self.begin(run.network)
+        self.begin(run.networks)
         live = [step for step in self.steps.values() if isinstance(step, CapturedStep)]
         if not any(step.state.x.device == device for step in live):
             self.places.pop(device, None)  # a pool without graphs may not take another
@@ -210,10 +223,9 @@ class Graphs:
                 cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
                 return self._refused(first_line(cause))
             with torch.no_grad():
-                replayed, eager = (
-                    seconds_a_call(call, device) for call in (step.graph.replay, step._step)
-                )
-        self.attributes = run.network.attributes()  # a forward may count its calls in one
+                both = (step.graph.replay, step.step_eagerly)
+                replayed, eager = (seconds_a_call(call, device) for call in both)
+        self.attributes = _attributes(run.networks)  # a forward may count its calls in one
         figures = f"{1e3 * replayed:.3g} ms a step, {1e3 * eager:.3g} ms eagerly"
         if self.capture == "auto" and eager < replayed:
             return f"measured faster than a CUDA graph ({figures})"
@@ -237,10 +249,14 @@ class Graphs:
         with self.lock:
             self.steps.clear()
             self.places.clear()
-            self.attributes = ()
+            self.attributes = []
 
 
 GRAPH: type[CudaGraph] = CudaGraph
+
+
+def _attributes(networks: Sequence[Network]) -> list[Any]:
+    return [network.attributes() for network in networks]
 
 
 def key_of(run: Run, x: Tensor) -> tuple:
@@ -252,7 +268,10 @@ def key_of(run: Run, x: Tensor) -> tuple:
         (x.shape, x.stride(), x.device),
         (run.network.dtype, autocast if run.network.dtype is None else None),
         structure(run.kwargs, "model_kwargs"),
-        run.guidance_scale is not None,
+        structure(run.doubled, "model_kwargs"),
+        structure(run.guide_kwargs, "uncond_kwargs"),
+        (run.guidance_scale is not None, run.guide is not None, run.guidance_rescale),
+        (frozenset(run.extents.values()), run.depth),
         run.noise.kind,
         (table.doubled_output, table.learned_variance, table.scales_input, table.slots),
         (conditions.x_start, run.mean_is_output, conditions.known is not None, run.self_condition),

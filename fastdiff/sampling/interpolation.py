@@ -1,8 +1,8 @@
 """Between images: how they are brought to latents, mixed there, and led back.
 
 Shared noise is Ho et al. 2020 (figures 8 and 9): images are noised to a step, all by one draw, so
-that what lies between them is as noisy as they are. DDIM encodes without noise (Song et al. 2020,
-section 5.3).
+that what lies between them is as noisy as they are. Deterministic methods encode without noise, as
+DDIM (Song et al. 2020, section 5.3).
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastdiff.checks import check_float, check_like
 from fastdiff.errors import InputError
-from fastdiff.methods.inversion import encoding_table
+from fastdiff.methods.inversion import INVERTIBLE, encoding_table
+from fastdiff.methods.protocol import noise_levels
 from fastdiff.ops.counters import X_T_STEP, sampling_step
 from fastdiff.ops.normal import normal
 from fastdiff.sampling.sampler import Sampler
@@ -54,17 +55,20 @@ def encode(
     """The noise (N, C, ...) of which ``sampler`` makes ``image`` (N, C, ...), without any draw.
 
     ``sampler.sample(image.shape, noise=encode(sampler, image))`` is the image again up to an error
-    that falls with the number of steps: each takes ε where it begins, and the way back where it
-    ends. ``model_kwargs``: the network's. The sampler's method has to be "ddim" with eta 0, over a
-    process and without a cond_fn (InputError otherwise).
+    that falls with the number of steps, by the method's order: both ways approximate one curve.
+    ``model_kwargs``: the network's. The sampler's method has to be "ddim", "euler", "heun" or
+    "dpmsolver++" without noise (eta, churn), over a process and without a cond_fn (InputError
+    otherwise).
     """
     settings, method = sampler.settings, sampler.settings.method
-    if method != "ddim" or settings.eta or sampler.cond_fn is not None:
+    noisy, guided = sampler.table.is_noisy, sampler.cond_fn is not None
+    if method not in INVERTIBLE or noisy or guided:
         raise InputError(
-            "only the steps of a process by method 'ddim' with eta=0 and without a cond_fn lead "
-            f"back from an image to its noise, got method {method!r} with eta={settings.eta or 0:g}"
+            f"only method {', '.join(map(repr, INVERTIBLE))} over a process, without noise and "
+            f"without a cond_fn, leads back from an image to its noise; got method {method!r}"
+            f"{' with noise' if noisy else ''}{' with a cond_fn' if guided else ''}"
         )
-    table = encoding_table(sampler.diffusion, clip_denoised=settings.clip_denoised)
+    table = encoding_table(sampler.diffusion, method=method, clip_denoised=settings.clip_denoised)
     network = sampler.network
     upward = Sampler(
         sampler.model,
@@ -97,11 +101,12 @@ def through_noise(
     0 steps leave them as they are; all of them leave next to nothing of them. Raises InputError for
     steps out of range, and as ``Sampler.sample``.
     """
-    rows = len(sampler.table)
-    if not 0 <= steps <= rows:
-        raise InputError(f"steps is {steps}; expected 0 … {rows}, the steps that are sampled by")
+    every = len(noise_levels(sampler.diffusion)[0])
+    if not 0 <= steps <= every:
+        raise InputError(f"steps is {steps}; expected 0 … {every}, the steps that are sampled by")
     if steps == 0:
         return images.float()
+    rows = len(sampler.settings.table(sampler.diffusion, every - steps))
 
     def draw(step: int) -> Tensor:
         options: dict[str, Any] = {"seed": seed, "first_sample": number, "device": images.device}
@@ -110,8 +115,8 @@ def through_noise(
     return sampler.sample(
         images.shape,
         image=images,
-        strength=steps / rows,
+        strength=steps / every,
         noise=draw(X_T_STEP),
-        step_noise=lambda t: draw(sampling_step(steps - 1 - t)).contiguous(),
+        step_noise=lambda t: draw(sampling_step(rows - 1 - t)).contiguous(),
         model_kwargs=model_kwargs,
     )

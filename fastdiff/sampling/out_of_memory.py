@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdiff.errors import InputError, first_line
 from fastdiff.sampling.kwargs import narrowed
 from fastdiff.sampling.stats import Stats
-from fastdiff.sampling.step import Run
+from fastdiff.sampling.step import Run, State
 
 
 @contextmanager
@@ -48,12 +48,16 @@ def largest_batch(run: Run, x: Tensor, i: int, message: str) -> InputError:
 
 
 def _fits(run: Run, x: Tensor, i: int) -> bool:
-    halves = 1 if run.guidance_scale is None else 2
+    images, count = run.stats.images, len(x)
     fewer = replace(
-        run, kwargs=narrowed(run.kwargs, halves * run.stats.images, halves * len(x)), stats=Stats()
+        run,
+        kwargs=narrowed(run.kwargs, images, count),
+        doubled=narrowed(run.doubled, 2 * images, 2 * count),
+        guide_kwargs=narrowed(run.guide_kwargs, images, count),
+        stats=Stats(),
     )
     try:
-        fewer.run_network(x, None, fewer.table.at("timesteps", i), i)
+        fewer.run_networks(State(x, None, ()), fewer.table.at("timesteps", i), i)
     except RuntimeError as error:
         if not too_large(error):
             raise

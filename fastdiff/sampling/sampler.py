@@ -4,8 +4,9 @@ One step is: run the network at row i's timestep, apply row i, i ← i + 1. On a
 once as a CUDA graph and replayed for every row.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from fastdiff.sampling.call import Call, Inputs, WatchedInputs
 from fastdiff.sampling.capture import CapturedStep, Graphs
 from fastdiff.sampling.network.network import Model, Network
 from fastdiff.sampling.out_of_memory import explains_out_of_memory
+from fastdiff.sampling.reuse import Reuse, Rows
 from fastdiff.sampling.settings import Settings
 from fastdiff.sampling.stats import Stats
 from fastdiff.sampling.step import Run, State
@@ -45,20 +47,36 @@ class Sampler:
             and ``cond_fn`` need a process).
         steps: an int or a respacing string ("50", "10,15,20", "ddim25"), counted in the process's
             own steps; None takes all of them.
-        spacing: of ``steps``: "uniform", "quadratic", "trailing" or "logsnr"
-            (fastdiff.process.respacing).
+        spacing: of ``steps``: "uniform", "quadratic", "trailing", "logsnr", "karras",
+            "exponential", "beta" or "polynomial" (fastdiff.process.respacing).
+        spacing_options: of the spacing, by name.
         timesteps: the process's steps to take, ascending, in place of ``steps``.
-        method: "ddpm" (with the process's variance), "ddim", "dpmsolver++" or "sde-dpmsolver++".
+        method: "ddpm" (with the process's variance), "ddim" or another file's of
+            fastdiff/methods; ``fastdiff.methods.registry.METHODS`` has them all.
         eta: the share of noise: of DDIM 0 deterministic, 1 the DDPM posterior's variance; None is
             the method's own.
+        method_options: of the method, by name, such as {"order": 2} of "unipc".
         guidance_scale: s of classifier-free guidance, unconditional + s·(conditional −
             unconditional); the network then sees a batch of 2N. None is no guidance.
+        guide: a network that answers in place of the unconditional half: autoguidance, by a weaker
+            network than ``model`` (Karras et al. 2024, arXiv:2406.02507). It is given what the
+            model is, but for ``uncond_kwargs``, and runs as the model does.
+        guidance_rescale: φ of rescaled guidance: the guided output is multiplied by φ·(standard
+            deviation of the conditional one / its own) + 1 − φ, each sample's (Lin et al. 2023,
+            arXiv:2305.08891, section 3.4). 0 is none.
         guidance_interval: (low, high), the network's timesteps between which (inclusive) guidance
             is used; elsewhere the network runs on the condition alone (Kynkäänniemi et al. 2024,
             arXiv:2404.07724). None is everywhere.
         clip_denoised: clip the predicted x_0 to [−1, 1].
         dynamic_threshold: a quantile such as 0.995: dynamic thresholding of x_0 (Saharia et al.
             2022) in place of the clip.
+        reuse: 3 runs the whole of a U-Net at every third row, and at the others its shallow layers
+            alone, on the deep features that were kept; [0, 4, 9] names the rows that run it whole
+            (:class:`fastdiff.sampling.reuse.Reuse`, which also says what is shallow; Ma et al.
+            2023, arXiv:2312.00858). The network has to be one that runs as a program (``executor``).
+            None reuses nothing.
+        guidance_reuse: the rows of guidance that run the unconditional half, in the same way; at
+            the others its last output counts. None is all.
         denoised_fn: applied to the predicted x_0 before it is clipped.
         cond_fn: classifier guidance: cond_fn(x, timesteps, **model_kwargs) answers
             ∇ log p(y | x_t), like x (Dhariwal & Nichol 2021); ``fastdiff.classifier_gradient``
@@ -114,13 +132,19 @@ class Sampler:
         *,
         steps: int | str | None = None,
         spacing: str = "uniform",
-        timesteps: Sequence[int] | None = None,
+        spacing_options: Mapping[str, Any] | None = None,
+        timesteps: Sequence[float] | None = None,
         method: str = "ddpm",
         eta: float | None = None,
+        method_options: Mapping[str, Any] | None = None,
         guidance_scale: float | None = None,
+        guide: Model | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
         clip_denoised: bool = True,
         dynamic_threshold: float | None = None,
+        reuse: Reuse | Rows | None = None,
+        guidance_reuse: Rows | None = None,
         denoised_fn: DenoisedFn | None = None,
         cond_fn: CondFn | None = None,
         dtype: torch.dtype | None = None,
@@ -133,8 +157,12 @@ class Sampler:
         self_condition: str | None = None,
         device: torch.device | str | None = None,
     ):
-        if not callable(model):
-            raise InputError(f"model is a {type(model).__name__}; expected a module or a function")
+        for name, network in (("model", model), ("guide", guide)):
+            if not callable(network) and not (name == "guide" and network is None):
+                kind = type(network).__name__
+                raise InputError(f"{name} is a {kind}; expected a module or a function")
+        if guide is not None and guidance_scale is None:
+            raise InputError("guide belongs to guidance; give guidance_scale too")
         if rng not in ("counter", "torch"):
             raise InputError(f"rng is {rng!r}; expected 'counter' or 'torch'")
         if not (isinstance(capture, bool) or capture == "auto"):
@@ -154,7 +182,9 @@ class Sampler:
         self.self_condition = self_condition
         self.device = None if device is None else check_device(device)
         self.stats = Stats()
-        self.network = Network(model, dtype, channels_last, compile, executor, exact_products)
+        runs = (dtype, channels_last, compile, executor, exact_products)
+        self.network = Network(model, *runs)
+        self.guide = None if guide is None else Network(guide, *runs)
         self._graphs = Graphs(capture)
         self._ran = "nothing was sampled yet"
         self._set(
@@ -162,23 +192,29 @@ class Sampler:
             Settings(
                 steps=steps,
                 spacing=spacing,
+                spacing_options=spacing_options,
                 timesteps=timesteps,
                 method=method,
                 eta=eta,
+                method_options=method_options,
                 guidance_scale=guidance_scale,
                 guidance_interval=guidance_interval,
+                guidance_rescale=guidance_rescale,
                 clip_denoised=clip_denoised,
                 dynamic_threshold=dynamic_threshold,
+                reuse=reuse,
+                guidance_reuse=guidance_reuse,
             ),
         )
 
     def configure(self, *, diffusion: Any = None, **changes: Any) -> "Sampler":
-        """Change steps, spacing, timesteps, method, eta, guidance_scale, guidance_interval,
-        clip_denoised, dynamic_threshold or the process (or table) itself, as in the constructor;
-        the rest stays. Returns itself. Raises InputError as the constructor does.
+        """Change steps, spacing, timesteps, method, eta, their options, guidance_scale,
+        guidance_interval, guidance_rescale, guidance_reuse, reuse, clip_denoised, dynamic_threshold
+        or the process (or table) itself, as in the constructor; the rest stays. Returns itself.
+        Raises InputError as the constructor does.
 
-        What was captured stays too: a graph reads all of these from device memory, but for the
-        order of the method, whether there is guidance, and dynamic_threshold.
+        What was captured stays too: a graph reads all of these from device memory, but for how much
+        the method keeps, whether there is guidance, its rescaling, and dynamic_threshold.
         """
         process = self.process if diffusion is None else diffusion
         self._set(process, self.settings.changed(changes))
@@ -258,11 +294,16 @@ class Sampler:
     def explain(self) -> str:
         """How the last call ran: as a CUDA graph or eagerly, and why; and whether its network did
         as a program of fused operations, where that was asked for."""
-        return "; ".join(filter(None, [self._ran, self.network.programs.explain()]))
+        networks = [network.programs.explain() for network in self._networks]
+        return "; ".join(filter(None, [self._ran, *networks]))
 
     def close(self) -> None:
         """Drop all captured graphs and their memory. The sampler can be used again."""
         self._graphs.close()
+
+    @property
+    def _networks(self) -> list[Network]:
+        return [self.network] if self.guide is None else [self.network, self.guide]
 
     def _call(self, inputs: Inputs) -> Call:
         device = self._device_of(inputs.image if inputs.noise is None else inputs.noise)
@@ -277,14 +318,18 @@ class Sampler:
         looked_at = watched or self.denoised_fn is not None or self.cond_fn is not None
         with ExitStack() as stack:
             with call.stats.phase("prepare"):
-                stack.enter_context(self.network.sampling(looked_at, call.timesteps))
-                self._graphs.begin(self.network)
+                given = (looked_at, call.timesteps)
+                stack.enter_context(self.network.sampling(*given, call.plain.depth))
+                if self.guide is not None:
+                    stack.enter_context(self.guide.sampling(*given))
+                self._graphs.begin(self._networks)
             for i, timestep in enumerate(call.timesteps):
                 run = call.run_of(i)
                 # The caller's own gradient mode is back while the generator waits at the yield.
                 with torch.no_grad(), explains_out_of_memory(run, engine.state.x, i):
                     if looked_at and i > 0:  # somebody had a chance to change the model
-                        self.network.follow()
+                        for network in self._networks:
+                            network.follow()
                     if i == 0 or watched or call.changes_at(i):
                         engine = self._engine(run, engine)
                     with call.stats.phase("sampling"):
@@ -302,11 +347,11 @@ class Sampler:
         found = self._graphs.find(run, before.state)
         if not isinstance(found, CapturedStep):
             self._ran = f"eager: {found}"
-            return _Eager(run, before.position())
+            return _Eager(run, before.position(run))
         self._ran = f"a captured CUDA graph: {found.figures}"
         if isinstance(before, _Replayed) and before.graph is found and before.run is run:
             return before
-        return _Replayed(run, before.position(), found)
+        return _Replayed(run, before.position(run), found)
 
     def _device_of(self, tensor: Tensor | None) -> torch.device:
         if self.device is not None:
@@ -322,13 +367,13 @@ class _Eager:
     def __init__(self, run: Run, state: State):
         self.run, self.state = run, state
 
-    def position(self) -> State:
-        """Tensors that nobody else writes to."""
-        return self.state
+    def position(self, run: Run) -> State:
+        """Tensors that nobody else writes to, for the rows of a run."""
+        return self.state if run is self.run else self.state.anew()
 
     def step(self, i: int, copied: bool) -> tuple[Tensor, Tensor]:
-        x, x_start = self.run.advance(self.state, i)
-        self.state = State(x, x_start, self.state.memory)
+        x, x_start = self.run.advance(self.state, i, self.run.extents[i])
+        self.state = replace(self.state, x=x, x_start=x_start)
         return (x.clone(), x_start.clone()) if copied else (x, x_start)
 
 
@@ -340,9 +385,10 @@ class _Replayed(_Eager):
         super().__init__(run, state)
         self.graph = graph
 
-    def position(self) -> State:
+    def position(self, run: Run) -> State:
         with self.graph.lock:
-            return self.state.copy()
+            state = self.state.copy()
+        return state if run is self.run else state.anew()
 
     def step(self, i: int, copied: bool) -> tuple[Tensor, Tensor]:
         with self.graph.lock:

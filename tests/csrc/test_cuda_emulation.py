@@ -20,6 +20,7 @@ SUITES = {  # the longest first
     "posterior_step": [
         "tests/ops/test_posterior_step.py",
         "tests/ops/test_posterior_step_kernels.py",
+        "tests/ops/test_posterior_step_memory.py",
     ],
     "normal": ["tests/ops/test_rng_cuda.py"],
 }

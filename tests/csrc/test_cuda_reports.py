@@ -44,7 +44,8 @@ LIMITS = [
     Limit(BACKWARD, "slopes_kernel", 32, 16),
     Limit(BACKWARD, "coefficients_kernel", 256, 2),
     Limit("normal.cu", "normal_kernel|philox_kernel", 256, 6),
-    Limit("posterior_step.cu", "flat_kernel|strided_kernel", 128, 5),
+    Limit("posterior_step.cu", "PosteriorOpILb0", 128, 5),
+    Limit("posterior_step.cu", "PosteriorOpILb1", 128, 4),  # keeps memory
     Limit("q_sample.cu", "flat_kernel|strided_kernel", 128, 8),
 ]
 
@@ -66,7 +67,8 @@ WIDE_ACCESS = r"Access(If|I13__nv_bfloat16|I6__half)Lb[01]ELi[48]E.*PassE[02]E"
 WIDE = [
     Wide(FORWARD, WIDE_ACCESS, 1, 1, and_small=True),
     Wide(BACKWARD, WIDE_ACCESS, 2, 1, and_small=True),
-    Wide("posterior_step.cu", "flat_kernel", 12, 4),
+    Wide("posterior_step.cu", "flat_kernel.*OpILb0", 12, 4),
+    Wide("posterior_step.cu", "flat_kernel.*OpILb1", 16, 10),
     Wide("q_sample.cu", "flat_kernel", 4, 4),
 ]
 
@@ -91,17 +93,23 @@ def contiguous(loads: int, stores: int, octets: int, halves: int) -> dict[str, i
 
 
 Q, P = "q_sample.cu", "posterior_step.cu"
-F32, BF16 = (f"flat_kernel.*OpE{stored}Lb0" for stored in ("f", "13__nv_bfloat16"))
-MIXED, UPPER = "flat_kernel.*MixedELb0", {"0xffff0000": 4}  # one operand's upper halves taken
+STORED = ("f", "13__nv_bfloat16")
+F32, BF16 = (f"flat_kernel.*OpE{stored}Lb0" for stored in STORED)
+PLAIN_F32, PLAIN_BF16 = (f"flat_kernel.*OpILb0EEE{stored}Lb0" for stored in STORED)
+KEEPS_F32, KEEPS_BF16 = (f"flat_kernel.*OpILb1EEE{stored}Lb0" for stored in STORED)
+# One operand's upper halves taken.
+MIXED, UPPER = "flat_kernel.*OpILb0.*MixedELb0", {"0xffff0000": 4}
 DRAWING = [
     Arithmetic(Q, F32, "float32, x_t", contiguous(2, 2, 1, 0), 8, 33, 62),
     Arithmetic(Q, F32, "float32, x_t and noise", contiguous(2, 4, 1, 0), 8, 34, 93),
     Arithmetic(Q, BF16, "bfloat16, x_t", contiguous(2, 2, 2, 16), 16, 31, 31),
     Arithmetic(Q, BF16, "bfloat16, x_t and noise", contiguous(2, 4, 2, 24), 16, 32, 47),
-    Arithmetic(P, F32, "float32, x_prev", contiguous(4, 2, 1, 0), 8, 46, 93),
-    Arithmetic(P, F32, "float32, and x_0", contiguous(4, 4, 1, 0), 8, 47, 124),
-    Arithmetic(P, BF16, "bfloat16, x_prev", contiguous(4, 2, 2, 8), 16, 42, 47),
-    Arithmetic(P, BF16, "bfloat16, and x_0", contiguous(4, 4, 2, 16), 16, 43, 62),
+    Arithmetic(P, PLAIN_F32, "float32, x_prev", contiguous(4, 2, 1, 0), 8, 46, 93),
+    Arithmetic(P, PLAIN_F32, "float32, and x_0", contiguous(4, 4, 1, 0), 8, 47, 124),
+    Arithmetic(P, PLAIN_BF16, "bfloat16, x_prev", contiguous(4, 2, 2, 8), 16, 42, 47),
+    Arithmetic(P, PLAIN_BF16, "bfloat16, and x_0", contiguous(4, 4, 2, 16), 16, 43, 62),
+    Arithmetic(P, KEEPS_F32, "float32, reads and keeps", contiguous(6, 4, 1, 0), 8, 62, 155),
+    Arithmetic(P, KEEPS_BF16, "bfloat16, reads and keeps", contiguous(6, 4, 2, 16), 16, 58, 78),
     Arithmetic(P, MIXED, "float32, output bfloat16", contiguous(4, 2, 1, 0) | UPPER, 8, 51, 77),
     Arithmetic("normal.cu", "normal_kernelIfLb1ELb0", "fast", {"STG": 1}, 4, 32, 31),
     Arithmetic("normal.cu", "normal_kernelIfLb1ELb1", "exact", {"STG": 1}, 4, 60, 31),

@@ -124,7 +124,7 @@ def test_every_result_has_the_shape_dtype_and_layout_that_its_reader_expects(
     program = Program(dtype)
     values = {name: program.input(name, tensor.shape) for name, tensor in given.items()}
     names = ("x", "timesteps", "y", "low_res", "noise_level")
-    lowered = kind(program, model.unroll(program, *map(values.get, names)))
+    lowered = kind(program, model.unroll(program, *map(values.get, names))[0])
     seen = []
 
     def watched(step, function):

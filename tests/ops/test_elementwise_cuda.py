@@ -12,6 +12,7 @@ from fastdiff.process.schedules import cosine_betas
 from graph_tape import Tape
 from harness import floors
 from kernel_tools import LAYOUTS, assert_drawn_alike, poisoned_outputs
+from step_cases import StepCase, check
 
 pytestmark = pytest.mark.any_backend
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -94,6 +95,11 @@ def test_q_sample_agrees_with_the_cpu(shape, dtype, few_blocks):
 
 LEARNED = StepTable.from_process(GaussianDiffusion(cosine_betas(6), var_type="learned_range"))
 MULTISTEP = StepTable.from_process(GaussianDiffusion(cosine_betas(6)), method="dpmsolver++")
+# Every row reads the first two slots; they keep in another each, and the last in none.
+KEEPING = StepTable.from_rows(
+    [{"timesteps": 0.0, "a": 0.5, "b": 0.3, "c": 0.4, "d": 0.2, "e0": 0.3, "e1": 0.1, "sigma": 0.1,
+      "slot": slot, "k": 0.7, "q": 0.4} for slot in (0, 1, 2, -1)]
+)  # fmt: skip
 FIXED = StepTable.from_process(GaussianDiffusion(cosine_betas(6), var_type="fixed_large"))
 
 
@@ -126,6 +132,19 @@ def test_posterior_step_agrees_with_the_cpu(shape, dtypes, few_blocks):
                     torch.testing.assert_close(
                         actual[1], expected[1], rtol=max(torch.finfo(dtype).eps, 1e-5), atol=2e-5
                     )
+
+
+@pytest.mark.parametrize("few_blocks", [1], indirect=True)
+@pytest.mark.parametrize("alike", [True, False])  # one layout and dtype, or each its own
+@pytest.mark.parametrize("shape", SHAPES)
+def test_memory_is_read_and_kept(shape, alike, few_blocks):
+    for seed in range(12):
+        case = StepCase.of(seed, shape, device=DEVICE)
+        if alike:
+            dtype, layout = DTYPES[seed % 3 : seed % 3 + 1], list(LAYOUTS)[seed % 2 : seed % 2 + 1]
+            case = StepCase.of(seed, shape, dtypes=dtype, layouts=layout, device=DEVICE)
+        with fastdiff.backend("cuda"), poisoned_outputs():
+            check(case, moved(torch.tensor(case.i)) if seed % 2 else case.i)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
@@ -169,6 +188,11 @@ def test_a_timestep_or_step_out_of_range_is_nan_and_reads_nothing():
                 rows, given = moved(MULTISTEP), {"seed": 1, "prev_x_start": x}
                 results = ops.posterior_step(LAYOUTS[layout](x), x, rows, bad, **given)
                 assert all(v.isnan().all() for v in results)
+                kept = [moved(torch.zeros(4, 3, 8, 8)) for _ in range(3)]
+                given = {"seed": 1, "memory": kept}
+                results = ops.posterior_step(LAYOUTS[layout](x), x, moved(KEEPING), bad, **given)
+                assert all(v.isnan().all() for v in results)
+                assert not any(v.any() for v in kept)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
@@ -266,12 +290,29 @@ def test_posterior_step_moves_what_it_must(layout, dtype, given_noise):
 
 def test_a_previous_x_start_is_read_where_the_row_uses_it():
     x = random(2, 3, 16, 16)
-    for row, before in ((0, None), (2, x)):
+    for row, before in ((0, []), (2, [x])):
 
         def call(row=row):
             ops.posterior_step(x, x, MULTISTEP, torch.tensor(row), prev_x_start=x)
 
-        assert moved_bytes(call) == floors.posterior_step(x, x, prev_x_start=before)
+        assert moved_bytes(call) == floors.posterior_step(x, x, memory=before)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_memory_moves_what_the_row_uses(dtype, layout):
+    x, *memory = (LAYOUTS[layout](random(2, 3, 64, 64, dtype=dtype)) for _ in range(4))
+    for row in range(4):
+        kept = memory[row] if row < 3 else None
+        step = torch.tensor(row)
+        given = {"seed": 1, "memory": memory, "return_x_start": False}
+        moves = floors.posterior_step(x, x, memory=memory[:2], kept=kept, returns_x_start=False)
+        assert moved_bytes(lambda: ops.posterior_step(x, x, KEEPING, step, **given)) == moves  # noqa: B023
+        given |= {"unconditional": x, "guidance_scale": 2.0}
+        moves = floors.posterior_step(
+            x, x, memory=memory[:2], kept=kept, unconditional=x, returns_x_start=False
+        )
+        assert moved_bytes(lambda: ops.posterior_step(x, x, KEEPING, step, **given)) == moves  # noqa: B023
 
 
 def test_no_value_on_the_device_is_looked_at(monkeypatch):
@@ -284,6 +325,7 @@ def test_no_value_on_the_device_is_looked_at(monkeypatch):
     seed, step, zero = moved(torch.tensor(0)), moved(torch.tensor(1)), moved(torch.tensor(0))
     tables = moved(SIGNAL), moved(SIGMA)
     with monkeypatch.context() as patch, fastdiff.backend("cuda"):
+        held, keeping = [moved(random(2, 3, 4, 4)) for _ in range(3)], moved(KEEPING)
         for name in ("__bool__", "__int__", "__index__", "__float__", "item", "tolist"):
             patch.setattr(torch.Tensor, name, looked_at)
         for _ in range(2):
@@ -291,6 +333,7 @@ def test_no_value_on_the_device_is_looked_at(monkeypatch):
             normal(tuple(x.shape), out=x, **counters, backend="cuda")
             ops.q_sample(x, t, *tables, seed=seed, step=zero, first_sample=step)
             ops.posterior_step(x, x, rows, step, seed=seed, first_sample=zero)
+            ops.posterior_step(x, x, keeping, step, seed=seed, first_sample=zero, memory=held)
 
 
 def graph_of(call):

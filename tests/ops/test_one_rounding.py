@@ -271,7 +271,7 @@ def test_posterior_step(served, name, i, size, scale):
         mean = mean[2:] + scale * (mean[:2] - mean[2:])
         magnitude = (1 + scale) * np.abs(output[:2, :3]) + scale * np.abs(output[2:, :3])
     truths = direct(rows, i, x, mean, v=v, z=noise, before=before)
-    a, b, c, d, o, e = (abs(getattr(rows, k)[i].item()) for k in "abcdoe")
+    a, b, c, d, o, e = (abs(getattr(rows, k)[i].item()) for k in (*"abcdo", "e0"))
     x_start = a * np.abs(x) + b * magnitude
     std = direct(rows, i, 0 * x, 0 * mean, v=v, z=np.abs(noise))[0]
     x_prev = c * x_start + d * np.abs(x) + o * magnitude + e * np.abs(before) + np.abs(std)

@@ -16,7 +16,7 @@ DEVICE = torch.get_default_device()
 NAN = float("nan")
 
 
-def table(steps=10, *, method="ddpm", eta=0.0, clip_denoised=True, **types):
+def table(steps=10, *, method="ddpm", eta=None, clip_denoised=True, **types):
     diffusion = GaussianDiffusion(get_named_beta_schedule("cosine", steps), **types)
     options = {"method": method, "eta": eta, "clip_denoised": clip_denoised}
     return StepTable.from_process(diffusion, **options).to(DEVICE)
@@ -125,13 +125,18 @@ def test_multistep_reads_the_previous_x_start():
 @pytest.mark.parametrize("var_type", ["fixed_small", "learned_range"])
 def test_a_step_tensor_gives_what_an_int_gives(method, var_type):
     rows = table(5, method=method, var_type=var_type)
-    x_t, z, before = torch.randn(3, 2, 3, 4, 4)
+    x_t, z, *before = torch.randn(2 + rows.slots, 2, 3, 4, 4)
     output = torch.randn(2, 6 if rows.doubled_output else 3, 4, 4)
-    for i in range(5):
-        number = posterior_step(x_t, output, rows, i, noise=z, prev_x_start=before)
+
+    def answers(step):
+        """x_prev, x_0 and the memory after the step."""
+        memory = [kept.clone() for kept in before]
+        return *posterior_step(x_t, output, rows, step, noise=z, memory=memory), *memory
+
+    for i in range(len(rows)):
+        number = answers(i)
         for step in (torch.tensor(i), torch.tensor([i], dtype=torch.int32)):
-            tensor = posterior_step(x_t, output, rows, step, noise=z, prev_x_start=before)
-            assert torch.equal(tensor[0], number[0]) and torch.equal(tensor[1], number[1])
+            assert all(map(torch.equal, answers(step), number))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -140,8 +145,10 @@ def test_a_step_tensor_is_not_read_back(method):
     rows = table(5, method=method, var_type="learned_range").to("meta")
     x, output = torch.empty(2, 3, 4, 4, device="meta"), torch.empty(4, 6, 4, 4, device="meta")
     step = torch.zeros((), dtype=torch.int64, device="meta")
+    memory = [torch.empty_like(x) for _ in range(rows.slots)]
+    scale = torch.ones((), device="meta")
     x_prev, pred = posterior_step(
-        x, output, rows, step, noise=x, prev_x_start=x, guidance_scale=torch.ones((), device="meta")
+        x, output, rows, step, noise=x, memory=memory, guidance_scale=scale
     )
     assert x_prev.shape == pred.shape == x.shape and x_prev.device.type == "meta"
 

@@ -31,6 +31,7 @@ from paths import ROOT
 
 DEVICE = torch.get_default_device()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SLOT_NAMES = ("memory0", "memory1", "memory2")  # Triton's arguments
 TABLES = {
     "ddpm": table(6, var_type="fixed_large"),
     "learned": table(6, var_type="learned"),
@@ -317,7 +318,7 @@ def test_the_operator_passes_opcheck(returns_x_start, draws):
     x_t, output, _, before = inputs((2, 3, 4, 4), rows, torch.float32, layout="channels_last")
     step = torch.tensor(1)
     counters = Counters(step, 4, torch.tensor(2**40)) if draws else Counters(step)
-    tensors = (x_t, output, rows.packed, None, before, None)
+    tensors = (x_t, output, rows.packed, None, before, *[None] * 6)
     arguments = (*tensors, None, True, True, returns_x_start, "native", *counters.flat())
     torch.library.opcheck(torch.ops.fastdiff.posterior_step.default, arguments)
 
@@ -351,7 +352,7 @@ def test_the_plan():
 @pytest.mark.seconds
 def test_triton_interpreter_agrees_with_the_cpu():
     pytest.importorskip("triton")
-    assert agreements("triton_elementwise_check.py", "posterior_step") == 6
+    assert agreements("triton_elementwise_check.py", "posterior_step") == 7
 
 
 @pytest.mark.seconds
@@ -359,28 +360,35 @@ def test_triton_interpreter_agrees_with_the_cpu():
 @pytest.mark.parametrize("capability", [90, 80, 100])
 def test_triton_compiles_without_a_gpu_and_without_spills(capability, tmp_path, monkeypatch):
     pytest.importorskip("triton")
-    from fastdiff.kernels.posterior_step import PLACE, WARPS, posterior_step_kernel
+    from fastdiff.kernels import posterior_step as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     numbers = {"step": "i32", "seed": "i64", "first_sample": "i64", "guidance": "fp32"}
-    states = ("x_t", "prev_x_start", "x_prev", "x_start", "packed", "guidance_address")
-    pointers = dict.fromkeys(states, "*fp32")
+    states = ("x_t", "x_prev", "x_start", "packed", "guidance_address", "output_scale", *SLOT_NAMES)
+    pointers = dict.fromkeys(states, "*fp32") | {"unconditional": None}
     pointers |= dict.fromkeys(("step", "seed", "first_sample"), "*i64")
     for output, extra, one_run in (
         ("*bf16", {"noise": None}, True),
         ("*fp32", {"noise": None}, False),
-        ("*fp32", {"noise": "*fp32", "prev_x_start": None, "step": "i32"}, True),
+        ("*fp32", {"noise": "*fp32", "step": "i32"} | dict.fromkeys(SLOT_NAMES), True),
         ("*bf16", {"noise": None} | numbers, True),
+        (
+            "*bf16",
+            {"noise": None, "unconditional": "*bf16"} | dict.fromkeys(SLOT_NAMES, "*bf16"),
+            False,
+        ),
     ):
         flags = dict.fromkeys(("LEARNED", "GUIDED"), extra["noise"] is None)
         flags |= {
             "DRAWS": extra["noise"] is None,
+            "KEEPS": (keeps := extra.get("memory0", "*fp32") is not None),
             "ONE_RUN": one_run,
             "WIDE": False,
-            "PLACE": PLACE,
+            "PLACE": kernels.PLACE,
         }
         types = pointers | {"guidance": "fp32", "output": output} | extra
-        compiled = compile_for(capability, posterior_step_kernel, types, flags, num_warps=WARPS)
+        warps = {"num_warps": kernels.WARPS_KEEPING if keeps else kernels.WARPS}
+        compiled = compile_for(capability, kernels.posterior_step_kernel, types, flags, **warps)
         assert not spilled(compiled, tmp_path)
 
 
@@ -396,8 +404,10 @@ def test_triton_draws_in_few_instructions(dtype, x_start, most, tmp_path, monkey
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = dict.fromkeys(("x_t", "output", "x_prev"), f"*{dtype}") | {"x_start": x_start}
     types |= {"packed": "*fp32", "seed": "i64", "first_sample": "i64", "guidance": "fp32"}
-    types |= dict.fromkeys(("guidance_address", "noise", "prev_x_start"))
-    flags = dict(LEARNED=False, GUIDED=False, DRAWS=True, ONE_RUN=True, WIDE=False, PLACE=PLACE)
+    absent = ("guidance_address", "noise", "unconditional", "output_scale", *SLOT_NAMES)
+    types |= dict.fromkeys(absent)
+    flags = dict.fromkeys(("LEARNED", "GUIDED", "KEEPS", "WIDE"), False)
+    flags |= {"DRAWS": True, "ONE_RUN": True, "PLACE": PLACE}
     strides = (f"{name}_sample" for name in ("x", "output", "prev", "start"))
     aligned = ("x_t", "output", "x_prev", "x_start", "spatial", *strides)
     assert instructions_drawing(posterior_step_kernel, types, flags, aligned, tmp_path) <= most

@@ -336,13 +336,13 @@ BAD_CALLS = {
         create_diffusion(zero_terminal_snr=True)
     ),
     r"epsilon prediction cannot recover x_0": lambda: create_diffusion(noise_schedule="jsd"),
-    r"timestep_map must hold one integer per step, 2 in all": lambda: GaussianDiffusion(
+    r"timestep_map must hold one number per step, 2 in all": lambda: GaussianDiffusion(
         [0.1, 0.2], timestep_map=[0]
     ),
     r"timestep_map must ascend within 0 … 4": lambda: GaussianDiffusion(
         [0.1, 0.2], timestep_map=[4, 2], original_num_steps=5
     ),
-    r"timestep_map must hold one integer per step, got \[\[0\], \[1, 2\]\]": lambda: (
+    r"timestep_map must hold one number per step, got \[\[0\], \[1, 2\]\]": lambda: (
         GaussianDiffusion([0.1, 0.2], timestep_map=[[0], [1, 2]])
     ),
     r"original_num_steps must be an integer, got 10.5": lambda: GaussianDiffusion(

@@ -350,9 +350,9 @@ def test_levels_of_any_rho_are_a_process():
         (lambda: EDM(P_std=50), "natural logarithms of sigma"),
         (lambda: EDM(var_type="learned"), "var_type must be one of fixed_small, fixed_large"),
         (lambda: EDM(4, timestep_map=[0, 4]), "ascend within 0 … 3"),
-        (lambda: EDM(4, timestep_map=[]), "one integer per step"),
-        (lambda: EDM(4, timestep_map=[[0], [1, 2]]), "one integer per step"),
-        (lambda: EDM(4, timestep_map=3), "one integer per step"),
+        (lambda: EDM(4, timestep_map=[]), "one number per step"),
+        (lambda: EDM(4, timestep_map=[[0], [1, 2]]), "one number per step"),
+        (lambda: EDM(4, timestep_map=3), "one number per step"),
         (lambda: EDM.from_config({"steps": 4}), "config has process None, expected 'edm'"),
         (
             lambda: EDM.from_config({"process": "edm", "size": 4}),

@@ -1,4 +1,4 @@
-"""Spacings other than the published sections, and processes over any list of timesteps."""
+"""Spacings of steps other than the published sections, and processes over any timesteps."""
 
 import json
 
@@ -13,7 +13,7 @@ from fastdiff.errors import InputError
 from fastdiff.methods.protocol import noise_levels
 from fastdiff.process.edm import EDM
 from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
-from fastdiff.process.respacing import SPACINGS, space_timesteps, spaced_timesteps
+from fastdiff.process.respacing import STEP_SPACINGS, space_timesteps, spaced_timesteps
 from fastdiff.process.schedules import get_named_beta_schedule, rescale_zero_terminal_snr
 from fastdiff.process.variance_exploding import VarianceExploding, geometric_sigmas
 
@@ -33,7 +33,9 @@ def log_snr(process):
 
 
 @settings(max_examples=150, deadline=None)
-@given(name=st.sampled_from(sorted(PROCESSES)), spacing=st.sampled_from(SPACINGS), data=st.data())
+@given(
+    name=st.sampled_from(sorted(PROCESSES)), spacing=st.sampled_from(STEP_SPACINGS), data=st.data()
+)
 def test_a_spacing_is_as_many_distinct_ascending_timesteps(name, spacing, data):
     process = PROCESSES[name]
     total = process.num_timesteps
@@ -111,8 +113,33 @@ def test_any_list_of_timesteps_makes_a_process_with_those_levels(name, data):
         # Of squares: ᾱ is kept as 1 − β, which leaves a small one an absolute error of 1e-16.
         np.testing.assert_allclose(mine**2, whole[chosen] ** 2, rtol=1e-10, atol=1e-15)
     assert (respaced.model_timesteps == process.model_timesteps[chosen]).all()
-    for same in (process.respace(timesteps=np.array(chosen)), respaced.respace("")):
+    kinds = (np.array(chosen), torch.tensor(chosen), [float(step) for step in chosen])
+    alike = [process.respace(timesteps=timesteps) for timesteps in kinds]
+    for same in (*alike, respaced.respace("")):
+        assert same.timestep_map.dtype == np.int64
         assert (same.timestep_map == respaced.timestep_map).all()
+        assert (same.noise_scale == respaced.noise_scale).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from(sorted(set(PROCESSES) - {"zero terminal SNR"})), data=st.data())
+def test_any_list_of_fractions_makes_a_process_with_the_levels_there(name, data):
+    process = PROCESSES[name]
+    total = process.num_timesteps
+    steps = data.draw(st.sets(st.integers(0, 8 * (total - 1)), min_size=1, max_size=12))
+    chosen = [step / 8 for step in sorted(steps)]
+    respaced = process.respace(timesteps=chosen)
+    np.testing.assert_allclose(respaced.timestep_map, chosen, rtol=1e-11, atol=1e-11)
+    below = np.floor(chosen).astype(int)
+    above = np.minimum(below + 1, total - 1)
+    values = log_snr(respaced)
+    slack = 1e-11 / respaced.noise_scale.min() ** 2
+    assert (log_snr(process)[below] + slack >= values).all()
+    assert (values >= log_snr(process)[above] - slack).all()
+    # A fraction between two of a strided process's steps is one of the unstrided timesteps.
+    strided = process.respace(timesteps=[0, 50])
+    between = strided.respace(timesteps=[0, 0.5]).timestep_map
+    np.testing.assert_allclose(between, [0, 25], rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -162,7 +189,7 @@ def test_a_respaced_process_samples_the_chosen_timesteps():
     [
         (
             (10, 5, "quad"),
-            "spacing is 'quad'; expected one of uniform, quadratic, trailing, logsnr",
+            "spacing is 'quad'; expected one of uniform, quadratic, trailing, logsnr, karras, ",
         ),
         ((10, 5, None), "spacing is None; expected one of"),
         ((10, 5, "logsnr"), "spacing 'logsnr' needs noise levels, got 10 steps"),
@@ -173,9 +200,9 @@ def test_a_respaced_process_samples_the_chosen_timesteps():
         ((10, [5, 3], "quadratic"), r"an integer, got \[5, 3\]: sections belong to .*'uniform'"),
         ((10, 2.0, "quadratic"), "an integer, got 2.0"),
         ((10, None, "trailing"), "an integer, got None"),
-        ((10, 0, "trailing"), "cannot choose 0 of 10 steps"),
+        ((10, 0, "trailing"), "cannot choose 0 steps: expected 1 or more"),
         ((10, 11, "quadratic"), "cannot choose 11 of 10 steps"),
-        ((10, -1, "trailing"), "cannot choose -1 of 10 steps"),
+        ((10, -1, "trailing"), "cannot choose -1 steps"),
         ((0, 1, "trailing"), "must be at least 1, got 0"),
         ((10.0, 1, "trailing"), "a float is no diffusion process"),
     ],
@@ -197,18 +224,29 @@ def test_bad_spacings(arguments, message):
         ({"timesteps": []}, "timesteps is empty: give at least one"),
         ({"timesteps": [9, 5, 1]}, "must ascend strictly, but 5 comes after 9: sort them"),
         ({"timesteps": [1, 1]}, "must ascend strictly, but 1 comes after 1: .* each once"),
-        ({"timesteps": [-1, 4]}, "each of timesteps must be at least 0, got -1"),
+        ({"timesteps": [-1, 4]}, r"must lie in 0 … \d+, the steps of this process, got -1"),
         ({"timesteps": [1, 5000]}, r"must lie in 0 … \d+, the steps of this process, got 5000"),
-        ({"timesteps": [1, 1.5]}, "each of timesteps must be an integer, got 1.5"),
-        ({"timesteps": "1,5"}, "must be a list of integers, got '1,5'"),
-        ({"timesteps": 5}, "must be a list of integers, got 5"),
-        ({"timesteps": np.eye(2)}, "each of timesteps must be an integer"),
+        ({"timesteps": [1, float("nan")]}, "each of timesteps must be a finite number, got nan"),
+        ({"timesteps": [1, "5"]}, "each of timesteps must be a finite number, got '5'"),
+        ({"timesteps": [1, 1.5], "rounded": True}, "give no sections or spacing"),
+        ({"timesteps": [1.5, 1.25]}, "must ascend strictly, but 1.25 comes after 1.5"),
+        ({"timesteps": [-0.5, 4]}, r"must lie in 0 … \d+, the steps of this process, got -0.5"),
+        ({"timesteps": "1,5"}, "must be a list of numbers, got '1,5'"),
+        ({"timesteps": 5}, "must be a list of numbers, got 5"),
+        ({"timesteps": np.eye(2)}, "each of timesteps must be a finite number"),
     ],
 )
 def test_bad_respacings(name, arguments, message):
     with pytest.raises(InputError, match=message) as caught:
         PROCESSES[name].respace(**arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_no_level_lies_next_to_a_step_without_signal():
+    process = PROCESSES["zero terminal SNR"]
+    assert process.respace(timesteps=[0.5, 98, 99]).alphas_cumprod[-1] == 0
+    with pytest.raises(InputError, match="timestep 98.5 lies between 98 and 99, where the signal"):
+        process.respace(timesteps=[0.5, 98.5])
 
 
 def test_zero_terminal_snr_starts_where_no_signal_is():

@@ -167,7 +167,7 @@ def test_moments_share_one_dtype(dtype):
         (lambda: process(conditioning="time"), "conditioning"),
         (lambda: process(loss_weighting="snr"), "loss_weighting"),
         (lambda: process(loss_weighting="min_snr", min_snr_gamma=0), "min_snr_gamma"),
-        (lambda: VarianceExploding([0.1, 0.2], timestep_map=[0]), "one integer per step"),
+        (lambda: VarianceExploding([0.1, 0.2], timestep_map=[0]), "one number per step"),
         (lambda: VarianceExploding([0.1, 0.2], timestep_map=[3, 1]), "ascend"),
         (
             lambda: VarianceExploding([0.1, 0.2], timestep_map=[0, 5], original_num_steps=3),

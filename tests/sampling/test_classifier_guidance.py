@@ -9,6 +9,7 @@ from torch import nn
 import published_classifier as published
 from fastdiff import EncoderUNet, InputError, Sampler, classifier_gradient
 from fastdiff.integrations.improved_diffusion import accelerate
+from fastdiff.methods.registry import METHODS
 from fastdiff.process.schedules import linear_betas
 from improved_diffusion_tools import CODEBASES, LOOPS, Network, drawn
 from sampler_tools import closed_form, diffusion
@@ -151,7 +152,7 @@ def two_points(process):
     return network, classifier
 
 
-@pytest.mark.parametrize("method", ["ddpm", "ddim", "dpmsolver++"])
+@pytest.mark.parametrize("method", METHODS)
 def test_samples_become_those_of_their_class(method):
     process = diffusion(25)
     network, classifier = two_points(process)

@@ -7,7 +7,7 @@ import torch
 
 from diffusion_tools import gaussian, images
 from fastdiff.errors import InputError
-from fastdiff.methods.inversion import encoding_table
+from fastdiff.methods.inversion import INVERTIBLE, encoding_table
 from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
 from fastdiff.process.schedules import linear_betas
 from fastdiff.process.variance_exploding import VarianceExploding, geometric_sigmas
@@ -17,8 +17,8 @@ from fastdiff.sampling.sampler import Sampler
 SPREAD = 0.3  # standard deviation of the pixels in ``gaussian_sampler``
 
 
-def gaussian_sampler(steps):
-    """DDIM with the exact network of pixels N(0, SPREAD²), along whose ODE x_t scales with its
+def gaussian_sampler(steps, method="ddim"):
+    """With the exact network of pixels N(0, SPREAD²), along whose ODE x_t scales with its
     deviation."""
     diffusion = GaussianDiffusion(linear_betas(steps))
     signal = torch.from_numpy(diffusion.alphas_cumprod).float()
@@ -27,14 +27,15 @@ def gaussian_sampler(steps):
         alpha_bar = signal[t.long()].view(-1, 1, 1, 1)
         return (1 - alpha_bar).sqrt() * x / (1 - alpha_bar + alpha_bar * SPREAD**2)
 
-    return Sampler(exact, diffusion, method="ddim", clip_denoised=False)
+    return Sampler(exact, diffusion, method=method, clip_denoised=False)
 
 
-def test_encoding_follows_the_ode_and_its_error_falls_with_the_steps():
+@pytest.mark.parametrize("method", ["ddim", "euler"])
+def test_encoding_follows_the_ode_and_its_error_falls_with_the_steps(method):
     x = gaussian(2, 1, 4, 4).float() * SPREAD
     one_way, there_and_back = [], []
     for steps in (50, 100, 200):
-        sampler = gaussian_sampler(steps)
+        sampler = gaussian_sampler(steps, method)
         last = sampler.diffusion.alphas_cumprod[-1]
         deviation = math.sqrt(1 - last + last * SPREAD**2)
         latent = encode(sampler, x)
@@ -45,6 +46,17 @@ def test_encoding_follows_the_ode_and_its_error_falls_with_the_steps():
         assert errors[0] < 0.1
         for coarse, fine in zip(errors, errors[1:], strict=False):
             assert 1.7 < coarse / fine < 2.4  # first order, as Euler's steps are
+
+
+def test_a_second_order_method_leads_back_better():
+    x = gaussian(2, 1, 4, 4).float() * SPREAD
+    for steps in (50, 200):
+        off = {}
+        for method in INVERTIBLE:
+            sampler = gaussian_sampler(steps, method)
+            again = sampler.sample(x.shape, noise=encode(sampler, x))
+            off[method] = (again - x).abs().max().item()
+        assert max(off["heun"], off["dpmsolver++"]) < 0.7 * min(off["ddim"], off["euler"])
 
 
 PROCESSES = {
@@ -103,7 +115,7 @@ def test_encoding_knows_what_the_sampler_gives_its_network():
 @pytest.mark.parametrize("options", [{"method": "ddpm"}, {"method": "ddim", "eta": 0.5}])
 def test_what_cannot_be_led_back(options):
     sampler = Sampler(lambda x, t: x, create_diffusion(steps=30), **options)
-    with pytest.raises(InputError, match="only the steps of a process by method 'ddim' with eta=0"):
+    with pytest.raises(InputError, match="only method 'ddim', 'euler'.*got method .* with noise"):
         encode(sampler, images(1, 1, 4, 4).float())
 
 
@@ -152,3 +164,18 @@ def test_steps_of_noise_from_none_to_all():
     for steps in (-1, 9):
         with pytest.raises(InputError, match=f"steps is {steps}; expected 0 … 8"):
             through_noise(sampler, x, steps)
+
+
+@pytest.mark.parametrize("method", ["heun", "predictor-corrector", "restart"])
+def test_shared_noise_of_a_method_with_several_rows_a_step(method):
+    sampler = Sampler(lambda x, t: 0.3 * x, create_diffusion(steps=40), steps=8, method=method)
+    x = images(2, 1, 4, 4).float()
+    moved = through_noise(sampler, x, 5, seed=7, number=2)
+    for image, found in zip(x, moved, strict=True):
+        given = {"image": image[None], "strength": 5 / 8, "seed": 7, "first_sample": 2}
+        alone = sampler.sample((1, 1, 4, 4), **given)
+        torch.testing.assert_close(found[None], alone, rtol=0, atol=1e-4)
+    assert len(sampler.table) > 8
+    through_noise(sampler, x, 8)
+    with pytest.raises(InputError, match="steps is 9; expected 0 … 8"):
+        through_noise(sampler, x, 9)

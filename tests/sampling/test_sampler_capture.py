@@ -13,6 +13,7 @@ from torch import nn
 
 from capture_tools import PROCESS, assert_equal, pair
 from fastdiff.errors import InputError, TrainingError
+from fastdiff.methods.registry import METHODS
 from fastdiff.sampling import capture
 from fastdiff.sampling.sampler import Sampler
 from sampler_tools import SHAPE, Tiny, closed_form, diffusion
@@ -26,7 +27,7 @@ LABELS = torch.tensor([0, 2, 1])
 
 @pytest.mark.seconds
 @given(
-    method=st.sampled_from([("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.6), ("dpmsolver++", 0.0)]),
+    method=st.sampled_from([(method, None) for method in METHODS] + [("ddim", 0.6)]),
     var_type=st.sampled_from(["fixed_small", "fixed_large", "learned", "learned_range"]),
     mean_type=st.sampled_from(["epsilon", "x_start", "v"]),
     rng=st.sampled_from(["counter", "torch"]),

@@ -7,6 +7,7 @@ import torch
 from fastdiff.errors import InputError
 from fastdiff.methods.levels import MEAN_TYPES, VAR_TYPES
 from fastdiff.methods.protocol import noise_levels
+from fastdiff.methods.registry import METHODS
 from fastdiff.ops.counters import known_step
 from fastdiff.ops.normal import normal
 from fastdiff.process.update import quantile
@@ -122,7 +123,7 @@ def test_dynamic_thresholding_is_imagens(guided):
         def model(x, t, w):
             return inner(x, t) * (1 + w.view(-1, 1, 1, 1))
 
-    for method in ("ddpm", "ddim", "dpmsolver++"):
+    for method in METHODS:
         written = Sampler(
             model, process, method=method, clip_denoised=False, denoised_fn=threshold, **options
         )
@@ -164,9 +165,10 @@ def test_guidance_only_inside_its_interval():
 # --- Inpainting -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["ddpm", "ddim", "dpmsolver++"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["counter", "torch"])
 def test_the_known_region_comes_back_and_is_at_its_noise_level_between(method, kind):
+    torch.manual_seed(0)
     process = diffusion(40)
     known = torch.randn(SHAPE).clamp(-1, 1)
     mask = torch.zeros(SHAPE[2:], dtype=torch.bool)
@@ -178,9 +180,9 @@ def test_the_known_region_comes_back_and_is_at_its_noise_level_between(method, k
     assert torch.equal(last[region], known[region])
     free = sampler.sample(SHAPE, seed=3)
     assert not torch.equal(last[~region], free[~region])  # the rest heard of it
-    signal, noise = noise_levels(sampler.diffusion)
-    for i, step in enumerate(steps[:-1]):
-        drawn = (step["sample"] - signal[-2 - i] * known)[region] / noise[-2 - i]
+    arrived = sampler.table.levels[1:]
+    for i, (step, (signal, noise)) in enumerate(zip(steps, arrived, strict=False)):
+        drawn = (step["sample"] - signal * known)[region] / noise
         assert 0.6 < drawn.std() < 1.4
         if kind == "counter":
             z = normal(SHAPE, seed=3, step=known_step(i))
@@ -203,17 +205,17 @@ def test_an_inpainted_sample_is_the_same_in_any_batch():
 # --- Image to image ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["ddpm", "ddim", "dpmsolver++"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("strength, taken", [(1.0, 10), (0.5, 5), (0.3, 3), (1e-6, 1)])
 def test_an_image_is_noised_and_led_back(method, strength, taken):
+    torch.manual_seed(0)
     process, image = diffusion(50), torch.randn(SHAPE).clamp(-1, 1)
     sampler = Sampler(closed_form(), process, steps=10, method=method)
     steps = list(sampler.iterate(SHAPE, image=image, strength=strength, noise=NOISE, seed=4))
-    timesteps = sampler.table.timesteps.tolist()
-    assert [step["timestep"] for step in steps] == timesteps[10 - taken :]
     # The same as sampling the process over the remaining steps from the noised image.
-    chosen = [int(t) for t in timesteps[10 - taken :]][::-1]
+    chosen = [int(t) for t in sampler.diffusion.model_timesteps[:taken]]
     rest = Sampler(closed_form(), process, timesteps=chosen, method=method)
+    assert [step["timestep"] for step in steps] == rest.table.timesteps.tolist()
     x = process.q_sample(image, torch.full((3,), chosen[-1]), NOISE)
     expected = rest.sample(SHAPE, noise=x, seed=4)
     torch.testing.assert_close(steps[-1]["sample"], expected, rtol=1e-4, atol=1e-4)

@@ -27,7 +27,7 @@ def test_a_network_that_answers_nan_is_named_with_its_step():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"method": "heun"}, "method is 'heun'"),
+        ({"method": "eulr"}, "method is 'eulr'"),
         ({"eta": 0.5}, "eta=0.5 belongs to method 'ddim'"),
         ({"rng": "numpy"}, "rng is 'numpy'"),
         ({"capture": True, "cond_fn": closed_form()}, "cond_fn needs autograd"),

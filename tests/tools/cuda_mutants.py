@@ -101,6 +101,22 @@ MUTANTS = [
         ELEMENTWISE,
     ),
     Mutant(
+        "the slot after the row's is written",
+        "posterior_step",
+        "posterior_step.cu",
+        "start.row.slot == static_cast<float>(output - kKept)",
+        "start.row.slot == static_cast<float>(output - kKept - BROKEN)",
+        ELEMENTWISE,
+    ),
+    Mutant(
+        "memory is read that the row has no factor for",
+        "posterior_step",
+        "posterior_step.cu",
+        "if (memory_factor(start.row, slot) == 0.0f) start.reads",
+        "if (!BROKEN && memory_factor(start.row, slot) == 0.0f) start.reads",
+        ELEMENTWISE,
+    ),
+    Mutant(
         "a tile of noise is read before it is drawn",
         "q_sample",
         "elementwise.h",

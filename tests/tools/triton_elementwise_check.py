@@ -19,6 +19,7 @@ from fastdiff.ops.normal.op import FAST_ERROR  # noqa: E402
 from fastdiff.process.gaussian import GaussianDiffusion  # noqa: E402
 from fastdiff.process.schedules import cosine_betas  # noqa: E402
 from kernel_tools import LAYOUTS, poisoned_outputs  # noqa: E402
+from step_cases import StepCase, check  # noqa: E402
 
 # The interpreter truncates to bfloat16 where the GPU rounds: one ulp, 2^-7 of the value.
 TOLERANCES = {
@@ -152,7 +153,25 @@ def check_posterior_step():
         far = ops.posterior_step(x_t, output, table, torch.tensor(6), prev_x_start=before)
         assert far[0].isnan().all()
     print("agrees")
+    check_random_rows()
     check_exp()
+
+
+def check_random_rows():
+    """Every column, slot and operand; a step out of range writes no memory."""
+    shapes = ((2, 3, 5, 7), (1, 2, 40, 33), (3, 70), (2, 3, 2, 3, 4))
+    with fastdiff.backend("triton"):
+        for seed in range(80):
+            case = StepCase.of(seed, shapes[seed % len(shapes)])
+            with poisoned_outputs():
+                check(case, torch.tensor(case.i) if seed % 3 else case.i, ulp=2.0)
+        far = torch.tensor(3)
+        for case in (StepCase.of(seed, (2, 3, 5, 7)).fresh() for seed in range(5)):
+            before = case.fresh().memory
+            assert all(v.isnan().all() for v in case.run(far))
+            for now, was in zip(case.memory, before, strict=True):
+                torch.testing.assert_close(now, was, rtol=0, atol=0, equal_nan=True)
+    print("agrees")
 
 
 @triton.jit

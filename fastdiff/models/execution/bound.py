@@ -18,6 +18,7 @@ from fastdiff.ops.convolution.packed import Packed
 from fastdiff.ops.norm_coefficients import op as norm_op
 
 Run = Callable[[], Any]
+Kept = tuple[Tensor, ...]  # what a plan keeps for other calls
 
 
 class Bound:
@@ -42,10 +43,17 @@ class Bound:
         self._held = held  # whose addresses the steps have
         steps = [_bound(step, [held[s] for s in step.reads], held) for step in plan.steps]
         self._plan, self._early, self._steps = plan, steps[: plan.early], steps[plan.early :]
+        self._shallow = [steps[number] for number in plan.shallow if number >= plan.early]
+        self._kept: list[Tensor] = [held[slot] for slot in plan.kept]
 
-    def run(self, arguments: Sequence[Tensor], ahead: Ahead) -> Tensor:
-        """The result for the arguments, in the order of the plan's ``inputs``."""
+    def run(
+        self, arguments: Sequence[Tensor], ahead: Ahead, kept: Kept = ()
+    ) -> tuple[Tensor, Kept]:
+        """The result for the arguments, in the order of the plan's ``inputs``, and what the plan
+        keeps; ``kept``: what another call answered so, in place of all that leads to it."""
         for place, given in zip(self._inputs, arguments, strict=True):
+            place.copy_(given)
+        for place, given in zip(self._kept, kept, strict=bool(kept)):
             place.copy_(given)
         timesteps = self._held[self._plan.inputs["timesteps"]]
         rows = ahead.rows(self._plan, self._held, self.taken, timesteps)
@@ -55,9 +63,9 @@ class Bound:
         else:
             for slot, row in zip(self._plan.ahead, rows, strict=True):
                 self._held[slot].copy_(row)
-        for step in self._steps:
+        for step in self._shallow if kept else self._steps:
             step()
-        return self._output.clone()
+        return self._output.clone(), kept or tuple(value.clone() for value in self._kept)
 
 
 def _bound(step: Step, reads: list[Any], held: dict[Slot | None, Any]) -> Run:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastdiff.errors import InputError
 from fastdiff.models.execution.ahead import Ahead
+from fastdiff.models.execution.bound import Kept
 from fastdiff.models.execution.explanation import explanation
 from fastdiff.models.execution.lowering import Lowering
 from fastdiff.models.execution.lowering_cuda import CudaLowering
@@ -65,7 +66,6 @@ class Executor:
         self._last: Plan | None = None
         self._check()
 
-    @torch.no_grad()
     def __call__(
         self,
         x: Tensor,
@@ -76,6 +76,27 @@ class Executor:
     ) -> Tensor:
         """As ``UNet.forward``: (N, out_channels, *spatial) in the dtype of ``x``. Raises InputError
         for the arguments that it does."""
+        output, _ = self.forward_cut(x, timesteps, y, low_res, noise_level)
+        return output
+
+    @torch.no_grad()
+    def forward_cut(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        low_res: Tensor | None = None,
+        noise_level: Tensor | None = None,
+        *,
+        depth: int = 0,
+        deep: Kept = (),
+    ) -> tuple[Tensor, Kept]:
+        """As ``UNet.forward_cut``, but that the second answer is tensors (N, ...): the value, and
+        what its readers want of it beside. ``deep`` is such an answer of this executor's.
+
+        A shallow call runs a part of the whole call's steps, in the same memory and on the same
+        weights.
+        """
         begun, ahead = self._begun, self._ahead
         weights = self._weights if begun else None
         if weights is None:
@@ -85,14 +106,14 @@ class Executor:
         given = {"x": x, "timesteps": timesteps}
         given |= {name: tensor for name, tensor in conditions.items() if tensor is not None}
         with torch.autocast(x.device.type, enabled=False):
-            plan = self._plan({name: tensor.shape for name, tensor in given.items()})
+            plan = self._plan({name: tensor.shape for name, tensor in given.items()}, depth)
             self._last = plan
             with weights.bound(plan) as bound:
                 arguments = [given[name] for name in plan.inputs]
-                output = bound.run(arguments, ahead).to(x.dtype)
+                output, deep = bound.run(arguments, ahead, deep)
         if not begun:
             self._let_go()
-        return output
+        return output.to(x.dtype), deep
 
     def begin(self, *, asked: bool = False, timesteps: Sequence[float] = ()) -> None:
         """Pack the weights anew, which may have changed unseen. InputError as the constructor's.
@@ -135,10 +156,10 @@ class Executor:
         """A number that stays while a graph may go on reading the weights where they are."""
         return 0 if self._weights is None else self._weights.number
 
-    def plan(self, *shape: int, **others: tuple[int, ...]) -> Plan:
+    def plan(self, *shape: int, depth: int = 0, **others: tuple[int, ...]) -> Plan:
         """The plan for x of this shape, and for those of ``y``, ``low_res`` and ``noise_level``
         that are given."""
-        return self._plan({"x": shape, "timesteps": shape[:1], **others})
+        return self._plan({"x": shape, "timesteps": shape[:1], **others}, depth)
 
     @property
     def _lowering(self) -> type[Lowering]:
@@ -167,15 +188,15 @@ class Executor:
                 self._modules = modules
                 self._plans.clear()
 
-    def _plan(self, shapes: dict[str, tuple[int, ...]]) -> Plan:
+    def _plan(self, shapes: dict[str, tuple[int, ...]], depth: int) -> Plan:
         dtype = self.dtype or dtype_of(self.reading.module)
         device = device_of(self.reading.module).type
-        key = (device, dtype, *shapes.items())
+        key = (device, dtype, depth, *shapes.items())
         with self._lock:
             plan = self._plans.get(key)
             if plan is None:
                 plan = self._plans[key] = planned(
-                    self.unet, dtype, shapes, device=device, exact=self.exact
+                    self.unet, dtype, shapes, depth=depth, device=device, exact=self.exact
                 )
             self._plans.move_to_end(key)
             while len(self._plans) > MOST_PLANS:
@@ -188,18 +209,20 @@ def planned(
     dtype: torch.dtype,
     shapes: dict[str, tuple[int, ...]],
     *,
+    depth: int = 0,
     device: str = "cpu",
     exact: bool = False,
 ) -> Plan:
     """The plan for arguments of these shapes by name: "x", "timesteps" and those of the network's
-    conditions. It reads no values: a network anywhere has one for the CPU and one for a GPU
+    conditions; of one that is cut at ``depth`` where that is not 0. It reads no values: a network anywhere has one for the CPU and one for a GPU
     (``device``: "cpu" or "cuda")."""
     program = Program(dtype)
     values = {name: program.input(name, shape) for name, shape in shapes.items()}
     conditions = (values.get(name) for name in ("y", "low_res", "noise_level"))
-    output = unet.unroll(program, values["x"], values["timesteps"], *conditions)
+    output, deep = unet.unroll(program, values["x"], values["timesteps"], *conditions, depth)
     names = {module: name for name, module in unet.named_modules()}
-    return Plan(LOWERINGS[device](program, output, exact=exact), names)
+    cut = deep if depth else None
+    return Plan(LOWERINGS[device](program, output, cut=cut, exact=exact), names)
 
 
 def versions(unet: nn.Module) -> list[tuple[int, int, torch.dtype]]:

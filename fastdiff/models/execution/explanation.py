@@ -86,6 +86,8 @@ def explanation(plan: Plan) -> str:
     lines.append(f"results alive at a time: at most {_mega(plan.peak)}")
     if plan.captured:
         lines.append(f"kernels of a call: {kernels(plan)}")
+    if plan.kept:
+        lines.append(f"of these a shallow call runs {len(plan.shallow)} operations")
     lines.append(f"copies between layers, of layout or dtype: {copies(plan)}")
     return "\n".join(lines)
 

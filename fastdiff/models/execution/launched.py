@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from fastdiff.models.execution.ahead import Ahead
-from fastdiff.models.execution.lowering import Slot
+from fastdiff.models.execution.bound import Kept
+from fastdiff.models.execution.lowering import Slot, Step
 from fastdiff.models.execution.plan import Plan
 
 
@@ -22,19 +23,23 @@ class Launched:
     def __init__(self, plan: Plan, weights: Sequence[Any]):
         self._held: dict[Slot | None, Any] = {None: None}
         self._held.update(zip(plan.weights.values(), weights, strict=True))
-        self._inputs, self._output = list(plan.inputs.values()), plan.output
-        self._steps = list(zip(plan.steps, _last_needed(plan), strict=True))
+        self._inputs, self._output, self._kept = list(plan.inputs.values()), plan.output, plan.kept
+        lasting = [plan.output, *plan.kept]
+        self._steps = _released(plan.steps, lasting)
+        self._shallow = _released([plan.steps[number] for number in plan.shallow], lasting)
         written = {slot for step in plan.steps for slot in step.writes}
         self._parts: dict[Slot | None, list[Slot]] = {}
         for slot in plan.parts - written:
             self._parts.setdefault(slot.whole, []).append(slot)
 
-    def run(self, arguments: Sequence[Tensor], ahead: Ahead) -> Tensor:
-        """The result for the arguments, in the order of the plan's ``inputs``. All of it: a graph
-        is the same for every timestep."""
+    def run(
+        self, arguments: Sequence[Tensor], ahead: Ahead, kept: Kept = ()
+    ) -> tuple[Tensor, Kept]:
+        """As of Bound. Nothing ahead: a graph is the same for every timestep."""
         held = dict(self._held)
         held.update(zip(self._inputs, arguments, strict=True))
-        for step, last_needed in self._steps:
+        held.update(zip(self._kept, kept, strict=bool(kept)))
+        for step, last_needed in self._shallow if kept else self._steps:
             results = step.function(*[held[slot] for slot in step.reads], **step.options)
             results = results if isinstance(results, tuple) else (results,)
             for slot, result in zip(step.writes, results, strict=True):
@@ -44,21 +49,23 @@ class Launched:
             del results, result
             for slot in last_needed:
                 held.pop(slot, None)
-        return held[self._output]
+        return held[self._output], kept or tuple(held[slot] for slot in self._kept)
 
 
-def _last_needed(plan: Plan) -> list[list[Slot]]:
-    """For each step the results that none after it needs, by all their names."""
+def _released(steps: Sequence[Step], lasting: Sequence[Slot]) -> list[tuple[Step, list[Slot]]]:
+    """Each step with the results that none after it needs, by all their names; what lasts is needed
+    to the end."""
     last: dict[Slot, int] = {}
     names: dict[Slot, set[Slot]] = {}
-    for number, step in enumerate(plan.steps):
+    for number, step in enumerate(steps):
         for slot in (*step.reads, *step.writes):
             if slot is not None and slot.weight is None:
                 whole = slot.whole or slot
                 last[whole] = number
                 names.setdefault(whole, {whole}).add(slot)
-    del last[plan.output.whole or plan.output]
-    found: list[list[Slot]] = [[] for _ in plan.steps]
+    for slot in lasting:
+        last.pop(slot.whole or slot, None)
+    found: list[list[Slot]] = [[] for _ in steps]
     for whole, number in last.items():
         found[number] += names[whole]
-    return found
+    return list(zip(steps, found, strict=True))

@@ -77,14 +77,18 @@ class Step:
 class Lowering:
     """``steps``; ``inputs`` by name; ``weights``; ``output``, where the program's result is.
 
+    ``cut``: a value that a later call takes as it is; ``kept``: where it is, and what was computed
+    of it before it was read.
     ``captured``: the steps allocate what they answer, and are recorded in graphs, which go on
     reading the weights where they are. ``exact``: float32 products are of the values themselves.
     """
 
     captured = False
 
-    def __init__(self, program: Program, output: Value, *, exact: bool = False):
-        self.program, self.exact = program, exact
+    def __init__(
+        self, program: Program, output: Value, *, cut: Value | None = None, exact: bool = False
+    ):
+        self.program, self.cut, self.exact = program, cut, exact
         self.layout = CHANNELS_LAST if len(output.shape) == 4 else CONTIGUOUS
         self.steps: list[Step] = []
         self.inputs: dict[str, Slot] = {}
@@ -97,6 +101,8 @@ class Lowering:
         for value in program.values:
             self._start(value)
         self.output = self._tensor(output)
+        found = [] if cut is None else [self._made[cut], self._moments.get(cut)]
+        self.kept = [slot for slot in found if slot is not None]
 
     # --- Values as tensors --------------------------------------------------------------------
 

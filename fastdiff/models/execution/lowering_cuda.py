@@ -51,6 +51,8 @@ class CudaLowering(Lowering):
     def _start(self, value: Value) -> None:
         if self._two_axes and value.kind == "convolution":
             self._begin(value)
+            if value is self.cut:  # the norm that adds what is open is of this call alone
+                self._closed(value, value.layer)
         else:
             super()._start(value)
 

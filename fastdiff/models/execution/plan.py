@@ -17,7 +17,8 @@ class Plan:
     columns of others, or stand there; ``peak``: the most bytes of results that are alive at a time;
     ``captured``: as of the lowering; ``names``: of the network's modules. ``early``: how many of
     the steps, the first ones, depend on nothing but the timesteps; ``ahead``: their results that
-    other steps read.
+    other steps read. ``kept``: as of the lowering, of networks that are cut in two; ``shallow``:
+    the numbers of the steps that are to be run where another call's are there.
     """
 
     def __init__(self, lowered: Lowering, names: Mapping[nn.Module, str]):
@@ -26,12 +27,15 @@ class Plan:
         self.weights, self.inputs, self.output = lowered.weights, lowered.inputs, lowered.output
         early, others = _sorted(lowered.steps, lowered.inputs.get("timesteps"))
         self.steps, self.early = early + others, len(early)
+        self.kept = lowered.kept
+        self.shallow = _needed(self.steps, self.output, self.kept)
         read = {slot.whole or slot for step in others for slot in step.reads if slot is not None}
         self.ahead = [slot for step in early for slot in step.writes if slot in read]
         touched = [slot for step in self.steps for slot in (*step.writes, *step.reads)]
         self.parts = {slot for slot in touched if slot is not None and slot.whole is not None}
         alive = self._alive()
-        results = [(span, slot) for slot, span in alive.items() if span[0] >= 0]
+        given = set(self.inputs.values())
+        results = [(span, slot) for slot, span in alive.items() if slot not in given]
         self.peak = max(
             sum(slot.nbytes for (first, last), slot in results if first <= number <= last)
             for number in range(len(self.steps))
@@ -50,6 +54,8 @@ class Plan:
                 alive[whole] = first, number
         output = self.output.whole or self.output
         alive[output] = alive[output][0], len(self.steps)
+        for slot in self.kept:  # or given before the first step
+            alive[slot.whole or slot] = -1, len(self.steps)
         return alive
 
 
@@ -63,6 +69,18 @@ def _sorted(steps: Sequence[Step], timesteps: Slot | None) -> tuple[list[Step], 
             early.append(step)
             known.update(step.writes)
     return early, [step for step in steps if step not in early]
+
+
+def _needed(steps: Sequence[Step], output: Slot, kept: Sequence[Slot]) -> list[int]:
+    """The numbers of those that the output depends on beside what is kept."""
+    there = {slot.whole or slot for slot in kept}
+    needed = {output.whole or output}
+    found: list[int] = []
+    for number, step in reversed(list(enumerate(steps))):
+        if any(slot and (slot.whole or slot) in needed for slot in step.writes):
+            found.append(number)
+            needed |= {slot.whole or slot for slot in step.reads if slot} - there
+    return found[::-1]
 
 
 def _placed(alive: Mapping[Slot, tuple[int, int]]) -> tuple[dict[Slot, int], int]:

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from fastdiff.checks import is_finite
 from fastdiff.errors import InputError
+from fastdiff.methods.rows import SLOTS
 from fastdiff.methods.table import StepTable
 from fastdiff.ops import counters, layouts, native
 from fastdiff.ops.backends import KERNEL_DTYPES as DTYPES
 from fastdiff.ops.checks import check_tensor, refusal
 from fastdiff.ops.counters import Counter, arguments, value_or_address
-from fastdiff.ops.differentiable import Kernel
+from fastdiff.ops.differentiable import Kernel, Written
 from fastdiff.ops.dispatch import OPERATIONS, Operation
 from fastdiff.ops.layouts import Maybe
-from fastdiff.ops.native import address
 from fastdiff.ops.normal import draw_at, drawn_apart
 from fastdiff.ops.posterior_step import reference
 
@@ -37,7 +37,9 @@ def posterior_step(
     first_sample: int | Tensor = 0,
     memory: Sequence[Tensor] | None = None,
     prev_x_start: Tensor | None = None,
+    unconditional: Tensor | None = None,
     guidance_scale: float | Tensor | None = None,
+    output_scale: Tensor | None = None,
     return_x_start: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Apply row ``step`` of ``table`` and return (x_prev, pred_x_start), both like ``x_t``.
@@ -45,7 +47,8 @@ def posterior_step(
     Args:
         x_t: (N, C, ...) in float32, bfloat16 or float16; the arithmetic is float32.
         model_output: (N, C, ...), or (N, 2C, ...) where the process learns its variance. With
-            guidance the batch is 2N: the conditional half first, then the unconditional.
+            guidance the batch is 2N: the conditional half first, then the unconditional, unless
+            ``unconditional`` is that.
         table: rows of coefficients, on the device of ``x_t``.
         step: the row, 0 being the noisiest: an int, or an integer tensor of one element on the
             device, which is read where the step is computed.
@@ -58,8 +61,13 @@ def posterior_step(
         prev_x_start: in place of ``memory`` where that is no more than pred_x_start of the row
             before (``table.keeps_x_start``), which is only read. A first row does not read it, so a
             ``step`` tensor may start from zeros.
+        unconditional: the network's answers without the condition, or those of a worse network
+            (autoguidance, Karras et al. 2024, arXiv:2406.02507): (N, C, ...), or (N, 2C, ...) of
+            which the first C channels count.
         guidance_scale: s in unconditional + s·(conditional − unconditional), a number or a tensor
             of one element; a learned variance is the conditional half's.
+        output_scale: (N,), what each sample's output is multiplied by after guidance: rescaled
+            guidance (Lin et al. 2023, arXiv:2305.08891, eq. 15–16).
         return_x_start: False: the second result is None and is never written.
 
     Gradients are the reference's alone. Raises InputError for shapes, dtypes, devices or a ``step``
@@ -73,13 +81,12 @@ def posterior_step(
         raise InputError(f"{OP}: noise and seed are both given; expected one of them")
     if noisy and noise is None and seed is None:
         raise InputError(f"{OP}: this step draws noise; give noise=, or seed= to have it drawn")
-    kept = _checked_memory(memory, prev_x_start, table, step, reads, x_t)
+    slots = _slots(memory, prev_x_start, table, step, reads, x_t)
     for name, tensor, read in (("noise", noise, noisy), ("prev_x_start", prev_x_start, reads)):
         if tensor is not None and not read:
             check_tensor(OP, name, tensor, x_t, x_t.shape)
-    backend = OPERATION.choose(x_t, model_output, noise, prev_x_start, guidance_scale).backend
-    if kept:
-        backend = "reference"
+    given = (noise, prev_x_start, *slots, unconditional, guidance_scale, output_scale)
+    backend = OPERATION.choose(x_t, model_output, *given).backend
     noise, prev_x_start = noise if noisy else None, prev_x_start if reads else None
     seed = counters.check_seed(seed, x_t) if noisy else None
     first_sample = counters.check_first_sample(first_sample, x_t)
@@ -98,35 +105,36 @@ def posterior_step(
     guidance: Any = guidance_scale if by_tensor else None
     scale = None if by_tensor or guidance_scale is None else float(guidance_scale)
     call = Arguments(
-        x_t, model_output, table.packed, noise, prev_x_start, guidance, scale,
+        x_t, model_output, table.packed, noise, prev_x_start, *slots,
+        unconditional, guidance, output_scale, scale,
         table.doubled_output, table.learned_variance, return_x_start, backend,
         step, seed, first_sample,
     )  # fmt: skip
     if backend == "reference":
         _check(call)
-    x_prev, x_start = reference.of_call(call, kept) if backend == "reference" else _kernel(call)
+    x_prev, x_start = reference.of_call(call) if backend == "reference" else _kernel(call)
     return x_prev, x_start if return_x_start else None
 
 
-def _checked_memory(
+def _slots(
     memory: Sequence[Tensor] | None,
     prev_x_start: Tensor | None,
     table: StepTable,
     step: int | Tensor,
     reads: bool,
     x_t: Tensor,
-) -> tuple[Tensor, ...]:
-    """The tensors that the step reads or writes; () for prev_x_start and for what uses none."""
-    slots = table.slots
+) -> tuple[Maybe, Maybe, Maybe]:
+    """M0, M1 and M2 as far as the table has them and the step reads or writes memory."""
+    none, count = (None, None, None), table.slots
     if prev_x_start is not None:
         if memory is not None:
             raise InputError(f"{OP}: memory and prev_x_start are both given; expected one of them")
         if not table.keeps_x_start:
             raise InputError(
                 f"{OP}: prev_x_start is given, but this table's rows keep more than that; give "
-                f"memory=, {slots} tensors like x_t"
+                f"memory=, {count} tensors like x_t"
             )
-        return ()
+        return none
     writes = isinstance(step, Tensor) or table.slots_written[step] >= 0
     if memory is None:
         if reads and table.keeps_x_start:
@@ -136,24 +144,43 @@ def _checked_memory(
             )
         if reads or (writes and not table.keeps_x_start):
             raise InputError(
-                f"{OP}: this step reads or keeps what other steps use; give memory=, {slots} "
+                f"{OP}: this step reads or keeps what other steps use; give memory=, {count} "
                 "tensors like x_t, the same ones at every step"
             )
-        return ()
-    if len(memory) != slots:
-        raise InputError(f"{OP}: memory has {len(memory)} tensors; expected the table's {slots}")
-    for slot, tensor in enumerate(memory):
-        check_tensor(OP, f"memory[{slot}]", tensor, x_t, x_t.shape)
-    return tuple(memory) if reads or writes else ()
+        return none
+    if len(memory) != count:
+        raise InputError(f"{OP}: memory has {len(memory)} tensors; expected the table's {count}")
+    if not (reads or writes):
+        for slot, tensor in enumerate(memory):
+            _check_slot(slot, tensor, x_t)
+        return none
+    m0, m1, m2 = (*memory, *none)[:SLOTS]
+    return m0, m1, m2
+
+
+def _check_slot(slot: int, tensor: Tensor, x_t: Tensor) -> None:
+    """A tensor that can be written: no two of its elements are one in memory."""
+    name = f"memory[{slot}]"
+    check_tensor(OP, name, tensor, x_t, x_t.shape)
+    if tensor.dtype not in DTYPES:
+        raise refusal(OP, name, tensor, "float32, bfloat16 or float16")
+    repeated = any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    if repeated:
+        raise InputError(f"{OP}: {name} is expanded; expected a tensor that can be written")
 
 
 def check_tensors(
-    x_t: Tensor, output: Tensor, packed: Tensor, doubled: bool, guidance: float | Tensor | None
+    x_t: Tensor,
+    output: Tensor,
+    packed: Tensor,
+    doubled: bool,
+    guidance: float | Tensor | None,
+    unconditional: Maybe = None,
 ) -> None:
     """InputError for tensors that do not fit each other."""
     _check_images("model_output", output)
     n, channels, *spatial = x_t.shape
-    guided = guidance is not None
+    guided = guidance is not None and unconditional is None
     expected = (2 * n if guided else n, 2 * channels if doubled else channels, *spatial)
     if output.shape != expected:
         why = "; two halves of the batch for guidance" if guided else ""
@@ -165,13 +192,25 @@ def check_tensors(
             raise refusal(OP, name, tensor, f"it on {x_t.device}, where x_t is")
     if isinstance(guidance, Tensor) and (guidance.numel() != 1 or guidance.device != x_t.device):
         raise refusal(OP, "guidance_scale", guidance, f"one element on {x_t.device}")
+    if unconditional is not None:
+        if guidance is None:
+            raise InputError(f"{OP}: unconditional is given; give guidance_scale= too")
+        either = (n, channels, *spatial), (n, 2 * channels, *spatial)
+        check_tensor(OP, "unconditional", unconditional, x_t, *either)
 
 
 def _check(call: "Arguments") -> None:
-    check_tensors(call.x_t, call.model_output, call.packed, call.doubled_output, call.guidance)
+    x_t = call.x_t
+    check_tensors(
+        x_t, call.model_output, call.packed, call.doubled_output, call.guidance, call.unconditional
+    )
+    for slot, held in enumerate(call.memory):
+        _check_slot(slot, held, x_t)
+    if call.output_scale is not None:
+        check_tensor(OP, "output_scale", call.output_scale, x_t, x_t.shape[:1])
     for name, tensor in (("noise", call.noise), ("prev_x_start", call.prev_x_start)):
         if tensor is not None:
-            check_tensor(OP, name, tensor, call.x_t, call.x_t.shape)
+            check_tensor(OP, name, tensor, x_t, x_t.shape)
 
 
 def _check_images(name: str, tensor: Tensor) -> None:
@@ -203,7 +242,12 @@ class Arguments(NamedTuple):
     packed: Tensor  # the table's
     noise: Maybe
     prev_x_start: Maybe
+    memory0: Written
+    memory1: Written
+    memory2: Written
+    unconditional: Maybe
     guidance_tensor: Maybe
+    output_scale: Maybe
     guidance_scale: float | None  # where no tensor says it
     doubled_output: bool  # the network returns 2C channels
     learned_variance: bool
@@ -217,19 +261,30 @@ class Arguments(NamedTuple):
     def guidance(self) -> float | Tensor | None:
         return self.guidance_scale if self.guidance_tensor is None else self.guidance_tensor
 
+    @property
+    def memory(self) -> tuple[Tensor, ...]:
+        return tuple(v for v in (self.memory0, self.memory1, self.memory2) if v is not None)
+
 
 def _layout(call: Arguments) -> Any:
+    """Of x_t, the output, what is given besides (of x_t where it is not), x_prev and x_start."""
     batch, channels = call.x_t.shape[:2]
     x_prev = torch.empty_like(call.x_t)
-    given = (call.x_t if v is None else v for v in (call.noise, call.prev_x_start))
-    operands = [call.x_t, call.model_output[:batch, :channels], *given, x_prev, x_prev]
+    unconditional = None if call.unconditional is None else call.unconditional[:, :channels]
+    before = call.memory0 if call.prev_x_start is None else call.prev_x_start
+    given = (unconditional, call.noise, before, call.memory1, call.memory2)
+    others = (call.x_t if v is None else v for v in given)
+    operands = [call.x_t, call.model_output[:batch, :channels], *others, x_prev, x_prev]
     return layouts.common_layout(operands, counted=call.seed is not None)
 
 
 def _readable(call: Arguments) -> Arguments:
     """With copies of what no kernel reads as it stands."""
     guidance = None if call.guidance_tensor is None else call.guidance_tensor.float()
-    call = call._replace(packed=call.packed.contiguous(), guidance_tensor=guidance)
+    scale = None if call.output_scale is None else call.output_scale.float().contiguous()
+    call = call._replace(
+        packed=call.packed.contiguous(), guidance_tensor=guidance, output_scale=scale
+    )
     return call if _layout(call) else layouts.dense(call)
 
 
@@ -239,22 +294,29 @@ def _plan(call: Arguments) -> Any:
     shape, (x_t, output, *others) = _layout(call)
     n, channels = call.x_t.shape[:2]
     variance = channels * call.model_output.stride(1) if call.learned_variance else -1
-    unconditional = n * call.model_output.stride(0) if call.guidance is not None else -1
+    guided = call.guidance is not None
+    halves = guided and call.unconditional is None
+    unconditional = n * call.model_output.stride(0) if halves else -1
     described = (shape, rows, x_t, output, variance, unconditional, *others)
+    keeps, draws = len(call.memory) > 0, call.seed is not None
+    launch: Any
     if backend == "triton":
         from fastdiff.kernels.posterior_step import launch_for
 
-        return launch_for(*described, guidance=scale, draws=call.seed is not None)
-    plan = native.library().PosteriorStep(*described)
-    launch = functools.partial(native.launch_on, OP, backend, plan)
+        launch = launch_for(*described, guided=guided, guidance=scale, draws=draws, keeps=keeps)
+    else:
+        plan = native.library().PosteriorStep(*described)
+        launch = functools.partial(native.launch_on, OP, backend, plan)
 
     def fill(*given: Any) -> None:
-        *read, guidance, x_prev, x_start, step, seed, first_sample = given
-        tensors = (*read, x_prev, x_start)
+        x_t, output, packed, noise, before, m0, *others, step, seed, first_sample = given
+        tensors = (x_t, output, packed, noise, m0 if before is None else before, *others)
+        if backend == "triton":
+            return launch(*tensors, step, seed, first_sample)
         wide_step = isinstance(step, Tensor) and step.dtype == torch.int64
-        row = (*value_or_address(step), wide_step, scale, address(guidance))
-        noise = *arguments(backend, seed), FIRST_COUNTER_STEP, *arguments(backend, first_sample)
-        if launch(tensors, *row, seed is not None, *noise) is False:
+        numbers = (keeps, *value_or_address(step), wide_step, scale, draws)
+        noise_at = *arguments(backend, seed), FIRST_COUNTER_STEP, *arguments(backend, first_sample)
+        if launch(tensors, *numbers, *noise_at) is False:
             raise step_error(int(step), rows)
 
     return fill

@@ -46,9 +46,9 @@ def keep(
         tensor.copy_(torch.where(row["slot"] == slot, kept.to(tensor.dtype), tensor))
 
 
-def of_call(call: Any, memory: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, torch.Tensor]:
+def of_call(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """(x_prev, x_start) of a call's record (``Arguments`` of op.py), in the dtype of x_t;
-    ``memory`` is written in place, ``call.prev_x_start`` only read."""
+    ``call.memory`` is written in place, ``call.prev_x_start`` only read."""
     x_t, packed, noise, before = call.x_t, call.packed, call.noise, call.prev_x_start
     step = call.step
     if isinstance(step, torch.Tensor):  # a gather on the device: no synchronisation
@@ -56,19 +56,33 @@ def of_call(call: Any, memory: Sequence[torch.Tensor] = ()) -> tuple[torch.Tenso
     else:
         row = packed[step]
     n, channels = x_t.shape[:2]
-    output = call.model_output[:, :channels].float()
+    output = guided_output(call)
     variance = call.model_output[:n, channels:].float() if call.learned_variance else None
     columns = dict(zip(COLUMNS, row.unbind(), strict=True))
     x_prev, x_start = posterior_step(
         x_t.float(),
-        output if call.guidance is None else guide(output, call.guidance),
+        output,
         columns,
         variance_output=variance,
         z=None if noise is None else noise.float(),
-        memory=[kept.float() for kept in (memory if before is None else [before])],
+        memory=[kept.float() for kept in (call.memory if before is None else [before])],
     )
-    keep(x_t.float(), x_start, columns, memory)
+    keep(x_t.float(), x_start, columns, call.memory)
     return x_prev.to(x_t.dtype), x_start.to(x_t.dtype)
+
+
+def guided_output(call: Any) -> torch.Tensor:
+    """What the network says of each sample, (N, C, ...) in float32: guided, and scaled."""
+    x_t, scale = call.x_t, call.output_scale
+    channels = x_t.shape[1]
+    output = call.model_output[:, :channels].float()
+    if call.guidance is not None:
+        if call.unconditional is None:
+            output, unconditional = output.chunk(2)
+        else:
+            unconditional = call.unconditional[:, :channels].float()
+        output = guide(output, unconditional, call.guidance)
+    return output if scale is None else scale.float().view(-1, *(1,) * (x_t.dim() - 1)) * output
 
 
 def log_variance(
@@ -84,7 +98,8 @@ def _times(coefficient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.where(coefficient != 0, coefficient * value, 0.0)
 
 
-def guide(output: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022): (2N, ...), conditional first, → (N, ...)."""
-    conditional, unconditional = output.chunk(2)
+def guide(
+    conditional: torch.Tensor, unconditional: torch.Tensor, scale: torch.Tensor | float
+) -> torch.Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022), (N, ...) each."""
     return unconditional + scale * (conditional - unconditional)

@@ -14,7 +14,7 @@ from fastdiff.models.replicas.replica import Replica
 from fastdiff.models.replicas.twin import Twin
 from fastdiff.models.wrappers import tensor_of
 from fastdiff.sampling.network.attributes import attributes_of
-from fastdiff.sampling.network.execution import Executed, Programs
+from fastdiff.sampling.network.execution import Executed, Features, Programs
 from fastdiff.sampling.network.packing import PackedConvolution, packable
 from fastdiff.sampling.network.padding import PaddedConvolution, paddable
 from fastdiff.sampling.network.weights import Weights, signature
@@ -56,6 +56,7 @@ class Network:
         self.lock = self.replica.lock
         self.running = self.watched = 0  # calls
         self.timesteps: Sequence[float] = ()  # of the last of them
+        self.depths: list[int] = []  # at which they cut the U-Net
         self._made_for: Any = None
         self._make_callable()
 
@@ -64,13 +65,21 @@ class Network:
         given = (self.model, self.dtype, self.asked_channels_last, compile)
         return Network, (*given, self.programs.executor, self.programs.exact)
 
-    def __call__(self, x: Tensor, timesteps: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        """The output, (N, C or 2C, ...), for x (N, C, ...) and float32 (N,) timesteps."""
+    def __call__(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        kwargs: Mapping[str, Any],
+        features: Features | None = None,
+    ) -> Tensor:
+        """The output, (N, C or 2C, ...), for x (N, C, ...) and float32 (N,) timesteps;
+        ``features``: what is reused of its U-Net."""
         parameter = first_parameter(self.module)
         plain = self.dtype in (None, torch.float32)
         if plain and parameter is not None and parameter.dtype != x.dtype:
             x = x.to(parameter.dtype)
-        with self.autocast(x.device):
+        reused = nullcontext() if features is None else features.reused()
+        with self.autocast(x.device), reused:
             output = self._run(x, timesteps, kwargs)
         if self.watched:
             with self.lock:
@@ -125,14 +134,18 @@ class Network:
         )
 
     @contextmanager
-    def sampling(self, watched: bool = True, timesteps: Sequence[float] = ()) -> Iterator[None]:
+    def sampling(
+        self, watched: bool = True, timesteps: Sequence[float] = (), depth: int = 0
+    ) -> Iterator[None]:
         """To be called inside: the model as it is when the call begins, in eval mode. ``watched``:
         what its forward writes to its attributes somebody may look at before the call is over;
-        ``timesteps``: at which it will be called."""
+        ``timesteps``: at which it will be called; ``depth``: at which its U-Net is cut in two."""
+        depths = [depth] if depth else []
         with self.lock:
             self.timesteps = timesteps
             self.follow()
-            self._refresh_weights()
+            self._refresh_weights(depths)
+            self.depths += depths
             self.running += 1
             self.watched += watched
         try:
@@ -142,6 +155,8 @@ class Network:
             with self.lock:
                 self.running -= 1
                 self.watched -= watched
+                for ended in depths:
+                    self.depths.remove(ended)
                 if not self.running:
                     self.replica.forget()
                     self._end()
@@ -165,10 +180,11 @@ class Network:
         if self.compiles:
             self.call = torch.compile(made_for, **self.compile_options)
 
-    def _refresh_weights(self) -> None:
+    def _refresh_weights(self, depths: Sequence[int] = ()) -> None:
+        """``depths``: of a call that begins."""
         twins = self.replica.modules()
         low = self.weights.low
-        programs = self.programs.of(self.replica, self.timesteps)
+        programs = self.programs.of(self.replica, self.timesteps, [*self.depths, *depths])
         # A program reads the weights of its parts themselves.
         parts = {part for twin in programs for part in twin.original.modules()}
         alone = [] if self.compiles else [t for t in twins if t.original not in parts]

@@ -1,0 +1,213 @@
+"""Sampling methods and spacings of steps on one network, over the number of network calls.
+
+Methods that draw no noise after x_T solve an ordinary differential equation: their error is the
+root mean square distance, in units of [−1, 1], of their samples from those that DPM-Solver++(2M)
+makes of the same x_T by all steps of the process. What the samples are worth says, for all methods,
+their Fréchet ratio to real images (``fastdiff.evaluation.scores.FrechetRatio``).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.errors import InputError
+from fastdiff.files import replacing
+from fastdiff.images import to_bytes
+from fastdiff.optional import require
+from fastdiff.sampling.sampler import Sampler
+
+SOLUTION = "dpmsolver++"
+MARKERS = "os^vDP*X"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with a spacing, in at most ``calls`` network calls."""
+
+    method: str
+    spacing: str
+    calls: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a case came to: how many steps it took, and its error (None where it draws noise) and
+    Fréchet ratio (None without real images)."""
+
+    method: str
+    spacing: str
+    calls: int
+    steps: int
+    error: float | None
+    frechet: float | None
+
+
+class Comparison:
+    """Draws samples of one network by each case, and judges them.
+
+    Args:
+        sampler: of the process, with everything but steps, spacing and method as it shall be.
+        shape: (C, H, W) of a sample.
+        num, paths: how many samples are drawn for a Fréchet ratio, and for an error alone.
+        batch_size: how many at a time.
+        kwargs: of the network for samples first … first + count − 1.
+        frechet: the ratio of uint8 samples (N, H, W, C); None: there is nothing to compare with.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        shape: tuple[int, ...],
+        *,
+        num: int,
+        paths: int,
+        batch_size: int,
+        seed: int,
+        kwargs: Callable[[int, int], Mapping[str, Any]],
+        frechet: Callable[[Any], float] | None,
+    ) -> None:
+        self.sampler, self.shape, self.frechet = sampler, shape, frechet
+        self.num, self.paths = (paths if frechet is None else num), paths
+        self.batch_size, self.seed, self.kwargs = batch_size, seed, kwargs
+        self._solution: Tensor | None = None
+
+    def outcome(self, case: Case) -> Outcome | None:
+        """Of a case; None where the method takes more calls than that for a single step."""
+        steps = self._steps(case)
+        if steps is None:
+            return None
+        noisy = self.sampler.table.is_noisy
+        if noisy and self.frechet is None:
+            return Outcome(**asdict(case), steps=steps, error=None, frechet=None)
+        samples = self._draw(self.num)
+        error = None
+        if not noisy:
+            difference = samples[: self.paths] - self.solution()[: len(samples)]
+            error = difference.square().mean().sqrt().item()
+        frechet = None if self.frechet is None else self.frechet(to_bytes(samples))
+        return Outcome(**asdict(case), steps=steps, error=error, frechet=frechet)
+
+    def solution(self) -> Tensor:
+        """(paths, C, H, W): where the first samples' x_T lead to."""
+        if self._solution is None:
+            self.sampler.configure(steps=None, spacing="uniform", method=SOLUTION)
+            self._solution = self._draw(self.paths)
+        return self._solution
+
+    def _steps(self, case: Case) -> int | None:
+        """The most steps that take no more than the case's calls; the sampler is set to them."""
+        least, most = 0, min(case.calls, self.sampler.process.num_timesteps)
+        while least < most:
+            steps = (least + most + 1) // 2
+            self._configure(case, steps)
+            fits = len(self.sampler.table) <= case.calls
+            least, most = (steps, most) if fits else (least, steps - 1)
+        if least:
+            self._configure(case, least)
+        return least or None
+
+    def _configure(self, case: Case, steps: int) -> None:
+        self.sampler.configure(steps=steps, spacing=case.spacing, method=case.method)
+
+    def _draw(self, count: int) -> Tensor:
+        parts = []
+        for first in range(0, count, self.batch_size):
+            size = min(self.batch_size, count - first)
+            given: dict[str, Any] = {"seed": self.seed, "first_sample": first}
+            kwargs = self.kwargs(first, size)
+            parts.append(self.sampler.sample((size, *self.shape), **given, model_kwargs=kwargs))
+        return torch.cat(parts).cpu()
+
+
+def cases(methods: Sequence[str], spacings: Sequence[str], calls: Sequence[int]) -> list[Case]:
+    """All of them, the fewest calls first."""
+    return [
+        Case(method, spacing, count)
+        for count in sorted(calls)
+        for method in methods
+        for spacing in spacings
+    ]
+
+
+def best(outcomes: Sequence[Outcome], score: str) -> dict[tuple[str, int], Outcome]:
+    """Of each method and number of calls the outcome, over the spacings, with the least ``score``,
+    "error" or "frechet"."""
+    found: dict[tuple[str, int], Outcome] = {}
+    for outcome in outcomes:
+        value, key = getattr(outcome, score), (outcome.method, outcome.calls)
+        if value is not None and (key not in found or value < getattr(found[key], score)):
+            found[key] = outcome
+    return found
+
+
+TITLES = {
+    "error": "Root mean square error against the solution by all steps",
+    "frechet": "Fréchet ratio to real images",
+}
+
+
+def markdown(outcomes: Sequence[Outcome]) -> str:
+    """A table for each score: a row for each method, a column for each number of calls, in each the
+    score by the best spacing, and which that was; the best of a column is bold."""
+    parts = []
+    for score, title in TITLES.items():
+        found = best(outcomes, score)
+        if not found:
+            continue
+        calls = sorted({outcome.calls for outcome in outcomes})
+        methods = list(dict.fromkeys(method for method, _ in found))
+        least = {
+            count: min(getattr(found[m, count], score) for m in methods if (m, count) in found)
+            for count in calls
+            if any((m, count) in found for m in methods)
+        }
+        lines = [f"{title}, by network calls:", ""]
+        lines.append("| method | " + " | ".join(map(str, calls)) + " |")
+        lines.append("|---" * (len(calls) + 1) + "|")
+        for method in methods:
+            cells = [_cell(found.get((method, n)), score, least.get(n)) for n in calls]
+            lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    if not parts:
+        raise InputError("no case had a score: give --data, or methods that draw no noise")
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(outcome: Outcome | None, score: str, least: float | None) -> str:
+    if outcome is None:
+        return "–"
+    value = getattr(outcome, score)
+    text = f"{value:.3g}"
+    return f"{'**' + text + '**' if value == least else text} {outcome.spacing}"
+
+
+def plot(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
+    """A PNG: each score over the calls, a line for each method by its best spacings."""
+    figures = require("matplotlib.figure", "demo")
+    found = {score: best(outcomes, score) for score in TITLES}
+    shown = [score for score, of in found.items() if of]
+    figure = figures.Figure(figsize=(6.5 * len(shown), 5), layout="constrained")
+    methods = list(dict.fromkeys(outcome.method for outcome in outcomes))
+    for number, score in enumerate(shown):
+        axes = figure.add_subplot(1, len(shown), number + 1)
+        for i, method in enumerate(methods):
+            mine = sorted(n for m, n in found[score] if m == method)
+            if mine:
+                axes.plot(
+                    mine,
+                    [getattr(found[score][method, n], score) for n in mine],
+                    marker=MARKERS[i % len(MARKERS)],
+                    color=f"C{i % 10}",
+                    linestyle="-" if i < 10 else "--",
+                    label=method,
+                )
+        axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel=TITLES[score])
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize="small", ncols=2)
+    figure.suptitle(title)
+    with replacing(path) as stream:
+        figure.savefig(stream, format="png", dpi=110)
