@@ -50,7 +50,8 @@ def main(checkout, *options):
     for name in TESTS:
         counts[name] = count_steps(getattr(ours, name))
         setattr(diffusers, name, getattr(ours, name))
-    files = [Path(checkout) / "tests" / "schedulers" / f"test_scheduler_{t}.py" for t in TESTS.values()]
+    folder = Path(checkout) / "tests" / "schedulers"
+    files = [folder / f"test_scheduler_{test}.py" for test in TESTS.values()]
     status = pytest.main(["--rootdir", checkout, *map(str, files), *options])
     for name, steps in counts.items():
         for what, count in steps.most_common():
