@@ -6,6 +6,7 @@ those of crowsonkb/k-diffusion.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from fastdiff.methods.legs import Leg, ancestral, at_sigmas, churned
 from fastdiff.methods.levels import Level, Source
@@ -70,6 +71,55 @@ def dpmsolver_2s_ancestral(source: Source, *, eta: float = 1.0, s_noise: float =
             levels between its steps.
     """
     return _rows(source, ancestral(source.path, eta, s_noise), _by_x_start)
+
+
+@method("sde-dpmsolver++2s")
+def sde_dpmsolver_2s(source: Source, *, eta: float = 1.0, s_noise: float = 1.0) -> list[Row]:
+    """The same step whose middle is reached with noise too: k-diffusion's ``dpmpp_sde``, r = ½.
+
+    One Brownian motion W over σ adds both noises, so the share ρ of the second is the first's.
+
+    Args:
+        source: the process's levels and what the network predicts.
+        eta: the share of noise: 0 deterministic, 1 the DDPM variance.
+        s_noise: what the added noise is multiplied by.
+
+    Raises:
+        InputError: an ``eta`` that is no share, a negative ``s_noise``, and a process without
+            levels between its steps.
+    """
+    legs = ancestral(source.path, eta, s_noise)
+    whole = [leg for leg in legs if leg.at.signal > 0 and leg.next.noise > 0]
+    middles = at_sigmas(source, [math.sqrt(leg.at.sigma * leg.next.sigma) for leg in whole])
+    halves = dict(zip(whole, middles, strict=True))
+    rows: list[Row] = []
+    for leg in legs:
+        rows += _with_noisy_middle(leg, halves[leg], eta) if leg in halves else leg.rows()
+    return rows
+
+
+def _with_noisy_middle(leg: Leg, middle: Level, eta: float) -> list[Row]:
+    """x_m = c_m·x_0 + d_m·x + s_m·z and x' = c·x_0' + d·x + s·(ρ·z + √(1 − ρ²)·z').
+
+    z is what x_m tells of it, (x_m − c_m·x_0 − d_m·x) / s_m, so that what the first row keeps is
+    d·x − (ρ·s / s_m)·(c_m·x_0 + d_m·x). ρ² = (σ − σ_m) / (σ − σ').
+    """
+    (half,) = ancestral([leg.at, middle], eta, leg.s_noise)
+    (first,), (second,) = half.rows(), leg.rows()
+    sigma = leg.at.sigma
+    shared = math.sqrt((sigma - middle.sigma) / (sigma - leg.next.sigma))
+    gain = shared * second.sigma / first.sigma if first.sigma else 0.0
+    return [
+        replace(first, slot=0, k=-gain * first.c, q=second.d - gain * first.d),
+        Row(
+            middle,
+            c=second.c,
+            d=gain,
+            e=(1.0, 0.0, 0.0),
+            sigma=second.sigma * math.sqrt(1 - shared**2),
+            begins=False,
+        ),
+    ]
 
 
 def _by_eps(leg: Leg, middle: Level) -> float:

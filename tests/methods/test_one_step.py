@@ -19,6 +19,7 @@ ORDERS = [
     ("dpm_2", {}, 2),
     ("dpm_2_ancestral", {"eta": 0.0}, 2),
     ("dpmsolver++2s_ancestral", {"eta": 0.0}, 2),
+    ("sde-dpmsolver++2s", {"eta": 0.0}, 2),
     ("dpmsolver++2s", {}, 2),
     ("dpmsolver++2s", {"solver_type": "heun"}, 2),
     ("dpmsolver++3s", {}, 3),
@@ -56,6 +57,8 @@ NOISY = [
     ("dpm_2", {"s_churn": 6.0}, 2),
     ("dpm_2_ancestral", {}, 2),
     ("dpmsolver++2s_ancestral", {}, 2),
+    ("sde-dpmsolver++2s", {}, 2),
+    ("sde-dpmsolver++2s", {"eta": 0.5}, 2),
     ("dpmsolver++2s", {"eta": 1.0}, 2),
     ("dpmsolver++3s", {"eta": 0.7}, 2),  # the way to σ_down is not cut in three even parts
     ("dpmsolver++3s", {"eta": 0.7, "solver_type": "heun"}, 2),
@@ -105,6 +108,26 @@ def test_s_noise_multiplies_what_is_added():
         assert one.is_noisy
         torch.testing.assert_close(more.sigma, 1.25 * one.sigma)
         torch.testing.assert_close(more.d, one.d)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rises=st.lists(st.floats(0.05, 3.0), min_size=1, max_size=12),
+    least=st.floats(-5.0, 1.0),
+    preserving=st.booleans(),
+    case=st.sampled_from([*NOISY, *ORDERS, ("predictor-corrector", {"snr": 1e-4}, 0)]),
+)
+def test_every_row_keeps_the_marginals_of_one_known_image(rises, least, preserving, case):
+    """q(x | x_0) = N(signal·x_0, noise²) at every level, trial points included."""
+    method, options, _ = case
+    if method == "restart":
+        options = {"restarts": [(0.5, 4.0, 3, 2), (0.1, 0.4, 4, 3)]}
+    process = row_oracle.process(np.exp(least + np.cumsum(rises)), preserving=preserving)
+    table = row_oracle.table_of(process, method, **options)
+    means, variances = row_oracle.moments(table, mean=0.7, variance=0.0)
+    signal, noise = np.append(table.levels, [[1.0, 0.0]], 0).T
+    np.testing.assert_allclose(means, 0.7 * signal, rtol=1e-9, atol=1e-11 * noise.max())
+    np.testing.assert_allclose(variances, noise**2, rtol=1e-9, atol=1e-18 * noise.max() ** 2)
 
 
 # --- Euler is DDIM ----------------------------------------------------------------------------

@@ -2,10 +2,11 @@
 and diffusers' installed schedulers, step by step.
 
 tests/recorded/one_step.json was written by running ``sample_euler``, ``sample_heun``,
-``sample_dpm_2`` and the three ``…_ancestral`` of k-diffusion, ``edm_sampler`` of NVlabs/edm and
-``restart_sampler`` of Newbeeer/diffusion_restart_sampling, at the commits it names, with float64
-tensors and ``denoiser`` below for a network: all σ and x that it was given, and the result. Draw n
-= 1, 2, … of standard normal noise was ``draw(n)``; Restart's draws of factor 0 were left out.
+``sample_dpm_2``, ``sample_dpmpp_sde`` and the three ``…_ancestral`` of k-diffusion, ``edm_sampler``
+of NVlabs/edm and ``restart_sampler`` of Newbeeer/diffusion_restart_sampling, at the commits it
+names, with float64 tensors and ``denoiser`` below for a network: all σ and x that it was given, and
+the result. Draw n = 1, 2, … of standard normal noise was ``draw(n)``; Restart's draws of factor 0
+were left out, and ``dpmpp_sde``'s Brownian motion was made of such draws.
 """
 
 import itertools
