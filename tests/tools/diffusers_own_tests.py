@@ -1,4 +1,4 @@
-"""diffusers' own tests of DDPM, DDIM and DPM-Solver multistep, with our schedulers in place of its.
+"""diffusers' own tests of the schedulers that are fused, with ours in place of its.
 
     python tests/tools/diffusers_own_tests.py CHECKOUT [pytest's options]
 
@@ -17,7 +17,17 @@ import pytest
 
 from fastdiff.integrations import diffusers as ours
 
-TESTS = ("ddpm", "ddim", "dpm_multi")
+TESTS = {
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "DEISMultistepScheduler": "deis",
+    "DPMSolverMultistepScheduler": "dpm_multi",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "EulerDiscreteScheduler": "euler",
+    "HeunDiscreteScheduler": "heun",
+    "PNDMScheduler": "pndm",
+    "UniPCMultistepScheduler": "unipc",
+}
 FUSED = "fused"
 
 
@@ -37,10 +47,11 @@ def count_steps(scheduler_class):
 
 def main(checkout, *options):
     counts = {}
-    for name in ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"):
+    for name in TESTS:
         counts[name] = count_steps(getattr(ours, name))
         setattr(diffusers, name, getattr(ours, name))
-    files = [Path(checkout) / "tests" / "schedulers" / f"test_scheduler_{t}.py" for t in TESTS]
+    folder = Path(checkout) / "tests" / "schedulers"
+    files = [folder / f"test_scheduler_{test}.py" for test in TESTS.values()]
     status = pytest.main(["--rootdir", checkout, *map(str, files), *options])
     for name, steps in counts.items():
         for what, count in steps.most_common():

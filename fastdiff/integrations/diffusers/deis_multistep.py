@@ -17,14 +17,14 @@ from fastdiff.integrations.diffusers.multistep import (
     MultistepScheduler,
     chosen_rows,
     in_blocks,
-    in_eps,
     in_x_start,
     kept_in_turns,
     x_start_columns,
 )
 
 _settings = attrgetter(
-    *("prediction_type", "algorithm_type", "solver_type", "thresholding", "use_flow_sigmas")
+    *("prediction_type", "algorithm_type", "solver_type", "solver_order"),
+    *("thresholding", "use_flow_sigmas"),
 )
 
 
@@ -55,8 +55,8 @@ class DEISMultistepScheduler(MultistepScheduler, stock.DEISMultistepScheduler):
         columns, steps = self._columns(), len(self.timesteps)
         if isinstance(columns, str):
             return columns
-        predicted, alpha, sigma = self._predicted()
-        chosen = in_x_start(chosen_rows(columns, self._rows_by_order()), predicted, alpha, sigma)
+        predicted, _ = self._predicted()
+        chosen = in_x_start(chosen_rows(columns, self._rows_by_order()), predicted)
         return self._rows_of(kept_in_turns(chosen, steps), device)
 
     def _plan(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, **_: Any) -> Plan:
@@ -94,25 +94,32 @@ class DEISMultistepScheduler(MultistepScheduler, stock.DEISMultistepScheduler):
             kept=(self.sigmas,),
         )
 
-    def _predicted(self) -> tuple[Columns, Tensor, Tensor]:
-        """The a and b of x_0, α and σ at each of ``timesteps``."""
-        sigmas = self.sigmas.cpu()[:-1]
+    def _predicted(self) -> tuple[Columns, Columns]:
+        """The a and b of x_0, and those of ε = (x_t − α·x_0)/σ, at each of ``timesteps``."""
+        prediction, sigmas = self.config.prediction_type, self.sigmas.cpu()[:-1]
         alpha, sigma = self._sigma_to_alpha_sigma_t(sigmas)
-        return x_start_columns(self.config.prediction_type, alpha, sigma, sigmas), alpha, sigma
+        x_start = x_start_columns(prediction, alpha, sigma, sigmas)
+        # diffusers divides a flow by the σ of its list, which differs where that is no flow's.
+        sigma = (sigmas if prediction == "flow_prediction" else sigma).double()
+        alpha = alpha.double()
+        eps = {"a": (1 - alpha * x_start["a"]) / sigma, "b": -alpha * x_start["b"] / sigma}
+        return x_start, eps
 
     def _columns(self) -> Columns | str:
-        """In ε, of K rows of the first order, K of the second and K of the third."""
-        prediction, algorithm, solver, thresholding, _ = _settings(self.config)
+        """In ε, of K rows of the first order, then K of each order up to the solver's."""
+        prediction, algorithm, solver, order, thresholding, _ = _settings(self.config)
         if thresholding:
             return "dynamic thresholding"
         if prediction not in PREDICTIONS:
             return f"prediction_type {prediction!r}"
+        if order not in (1, 2, 3):
+            return f"solver_order {order}"
         if (algorithm, solver) != ("deis", "logrho"):
             return f"algorithm_type {algorithm!r} with solver_type {solver!r}"
         alpha, sigma = self._sigma_to_alpha_sigma_t(self.sigmas.cpu())
         steps = len(sigma) - 1
-        shared = in_eps(*self._predicted()) | {"timesteps": self.timesteps.cpu()}
-        blocks = [shared | update for update in _updates(alpha, sigma)]
+        shared = self._predicted()[1] | {"timesteps": self.timesteps.cpu()}
+        blocks = [shared | update for update in _updates(alpha, sigma)[:order]]
         return in_blocks(blocks, steps)
 
 
@@ -142,11 +149,16 @@ def _updates(alphas: Tensor, sigmas: Tensor) -> list[Columns]:
 
 def _line(t: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """∫ (log t − log c)/(log b − log c) dt."""
-    return t * (-np.log(c) + np.log(t) - 1) / (np.log(b) - np.log(c))
+    return t * (-_log(c) + _log(t) - 1) / (_log(b) - _log(c))
 
 
 def _parabola(t: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     """∫ (log t − log c)(log t − log d) / ((log b − log c)(log b − log d)) dt."""
-    log_t, log_b, log_c, log_d = (np.log(rho) for rho in (t, b, c, d))
+    log_t, log_b, log_c, log_d = (_log(rho) for rho in (t, b, c, d))
     integral = log_c * (log_d - log_t + 1) - log_d * log_t + log_d + log_t**2 - 2 * log_t + 2
     return t * integral / ((log_b - log_c) * (log_b - log_d))
+
+
+def _log(rho: Tensor) -> Tensor:
+    """numpy's, as in diffusers."""
+    return torch.from_numpy(np.log(rho.numpy()))

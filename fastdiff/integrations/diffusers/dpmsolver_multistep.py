@@ -24,7 +24,8 @@ from fastdiff.integrations.diffusers.multistep import (
 
 _ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++")
 _settings = attrgetter(
-    *("prediction_type", "algorithm_type", "solver_type", "thresholding", "use_flow_sigmas")
+    *("prediction_type", "algorithm_type", "solver_type", "solver_order"),
+    *("thresholding", "use_flow_sigmas"),
 )
 
 
@@ -130,12 +131,14 @@ class DPMSolverMultistepScheduler(MultistepScheduler, stock.DPMSolverMultistepSc
         )
 
     def _columns(self) -> Columns | str:
-        """Of K rows of the first order, K of the second and K of the third."""
-        prediction, algorithm, solver, thresholding, _ = _settings(self.config)
+        """Of K rows of the first order, then K of each order up to the solver's."""
+        prediction, algorithm, solver, order, thresholding, _ = _settings(self.config)
         if thresholding:
             return "dynamic thresholding"
         if prediction not in PREDICTIONS:
             return f"prediction_type {prediction!r}"
+        if order not in (1, 2, 3):
+            return f"solver_order {order}"
         if algorithm not in _ALGORITHMS or solver not in ("midpoint", "heun"):
             return f"algorithm_type {algorithm!r} with solver_type {solver!r}"
         sigmas = self.sigmas.cpu()
@@ -143,7 +146,8 @@ class DPMSolverMultistepScheduler(MultistepScheduler, stock.DPMSolverMultistepSc
         predicted = x_start_columns(prediction, alpha[:-1], sigma[:-1], sigmas[:-1])
         steps = len(sigmas) - 1
         shared = predicted | {"timesteps": self.timesteps.cpu()}
-        blocks = [shared | update for update in _updates(alpha, sigma, algorithm, solver)]
+        updates = _updates(alpha, sigma, algorithm, solver)[:order]
+        blocks = [shared | update for update in updates]
         return in_blocks(blocks, steps)
 
 

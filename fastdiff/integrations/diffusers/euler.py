@@ -76,9 +76,9 @@ class _Euler(SigmaScheduler):
         prediction = self.config.prediction_type
         if prediction not in self._predictions:
             return f"prediction_type {prediction!r}"
-        sigmas = self.sigmas.cpu()
-        sigma = sigmas[:-1]
-        down, up = self._levels(sigma, sigmas[1:])
+        steps = len(self.timesteps)  # of log-linear sigmas there is one more
+        sigma, after = self.sigmas.cpu()[:steps], self.sigmas.cpu()[1 : steps + 1]
+        down, up = self._levels(sigma, after)
         change = (down - sigma).double() / sigma
         columns = exploding_columns(prediction, sigma)
         columns |= {"timesteps": self.timesteps.cpu(), "c": -change, "d": 1 + change, "sigma": up}

@@ -156,20 +156,29 @@ def apply(
 ) -> tuple[Tensor, Tensor]:
     """(x_prev, x_start) by one row, in the dtypes that the stock step's arithmetic would give.
 
-    ``memory``: what the row reads, the first tensors of the table's slots, or writes. x_start is
+    ``memory``: what the row reads or writes, the first tensors of the table's slots. x_start is
     x_prev where it is not returned.
     """
     mixed = sample.dtype != model_output.dtype
     if mixed:
         sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
     table = rows.table
-    slots = None
-    if table.reading_rows[row] or table.slots_written[row] >= 0:
+    slots = before = None
+    if table.reading_rows[row] and table.keeps_x_start:
+        (before,) = memory
+    elif table.reading_rows[row] or table.slots_written[row] >= 0:
         # The operator may write to each slot, which a leaf of a user's gradients does not bear.
         slots = [kept.clone() if kept.requires_grad else kept for kept in memory]
         slots += slots[-1:] * (table.slots - len(slots))
     x_prev, x_start = posterior_step(
-        sample, model_output, table, row, noise=noise, memory=slots, return_x_start=return_x_start
+        sample,
+        model_output,
+        table,
+        row,
+        noise=noise,
+        memory=slots,
+        prev_x_start=before,
+        return_x_start=return_x_start,
     )
     if x_start is None:
         return x_prev, x_prev

@@ -89,19 +89,14 @@ def x_start_columns(
     return {"a": 0.0, "b": 1.0}  # sample
 
 
-def in_eps(columns: Columns, alpha: Tensor, sigma: Tensor) -> Columns:
-    """The a and b of ε = (x_t − α·x_0)/σ, for rows whose c and e0 … e2 are factors of ε, in the
-    place of those of x_0."""
-    alpha, sigma = alpha.double(), sigma.double()
-    a, b = columns["a"], columns["b"]
-    return columns | {"a": (1 - alpha * a) / sigma, "b": -alpha * b / sigma}
-
-
-def in_x_start(columns: Columns, predicted: Columns, alpha: Tensor, sigma: Tensor) -> Columns:
-    """Rows in ε as rows whose x_0 is x_0, ``predicted`` being its a and b; they keep ε."""
-    alpha, sigma, c = alpha.double(), sigma.double(), columns["c"]
-    exchanged = {"c": -c * alpha / sigma, "d": columns["d"] + c / sigma}
-    return columns | predicted | exchanged | {"k": -alpha / sigma, "q": 1 / sigma}
+def in_x_start(columns: Columns, predicted: Columns) -> Columns:
+    """Rows whose "x_0" is ε, or whatever else x_t and the output give, as rows whose x_0 is x_0,
+    which keep the other. ``predicted``: x_0's a and b."""
+    b, before = (torch.as_tensor(of["b"]).double() for of in (predicted, columns))
+    k = before / b
+    q = columns["a"] - predicted["a"] * k
+    c = columns["c"].double()
+    return columns | predicted | {"c": c * k, "d": columns["d"] + c * q, "k": k, "q": q}
 
 
 def in_blocks(blocks: list[Columns], steps: int) -> Columns:
@@ -119,17 +114,20 @@ def chosen_rows(columns: Columns, rows: list[int]) -> Columns:
     }
 
 
-def kept_in_turns(columns: Columns, steps: int) -> Columns:
-    """Rows for a Sampler, which keeps the same tensors through all steps: row i leaves x_0, or its
-    k and q, in slot i mod L and finds that of row i − 1 − j in slot (i − 1 − j) mod L."""
+def kept_in_turns(columns: Columns, steps: int, *, all_but: int | None = None) -> Columns:
+    """Rows for a Sampler, which keeps the same tensors through all steps: the n-th row that keeps
+    x_0, or its k and q, does so in slot n mod L, and a later one finds it there. ``all_but``: the
+    row that keeps nothing."""
     factors = [torch.as_tensor(columns.get(f"e{j}", 0.0)).expand(steps) for j in range(3)]
     length = max([1, *(j + 1 for j, factor in enumerate(factors) if factor.any())])
     row = torch.arange(steps)
+    keeps = row != (-1 if all_but is None else all_but)
+    kept = keeps.cumsum(0) - keeps.long()  # how many rows before have kept something
     turned = torch.zeros(length, steps, dtype=torch.float64)
     for j in range(length):
-        turned[(row - 1 - j) % length, row] = factors[j].double()
+        turned[(kept - 1 - j) % length, row] = factors[j].double()
     slots = {f"e{slot}": turned[slot] if slot < length else 0.0 for slot in range(3)}
-    return {"k": 1.0} | columns | slots | {"slot": row % length}
+    return {"k": 1.0} | columns | slots | {"slot": torch.where(keeps, kept % length, -1)}
 
 
 def _indices(schedule: Tensor, timesteps: Tensor) -> Tensor:

@@ -6,8 +6,6 @@ import threading
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
-from inspect import signature
 from typing import Any
 
 import diffusers
@@ -20,37 +18,14 @@ from fastdiff.acceleration.calls import shared_arguments
 from fastdiff.acceleration.fused_class import check_removable, derived, put_back
 from fastdiff.errors import InputError
 from fastdiff.integrations.diffusers.ddim import DDIMScheduler
-from fastdiff.integrations.diffusers.ddpm import DDPMScheduler
-from fastdiff.integrations.diffusers.deis_multistep import DEISMultistepScheduler
 from fastdiff.integrations.diffusers.dpmsolver_multistep import DPMSolverMultistepScheduler
-from fastdiff.integrations.diffusers.euler import (
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-)
 from fastdiff.integrations.diffusers.generators import check_generators
-from fastdiff.integrations.diffusers.heun import HeunDiscreteScheduler
-from fastdiff.integrations.diffusers.pndm import PNDMScheduler
-from fastdiff.integrations.diffusers.unipc_multistep import UniPCMultistepScheduler
+from fastdiff.integrations.diffusers.schedulers import SCHEDULERS, as_called
 from fastdiff.integrations.options import check_sampler_options
-from fastdiff.methods.table import COLUMNS, StepTable
 from fastdiff.models.fused import Fused
 from fastdiff.sampling.sampler import Sampler
 
 PIPELINES = (diffusers.DDPMPipeline, diffusers.DDIMPipeline)
-SCHEDULERS: dict[Any, Any] = {
-    getattr(diffusers, kind.__name__): kind
-    for kind in (
-        DDIMScheduler,
-        DDPMScheduler,
-        DEISMultistepScheduler,
-        DPMSolverMultistepScheduler,
-        EulerAncestralDiscreteScheduler,
-        EulerDiscreteScheduler,
-        HeunDiscreteScheduler,
-        PNDMScheduler,
-        UniPCMultistepScheduler,
-    )
-}
 Generators = torch.Generator | list[torch.Generator] | None
 # Pipelines may share a U-Net or a scheduler, in several threads: held while one makes ready what a
 # call needs of them. The call itself holds nothing.
@@ -242,7 +217,7 @@ class _Accelerated(Fused):
                 pipe.scheduler.set_timesteps(num_inference_steps)
                 reason, rows = _rows(pipe, step_options)
             if reason is None:
-                table, std = _as_called(pipe.scheduler, rows.table)
+                table, std = as_called(pipe.scheduler, rows.table)
                 sampler = state.sampler_for(pipe.unet, table, device)
         if reason is not None:
             if labels is not None:
@@ -359,20 +334,6 @@ def _rows(pipe: Any, step_options: dict[str, Any]) -> tuple[str | None, Any]:
         return rows, None
     refusal = next((reason for reason in rows.refusals if reason), None)
     return refusal, rows
-
-
-def _as_called(scheduler: Any, table: StepTable) -> tuple[StepTable, float]:
-    """The table, and x_T's standard deviation, with which the pipelines use a scheduler.
-
-    They draw x_T from N(0, I) and give the network what the scheduler returns, also where its own
-    x_T is wider and its ``scale_model_input`` scales. They cannot use one whose ``step`` takes no
-    generator: that one's levels are then as they should be.
-    """
-    if "generator" not in signature(type(scheduler).step).parameters:
-        return table, float(scheduler.init_noise_sigma)
-    packed = table.packed.clone()
-    packed[:, COLUMNS.index("input_scale")] = 1.0
-    return replace(table, packed=packed, scales_input=False), 1.0
 
 
 def _labels(given: Any, batch_size: int, pipe: Any) -> Tensor | None:

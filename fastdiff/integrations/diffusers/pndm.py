@@ -104,29 +104,12 @@ class PNDMScheduler(TimestepScheduler, stock.PNDMScheduler):
             return columns
         blocks = [0, _AGAIN, *(min(i - 1, 3) for i in range(2, steps))][:steps]
         columns = chosen_rows(columns, [i + block * steps for i, block in enumerate(blocks)])
-        # What is kept of each row is the output, but of row 1, which starts from row 0's x again:
-        # that is x less what row 0 added to it.
-        once = [0, *range(2, steps)]
-        turned = kept_in_turns(chosen_rows(columns, once), len(once))
-        place = [0, 0, *range(1, steps - 1)][:steps]
-        table = chosen_rows(turned, place) | {
-            "k": 1 / columns["b"],
-            "q": -columns["a"] / columns["b"],
-        }
-        if steps > 1:
+        columns |= {"k": 1 / columns["b"], "q": -columns["a"] / columns["b"]}  # the output
+        if steps > 1:  # row 1 starts from row 0's x again, which is x less what row 0 added to it
             back = columns["e0"][1] / columns["d"][0]
-            again = {
-                "d": back,
-                "o": columns["o"][1],
-                "e0": columns["e1"][1] - back * columns["o"][0],
-                "e1": 0.0,
-                "e2": 0.0,
-                "slot": -1,
-            }
-            for name, value in again.items():
-                table[name] = torch.as_tensor(table[name]).expand(steps).clone()
-                table[name][1] = value
-        return self._rows_of(table, device)
+            columns["d"][1], columns["e0"][1] = back, columns["e1"][1] - back * columns["o"][0]
+            columns["e1"][1] = 0.0
+        return self._rows_of(kept_in_turns(columns, steps, all_but=1), device)
 
     def _plan(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, **_: Any) -> Plan:
         if self.num_inference_steps is None:
@@ -166,7 +149,7 @@ class PNDMScheduler(TimestepScheduler, stock.PNDMScheduler):
         return rows.refusals[row] or (rows, row)
 
     def _read(self, block: int) -> list[Tensor] | None:
-        """What a row of this block reads, in the order of its memory; None where that is missing."""
+        """What a row of this block reads, as its memory has it; None where that is missing."""
         read: list[Any]
         if block < _AGAIN:
             read = self.ets[::-1][:block]

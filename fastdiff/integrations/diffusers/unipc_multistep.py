@@ -26,7 +26,6 @@ from fastdiff.integrations.diffusers.multistep import (
     MultistepScheduler,
     chosen_rows,
     in_blocks,
-    in_eps,
     in_x_start,
     kept_in_turns,
     x_start_columns,
@@ -99,8 +98,9 @@ class UniPCMultistepScheduler(MultistepScheduler, stock.UniPCMultistepScheduler)
         """The next sample, (N, C, ...), as a SchedulerOutput or a tuple."""
         plan = self._plan(model_output, timestep, sample)
         if isinstance(plan, str):
-            self._returned = None
-            return super().step(model_output, timestep, sample, return_dict)
+            output = super().step(model_output, timestep, sample, return_dict)
+            self._returned = weakref.ref(output[0]), version(output[0])
+            return output
         rows, row = plan
         assert isinstance(rows, CorrectedRows)
         index = row % len(self.timesteps)
@@ -135,7 +135,7 @@ class UniPCMultistepScheduler(MultistepScheduler, stock.UniPCMultistepScheduler)
         ]
         chosen = chosen_rows(columns, rows)
         if not self.predict_x0:
-            chosen = in_x_start(chosen, *self._predicted())
+            chosen = in_x_start(chosen, self._predicted(in_x0=True))
         return self._rows_of(kept_in_turns(chosen, steps), device)
 
     def _plan(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, **_: Any) -> Plan:
@@ -200,11 +200,17 @@ class UniPCMultistepScheduler(MultistepScheduler, stock.UniPCMultistepScheduler)
             correction=correction.tolist(),
         )
 
-    def _predicted(self) -> tuple[Columns, Tensor, Tensor]:
-        """The a and b of x_0, α and σ at each of ``timesteps``."""
-        sigmas = self.sigmas.cpu()[:-1]
+    def _predicted(self, *, in_x0: bool) -> Columns:
+        """The a and b of x_0, or those of ε, at each of ``timesteps``."""
+        prediction, sigmas = self.config.prediction_type, self.sigmas.cpu()[:-1]
         alpha, sigma = self._sigma_to_alpha_sigma_t(sigmas)
-        return x_start_columns(self.config.prediction_type, alpha, sigma, sigmas), alpha, sigma
+        if in_x0:
+            return x_start_columns(prediction, alpha, sigma, sigmas)
+        if prediction == "epsilon":
+            return {"a": 0.0, "b": 1.0}
+        if prediction == "v_prediction":
+            return {"a": sigma, "b": alpha}
+        return {"a": 1 / sigma, "b": -alpha / sigma}  # sample
 
     def _columns(self) -> Columns | str:
         """Of K rows a block: the orders of the prediction, for each order of the correction, none
@@ -222,11 +228,8 @@ class UniPCMultistepScheduler(MultistepScheduler, stock.UniPCMultistepScheduler)
         if self.solver_p:
             return "solver_p predicts"
         alpha, sigma = self._sigma_to_alpha_sigma_t(self.sigmas.cpu())
-        predicted, *at = self._predicted()
-        if not self.predict_x0:
-            predicted = in_eps(predicted, *at)
         steps = len(sigma) - 1
-        shared = predicted | {"timesteps": self.timesteps.cpu()}
+        shared = {"timesteps": self.timesteps.cpu(), **self._predicted(in_x0=self.predict_x0)}
         update = {order: _Update(alpha, sigma, order, self.predict_x0, solver) for order in ORDERS}
         nothing = torch.zeros(steps, 4, dtype=torch.float64)
         corrections = [nothing, *(update[order].correction() for order in ORDERS)]

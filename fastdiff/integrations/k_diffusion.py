@@ -1,0 +1,311 @@
+"""k-diffusion's samplers by fastdiff's rows: ``sample_euler(model, x, sigmas)`` and the others.
+
+    from fastdiff.integrations import k_diffusion as K
+
+    x = K.sample_dpmpp_2m(model, x, sigmas)
+
+Names, arguments and results are those of ``k_diffusion.sampling`` (github.com/crowsonkb/
+k-diffusion), whose model answers x_0 to x = x_0 + σ·ε. Each is a method of ``fastdiff.methods``, on
+the levels of ``sigmas``, with one fused ``posterior_step`` a call of the model. What differs:
+
+- ``sigmas`` fall strictly, to 0 or to the level at which x is wanted;
+- by default the noise of the samplers whose k-diffusion's is a Brownian tree is the same in
+  distribution, drawn by ``torch.randn_like`` and without torchsde;
+- ``eta`` of ancestral samplers is at most 1, ``order`` of ``sample_lms`` at most 4, and ``r`` of
+  ``sample_dpmpp_sde`` is ½.
+
+x is float32, bfloat16 or float16; the arithmetic is float32. Bad arguments are an InputError.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.errors import InputError
+from fastdiff.methods import registry
+from fastdiff.methods.levels import Level, Levels, Source
+from fastdiff.methods.rows import Row
+from fastdiff.methods.table import StepTable
+from fastdiff.ops.posterior_step.op import posterior_step
+from fastdiff.optional import require
+
+Model = Callable[..., Tensor]
+NoiseSampler = Callable[[Tensor, Tensor], Tensor]
+Callback = Callable[[dict[str, Any]], Any]
+# (step, row of the step) → N(0, I), or None where nothing is drawn
+Noise = Callable[[int, int], Tensor | None]
+
+
+@torch.no_grad()
+def sample_euler(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, s_churn: float = 0.0,
+    s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Euler's method (Karras et al. 2022, arXiv:2206.00364, algorithm 2 without its correction)."""
+    given = (extra_args, callback, disable)
+    return _churned("euler", model, x, sigmas, given, s_churn, s_tmin, s_tmax, s_noise)
+
+
+@torch.no_grad()
+def sample_heun(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, s_churn: float = 0.0,
+    s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Heun's method (arXiv:2206.00364, algorithm 2): two calls of the model a step but the last."""
+    given = (extra_args, callback, disable)
+    return _churned("heun", model, x, sigmas, given, s_churn, s_tmin, s_tmax, s_noise)
+
+
+@torch.no_grad()
+def sample_dpm_2(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, s_churn: float = 0.0,
+    s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """DPM-Solver-2 (Lu et al. 2022, arXiv:2206.00927): the second call at the middle of log σ."""
+    given = (extra_args, callback, disable)
+    return _churned("dpm_2", model, x, sigmas, given, s_churn, s_tmin, s_tmax, s_noise)
+
+
+@torch.no_grad()
+def sample_euler_ancestral(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0,
+    s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+) -> Tensor:  # fmt: skip
+    """Euler's method to a lower level, and noise up to the next one."""
+    given = (extra_args, callback, disable)
+    noise = _sampled(x, sigmas, noise_sampler, s_noise)
+    return _run("euler_ancestral", model, x, sigmas, given, noise, eta=float(eta))
+
+
+@torch.no_grad()
+def sample_dpm_2_ancestral(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0,
+    s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+) -> Tensor:  # fmt: skip
+    """DPM-Solver-2 to a lower level, and noise up to the next one."""
+    given = (extra_args, callback, disable)
+    noise = _sampled(x, sigmas, noise_sampler, s_noise)
+    return _run("dpm_2_ancestral", model, x, sigmas, given, noise, eta=float(eta))
+
+
+@torch.no_grad()
+def sample_dpmpp_2s_ancestral(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0,
+    s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+) -> Tensor:  # fmt: skip
+    """DPM-Solver++(2S) (Lu et al. 2022, arXiv:2211.01095) to a lower level, and noise up again."""
+    given = (extra_args, callback, disable)
+    noise = _sampled(x, sigmas, noise_sampler, s_noise)
+    return _run("dpmsolver++2s_ancestral", model, x, sigmas, given, noise, eta=float(eta))
+
+
+@torch.no_grad()
+def sample_lms(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, order: int = 4,
+) -> Tensor:  # fmt: skip
+    """Linear multistep: the polynomial through the last ``order`` derivatives, integrated."""
+    return _run("lms", model, x, sigmas, (extra_args, callback, disable), None, order=order)
+
+
+@torch.no_grad()
+def sample_dpmpp_sde(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0,
+    s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None, r: float = 0.5,
+) -> Tensor:  # fmt: skip
+    """DPM-Solver++(2S) whose middle is reached with noise too."""
+    if r != 0.5:
+        raise InputError(f"r is {r!r}; expected 0.5, the middle of a step in log σ")
+    given = (extra_args, callback, disable)
+    noise = _of_the_middle(x, sigmas, noise_sampler, s_noise)
+    return _run("sde-dpmsolver++2s", model, x, sigmas, given, noise, eta=float(eta))
+
+
+@torch.no_grad()
+def sample_dpmpp_2m(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None,
+) -> Tensor:  # fmt: skip
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095)."""
+    return _run("dpmsolver++", model, x, sigmas, (extra_args, callback, disable), None)
+
+
+@torch.no_grad()
+def sample_dpmpp_2m_sde(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0,
+    s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+    solver_type: str = "midpoint",
+) -> Tensor:  # fmt: skip
+    """SDE-DPM-Solver++(2M); ``solver_type`` "midpoint" or "heun"."""
+    given = (extra_args, callback, disable)
+    noise = _sampled(x, sigmas, noise_sampler, s_noise) if eta else None
+    options: dict[str, Any] = {"eta": float(eta), "solver_type": solver_type}
+    return _run("sde-dpmsolver++", model, x, sigmas, given, noise, **options)
+
+
+@torch.no_grad()
+def sample_dpmpp_3m_sde(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any] | None = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 1.0,
+    s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+) -> Tensor:  # fmt: skip
+    """SDE-DPM-Solver++(3M)."""
+    given = (extra_args, callback, disable)
+    noise = _sampled(x, sigmas, noise_sampler, s_noise) if eta else None
+    return _run("sde-dpmsolver++3m", model, x, sigmas, given, noise, eta=float(eta))
+
+
+def _churned(
+    method: str, model: Model, x: Tensor, sigmas: Tensor, given: tuple[Any, ...],
+    s_churn: float, s_tmin: float, s_tmax: float, s_noise: float,
+) -> Tensor:  # fmt: skip
+    """Each step begins by noise up to σ·(1 + γ): a row adds that of the step after it, and what is
+    added before the first is added here. As in k-diffusion, a draw a step, used or not."""
+    values = _checked(x, sigmas)
+    steps = len(values) - 1
+    gamma = min(s_churn / steps, math.sqrt(2) - 1) if s_tmin <= values[0] <= s_tmax else 0.0
+    first = torch.randn_like(x) * s_noise
+    lifted = values[0] * (1 + gamma)
+    if gamma > 0:
+        x = x + first * math.sqrt(lifted**2 - values[0] ** 2)
+    # Where σ does not end in 0, its end is one more level to the method: of those that share the
+    # churn, but not churned.
+    if values[-1] > 0:
+        s_churn, s_tmin = s_churn * (steps + 1) / steps, max(s_tmin, math.nextafter(values[-1], math.inf))
+    churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax}
+
+    def noise(step: int, call: int) -> Tensor | None:
+        return torch.randn_like(x) * s_noise if step + 1 < steps else None
+
+    return _run(method, model, x, sigmas, given, noise, begin=lifted, **churn)
+
+
+def _sampled(x: Tensor, sigmas: Tensor, sampler: NoiseSampler | None, s_noise: float) -> Noise:
+    """What a sampler says for each step but one to no noise, or fresh draws."""
+
+    def noise(step: int, call: int) -> Tensor | None:
+        if sigmas[step + 1] == 0:
+            return None
+        drawn = torch.randn_like(x) if sampler is None else sampler(sigmas[step], sigmas[step + 1])
+        return drawn * s_noise
+
+    return noise
+
+
+def _of_the_middle(
+    x: Tensor, sigmas: Tensor, sampler: NoiseSampler | None, s_noise: float
+) -> Noise:
+    """The same where a step's first row is a draw to its middle. The second row repeats a share ρ
+    of that, and adds what is asked for: of a sampler's noise for the whole step what is left."""
+    first = torch.zeros_like(x)
+
+    def noise(step: int, call: int) -> Tensor | None:
+        nonlocal first
+        at, to = sigmas[step], sigmas[step + 1]
+        if to == 0:
+            return None
+        if sampler is None:
+            return torch.randn_like(x) * s_noise
+        middle = (at * to).sqrt()
+        if call == 0:
+            first = sampler(at, middle) * s_noise
+            return first
+        share = ((at - middle) / (at - to)).sqrt()
+        return (sampler(at, to) * s_noise - share * first) / (1 - share**2).sqrt()
+
+    return noise
+
+
+def _run(
+    method: str, model: Model, x: Tensor, sigmas: Tensor, given: tuple[Any, ...],
+    noise: Noise | None, *, begin: float | None = None, **options: Any,
+) -> Tensor:  # fmt: skip
+    """x at the last of ``sigmas`` by a method's rows; ``begin``: σ of the x that is given, where
+    that is not the first of them."""
+    extra_args, callback, disable = given
+    values = _checked(x, sigmas)
+    steps = len(values) - 1
+    rows = _rows(method, [values[0] if begin is None else begin, *values[1:]], options)
+    table = StepTable.from_rows([row.columns() for row in rows]).to(x.device)
+    memory = tuple(torch.zeros_like(x) for _ in range(table.slots))
+    calls = [i for i, row in enumerate(rows) if row.begins]
+    ones = x.new_ones(len(x))
+    for step in _shown(range(steps), disable):
+        first, last = calls[step], [*calls[1:], len(rows)][step] - 1
+        for row in range(first, last + 1):
+            sigma = table.timesteps[row]
+            denoised = model(x, sigma * ones, **(extra_args or {}))
+            if row == first and callback is not None:
+                seen = {"x": x, "i": step, "sigma": sigmas[step], "sigma_hat": sigma}
+                callback(seen | {"denoised": denoised})
+            drawn = None
+            if noise is not None and (row == last or table.noisy_rows[row]):
+                drawn = noise(step, row - first)
+            x, _ = posterior_step(
+                x, denoised, table, row, noise=drawn, memory=memory, return_x_start=False
+            )
+    return x
+
+
+def _rows(method: str, values: Sequence[float], options: dict[str, Any]) -> list[Row]:
+    """The method's rows on these σ, up to where the last step begins that leads beyond them."""
+    ends = values[-1] > 0
+    noise = np.array(values if ends else values[:-1])[::-1].copy()
+    zeros, ones = np.zeros_like(noise), np.ones_like(noise)
+
+    def between(log_snr: list[float]) -> list[Level]:
+        return [_level(math.exp(-value)) for value in log_snr]
+
+    source = Source(
+        levels=Levels.of(ones, noise),
+        a=zeros,
+        b=ones,
+        mean_type="x_start",
+        var_type="fixed_small",
+        timesteps=noise,
+        input_scale=ones,
+        between=between,
+    )
+    rows = registry.find(method).columns(source, **options)
+    assert isinstance(rows, list)
+    if not ends:
+        return rows
+    beyond = next(islice((i for i, row in enumerate(rows) if row.begins), len(values) - 1, None))
+    return rows[:beyond]
+
+
+def _level(sigma: float) -> Level:
+    """Where the model is given σ and answers x_0."""
+    return Level(1.0, sigma, a=0.0, b=1.0, timestep=sigma)
+
+
+def _checked(x: Tensor, sigmas: Tensor) -> list[float]:
+    """σ as numbers. InputError for what is no schedule, and for no x."""
+    if not isinstance(x, Tensor) or x.dim() < 2:
+        raise InputError(f"x is a {type(x).__name__}; expected a tensor (N, C, ...)")
+    if not isinstance(sigmas, Tensor) or sigmas.dim() != 1 or len(sigmas) < 2:
+        came = f"{tuple(sigmas.shape)}" if isinstance(sigmas, Tensor) else type(sigmas).__name__
+        raise InputError(f"sigmas: {came}; expected a tensor (K + 1,) of two numbers or more")
+    values = sigmas.tolist()
+    falls = all(math.isfinite(a) and a > b >= 0 for a, b in zip(values, values[1:], strict=False))
+    if not falls:
+        raise InputError(f"sigmas are {values}; expected finite numbers that fall, to 0 or more")
+    return values
+
+
+def _shown(steps: range, disable: bool | None) -> Any:
+    """With k-diffusion's progress bar, unless it is disabled."""
+    return steps if disable else require("tqdm.auto", "train").tqdm(steps, disable=disable)
