@@ -16,6 +16,7 @@ COMMANDS = {
     "nll": "score a checkpoint: bits per dimension of images, with its terms",
     "rate-distortion": "progressive lossy coding by a checkpoint: bits against error, pictured",
     "evaluate": "score samples against real images: recognition, class shares, Fréchet, memorising",
+    "timesteps": "search the timesteps at which few steps come nearest to many, for a checkpoint",
     "compare": "sampling methods and spacings on a checkpoint: error and Fréchet over calls",
     "reproduce": "an experiment of a paper: planned, trained, sampled, scored, beside its figures",
     "convert": "turn a published .pt checkpoint into one that describes itself",

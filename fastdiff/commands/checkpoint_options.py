@@ -1,4 +1,4 @@
-"""What commands that run a checkpoint share: the one that a user means, and its steps."""
+"""What commands that run a checkpoint share: the one that a user means."""
 
 import argparse
 import hashlib
@@ -14,9 +14,6 @@ from fastdiff.checks import choose_device
 from fastdiff.commands.networks import check_network
 from fastdiff.errors import InputError
 from fastdiff.models.ema import POWER
-from fastdiff.process.respacing import SPACINGS
-
-DEFAULT_STEPS = 50
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, *, cascade: bool = False) -> None:
@@ -47,25 +44,6 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, *, cascade: bool =
         default=argparse.SUPPRESS,
         help="cpu, cuda, cuda:1, ... (default: cuda if there is one)",
     )
-
-
-def add_step_arguments(parser: argparse.ArgumentParser, *, of_many: str = "") -> None:
-    """--steps and --spacing, of what samples; ``of_many``: how --steps is given for several
-    networks, where there may be several."""
-    parser.add_argument(
-        "--steps",
-        default=argparse.SUPPRESS,
-        help="sampling steps: a number, one per section (10,15,20) or ddimN "
-        f"(default: {DEFAULT_STEPS}, or all of a shorter process){of_many}",
-    )
-    parser.add_argument(
-        "--spacing", choices=SPACINGS, default=SPACINGS[0], help="which timesteps the steps take"
-    )
-
-
-def steps_of(asked: str | None, checkpoint: Checkpoint) -> str | int:
-    """--steps, or what is taken where there is none."""
-    return asked or min(DEFAULT_STEPS, checkpoint.diffusion.num_timesteps)
 
 
 def load_checkpoint(

@@ -19,17 +19,17 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.commands import networks
 from fastdiff.commands.checkpoint_options import (
     add_checkpoint_arguments,
-    add_step_arguments,
     describe,
     load_checkpoint,
     new_directory,
-    steps_of,
     writable_folder,
 )
 from fastdiff.commands.class_options import choose_classes, class_names, is_number
 from fastdiff.commands.data_options import KINDS_OF_DATA, add_reading_arguments
 from fastdiff.commands.network_data import network_dataset, network_pictures
 from fastdiff.commands.numbers import check_least
+from fastdiff.commands.step_options import OPTIONAL as STEP_OPTIONAL
+from fastdiff.commands.step_options import add_step_arguments, step_arguments
 from fastdiff.errors import InputError
 from fastdiff.files import replacing
 from fastdiff.images import MODES, channels_first, save_grid, to_bytes, to_float
@@ -41,7 +41,7 @@ from fastdiff.sampling.sampler import Sampler
 
 MODES_OF_MIXING = ("shared-noise", "ddim")
 # Options without a default of their own.
-OPTIONAL = ("data", "t", "steps", "method", "classes", "scale")
+OPTIONAL = ("data", "t", "method", "classes", "scale", *STEP_OPTIONAL)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -224,12 +224,12 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 
 def _sampler(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampler:
+    method = "ddim" if args.mode == "ddim" else args.method or "ddpm"
     return Sampler(
         checkpoint.model,
         checkpoint.diffusion,
-        steps=steps_of(args.steps, checkpoint),
-        spacing=args.spacing,
-        method="ddim" if args.mode == "ddim" else args.method or "ddpm",
+        **step_arguments(args, args.steps, checkpoint, method),
+        method=method,
         self_condition=networks.self_condition(checkpoint),
     )
 

@@ -1,10 +1,9 @@
 """By which method a checkpoint is sampled, and how much of its network each step runs."""
 
 import argparse
-import ast
 from typing import Any
 
-from fastdiff.errors import InputError
+from fastdiff.commands.named_values import named_values
 from fastdiff.methods.registry import METHODS, find
 
 # Of the options below those that have no default of their own.
@@ -54,26 +53,12 @@ def method_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "method": args.method,
         "eta": args.eta,
-        "method_options": _named(args.method, args.method_option or []),
+        "method_options": named_method_options(args.method, args.method_option),
         "reuse": args.reuse,
     }
 
 
-def _named(method: str, given: list[str]) -> dict[str, Any] | None:
+def named_method_options(method: str, given: list[str] | None) -> dict[str, Any] | None:
+    """--method-option as Sampler has it. InputError for what is no option of the method's."""
     known = [name for name in find(method).options if name != "eta"]
-    found = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or name not in known:
-            options = ", ".join(f"{known_name}=…" for known_name in known) or "none that there is"
-            raise InputError(f"--method-option is {text!r}; of --method {method} is {options}")
-        found[name] = _value(value)
-    return found or None
-
-
-def _value(text: str) -> Any:
-    """A number, a list or True, as Python writes them; else the text."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    return named_values("--method-option", given or [], f"--method {method}", known)

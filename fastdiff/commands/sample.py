@@ -19,11 +19,9 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.commands import networks, upsampling
 from fastdiff.commands.checkpoint_options import (
     add_checkpoint_arguments,
-    add_step_arguments,
     describe,
     fingerprint,
     load_checkpoint,
-    steps_of,
     writable_folder,
 )
 from fastdiff.commands.class_options import choose_classes, class_names
@@ -36,6 +34,8 @@ from fastdiff.commands.method_options import OPTIONAL as METHOD_OPTIONAL
 from fastdiff.commands.method_options import add_method_arguments, method_arguments
 from fastdiff.commands.numbers import check_least
 from fastdiff.commands.sample_parts import Batch, Merged, Parts, split
+from fastdiff.commands.step_options import OPTIONAL as STEP_OPTIONAL
+from fastdiff.commands.step_options import add_step_arguments, step_arguments
 from fastdiff.commands.trajectory import KINDS, Trajectory
 from fastdiff.data.spaced import spaced_numbers
 from fastdiff.errors import InputError
@@ -59,14 +59,15 @@ DEFAULT_NUM = 64
 GRID_IMAGES = 100  # more than these no longer make a picture one can look at
 
 # Options without a default of their own; their help says what happens without them.
-OPTIONAL: tuple[str, ...] = ("checkpoint", "cascade", "low_res", "num", "steps", "classes")
+OPTIONAL: tuple[str, ...] = ("checkpoint", "cascade", "low_res", "num", "classes")
 OPTIONAL += ("guidance_scale", "classifier", "classifier_scale", "columns", "scale")
-OPTIONAL += METHOD_OPTIONAL
+OPTIONAL += METHOD_OPTIONAL + STEP_OPTIONAL
 
 # Options that decide, as they stand, what the images are and which of them make a batch.
 DECISIVE: tuple[str, ...] = ("method", "spacing", "guidance_scale", "dtype", "truncate")
 DECISIVE += ("classifier_scale", "seed", "first_sample", "num", "batch_size")
 DECISIVE += ("cond_noise", "cond_truncated", "guidance_rescale", *METHOD_OPTIONAL)
+DECISIVE += ("spacing_option",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -230,6 +231,7 @@ def _settings(args: argparse.Namespace, task: _Task) -> dict[str, Any]:
         "checkpoint": "; ".join(map(fingerprint, task.checkpoints)),
         "classifier": task.classifier and fingerprint(task.classifier),
         "steps": upsampling.BETWEEN.join(str(stage.sampler.settings.steps) for stage in stages),
+        "timesteps": [stage.sampler.settings.timesteps for stage in stages],
         "low_res": None if task.low_res is None else task.low_res.fingerprint(),
         "classes": task.classes,
         "shape": task.parts.shape,
@@ -365,14 +367,13 @@ def _sampler(
     return Sampler(
         checkpoint.model,
         checkpoint.diffusion,
-        steps=steps_of(steps, checkpoint),
+        **step_arguments(args, steps, checkpoint, args.method),
         **method_arguments(args),
         guidance_scale=scale,
         guidance_rescale=0.0 if scale is None else args.guidance_rescale,
         guidance_reuse=None if scale is None else args.guidance_reuse,
         cond_fn=cond_fn,
         dtype=torch.bfloat16 if args.dtype == "bfloat16" else None,
-        spacing=args.spacing,
         self_condition=networks.self_condition(checkpoint),
     )
 

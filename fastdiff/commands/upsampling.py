@@ -56,6 +56,8 @@ def checkpoint_paths(args: argparse.Namespace) -> list[str]:
         )
     if args.low_res is not None:
         raise InputError("--low-res is for a super-resolution network alone, by --checkpoint")
+    if args.timesteps is not None:
+        raise InputError("--timesteps are of one network, by --checkpoint; a cascade takes --steps")
     return paths
 
 

@@ -18,8 +18,8 @@ from fastdiff.errors import InputError
 from fastdiff.methods.levels import Float64Array
 from fastdiff.methods.protocol import Process, noise_levels
 
-# In λ: what rounding leaves of a level at either end that was derived from the process.
-_ROUNDING = 1e-9
+# In λ: how far beyond either end a level may be that a method has rounded, and that is the end.
+_ROUNDING = 1e-6
 
 
 def log_snr(process: Process) -> Float64Array:

@@ -72,6 +72,11 @@ LEVEL_SPACINGS: dict[str, Callable[..., Float64Array]] = {
 }
 
 
+def spacing_options(spacing: str) -> tuple[str, ...]:
+    """The names of ``respace``'s arguments that this spacing has."""
+    return (*_options(spacing), "rounded") if spacing in LEVEL_SPACINGS else ()
+
+
 def check_options(spacing: str, options: Mapping[str, Any]) -> None:
     """InputError for an option that ``spacing`` has not."""
     for name, value in options.items():

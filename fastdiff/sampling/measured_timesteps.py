@@ -26,7 +26,9 @@ from fastdiff.sampling.timesteps_file import MeasuredTimesteps
 
 # From where the search begins: the best of these.
 STARTS = ("uniform", "trailing", "exponential", "karras", "beta")
-_FINE_METHOD = "dpmsolver++"
+# Of Sampler's arguments those that say how a step is taken, as the fine solution takes them.
+_FINE = {"method": "dpmsolver++", "eta": None, "method_options": None}
+_FINE |= {"reuse": None, "guidance_reuse": None}
 _FIRST_MOVE, _LAST_MOVE = 0.3, 1e-3  # of the logarithms of distances between levels
 _LEAST_GAP = 1e-3  # of the whole range of λ, where a search begins
 
@@ -40,7 +42,7 @@ def measured_timesteps(
     *,
     shape: Sequence[int],
     budget: int,
-    method: str = _FINE_METHOD,
+    method: str = "dpmsolver++",
     fine_steps: int = 200,
     seed: int = 0,
     rounded: bool = False,
@@ -61,8 +63,7 @@ def measured_timesteps(
         model: as :class:`Sampler` takes it.
         process: a GaussianDiffusion, a VarianceExploding or an EDM.
         steps: how many, two or more.
-        shape: (N, C, ...) of the samples; with N = 16 levels fit these noises, and those of others
-            nearly as well.
+        shape: (N, C, ...) of the samples whose errors are measured.
         budget: the most network calls, each of a batch of N: ``fine_steps`` for the solution, and
             the method's own for each trial. It is used up, unless no move helps any more.
         method: one without noise, as Sampler's.
@@ -72,7 +73,7 @@ def measured_timesteps(
         model_kwargs: as :meth:`Sampler.sample` takes it.
         uncond_kwargs: as :meth:`Sampler.sample` takes it.
         progress: called after each trial with the network calls so far and the least error.
-        sampler_arguments: Sampler's others: guidance_scale, clip_denoised, dtype, …
+        sampler_arguments: Sampler's others: method_options, guidance_scale, clip_denoised, …
 
     Raises InputError for arguments that do not fit, and a method that draws noise.
     """
@@ -94,7 +95,6 @@ def measured_timesteps(
     try:
         fine = process.respace(fine_steps, spacing="exponential", rounded=rounded)
         trials.solve(_own_timesteps(process, fine.timestep_map))
-        sampler.configure(method=method)
         starts = dict(_starts(process, steps, rounded))
         for spacing, timesteps in starts.items():
             by_spacing[spacing] = trials.error(timesteps)
@@ -131,8 +131,11 @@ class _Trials:
     solution: Tensor | None = None
 
     def solve(self, timesteps: list[float]) -> None:
-        self.sampler.configure(method=_FINE_METHOD)
+        """Make that the solution which the fine method and the whole network have of them."""
+        own = {name: getattr(self.sampler.settings, name) for name in _FINE}
+        self.sampler.configure(**_FINE)
         self.solution = self._samples(timesteps)
+        self.sampler.configure(**own)
 
     def error(self, timesteps: list[float]) -> float:
         """Of timesteps that were tried before without another network call."""

@@ -85,8 +85,8 @@ class MeasuredTimesteps:
         """
         if method != self.method:
             raise InputError(
-                f"the timesteps were measured for method {self.method!r}, not for {method!r}: "
-                f"take that method, or measure timesteps for this one"
+                f"the timesteps were measured for method {self.method!r}, not for {method!r}: take "
+                "that method, or measure timesteps for this one"
             )
         if not self._is_of(process):
             raise InputError(
