@@ -123,8 +123,8 @@ class CapturedStep:
             self.first_sample.fill_(signed(run.noise.first_sample))
         if run.guidance_scale is not None:
             self.scale.fill_(run.guidance_scale)
-        given = tensors_of([run.kwargs, run.conditional])
-        for tensor, value in zip(self.kwargs, given, strict=True):
+        arguments = tensors_of([run.kwargs, run.conditional])
+        for tensor, value in zip(self.kwargs, arguments, strict=True):
             tensor.copy_(value)
         if self.known is not None and run.conditions.known is not None:
             self.known.fill(run.conditions.known)

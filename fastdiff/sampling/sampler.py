@@ -62,12 +62,12 @@ class Sampler:
         dynamic_threshold: a quantile such as 0.995: dynamic thresholding of x_0 (Saharia et al.
             2022) in place of the clip.
         reuse: 3 runs the whole of a U-Net at every third row, and at the others its shallow layers
-            alone, on the deep features that were kept; [0, 4, 9] names the rows that run it whole
-            (:class:`fastdiff.sampling.reuse.Reuse`, which also says what is shallow; Ma et al.
-            2023, arXiv:2312.00858). The network has to be one that runs as a program (``executor``).
-            None reuses nothing.
+            alone, on the deep features that were kept (Ma et al. 2023, arXiv:2312.00858); [0, 4, 9]
+            names the rows that run it whole, and :class:`fastdiff.sampling.reuse.Reuse` says what
+            is shallow. The network has to be one that can run as a program (``executor``), and runs
+            as one. None reuses nothing.
         guidance_reuse: the rows of guidance that run the unconditional half, in the same way; at
-            the others its last output counts. None is all.
+            the others it is the conditional one less the last difference of the two. None is all.
         denoised_fn: applied to the predicted x_0 before it is clipped.
         cond_fn: classifier guidance: cond_fn(x, timesteps, **model_kwargs) answers
             ∇ log p(y | x_t), like x (Dhariwal & Nichol 2021); ``fastdiff.classifier_gradient``
@@ -156,6 +156,9 @@ class Sampler:
             raise InputError(f"executor is {executor!r}; expected 'auto', True or False")
         if executor is True and compile is not False:
             raise InputError("executor=True and compile exclude each other; choose one")
+        if reuse is not None and (executor is False or compile is not False):
+            other = "executor=False" if executor is False else "compile"
+            raise InputError(f"reuse needs a program of the U-Net, which {other} excludes")
         if dtype is not None and dtype not in DTYPES:
             raise InputError(f"dtype is {dtype!r}; expected torch.float32, bfloat16 or float16")
         if capture is True and cond_fn is not None:

@@ -22,13 +22,14 @@ from fastdiff.sampling.stats import Stats
 class State:
     """Where a call is, all (N, C, ...): x, the x_0 that the row before predicted (None before the
     first) and what the method's rows keep for later ones. And what the network's rows keep:
-    ``features``, of its deep layers, and ``unconditional``, of guidance; none before the first."""
+    ``features``, of its deep layers, and ``difference``, of guidance's outputs; none before the
+    first."""
 
     x: Tensor
     x_start: Tensor | None
     memory: tuple[Tensor, ...]
     features: tuple[Tensor, ...] = ()
-    unconditional: tuple[Tensor, ...] = ()
+    difference: tuple[Tensor, ...] = ()
 
     @classmethod
     def beginning(cls, x: Tensor, table: StepTable) -> "State":
@@ -44,16 +45,16 @@ class State:
             self.x_start.copy_(other.x_start)
         _take_all(self.memory, other.memory)
         self.features = _take_all(self.features, other.features)
-        self.unconditional = _take_all(self.unconditional, other.unconditional)
+        self.difference = _take_all(self.difference, other.difference)
 
     def anew(self) -> "State":
         """Without what the network's rows keep, which is of another batch."""
-        return replace(self, features=(), unconditional=())
+        return replace(self, features=(), difference=())
 
     def copy(self) -> "State":
         """Tensors that nothing writes over."""
         x_start = None if self.x_start is None else self.x_start.clone()
-        kept = (self.memory, self.features, self.unconditional)
+        kept = (self.memory, self.features, self.difference)
         return State(self.x.clone(), x_start, *(tuple(map(torch.clone, each)) for each in kept))
 
 
@@ -65,8 +66,8 @@ class Run:
     ``conditional``: for the batch of N always;
     ``cond_kwargs``: of the classifier, for the batch of N always.
     ``timesteps``: (K,) numbers. ``extents``: how much of the network each of its rows runs;
-    ``depth``: at which the network is cut for that, or 0. ``failed``: an int64 element, −1 or the first row whose x is not
-    finite; None on the CPU, where x is looked at itself. ``mean_is_output``: the update reads the
+    ``depth``: at which the network is cut for that, or 0. ``failed``: an int64 element, −1 or the
+    first row whose x is not finite; None on the CPU, where x is looked at itself. ``mean_is_output``: the update reads the
     network's output in place of x_0 (DDPM by previous-x prediction). ``self_condition``: the
     keyword argument that is the x_0 of the row before.
     """
@@ -137,9 +138,9 @@ class Run:
         if features is not None and extent.deep:
             state.features = _put_first(features.kept, state.features)
         if not extent.both:
-            return torch.cat([output, state.unconditional[0]])
+            return torch.cat([output, output - state.difference[0]])
         if self.guidance_scale is not None and not all(row.both for row in self.extents.values()):
-            state.unconditional = (output[count:],)
+            state.difference = (output[:count] - output[count:],)
         return output
 
     def apply(

@@ -52,9 +52,7 @@ class Launched:
         return held[self._output], kept or tuple(held[slot] for slot in self._kept)
 
 
-def _released(
-    steps: Sequence[Step], lasting: Sequence[Slot]
-) -> list[tuple[Step, list[Slot]]]:
+def _released(steps: Sequence[Step], lasting: Sequence[Slot]) -> list[tuple[Step, list[Slot]]]:
     """Each step with the results that none after it needs, by all their names; what lasts is needed
     to the end."""
     last: dict[Slot, int] = {}
