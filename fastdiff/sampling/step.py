@@ -67,9 +67,9 @@ class Run:
     ``cond_kwargs``: of the classifier, for the batch of N always.
     ``timesteps``: (K,) numbers. ``extents``: how much of the network each of its rows runs;
     ``depth``: at which the network is cut for that, or 0. ``failed``: an int64 element, −1 or the
-    first row whose x is not finite; None on the CPU, where x is looked at itself. ``mean_is_output``: the update reads the
-    network's output in place of x_0 (DDPM by previous-x prediction). ``self_condition``: the
-    keyword argument that is the x_0 of the row before.
+    first row whose x is not finite; None on the CPU, where x is looked at itself.
+    ``mean_is_output``: the update reads the network's output in place of x_0 (DDPM by previous-x
+    prediction). ``self_condition``: the keyword argument that is the x_0 of the row before.
     """
 
     network: Network
