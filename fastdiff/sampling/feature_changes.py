@@ -25,7 +25,8 @@ def measured_rows(
     ``shape``, ``inputs``: as of ``Sampler.iterate``, of the few samples that are drawn to measure,
     without reuse; ``depth``: at which the network is cut. Holds the features of all rows.
 
-    InputError where the sampler's network cannot be cut, and for as many rows as there are not.
+    InputError where the sampler's network cannot be cut, and for as many rows as there are not;
+    TrainingError where the samples are not finite.
     """
     changes = feature_changes(sampler, shape, depth=depth, **inputs)
     return best_rows(changes, whole)
@@ -46,6 +47,7 @@ def feature_changes(
             run = replace(call.run_of(i), depth=depth)
             made = state.anew()
             x, x_start = run.advance(made, i, WHOLE)
+            run.check_finite(x, i)
             features.append(made.features[0][: len(x)].flatten(1))
             state = replace(state, x=x, x_start=x_start)
     rows = [[_change(kept, own) for own in features] for kept in features]

@@ -106,7 +106,7 @@ def quadratic_rows(count: int, whole: int, *, centre: float, power: float = 1.4)
     centre above 0 its rows are others.)
     """
     count, whole = _count("count", count), _count("whole", whole)
-    if whole > count or not 0 <= centre <= count or not power >= 1:
+    if whole > count or not 0 <= centre <= count or not 1 <= power < np.inf:
         raise InputError(
             f"{whole} of {count} rows around row {centre} with power {power}; expected whole ≤ "
             "count, 0 ≤ centre ≤ count and power ≥ 1"

@@ -156,9 +156,6 @@ class Sampler:
             raise InputError(f"executor is {executor!r}; expected 'auto', True or False")
         if executor is True and compile is not False:
             raise InputError("executor=True and compile exclude each other; choose one")
-        if reuse is not None and (executor is False or compile is not False):
-            other = "executor=False" if executor is False else "compile"
-            raise InputError(f"reuse needs a program of the U-Net, which {other} excludes")
         if dtype is not None and dtype not in DTYPES:
             raise InputError(f"dtype is {dtype!r}; expected torch.float32, bfloat16 or float16")
         if capture is True and cond_fn is not None:
@@ -204,6 +201,8 @@ class Sampler:
     def _set(self, process: Any, settings: Settings) -> None:
         if not isinstance(process, StepTable):
             check_process(process, "respace", "prior_std")
+        if settings.depth and not self.network.programs.wanted:
+            raise InputError("reuse and executor=False or compile exclude each other; choose one")
         strided = settings.strided(process)
         table = settings.table(strided)
         if self.cond_fn is not None:

@@ -234,6 +234,8 @@ def test_what_is_reused_can_be_configured():
     cut = sampler.configure(reuse=Reuse(2, 1), guidance_reuse=3).sample(SHAPE, model_kwargs=LABELS)
     assert torch.equal(cut, sampler_of(model, **BOTH).sample(SHAPE, model_kwargs=LABELS))
     sampler.configure(reuse=None, guidance_reuse=None)
+    with pytest.raises(InputError, match="reuse and executor=False or compile exclude"):
+        sampler_of(model, executor=False).configure(reuse=2)
     assert torch.equal(sampler.sample(SHAPE, model_kwargs=LABELS), plain)
 
 
@@ -413,8 +415,8 @@ class Keeping:
         ({"reuse": [0, 2.5]}, "a row of reuse is 2.5; expected an integer, 0 or more"),
         ({"reuse": [0, 4, 4]}, r"reuse has rows \[0, 4, 4\]; expected each once, ascending"),
         ({"guidance_reuse": 2}, "guidance_reuse belongs to guidance; give guidance_scale too"),
-        ({"reuse": 3, "compile": True}, "reuse needs a program .* compile"),
-        ({"reuse": 3, "executor": False}, "reuse needs a program .* executor=False"),
+        ({"reuse": 3, "compile": True}, "reuse and executor=False or compile exclude each other"),
+        ({"reuse": 3, "executor": False}, "reuse and executor=False or compile exclude each other"),
     ],
 )
 def test_arguments_that_do_not_fit(options, message):
@@ -484,6 +486,7 @@ def test_a_call_under_autocast():
         lambda: quadratic_rows(10, 11, centre=5),
         lambda: quadratic_rows(10, 5, centre=11),
         lambda: quadratic_rows(10, 5, centre=5, power=0.5),
+        lambda: quadratic_rows(10, 5, centre=5, power=float("inf")),
         lambda: best_rows(np.zeros((3, 3)), 4),
         lambda: Reuse(2, depth=0),
     ],
