@@ -155,12 +155,13 @@ def test_any_model(capsys):
 
 @pytest.mark.seconds
 def test_sampling():
-    sampler, function = (
+    sampler, function, reused = (
         run("docs/sampling.md", example) for example in blocks("docs/sampling.md", "python")
     )
     filled, known = sampler["filled"], sampler["photo"][..., :4]
     assert torch.equal(filled[..., :4], known) and sampler["step"]["step"] == 7
     assert function["images"].shape == (4, 3, 32, 32)
+    assert len(reused["dense"]) == len(reused["best"]) == 6 and reused["images"].isfinite().all()
 
 
 @pytest.mark.seconds

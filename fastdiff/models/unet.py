@@ -282,6 +282,7 @@ class UNet(Encoder):
         y: Value | None,
         low_res: Value | None,
         noise_level: Value | None,
+        *,
         depth: int = 0,
     ) -> tuple[Value, Value]:
         """As ``forward_cut`` of a whole network."""

@@ -92,12 +92,14 @@ class Call:
     def __init__(self, sampler: Parts, inputs: Inputs, device: torch.device, stats: Stats):
         network = sampler.network
         with network.lock:  # another thread may configure the sampler meanwhile
-            settings, process, table = sampler.settings, sampler.diffusion, sampler.table
+            settings, process, whole = sampler.settings, sampler.diffusion, sampler.table
         shape = tuple(inputs.shape)
+        table = whole
         self.first = 0  # of the process's steps, the noisiest being 0
         if inputs.image is not None:
             self.first = _skipped(inputs.strength, len(noise_levels(process)[0]))
             table = settings.table(process, self.first) if self.first else table
+        skipped = len(whole) - len(table)
         self.table = table = table.to(device)
         self.timesteps: list[float] = table.timesteps.tolist()
         conditions = Conditions(x_start=XStart(sampler.denoised_fn, settings.dynamic_threshold))
@@ -115,7 +117,7 @@ class Call:
         predicts_mean = not is_table and process.mean_type == "previous_x"
         self.stats = stats
         self.guided = [settings.is_guided(timestep) for timestep in self.timesteps]
-        extents = settings.extents(self.guided, len(sampler.table) - len(table))
+        extents = settings.extents(self.guided, skipped)
         self.plain = Run(
             network=network,
             table=table,

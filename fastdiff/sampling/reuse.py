@@ -1,7 +1,9 @@
 """Which rows of a call run all of the network, and which a part, with what earlier rows kept.
 
-Two parts change little from one row to the next: what a U-Net's deep layers answer (DeepCache, Ma
-et al. 2023, arXiv:2312.00858), and what guidance makes of the unconditional half.
+Two things change little from one row to the next: what a U-Net's deep layers answer (DeepCache,
+Ma et al. 2023, arXiv:2312.00858), and for guidance what the condition changes of the output. (The
+unconditional output itself changes more: kept in place of the difference it leaves the digits'
+samples two to four times as far from those of full guidance, at 25 and 50 steps of DDIM.)
 """
 
 import operator
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastdiff.errors import InputError
 
@@ -39,7 +42,7 @@ class Reuse:
     """
 
     rows: Rows
-    depth: int = 3
+    depth: int = 2
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", checked_rows("reuse", self.rows))
@@ -83,11 +86,9 @@ def _chosen(rows: Rows | None, count: int, skipped: int) -> list[bool]:
         return [True] * count
     if isinstance(rows, int):
         return [i % rows == 0 for i in range(count)]
-    last = max(rows, default=0)
-    if last >= count + skipped:
-        raise InputError(
-            f"row {last} is to run whole; the table has rows 0 … {count + skipped - 1}"
-        )
+    last, most = max(rows, default=0), count + skipped - 1
+    if last > most:
+        raise InputError(f"row {last} is to run whole; the table has rows 0 … {most}")
     return [i + skipped in rows for i in range(count)]
 
 
@@ -100,10 +101,12 @@ def quadratic_rows(count: int, whole: int, *, centre: float, power: float = 1.4)
 
     InputError for numbers that leave no such rows.
 
-    Source: Ma et al. 2023, arXiv:2312.00858, the non-uniform 1:N.
+    Source: Ma et al. 2023, arXiv:2312.00858, the non-uniform 1:N. (The published code takes the
+    power of a negative u in complex numbers, whose real parts are almost evenly spaced: around a
+    centre above 0 its rows are others.)
     """
     count, whole = _count("count", count), _count("whole", whole)
-    if whole > count or not 0 <= centre <= count or not power >= 1:
+    if whole > count or not 0 <= centre <= count or not 1 <= power < np.inf:
         raise InputError(
             f"{whole} of {count} rows around row {centre} with power {power}; expected whole ≤ "
             "count, 0 ≤ centre ≤ count and power ≥ 1"
@@ -125,3 +128,33 @@ def _count(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or number < least:
         raise InputError(f"{name} is {value!r}; expected an integer, {least} or more")
     return number
+
+
+def best_rows(changes: NDArray[np.float64], whole: int) -> list[int]:
+    """``whole`` rows to run whole, row 0 among them, with the least change in all: the sum over the
+    rows of what their features differ from those that were kept last.
+
+    ``changes``: (K, K), how much the features of row j differ from row i's, read where i < j.
+    Exact, by O(whole·K²) operations.
+
+    InputError for as many rows as there are not.
+    """
+    count, whole = len(changes), _count("whole", whole)
+    if whole > count:
+        raise InputError(f"{whole} rows are to run whole; there are {count}")
+    # since[i, j]: of the rows i + 1 … j − 1 on the features of row i.
+    since = np.cumsum(np.triu(changes, 1), axis=1) - np.triu(changes, 1)
+    since = np.concatenate([since, np.triu(changes, 1).sum(1)[:, None]], axis=1)
+    since[np.tril_indices(count, 0)] = np.inf
+    # best[j]: the least with row j the next to run whole, after as many as the loop has chosen.
+    best = since[0]
+    came_from = [np.zeros(count + 1, dtype=int)]
+    for _ in range(whole - 1):
+        through = best[:count, None] + since
+        came_from.append(through.argmin(0))
+        best = through.min(0)
+    rows, j = [], count
+    for chosen in came_from[::-1]:
+        j = int(chosen[j])
+        rows.append(j)
+    return rows[::-1]

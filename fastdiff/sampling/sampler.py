@@ -71,12 +71,12 @@ class Sampler:
         dynamic_threshold: a quantile such as 0.995: dynamic thresholding of x_0 (Saharia et al.
             2022) in place of the clip.
         reuse: 3 runs the whole of a U-Net at every third row, and at the others its shallow layers
-            alone, on the deep features that were kept; [0, 4, 9] names the rows that run it whole
-            (:class:`fastdiff.sampling.reuse.Reuse`, which also says what is shallow; Ma et al.
-            2023, arXiv:2312.00858). The network has to be one that runs as a program (``executor``).
-            None reuses nothing.
+            alone, on the deep features that were kept (Ma et al. 2023, arXiv:2312.00858); [0, 4, 9]
+            names the rows that run it whole, and :class:`fastdiff.sampling.reuse.Reuse` says what
+            is shallow. The network has to be one that can run as a program (``executor``), and runs
+            as one. None reuses nothing.
         guidance_reuse: the rows of guidance that run the unconditional half, in the same way; at
-            the others its last output counts. None is all.
+            the others it is the conditional one less the last difference of the two. None is all.
         denoised_fn: applied to the predicted x_0 before it is clipped.
         cond_fn: classifier guidance: cond_fn(x, timesteps, **model_kwargs) answers
             ∇ log p(y | x_t), like x (Dhariwal & Nichol 2021); ``fastdiff.classifier_gradient``
@@ -223,6 +223,8 @@ class Sampler:
     def _set(self, process: Any, settings: Settings) -> None:
         if not isinstance(process, StepTable):
             check_process(process, "respace", "prior_std")
+        if settings.depth and not self.network.programs.wanted:
+            raise InputError("reuse and executor=False or compile exclude each other; choose one")
         strided = settings.strided(process)
         table = settings.table(strided)
         if self.cond_fn is not None:

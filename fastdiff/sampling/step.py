@@ -21,13 +21,14 @@ from fastdiff.sampling.stats import Stats
 class State:
     """Where a call is, all (N, C, ...): x, the x_0 that the row before predicted (None before the
     first) and what the method's rows keep for later ones. And what the network's rows keep:
-    ``features``, of its deep layers, and ``unconditional``, of guidance; none before the first."""
+    ``features``, of its deep layers, and ``difference``, of guidance's outputs; none before the
+    first."""
 
     x: Tensor
     x_start: Tensor | None
     memory: tuple[Tensor, ...]
     features: tuple[Tensor, ...] = ()
-    unconditional: tuple[Tensor, ...] = ()
+    difference: tuple[Tensor, ...] = ()
 
     @classmethod
     def beginning(cls, x: Tensor, table: StepTable) -> "State":
@@ -43,16 +44,16 @@ class State:
             self.x_start.copy_(other.x_start)
         _take_all(self.memory, other.memory)
         self.features = _take_all(self.features, other.features)
-        self.unconditional = _take_all(self.unconditional, other.unconditional)
+        self.difference = _take_all(self.difference, other.difference)
 
     def anew(self) -> "State":
         """Without what the network's rows keep, which is of another batch."""
-        return replace(self, features=(), unconditional=())
+        return replace(self, features=(), difference=())
 
     def copy(self) -> "State":
         """Tensors that nothing writes over."""
         x_start = None if self.x_start is None else self.x_start.clone()
-        kept = (self.memory, self.features, self.unconditional)
+        kept = (self.memory, self.features, self.difference)
         return State(self.x.clone(), x_start, *(tuple(map(torch.clone, each)) for each in kept))
 
 
@@ -139,14 +140,16 @@ class Run:
             given = (torch.cat([x, x]), twice, timesteps, i)
             output = self._run_cut(state, self.doubled, *given, extent)
             if keeps:
-                state.unconditional = (output[len(x) :],)
+                state.difference = (output[: len(x)] - output[len(x) :],)
             return output, None
         output = self._run_cut(state, self.kwargs, x, before, timesteps, i, extent)
         if not extent.both or self.guide is None:
-            return output, state.unconditional[0]
+            (difference,) = state.difference
+            return output, output[:, : difference.shape[1]] - difference
         unconditional = self._run(self.guide, self.guide_kwargs, x, before, timesteps, i)
         if keeps:
-            state.unconditional = (unconditional,)
+            # A guide need not predict a variance where the network does.
+            state.difference = (output[:, : unconditional.shape[1]] - unconditional,)
         return output, unconditional
 
     def _run_cut(

@@ -54,6 +54,14 @@ def test_they_are_computed_once_for_all_steps(computed):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("reuse", [2, 3])
+def test_once_for_whole_and_shallow_steps(computed, reuse):
+    model = small_unet()
+    Sampler(model, diffusion(20), steps=7, reuse=reuse).sample((2, 3, 8, 8))
+    assert computed == [ahead.ROWS]
+
+
+@torch.no_grad()
 def test_a_row_does_not_depend_on_the_others():
     """So that a call gives what it gives beside others."""
     model = small_unet()

@@ -214,12 +214,12 @@ def planned(
     exact: bool = False,
 ) -> Plan:
     """The plan for arguments of these shapes by name: "x", "timesteps" and those of the network's
-    conditions; of one that is cut at ``depth`` where that is not 0. It reads no values: a network anywhere has one for the CPU and one for a GPU
-    (``device``: "cpu" or "cuda")."""
+    conditions; cut in two at ``depth`` where that is not 0. It reads no values: a network anywhere
+    has one for the CPU and one for a GPU (``device``: "cpu" or "cuda")."""
     program = Program(dtype)
     values = {name: program.input(name, shape) for name, shape in shapes.items()}
     conditions = (values.get(name) for name in ("y", "low_res", "noise_level"))
-    output, deep = unet.unroll(program, values["x"], values["timesteps"], *conditions, depth)
+    output, deep = unet.unroll(program, values["x"], values["timesteps"], *conditions, depth=depth)
     names = {module: name for name, module in unet.named_modules()}
     cut = deep if depth else None
     return Plan(LOWERINGS[device](program, output, cut=cut, exact=exact), names)

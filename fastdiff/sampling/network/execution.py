@@ -43,7 +43,7 @@ def slower(dtype: torch.dtype) -> str:
 @dataclass
 class Features:
     """What one call of a network reuses of its U-Net, which is cut at ``depth``: the deep features
-    that are ``kept``, or where there are none, they are kept now. ``runs``: of the U-Net, so far."""
+    that are ``kept``; where there are none, they are kept now. ``runs``: of the U-Net, so far."""
 
     depth: int
     kept: Kept = ()
@@ -93,8 +93,9 @@ class Executed:
         self.ran = f"the network as a program of {self.executor.count} operations"
         if features is None:
             return call.answer(self.executor(**call.arguments))
-        given = {"depth": features.depth, "deep": features.kept}
-        output, features.kept = self.executor.forward_cut(**call.arguments, **given)
+        depth, deep = features.depth, features.kept
+        answer = self.executor.forward_cut(**call.arguments, depth=depth, deep=deep)
+        output, features.kept = answer
         features.runs += 1
         self.ran += f", cut at depth {features.depth}"
         return call.answer(output)
