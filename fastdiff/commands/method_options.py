@@ -7,7 +7,7 @@ from fastdiff.commands.named_values import named_values
 from fastdiff.methods.registry import METHODS, find
 
 # Of the options below those that have no default of their own.
-OPTIONAL = ("eta", "method_option", "reuse", "guidance_reuse")
+OPTIONAL = ("eta", "method_option", "reuse")
 
 
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,13 +36,6 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="run the whole U-Net at every Nth step, and its shallow layers between, on the deep "
         "features that were kept (default: all of it at every step)",
-    )
-    parser.add_argument(
-        "--guidance-reuse",
-        type=int,
-        default=argparse.SUPPRESS,
-        metavar="N",
-        help="of guidance: run the unconditional half at every Nth step (default: at every step)",
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.commands import networks, upsampling
+from fastdiff.commands import guidance_options, networks, upsampling
 from fastdiff.commands.checkpoint_options import (
     add_checkpoint_arguments,
     describe,
@@ -30,6 +30,7 @@ from fastdiff.commands.classifier_options import (
     describe_guidance,
     load_classifier,
 )
+from fastdiff.commands.guidance_options import add_guidance_arguments
 from fastdiff.commands.method_options import OPTIONAL as METHOD_OPTIONAL
 from fastdiff.commands.method_options import add_method_arguments, method_arguments
 from fastdiff.commands.numbers import check_least
@@ -38,7 +39,6 @@ from fastdiff.commands.step_options import OPTIONAL as STEP_OPTIONAL
 from fastdiff.commands.step_options import add_step_arguments, step_arguments
 from fastdiff.commands.trajectory import KINDS, Trajectory
 from fastdiff.data.spaced import spaced_numbers
-from fastdiff.errors import InputError
 from fastdiff.files import remove_unfinished
 from fastdiff.images import (
     MAX_TRAJECTORY_COLUMNS,
@@ -60,13 +60,13 @@ GRID_IMAGES = 100  # more than these no longer make a picture one can look at
 
 # Options without a default of their own; their help says what happens without them.
 OPTIONAL: tuple[str, ...] = ("checkpoint", "cascade", "low_res", "num", "classes")
-OPTIONAL += ("guidance_scale", "classifier", "classifier_scale", "columns", "scale")
-OPTIONAL += METHOD_OPTIONAL + STEP_OPTIONAL
+OPTIONAL += ("classifier", "classifier_scale", "columns", "scale")
+OPTIONAL += guidance_options.OPTIONAL + METHOD_OPTIONAL + STEP_OPTIONAL
 
 # Options that decide, as they stand, what the images are and which of them make a batch.
-DECISIVE: tuple[str, ...] = ("method", "spacing", "guidance_scale", "dtype", "truncate")
+DECISIVE: tuple[str, ...] = ("method", "spacing", "dtype", "truncate")
 DECISIVE += ("classifier_scale", "seed", "first_sample", "num", "batch_size")
-DECISIVE += ("cond_noise", "cond_truncated", "guidance_rescale", *METHOD_OPTIONAL)
+DECISIVE += ("cond_noise", "cond_truncated", *guidance_options.DECISIVE, *METHOD_OPTIONAL)
 DECISIVE += ("spacing_option",)
 
 
@@ -100,21 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "if any); names with commas in double quotes, as in CSV, and number:3 or name:3 where one "
         "word could be both; may be given several times",
     )
-    parser.add_argument(
-        "--guidance-scale",
-        type=float,
-        default=argparse.SUPPRESS,
-        help="classifier-free guidance, for a network trained with label dropout (of a cascade: "
-        "its base; default: none)",
-    )
-    parser.add_argument(
-        "--guidance-rescale",
-        type=float,
-        default=0.0,
-        metavar="PHI",
-        help="of guidance: bring the guided output's standard deviation back to the conditional's, "
-        "by this share (0 none, 1 wholly)",
-    )
+    add_guidance_arguments(parser)
     add_classifier_arguments(parser)
     upsampling.add_arguments(parser)
     parser.add_argument(
@@ -173,6 +159,7 @@ class _Task:
     checkpoints: list[Checkpoint]  # of the networks, the smallest first
     cascade: Cascade
     classifier: Checkpoint | None  # by which the first network is guided
+    guide: Checkpoint | None  # likewise
     classes: list[int]  # to go through in turn; empty for a network without classes
     low_res: upsampling.SmallImages | None
     parts: Parts
@@ -186,6 +173,7 @@ def _prepare(args: argparse.Namespace, device: str | None) -> _Task:
     checkpoints = [load_checkpoint(path, args.weights, device, upsamplers=True) for path in paths]
     base = checkpoints[0]
     classifier = load_classifier(args, base)
+    guide = guidance_options.load_guide(args, base)
     low_res = upsampling.small_images(args, base)
     if args.num is None:
         args.num = DEFAULT_NUM if low_res is None else len(low_res)
@@ -193,7 +181,8 @@ def _prepare(args: argparse.Namespace, device: str | None) -> _Task:
     named = base if networks.num_classes(base) else classifier or base
     names = class_names(named)
     classes = choose_classes(args.classes, networks.num_classes(named), names)
-    samplers = [_sampler(args, base, steps[0], args.guidance_scale, classifier)]
+    guidance = guidance_options.guidance_arguments(args, base, guide)
+    samplers = [_sampler(args, base, steps[0], guidance, classifier)]
     samplers += [_sampler(args, c, s) for c, s in zip(checkpoints[1:], steps[1:], strict=True)]
     sampled = upsampling.cascade_of(args, checkpoints, samplers)
     channels, height, width = sampled.stages[-1].shape
@@ -202,13 +191,15 @@ def _prepare(args: argparse.Namespace, device: str | None) -> _Task:
     shape = (height, width, channels)
     kind = KINDS[args.trajectory_of]
     parts = Parts(writable_folder(args.out), batches, shape, names, frames=kind.part)
-    return _Task(checkpoints, sampled, classifier, classes, low_res, parts)
+    return _Task(checkpoints, sampled, classifier, guide, classes, low_res, parts)
 
 
 def _open(task: _Task, settings: dict[str, Any], weights: str) -> list[Batch]:
     """Say what is there already; the batches still to draw."""
     for checkpoint in task.checkpoints:
         print(describe(checkpoint, weights))
+    if task.guide is not None:
+        print(f"guided by {describe(task.guide, weights)}")
     if task.classifier is not None:
         print(describe_guidance(task.classifier, task.cascade.stages[0].sampler))
     parts = task.parts
@@ -230,6 +221,7 @@ def _settings(args: argparse.Namespace, task: _Task) -> dict[str, Any]:
     settings = {
         "checkpoint": "; ".join(map(fingerprint, task.checkpoints)),
         "classifier": task.classifier and fingerprint(task.classifier),
+        "guide": task.guide and fingerprint(task.guide),
         "steps": upsampling.BETWEEN.join(str(stage.sampler.settings.steps) for stage in stages),
         "timesteps": [stage.sampler.settings.timesteps for stage in stages],
         "low_res": None if task.low_res is None else task.low_res.fingerprint(),
@@ -257,7 +249,7 @@ def _draw(args: argparse.Namespace, task: _Task, batches: list[Batch], shown: bo
                 first_sample=batch.number,
                 low_res=None if task.low_res is None else task.low_res.batch(numbers),
                 model_kwargs=kwargs,
-                uncond_kwargs=_unconditional(args, task, kwargs),
+                uncond_kwargs=_unconditional(args, task, kwargs, labels),
                 cond_kwargs=[_of_classifier(task, labels), *[None] * (len(kwargs) - 1)],
                 progress=bar.update,
                 callback=trajectory.add if batch.followed else None,
@@ -278,10 +270,17 @@ def _labels(args: argparse.Namespace, task: _Task, numbers: np.ndarray) -> Tenso
 
 
 def _unconditional(
-    args: argparse.Namespace, task: _Task, kwargs: list[dict[str, Tensor]]
+    args: argparse.Namespace,
+    task: _Task,
+    kwargs: list[dict[str, Tensor]],
+    labels: Tensor | None,
 ) -> list[dict[str, Tensor] | None]:
-    """For guidance of the first network: the label, whatever it calls it, that means none."""
+    """For guidance of the first network: the label, whatever it calls it, that means none; or what
+    its guide calls the same labels."""
     others: list[dict[str, Tensor] | None] = [None] * len(kwargs)
+    if task.guide is not None:
+        others[0] = networks.labelled(task.guide, labels)
+        return others
     null = networks.null_label(task.checkpoints[0])
     if args.guidance_scale is not None and null is not None:
         others[0] = {name: torch.full_like(labels, null) for name, labels in kwargs[0].items()}
@@ -350,17 +349,10 @@ def _sampler(
     args: argparse.Namespace,
     checkpoint: Checkpoint,
     steps: str,
-    scale: float | None = None,
+    guidance: dict[str, Any] | None = None,
     classifier: Checkpoint | None = None,
 ) -> Sampler:
-    """scale, classifier: by which it is guided."""
-    if args.guidance_scale is None and (args.guidance_rescale or args.guidance_reuse is not None):
-        raise InputError("--guidance-rescale and --guidance-reuse go with --guidance-scale")
-    if scale is not None and networks.null_label(checkpoint) is None:
-        raise InputError(
-            "--guidance-scale needs a network that was trained with label dropout "
-            "(it has a class of its own for 'no label'); this one was not"
-        )
+    """guidance: Sampler's arguments of it; classifier: by which it is guided."""
     cond_fn = None
     if classifier is not None:
         cond_fn = classifier_gradient(classifier.model, args.classifier_scale)
@@ -369,9 +361,7 @@ def _sampler(
         checkpoint.diffusion,
         **step_arguments(args, steps, checkpoint, args.method),
         **method_arguments(args),
-        guidance_scale=scale,
-        guidance_rescale=0.0 if scale is None else args.guidance_rescale,
-        guidance_reuse=None if scale is None else args.guidance_reuse,
+        **(guidance or {}),
         cond_fn=cond_fn,
         dtype=torch.bfloat16 if args.dtype == "bfloat16" else None,
         self_condition=networks.self_condition(checkpoint),
