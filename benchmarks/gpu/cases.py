@@ -23,6 +23,10 @@ from fastdiff.ops.rms_norm_silu.reference import rms_norm_silu as rms_norm_equat
 
 HALF, FULL = torch.bfloat16, torch.float32
 STEP = 40  # a row that draws noise
+KEEPING = StepTable.from_rows(  # reads two slots of memory and writes the first of them
+    [{"timesteps": 0.0, "a": 1.0, "b": -0.5, "c": 0.75, "d": 0.5, "e0": -0.25, "e1": 0.125,
+      "slot": 0.0, "k": 1.0, "q": -0.5}]
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,28 @@ def _elementwise(made: Callable[..., Tensor], device: torch.device, dry: bool) -
 
         yield Case("q_sample", f"{n}x3@{size}", (x, z), noised, noised_truth)
         yield Case("posterior_step", f"{n}x3@{size}", (x, y, z), stepped, stepped_truth)
+        yield _keeping(tuple(made(n, 3, size, size, dtype=dtype) for _ in range(5)))
+
+
+def _keeping(tensors: tuple[Tensor, ...]) -> Case:
+    """A step with memory, in place, that another network guides: x_prev and what is kept."""
+    keeping = KEEPING.to(tensors[0].device)
+
+    def stepped(x, output, other, first, second):
+        memory, given = [first.clone(), second.clone()], {"guidance_scale": 2.0}
+        x_prev, _ = fastdiff.ops.posterior_step(
+            x, output, keeping, 0, unconditional=other, memory=memory, **given
+        )
+        return torch.stack([x_prev, memory[0]])
+
+    def truth(x, output, other, *memory):
+        row = dict(zip(COLUMNS, keeping.packed[0].double().unbind(), strict=True))
+        guided = other + 2.0 * (output - other)
+        x_prev, x_start = step_equation(x, guided, row, memory=memory)
+        return torch.stack([x_prev, row["k"] * x_start + row["q"] * x])
+
+    n, _, size, _ = tensors[0].shape
+    return Case("posterior_step", f"memory {n}x3@{size}", tensors, stepped, truth)
 
 
 def _normal(

@@ -21,26 +21,27 @@ namespace {
 struct Terms {
   const float* x_t;
   const float* output;
-  const float* unconditional;  // null: no guidance
-  const float* variance;       // null: sigma alone
-  const float* noise;          // null: the row adds none
+  const float* unconditional;   // null: no guidance
+  const float* variance;        // null: sigma alone
+  const float* noise;           // null: the row adds none
   const float* memory[kSlots];  // null: the row does not read it
   float* x_prev;
   float* x_start;  // null: not wanted
   float* kept;     // null: the row writes no memory
 };
 
-// In place in memory: a register's elements are read before they are written.
-template <bool kMemory>
-void apply(const StepRow& row, float guidance, float scale, const Terms& at, int64_t count) {
+// kMore: with memory, in place (a register's elements are read before they are written), and a scale
+// of the output.
+template <bool kMore>
+FASTDIFF_VEC void apply(const StepRow row, float guidance, float scale, const Terms at, int64_t count) {
   for_each_register(count, [&](int64_t i, const auto& get, const auto& put) {
     const Vec x_t = get(at.x_t + i);
     Vec output = get(at.output + i);
     if (at.unconditional) output = guide(output, get(at.unconditional + i), guidance);
-    output = Lanes<Vec>::mul(Lanes<Vec>::splat(scale), output);
+    if constexpr (kMore) output = Lanes<Vec>::mul(Lanes<Vec>::splat(scale), output);
     const Vec x0 = predicted_x_start(row, x_t, output);
     Vec x_prev = mean_of_step(row, x0, x_t, output);
-    if constexpr (kMemory) {
+    if constexpr (kMore) {
       for (int slot = 0; slot < kSlots; ++slot) {
         const float* held = at.memory[slot];
         if (held) x_prev = add_term(x_prev, memory_factor(row, slot), get(held + i));
@@ -97,7 +98,8 @@ bool posterior_step(const PosteriorStep& plan, const PosteriorStepCall& call, in
     if (memory_factor(row, slot) != 0.0f) read_memory[slot] = call.memory[slot];
     if (call.keeps && call.memory[slot] != nullptr && row.slot == slot) written = slot;
   }
-  const bool uses_memory = written >= 0 || read_memory[0] || read_memory[1] || read_memory[2];
+  const bool reads_memory = read_memory[0] || read_memory[1] || read_memory[2];
+  const bool more = reads_memory || written >= 0 || call.output_scale != nullptr;
 
   for_each_block(plan.shape, threads, [&](int64_t sample, int64_t begin, int64_t end) {
     alignas(64) float drawn[kBlock + kGroup];
@@ -119,17 +121,17 @@ bool posterior_step(const PosteriorStep& plan, const PosteriorStepCall& call, in
       at.unconditional = read(unconditional, unconditional_layout, 2);
       at.variance = noisy ? read(variance, plan.output, 3) : nullptr;
       at.noise = draws ? first + offset : read(given ? call.noise : nullptr, plan.noise, 4);
-      at.x_prev = target_of_run(call.x_prev, plan.x_prev, sample, run, blocks[5]);
+      at.x_prev = target_of_run(call.x_prev, plan.x_prev, sample, run, blocks[5 + kSlots]);
       at.x_start = call.x_start == nullptr
                        ? nullptr
-                       : target_of_run(call.x_start, plan.x_start, sample, run, blocks[6]);
-      if (uses_memory) {
+                       : target_of_run(call.x_start, plan.x_start, sample, run, blocks[6 + kSlots]);
+      if (more) {
         for (int slot = 0; slot < kSlots; ++slot) {
-          at.memory[slot] = read(read_memory[slot], plan.memory[slot], 8 + slot);
+          at.memory[slot] = read(read_memory[slot], plan.memory[slot], 5 + slot);
         }
         at.kept = written < 0 ? nullptr
-                              : target_of_run(call.memory[written], plan.memory[written], sample,
-                                              run, blocks[7]);
+                              : target_of_run(call.memory[written], plan.memory[written], sample, run,
+                                              blocks[7 + kSlots]);
         apply<true>(row, guidance, scale, at, run.count);
         if (at.kept) write_run(at.kept, call.memory[written], plan.memory[written], sample, run);
       } else {

@@ -101,7 +101,7 @@ def _private(path: str) -> Callable[..., Any]:
     return found or _always
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _traced = _private("_is_tracing")  # by torch.jit.trace
 _modes = _private("_len_torch_dispatch_stack")  # FakeTensorMode, make_fx, flop counters, …
 _profiled = _private("_autograd._profiler_enabled")
@@ -127,7 +127,7 @@ def launches_directly(*arguments: torch.Tensor | None) -> bool:
     if not nobody_listens():
         return False
     for argument in arguments:
-        if type(argument) not in _PLAIN:
+        if argument is not None and type(argument) not in _PLAIN:
             return False
     return True
 

@@ -147,7 +147,9 @@ def launch_on(name: str, backend: str, plan: Any, tensors: Any, *numbers: Any) -
     """``launch`` by a plan with ``tensors``, the first of which is there; CUDA's grid strides."""
     if backend == "cuda":
         numbers = *numbers, multiprocessors(tensors[0].device)
-    return launch(name, backend, tensors[0], plan, *map(address, tensors), *numbers)
+    # As ``address`` says, without a call for each.
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    return launch(name, backend, tensors[0], plan, *addresses, *numbers)
 
 
 # Scratch memory that no call uses now: a fresh one may come from the system page by page, zeroed,

@@ -20,6 +20,7 @@ from fastdiff.ops.convolution.packed import pack
 from fastdiff.ops.normal import normal as draw
 from fastdiff.process.schedules import get_named_beta_schedule
 from norm_cases import native_shape
+from step_cases import StepCase
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [
@@ -124,6 +125,10 @@ def posterior_step():
                 for step in (0, 3, len(table) - 1, torch.tensor(2)):
                     ops.posterior_step(x, output, table, step, seed=1, **rest)
                     ops.posterior_step(x, output, table, step, noise=torch.randn_like(x), **rest)
+    for seed, shape in enumerate(4 * SHAPES):
+        step_case = StepCase.of(seed, shape, dtypes=DTYPES)
+        step_case.run()
+        step_case.run(torch.tensor(step_case.i))
 
 
 def attention():

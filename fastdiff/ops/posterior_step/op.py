@@ -11,19 +11,18 @@ from fastdiff.checks import is_finite
 from fastdiff.errors import InputError
 from fastdiff.methods.rows import SLOTS
 from fastdiff.methods.table import StepTable
-from fastdiff.ops import counters, layouts, native
+from fastdiff.ops import counters, dispatch, layouts, native
 from fastdiff.ops.backends import KERNEL_DTYPES as DTYPES
 from fastdiff.ops.checks import check_tensor, refusal
 from fastdiff.ops.counters import Counter, arguments, value_or_address
 from fastdiff.ops.differentiable import Kernel, Written
-from fastdiff.ops.dispatch import OPERATIONS, Operation
+from fastdiff.ops.dispatch import OPERATIONS, Choice, Operation
 from fastdiff.ops.layouts import Maybe
 from fastdiff.ops.normal import draw_at, drawn_apart
 from fastdiff.ops.posterior_step import reference
 
 OP = "posterior_step"
 FIRST_COUNTER_STEP = counters.sampling_step(0)
-OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton", "cuda"))
 
 
 def posterior_step(
@@ -86,7 +85,7 @@ def posterior_step(
         if tensor is not None and not read:
             check_tensor(OP, name, tensor, x_t, x_t.shape)
     given = (noise, prev_x_start, *slots, unconditional, guidance_scale, output_scale)
-    backend = OPERATION.choose(x_t, model_output, *given).backend
+    backend = choose(x_t, model_output, *given).backend
     noise, prev_x_start = noise if noisy else None, prev_x_start if reads else None
     seed = counters.check_seed(seed, x_t) if noisy else None
     first_sample = counters.check_first_sample(first_sample, x_t)
@@ -114,6 +113,17 @@ def posterior_step(
         _check(call)
     x_prev, x_start = reference.of_call(call) if backend == "reference" else _kernel(call)
     return x_prev, x_start if return_x_start else None
+
+
+def choose(
+    x_t: Tensor, *others: Any, memory: Sequence[Tensor] | None = None, **named: Any
+) -> Choice:
+    """Which backend serves this call, and why (``fastdiff.explain``)."""
+    wanted = dispatch.wants_gradient(x_t, *others, *(memory or ()), *named.values())
+    return dispatch.choose(OPERATION, x_t, dispatch.NO_GRADIENTS if wanted else "")
+
+
+OPERATION = OPERATIONS[OP] = Operation(OP, ("native", "triton", "cuda"), choose)
 
 
 def _slots(
@@ -314,9 +324,9 @@ def _plan(call: Arguments) -> Any:
         if backend == "triton":
             return launch(*tensors, step, seed, first_sample)
         wide_step = isinstance(step, Tensor) and step.dtype == torch.int64
-        numbers = (keeps, *value_or_address(step), wide_step, scale, draws)
-        noise_at = *arguments(backend, seed), FIRST_COUNTER_STEP, *arguments(backend, first_sample)
-        if launch(tensors, *numbers, *noise_at) is False:
+        row = (keeps, *value_or_address(step), wide_step, scale, draws)
+        noise = *arguments(backend, seed), FIRST_COUNTER_STEP, *arguments(backend, first_sample)
+        if launch(tensors, *row, *noise) is False:
             raise step_error(int(step), rows)
 
     return fill
