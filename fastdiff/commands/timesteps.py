@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fine-steps", type=int, default=200, help="of the solution that is to be come near to"
     )
-    parser.add_argument("--num", type=int, default=16, help="samples whose errors are measured")
+    parser.add_argument("--num", type=int, default=32, help="samples whose errors are measured")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument(
         "--rounded",

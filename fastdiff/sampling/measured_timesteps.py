@@ -29,7 +29,7 @@ STARTS = ("uniform", "trailing", "exponential", "karras", "beta")
 # Of Sampler's arguments those that say how a step is taken, as the fine solution takes them.
 _FINE = {"method": "dpmsolver++", "eta": None, "method_options": None}
 _FINE |= {"reuse": None, "guidance_reuse": None}
-_FIRST_MOVE, _LAST_MOVE = 0.3, 1e-3  # of the logarithms of distances between levels
+_FIRST_MOVE, _LAST_MOVE = 0.2, 1e-3  # of the logarithms of distances between levels
 _LEAST_GAP = 1e-3  # of the whole range of λ, where a search begins
 
 Progress = Callable[[int, float], object]
@@ -239,6 +239,7 @@ def _starts(process: Respaced, steps: int, rounded: bool) -> Iterator[tuple[str,
 
 
 def _own_timesteps(process: Respaced, timestep_map: np.ndarray) -> list[float]:
-    """Timesteps of the whole process as fractions of the steps of this one."""
+    """Timesteps of the whole process as fractions of the steps of this one, to nine decimals: what
+    rounding leaves of a whole step is that step."""
     own = np.arange(len(process.timestep_map), dtype=np.float64)
-    return np.interp(timestep_map, process.timestep_map, own).tolist()
+    return np.round(np.interp(timestep_map, process.timestep_map, own), 9).tolist()
