@@ -79,11 +79,11 @@ class CapturedStep:
         self._begin(run, state.anew(), 0)
         with torch.no_grad():
             for extent in sorted(set(run.extents.values()), reverse=True):  # all of it first
-                self.graphs[extent] = graph(partial(self.step_eagerly, extent), device, place)
+                self.graphs[extent] = graph(partial(self._step, extent), device, place)
         run.stats.compile_seconds += self.run.stats.compile_seconds
         run.stats.compiled |= self.run.stats.compiled
 
-    def step_eagerly(self, extent: Extent = WHOLE) -> None:
+    def _step(self, extent: Extent = WHOLE) -> None:
         made = replace(self.state)
         with _without_cast_cache(self.state.x.device):
             x, x_start = self.run.advance(made, self.row, extent)
@@ -222,7 +222,7 @@ class Graphs:
                 cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
                 return self._refused(first_line(cause))
             with torch.no_grad():
-                both = (step.graph.replay, step.step_eagerly)
+                both = (step.graph.replay, step._step)
                 replayed, eager = (seconds_a_call(call, device) for call in both)
         self.attributes = run.network.attributes()  # a forward may count its calls in one
         figures = f"{1e3 * replayed:.3g} ms a step, {1e3 * eager:.3g} ms eagerly"
