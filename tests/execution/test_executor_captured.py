@@ -102,9 +102,9 @@ def test_a_captured_step_of_ddpm_cifar10_is_at_most_200_kernels(monkeypatch):
     sampler, _ = samplers(unet, dtype=torch.bfloat16)
     steps = []
 
-    def noted(step):
+    def noted(step, *extent):
         steps.append(step)
-        original(step)
+        original(step, *extent)
 
     original = CapturedStep._step
     monkeypatch.setattr(CapturedStep, "_step", noted)

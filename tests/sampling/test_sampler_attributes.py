@@ -99,7 +99,7 @@ def test_a_network_that_counts_its_calls_is_captured_once(made):
 
 def test_what_runs_eagerly_is_not_tried_again_at_every_call(made, monkeypatch):
     def seconds(call, device):
-        return float(call.__name__ != "step_eagerly")
+        return float(call.__name__ != "_step")
 
     monkeypatch.setattr(capture, "seconds_a_call", seconds)
     sampler = Sampler(Counting().eval(), PROCESS, steps=2)
