@@ -211,6 +211,33 @@ def test_guidance(classy, tmp_path):
     assert np.abs(plain - guided).max() > 1
 
 
+def test_a_weaker_network_guides(plain, classy, tmp_path, capsys):
+    diffusion = create_diffusion(steps=100, noise_schedule="cosine")
+    guide = save(
+        tmp_path / "guide", unet(channel_mult=(1,)), diffusion=diffusion, info={"image_size": 8}
+    )
+    given = ["--num", "2", "--steps", "4", "--no-pngs"]
+    guided = [*given, "--guide", str(guide), "--guidance-scale"]
+    assert sample(plain, tmp_path / "plain", *given) == 0
+    assert sample(plain, tmp_path / "one", *guided, "1") == 0
+    assert "guided by" in capsys.readouterr().out
+    assert sample(plain, tmp_path / "three", *guided, "3") == 0
+    assert sample(plain, tmp_path / "reused", *guided, "3", "--guidance-reuse", "2") == 0
+    names = ("plain", "one", "three", "reused")
+    found = [arrays(tmp_path / name)[0].astype(int) for name in names]
+    assert np.abs(found[0] - found[1]).max() <= 1  # a scale of 1 is the network alone
+    assert np.abs(found[0] - found[2]).max() > 1 and np.abs(found[3] - found[2]).max() > 0
+    other = create_diffusion(steps=100, noise_schedule="linear")
+    save(tmp_path / "other", unet(), diffusion=other, info={"image_size": 8})
+    for options, message in (
+        (["--guide", str(guide)], "--guide goes with --guidance-scale, which is not given"),
+        (["--guide", str(classy), "--guidance-scale", "2"], "is for 3 classes"),
+        (["--guide", str(tmp_path / "other"), "--guidance-scale", "2"], "is for another process"),
+    ):
+        assert sample(plain, tmp_path / "refused", *given, *options) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_run_directory_means_its_newest_checkpoint(tmp_path, capsys):
     diffusion = create_diffusion(steps=4, noise_schedule="cosine")
     (tmp_path / "run").mkdir()
@@ -264,7 +291,7 @@ def test_an_interrupted_run_keeps_its_finished_batches(plain, tmp_path, monkeypa
         (["--method-option", "order=2"], "--method-option is 'order=2'; of --method ddpm is none"),
         (["--method", "unipc", "--method-option", "order"], "is order=…, variant=…, corrector=…"),
         (["--method", "unipc", "--method-option", "order=9"], "order is 9; expected an integer"),
-        (["--guidance-rescale", "0.5"], "go with --guidance-scale"),
+        (["--guidance-rescale", "0.5"], "goes with --guidance-scale"),
         (["--reuse", "0"], "reuse is 0; expected an integer, 1 or more"),
         (["--method", "ddim", "--eta", "-1"], "eta is -1.0"),
         (["--classes", "1"], "--classes 1 for a network without classes"),
