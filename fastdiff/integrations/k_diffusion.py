@@ -184,7 +184,10 @@ def _churned(
     # Where σ does not end in 0, its end is one more level to the method: of those that share the
     # churn, but not churned.
     if values[-1] > 0:
-        s_churn, s_tmin = s_churn * (steps + 1) / steps, max(s_tmin, math.nextafter(values[-1], math.inf))
+        s_churn, s_tmin = (
+            s_churn * (steps + 1) / steps,
+            max(s_tmin, math.nextafter(values[-1], math.inf)),
+        )
     churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax}
 
     def noise(step: int, call: int) -> Tensor | None:
