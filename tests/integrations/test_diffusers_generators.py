@@ -10,6 +10,8 @@ from fastdiff.integrations.diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     accelerate_pipeline,
 )
 
@@ -20,6 +22,9 @@ SCHEDULERS = {
     "ddim, eta": (DDIMScheduler, {}, {"eta": 1.0}),
     "ddim, stock step": (DDIMScheduler, {"thresholding": True}, {"eta": 1.0}),
     "dpm-solver": (DPMSolverMultistepScheduler, {}, {}),
+    "euler": (EulerDiscreteScheduler, {}, {}),
+    "euler, stock step": (EulerDiscreteScheduler, {}, {"s_churn": 2.0}),
+    "euler, ancestral": (EulerAncestralDiscreteScheduler, {}, {}),
     "sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, {}),
 }
 PIPELINES = {

@@ -11,7 +11,8 @@ from scheduler_tools import SHAPE, check_equal, draw, pair
 
 BY_TIMESTEP = (diffusers.DDPMScheduler, diffusers.DDIMScheduler)
 MULTISTEP = diffusers.DPMSolverMultistepScheduler
-METHODS = [(stock, "add_noise") for stock in (*BY_TIMESTEP, MULTISTEP)]
+BY_INDEX = (MULTISTEP, diffusers.UniPCMultistepScheduler, diffusers.DEISMultistepScheduler)
+METHODS = [(stock, "add_noise") for stock in (*BY_TIMESTEP, diffusers.PNDMScheduler, *BY_INDEX)]
 METHODS += [(stock, "get_velocity") for stock in BY_TIMESTEP]
 every_method = pytest.mark.parametrize("stock, method", METHODS)
 
@@ -29,7 +30,7 @@ def test_as_in_diffusers(stock, method, timesteps, beta_schedule, dtype, form):
     sample, noise = draw(1, dtype=dtype), draw(2, dtype=dtype)
     if form == "one timestep":
         t = t[:1]
-    elif form == "0-dim" and stock is not MULTISTEP:
+    elif form == "0-dim" and stock not in BY_INDEX:
         t = t[0]
     elif form == "int32":
         t = t.int()
@@ -77,7 +78,7 @@ def test_low_precision_is_rounded_once(stock, method, dtype):
     error = (result.double() - exact).abs()
     half_ulp = torch.finfo(dtype).eps / 2 * exact.abs() + torch.finfo(dtype).tiny
     assert bool((error <= half_ulp + 1e-5).all())
-    if dtype == torch.bfloat16 and stock is not MULTISTEP and method == "add_noise":
+    if dtype == torch.bfloat16 and stock not in BY_INDEX and method == "add_noise":
         early = t < 10
         assert torch.equal(theirs.add_noise(sample, noise, t)[early], sample[early])
         assert not (result[early] == sample[early]).flatten(1).all(1).any()

@@ -110,6 +110,37 @@ def test_gradients(name, config):
 
 
 @every_solver
+def test_expanded_tensors(name, config):
+    results = []
+    for scheduler in at_start(name, config):
+        outputs = [draw(2 + i)[:1].expand(draw(1).shape) for i in range(5)]
+        results.append(run(scheduler, outputs, draw(1)[:1].expand(draw(1).shape)))
+    for mine, theirs in zip(*results[::-1], strict=True):
+        check_equal(mine, theirs, theirs[0])
+
+
+@every_solver
+def test_a_run_in_float64_goes_on_in_float32(name, config):
+    """The first steps are diffusers' own; so is what reads what these have kept."""
+    types = []
+    for scheduler in at_start(name, config):
+        sample = run(scheduler, [draw(2).double(), draw(3).double()], draw(1).double())[-1][0]
+        types.append([])
+        for i in range(2, 6):
+            t = scheduler.timesteps[i]
+            if hasattr(scheduler, "is_scale_input_called"):
+                scheduler.scale_model_input(sample, t)
+            options = {"generator": torch.manual_seed(i)} if "Ancestral" in name else {}
+            try:
+                sample = scheduler.step(draw(i), t, sample.float(), **options).prev_sample
+            except RuntimeError as error:  # dtypes that do not go together
+                types[-1].append(str(error))
+                break
+            types[-1].append(sample.dtype)
+    assert types[0] == types[1]
+
+
+@every_solver
 def test_results_have_the_names_of_diffusers(name, config):
     expected, actual = (
         scheduler.step(draw(2), scheduler.timesteps[0], draw(1))

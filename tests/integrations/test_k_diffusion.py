@@ -2,6 +2,8 @@
 
 import inspect
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from fastdiff.errors import InputError
 from fastdiff.integrations import k_diffusion
 from k_diffusion_cases import NOISY, SHAPE, SIGMAS, answers, cases, model, noise_sampler, start
+from page_tools import blocks, run
 from paths import RECORDED
 
 CASES = {case[0]: case for case in cases()}
@@ -113,6 +116,19 @@ def test_names_and_arguments_are_k_diffusions():
     shared = ["model", "x", "sigmas", "extra_args", "callback", "disable"]
     for name, arguments in own.items():
         assert list(inspect.signature(getattr(k_diffusion, name)).parameters) == shared + arguments
+
+
+def test_the_page(monkeypatch):
+    """Its example, with k-diffusion's sigmas."""
+    sigmas = torch.tensor(SIGMAS["zero"])
+    sampling = types.SimpleNamespace(get_sigmas_karras=lambda n, low, high, device: sigmas)
+    package = types.ModuleType("k_diffusion")
+    package.sampling = sampling
+    monkeypatch.setitem(sys.modules, "k_diffusion", package)
+    _, after = blocks("docs/k_diffusion.md", "python")
+    x = start([1.0], torch.float32)
+    images = run("docs/k_diffusion.md", after, x=x, model=model)["images"]
+    assert torch.equal(images, k_diffusion.sample_dpmpp_2m(model, x * 80, sigmas, disable=True))
 
 
 def test_a_progress_bar(capsys):

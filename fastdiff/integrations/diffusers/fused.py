@@ -144,6 +144,21 @@ def noise_misfit(noise: Tensor, sample: Tensor, model_output: Tensor) -> str | N
     return None
 
 
+def is_readable(kept: Any, sample: Tensor) -> bool:
+    """Whether the kernel reads what an earlier step kept beside this sample."""
+    return (
+        isinstance(kept, Tensor)
+        and (kept.shape, kept.device) == (sample.shape, sample.device)
+        and kept.dtype in DTYPES
+    )
+
+
+def _writable(kept: Tensor) -> Tensor:
+    """A tensor that the operator may write to, as it may to each slot: no expanded one, nor a leaf
+    of a user's gradients."""
+    return kept.clone() if kept.requires_grad or 0 in kept.stride() else kept
+
+
 def apply(
     rows: Rows,
     row: int,
@@ -167,8 +182,7 @@ def apply(
     if table.reading_rows[row] and table.keeps_x_start:
         (before,) = memory
     elif table.reading_rows[row] or table.slots_written[row] >= 0:
-        # The operator may write to each slot, which a leaf of a user's gradients does not bear.
-        slots = [kept.clone() if kept.requires_grad else kept for kept in memory]
+        slots = [_writable(kept) for kept in memory]
         slots += slots[-1:] * (table.slots - len(slots))
     x_prev, x_start = posterior_step(
         sample,

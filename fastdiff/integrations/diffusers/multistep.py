@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.integrations.diffusers.by_sigma import SigmaScheduler
-from fastdiff.integrations.diffusers.fused import Plan, Rows, combine
+from fastdiff.integrations.diffusers.fused import Plan, Rows, combine, is_readable
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 Columns = dict[str, Any]  # names of a table's columns to (K,) or a number
@@ -71,8 +71,8 @@ class MultistepScheduler(SigmaScheduler):
     def _lacks(self, count: int, sample: Tensor) -> str | None:
         """Why ``count`` outputs before cannot be read, or None."""
         before = self._before(count)
-        if len(before) < count or any(getattr(m, "shape", None) != sample.shape for m in before):
-            return "the model output before is missing, or of another shape"
+        if len(before) < count or not all(is_readable(kept, sample) for kept in before):
+            return "the model output before is missing, or unlike sample"
         return None
 
 

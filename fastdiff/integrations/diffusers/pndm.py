@@ -16,7 +16,15 @@ from fastdiff.integrations.diffusers.by_timestep import (
     first_rows,
     x_start_columns,
 )
-from fastdiff.integrations.diffusers.fused import NOT_SET, Plan, Rows, apply, make_table, misfit
+from fastdiff.integrations.diffusers.fused import (
+    NOT_SET,
+    Plan,
+    Rows,
+    apply,
+    is_readable,
+    make_table,
+    misfit,
+)
 from fastdiff.integrations.diffusers.multistep import (
     Columns,
     chosen_rows,
@@ -69,7 +77,6 @@ class PNDMScheduler(TimestepScheduler, stock.PNDMScheduler):
         assert isinstance(rows, PNDMRows)
         block = row // len(rows.values)
         memory = self._read(block)
-        assert memory is not None
         x_prev, _ = apply(rows, row, model_output, sample, memory=memory, return_x_start=False)
         if block < _AGAIN:
             self.ets = [*self.ets[-3:], model_output]
@@ -143,22 +150,18 @@ class PNDMScheduler(TimestepScheduler, stock.PNDMScheduler):
                 return f"timestep {rows.values[place]} is not that of call {self.counter}"
             place, block = self.counter, _SLOPES + self.counter % 4
         memory = self._read(block)
-        if memory is None or any(kept.shape != sample.shape for kept in memory):
-            return "what the calls before kept is missing, or of another shape"
+        if not all(is_readable(kept, sample) for kept in memory):
+            return "what the calls before kept is missing, or unlike sample"
         row = block * len(rows.values) + place
         return rows.refusals[row] or (rows, row)
 
-    def _read(self, block: int) -> list[Tensor] | None:
-        """What a row of this block reads, as its memory has it; None where that is missing."""
-        read: list[Any]
+    def _read(self, block: int) -> list[Any]:
+        """What a row of this block reads, as its memory has it."""
         if block < _AGAIN:
-            read = self.ets[::-1][:block]
-        elif block == _AGAIN:
-            read = [self.cur_sample, self.ets[-1]]
-        else:
-            stage = block - _SLOPES
-            read = [self.cur_sample, self.cur_model_output][: (0, 1, 1, 2)[stage]]
-        return read if all(isinstance(kept, Tensor) for kept in read) else None
+            return self.ets[::-1][:block]
+        if block == _AGAIN:
+            return [self.cur_sample, self.ets[-1]]
+        return [self.cur_sample, self.cur_model_output][: (0, 1, 1, 2)[block - _SLOPES]]
 
     def _make_rows(self, device: torch.device) -> PNDMRows | str:
         columns = self._columns()

@@ -103,10 +103,9 @@ class UniPCMultistepScheduler(MultistepScheduler, stock.UniPCMultistepScheduler)
             return output
         rows, row = plan
         assert isinstance(rows, CorrectedRows)
-        index = row % len(self.timesteps)
-        before = self._before(len(ORDERS))
-        memory = [kept for kept in before if kept is not None]
-        x_prev, converted = apply(rows, row, model_output, sample, memory=memory)
+        block, index = divmod(row, len(self.timesteps))
+        before = self._before(max(divmod(block, len(ORDERS))))
+        x_prev, converted = apply(rows, row, model_output, sample, memory=before)
         terms = [
             (factor, prediction)
             for factor, prediction in zip(rows.correction[row], [converted, *before], strict=False)
