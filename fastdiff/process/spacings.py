@@ -119,7 +119,7 @@ def _options(spacing: str) -> list[str]:
 def beta_quantile(p: Float64Array, alpha: float, beta: float) -> Float64Array:
     """x (K,) with I_x(alpha, beta) = p, the distribution function of Beta(alpha, beta); p in 0 … 1.
 
-    Exact for a p within 1e-13 of itself, or of 1 where x is above ½.
+    A rounding of what is exact for a p within 1e-13 of itself, or of 1 where x is above ½.
     """
     half = np.array([0.5])
     below, above = (beta_probability(half, *shape)[0] for shape in ((alpha, beta), (beta, alpha)))
