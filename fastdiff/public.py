@@ -23,6 +23,7 @@ from fastdiff.process.schedules import (
 )
 from fastdiff.process.variance_exploding import VarianceExploding
 from fastdiff.sampling.classifier_gradient import classifier_gradient
+from fastdiff.sampling.measured_timesteps import measured_timesteps
 from fastdiff.sampling.sampler import Sampler
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "get_named_beta_schedule",
     "linear_betas",
     "load",
+    "measured_timesteps",
     "ops",
     "report",
     "rescale_zero_terminal_snr",

@@ -32,7 +32,7 @@ def add_step_arguments(parser: argparse.ArgumentParser, *, of_many: str = "") ->
         action="append",
         default=argparse.SUPPRESS,
         metavar="NAME=VALUE",
-        help="of the spacing: rho=5 of karras and polyexponential, alpha=0.5 and beta=0.7 of beta, "
+        help="of the spacing: rho=5 of karras and polynomial, alpha=0.5 and beta=0.7 of beta, "
         "and of all these and exponential rounded=True, for a network that is given whole "
         "timesteps; may be given several times",
     )

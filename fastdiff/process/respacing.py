@@ -64,7 +64,7 @@ def spaced_timesteps(
     CIFAR-10 (Song et al. 2020 appendix D.2; ``skip_type="quad"``). It starts at 0.8·T.
     ``"trailing"``: round(T, T − T/steps, T − 2T/steps, …) − 1, diffusers' name and rounding (Lin et
     al. 2023, arXiv:2305.08891, table 2). It takes T − 1; its last step is from about T/steps − 1.
-    ``"karras"``, ``"exponential"``, ``"polyexponential"``, ``"beta"``: nearest to the levels of
+    ``"karras"``, ``"exponential"``, ``"polynomial"``, ``"beta"``: nearest to the levels of
     these spacings (spacings.py), whose ``options`` they take; they need the process, not T.
     ``"logsnr"``: another name of ``"exponential"``, nearest to evenly spread values of λ =
     log(signal / noise).
@@ -131,13 +131,13 @@ class Respaced(Strided):
                 with a ``spacing`` other than "uniform" a number of steps.
             spacing: "uniform", "quadratic", "trailing" or "logsnr", of this process's steps
                 (:func:`fastdiff.process.respacing.spaced_timesteps`); "karras", "exponential",
-                "polyexponential" or "beta", of levels that may lie between them
+                "polynomial" or "beta", of levels that may lie between them
                 (fastdiff/process/spacings.py; :meth:`at_log_snr`).
             timesteps: in place of both a list that ascends strictly within 0 … K − 1, fractions
                 between two steps.
             rounded: take the nearest steps, all distinct, in place of the levels themselves: for a
                 network that is given integers.
-            options: the spacing's own: ``rho`` of "karras" (7) and "polyexponential" (1),
+            options: the spacing's own: ``rho`` of "karras" (7) and "polynomial" (1),
                 ``alpha`` and ``beta`` of "beta" (0.6).
 
         Raises InputError for what does not fit.

@@ -47,10 +47,10 @@ def karras(places: Float64Array, span: Span, *, rho: float = 7.0) -> Float64Arra
 
 def exponential(places: Float64Array, span: Span) -> Float64Array:
     """λ = −log σ is linear: DPM-Solver's ``skip_type="logSNR"``."""
-    return polyexponential(places, span, rho=1.0)
+    return polynomial(places, span, rho=1.0)
 
 
-def polyexponential(places: Float64Array, span: Span, *, rho: float = 1.0) -> Float64Array:
+def polynomial(places: Float64Array, span: Span, *, rho: float = 1.0) -> Float64Array:
     """λ falls as place^rho: with rho above 1 close levels are at small noise, below 1 at large."""
     check_positive("rho", rho)
     least_noisy, noisiest = span.log_snr
@@ -68,7 +68,7 @@ def beta(
 
 
 LEVEL_SPACINGS: dict[str, Callable[..., Float64Array]] = {
-    spacing.__name__: spacing for spacing in (karras, exponential, polyexponential, beta)
+    spacing.__name__: spacing for spacing in (karras, exponential, polynomial, beta)
 }
 
 

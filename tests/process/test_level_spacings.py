@@ -39,7 +39,7 @@ DIFFUSERS_BETA = [0.0, 0.12292175045833285, 0.36270099075321405]
 DIFFUSERS_BETA += [0.6372990092467856, 0.8770782495416671, 1.0]
 # Of 6 between 0.01 and 50: k-diffusion's get_sigmas_* in float64.
 K_DIFFUSION = {
-    ("polyexponential", 2.0): [0.010000000000000004, 0.014059141442025068, 0.03906926137119377]
+    ("polynomial", 2.0): [0.010000000000000004, 0.014059141442025068, 0.03906926137119377]
     + [0.21459974499253665, 2.3299188916435547, 49.99999999999997],
     ("karras", 5.0): [0.010000000000000007, 0.24667336295386996, 1.7122072684963299]
     + [6.894023445201447, 20.467717809968438, 50.000000000000014],
@@ -159,8 +159,8 @@ def test_options_shape_the_spread():
     assert middle[900] == pytest.approx(log_snr(linear)[[0, -1]].mean(), abs=0.02)
     uniform = linear.respace(9, spacing="beta", alpha=1.0, beta=1.0)
     np.testing.assert_allclose(uniform.timestep_map, np.linspace(0, 999, 9), rtol=1e-10, atol=1e-9)
-    steps = spaced_timesteps(linear, 4, "polyexponential", rho=0.25)
-    assert linear.respace("4", spacing="polyexponential", rho=0.25, rounded=True).timestep_map[
+    steps = spaced_timesteps(linear, 4, "polynomial", rho=0.25)
+    assert linear.respace("4", spacing="polynomial", rho=0.25, rounded=True).timestep_map[
         1
     ] == pytest.approx(steps[1])
 
@@ -206,8 +206,8 @@ def test_quantiles_in_closed_form(alpha, p):
         ({"spacing": "karras", "sections": 0}, "cannot choose 0 steps"),
         ({"spacing": "karras", "sections": "5,5"}, "an integer, got '5,5'"),
         (
-            {"spacing": "polyexponential", "rho": 60.0},
-            "20 levels by spacing 'polyexponential', rho=60.0 do not all differ; expected fewer",
+            {"spacing": "polynomial", "rho": 60.0},
+            "20 levels by spacing 'polynomial', rho=60.0 do not all differ; expected fewer",
         ),
         ({"spacing": "karras", "rho": 1e-3}, "20 levels by .* do not all differ"),
         ({"spacing": "karras", "sections": 5000, "rounded": True}, "cannot choose 5000 of"),
