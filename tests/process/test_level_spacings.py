@@ -196,7 +196,7 @@ def test_quantiles_in_closed_form(alpha, p):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"spacing": "logsnr", "rho": 7.0}, "rho=7.0 belongs to spacing 'karras' or 'polyexp"),
+        ({"spacing": "logsnr", "rho": 7.0}, "rho=7.0 belongs to spacing 'karras' or 'polyn"),
         ({"spacing": "beta", "rho": 7.0}, "rho=7.0 belongs to .*, not to 'beta'"),
         ({"spacing": "karras", "alpha": 0.6}, "alpha=0.6 belongs to spacing 'beta', not to"),
         ({"spacing": "karras", "speed": 1}, "speed=1 belongs to spacing none that there is, not"),
