@@ -42,9 +42,9 @@ class State:
             self.x_start.zero_()
         else:
             self.x_start.copy_(other.x_start)
-        _take_all(self.memory, other.memory)
-        self.features = _take_all(self.features, other.features)
-        self.difference = _take_all(self.difference, other.difference)
+        _copy(self.memory, other.memory)
+        self.features = _taken(self.features, other.features)
+        self.difference = _taken(self.difference, other.difference)
 
     def anew(self) -> "State":
         """Without what the network's rows keep, which is of another batch."""
@@ -232,14 +232,19 @@ class Run:
             )
 
 
-def _take_all(held: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _taken(held: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The tensors that are held, with the values of those that are given, if any."""
-    if not held:
+    if given and not held:
         return tuple(map(torch.clone, given))
-    for tensor, value in zip(held, given, strict=bool(given)):
+    if given:
+        _copy(held, given)
+    return held
+
+
+def _copy(held: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> None:
+    for tensor, value in zip(held, given, strict=True):
         if tensor is not value:
             tensor.copy_(value)
-    return held
 
 
 def _put_first(new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
