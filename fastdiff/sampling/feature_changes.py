@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdiff.sampling.call import Call, Inputs
-from fastdiff.sampling.reuse import WHOLE, best_rows
+from fastdiff.sampling.reuse import WHOLE, best_rows, rows_within
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.stats import Stats
 from fastdiff.sampling.step import State
@@ -30,6 +30,20 @@ def measured_rows(
     """
     changes = feature_changes(sampler, shape, depth=depth, **inputs)
     return best_rows(changes, whole)
+
+
+def adaptive_rows(
+    sampler: Sampler, threshold: float, shape: Sequence[int], *, depth: int = 2, **inputs: Any
+) -> list[int]:
+    """The rows of a sampler's table to run whole, for ``reuse``, as the features decide: each row
+    whose own differ from those that were kept last by more than ``threshold`` (a share, 0.1 being
+    a tenth of their sum). Arguments and errors as of ``measured_rows``.
+
+    Decided on the few samples that are measured, once, and not as samples are drawn: there the
+    other samples of a batch would have a say in it, and a sample would no longer be the same in any
+    batch.
+    """
+    return rows_within(feature_changes(sampler, shape, depth=depth, **inputs), threshold)
 
 
 @torch.no_grad()

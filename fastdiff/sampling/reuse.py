@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastdiff.checks import is_finite
 from fastdiff.errors import InputError
 
 Rows = int | Sequence[int]
@@ -128,6 +129,21 @@ def _count(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or number < least:
         raise InputError(f"{name} is {value!r}; expected an integer, {least} or more")
     return number
+
+
+def rows_within(changes: NDArray[np.float64], threshold: float) -> list[int]:
+    """The rows to run whole so that none reuses features that differ from its own by more than
+    ``threshold``, the fewest of them.
+
+    ``changes``: as of ``best_rows``. InputError for a threshold that is no number of 0 or more.
+    """
+    if not (is_finite(threshold) and threshold >= 0):
+        raise InputError(f"threshold is {threshold!r}; expected a share of 0 or more")
+    rows = [0]
+    for i in range(1, len(changes)):
+        if not changes[rows[-1], i] <= threshold:
+            rows.append(i)
+    return rows
 
 
 def best_rows(changes: NDArray[np.float64], whole: int) -> list[int]:

@@ -9,8 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdiff.errors import InputError
-from fastdiff.sampling.feature_changes import feature_changes, measured_rows
-from fastdiff.sampling.reuse import WHOLE, Extent, Reuse, best_rows, extents, quadratic_rows
+from fastdiff.sampling.feature_changes import adaptive_rows, feature_changes, measured_rows
+from fastdiff.sampling.reuse import (
+    WHOLE,
+    Extent,
+    Reuse,
+    best_rows,
+    extents,
+    quadratic_rows,
+    rows_within,
+)
 from fastdiff.sampling.sampler import Sampler
 from sampler_tools import diffusion
 from unet_tools import small_unet
@@ -102,7 +110,29 @@ def test_rows_measured_on_the_network():
         assert changes[i, j] == pytest.approx(float(expected), abs=1e-4)
     rows = measured_rows(sampler, 3, SHAPE, depth=1, seed=1, model_kwargs=LABELS)
     assert rows == best_rows(changes, 3)
+    threshold = float(np.median(changes[0, 1:]))
+    rows = adaptive_rows(sampler, threshold, SHAPE, depth=1, seed=1, model_kwargs=LABELS)
+    assert rows == rows_within(changes, threshold) and 1 < len(rows) < 6
     sampler.configure(reuse=Reuse(rows, 1)).sample(SHAPE, model_kwargs=LABELS)
+
+
+@given(count=st.integers(1, 7), threshold=st.floats(0, 1), data=st.data())
+@settings(deadline=None)
+def test_no_row_reuses_features_that_differ_by_more_than_the_threshold(count, threshold, data):
+    seed = data.draw(st.integers(0, 2**32 - 1))
+    places = np.cumsum(np.random.default_rng(seed).random(count))
+    changes = np.abs(places[:, None] - places)  # which grow with the distance
+    rows = rows_within(changes, threshold)
+    kept = [max(r for r in rows if r <= i) for i in range(count)]
+    assert all(changes[k, i] <= threshold for i, k in enumerate(kept))
+    fewer = (
+        chosen
+        for size in range(len(rows) - 1)
+        for chosen in itertools.combinations(range(1, count), size)
+    )
+    for chosen in fewer:  # none of which is enough
+        kept = [max(r for r in (0, *chosen) if r <= i) for i in range(count)]
+        assert any(changes[k, i] > threshold for i, k in enumerate(kept))
 
 
 class Keeping:
@@ -125,6 +155,8 @@ class Keeping:
         lambda: quadratic_rows(10, 5, centre=5, power=0.5),
         lambda: quadratic_rows(10, 5, centre=5, power=float("inf")),
         lambda: best_rows(np.zeros((3, 3)), 4),
+        lambda: rows_within(np.zeros((3, 3)), -0.1),
+        lambda: rows_within(np.zeros((3, 3)), float("nan")),
         lambda: Reuse(2, depth=0),
     ],
 )
