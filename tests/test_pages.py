@@ -171,10 +171,11 @@ def test_guidance():
 
 
 def test_operations():
-    (fused,) = (
+    fused, steps = (
         run("docs/operations.md", example) for example in blocks("docs/operations.md", "python")
     )
     torch.testing.assert_close(fused["y"], fused["plain"])
+    assert steps["x"].isfinite().all() and torch.equal(steps["memory"][0], steps["x_0"])
 
 
 @pytest.mark.seconds
