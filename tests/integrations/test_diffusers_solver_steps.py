@@ -162,7 +162,7 @@ def test_unipc(config, steps, begin):
         ends = config["final_sigmas_type"] == "zero"
         assert not any(reasons[:-1] if ends else reasons)
         plain = config["lower_order_final"] and config["predict_x0"]
-        assert not (ends and plain and config["solver_type"] == "bh2" and reasons[-1])
+        assert not (ends and plain and config["solver_type"] == "bh2" and any(reasons[-1:]))
 
 
 @pytest.mark.seconds
@@ -189,9 +189,8 @@ def pndm_growth(scheduler, timesteps):
     alphas, last = scheduler.alphas_cumprod, len(scheduler.alphas_cumprod) - 1
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     t = [int(t) for t, _ in timesteps]
-    group = [
-        t[i // 4 * 4] if i < len(scheduler.prk_timesteps) else t[i] + stride for i in range(len(t))
-    ]
+    slopes = scheduler.prk_timesteps
+    group = [slopes[i // 4 * 4] if i < len(slopes) else t[i] + stride for i in range(len(t))]
     return [
         float((alphas[max(now - stride, 0)] / alphas[min(start, last)]) ** 0.5)
         for now, start in zip(t, group, strict=True)
