@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +21,6 @@ from fastdiff.checks import check_float, is_finite
 from fastdiff.data.words import UPSAMPLING, words
 from fastdiff.errors import InputError
 from fastdiff.images import to_float, to_uint8
-from fastdiff.methods.protocol import noise_levels
-from fastdiff.methods.table import StepTable
 from fastdiff.process.low_res import level_of, noised_to
 from fastdiff.sampling.sampler import Sampler
 
@@ -223,19 +222,19 @@ class _Stop:
 
 def _stop_of(stage: Stage, noise_level: float) -> _Stop:
     """Where a network is stopped. InputError where it has no step of so little noise."""
-    process = stage.sampler.diffusion
-    if isinstance(process, StepTable):
+    table = stage.sampler.table
+    if table.levels is None:
         raise InputError(f"truncated needs the process of {stage.name}, which has a StepTable")
-    signal, noise = noise_levels(process)
-    levels = level_of(signal, noise).tolist()
-    at = [t for t, level in enumerate(levels[:-1]) if level <= noise_level]
-    if not at:
-        raise InputError(
-            f"{stage.name} cannot be stopped at noise_level {noise_level:g}: its least noisy step "
-            f"is {levels[0]:.3g}; take a higher level, or more steps"
-        )
-    t = at[-1]
-    return _Stop(len(levels) - 1 - t, levels[t], float((signal[t] ** 2 + noise[t] ** 2) ** 0.5))
+    signal, noise = table.levels.T
+    levels = level_of(signal, noise)
+    for row in range(1, len(table)):
+        # A sample, and what leads on from it never goes back up (restarts, churn).
+        if table.begins[row] and (levels[row:] <= noise_level).all():
+            return _Stop(row, float(levels[row]), float(np.hypot(signal[row], noise[row])))
+    raise InputError(
+        f"{stage.name} cannot be stopped at noise_level {noise_level:g}: its least noisy step is "
+        f"{levels[-1]:.3g}; take a higher level, or more steps"
+    )
 
 
 def _seed_of(seed: int, low_res_size: tuple[int, int]) -> int:

@@ -7,6 +7,7 @@ import torch
 from fastdiff.data.words import UPSAMPLING, words
 from fastdiff.errors import InputError
 from fastdiff.images import to_float, to_uint8
+from fastdiff.methods.registry import METHODS
 from fastdiff.methods.table import StepTable
 from fastdiff.ops.counters import training_step
 from fastdiff.ops.normal import normal
@@ -114,6 +115,22 @@ def test_a_truncated_network_stops_at_its_first_step_with_no_more_noise(process)
     torch.testing.assert_close(small_of(stages[1]), x / float(length))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_network_is_stopped_at_a_sample_and_on_its_way_down(method):
+    stages = [base(steps=10), upsampler(cond_noise=0.5, noise_level=0.4)]
+    stages[0].sampler.configure(method=method)
+    cascade = Cascade(stages, truncated=True)
+    cascade.sample(2, seed=1)
+    table, rows = stages[0].sampler.table, cascade.steps[0]
+    ratios = table.levels[:, 1] / table.levels[:, 0]
+    level = np.tan(0.4 * np.pi / 2)
+    assert table.begins[rows] and (ratios[rows:] <= level + 1e-12).all()
+    earlier = [i for i in range(1, rows) if table.begins[i]]
+    assert all((ratios[i:] > level).any() for i in earlier)
+    x = list(stages[0].sampler.iterate((2, 1, 2, 2), seed=1))[rows - 1]["sample"]
+    torch.testing.assert_close(small_of(stages[1]), x / float(np.hypot(*table.levels[rows])))
+
+
 def test_each_network_has_arguments_of_its_own():
     stages = [base(), upsampler()]
     y = torch.tensor([0, 3])
@@ -122,7 +139,7 @@ def test_each_network_has_arguments_of_its_own():
     assert torch.allclose(plain[0], labelled[0]) and not torch.allclose(plain[1], labelled[1])
 
 
-TABLE = StepTable.from_process(PROCESS.respace(4))
+TABLE = StepTable.from_rows([{"timesteps": t, "d": 0.5} for t in (3.0, 2.0, 1.0, 0.0)])
 NOISY = upsampler(cond_noise=0.5, noise_level=0.1)
 ALMOST_CLEAN = upsampler(cond_noise=0.5, noise_level=1e-4)
 
