@@ -222,6 +222,8 @@ def test_several_processes_are_refused(tmp_path, monkeypatch, capsys, name, rank
     needed = {
         "train": ["--data", "digits", "--out", "run"],
         "sample": ["--checkpoint", "c", "--out", "samples"],
+        "compare": ["--checkpoint", "c", "--out", "compare"],
+        "timesteps": ["--checkpoint", "c", "--steps", "5", "--out", "t.json"],
         "interpolate": ["--checkpoint", "c", "--between", "a.png", "b.png", "--out", "i"],
         "nll": ["--checkpoint", "c", "--data", "digits"],
         "rate-distortion": ["--checkpoint", "c", "--data", "digits", "--out", "rd"],
