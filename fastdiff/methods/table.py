@@ -141,12 +141,12 @@ class StepTable:
         chosen = registry.find(method)
         if eta is not None and (eta != 0.0 or "eta" in chosen.options):
             options["eta"] = eta
+        if not clipped_eps or "clipped_eps" in chosen.options:
+            options["clipped_eps"] = clipped_eps
         for name, value in options.items():
             if name not in chosen.options:
                 owners = " or ".join(map(repr, registry.taking(name))) or "none that there is"
                 raise InputError(f"{name}={value} belongs to method {owners}, not to {method!r}")
-        if "clipped_eps" in chosen.options:
-            options["clipped_eps"] = clipped_eps
         source = Source.of(Levels.of(*noise_levels(process)), process)
         steps = len(source.a)
         source = source.last(steps - _checked_start(start, steps))
