@@ -8,6 +8,7 @@ noised small images (``cond_noise``) they are noised likewise, which hides what 
 did wrong; or the smaller network is stopped while its samples are as noisy as that (``truncated``).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from fastdiff.checks import check_float, is_finite
 from fastdiff.data.words import UPSAMPLING, words
 from fastdiff.errors import InputError
 from fastdiff.images import to_float, to_uint8
-from fastdiff.methods.protocol import noise_levels
 from fastdiff.methods.table import StepTable
 from fastdiff.process.low_res import level_of, noised_to
 from fastdiff.sampling.sampler import Sampler
@@ -222,20 +222,22 @@ class _Stop:
 
 
 def _stop_of(stage: Stage, noise_level: float) -> _Stop:
-    """Where a network is stopped. InputError where it has no step of so little noise."""
-    process = stage.sampler.diffusion
-    if isinstance(process, StepTable):
+    """Where a network is stopped: at a sample of its process, of which there are not as many as
+    rows. InputError where it has none of so little noise."""
+    table = stage.sampler.table
+    if isinstance(stage.sampler.diffusion, StepTable):
         raise InputError(f"truncated needs the process of {stage.name}, which has a StepTable")
-    signal, noise = noise_levels(process)
+    assert table.levels is not None  # it is of the process
+    signal, noise = table.levels.T
     levels = level_of(signal, noise).tolist()
-    at = [t for t, level in enumerate(levels[:-1]) if level <= noise_level]
-    if not at:
+    samples = [i for i, begins in enumerate(table.begins) if begins and i > 0]
+    found = next((i for i in samples if levels[i] <= noise_level), None)
+    if found is None:
         raise InputError(
             f"{stage.name} cannot be stopped at noise_level {noise_level:g}: its least noisy step "
-            f"is {levels[0]:.3g}; take a higher level, or more steps"
+            f"is {min(levels):.3g}; take a higher level, or more steps"
         )
-    t = at[-1]
-    return _Stop(len(levels) - 1 - t, levels[t], float((signal[t] ** 2 + noise[t] ** 2) ** 0.5))
+    return _Stop(found, levels[found], math.hypot(*table.levels[found]))
 
 
 def _seed_of(seed: int, low_res_size: tuple[int, int]) -> int:

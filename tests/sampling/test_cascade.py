@@ -7,6 +7,7 @@ import torch
 from fastdiff.data.words import UPSAMPLING, words
 from fastdiff.errors import InputError
 from fastdiff.images import to_float, to_uint8
+from fastdiff.methods.registry import METHODS
 from fastdiff.methods.table import StepTable
 from fastdiff.ops.counters import training_step
 from fastdiff.ops.normal import normal
@@ -112,6 +113,19 @@ def test_a_truncated_network_stops_at_its_first_step_with_no_more_noise(process)
     x = list(stages[0].sampler.iterate((2, 1, 2, 2), seed=1))[rows - 1]["sample"]
     length = np.hypot(strided.signal_scale[t], strided.noise_scale[t])
     torch.testing.assert_close(small_of(stages[1]), x / float(length))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_whatever_the_rows_of_a_step_a_network_stops_at_the_level_that_the_next_is_told(method):
+    process = create_diffusion(steps=100, mean_type="x_start", sigma_small=True)
+    sampler = Sampler(lambda x, t: torch.zeros_like(x), process, steps=8, method=method)
+    stages = [Stage(sampler, (1, 64, 64)), upsampler(128, 64, cond_noise=0.5, noise_level=0.3)]
+    cascade = Cascade(stages, truncated=True)
+    cascade.sample(2)
+    assert sampler.table.begins[cascade.steps[0]]  # no trial point
+    angle = float(stages[1].sampler.model.noise_level[0]) * np.pi / 2
+    assert 0 < angle <= 0.3 * np.pi / 2
+    assert float(small_of(stages[1]).std()) == pytest.approx(np.sin(angle), rel=0.06)
 
 
 def test_each_network_has_arguments_of_its_own():
