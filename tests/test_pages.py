@@ -34,6 +34,7 @@ def assert_same(actual, expected):
 
 def test_there_is_a_page_for_every_codebase():
     names = ("any_model", "denoising_diffusion_pytorch", "diffusers", "improved_diffusion")
+    names += ("k_diffusion",)
     assert {f"docs/{name}.md" for name in names} <= set(PAGES)
 
 

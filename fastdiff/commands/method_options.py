@@ -5,6 +5,7 @@ from typing import Any
 
 from fastdiff.commands.named_values import named_values
 from fastdiff.methods.registry import METHODS, find
+from fastdiff.sampling.settings import AUTO
 
 # Of the options below those that have no default of their own.
 OPTIONAL = ("eta", "method_option", "reuse")
@@ -12,7 +13,12 @@ OPTIONAL = ("eta", "method_option", "reuse")
 
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--method", choices=METHODS, default="ddpm", metavar="NAME", help=", ".join(METHODS)
+        "--method",
+        choices=(*METHODS, AUTO),
+        default="ddpm",
+        metavar="NAME",
+        help=f"{', '.join(METHODS)}, or auto: that with the least measured error by so many steps, "
+        "and with it the spacing, unless there is one",
     )
     parser.add_argument(
         "--eta",
@@ -53,5 +59,5 @@ def method_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def named_method_options(method: str, given: list[str] | None) -> dict[str, Any] | None:
     """--method-option as Sampler has it. InputError for what is no option of the method's."""
-    known = [name for name in find(method).options if name != "eta"]
+    known = [] if method == AUTO else [name for name in find(method).options if name != "eta"]
     return named_values("--method-option", given or [], f"--method {method}", known)

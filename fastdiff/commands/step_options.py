@@ -13,7 +13,7 @@ from fastdiff.sampling.timesteps_file import MeasuredTimesteps
 DEFAULT_STEPS = 50
 
 # Of the options below those that have no default of their own.
-OPTIONAL = ("steps", "spacing_option", "timesteps")
+OPTIONAL = ("steps", "spacing", "spacing_option", "timesteps")
 
 
 def add_step_arguments(parser: argparse.ArgumentParser, *, of_many: str = "") -> None:
@@ -25,7 +25,10 @@ def add_step_arguments(parser: argparse.ArgumentParser, *, of_many: str = "") ->
         f"(default: {DEFAULT_STEPS}, or all of a shorter process){of_many}",
     )
     parser.add_argument(
-        "--spacing", choices=SPACINGS, default=SPACINGS[0], help="which timesteps the steps take"
+        "--spacing",
+        choices=SPACINGS,
+        default=argparse.SUPPRESS,
+        help=f"which timesteps the steps take (default: {SPACINGS[0]})",
     )
     parser.add_argument(
         "--spacing-option",
@@ -56,16 +59,16 @@ def step_arguments(
         vars(args).setdefault(name, None)
     given = args.spacing_option or []
     if args.timesteps is not None:
-        if steps or given or args.spacing != SPACINGS[0]:
+        if steps or given or args.spacing is not None:
             raise InputError("--timesteps says which steps are taken: leave out --steps and others")
         measured = MeasuredTimesteps.load(args.timesteps)
         return {"timesteps": measured.of_process(checkpoint.diffusion, method)}
-    known = spacing_options(args.spacing)
+    spacing = args.spacing or SPACINGS[0]
     return {
         "steps": steps_of(steps, checkpoint),
         "spacing": args.spacing,
         "spacing_options": named_values(
-            "--spacing-option", given, f"--spacing {args.spacing}", known
+            "--spacing-option", given, f"--spacing {spacing}", spacing_options(spacing)
         ),
     }
 

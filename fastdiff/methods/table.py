@@ -185,7 +185,10 @@ class StepTable:
             if unknown or "timesteps" not in row:
                 what = f"{unknown[0]!r} is no column" if unknown else "timesteps is missing"
                 raise InputError(f"row {i}: {what}; expected {', '.join(COLUMNS)}")
-        values = np.array([[float((DEFAULTS | dict(row))[n]) for n in COLUMNS] for row in rows])
+        try:
+            values = np.array([[float((DEFAULTS | dict(row))[n]) for n in COLUMNS] for row in rows])
+        except (TypeError, ValueError) as error:
+            raise InputError(f"rows hold what is no number: {error}") from None
         if not len(values) or np.isnan(values).any():
             raise InputError(f"{len(values)} rows, NaN in some; expected one or more of numbers")
         slots = values[:, COLUMNS.index("slot")]

@@ -8,12 +8,12 @@ noised small images (``cond_noise``) they are noised likewise, which hides what 
 did wrong; or the smaller network is stopped while its samples are as noisy as that (``truncated``).
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +21,6 @@ from fastdiff.checks import check_float, is_finite
 from fastdiff.data.words import UPSAMPLING, words
 from fastdiff.errors import InputError
 from fastdiff.images import to_float, to_uint8
-from fastdiff.methods.table import StepTable
 from fastdiff.process.low_res import level_of, noised_to
 from fastdiff.sampling.sampler import Sampler
 
@@ -222,22 +221,20 @@ class _Stop:
 
 
 def _stop_of(stage: Stage, noise_level: float) -> _Stop:
-    """Where a network is stopped: at a sample of its process, of which there are not as many as
-    rows. InputError where it has none of so little noise."""
+    """Where a network is stopped. InputError where it has no step of so little noise."""
     table = stage.sampler.table
-    if isinstance(stage.sampler.diffusion, StepTable):
+    if table.levels is None:
         raise InputError(f"truncated needs the process of {stage.name}, which has a StepTable")
-    assert table.levels is not None  # it is of the process
     signal, noise = table.levels.T
-    levels = level_of(signal, noise).tolist()
-    samples = [i for i, begins in enumerate(table.begins) if begins and i > 0]
-    found = next((i for i in samples if levels[i] <= noise_level), None)
-    if found is None:
-        raise InputError(
-            f"{stage.name} cannot be stopped at noise_level {noise_level:g}: its least noisy step "
-            f"is {min(levels):.3g}; take a higher level, or more steps"
-        )
-    return _Stop(found, levels[found], math.hypot(*table.levels[found]))
+    levels = level_of(signal, noise)
+    for row in range(1, len(table)):
+        # A sample, and what leads on from it never goes back up (restarts, churn).
+        if table.begins[row] and (levels[row:] <= noise_level).all():
+            return _Stop(row, float(levels[row]), float(np.hypot(signal[row], noise[row])))
+    raise InputError(
+        f"{stage.name} cannot be stopped at noise_level {noise_level:g}: its least noisy step is "
+        f"{levels[-1]:.3g}; take a higher level, or more steps"
+    )
 
 
 def _seed_of(seed: int, low_res_size: tuple[int, int]) -> int:

@@ -48,11 +48,13 @@ class Sampler:
         steps: an int or a respacing string ("50", "10,15,20", "ddim25"), counted in the process's
             own steps; None takes all of them.
         spacing: of ``steps``: "uniform", "quadratic", "trailing", "logsnr", "karras",
-            "exponential", "beta" or "polynomial" (fastdiff.process.respacing).
+            "exponential", "beta" or "polynomial" (fastdiff.process.respacing); None is "uniform",
+            or what goes with ``method`` "auto".
         spacing_options: of the spacing, by name.
         timesteps: the process's steps to take, ascending, in place of ``steps``.
         method: "ddpm" (with the process's variance), "ddim" or another file's of
-            fastdiff/methods; ``fastdiff.methods.registry.METHODS`` has them all.
+            fastdiff/methods; ``fastdiff.methods.registry.METHODS`` has them all. "auto": that with
+            the least measured error by so many steps (fastdiff/sampling/recommended.py).
         eta: the share of noise: of DDIM 0 deterministic, 1 the DDPM posterior's variance; None is
             the method's own.
         method_options: of the method, by name, such as {"order": 2} of "unipc".
@@ -131,7 +133,7 @@ class Sampler:
         diffusion: Any,
         *,
         steps: int | str | None = None,
-        spacing: str = "uniform",
+        spacing: str | None = None,
         spacing_options: Mapping[str, Any] | None = None,
         timesteps: Sequence[float] | None = None,
         method: str = "ddpm",
@@ -217,7 +219,7 @@ class Sampler:
         the method keeps, whether there is guidance, its rescaling, and dynamic_threshold.
         """
         process = self.process if diffusion is None else diffusion
-        self._set(process, self.settings.changed(changes))
+        self._set(process, self.asked.changed(changes))
         return self
 
     def _set(self, process: Any, settings: Settings) -> None:
@@ -225,6 +227,7 @@ class Sampler:
             check_process(process, "respace", "prior_std")
         if settings.depth and not self.network.programs.wanted:
             raise InputError("reuse and executor=False or compile exclude each other; choose one")
+        asked, settings = settings, settings.chosen(process)
         strided = settings.strided(process)
         table = settings.table(strided)
         moves = {"denoised_fn": self.denoised_fn, "cond_fn": self.cond_fn}
@@ -237,7 +240,7 @@ class Sampler:
                     "(zero terminal SNR); use method 'ddpm'"
                 )
         with self.network.lock:
-            self.process, self.settings = process, settings
+            self.process, self.asked, self.settings = process, asked, settings
             self.diffusion, self.table = strided, table
 
     @called_with(WatchedInputs)

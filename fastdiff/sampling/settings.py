@@ -7,15 +7,21 @@ from typing import Any
 from fastdiff.checks import is_finite
 from fastdiff.errors import InputError
 from fastdiff.methods.table import StepTable
+from fastdiff.sampling.recommended import count_of, recommended
 from fastdiff.sampling.reuse import Extent, Reuse, Rows, checked_rows, extents, reuse_of
+
+AUTO = "auto"  # the method
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Sampler's arguments of the same names. InputError for what is no value of theirs."""
+    """Sampler's arguments of the same names. InputError for what is no value of theirs.
+
+    ``spacing`` None is "uniform", or what ``method`` "auto" chooses.
+    """
 
     steps: int | str | None = None
-    spacing: str = "uniform"
+    spacing: str | None = None
     spacing_options: Mapping[str, Any] | None = None
     timesteps: Sequence[float] | None = None
     method: str = "ddpm"
@@ -32,7 +38,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.steps is not None and self.timesteps is not None:
             raise InputError("steps and timesteps are both given; expected one of them")
-        if self.spacing != "uniform" and self.steps is None:
+        if self.spacing not in (None, "uniform") and self.steps is None:
             raise InputError(f"spacing {self.spacing!r} spaces steps; give steps=, a count")
         for name in ("spacing_options", "method_options"):
             given = getattr(self, name)
@@ -83,8 +89,20 @@ class Settings:
         if changes.get("steps") is not None:
             changes = {"timesteps": None} | changes
         if changes.get("timesteps") is not None:
-            changes = {"steps": None, "spacing": "uniform", "spacing_options": None} | changes
+            changes = {"steps": None, "spacing": None, "spacing_options": None} | changes
         return replace(self, **changes)
+
+    def chosen(self, process: Any) -> "Settings":
+        """With a method, and the spacing that goes with it, in the place of "auto"."""
+        if self.method != AUTO:
+            return self
+        if isinstance(process, StepTable):
+            return replace(self, method=process.method)
+        method, spacing = recommended(count_of(process, self.steps, self.timesteps))
+        counted = isinstance(self.steps, int) or str(self.steps).strip().isdecimal()
+        if self.spacing is None and self.steps is not None and counted:
+            return replace(self, method=method, spacing=spacing)
+        return replace(self, method=method)
 
     def strided(self, process: Any) -> Any:
         """The process over the steps that are taken; a StepTable is its own."""
@@ -104,7 +122,7 @@ class Settings:
         if self.steps is None:
             return process
         options = _free_of("spacing_options", self.spacing_options, ("sections", "spacing"))
-        return process.respace(self.steps, spacing=self.spacing, **options)
+        return process.respace(self.steps, spacing=self.spacing or "uniform", **options)
 
     def table(self, strided: Any, start: int = 0) -> StepTable:
         """Of the strided process, without so many of its noisiest steps."""

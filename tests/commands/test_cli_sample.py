@@ -148,6 +148,7 @@ def test_options_reach_the_sampler(plain, tmp_path):
         "noisy": ["--method", "ddim", "--eta", "1"],
         "solver": ["--method", "dpmsolver++"],
         "order": ["--method", "unipc", "--method-option", "order=1"],
+        "auto": ["--method", "auto"],
         "seed": ["--seed", "1"],
         "sections": ["--steps", "2,2"],
         "weights": ["--weights", "model"],

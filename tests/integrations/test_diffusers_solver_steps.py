@@ -95,16 +95,23 @@ def has_gaps(scheduler):
     return bool((sigmas[:-1] > sigmas[1:]).all() and (sigmas[:-1] > 0).all())
 
 
+def from_first(values, scheduler, begin):
+    """Of each step, and 1 for those beyond the last. Without ``begin`` the first step is that of
+    the first timestep's second occurrence, as diffusers has it."""
+    first = scheduler.index_for_timestep(scheduler.timesteps[0]) if begin is None else begin
+    return values[first:] + [1.0] * first
+
+
 def growth(scheduler, begin):
     """Of each step α_t/α_s, by which diffusers multiplies x where it predicts ε."""
     alpha, _ = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas)
-    return (alpha[1:] / alpha[:-1]).tolist()[begin or 0 :]
+    return from_first((alpha[1:] / alpha[:-1]).tolist(), scheduler, begin)
 
 
 def division(scheduler, begin):
     """Of each step 1/σ, by which diffusers multiplies x − α·x_0 for an ε."""
     _, sigma = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas)
-    return (1 / sigma).tolist()[begin or 0 :]
+    return from_first((1 / sigma).tolist(), scheduler, begin)
 
 
 @pytest.mark.seconds
@@ -137,7 +144,8 @@ def test_euler_ancestral(config, steps, begin):
 def test_heun(config, steps, begin):
     theirs, mine, timesteps = at_start("HeunDiscrete", config, steps, begin)
     lengths = -mine.sigmas.diff()
-    terms = ((lengths + lengths.roll(1)) / mine.sigmas[:-1]).tolist()[begin or 0 :]
+    terms = ((lengths + lengths.roll(1)) / mine.sigmas[:-1]).tolist()
+    terms = from_first(terms, mine, begin)
     reasons = check_loop(theirs, mine, timesteps, terms=terms)
     assert mine.step_index == theirs.step_index
     assert mine.state_in_first_order == theirs.state_in_first_order

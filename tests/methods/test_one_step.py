@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import row_oracle
+import row_tools
 from fastdiff.errors import InputError
 from fastdiff.methods.table import COLUMNS, StepTable
 from fastdiff.process.gaussian import create_diffusion
@@ -38,7 +39,7 @@ def test_the_error_falls_with_the_order(method, options, order, preserving):
     counts = np.array([30, 42, 60, 84]) * (1 if order < 3 else 2)
     errors = []
     for steps in counts + 1:  # the last is to the data, which no number of steps makes smaller
-        table = row_oracle.table_of(row_oracle.evenly(steps, preserving), method, **options)
+        table = row_tools.table_of(row_oracle.evenly(steps, preserving), method, **options)
         start, end = table.levels[0], table.levels[-1]
         x = np.linspace(-2, 2, 9) * start[1]
         seen = row_oracle.run(table, x, row_oracle.posterior_mean)
@@ -77,7 +78,7 @@ def test_noise_keeps_the_marginals_of_gaussian_data(method, options, order, pres
         given = dict(options)
         if method == "restart":  # as fine as the rest
             given["restarts"] = [(*ends, int(steps) // 4, n) for *ends, _, n in given["restarts"]]
-        table = row_oracle.table_of(row_oracle.evenly(steps, preserving), method, **given)
+        table = row_tools.table_of(row_oracle.evenly(steps, preserving), method, **given)
         assert table.is_noisy
         means, variances = row_oracle.moments(table, mean, variance)
         signal, noise = table.levels[-1]
@@ -94,7 +95,7 @@ def test_on_uneven_steps_3s_is_of_second_order(solver_type):
         place = np.linspace(0, 1, steps)
         place[1:-1] += 0.5 / steps * (np.arange(1, steps - 1) % 3 > 0)
         process = row_oracle.process(0.05 * 400.0**place, preserving=True)
-        table = row_oracle.table_of(process, "dpmsolver++3s", solver_type=solver_type)
+        table = row_tools.table_of(process, "dpmsolver++3s", solver_type=solver_type)
         x = np.linspace(-2, 2, 9) * table.levels[0, 1]
         exact = row_oracle.along_the_flow(x, table.levels[0], table.levels[-1])
         seen = row_oracle.run(table, x, row_oracle.posterior_mean)
@@ -104,8 +105,8 @@ def test_on_uneven_steps_3s_is_of_second_order(solver_type):
 
 def test_s_noise_multiplies_what_is_added():
     for method, options in (("heun", {"s_churn": 5.0}), ("euler_ancestral", {}), ("restart", {})):
-        one = row_oracle.table_of(row_oracle.evenly(12), method, **options)
-        more = row_oracle.table_of(row_oracle.evenly(12), method, s_noise=1.25, **options)
+        one = row_tools.table_of(row_oracle.evenly(12), method, **options)
+        more = row_tools.table_of(row_oracle.evenly(12), method, s_noise=1.25, **options)
         assert one.is_noisy
         torch.testing.assert_close(more.sigma, 1.25 * one.sigma)
         torch.testing.assert_close(more.d, one.d)
@@ -124,7 +125,7 @@ def test_every_row_keeps_the_marginals_of_one_known_image(rises, least, preservi
     if method == "restart":
         options = {"restarts": [(0.5, 4.0, 3, 2), (0.1, 0.4, 4, 3)]}
     process = row_oracle.process(np.exp(least + np.cumsum(rises)), preserving=preserving)
-    table = row_oracle.table_of(process, method, **options)
+    table = row_tools.table_of(process, method, **options)
     means, variances = row_oracle.moments(table, mean=0.7, variance=0.0)
     signal, noise = np.append(table.levels, [[1.0, 0.0]], 0).T
     np.testing.assert_allclose(means, 0.7 * signal, rtol=1e-9, atol=1e-11 * noise.max())
@@ -140,15 +141,15 @@ spreads = st.lists(st.floats(0.02, 3.0), min_size=1, max_size=12)
 @given(rises=spreads, least=st.floats(-5.0, 1.0), preserving=st.booleans(), eta=st.floats(0, 1))
 def test_eulers_steps_are_ddims(rises, least, preserving, eta):
     process = row_oracle.process(np.exp(least + np.cumsum(rises)), preserving=preserving)
-    ddim = row_oracle.table_of(process, "ddim", eta=eta)
-    own = row_oracle.table_of(process, "euler_ancestral", eta=eta)
+    ddim = row_tools.table_of(process, "ddim", eta=eta)
+    own = row_tools.table_of(process, "euler_ancestral", eta=eta)
     exact = [i for i, name in enumerate(COLUMNS) if name not in ("clip", "sigma")]
     torch.testing.assert_close(own.packed[:, exact], ddim.packed[:, exact], rtol=1e-9, atol=1e-9)
     # What is added is a difference of squared levels.
     off = (own.sigma**2 - ddim.sigma**2).numpy()
     assert (np.abs(off) <= 16 * np.finfo(float).eps * own.levels[:, 1] ** 2).all()
     if eta == 0:
-        assert torch.equal(row_oracle.table_of(process, "euler").packed, own.packed)
+        assert torch.equal(row_tools.table_of(process, "euler").packed, own.packed)
 
 
 # --- Rows -------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ def test_eulers_steps_are_ddims(rises, least, preserving, eta):
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
 @pytest.mark.parametrize("method", ["heun", "dpm_2", "dpm_2_ancestral", "dpmsolver++2s_ancestral"])
 def test_two_calls_a_step_but_the_last(method, steps):
-    table = row_oracle.table_of(row_oracle.evenly(steps), method)
+    table = row_tools.table_of(row_oracle.evenly(steps), method)
     assert len(table) == 2 * steps - 1
     assert table.begins == (True, False) * (steps - 1) + (True,)
     assert table.keeps_x_start
@@ -172,7 +173,7 @@ def test_two_calls_a_step_but_the_last(method, steps):
     ],
 )  # fmt: skip
 def test_singlestep_solvers_group_their_steps(order, steps, begins):
-    table = row_oracle.table_of(row_oracle.evenly(steps), f"dpmsolver++{order}s")
+    table = row_tools.table_of(row_oracle.evenly(steps), f"dpmsolver++{order}s")
     assert "".join("b" if first else "." for first in table.begins) == begins
 
 
@@ -180,9 +181,9 @@ def test_singlestep_solvers_group_their_steps(order, steps, begins):
 def test_from_a_level_without_signal_the_first_step_is_eulers(method):
     process = row_oracle.evenly(6)
     process.signal_scale[-1], process.noise_scale[-1] = 0.0, 1.0
-    table = row_oracle.table_of(process, method)
+    table = row_tools.table_of(process, method)
     assert torch.isfinite(table.packed[:, : COLUMNS.index("clip")]).all()
-    ddim = row_oracle.table_of(process, "ddim")
+    ddim = row_tools.table_of(process, "ddim")
     assert (table.c[0], table.d[0], table.begins[1]) == (ddim.c[0], ddim.d[0], True)
 
 
@@ -198,7 +199,7 @@ def test_from_a_level_without_signal_the_first_step_is_eulers(method):
 )
 def test_churn_lifts_every_step_within_its_bounds_but_the_first(steps, s_churn, ends, method):
     process = row_oracle.evenly(steps)
-    table = row_oracle.table_of(process, method, s_churn=s_churn, s_tmin=ends[0], s_tmax=ends[1])
+    table = row_tools.table_of(process, method, s_churn=s_churn, s_tmin=ends[0], s_tmax=ends[1])
     sigmas = (process.noise_scale / process.signal_scale)[::-1]
     gamma = min(s_churn / steps, math.sqrt(2) - 1)
     inside = (ends[0] <= sigmas) & (sigmas <= ends[1])
@@ -230,7 +231,7 @@ def test_churn_stays_below_a_step_without_signal(method, spacing):
 def test_restarts_go_where_they_are_published_to_go():
     process = row_oracle.evenly(10)
     sigmas = process.noise_scale / process.signal_scale
-    table = row_oracle.table_of(process, "restart", restarts=[(0.5, 2.0, 4, 2)])
+    table = row_tools.table_of(process, "restart", restarts=[(0.5, 2.0, 4, 2)])
     assert len(table) == 19 + 2 * 2 * 3
     found = table.levels[:, 1] / table.levels[:, 0]
     low = sigmas[np.abs(sigmas - 0.5).argmin()]
@@ -252,8 +253,8 @@ def test_restarts_go_where_they_are_published_to_go():
 )
 def test_restarts_off_the_path_are_left_out(sigmas, restarts):
     process = row_oracle.process(sigmas, preserving=False)
-    table = row_oracle.table_of(process, "restart", restarts=restarts)
-    assert torch.equal(table.packed, row_oracle.table_of(process, "heun").packed)
+    table = row_tools.table_of(process, "restart", restarts=restarts)
+    assert torch.equal(table.packed, row_tools.table_of(process, "heun").packed)
 
 
 def test_churn_and_restarts_need_levels_between_the_steps():
@@ -269,9 +270,9 @@ def test_churn_and_restarts_need_levels_between_the_steps():
 
 
 def test_langevin_steps_stay_at_their_level_and_are_counted():
-    predictor = row_oracle.table_of(row_oracle.evenly(6), "euler_ancestral")
+    predictor = row_tools.table_of(row_oracle.evenly(6), "euler_ancestral")
     for corrections in (0, 1, 3):
-        table = row_oracle.table_of(
+        table = row_tools.table_of(
             row_oracle.evenly(6), "predictor-corrector", corrections=corrections
         )
         assert len(table) == 6 + 5 * corrections and all(table.begins)
@@ -286,7 +287,7 @@ def test_langevin_steps_lead_to_the_marginal(snr):
     """
     mean, variance, corrections = 0.4, 0.09, round(20 / snr**2)
     process = row_oracle.process([0.3, 1.0], preserving=True)
-    table = row_oracle.table_of(
+    table = row_tools.table_of(
         process, "predictor-corrector", corrections=corrections, snr=snr, eta=0.0
     )
     means, variances = row_oracle.moments(table, mean, variance)
@@ -328,4 +329,4 @@ def test_langevin_steps_lead_to_the_marginal(snr):
 )
 def test_bad_options(method, options, message):
     with pytest.raises(InputError, match=message):
-        row_oracle.table_of(row_oracle.evenly(8), method, **options)
+        row_tools.table_of(row_oracle.evenly(8), method, **options)

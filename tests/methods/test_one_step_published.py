@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import row_oracle
+import row_tools
 from fastdiff.process.schedules import get_named_beta_schedule
 from paths import RECORDED
 
@@ -48,7 +49,7 @@ def noise_of_rows(table, draws):
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['of']} {c['method']} {c['options']}")
 def test_every_call_is_the_recorded_one(case, preserving):
     process = row_oracle.process(case["sigmas"][::-1], preserving=preserving)
-    table = row_oracle.table_of(process, case["method"], **case["options"])
+    table = row_tools.table_of(process, case["method"], **case["options"])
     signal, noise = table.levels.T
     calls, final = np.array(case["calls"]), np.array(case["final"])
     # Restart's own levels were float32.
@@ -93,7 +94,7 @@ def test_every_step_is_that_of_diffusers_sigma_schedulers(method, steps, monkeyp
     )
     scheduler.set_timesteps(steps)
     sigmas = sigmas_of((1000 - 1000 / steps * np.arange(steps)).round().astype(int) - 1)
-    table = row_oracle.table_of(row_oracle.process(sigmas[::-1], preserving=True), method)
+    table = row_tools.table_of(row_oracle.process(sigmas[::-1], preserving=True), method)
     assert len(table) == len(scheduler.timesteps)
     signal, noise = table.levels.T
     # Draws come in order, one a row that is noisy; where theirs are more, their factor is 0.
@@ -130,7 +131,7 @@ def test_every_step_is_that_of_diffusers_singlestep_solver(solver_type, order, s
     timesteps = np.linspace(0, 999, steps).round().astype(int)
     scheduler.set_timesteps(timesteps=timesteps[::-1].tolist())
     process = row_oracle.process(sigmas_of(timesteps), preserving=True)
-    table = row_oracle.table_of(process, f"dpmsolver++{order}s", solver_type=solver_type)
+    table = row_tools.table_of(process, f"dpmsolver++{order}s", solver_type=solver_type)
     assert len(table) == steps
     signal, noise = table.levels.T
     x = np.array([0.4, -1.0, 0.7])

@@ -116,16 +116,19 @@ def test_a_truncated_network_stops_at_its_first_step_with_no_more_noise(process)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_whatever_the_rows_of_a_step_a_network_stops_at_the_level_that_the_next_is_told(method):
-    process = create_diffusion(steps=100, mean_type="x_start", sigma_small=True)
-    sampler = Sampler(lambda x, t: torch.zeros_like(x), process, steps=8, method=method)
-    stages = [Stage(sampler, (1, 64, 64)), upsampler(128, 64, cond_noise=0.5, noise_level=0.3)]
+def test_a_network_is_stopped_at_a_sample_and_on_its_way_down(method):
+    stages = [base(steps=10), upsampler(cond_noise=0.5, noise_level=0.4)]
+    stages[0].sampler.configure(method=method)
     cascade = Cascade(stages, truncated=True)
-    cascade.sample(2)
-    assert sampler.table.begins[cascade.steps[0]]  # no trial point
-    angle = float(stages[1].sampler.model.noise_level[0]) * np.pi / 2
-    assert 0 < angle <= 0.3 * np.pi / 2
-    assert float(small_of(stages[1]).std()) == pytest.approx(np.sin(angle), rel=0.06)
+    cascade.sample(2, seed=1)
+    table, rows = stages[0].sampler.table, cascade.steps[0]
+    ratios = table.levels[:, 1] / table.levels[:, 0]
+    level = np.tan(0.4 * np.pi / 2)
+    assert table.begins[rows] and (ratios[rows:] <= level + 1e-12).all()
+    earlier = [i for i in range(1, rows) if table.begins[i]]
+    assert all((ratios[i:] > level).any() for i in earlier)
+    x = list(stages[0].sampler.iterate((2, 1, 2, 2), seed=1))[rows - 1]["sample"]
+    torch.testing.assert_close(small_of(stages[1]), x / float(np.hypot(*table.levels[rows])))
 
 
 def test_each_network_has_arguments_of_its_own():
@@ -136,7 +139,7 @@ def test_each_network_has_arguments_of_its_own():
     assert torch.allclose(plain[0], labelled[0]) and not torch.allclose(plain[1], labelled[1])
 
 
-TABLE = StepTable.from_process(PROCESS.respace(4))
+TABLE = StepTable.from_rows([{"timesteps": t, "d": 0.5} for t in (3.0, 2.0, 1.0, 0.0)])
 NOISY = upsampler(cond_noise=0.5, noise_level=0.1)
 ALMOST_CLEAN = upsampler(cond_noise=0.5, noise_level=1e-4)
 

@@ -11,6 +11,7 @@ from fastdiff.methods.registry import METHODS
 from fastdiff.methods.table import COLUMNS, StepTable
 from fastdiff.models.unet import UNet
 from fastdiff.process.variance_exploding import VarianceExploding, geometric_sigmas
+from fastdiff.sampling.recommended import recommended
 from fastdiff.sampling.sampler import Sampler
 from golden_cases import META, array, network, process, relative_error
 from sampler_tools import SHAPE, Tiny, closed_form, diffusion, small_unet
@@ -359,6 +360,7 @@ def test_rows_that_are_no_table():
         ([], "0 rows"),
         ([{"a": 1.0}], "timesteps is missing"),
         ([{"timesteps": 1.0, "f": 1.0}], "row 0: 'f' is no column"),
+        ([{"timesteps": 1.0, "c": "half"}], "rows hold what is no number: .*'half'"),
         ([{"timesteps": float("nan")}], "NaN"),
     ):
         with pytest.raises(InputError, match=message):
@@ -384,3 +386,41 @@ def test_an_output_may_be_an_object_with_a_sample():
 
     expected = Sampler(closed_form(), diffusion(), steps=3).sample(SHAPE)
     assert torch.equal(Sampler(model, diffusion(), steps=3).sample(SHAPE), expected)
+
+
+# The method that is chosen
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 6},
+        {"steps": "40"},
+        {"steps": 6, "spacing": "logsnr"},
+        {"steps": "3,4"},
+        {"timesteps": [0, 7, 99]},
+        {},
+    ],
+)
+def test_auto_is_the_recommended_method_with_its_spacing(options):
+    process = diffusion(100)
+    count = {"40": 40, "3,4": 7, 6: 6}.get(options.get("steps"), 3 if options else 100)
+    method, spacing = recommended(count)
+    written = dict(options)
+    if options.get("steps") in (6, "40"):
+        written.setdefault("spacing", spacing)
+    sampler = Sampler(closed_form(), process, method="auto", **options)
+    expected = Sampler(closed_form(), process, method=method, **written)
+    assert sampler.table.method == method and sampler.settings.method == method
+    assert torch.equal(sampler.sample(SHAPE, seed=2), expected.sample(SHAPE, seed=2))
+    sampler.configure(steps=50)  # another number, perhaps another method
+    method, spacing = recommended(50)
+    assert sampler.table.method == method
+    image = torch.zeros(SHAPE)
+    again = Sampler(closed_form(), process, method=method, steps=50)
+    if "spacing" not in options:
+        again.configure(spacing=spacing)
+    else:
+        again.configure(spacing=options["spacing"])
+    given = {"image": image, "strength": 0.5, "seed": 1}
+    assert torch.equal(sampler.sample(SHAPE, **given), again.sample(SHAPE, **given))

@@ -1,14 +1,10 @@
-"""A step table's rows in float64, on arrays, for a network whose x_0 is known; no kernel."""
+"""What is known of a step table's rows: their moments for normal data, the flow of a mixture."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
-import torch
 
-from fastdiff.methods.table import StepTable
-
-FACTORS = ("c", "d", "e0", "e1", "e2", "sigma", "clip", "slot", "k", "q")
+import row_tools
 
 
 def process(sigmas, *, preserving, **extra):
@@ -20,15 +16,8 @@ def process(sigmas, *, preserving, **extra):
     def at_log_snr(values):
         return process(np.exp(-np.sort(values)[::-1]), preserving=preserving, **extra)
 
-    given = {"mean_type": "x_start", "var_type": "fixed_small"} | extra
-    return SimpleNamespace(
-        signal_scale=signal,
-        noise_scale=signal * sigmas,
-        model_timesteps=np.log(sigmas),
-        input_scale=np.ones_like(sigmas),
-        at_log_snr=at_log_snr,
-        **given,
-    )
+    own = {"model_timesteps": np.log(sigmas), "at_log_snr": at_log_snr}
+    return row_tools.process(signal, signal * sigmas, **own, **extra)
 
 
 def evenly(steps, preserving=True, least=0.05, most=20.0):
@@ -37,30 +26,9 @@ def evenly(steps, preserving=True, least=0.05, most=20.0):
     return process(sigmas, preserving=preserving)
 
 
-def table_of(process, method, **options):
-    """In float64; x_0 is not clipped."""
-    return StepTable.from_process(
-        process, method=method, dtype=torch.float64, clip_denoised=False, **options
-    )
-
-
 def run(table, x, x_start_of, z=None):
-    """x before the first row and after each, (K + 1, …); x_start_of(x, signal, noise) is x_0 and
-    z[i] row i's fresh noise. What is read of memory must have been written: it starts as NaN."""
-    rows = {name: getattr(table, name).numpy() for name in FACTORS}
-    memory = [np.full_like(x, math.nan) for _ in range(3)]
-    seen = [x]
-    for i, level in enumerate(table.levels):
-        row = {name: values[i] for name, values in rows.items()}
-        x_0 = np.clip(x_start_of(x, *level), -row["clip"], row["clip"])
-        terms = [row["c"] * x_0, row["d"] * x]
-        terms += [row[f"e{slot}"] * memory[slot] for slot in range(3) if row[f"e{slot}"]]
-        terms += [row["sigma"] * z[i]] if row["sigma"] else []
-        if row["slot"] >= 0:
-            memory[int(row["slot"])] = row["k"] * x_0 + row["q"] * x
-        x = sum(terms)
-        seen.append(x)
-    return np.stack(seen)
+    """x before the first row and after each, (K + 1, …), as ``row_tools.run``."""
+    return np.stack([x, *row_tools.run(table, x, x_start_of, z)])
 
 
 def moments(table, mean, variance):
