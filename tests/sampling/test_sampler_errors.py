@@ -45,6 +45,8 @@ def test_a_network_that_answers_nan_is_named_with_its_step():
         ({"steps": 5, "spacing_options": {"sections": 3}}, "spacing_options has 'sections'"),
         ({"steps": 5, "spacing_options": {2: 3}}, "expected a dict of names and values"),
         ({"steps": 21}, "21"),
+        ({"method": "auto", "steps": 2.5}, "2.5"),
+        ({"method": "auto", "timesteps": 3}, "timesteps must be a list of numbers, got 3"),
         ({"steps": "ddim19"}, "ddim19"),
         ({"steps": "fifty"}, "fifty"),
     ],
