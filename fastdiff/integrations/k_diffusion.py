@@ -8,7 +8,8 @@ Names, arguments and results are those of ``k_diffusion.sampling`` (github.com/c
 k-diffusion), whose model answers x_0 to x = x_0 + σ·ε. Each is a method of ``fastdiff.methods``, on
 the levels of ``sigmas``, with one fused ``posterior_step`` a call of the model. What differs:
 
-- ``sigmas`` fall strictly, to 0 or to the level at which x is wanted;
+- ``sigmas`` fall strictly, to 0 or to the level at which x is wanted, and churn leads to none above
+  the first;
 - by default the noise of the samplers whose k-diffusion's is a Brownian tree is the same in
   distribution, drawn by ``torch.randn_like`` and without torchsde;
 - ``eta`` of ancestral samplers is at most 1, ``order`` of ``sample_lms`` at most 4, and ``r`` of
@@ -176,9 +177,16 @@ def _churned(
     added before the first is added here. As in k-diffusion, a draw a step, used or not."""
     values = _checked(x, sigmas)
     steps = len(values) - 1
-    gamma = min(s_churn / steps, math.sqrt(2) - 1) if s_tmin <= values[0] <= s_tmax else 0.0
-    first = torch.randn_like(x) * s_noise
+    most = min(s_churn / steps, math.sqrt(2) - 1)
+    churned = [sigma for sigma in values[:-1] if s_tmin <= sigma <= s_tmax]
+    gamma = most if values[0] in churned else 0.0
     lifted = values[0] * (1 + gamma)
+    if churned and churned[0] * (1 + most) > lifted:
+        raise InputError(
+            f"churn takes sigma {churned[0]:g} to {churned[0] * (1 + most):g}, above the first, "
+            f"{values[0]:g}, which s_tmax leaves out; expected another s_tmax, or less s_churn"
+        )
+    first = torch.randn_like(x) * s_noise
     if gamma > 0:
         x = x + first * math.sqrt(lifted**2 - values[0] ** 2)
     # Where σ does not end in 0, its end is one more level to the method: of those that share the

@@ -29,7 +29,7 @@ def euler(
         s_noise: what the added noise is multiplied by.
 
     Raises:
-        InputError: a negative ``s_churn`` or ``s_noise``; churn by a process without such levels.
+        InputError: what is no number of at least 0; churn by a process without such levels.
     """
     return euler_rows(churned(source, s_churn, s_tmin, s_tmax, s_noise))
 

@@ -1,7 +1,7 @@
 """Heun's method in σ = noise / signal, with churn or with restarts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -40,7 +40,7 @@ def heun(
         s_noise: what the added noise is multiplied by (there 1.003).
 
     Raises:
-        InputError: a negative ``s_churn`` or ``s_noise``; churn by a process without such levels.
+        InputError: what is no number of at least 0; churn by a process without such levels.
     """
     return heun_rows(churned(source, s_churn, s_tmin, s_tmax, s_noise))
 
@@ -72,6 +72,10 @@ def restart(
             its steps.
     """
     check_not_negative("s_noise", s_noise)
+    if not isinstance(restarts, Iterable):
+        raise InputError(
+            f"restarts is {restarts!r}; expected a list of (t_min, t_max, levels, times)"
+        )
     legs = [Leg(at, to, to) for at, to in pairwise(source.path)]
     for t_min, t_max, levels, times in map(_checked, restarts):
         reached = [level for level in source.steps[1:] if level.sigma < t_max]

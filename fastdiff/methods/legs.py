@@ -96,18 +96,20 @@ def churned(
     (arXiv:2206.00364, algorithm 2).
 
     γ = min(s_churn / K, √2 − 1) where s_tmin ≤ σ ≤ s_tmax, else 0. The row before a leg adds its
-    noise: the first leg has none, and is not churned; nor does σ̂ exceed where the first begins.
+    noise: the first leg has none, and is not churned; nor does σ̂ exceed the noisiest step that has
+    signal.
     """
-    for name, value in {"s_churn": s_churn, "s_noise": s_noise}.items():
+    for name, value in {"s_churn": s_churn, "s_noise": s_noise, "s_tmin": s_tmin}.items():
         check_not_negative(name, value)
-    steps = source.steps
-    gamma = min(s_churn / len(steps), math.sqrt(2) - 1)
-    most = steps[0].sigma
+    if s_tmax != math.inf:
+        check_not_negative("s_tmax", s_tmax)
+    first, *others = (level.sigma for level in source.steps)
+    gamma = min(s_churn / len(source.steps), math.sqrt(2) - 1)
+    most = others[0] if others and math.isinf(first) else first
     lifted = [
-        min(level.sigma * (1 + gamma), most) if s_tmin <= level.sigma <= s_tmax else level.sigma
-        for level in steps
+        min(sigma * (1 + gamma), most) if s_tmin <= sigma <= s_tmax else sigma for sigma in others
     ]
-    *begins, data = (*at_sigmas(source, lifted), source.path[-1])
+    *begins, data = (*at_sigmas(source, [first, *lifted]), source.path[-1])
     return [
         Leg(at, to, after, s_noise)
         for at, to, after in zip(begins, source.path[1:], (*begins[1:], data), strict=True)

@@ -34,8 +34,7 @@ def dpm_2(
         s_noise: what the added noise is multiplied by.
 
     Raises:
-        InputError: a negative ``s_churn`` or ``s_noise``; a process without levels between its
-            steps.
+        InputError: what is no number of at least 0; a process without levels between its steps.
     """
     return _rows(source, churned(source, s_churn, s_tmin, s_tmax, s_noise), _by_eps)
 

@@ -141,12 +141,12 @@ class StepTable:
         chosen = registry.find(method)
         if eta is not None and (eta != 0.0 or "eta" in chosen.options):
             options["eta"] = eta
+        if not clipped_eps or "clipped_eps" in chosen.options:
+            options["clipped_eps"] = clipped_eps
         for name, value in options.items():
             if name not in chosen.options:
                 owners = " or ".join(map(repr, registry.taking(name))) or "none that there is"
                 raise InputError(f"{name}={value} belongs to method {owners}, not to {method!r}")
-        if "clipped_eps" in chosen.options:
-            options["clipped_eps"] = clipped_eps
         source = Source.of(Levels.of(*noise_levels(process)), process)
         steps = len(source.a)
         source = source.last(steps - _checked_start(start, steps))
@@ -185,7 +185,10 @@ class StepTable:
             if unknown or "timesteps" not in row:
                 what = f"{unknown[0]!r} is no column" if unknown else "timesteps is missing"
                 raise InputError(f"row {i}: {what}; expected {', '.join(COLUMNS)}")
-        values = np.array([[float((DEFAULTS | dict(row))[n]) for n in COLUMNS] for row in rows])
+        try:
+            values = np.array([[float((DEFAULTS | dict(row))[n]) for n in COLUMNS] for row in rows])
+        except (TypeError, ValueError) as error:
+            raise InputError(f"rows hold what is no number: {error}") from None
         if not len(values) or np.isnan(values).any():
             raise InputError(f"{len(values)} rows, NaN in some; expected one or more of numbers")
         slots = values[:, COLUMNS.index("slot")]

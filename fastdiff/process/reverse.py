@@ -31,6 +31,7 @@ from fastdiff.process.update import (
     XStart,
     at_row,
     classifier_gain,
+    mean_is_output,
 )
 
 MEAN_TYPES = ("epsilon", "x_start", "v", "previous_x")
@@ -263,8 +264,8 @@ class ReverseStep:
                 process._step_tables[key] = table, classifier_gain(process, table)
         self.table, gain = process._step_tables[key]
         self.process, self.method, self.given = process, method, given
-        mean_is_output = process.mean_type == "previous_x" and method == "ddpm"
-        self.update = Update(self.table, XStart(given.denoised_fn), mean_is_output)
+        is_output = mean_is_output(process, self.table)
+        self.update = Update(self.table, XStart(given.denoised_fn), is_output)
         self.classifier = None
         if given.cond_fn is not None:
             self.classifier = ClassifierGuidance(given.cond_fn, self.table, gain)

@@ -19,6 +19,7 @@ from fastdiff.methods.levels import Float64Array
 from fastdiff.process.between import Grid
 
 _CLOSEST = 1e-9  # in λ: levels closer than this are one
+_LARGEST_SHAPE = 100.0  # of a beta distribution: all levels are close long before
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ def beta(
     """Timesteps at the quantiles of Beta(alpha, beta): with both below 1, close at both ends."""
     check_positive("alpha", alpha)
     check_positive("beta", beta)
+    if max(alpha, beta) > _LARGEST_SHAPE:
+        raise InputError(
+            f"alpha is {alpha} and beta {beta}; expected at most {_LARGEST_SHAPE:g} of each"
+        )
     timesteps = span.first + beta_quantile(places, alpha, beta) * (span.last - span.first)
     return span.grid.log_snr_at(timesteps)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.checks import check_like
+from fastdiff.errors import InputError
 from fastdiff.methods.table import COLUMNS, Index, StepTable
 from fastdiff.ops.posterior_step import reference
 from fastdiff.ops.posterior_step.op import DTYPES, check_tensors, posterior_step
@@ -153,6 +154,23 @@ class Update:
         if variance is None:
             return x_start
         return torch.cat([x_start, variance[: len(x)].to(dtype)], dim=1)
+
+
+def mean_is_output(process: Any, table: StepTable) -> bool:
+    """Whether the rows of a process are what its network answers: DDPM by previous-x prediction. Of
+    a table without a process nobody knows."""
+    return table.method == "ddpm" and getattr(process, "mean_type", None) == "previous_x"
+
+
+def check_moves(process: Any, table: StepTable, moves: Mapping[str, Any]) -> None:
+    """InputError for what ``moves`` x_0 (names of arguments; None: not given) where rows read
+    the network's output beside it, which it would not move."""
+    given = [name for name, move in moves.items() if move is not None]
+    if given and not mean_is_output(process, table) and (table.o != 0).any():
+        raise InputError(
+            f"{given[0]} moves x_0, and rows of this table read the network's output beside it "
+            f"(column o, as of clipped_eps=False); leave out {given[0]} or take other rows"
+        )
 
 
 def apply_rows(

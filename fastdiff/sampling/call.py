@@ -18,6 +18,7 @@ from fastdiff.process.update import (
     DenoisedFn,
     XStart,
     classifier_gain,
+    mean_is_output,
 )
 from fastdiff.sampling.conditions import Conditions, Known
 from fastdiff.sampling.kwargs import doubled_kwargs
@@ -113,8 +114,6 @@ class Call:
             conditions.known = Known.of(*given, shape, device, process, table)
         kwargs = dict(inputs.model_kwargs or {})
         counters = (inputs.seed, inputs.first_sample, inputs.step_noise)
-        is_table = isinstance(process, StepTable)
-        predicts_mean = not is_table and process.mean_type == "previous_x"
         self.stats = stats
         self.guided = [settings.is_guided(timestep) for timestep in self.timesteps]
         extents = settings.extents(self.guided, skipped)
@@ -130,7 +129,7 @@ class Call:
             extents={i: extents[i] for i, guided in enumerate(self.guided) if not guided},
             depth=settings.depth,
             failed=failure_flag(device),
-            mean_is_output=predicts_mean and table.method == "ddpm",
+            mean_is_output=mean_is_output(process, table),
             self_condition=sampler.self_condition,
         )
         self.with_guidance = self.plain

@@ -1,6 +1,7 @@
 """How much a network's deep features change from row to row, measured on samples."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -56,7 +57,10 @@ def feature_changes(
     device = sampler.device or sampler.network.device or torch.device("cpu")
     call = Call(sampler, given, device, Stats())
     state, features = State.beginning(call.x, call.table), []
-    with sampler.network.sampling(False, call.timesteps, depth):
+    with ExitStack() as stack:
+        stack.enter_context(sampler.network.sampling(False, call.timesteps, depth))
+        if sampler.guide is not None:
+            stack.enter_context(sampler.guide.sampling(False, call.timesteps))
         for i in range(len(call.timesteps)):
             run = replace(call.run_of(i), depth=depth)
             made = state.anew()

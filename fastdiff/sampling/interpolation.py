@@ -76,6 +76,8 @@ def encode(
         dtype=network.dtype,
         channels_last=network.asked_channels_last,
         guidance_scale=settings.guidance_scale,
+        guidance_rescale=settings.guidance_rescale,
+        guide=None if sampler.guide is None else sampler.guide.model,
         guidance_interval=settings.guidance_interval,
         dynamic_threshold=settings.dynamic_threshold,
         denoised_fn=sampler.denoised_fn,

@@ -5,6 +5,7 @@ no noise after x_T: the error is that of solving the ordinary differential equat
 """
 
 import operator
+from collections.abc import Sized
 from typing import Any
 
 from fastdiff.methods.protocol import noise_levels
@@ -20,9 +21,9 @@ def recommended(steps: int) -> tuple[str, str]:
 
 def count_of(process: Any, steps: int | str | None, timesteps: Any) -> int:
     """How many of the process's steps Sampler's arguments ask for, or nearly: of sections their
-    sum, of what is no number none that counts."""
+    sum, of what is none of them 0: ``respace`` says so."""
     if timesteps is not None:
-        return len(timesteps)
+        return len(timesteps) if isinstance(timesteps, Sized) else 0
     if steps is None:
         return len(noise_levels(process)[0])
     if isinstance(steps, str):
@@ -30,4 +31,7 @@ def count_of(process: Any, steps: int | str | None, timesteps: Any) -> int:
             part for part in steps.removeprefix("ddim").split(",") if part.strip().isdecimal()
         ]
         return sum(map(int, digits))
-    return operator.index(steps)
+    try:
+        return operator.index(steps)
+    except TypeError:
+        return 0

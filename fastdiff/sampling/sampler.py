@@ -17,7 +17,7 @@ from fastdiff.errors import InputError
 from fastdiff.methods.protocol import check_process
 from fastdiff.methods.table import StepTable
 from fastdiff.optional import require
-from fastdiff.process.update import CondFn, DenoisedFn, classifier_gain
+from fastdiff.process.update import CondFn, DenoisedFn, check_moves, classifier_gain
 from fastdiff.records import called_with
 from fastdiff.sampling.call import Call, Inputs, WatchedInputs
 from fastdiff.sampling.capture import CapturedStep, Graphs
@@ -33,7 +33,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Sampler:
-    """Samples from ``model`` by strided DDPM, DDIM or DPM-Solver++(2M).
+    """Samples from ``model`` by any method of ``fastdiff.methods``, over some steps of a process.
 
     Args:
         model: called ``model(x, timesteps, **model_kwargs)`` with x (N, C, ...) and float32 (N,)
@@ -230,6 +230,8 @@ class Sampler:
         asked, settings = settings, settings.chosen(process)
         strided = settings.strided(process)
         table = settings.table(strided)
+        moves = {"denoised_fn": self.denoised_fn, "cond_fn": self.cond_fn}
+        check_moves(strided, table, moves | {"dynamic_threshold": settings.dynamic_threshold})
         if self.cond_fn is not None:
             check_process(strided, "last_variance")
             if not classifier_gain(strided, table).isfinite().all():

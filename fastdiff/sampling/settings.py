@@ -42,7 +42,7 @@ class Settings:
             raise InputError(f"spacing {self.spacing!r} spaces steps; give steps=, a count")
         for name in ("spacing_options", "method_options"):
             given = getattr(self, name)
-            if given is not None and not isinstance(given, Mapping):
+            if given is not None and not (isinstance(given, Mapping) and all(map(_is_name, given))):
                 raise InputError(f"{name} is {given!r}; expected a dict of names and values")
         if self.spacing_options and self.steps is None:
             raise InputError("spacing_options belong to a spacing of steps; give steps=, a count")
@@ -121,9 +121,8 @@ class Settings:
             return process.respace(timesteps=self.timesteps)
         if self.steps is None:
             return process
-        return process.respace(
-            self.steps, spacing=self.spacing or "uniform", **(self.spacing_options or {})
-        )
+        options = _free_of("spacing_options", self.spacing_options, ("sections", "spacing"))
+        return process.respace(self.steps, spacing=self.spacing or "uniform", **options)
 
     def table(self, strided: Any, start: int = 0) -> StepTable:
         """Of the strided process, without so many of its noisiest steps."""
@@ -135,10 +134,8 @@ class Settings:
             "clip_denoised": self.clip_denoised,
             "start": start,
         }
-        options = self.method_options or {}
-        for name in (*arguments, "dtype"):
-            if name in options:
-                raise InputError(f"method_options has {name!r}, which is no option of a method's")
+        taken = ("process", "dtype", *arguments)
+        options = _free_of("method_options", self.method_options, taken)
         return StepTable.from_process(strided, **arguments, **options)
 
     def is_guided(self, timestep: float) -> bool:
@@ -147,6 +144,20 @@ class Settings:
             return False
         low, high = self.guidance_interval or (float("-inf"), float("inf"))
         return low <= timestep <= high
+
+
+def _is_name(key: Any) -> bool:
+    return isinstance(key, str)
+
+
+def _free_of(
+    what: str, options: Mapping[str, Any] | None, taken: Sequence[str]
+) -> Mapping[str, Any]:
+    """``options``; InputError for one whose name another argument has."""
+    for name in options or {}:
+        if name in taken:
+            raise InputError(f"{what} has {name!r}, which is no option of its own")
+    return options or {}
 
 
 def _check_interval(interval: Any, scale: float | None) -> None:

@@ -69,7 +69,11 @@ class MeasuredTimesteps:
     def load(cls, path: str | Path) -> "MeasuredTimesteps":
         """What :meth:`save` wrote. Raises InputError for any other file."""
         try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+            found = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+            columns = (found.timesteps, found.signal_scale, found.noise_scale)
+            if np.array(columns, dtype=np.float64).ndim != 2:
+                raise ValueError("not a number of each for every timestep")
+            return found
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror or error}") from None
         except (TypeError, ValueError):

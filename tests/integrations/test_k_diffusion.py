@@ -157,3 +157,12 @@ def test_what_is_refused(given, message):
     call = {"x": torch.zeros(SHAPE), "sigmas": torch.tensor([2.0, 1.0, 0.0])} | given
     with pytest.raises(InputError, match=message):
         k_diffusion.sample_dpmpp_sde(model, **call, noise_sampler=noise_sampler, disable=True)
+
+
+@pytest.mark.parametrize("name", ["sample_euler", "sample_heun", "sample_dpm_2"])
+def test_churn_above_the_first_level_is_refused_not_cut(name):
+    sigmas, x = torch.tensor([80.0, 70.0, 10.0, 0.0]), torch.zeros(SHAPE)
+    with pytest.raises(InputError, match="churn takes sigma 70 to 98.9949, above the first, 80"):
+        getattr(k_diffusion, name)(model, x, sigmas, disable=True, s_churn=9.0, s_tmax=75.0)
+    for options in ({"s_churn": 9.0}, {"s_churn": 0.3, "s_tmax": 75.0}):
+        getattr(k_diffusion, name)(model, x, sigmas, disable=True, **options)

@@ -12,6 +12,7 @@ import row_oracle
 import row_tools
 from fastdiff.errors import InputError
 from fastdiff.methods.table import COLUMNS, StepTable
+from fastdiff.process.gaussian import create_diffusion
 
 ORDERS = [
     ("euler", {}, 1),
@@ -214,6 +215,19 @@ def test_churn_lifts_every_step_within_its_bounds_but_the_first(steps, s_churn, 
     assert not added[~made].any()
 
 
+@pytest.mark.parametrize("method", ["euler", "heun", "dpm_2"])
+@pytest.mark.parametrize("spacing", ["trailing", "karras", "exponential", "beta"])
+def test_churn_stays_below_a_step_without_signal(method, spacing):
+    process = create_diffusion(mean_type="v", zero_terminal_snr=True).respace(18, spacing=spacing)
+    plain = StepTable.from_process(process, method=method)
+    table = StepTable.from_process(process, method=method, s_churn=40.0)
+    begun, steps = (of.levels[np.array(of.begins)] for of in (table, plain))
+    assert begun[0, 0] == 0 and np.array_equal(begun[1], steps[1])
+    found, sigmas = (of[2:, 1] / of[2:, 0] for of in (begun, steps))
+    most = steps[1, 1] / steps[1, 0]
+    np.testing.assert_allclose(found, np.minimum(sigmas * math.sqrt(2), most), rtol=1e-9)
+
+
 def test_restarts_go_where_they_are_published_to_go():
     process = row_oracle.evenly(10)
     sigmas = process.noise_scale / process.signal_scale
@@ -293,6 +307,9 @@ def test_langevin_steps_lead_to_the_marginal(snr):
     [
         ("heun", {"s_churn": -1}, "s_churn is -1; expected a finite number of at least 0"),
         ("euler", {"s_noise": math.nan}, "s_noise is nan"),
+        ("dpm_2", {"s_tmin": "0.05"}, "s_tmin is '0.05'; expected a finite number of at least 0"),
+        ("heun", {"s_tmax": None}, "s_tmax is None; expected a finite number of at least 0"),
+        ("restart", {"restarts": None}, "restarts is None; expected a list of"),
         ("euler_ancestral", {"eta": 1.2}, "eta is 1.2; expected 0 .* … 1"),
         ("dpmsolver++3s", {"eta": -0.1}, "eta is -0.1"),
         (

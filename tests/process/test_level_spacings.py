@@ -203,6 +203,7 @@ def test_quantiles_in_closed_form(alpha, p):
         ({"rho": 7.0}, "rho=7.0 belongs to spacing .*, not to 'uniform'"),
         ({"spacing": "karras", "rho": 0}, "rho must be a positive number, got 0"),
         ({"spacing": "beta", "beta": -1.0}, "beta must be a positive number, got -1.0"),
+        ({"spacing": "beta", "alpha": 1e6, "beta": 1e6}, "expected at most 100 of each"),
         ({"spacing": "karras", "sections": 0}, "cannot choose 0 steps"),
         ({"spacing": "karras", "sections": "5,5"}, "an integer, got '5,5'"),
         (

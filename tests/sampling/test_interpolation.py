@@ -81,6 +81,27 @@ def test_with_a_constant_network_the_way_back_is_exact(name):
     torch.testing.assert_close(sampler.sample(x.shape, noise=latent), x, rtol=0, atol=2e-3)
 
 
+def test_encoding_is_guided_as_the_way_back_is():
+    process = PROCESSES["linear"]()
+    strong, weak = gaussian(3, 1, 4, 4).float(), gaussian(1, 1, 4, 4).float()
+    sampler = Sampler(
+        lambda x, t: strong,
+        process,
+        method="ddim",
+        guidance_scale=2.0,
+        guide=lambda x, t: weak.expand_as(x),
+        guidance_rescale=0.5,
+        clip_denoised=False,
+    )
+    guided = 2 * strong - weak
+    factor = 0.5 * strong.flatten(1).std(1) / guided.flatten(1).std(1) + 0.5
+    eps, x = factor.view(-1, 1, 1, 1) * guided, images(3, 1, 4, 4).float()
+    latent = encode(sampler, x)
+    expected = x * float(process.signal_scale[-1]) + eps * float(process.noise_scale[-1])
+    torch.testing.assert_close(latent, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sampler.sample(x.shape, noise=latent), x, rtol=0, atol=2e-3)
+
+
 def test_its_steps_are_the_published_ones():
     process = create_diffusion(steps=100, timestep_respacing="6")
     model = lambda x, t: torch.tanh(x) * (0.6 + 0.4 * torch.cos(t / 20)).view(-1, 1, 1, 1)  # noqa: E731

@@ -1,6 +1,7 @@
 """Measured timesteps: of closed-form networks, within their budget, and as a file."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -221,7 +222,9 @@ def test_a_file_of_another_process_or_method_is_refused(tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="for method 'dpmsolver\\+\\+', not for 'ddim': take"):
         found.of_process(PROCESSES["linear"], "ddim")
-    for text in ("", "{}", "[1, 2]", "{'a'", '{"timesteps": [1]}'):
+    others = {"timesteps": None}, {"signal_scale": "all"}, {"noise_scale": found.noise_scale[1:]}
+    damaged = [json.dumps(asdict(found) | other) for other in others]
+    for text in ("", "{}", "[1, 2]", "{'a'", '{"timesteps": [1]}', *damaged):
         path = tmp_path / "timesteps.json"
         path.write_text(text)
         with pytest.raises(InputError, match="holds no measured timesteps; expected a file"):

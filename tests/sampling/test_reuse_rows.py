@@ -116,6 +116,15 @@ def test_rows_measured_on_the_network():
     sampler.configure(reuse=Reuse(rows, 1)).sample(SHAPE, model_kwargs=LABELS)
 
 
+def test_rows_are_measured_with_a_guide_that_runs_as_samples_have_it():
+    options = {"guidance_scale": 2.0, "guide": small_unet(), "executor": True, "steps": 3}
+    sampler = sampler_of(small_unet(), **options)
+    assert feature_changes(sampler, SHAPE, depth=1).shape == (3, 3)
+    how = "the network as a program of"
+    assert all(network.programs.explain().startswith(how) for network in sampler._networks)
+    assert not any(network.running for network in sampler._networks)
+
+
 @given(count=st.integers(1, 7), threshold=st.floats(0, 1), data=st.data())
 @settings(deadline=None)
 def test_no_row_reuses_features_that_differ_by_more_than_the_threshold(count, threshold, data):

@@ -360,6 +360,7 @@ def test_rows_that_are_no_table():
         ([], "0 rows"),
         ([{"a": 1.0}], "timesteps is missing"),
         ([{"timesteps": 1.0, "f": 1.0}], "row 0: 'f' is no column"),
+        ([{"timesteps": 1.0, "c": "half"}], "rows hold what is no number: .*'half'"),
         ([{"timesteps": float("nan")}], "NaN"),
     ):
         with pytest.raises(InputError, match=message):

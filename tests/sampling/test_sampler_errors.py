@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastdiff.errors import InputError, TrainingError
+from fastdiff.methods.table import StepTable
 from fastdiff.process.variance_exploding import VarianceExploding, geometric_sigmas
 from fastdiff.sampling.sampler import Sampler
 from sampler_tools import SHAPE, closed_form, diffusion
@@ -38,7 +39,14 @@ def test_a_network_that_answers_nan_is_named_with_its_step():
         ({"guidance_scale": "2"}, "guidance_scale is '2'"),
         ({"device": "gpu"}, "device is 'gpu'; expected 'cpu'"),
         ({"method": "ddim", "eta": "1"}, "eta is '1'"),
+        ({"method": "unipc", "method_options": {"clipped_eps": False}}, "belongs to method 'ddim'"),
+        ({"method": "heun", "method_options": {1: 2}}, "expected a dict of names and values"),
+        ({"method_options": {"process": 1}}, "method_options has 'process', which is no option"),
+        ({"steps": 5, "spacing_options": {"sections": 3}}, "spacing_options has 'sections'"),
+        ({"steps": 5, "spacing_options": {2: 3}}, "expected a dict of names and values"),
         ({"steps": 21}, "21"),
+        ({"method": "auto", "steps": 2.5}, "2.5"),
+        ({"method": "auto", "timesteps": 3}, "timesteps must be a list of numbers, got 3"),
         ({"steps": "ddim19"}, "ddim19"),
         ({"steps": "fifty"}, "fifty"),
     ],
@@ -46,6 +54,29 @@ def test_a_network_that_answers_nan_is_named_with_its_step():
 def test_bad_options(options, message):
     with pytest.raises(InputError, match=message):
         Sampler(closed_form(), diffusion(20), **options)
+
+
+ROWS = StepTable.from_rows([{"a": 1.0, "b": -1.0, "c": 0.5, "o": 0.5, "timesteps": 0.0}])
+
+
+@pytest.mark.parametrize("move", [{"denoised_fn": torch.tanh}, {"dynamic_threshold": 0.9}])
+@pytest.mark.parametrize("process", [diffusion(20), ROWS])
+def test_what_moves_x_0_alone_is_refused_where_rows_read_the_output_too(move, process):
+    own = {} if process is ROWS else {"method": "ddim", "method_options": {"clipped_eps": False}}
+    sampler = Sampler(closed_form(), process, **own)  # without a move
+    with pytest.raises(InputError, match=f"{next(iter(move))} moves x_0, and rows of this table"):
+        Sampler(closed_form(), process, **own, **move)
+    if "dynamic_threshold" in move:
+        with pytest.raises(InputError, match="dynamic_threshold moves x_0"):
+            sampler.configure(**move)
+
+
+def test_a_classifier_is_refused_there_too():
+    own = {"method": "ddim", "method_options": {"clipped_eps": False}}
+    with pytest.raises(InputError, match="cond_fn moves x_0, and rows of this table"):
+        Sampler(closed_form(), diffusion(20), cond_fn=closed_form(), **own)
+    previous_x = diffusion(20, mean_type="previous_x")  # DDPM's rows, which are the output
+    Sampler(closed_form(), previous_x, cond_fn=closed_form(), dynamic_threshold=0.9)
 
 
 def test_bad_model_or_process():
