@@ -2,8 +2,8 @@
 
     python tests/tools/k_diffusion_cases.py CHECKOUT tests/recorded/k_diffusion.npz
 
-from a checkout of github.com/crowsonkb/k-diffusion (commit 4601bf0), in float64 but for what draws
-by torch.randn_like, which is in float32.
+from a checkout of github.com/crowsonkb/k-diffusion (commit 4601bf0), in float64 (σ too, where the
+sampler chooses it) but for what draws by torch.randn_like, which is in float32.
 """
 
 import sys
@@ -16,6 +16,8 @@ SHAPE = (2, 3, 4, 4)
 KARRAS = [(80 ** (1 / 7) + i / 7 * (0.05 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(8)]
 SIGMAS = {"zero": [*KARRAS, 0.0], "part": [14.6, 7.0, 3.1, 1.2, 0.4], "once": [2.5, 0.0]}
 CHURN = {"s_churn": 3.0, "s_tmin": 0.1, "s_tmax": 50.0, "s_noise": 1.05}
+ENDS = (0.05, 80.0)
+CONTROL = ("error", "h", "steps", "nfe", "n_accept", "n_reject")
 NOISY = (
     *("sample_euler_ancestral", "sample_dpm_2_ancestral", "sample_dpmpp_2s_ancestral"),
     *("sample_dpmpp_sde", "sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde"),
@@ -38,6 +40,34 @@ def cases():
                 yield f"{name} {ends} {eta}", name, sigmas, options, False
     options = {"eta": 0.8, "solver_type": "heun"}
     yield "sample_dpmpp_2m_sde heun", "sample_dpmpp_2m_sde", SIGMAS["zero"], options, False
+
+
+def solver_cases():
+    """(name of the case, sampler, its options, whether it draws by itself), of those samplers that
+    choose their σ themselves: between ENDS, unless the options have others"""
+    up = {"sigma_min": 30.0, "sigma_max": 0.3}
+    for n in range(1, 9):
+        yield f"sample_dpm_fast {n}", "sample_dpm_fast", {"n": n}, False
+    for n, eta in ((3, 1.0), (4, 0.6), (5, 1.4)):
+        options = {"n": n, "eta": eta, "s_noise": 1.1}
+        yield f"sample_dpm_fast {n} {eta}", "sample_dpm_fast", options, False
+    yield "sample_dpm_fast up", "sample_dpm_fast", {"n": 6, **up}, False
+    yield "sample_dpm_fast drawn", "sample_dpm_fast", {"n": 7, "eta": 0.6}, True
+    adaptive = {
+        "default": {},
+        "tight": {"rtol": 0.002, "atol": 1e-4, "h_init": 2.0},
+        "pid": {"pcoeff": 0.2, "icoeff": 0.6, "dcoeff": 0.1, "h_init": 1.5, "rtol": 0.01},
+        "lenient": {"accept_safety": 0.3, "h_init": 3.0},
+        "eta": {"eta": 0.7, "s_noise": 1.1, "rtol": 0.02},
+        "most": {"eta": 1.4, "h_init": 1.0},
+        "up": {**up, "h_init": 0.8},
+        "drawn": {"eta": 0.6},
+    }
+    sampler = "sample_dpm_adaptive"
+    for order in (2, 3):
+        for name, options in adaptive.items():
+            draws = name == "drawn"
+            yield f"{sampler} {order} {name}", sampler, {"order": order, **options}, draws
 
 
 def start(sigmas, dtype):
@@ -82,6 +112,27 @@ def answers(samplers, case, dtype):
     return x, seen
 
 
+def solver_answers(samplers, case, dtype):
+    """The same of a case of ``solver_cases``."""
+    _, name, options, draws = case
+    seen = []
+    torch.manual_seed(3)
+    options = dict(zip(("sigma_min", "sigma_max"), ENDS, strict=True)) | options
+    sampler = {} if draws else {
+        "noise_sampler": lambda *levels: noise_sampler(*levels).to(dtype)
+    }  # fmt: skip
+    x = getattr(samplers, name)(
+        model,
+        start([options["sigma_max"]], dtype),
+        extra_args={"strength": 0.9},
+        callback=seen.append,
+        disable=True,
+        **sampler,
+        **options,
+    )
+    return x, seen
+
+
 def record(checkout, path):
     for missing in ("torchdiffeq", "torchsde"):
         sys.modules[missing] = types.SimpleNamespace(odeint=None)
@@ -99,6 +150,16 @@ def record(checkout, path):
         levels = [[float(call["sigma"]), float(call["sigma_hat"])] for call in seen]
         recorded[f"{case[0]} levels"] = np.array(levels)
         recorded[f"{case[0]} denoised"] = np.array([float(call["denoised"].sum()) for call in seen])
+    for case in solver_cases():
+        dtype = torch.float32 if case[-1] else torch.float64
+        torch.set_default_dtype(dtype)  # that of σ
+        x, seen = solver_answers(sampling, case, dtype)
+        recorded[case[0]] = x.double().numpy()
+        recorded[f"{case[0]} levels"] = np.array([float(call["sigma"]) for call in seen])
+        recorded[f"{case[0]} denoised"] = np.array([float(call["denoised"].sum()) for call in seen])
+        if "error" in seen[0]:
+            control = [[float(call[name]) for name in CONTROL] for call in seen]
+            recorded[f"{case[0]} control"] = np.array(control)
     np.savez_compressed(path, **recorded)
 
 

@@ -1,22 +1,4 @@
-"""k-diffusion's samplers by fastdiff's rows: ``sample_euler(model, x, sigmas)`` and the others.
-
-    from fastdiff.integrations import k_diffusion as K
-
-    x = K.sample_dpmpp_2m(model, x, sigmas)
-
-Names, arguments and results are those of ``k_diffusion.sampling`` (github.com/crowsonkb/
-k-diffusion), whose model answers x_0 to x = x_0 + σ·ε. Each is a method of ``fastdiff.methods``, on
-the levels of ``sigmas``, with one fused ``posterior_step`` a call of the model. What differs:
-
-- ``sigmas`` fall strictly, to 0 or to the level at which x is wanted, and churn leads to none above
-  the first;
-- by default the noise of the samplers whose k-diffusion's is a Brownian tree is the same in
-  distribution, drawn by ``torch.randn_like`` and without torchsde;
-- ``eta`` of ancestral samplers is at most 1, ``order`` of ``sample_lms`` at most 4, and ``r`` of
-  ``sample_dpmpp_sde`` is ½.
-
-x is float32, bfloat16 or float16; the arithmetic is float32. Bad arguments are an InputError.
-"""
+"""k-diffusion's samplers on given ``sigmas``: each a method of ``fastdiff.methods``."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -28,16 +10,19 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import InputError
+from fastdiff.integrations.k_diffusion.walk import (
+    Callback,
+    Model,
+    NoiseSampler,
+    Walk,
+    check_x,
+    level,
+    progress,
+)
 from fastdiff.methods import registry
 from fastdiff.methods.levels import Level, Levels, Source
 from fastdiff.methods.rows import Row
-from fastdiff.methods.table import StepTable
-from fastdiff.ops.posterior_step.op import posterior_step
-from fastdiff.optional import require
 
-Model = Callable[..., Tensor]
-NoiseSampler = Callable[[Tensor, Tensor], Tensor]
-Callback = Callable[[dict[str, Any]], Any]
 # (step, row of the step) → N(0, I), or None where nothing is drawn
 Noise = Callable[[int, int], Tensor | None]
 
@@ -250,24 +235,22 @@ def _run(
     values = _checked(x, sigmas)
     steps = len(values) - 1
     rows = _rows(method, [values[0] if begin is None else begin, *values[1:]], options)
-    table = StepTable.from_rows([row.columns() for row in rows]).to(x.device)
-    memory = tuple(torch.zeros_like(x) for _ in range(table.slots))
+    walk = Walk(model, x, rows, extra_args)
     calls = [i for i, row in enumerate(rows) if row.begins]
-    ones = x.new_ones(len(x))
-    for step in _shown(range(steps), disable):
-        first, last = calls[step], [*calls[1:], len(rows)][step] - 1
-        for row in range(first, last + 1):
-            sigma = table.timesteps[row]
-            denoised = model(x, sigma * ones, **(extra_args or {}))
-            if row == first and callback is not None:
-                seen = {"x": x, "i": step, "sigma": sigmas[step], "sigma_hat": sigma}
-                callback(seen | {"denoised": denoised})
-            drawn = None
-            if noise is not None and (row == last or table.noisy_rows[row]):
-                drawn = noise(step, row - first)
-            x, _ = posterior_step(
-                x, denoised, table, row, noise=drawn, memory=memory, return_x_start=False
-            )
+    with progress(steps, disable) as advance:
+        for step in range(steps):
+            first, last = calls[step], [*calls[1:], len(rows)][step] - 1
+            for row in range(first, last + 1):
+                denoised = walk.denoised(x, row)
+                if row == first and callback is not None:
+                    seen = {"x": x, "i": step, "sigma": sigmas[step]}
+                    seen |= {"sigma_hat": walk.table.timesteps[row], "denoised": denoised}
+                    callback(seen)
+                drawn = None
+                if noise is not None and (row == last or walk.table.noisy_rows[row]):
+                    drawn = noise(step, row - first)
+                x = walk.step(x, denoised, row, drawn)
+            advance()
     return x
 
 
@@ -278,7 +261,7 @@ def _rows(method: str, values: Sequence[float], options: dict[str, Any]) -> list
     zeros, ones = np.zeros_like(noise), np.ones_like(noise)
 
     def between(log_snr: list[float]) -> list[Level]:
-        return [_level(math.exp(-value)) for value in log_snr]
+        return [level(math.exp(-value)) for value in log_snr]
 
     source = Source(
         levels=Levels.of(ones, noise),
@@ -298,15 +281,9 @@ def _rows(method: str, values: Sequence[float], options: dict[str, Any]) -> list
     return rows[:beyond]
 
 
-def _level(sigma: float) -> Level:
-    """Where the model is given σ and answers x_0."""
-    return Level(1.0, sigma, a=0.0, b=1.0, timestep=sigma)
-
-
 def _checked(x: Tensor, sigmas: Tensor) -> list[float]:
     """σ as numbers. InputError for what is no schedule, and for no x."""
-    if not isinstance(x, Tensor) or x.dim() < 2:
-        raise InputError(f"x is a {type(x).__name__}; expected a tensor (N, C, ...)")
+    check_x(x)
     if not isinstance(sigmas, Tensor) or sigmas.dim() != 1 or len(sigmas) < 2:
         came = f"{tuple(sigmas.shape)}" if isinstance(sigmas, Tensor) else type(sigmas).__name__
         raise InputError(f"sigmas: {came}; expected a tensor (K + 1,) of two numbers or more")
@@ -315,8 +292,3 @@ def _checked(x: Tensor, sigmas: Tensor) -> list[float]:
     if not falls:
         raise InputError(f"sigmas are {values}; expected finite numbers that fall, to 0 or more")
     return values
-
-
-def _shown(steps: range, disable: bool | None) -> Any:
-    """With k-diffusion's progress bar, unless it is disabled."""
-    return steps if disable else require("tqdm.auto", "train").tqdm(steps, disable=disable)
