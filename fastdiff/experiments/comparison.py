@@ -77,8 +77,8 @@ class Comparison:
         self._solution: Tensor | None = None
 
     def outcome(self, case: Case) -> Outcome | None:
-        """Of a case; None where so few calls are less than a step of the method, or where its steps
-        begin with what is mostly data."""
+        """Of a case; None where so few calls are less than a step of the method, where its steps
+        begin with what is mostly data, and where the process has no such levels."""
         steps = self._steps(case)
         if steps is None:
             return None
@@ -104,11 +104,15 @@ class Comparison:
         return self._solution
 
     def _steps(self, case: Case) -> int | None:
-        """The most steps that take no more than the case's calls; the sampler is set to them."""
+        """The most steps that take no more than the case's calls; the sampler is set to them. None
+        where there are no such steps, or the process has no levels for the method or spacing."""
         least, most = 0, min(case.calls, self.sampler.process.num_timesteps)
         while least < most:
             steps = (least + most + 1) // 2
-            self._configure(case, steps)
+            try:
+                self._configure(case, steps)
+            except InputError:
+                return None
             fits = len(self.sampler.table) <= case.calls
             least, most = (steps, most) if fits else (least, steps - 1)
         if least:

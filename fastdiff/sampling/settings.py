@@ -100,7 +100,8 @@ class Settings:
             return replace(self, method=process.method)
         method, spacing = recommended(count_of(process, self.steps, self.timesteps))
         counted = isinstance(self.steps, int) or str(self.steps).strip().isdecimal()
-        if self.spacing is None and self.steps is not None and counted:
+        between = process.mean_type != "previous_x"  # which is known at the process's steps alone
+        if self.spacing is None and self.steps is not None and counted and between:
             return replace(self, method=method, spacing=spacing)
         return replace(self, method=method)
 

@@ -8,7 +8,7 @@ import torch
 from fastdiff.cli import main
 from fastdiff.experiments.comparison import Case, Comparison, Outcome, best, markdown
 from fastdiff.methods.registry import METHODS
-from fastdiff.process.gaussian import create_diffusion
+from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
 from fastdiff.sampling.sampler import Sampler
 from parts_tools import save_network
 
@@ -90,6 +90,16 @@ def test_a_case_takes_no_more_calls_than_it_says(method):
             continue
         assert 1 <= outcome.steps <= len(calls) and outcome.frechet == 1.5
         assert (outcome.error is None) == sampler.table.is_noisy
+
+
+def test_what_a_network_cannot_is_left_out():
+    betas = create_diffusion(steps=20, noise_schedule="cosine").betas
+    process = GaussianDiffusion(betas, mean_type="previous_x")
+    sampler = Sampler(lambda x, t: 0.9 * x, process, device="cpu")
+    drawn = {"num": 2, "paths": 2, "batch_size": 2, "seed": 0}
+    comparison = Comparison(sampler, (2, 2), **drawn, kwargs=lambda first, count: {}, frechet=None)
+    assert comparison.outcome(Case("ddim", "karras", 5)) is None
+    assert comparison.outcome(Case("ddim", "uniform", 5)).steps == 5
 
 
 def test_the_error_is_the_distance_from_all_steps():

@@ -413,6 +413,8 @@ def test_auto_is_the_recommended_method_with_its_spacing(options):
     expected = Sampler(closed_form(), process, method=method, **written)
     assert sampler.table.method == method and sampler.settings.method == method
     assert torch.equal(sampler.sample(SHAPE, seed=2), expected.sample(SHAPE, seed=2))
+    plain = Sampler(closed_form(), diffusion(30, mean_type="previous_x"), method="auto", steps=6)
+    assert plain.settings.spacing is None  # such a network knows the process's own steps alone
     sampler.configure(steps=50)  # another number, perhaps another method
     method, spacing = recommended(50)
     assert sampler.table.method == method
