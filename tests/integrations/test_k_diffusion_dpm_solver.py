@@ -223,6 +223,14 @@ def test_there_and_back():
         torch.testing.assert_close(again, x, rtol=0, atol=2e-3 * float(x.abs().max()))
 
 
+@pytest.mark.parametrize("left, steps", [(5e-5, 5), (5e-6, 4)])
+def test_it_ends_where_less_than_1e_5_is_left(left, steps):
+    """By steps of one length, which no coefficient changes, over 1 in λ."""
+    given = {"icoeff": 0.0, "h_init": (1 - left) / 4, "return_info": True, "disable": True}
+    _, info = k_diffusion.sample_dpm_adaptive(model, x_of(math.e), 1.0, math.e, **given)
+    assert info["n_accept"] == info["steps"] == steps
+
+
 def test_levels_may_be_tensors():
     x, ends = x_of(64.0), (0.0625, 64.0)  # the same numbers in float32
     for sampler, options in (("fast", {"n": 4}), ("adaptive", {})):
