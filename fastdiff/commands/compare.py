@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods", default=",".join(METHODS), metavar="LIST", help="of fastdiff sample --method"
     )
     parser.add_argument(
-        "--spacings", default="uniform,logsnr,karras", metavar="LIST", help="of --spacing"
+        "--spacings", default="uniform,logsnr,beta", metavar="LIST", help="of --spacing"
     )
     parser.add_argument("--num", type=int, default=500, help="samples of a Fréchet ratio")
     parser.add_argument("--paths", type=int, default=64, help="samples of an error")
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     shown = [o for o in outcomes if (o.method, o.spacing, o.calls) in _keys(wanted)]
     text = markdown(shown)
     replace_text(out / "compare.md", text)
-    plot(out / "compare.png", shown, str(checkpoint.path))
+    plot(out / "compare.png", shown, Path(args.checkpoint).resolve().name)
     print(f"\n{text}\n{out / 'compare.png'}")
     return 0
 

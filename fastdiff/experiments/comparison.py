@@ -215,6 +215,9 @@ def plot(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
                     label=method,
                 )
         axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel=TITLES[score])
+        calls = sorted({outcome.calls for outcome in outcomes})
+        axes.set_xticks(calls, map(str, calls))
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize="small", ncols=2)
     figure.suptitle(title)
