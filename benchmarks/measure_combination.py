@@ -30,19 +30,18 @@ from fastdiff.sampling.sampler import Sampler
 from harness import results
 
 DDIM = {"method": "ddim", "steps": 50}
-UNIPC = {"method": "unipc", "spacing": "logsnr"}
-SDE = {"method": "sde-dpmsolver++", "spacing": "logsnr"}
+DEIS = {"method": "deis", "spacing": "beta"}  # what "auto" takes
+SDE = {"method": "sde-dpmsolver++", "spacing": "beta"}
 WAYS: dict[str, dict[str, Any]] = {
     "DDIM, 50 steps, network as it is": {**DDIM, "executor": False},
     "DDIM, 50 steps": DDIM,
-    "DDIM, 50 steps, reuse=2": {**DDIM, "reuse": 2},
     "DDIM, 50 steps, reuse=3": {**DDIM, "reuse": 3},
-    "SDE-DPM-Solver++(2M), 20 steps": {**SDE, "steps": 20},
-    "UniPC, 20 steps": {**UNIPC, "steps": 20},
-    "UniPC, 20 steps, reuse=2": {**UNIPC, "steps": 20, "reuse": 2},
-    "UniPC, 10 steps": {**UNIPC, "steps": 10},
-    "UniPC, 10 steps, reuse=2": {**UNIPC, "steps": 10, "reuse": 2},
-    "UniPC, 8 steps": {**UNIPC, "steps": 8},
+    "DEIS, 15 steps": {**DEIS, "steps": 15},
+    "DEIS, 15 steps, reuse=2": {**DEIS, "steps": 15, "reuse": 2},
+    "SDE-DPM-Solver++(2M), 15 steps": {**SDE, "steps": 15},
+    "SDE-DPM-Solver++(2M), 15 steps, reuse=2": {**SDE, "steps": 15, "reuse": 2},
+    "SDE-DPM-Solver++(2M), 10 steps": {**SDE, "steps": 10},
+    "SDE-DPM-Solver++(2M), 10 steps, reuse=2": {**SDE, "steps": 10, "reuse": 2},
 }
 
 
