@@ -16,7 +16,7 @@ QUADRATURE = np.polynomial.legendre.leggauss(16)  # exact to rounding for smooth
 
 
 @method("deis")
-def deis(source: Source, *, order: int = 3, variable: str = "logrho") -> list[Row]:
+def deis(source: Source, *, order: int | None = None, variable: str = "logrho") -> list[Row]:
     """x/signal moves by ∫ ε dρ, ρ = noise/signal, with ε a polynomial through its last values.
 
     The first rows are of the orders that there are ε for, the last is DDIM's, as log ρ = −∞ there;
@@ -24,16 +24,17 @@ def deis(source: Source, *, order: int = 3, variable: str = "logrho") -> list[Ro
 
     Args:
         source: the process's levels and what the network predicts.
-        order: 1 … 4, how many ε; the paper's AB0 … AB3.
+        order: 1 … 4, how many ε; the paper's AB0 … AB3. 3 where None.
         variable: what the polynomial is in: "logrho" = −λ, as in diffusers, or "t", the network's
             timestep (tAB), for a process with ``at_log_snr``. In ρ itself it is the method "lms".
 
     Raises:
-        InputError: another ``order`` or ``variable``.
+        InputError: another ``order``, one of more than the steps, or another ``variable``.
     """
     if variable not in VARIABLES:
         raise InputError(f"variable is {variable!r}; expected {' or '.join(VARIABLES)}")
-    history = History(checked_order(order, 4) - 1)
+    order = checked_order(order, source, usual=3, highest=4)
+    history = History(order - 1)
     integral = _in_log_rho if variable == "logrho" else _in_t
     rows, path = [], source.path
     for i, (at, to) in enumerate(pairwise(path)):

@@ -151,8 +151,9 @@ class Source:
     x_0 = a·x_t + b·output before clipping; ``mean_type`` and ``var_type`` say what the network
     predicts. A ``mean_type`` that is none of MEAN_TYPES has its (a, b) from the process.
     ``timesteps`` and ``input_scale`` are what the network is given and what x_t is multiplied by.
-    ``between``: the levels at other λ = log(signal / noise), in the order asked for, for methods
-    that take the network there; InputError where the process or its network cannot.
+    ``total``: the steps of the process, of which ``last`` leaves some. ``between``: the levels at
+    other λ = log(signal / noise), in the order asked for, for methods that take the network there;
+    InputError where process or network cannot.
     """
 
     levels: Levels
@@ -162,6 +163,7 @@ class Source:
     var_type: str
     timesteps: Float64Array
     input_scale: Float64Array
+    total: int
     between: Callable[[list[float]], "list[Level]"]
 
     @classmethod
@@ -210,7 +212,9 @@ class Source:
             found = dict(zip(rising, steps, strict=True))
             return [found[value] for value in log_snr]
 
-        return cls(levels=levels, mean_type=mean_type, var_type=var_type, between=between, **arrays)
+        total = len(levels.signal)
+        types = {"mean_type": mean_type, "var_type": var_type}
+        return cls(levels=levels, total=total, between=between, **types, **arrays)
 
     def last(self, count: int) -> "Source":
         """That of the ``count`` last steps alone, the least noisy ones."""

@@ -10,14 +10,15 @@ from fastdiff.methods.rows import History, Row
 
 
 @method("lms")
-def lms(source: Source, *, order: int = 4) -> list[Row]:
+def lms(source: Source, *, order: int | None = None) -> list[Row]:
     """Adams–Bashforth on the levels' own grid: of x/signal, whose derivative by σ is ε, the
-    polynomial through the last ``order`` ε is integrated exactly, down to σ = 0 in the last row.
+    polynomial through the last ``order`` ε (4) is integrated exactly, to σ = 0 in the last row.
 
     The first rows are of the orders that there are ε for; so are those after a level without
-    signal. InputError for an ``order`` that is not 1 … 4.
+    signal. InputError for an ``order`` that is not 1 … 4, or more than the steps.
     """
-    history = History(checked_order(order, 4) - 1)
+    order = checked_order(order, source, usual=4, highest=4)
+    history = History(order - 1)
     rows, path = [], source.path
     for i, (at, to) in enumerate(pairwise(path)):
         step = to.sigma - at.sigma

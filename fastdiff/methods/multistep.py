@@ -7,14 +7,25 @@ as its difference from the newest value, that is DDIM's step and a sum over the 
 from collections.abc import Sequence
 
 from fastdiff.errors import InputError
-from fastdiff.methods.levels import Level
+from fastdiff.methods.levels import Level, Source
 from fastdiff.methods.rows import History, Row, ddim_step, solve
 
 
-def checked_order(order: int, highest: int) -> int:
-    """InputError for what is no order from 1 to ``highest``."""
+def checked_order(order: int | None, source: Source, *, usual: int, highest: int) -> int:
+    """``order``, or where none was asked for the ``usual`` one, of which short paths take less.
+
+    InputError for what is no order from 1 to ``highest``, and for one that the process has too few
+    steps for.
+    """
+    if order is None:
+        return usual
     if not isinstance(order, int) or isinstance(order, bool) or not 1 <= order <= highest:
         raise InputError(f"order is {order!r}; expected an integer from 1 to {highest}")
+    if order > source.total:
+        raise InputError(
+            f"order is {order}, which takes as many steps; {source.total} are taken: leave it out, "
+            "or take more steps"
+        )
     return order
 
 

@@ -17,14 +17,14 @@ ADAMS_BASHFORTH = (
 
 
 @method("pndm")
-def pndm(source: Source, *, order: int = 4) -> list[Row]:
+def pndm(source: Source, *, order: int | None = None) -> list[Row]:
     """DDIM's step with Adams–Bashforth's mean of the last ``order`` ε (4: PLMS; 2: S-PNDM).
 
     The weights are those of equal steps in t, whatever the levels, so that it converges with order
     2. The first step is an improved Euler's: a second row takes the mean of the ε at both of its
     ends. It costs one call more, and is CompVis's start (diffusers' ``skip_prk_steps``) in the
     place of the paper's Runge–Kutta. It is DDIM's where it leads from no signal, or to the data.
-    InputError for an ``order`` that is not 1 … 4.
+    InputError for an ``order`` that is not 1 … 4, or more than the steps.
     """
     first, *others = ipndm(source, order=order)
     at, to = source.path[:2]
@@ -42,10 +42,10 @@ def pndm(source: Source, *, order: int = 4) -> list[Row]:
 
 
 @method("ipndm")
-def ipndm(source: Source, *, order: int = 4) -> list[Row]:
+def ipndm(source: Source, *, order: int | None = None) -> list[Row]:
     """The same with a first step of DDIM's, then of orders 2, 3, …: a call a step (Zhang & Chen
-    2022, arXiv:2204.13902, who name it so). InputError for an ``order`` that is not 1 … 4."""
-    history = History(checked_order(order, 4) - 1)
+    2022, arXiv:2204.13902, who name it so). InputError as of ``pndm``."""
+    history = History(checked_order(order, source, usual=4, highest=4) - 1)
     rows = []
     for i, (at, to) in enumerate(pairwise(source.path)):
         step = to.sigma - at.sigma

@@ -14,7 +14,7 @@ VARIANTS = ("bh1", "bh2")  # B(h) = h, e^h − 1 (for x_0: −h and e^−h − 1
 
 @method("unipc")
 def unipc(
-    source: Source, *, order: int = 3, variant: str = "bh2", corrector: bool = True
+    source: Source, *, order: int | None = None, variant: str = "bh2", corrector: bool = True
 ) -> list[Row]:
     """UniP-``order``, each x corrected by UniC once its x_0 is known, at no further network call.
 
@@ -26,17 +26,18 @@ def unipc(
 
     Args:
         source: the process's levels and what the network predicts.
-        order: 1 … 3, of the predictor; the corrector has one more.
+        order: 1 … 3, of the predictor; the corrector has one more. 3 where None.
         variant: "bh1" or "bh2", which counts in the predictor of order 2 and the corrector of
             order 1 alone: elsewhere B(h) cancels.
         corrector: False: the predictor alone.
 
     Raises:
-        InputError: another ``order`` or ``variant``.
+        InputError: another ``order``, one of more than the steps, or another ``variant``.
     """
     if variant not in VARIANTS:
         raise InputError(f"variant is {variant!r}; expected {' or '.join(VARIANTS)}")
-    history = History(checked_order(order, 3) - (not corrector))
+    order = checked_order(order, source, usual=3, highest=3)
+    history = History(order - (not corrector))
     rows: list[Row] = []
     path, correction = source.path, [0.0]
     for i, (at, to) in enumerate(pairwise(path)):

@@ -269,10 +269,10 @@ def test_the_sampler_runs_the_rows(method, options, mean_type, clip):
 
 
 @settings(deadline=None, max_examples=60)
-@given(chosen=chosen_methods, steps=st.integers(2, 20), data=st.data())
+@given(chosen=chosen_methods, steps=st.integers(5, 20), data=st.data())
 def test_a_later_start_is_the_shorter_way(chosen, steps, data):
     method, options = chosen
-    start = data.draw(st.integers(0, steps - 1))
+    start = data.draw(st.integers(0, steps - options.get("order", 1)))
     later = table_of(preserving(stretched(steps)), method, start=start, **options)
     shorter = table_of(preserving(stretched(steps)[: steps - start]), method, **options)
     assert torch.equal(later.packed, shorter.packed)
@@ -352,6 +352,22 @@ def test_deis_in_t_is_in_log_rho_where_the_timestep_is_log_sigma():
 def test_bad_options(method, options, message):
     with pytest.raises(InputError, match=message):
         table_of(preserving(stretched(5)), method, **options)
+
+
+@pytest.mark.parametrize("method, most", [("unipc", 3), ("deis", 4), ("lms", 4), ("ipndm", 4)])
+def test_an_order_takes_as_many_steps(method, most):
+    """The usual order is lowered where there are fewer; one that was asked for is not."""
+    for steps in range(1, most + 2):
+        made = preserving(stretched(steps) if steps > 1 else [0.0])
+        assert len(StepTable.from_process(made, method=method)) == steps
+        for order in range(1, most + 1):
+            if order <= steps:
+                assert len(StepTable.from_process(made, method=method, order=order)) == steps
+                continue
+            with pytest.raises(InputError, match=f"order is {order}.*; {steps} are taken"):
+                StepTable.from_process(made, method=method, order=order)
+    # A start in the middle leaves fewer steps, and takes what order it can.
+    assert len(table_of(preserving(stretched(6)), method, order=most, start=5)) == 1
 
 
 @settings(deadline=None)

@@ -43,8 +43,12 @@ def exploding(log_snr, **extra):
 
 
 def table_of(made_of, method, **options):
-    """The method's table in float64, x_0 not clipped unless ``clip_denoised``."""
+    """The method's table in float64, x_0 not clipped unless ``clip_denoised``; of an ``order`` for
+    which there are too few steps, by as many as there are."""
     options = {"clip_denoised": False} | options
+    steps = len(made_of.signal_scale)
+    if type(options.get("order")) is int and steps < 4:
+        options["order"] = min(options["order"], steps)
     return StepTable.from_process(made_of, method=method, dtype=torch.float64, **options)
 
 
