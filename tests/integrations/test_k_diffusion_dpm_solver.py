@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import row_oracle
+import row_tools
 from fastdiff.errors import InputError
 from fastdiff.integrations import k_diffusion
 from fastdiff.integrations.k_diffusion import dpm_solver
@@ -106,7 +107,7 @@ def table_of(rows):
     columns = [row.columns() | {"clip": math.inf} for row in rows]
     factors = {
         name: torch.tensor([row[name] for row in columns], dtype=torch.float64)
-        for name in row_oracle.FACTORS
+        for name in row_tools.NAMES
     }
     return SimpleNamespace(**factors, levels=[(row.at.signal, row.at.noise) for row in rows])
 

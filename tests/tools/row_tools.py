@@ -60,9 +60,9 @@ def run(table, x, x_start_of, z=None):
     """
     rows = {name: getattr(table, name).double().numpy() for name in NAMES}
     memory, after = [np.full_like(x, np.nan) for _ in range(SLOTS)], []
-    for i in range(len(table)):
+    for i, level in enumerate(table.levels):
         row = {name: values[i] for name, values in rows.items()}
-        x_start = np.clip(x_start_of(x, *table.levels[i]), -row["clip"], row["clip"])
+        x_start = np.clip(x_start_of(x, *level), -row["clip"], row["clip"])
         made = row["c"] * x_start + row["d"] * x
         for slot in range(SLOTS):
             if row[f"e{slot}"]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fastdiff
 from fastdiff import ops
 from fastdiff.data import ImageDataset, load_dataset
+from fastdiff.sampling.timesteps_file import MeasuredTimesteps
 from fastdiff.training import TrainConfig, Trainer
 
 # Networks and processes
@@ -33,6 +34,8 @@ for scored in (process, exploding, edm):
 assert_type(edm.respace(18), fastdiff.EDM)
 assert_type(edm.training_losses(model, torch.randn(2, 1, 8, 8), torch.rand(2)), dict[str, Tensor])
 assert_type(fastdiff.best_timesteps(process, 50, betas), list[int])
+measured = fastdiff.measured_timesteps(model, process, 5, shape=(2, 1, 8, 8), budget=500)
+assert_type(measured, MeasuredTimesteps)
 
 classifier = fastdiff.EncoderUNet.from_preset("classifier-digits")
 assert_type(classifier, fastdiff.EncoderUNet)
