@@ -89,6 +89,14 @@ def their_steps(scheduler, x, levels):
     return after
 
 
+def rounding(grid, order):
+    """What both computations are apart by: a step that is many times the one before gives kept
+    values as large weights, of both signs."""
+    rises = np.diff(grid)
+    longer = max([1.0, *(rises[1:] / rises[:-1])])
+    return 1e-11 * longer ** (order - 1)
+
+
 def check_steps(actual, expected, rtol=1e-11):
     if expected:
         largest = max(1.0, np.abs(np.array(expected)).max())
@@ -139,7 +147,7 @@ def test_unipc_is_diffusers(grid, order, variant, corrector):
         np.testing.assert_allclose(
             after.pop(), MIXTURE.x_start([X, *after][-1], *table.levels[-1]), rtol=1e-12
         )
-    check_steps(after, expected)
+    check_steps(after, expected, rounding(grid, order + 1))  # the corrector's
 
 
 @settings(deadline=None, max_examples=40)
@@ -149,7 +157,8 @@ def test_deis_is_diffusers_but_for_the_last_step(grid, order):
     table, after = rows_of(grid, "deis", order=order)
     scheduler = diffusers_of("DEISMultistepScheduler", grid, solver_order=order)
     scheduler.sigmas[-1] = scheduler.sigmas[-2] / 2  # where the last step goes does not count
-    check_steps(after[:-1], their_steps(scheduler, X, table.levels)[:-1])
+    expected = their_steps(scheduler, X, table.levels)[:-1]
+    check_steps(after[:-1], expected, rounding(grid, order))
     last = MIXTURE.x_start([X, *after][-2], *table.levels[-1])
     np.testing.assert_allclose(after[-1], last, rtol=1e-12)
 
@@ -162,7 +171,7 @@ def test_lms_is_diffusers(grid, order):
     scheduler.is_scale_input_called = True
     step = scheduler.step
     scheduler.step = lambda *arguments: step(*arguments, order=order)
-    check_steps(after, their_steps(scheduler, 5 * X, table.levels))
+    check_steps(after, their_steps(scheduler, 5 * X, table.levels), rounding(grid, order))
 
 
 @settings(deadline=None, max_examples=40)
