@@ -167,3 +167,29 @@ def test_churn_above_the_first_level_is_refused_not_cut(name):
         getattr(k_diffusion, name)(model, x, sigmas, disable=True, s_churn=9.0, s_tmax=75.0)
     for options in ({"s_churn": 9.0}, {"s_churn": 0.3, "s_tmax": 75.0}):
         getattr(k_diffusion, name)(model, x, sigmas, disable=True, **options)
+
+
+OF_SIGMAS = [
+    name
+    for name in k_diffusion.__all__
+    if "sigmas" in inspect.signature(getattr(k_diffusion, name)).parameters
+]
+
+
+@pytest.mark.parametrize("name", OF_SIGMAS)
+def test_every_sampler_says_what_is_no_schedule_and_no_x(name):
+    sampler = getattr(k_diffusion, name)
+    for sigmas, came in (([1.0, 0.0], "list"), (3.0, "float"), (None, "NoneType")):
+        with pytest.raises(InputError, match=f"sigmas: {came}; expected a tensor"):
+            sampler(model, torch.zeros(SHAPE), sigmas, disable=True)
+    with pytest.raises(InputError, match="x is a float; expected a tensor"):
+        sampler(model, 3.0, torch.tensor([1.0, 0.0]), disable=True)
+
+
+def test_an_order_above_the_steps_is_lowered_and_another_refused():
+    x, sigmas = start([1.0], torch.float32), torch.tensor([2.0, 1.0, 0.0])
+    usual = k_diffusion.sample_lms(model, x, sigmas, disable=True)
+    assert torch.equal(usual, k_diffusion.sample_lms(model, x, sigmas, disable=True, order=2))
+    for order in (0, 5, 2.0):
+        with pytest.raises(InputError, match=f"order is {order}; expected an integer from 1 to 4"):
+            k_diffusion.sample_lms(model, x, sigmas, disable=True, order=order)

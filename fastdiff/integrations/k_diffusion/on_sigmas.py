@@ -102,8 +102,9 @@ def sample_lms(
     callback: Callback | None = None, disable: bool | None = None, order: int = 4,
 ) -> Tensor:  # fmt: skip
     """Linear multistep: the polynomial through the last ``order`` derivatives, integrated."""
-    if order in range(1, 5):  # of so few levels it is lowered
-        order = max(1, min(order, len(sigmas) - 1))
+    steps = len(_checked(x, sigmas)) - 1
+    if isinstance(order, int) and 1 <= order <= 4:  # k-diffusion lowers it where there are fewer
+        order = min(order, steps)
     return _run("lms", model, x, sigmas, (extra_args, callback, disable), None, order=order)
 
 
@@ -208,7 +209,7 @@ def _of_the_middle(
 ) -> Noise:
     """The same where a step's first row is a draw to its middle. The second row repeats a share ρ
     of that, and adds what is asked for: of a sampler's noise for the whole step what is left."""
-    first = torch.zeros_like(x)
+    first = torch.zeros(())  # where the first row draws nothing
 
     def noise(step: int, call: int) -> Tensor | None:
         nonlocal first
