@@ -19,7 +19,6 @@ from fastdiff.integrations.diffusers.fused import (
     NOT_SET,
     Plan,
     apply,
-    make_table,
     misfit,
     noise_misfit,
 )
@@ -143,11 +142,10 @@ class DDIMScheduler(TimestepScheduler, stock.DDIMScheduler):
             **x_start_columns(prediction, alpha),
             **_towards_before(alpha, alpha_before, eta, prediction, reconsiders),
         }
-        table, refusals = make_table(columns, device)
-        return TimestepRows(
-            table=table,
-            refusals=refusals,
-            draws=[eta > 0] * len(timesteps),
+        return TimestepRows.of(
+            columns,
+            device,
+            draws=eta > 0,
             x_start_is_output=prediction == "sample",
             kept=(self.timesteps, self.alphas_cumprod, self.final_alpha_cumprod),
             row_of=first_rows(timesteps),

@@ -15,7 +15,7 @@ from fastdiff.integrations.diffusers.by_timestep import (
     first_rows,
     x_start_columns,
 )
-from fastdiff.integrations.diffusers.fused import Plan, apply, make_table, misfit
+from fastdiff.integrations.diffusers.fused import Plan, apply, misfit
 from fastdiff.integrations.diffusers.generators import check_generators
 
 _PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -112,10 +112,10 @@ class DDPMScheduler(TimestepScheduler, stock.DDPMScheduler):
             **_posterior(alpha, alpha_before, variance),
         }
         columns["sigma"] = torch.where(t > 0, columns["sigma"], 0.0)
-        table, refusals = make_table(columns, device, doubled_output=doubled)
-        return TimestepRows(
-            table=table,
-            refusals=refusals,
+        return TimestepRows.of(
+            columns,
+            device,
+            doubled_output=doubled,
             draws=(t > 0).tolist(),
             x_start_is_output=prediction == "sample",
             kept=(self.timesteps, self.alphas_cumprod),

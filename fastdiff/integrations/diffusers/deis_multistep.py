@@ -10,7 +10,7 @@ from diffusers.schedulers import scheduling_deis_multistep as stock
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from fastdiff.integrations.diffusers.fused import NOT_SET, Plan, Rows, apply, make_table, misfit
+from fastdiff.integrations.diffusers.fused import NOT_SET, Plan, Rows, apply, misfit
 from fastdiff.integrations.diffusers.multistep import (
     PREDICTIONS,
     Columns,
@@ -71,28 +71,8 @@ class DEISMultistepScheduler(MultistepScheduler, stock.DEISMultistepScheduler):
             return rows
         return self._row_by_order(rows, timestep, sample)
 
-    def _order(self, index: int, taken: int) -> int:
-        left = len(self.timesteps) - index
-        lowers = self.config.lower_order_final and len(self.timesteps) < 15
-        if self.config.solver_order == 1 or taken < 1 or (left == 1 and lowers):
-            return 1
-        if self.config.solver_order == 2 or taken < 2 or (left == 2 and lowers):
-            return 2
-        return 3
-
-    def _make_rows(self, device: torch.device) -> Rows | str:
-        columns = self._columns()
-        return columns if isinstance(columns, str) else self._rows_of(columns, device)
-
     def _rows_of(self, columns: Columns, device: torch.device) -> Rows:
-        table, refusals = make_table(columns, device)
-        return Rows(
-            table=table,
-            refusals=refusals,
-            draws=[False] * len(refusals),
-            x_start_is_output=False,
-            kept=(self.sigmas,),
-        )
+        return Rows.of(columns, device, kept=(self.sigmas,))
 
     def _predicted(self) -> tuple[Columns, Columns]:
         """The a and b of x_0, and those of ε = (x_t − α·x_0)/σ, at each of ``timesteps``."""

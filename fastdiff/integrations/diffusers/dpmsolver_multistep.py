@@ -10,7 +10,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastdiff.integrations.diffusers.fused import NOT_SET, Plan, Rows, apply, make_table, misfit
+from fastdiff.integrations.diffusers.fused import NOT_SET, Plan, Rows, apply, misfit
 from fastdiff.integrations.diffusers.generators import check_generators
 from fastdiff.integrations.diffusers.multistep import (
     PREDICTIONS,
@@ -106,26 +106,14 @@ class DPMSolverMultistepScheduler(MultistepScheduler, stock.DPMSolverMultistepSc
             return model_output[:, :3]
         return model_output
 
-    def _order(self, index: int, taken: int) -> int:
-        config, left = self.config, len(self.timesteps) - index
-        lowers = config.lower_order_final and len(self.timesteps) < 15
-        ends_first = config.euler_at_final or lowers or config.final_sigmas_type == "zero"
-        if config.solver_order == 1 or taken < 1 or (left == 1 and ends_first):
-            return 1
-        if config.solver_order == 2 or taken < 2 or (left == 2 and lowers):
-            return 2
-        return 3
-
-    def _make_rows(self, device: torch.device) -> Rows | str:
-        columns = self._columns()
-        return columns if isinstance(columns, str) else self._rows_of(columns, device)
+    def _ends_first(self) -> bool:
+        return self.config.euler_at_final or self.config.final_sigmas_type == "zero"
 
     def _rows_of(self, columns: Columns, device: torch.device) -> Rows:
-        table, refusals = make_table(columns, device)
-        return Rows(
-            table=table,
-            refusals=refusals,
-            draws=[self.config.algorithm_type == "sde-dpmsolver++"] * len(refusals),
+        return Rows.of(
+            columns,
+            device,
+            draws=self.config.algorithm_type == "sde-dpmsolver++",
             x_start_is_output=self.config.prediction_type == "sample",
             kept=(self.sigmas,),
         )

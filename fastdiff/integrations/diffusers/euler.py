@@ -16,7 +16,7 @@ from fastdiff.integrations.diffusers.by_sigma import (
     exploding_columns,
     is_integer,
 )
-from fastdiff.integrations.diffusers.fused import Plan, Rows, apply, make_table, misfit
+from fastdiff.integrations.diffusers.fused import Plan, Rows, apply, misfit
 from fastdiff.integrations.diffusers.generators import check_generators
 
 
@@ -82,11 +82,10 @@ class _Euler(SigmaScheduler):
         change = (down - sigma).double() / sigma
         columns = exploding_columns(prediction, sigma)
         columns |= {"timesteps": self.timesteps.cpu(), "c": -change, "d": 1 + change, "sigma": up}
-        table, refusals = make_table(columns, device)
-        return Rows(
-            table=table,
-            refusals=refusals,
-            draws=[self._draws] * len(refusals),
+        return Rows.of(
+            columns,
+            device,
+            draws=self._draws,
             x_start_is_output=prediction in ("sample", "original_sample"),
             kept=(self.sigmas, self.timesteps),
         )

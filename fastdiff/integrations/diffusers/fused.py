@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,30 @@ class Rows:
     draws: list[bool]
     x_start_is_output: bool
     kept: tuple[Tensor, ...]
+
+    @classmethod
+    def of(
+        cls,
+        columns: Mapping[str, Tensor | float],
+        device: torch.device,
+        *,
+        kept: tuple[Tensor, ...],
+        draws: bool | list[bool] = False,
+        x_start_is_output: bool = False,
+        doubled_output: bool = False,
+        **own: Any,
+    ) -> Self:
+        """The rows with these (K,) columns. ``draws``: of each, or of all; ``own``: what a kind of
+        rows has beside."""
+        table, refusals = make_table(columns, device, doubled_output=doubled_output)
+        return cls(
+            table=table,
+            refusals=refusals,
+            draws=draws if isinstance(draws, list) else [draws] * len(refusals),
+            x_start_is_output=x_start_is_output,
+            kept=kept,
+            **own,
+        )
 
 
 R = TypeVar("R", bound=Rows)

@@ -10,7 +10,7 @@ from diffusers.schedulers import scheduling_heun_discrete as stock
 from torch import Tensor
 
 from fastdiff.integrations.diffusers.by_sigma import SigmaScheduler, exploding_columns
-from fastdiff.integrations.diffusers.fused import Plan, Rows, apply, make_table, misfit
+from fastdiff.integrations.diffusers.fused import Plan, Rows, apply, misfit
 
 _PREDICTIONS = ("epsilon", "sample", "v_prediction")
 _settings = attrgetter("prediction_type", "clip_sample", "clip_sample_range")
@@ -118,11 +118,9 @@ class HeunDiscreteScheduler(SigmaScheduler, stock.HeunDiscreteScheduler):
     def _rows_of(self, columns: dict[str, Any], device: torch.device) -> Rows:
         for name in ("at", "dt"):
             columns.pop(name)
-        table, refusals = make_table(columns, device)
-        return Rows(
-            table=table,
-            refusals=refusals,
-            draws=[False] * len(refusals),
+        return Rows.of(
+            columns,
+            device,
             x_start_is_output=self.config.prediction_type == "sample",
             kept=(self.sigmas, self.timesteps),
         )

@@ -5,6 +5,7 @@ on how many were taken before it. In a row M0, M1 and M2 are what the last three
 newest first.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fastdiff.integrations.diffusers.by_sigma import SigmaScheduler
 from fastdiff.integrations.diffusers.fused import Plan, Rows, combine, is_readable
+from fastdiff.methods.rows import SLOTS
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 Columns = dict[str, Any]  # names of a table's columns to (K,) or a number
@@ -25,6 +27,8 @@ class MultistepScheduler(SigmaScheduler):
     lower_order_nums: int
     num_inference_steps: int | None
     _sigma_to_alpha_sigma_t: Any
+    _columns: Callable[[], Columns | str]
+    _rows_of: Callable[[Columns, torch.device], Rows]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """α·x_0 + σ·noise at these timesteps, (N, ...); float32 inside whatever the dtype."""
@@ -62,7 +66,21 @@ class MultistepScheduler(SigmaScheduler):
 
     def _order(self, index: int, taken: int) -> int:
         """The order that diffusers takes this step with; ``taken``: how many steps before it."""
-        raise NotImplementedError
+        order, left = self.config.solver_order, len(self.timesteps) - index
+        lowers = self.config.lower_order_final and len(self.timesteps) < 15
+        if order == 1 or taken < 1 or (left == 1 and (lowers or self._ends_first())):
+            return 1
+        if order == 2 or taken < 2 or (left == 2 and lowers):
+            return 2
+        return 3
+
+    def _ends_first(self) -> bool:
+        """Whether the last step is of the first order, however many there are."""
+        return False
+
+    def _make_rows(self, device: torch.device) -> Rows | str:
+        columns = self._columns()
+        return columns if isinstance(columns, str) else self._rows_of(columns, device)
 
     def _before(self, count: int) -> list[Any]:
         """The converted outputs of the last ``count`` steps, the newest first."""
@@ -118,7 +136,7 @@ def kept_in_turns(columns: Columns, steps: int, *, all_but: int | None = None) -
     """Rows for a Sampler, which keeps the same tensors through all steps: the n-th row that keeps
     x_0, or its k and q, does so in slot n mod L, and a later one finds it there. ``all_but``: the
     row that keeps nothing."""
-    factors = [torch.as_tensor(columns.get(f"e{j}", 0.0)).expand(steps) for j in range(3)]
+    factors = [torch.as_tensor(columns.get(f"e{j}", 0.0)).expand(steps) for j in range(SLOTS)]
     length = max([1, *(j + 1 for j, factor in enumerate(factors) if factor.any())])
     row = torch.arange(steps)
     keeps = row != (-1 if all_but is None else all_but)
@@ -126,7 +144,7 @@ def kept_in_turns(columns: Columns, steps: int, *, all_but: int | None = None) -
     turned = torch.zeros(length, steps, dtype=torch.float64)
     for j in range(length):
         turned[(kept - 1 - j) % length, row] = factors[j].double()
-    slots = {f"e{slot}": turned[slot] if slot < length else 0.0 for slot in range(3)}
+    slots = {f"e{slot}": turned[slot] if slot < length else 0.0 for slot in range(SLOTS)}
     return {"k": 1.0} | columns | slots | {"slot": torch.where(keeps, kept % length, -1)}
 
 

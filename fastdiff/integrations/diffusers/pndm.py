@@ -22,7 +22,6 @@ from fastdiff.integrations.diffusers.fused import (
     Rows,
     apply,
     is_readable,
-    make_table,
     misfit,
 )
 from fastdiff.integrations.diffusers.multistep import (
@@ -168,13 +167,10 @@ class PNDMScheduler(TimestepScheduler, stock.PNDMScheduler):
         return columns if isinstance(columns, str) else self._rows_of(columns, device)
 
     def _rows_of(self, columns: Columns, device: torch.device) -> PNDMRows:
-        table, refusals = make_table(columns, device)
         values = self.timesteps.tolist()
-        return PNDMRows(
-            table=table,
-            refusals=refusals,
-            draws=[False] * len(refusals),
-            x_start_is_output=False,
+        return PNDMRows.of(
+            columns,
+            device,
             kept=(self.timesteps, self.alphas_cumprod, self.final_alpha_cumprod),
             row_of=first_rows(values),
             steps=len(values),

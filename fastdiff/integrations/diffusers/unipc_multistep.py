@@ -16,7 +16,6 @@ from fastdiff.integrations.diffusers.fused import (
     Plan,
     Rows,
     apply,
-    make_table,
     misfit,
     version,
 )
@@ -183,21 +182,10 @@ class UniPCMultistepScheduler(MultistepScheduler, stock.UniPCMultistepScheduler)
         block = corrected * len(ORDERS) + order - 1
         return index + block * len(self.timesteps)
 
-    def _make_rows(self, device: torch.device) -> Rows | str:
-        columns = self._columns()
-        return columns if isinstance(columns, str) else self._rows_of(columns, device)
-
     def _rows_of(self, columns: Columns, device: torch.device) -> CorrectedRows:
         correction = torch.stack([columns.pop(f"correction{i}") for i in range(4)], 1)
-        table, refusals = make_table(columns, device)
-        return CorrectedRows(
-            table=table,
-            refusals=refusals,
-            draws=[False] * len(refusals),
-            x_start_is_output=False,
-            kept=(self.sigmas,),
-            correction=correction.tolist(),
-        )
+        kept = (self.sigmas,)
+        return CorrectedRows.of(columns, device, kept=kept, correction=correction.tolist())
 
     def _predicted(self, *, in_x0: bool) -> Columns:
         """The a and b of x_0, or those of ε, at each of ``timesteps``."""
