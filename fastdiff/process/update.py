@@ -81,8 +81,8 @@ class Guidance:
 
     def check(self, x: Tensor, output: Tensor, table: StepTable) -> None:
         """InputError for an output that does not fit; posterior_step asks for itself."""
-        halves = self.unconditional is None
-        check_tensors(x, output, table.packed, table.doubled_output, self.scale if halves else None)
+        given = (table.packed, table.doubled_output, self.scale, self.unconditional)
+        check_tensors(x, output, *given)
 
     def arguments(self, output: Tensor, channels: int) -> dict[str, Any]:
         """posterior_step's."""
@@ -135,15 +135,13 @@ class Update:
         self, x: Tensor, output: Tensor, i: Index, guidance: Guidance | None = None, **given: Any
     ) -> tuple[Tensor, Tensor]:
         """(x_prev, x_0); ``given`` are posterior_step's arguments."""
-        guidance = guidance or Guidance()
-        guided = guidance.arguments(output, x.shape[1])
-        if not self.x_start:
-            return apply_rows(x, output, self.table, i, **guided, **given)
-        x_start = self._transformed(x, output, i, guidance)
-        if self.of_x_start is not None:
+        guidance, channels = guidance or Guidance(), x.shape[1]
+        x_start = self._transformed(x, output, i, guidance) if self.x_start else None
+        if x_start is not None and self.of_x_start is not None:
             return apply_rows(x, x_start, self.of_x_start, i, **given)
-        x_prev, _ = apply_rows(x, output, self.table, i, **guided, **given)
-        return x_prev, x_start[:, : x.shape[1]]
+        guided = guidance.arguments(output, channels)
+        x_prev, own = apply_rows(x, output, self.table, i, **guided, **given)
+        return x_prev, own if x_start is None else x_start[:, :channels]
 
     def _transformed(self, x: Tensor, output: Tensor, i: Index, guidance: Guidance) -> Tensor:
         """The output of a network that predicts the transformed x_0, for ``of_x_start``."""
