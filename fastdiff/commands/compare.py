@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
     outcomes = _recorded(out / RECORD, settings)
     print(describe(checkpoint, args.weights))
     comparison = _comparison(args, checkpoint)
-    known = {(o.method, o.spacing, o.calls) for o in outcomes}
-    left = [case for case in wanted if (case.method, case.spacing, case.calls) not in known]
+    known = {outcome.case for outcome in outcomes}
+    left = [case for case in wanted if case not in known]
     bar = require("tqdm", "train").tqdm(total=sum(case.calls for case in left), unit="call")
     for case in left:
         bar.set_description(f"{case.method}, {case.spacing}, {case.calls}")
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
             replace_text(out / RECORD, json.dumps(record, indent=1) + "\n")
         bar.update(case.calls)
     bar.close()
-    shown = [o for o in outcomes if (o.method, o.spacing, o.calls) in _keys(wanted)]
+    shown = [outcome for outcome in outcomes if outcome.case in wanted]
     text = markdown(shown)
     replace_text(out / "compare.md", text)
     plot(out / "compare.png", shown, Path(args.checkpoint).resolve().name)
@@ -119,7 +119,7 @@ def _comparison(args: argparse.Namespace, checkpoint: Checkpoint) -> Comparison:
 
     return Comparison(
         sampler,
-        (networks.channels(checkpoint), *networks.image_size(checkpoint)),
+        networks.image_shape(checkpoint),
         num=args.num,
         paths=args.paths,
         batch_size=args.batch_size,
@@ -152,10 +152,6 @@ def _recorded(record: Path, settings: dict[str, Any]) -> list[Outcome]:
                 "another --out, or the same command"
             )
     return outcomes
-
-
-def _keys(wanted: list[Any]) -> set[tuple[str, str, int]]:
-    return {(case.method, case.spacing, case.calls) for case in wanted}
 
 
 def _names(text: str, option: str, known: Any) -> list[str]:

@@ -27,14 +27,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         help="the share of noise, of methods that have one: of ddim 0 is deterministic and 1 as "
         "noisy as ddpm (default: the method's own)",
     )
-    parser.add_argument(
-        "--method-option",
-        action="append",
-        default=argparse.SUPPRESS,
-        metavar="NAME=VALUE",
-        help="of the method, such as order=2 of unipc or s_churn=40 of heun; may be given several "
-        "times (fastdiff/methods has each method's)",
-    )
+    add_method_option(parser)
     parser.add_argument(
         "--reuse",
         type=int,
@@ -42,6 +35,17 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="run the whole U-Net at every Nth step, and its shallow layers between, on the deep "
         "features that were kept (default: all of it at every step)",
+    )
+
+
+def add_method_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--method-option",
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar="NAME=VALUE",
+        help="of the method, such as order=2 of unipc or s_churn=40 of heun; may be given several "
+        "times (docs/methods.md has each method's)",
     )
 
 

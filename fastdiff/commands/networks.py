@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
@@ -111,6 +112,11 @@ def labelled(checkpoint: Checkpoint, labels: Tensor | None) -> dict[str, Tensor]
     if name is None or labels is None:
         return {}
     return {name: labels.to(next(checkpoint.model.parameters()).device)}
+
+
+def unlabelled(kwargs: Mapping[str, Tensor], null: int) -> dict[str, Tensor]:
+    """``labelled``'s answer with the label that means none in the place of every other."""
+    return {name: torch.full_like(labels, null) for name, labels in kwargs.items()}
 
 
 def self_condition(checkpoint: Checkpoint) -> str | None:

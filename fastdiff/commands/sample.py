@@ -283,7 +283,7 @@ def _unconditional(
         return others
     null = networks.null_label(task.checkpoints[0])
     if args.guidance_scale is not None and null is not None:
-        others[0] = {name: torch.full_like(labels, null) for name, labels in kwargs[0].items()}
+        others[0] = networks.unlabelled(kwargs[0], null)
     return others
 
 

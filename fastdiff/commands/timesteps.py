@@ -5,7 +5,6 @@ What it finds is a file for ``fastdiff sample --timesteps``.
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from fastdiff.commands.checkpoint_options import (
     load_checkpoint,
     writable_folder,
 )
-from fastdiff.commands.method_options import named_method_options
+from fastdiff.commands.method_options import add_method_option, named_method_options
 from fastdiff.commands.numbers import check_least
 from fastdiff.errors import InputError
 from fastdiff.methods.registry import METHODS
@@ -36,13 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", choices=METHODS, default="dpmsolver++", metavar="NAME", help=", ".join(METHODS)
     )
-    parser.add_argument(
-        "--method-option",
-        action="append",
-        default=argparse.SUPPRESS,
-        metavar="NAME=VALUE",
-        help="of the method, as of fastdiff sample",
-    )
+    add_method_option(parser)
     parser.add_argument(
         "--guidance-scale",
         type=float,
@@ -131,5 +124,4 @@ def _labels(
     kwargs = networks.labelled(checkpoint, torch.arange(args.num) % classes)
     if args.guidance_scale is None or null is None:
         return kwargs, None
-    without: dict[str, Any] = {name: torch.full_like(y, null) for name, y in kwargs.items()}
-    return kwargs, without
+    return kwargs, networks.unlabelled(kwargs, null)

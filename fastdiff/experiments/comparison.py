@@ -35,16 +35,17 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Case):
     """What a case came to: how many steps it took, and its error (None where it draws noise) and
     Fréchet ratio (None without real images)."""
 
-    method: str
-    spacing: str
-    calls: int
     steps: int
     error: float | None
     frechet: float | None
+
+    @property
+    def case(self) -> Case:
+        return Case(self.method, self.spacing, self.calls)
 
 
 class Comparison:
