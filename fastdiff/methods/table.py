@@ -235,20 +235,6 @@ class StepTable:
         """The same table on ``device``."""
         return replace(self, packed=self.packed.to(device))
 
-    def rows(self, chosen: Sequence[int], *, timesteps: torch.Tensor) -> "StepTable":
-        """These rows in this order, with other ``timesteps`` (K,) for the network."""
-        packed = self.packed[list(chosen)].clone()
-        packed[:, COLUMNS.index("timesteps")] = timesteps.to(packed)
-        return replace(
-            self,
-            packed=packed,
-            noisy_rows=tuple(self.noisy_rows[i] for i in chosen),
-            reading_rows=tuple(self.reading_rows[i] for i in chosen),
-            slots_written=tuple(self.slots_written[i] for i in chosen),
-            levels=None if self.levels is None else self.levels[list(chosen)],
-            begins=tuple(self.begins[i] for i in chosen) if self.begins else (),
-        )
-
 
 def _checked_start(start: int, steps: int) -> int:
     try:
