@@ -38,7 +38,7 @@ def deis(source: Source, *, order: int | None = None, variable: str = "logrho") 
     integral = _in_log_rho if variable == "logrho" else _in_t
     rows, path = [], source.path
     for i, (at, to) in enumerate(pairwise(path)):
-        left = len(source.steps) - i
+        left = source.left(i)
         most = left if left == 1 or len(source.steps) < 15 else order
         before = [path[row] for row in history.recent[: most - 1]]
         rows.append(eps_row(i, at, to, integral(source, at, to, before) if before else [], history))

@@ -74,16 +74,17 @@ def _rows(
     history = History(order - 1)
     rows, path = [], source.path
     for i, (at, to) in enumerate(pairwise(path)):
-        h, left = log_snr_step(at, to), len(source.steps) - i
+        h, left = log_snr_step(at, to), source.left(i)
         lost = eta * h if eta else 0.0  # 0·∞ where h is infinite
         lowered = left == 1 or (lower_order_final and len(source.steps) < 15)
         before = [path[row] for row in history.recent[: left - 1 if lowered else order - 1]]
         change = _differences(at, to, before, h + lost, solver_type)
+        d = to.noise / at.noise * math.exp(-lost)
         rows.append(
             Row(
                 at,
-                c=to.signal * (-math.expm1(-h - lost) - sum(change)),
-                d=to.noise / at.noise * math.exp(-lost),
+                c=to.signal - at.signal * d - to.signal * sum(change),
+                d=d,
                 sigma=to.noise * math.sqrt(-math.expm1(-2 * lost)),
                 e=history.factors([to.signal * weight for weight in change]),
                 slot=history.keep(i) if at.signal else None,

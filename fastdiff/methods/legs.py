@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, zip_longest
 
+import numpy as np
+
 from fastdiff.checks import is_finite
 from fastdiff.errors import InputError
 from fastdiff.methods.levels import Level, Source
@@ -81,11 +83,17 @@ class Leg:
 
 
 def at_sigmas(source: Source, sigmas: Sequence[float]) -> list[Level]:
-    """The levels of these σ, in this order: the process's own steps where they are such."""
-    own = {level.sigma: level for level in source.steps}
-    others = [sigma for sigma in sigmas if sigma not in own]
+    """The levels of these σ, in this order: the process's own steps where they are such up to
+    rounding."""
+    own = np.array([level.sigma for level in source.steps])
+    found: dict[float, Level] = {}
+    for sigma in sigmas:
+        same = np.flatnonzero(np.isclose(own, sigma, rtol=1e-12, atol=0))
+        if same.size:
+            found[sigma] = source.steps[same[0]]
+    others = [sigma for sigma in sigmas if sigma not in found]
     between = source.between([-math.log(sigma) for sigma in others])
-    found = own | dict(zip(others, between, strict=True))
+    found |= zip(others, between, strict=True)
     return [found[sigma] for sigma in sigmas]
 
 
@@ -103,9 +111,10 @@ def churned(
         check_not_negative(name, value)
     if s_tmax != math.inf:
         check_not_negative("s_tmax", s_tmax)
-    first, *others = (level.sigma for level in source.steps)
-    gamma = min(s_churn / len(source.steps), math.sqrt(2) - 1)
-    most = others[0] if others and math.isinf(first) else first
+    sigmas = [level.sigma for level in source.steps]
+    first, *others = sigmas
+    gamma = min(s_churn / len(sigmas), math.sqrt(2) - 1)
+    most = max(filter(math.isfinite, sigmas), default=first)
     lifted = [
         min(sigma * (1 + gamma), most) if s_tmin <= sigma <= s_tmax else sigma for sigma in others
     ]
@@ -127,8 +136,8 @@ def ancestral(path: Sequence[Level], eta: float, s_noise: float = 1.0) -> list[L
     check_not_negative("s_noise", s_noise)
     legs = []
     for at, to in pairwise(path):
-        ratio = at.signal * to.noise / (at.noise * to.signal)  # σ_to / σ_at
-        left = math.hypot(math.sqrt((1 - eta) * (1 + eta)), eta * ratio)
+        share = eta * to.sigma / at.sigma if eta else 0.0  # 0·∞ where there is no signal
+        left = math.hypot(math.sqrt((1 - eta) * (1 + eta)), share)
         legs.append(Leg(at, replace(to, noise=to.noise * left), to, s_noise))
     return legs
 

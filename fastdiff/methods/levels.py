@@ -153,7 +153,8 @@ class Source:
     ``timesteps`` and ``input_scale`` are what the network is given and what x_t is multiplied by.
     ``total``: the steps of the process, of which ``last`` leaves some. ``between``: the levels at
     other λ = log(signal / noise), in the order asked for, for methods that take the network there;
-    InputError where process or network cannot.
+    InputError where process or network cannot. ``upward``: the way of a sample is from the least
+    noisy level to the noisiest (``inversion.py``).
     """
 
     levels: Levels
@@ -165,6 +166,7 @@ class Source:
     input_scale: Float64Array
     total: int
     between: Callable[[list[float]], "list[Level]"]
+    upward: bool = False
 
     @classmethod
     def of(cls, levels: Levels, process: Any) -> "Source":
@@ -223,13 +225,22 @@ class Source:
         return replace(self, levels=self.levels.first(count), **arrays)
 
     @cached_property
-    def steps(self) -> tuple[Level, ...]:
-        """The K levels in sampling order, the noisiest first."""
+    def path(self) -> tuple[Level, ...]:
+        """Row i leads from path[i] to path[i + 1]: the K levels, the noisiest first, and the data
+        at their end; upward the K levels alone."""
         levels = self.levels
         arrays = (levels.signal, levels.noise, self.a, self.b, self.timesteps, self.input_scale)
-        return tuple(Level(*values) for values in np.stack(arrays, 1)[::-1].tolist())
+        rising = tuple(Level(*values) for values in np.stack(arrays, 1).tolist())
+        return rising if self.upward else (*rising[::-1], DATA)
 
-    @property
-    def path(self) -> tuple[Level, ...]:
-        """``steps`` and the data at their end: row i leads from path[i] to path[i + 1]."""
-        return (*self.steps, DATA)
+    @cached_property
+    def steps(self) -> tuple[Level, ...]:
+        """The levels that a step leads from: all of ``path`` but its end."""
+        return self.path[:-1]
+
+    def left(self, row: int) -> int:
+        """How many steps there are from that one to the end of ``path``, where that is the data or
+        has no signal: λ is infinite there, the last step DDIM's, and methods of higher order come
+        down to it. Elsewhere as many as there are in all, of which none has to be lower."""
+        every = len(self.steps)
+        return every - row if math.isinf(self.path[-1].log_snr) else every

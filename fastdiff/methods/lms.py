@@ -15,14 +15,16 @@ def lms(source: Source, *, order: int | None = None) -> list[Row]:
     polynomial through the last ``order`` ε (4) is integrated exactly, to σ = 0 in the last row.
 
     The first rows are of the orders that there are ε for; so are those after a level without
-    signal. InputError for an ``order`` that is not 1 … 4, or more than the steps.
+    signal, and one to it is DDIM's. InputError for an ``order`` that is not 1 … 4, or more than the
+    steps.
     """
     order = checked_order(order, source, usual=4, highest=4)
     history = History(order - 1)
     rows, path = [], source.path
     for i, (at, to) in enumerate(pairwise(path)):
         step = to.sigma - at.sigma
-        nodes = [(path[row].sigma - at.sigma) / step for row in history.recent]
+        before = history.recent if to.signal else []
+        nodes = [(path[row].sigma - at.sigma) / step for row in before]
         moments = [step / (k + 1) for k in range(1, len(nodes) + 1)]  # ∫ ((σ − σ_at)/step)^k dσ
         rows.append(eps_row(i, at, to, weights(nodes, moments), history))
     return rows

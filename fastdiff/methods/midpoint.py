@@ -1,7 +1,8 @@
 """Methods that ask the network in the middle, in λ = −log σ, of every step: two calls a step.
 
-K steps are 2K − 1 calls, as Heun's. Every middle lies between two of the process's steps. Names are
-those of crowsonkb/k-diffusion.
+K steps are 2K − 1 calls, as Heun's. Every middle lies between two of the process's steps; of an
+ancestral step with eta 1 it is the next of them, as σ_at·σ_down is σ_next² there. Names are those
+of crowsonkb/k-diffusion.
 """
 
 import math
@@ -88,7 +89,7 @@ def sde_dpmsolver_2s(source: Source, *, eta: float = 1.0, s_noise: float = 1.0) 
             levels between its steps.
     """
     legs = ancestral(source.path, eta, s_noise)
-    whole = [leg for leg in legs if leg.at.signal > 0 and leg.next.noise > 0]
+    whole = [leg for leg in legs if not leg.is_first_order]
     middles = at_sigmas(source, [math.sqrt(leg.at.sigma * leg.next.sigma) for leg in whole])
     halves = dict(zip(whole, middles, strict=True))
     rows: list[Row] = []

@@ -23,12 +23,13 @@ def pndm(source: Source, *, order: int | None = None) -> list[Row]:
     The weights are those of equal steps in t, whatever the levels, so that it converges with order
     2. The first step is an improved Euler's: a second row takes the mean of the ε at both of its
     ends. It costs one call more, and is CompVis's start (diffusers' ``skip_prk_steps``) in the
-    place of the paper's Runge–Kutta. It is DDIM's where it leads from no signal, or to the data.
+    place of the paper's Runge–Kutta. It is DDIM's where it leads to the data, or from or to no
+    signal.
     InputError for an ``order`` that is not 1 … 4, or more than the steps.
     """
     first, *others = ipndm(source, order=order)
     at, to = source.path[:2]
-    if order == 1 or not at.signal or not to.noise:
+    if order == 1 or not (at.signal and to.signal and to.noise):
         return [first, *others]
     half = to.signal * (to.sigma - at.sigma) / 2  # x ← x + half·(ε_to − ε_at)
     second = Row(
@@ -49,6 +50,7 @@ def ipndm(source: Source, *, order: int | None = None) -> list[Row]:
     rows = []
     for i, (at, to) in enumerate(pairwise(source.path)):
         step = to.sigma - at.sigma
-        older = [weight * step for weight in ADAMS_BASHFORTH[len(history.recent)]]
+        before = history.recent if to.signal else []
+        older = [weight * step for weight in ADAMS_BASHFORTH[len(before)]]
         rows.append(eps_row(i, at, to, older, history))
     return rows

@@ -1,6 +1,6 @@
 """The sampling methods by name. Each file beside this one adds its own; no list names them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -24,6 +24,22 @@ class Method:
     columns: Callable[..., Columns | list[Row]]
     learned_variance: bool
     options: tuple[str, ...]
+
+    def accepted(
+        self, options: Mapping[str, Any], *, eta: float | None, clipped_eps: bool
+    ) -> dict[str, Any]:
+        """What ``columns`` takes beside the source: ``options``, and of those that all methods are
+        asked for by name the ones that it has. InputError for another method's option."""
+        given = dict(options)
+        if eta is not None and (eta != 0.0 or "eta" in self.options):
+            given["eta"] = eta
+        if not clipped_eps or "clipped_eps" in self.options:
+            given["clipped_eps"] = clipped_eps
+        for name, value in given.items():
+            if name not in self.options:
+                owners = " or ".join(map(repr, taking(name))) or "none that there is"
+                raise InputError(f"{name}={value} belongs to method {owners}, not to {self.name!r}")
+        return given
 
 
 METHODS: dict[str, Method] = {}

@@ -1,5 +1,6 @@
 """DPM-Solver++(2S) and (3S), on the process's own steps (Lu et al. 2022, arXiv:2211.01095)."""
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
@@ -34,7 +35,7 @@ def dpmsolver_3s(source: Source, *, eta: float = 0.0, solver_type: str = "midpoi
 def _rows(source: Source, order: int, eta: float, solver_type: str) -> list[Row]:
     """K steps are K network calls: what lies within a solver's step are the process's steps there,
     whatever part of the way they are. The last call, to the data, is of first order, so is one from
-    a level without signal, and what is left of K between them makes one step of lower order.
+    or to a level without signal, and what is left of K between them makes one step of lower order.
 
     Args:
         source: the process's levels and what the network predicts.
@@ -49,7 +50,7 @@ def _rows(source: Source, order: int, eta: float, solver_type: str) -> list[Row]
     if solver_type not in SOLVER_TYPES:
         raise InputError(f"solver_type is {solver_type!r}; expected {' or '.join(SOLVER_TYPES)}")
     path = source.path
-    sizes = _sizes(len(source.steps), order, without_signal=path[0].signal == 0)
+    sizes = _sizes(source, order)
     ends = [0, *accumulate(sizes)]
     legs = ancestral([path[i] for i in ends], eta)
     rows: list[Row] = []
@@ -59,12 +60,14 @@ def _rows(source: Source, order: int, eta: float, solver_type: str) -> list[Row]
     return rows
 
 
-def _sizes(steps: int, order: int, *, without_signal: bool) -> list[int]:
-    """How many network calls each step takes: ``order`` as long as there are so many, the rest
-    together, and the last alone; also the first, where λ is −∞ and no part of the way r of it."""
-    first = [1] if without_signal and steps > 1 else []
-    whole, rest = divmod(steps - len(first) - 1, order)
-    return [*first, *[order] * whole, *([rest] if rest else []), 1]
+def _sizes(source: Source, order: int) -> list[int]:
+    """How many network calls each step takes: ``order`` as long as there are so many, and the rest
+    together; one alone at either end where λ is infinite, and no part of the way r of it."""
+    calls = len(source.steps)
+    last = [1] if math.isinf(source.path[-1].log_snr) else []
+    first = [1] if math.isinf(source.path[0].log_snr) and calls > len(last) else []
+    whole, rest = divmod(calls - len(first) - len(last), order)
+    return [*first, *[order] * whole, *([rest] if rest else []), *last]
 
 
 def _weights(leg: Leg, points: Sequence[Level], solver_type: str) -> list[list[float]]:

@@ -139,18 +139,11 @@ class StepTable:
         step without signal.
         """
         chosen = registry.find(method)
-        if eta is not None and (eta != 0.0 or "eta" in chosen.options):
-            options["eta"] = eta
-        if not clipped_eps or "clipped_eps" in chosen.options:
-            options["clipped_eps"] = clipped_eps
-        for name, value in options.items():
-            if name not in chosen.options:
-                owners = " or ".join(map(repr, registry.taking(name))) or "none that there is"
-                raise InputError(f"{name}={value} belongs to method {owners}, not to {method!r}")
+        accepted = chosen.accepted(options, eta=eta, clipped_eps=clipped_eps)
         source = Source.of(Levels.of(*noise_levels(process)), process)
         steps = len(source.a)
         source = source.last(steps - _checked_start(start, steps))
-        made = chosen.columns(source, **options)
+        made = chosen.columns(source, **accepted)
         written = _of_rows(made) if isinstance(made, list) else _by_step(source, made)
         columns, there, begins = written
         columns["clip"] = np.full(len(begins), 1.0 if clip_denoised else np.inf)

@@ -42,7 +42,7 @@ def unipc(
     path, correction = source.path, [0.0]
     for i, (at, to) in enumerate(pairwise(path)):
         before = [path[row] for row in history.recent]
-        step_order = min(order, len(before) + 1, len(source.steps) - i)
+        step_order = min(order, len(before) + 1, source.left(i))
         c, d = ddim_step(at, to)
         older = _predictor(at, to, before[: step_order - 1], variant)
         of_x_start = [c - sum(older), *older]  # of x_0, and of those kept from the newest on
@@ -51,7 +51,7 @@ def unipc(
         e = history.factors(kept)
         slot = history.keep(i) if at.signal else None
         rows.append(Row(at, c=now, d=d, e=e, slot=slot, k=1.0))
-        if corrector and at.signal and to.noise:
+        if corrector and at.signal and to.signal and to.noise:
             correction = _correction(at, to, before[: step_order - 1], older, variant)
     return rows
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastdiff.checks import check_float, check_like
 from fastdiff.errors import InputError
-from fastdiff.methods.inversion import INVERTIBLE, encoding_table
 from fastdiff.methods.protocol import noise_levels
 from fastdiff.ops.counters import X_T_STEP, sampling_step
 from fastdiff.ops.normal import normal
@@ -56,23 +55,18 @@ def encode(
 
     ``sampler.sample(image.shape, noise=encode(sampler, image))`` is the image again up to an error
     that falls with the number of steps, by the method's order: both ways approximate one curve.
-    ``model_kwargs``: the network's. The sampler's method has to be "ddim", "euler", "heun" or
-    "dpmsolver++" without noise (eta, churn), over a process and without a cond_fn (InputError
-    otherwise).
+    ``model_kwargs``: the network's. The sampler's method has to be one that draws no noise, by its
+    options too, over a process and without a cond_fn (InputError otherwise).
     """
-    settings, method = sampler.settings, sampler.settings.method
-    noisy, guided = sampler.table.is_noisy, sampler.cond_fn is not None
-    if method not in INVERTIBLE or noisy or guided:
+    if sampler.cond_fn is not None:
         raise InputError(
-            f"only method {', '.join(map(repr, INVERTIBLE))} over a process, without noise and "
-            f"without a cond_fn, leads back from an image to its noise; got method {method!r}"
-            f"{' with noise' if noisy else ''}{' with a cond_fn' if guided else ''}"
+            "the sampler has a cond_fn, with which no way leads back from an image to its noise; "
+            "give one without"
         )
-    table = encoding_table(sampler.diffusion, method=method, clip_denoised=settings.clip_denoised)
-    network = sampler.network
+    settings, network = sampler.settings, sampler.network
     upward = Sampler(
         sampler.model,
-        table,
+        settings.encoding_table(sampler.diffusion),
         dtype=network.dtype,
         channels_last=network.asked_channels_last,
         guidance_scale=settings.guidance_scale,

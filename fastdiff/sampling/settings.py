@@ -6,6 +6,7 @@ from typing import Any
 
 from fastdiff.checks import is_finite
 from fastdiff.errors import InputError
+from fastdiff.methods.inversion import encoding_table
 from fastdiff.methods.table import StepTable
 from fastdiff.sampling.recommended import count_of, recommended
 from fastdiff.sampling.reuse import Extent, Reuse, Rows, checked_rows, extents, reuse_of
@@ -129,15 +130,21 @@ class Settings:
         """Of the strided process, without so many of its noisiest steps."""
         if isinstance(strided, StepTable):
             return strided
-        arguments: dict[str, Any] = {
-            "method": self.method,
-            "eta": self.eta,
-            "clip_denoised": self.clip_denoised,
-            "start": start,
-        }
-        taken = ("process", "dtype", *arguments)
-        options = _free_of("method_options", self.method_options, taken)
-        return StepTable.from_process(strided, **arguments, **options)
+        return StepTable.from_process(strided, start=start, **self._of_method())
+
+    def encoding_table(self, strided: Any) -> StepTable:
+        """Of the way back, from an image to the noise that ``table`` makes it of."""
+        if isinstance(strided, StepTable):
+            raise InputError(
+                "the sampler is of a StepTable, whose rows lead from noise to an image alone; for "
+                "the way back give it a process"
+            )
+        return encoding_table(strided, **self._of_method())
+
+    def _of_method(self) -> dict[str, Any]:
+        own = {"method": self.method, "eta": self.eta, "clip_denoised": self.clip_denoised}
+        taken = ("process", "dtype", "start", *own)
+        return {**own, **_free_of("method_options", self.method_options, taken)}
 
     def is_guided(self, timestep: float) -> bool:
         """Whether guidance is used at a timestep of the network's."""

@@ -155,6 +155,21 @@ def test_eulers_steps_are_ddims(rises, least, preserving, eta):
 # --- Rows -------------------------------------------------------------------------------------
 
 
+@settings(max_examples=40, deadline=None)
+@given(rises=spreads, least=st.floats(-5.0, 1.0), preserving=st.booleans())
+def test_an_ancestral_steps_middle_is_the_next_step_of_the_process(rises, least, preserving):
+    """At eta 1: so a network that knows its own steps alone can be asked."""
+    process = row_oracle.process(np.exp(least + np.cumsum(rises)), preserving=preserving)
+    own = process.model_timesteps[::-1]
+    del process.at_log_snr
+    for method in ("dpm_2_ancestral", "dpmsolver++2s_ancestral"):
+        table = row_tools.table_of(process, method)
+        begins = np.array(table.begins)
+        asked = table.timesteps.numpy()
+        np.testing.assert_array_equal(asked[begins], own)
+        np.testing.assert_array_equal(asked[~begins], own[1:])
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
 @pytest.mark.parametrize("method", ["heun", "dpm_2", "dpm_2_ancestral", "dpmsolver++2s_ancestral"])
 def test_two_calls_a_step_but_the_last(method, steps):

@@ -20,10 +20,7 @@ from fastdiff.process.schedules import get_named_beta_schedule, rescale_zero_ter
 from fastdiff.process.variance_exploding import VarianceExploding, geometric_sigmas
 
 # Methods that take networks off the process's steps.
-BETWEEN = (
-    *("dpm_2", "dpm_2_ancestral", "restart"),
-    *("dpmsolver++2s_ancestral", "sde-dpmsolver++2s"),
-)
+BETWEEN = ("dpm_2", "restart", "sde-dpmsolver++2s")
 
 
 def levels(signal, noise, mean_type="epsilon", var_type="fixed_small", **extra):

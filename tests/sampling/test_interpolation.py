@@ -7,7 +7,8 @@ import torch
 
 from diffusion_tools import gaussian, images
 from fastdiff.errors import InputError
-from fastdiff.methods.inversion import INVERTIBLE, encoding_table
+from fastdiff.methods.inversion import encoding_table
+from fastdiff.methods.table import StepTable
 from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
 from fastdiff.process.schedules import linear_betas
 from fastdiff.process.variance_exploding import VarianceExploding, geometric_sigmas
@@ -48,15 +49,33 @@ def test_encoding_follows_the_ode_and_its_error_falls_with_the_steps(method):
             assert 1.7 < coarse / fine < 2.4  # first order, as Euler's steps are
 
 
-def test_a_second_order_method_leads_back_better():
+def test_methods_of_higher_order_lead_back_better():
     x = gaussian(2, 1, 4, 4).float() * SPREAD
+    higher = ("heun", "dpmsolver++", "dpmsolver++3m", "dpmsolver++2s", "unipc", "deis", "pndm")
     for steps in (50, 200):
         off = {}
-        for method in INVERTIBLE:
+        for method in ("ddim", *higher):
             sampler = gaussian_sampler(steps, method)
             again = sampler.sample(x.shape, noise=encode(sampler, x))
             off[method] = (again - x).abs().max().item()
-        assert max(off["heun"], off["dpmsolver++"]) < 0.7 * min(off["ddim"], off["euler"])
+        assert max(off[method] for method in higher) < 0.7 * off["ddim"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "auto", "steps": 20},
+        {"method": "dpm_2", "steps": 20, "spacing": "logsnr"},
+        {"method": "deis", "method_options": {"variable": "t", "order": 2}, "timesteps": range(30)},
+        {"method": "sde-dpmsolver++", "eta": 0.0, "steps": 20, "spacing": "karras"},
+    ],
+)
+def test_the_way_back_is_of_the_samplers_own_settings(options):
+    sampler = gaussian_sampler(100)
+    sampler.configure(**options)
+    x = gaussian(2, 1, 4, 4).float() * SPREAD
+    again = sampler.sample(x.shape, noise=encode(sampler, x))
+    torch.testing.assert_close(again, x, rtol=0, atol=0.05)
 
 
 PROCESSES = {
@@ -133,10 +152,20 @@ def test_encoding_knows_what_the_sampler_gives_its_network():
     assert seen == [([4, 5], False), ([4, 5], True), ([4, 5], True)]
 
 
-@pytest.mark.parametrize("options", [{"method": "ddpm"}, {"method": "ddim", "eta": 0.5}])
-def test_what_cannot_be_led_back(options):
-    sampler = Sampler(lambda x, t: x, create_diffusion(steps=30), **options)
-    with pytest.raises(InputError, match="only method 'ddim', 'euler'.*got method .* with noise"):
+@pytest.mark.parametrize(
+    "of, options, said",
+    [
+        ("process", {"method": "ddpm"}, "'ddpm' draws noise here"),
+        ("process", {"method": "ddim", "eta": 0.5}, "'ddim' draws noise here"),
+        ("process", {"method": "ddim", "cond_fn": lambda x, t: x}, "has a cond_fn"),
+        ("table", {"method": "ddim"}, "is of a StepTable"),
+    ],
+)
+def test_what_cannot_be_led_back(of, options, said):
+    process = create_diffusion(steps=30)
+    given = process if of == "process" else StepTable.from_process(process, **options)
+    sampler = Sampler(lambda x, t: x, given, **options)
+    with pytest.raises(InputError, match=said):
         encode(sampler, images(1, 1, 4, 4).float())
 
 
