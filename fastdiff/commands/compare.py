@@ -26,7 +26,14 @@ from fastdiff.commands.network_data import network_dataset
 from fastdiff.commands.numbers import check_least
 from fastdiff.errors import InputError
 from fastdiff.evaluation.scores import FrechetRatio
-from fastdiff.experiments.comparison import Comparison, Outcome, cases, markdown, plot
+from fastdiff.experiments.comparison import (
+    Comparison,
+    Outcome,
+    cases,
+    every_outcome,
+    markdown,
+    plot,
+)
 from fastdiff.files import replace_text
 from fastdiff.methods.registry import METHODS
 from fastdiff.optional import require
@@ -91,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     bar.close()
     shown = [outcome for outcome in outcomes if outcome.case in wanted]
     text = markdown(shown)
-    replace_text(out / "compare.md", text)
+    replace_text(out / "compare.md", f"{text}\n{every_outcome(shown)}")
     plot(out / "compare.png", shown, Path(args.checkpoint).resolve().name)
     print(f"\n{text}\n{out / 'compare.png'}")
     return 0

@@ -143,12 +143,14 @@ def cases(methods: Sequence[str], spacings: Sequence[str], calls: Sequence[int])
     ]
 
 
-def best(outcomes: Sequence[Outcome], score: str) -> dict[tuple[str, int], Outcome]:
-    """Of each method and number of calls the outcome, over the spacings, with the least ``score``,
-    "error" or "frechet"."""
+def best(
+    outcomes: Sequence[Outcome], score: str, of: str = "method"
+) -> dict[tuple[str, int], Outcome]:
+    """Of each method ("spacing": each spacing) and number of calls the outcome with the least
+    ``score``, "error" or "frechet", over the spacings (the methods)."""
     found: dict[tuple[str, int], Outcome] = {}
     for outcome in outcomes:
-        value, key = getattr(outcome, score), (outcome.method, outcome.calls)
+        value, key = getattr(outcome, score), (getattr(outcome, of), outcome.calls)
         if value is not None and (key not in found or value < getattr(found[key], score)):
             found[key] = outcome
     return found
@@ -161,38 +163,65 @@ TITLES = {
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
-    """A table for each score: a row for each method, a column for each number of calls, in each the
-    score by the best spacing, and which that was; the best of a column is bold."""
-    parts = []
-    for score, title in TITLES.items():
-        found = best(outcomes, score)
-        if not found:
-            continue
-        calls = sorted({outcome.calls for outcome in outcomes})
-        methods = list(dict.fromkeys(method for method, _ in found))
-        least = {
-            count: min(getattr(found[m, count], score) for m in methods if (m, count) in found)
-            for count in calls
-            if any((m, count) in found for m in methods)
-        }
-        lines = [f"{title}, by network calls:", ""]
-        lines.append("| method | " + " | ".join(map(str, calls)) + " |")
-        lines.append("|---" * (len(calls) + 1) + "|")
-        for method in methods:
-            cells = [_cell(found.get((method, n)), score, least.get(n)) for n in calls]
-            lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
+    """Two tables for each score: a row for each method, or each spacing, a column for each number
+    of calls, in each the least score, and by which spacing, or method, that was; the least of a
+    column is bold. InputError where no case had a score."""
+    parts = [
+        _table(outcomes, score, of)
+        for score in TITLES
+        for of in ("method", "spacing")
+        if best(outcomes, score)
+    ]
     if not parts:
         raise InputError("no case had a score: give --data, or methods that draw no noise")
     return "\n\n".join(parts) + "\n"
 
 
-def _cell(outcome: Outcome | None, score: str, least: float | None) -> str:
-    if outcome is None:
-        return "–"
-    value = getattr(outcome, score)
-    text = f"{value:.3g}"
-    return f"{'**' + text + '**' if value == least else text} {outcome.spacing}"
+def _table(outcomes: Sequence[Outcome], score: str, of: str) -> str:
+    found, by = best(outcomes, score, of), "spacing" if of == "method" else "method"
+    calls = sorted({outcome.calls for outcome in outcomes})
+    least = {
+        count: min((getattr(o, score) for (_, n), o in found.items() if n == count), default=None)
+        for count in calls
+    }
+    lines = [f"{TITLES[score]}, by network calls, the best {by} in each place:", ""]
+    lines += _header(of, *map(str, calls))
+    for name in dict.fromkeys(name for name, _ in found):
+        cells = []
+        for count in calls:
+            outcome = found.get((name, count))
+            text = _number(outcome, score)
+            if outcome is not None:
+                bold = getattr(outcome, score) == least[count]
+                text = f"{'**' + text + '**' if bold else text} {getattr(outcome, by)}"
+            cells.append(text)
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def every_outcome(outcomes: Sequence[Outcome]) -> str:
+    """A table of all of them: a row for each method with each spacing, and in the column of a
+    number of calls error and Fréchet ratio."""
+    calls = sorted({outcome.calls for outcome in outcomes})
+    known = {outcome.case: outcome for outcome in outcomes}
+    lines = ["Error / Fréchet ratio of all, by network calls:", ""]
+    lines += _header("method", "spacing", *map(str, calls))
+    for method, spacing in dict.fromkeys((o.method, o.spacing) for o in outcomes):
+        cells = []
+        for count in calls:
+            outcome = known.get(Case(method, spacing, count))
+            cells.append(" / ".join(_number(outcome, score) for score in TITLES))
+        lines.append(f"| `{method}` | `{spacing}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _header(*names: str) -> list[str]:
+    return ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+
+
+def _number(outcome: Outcome | None, score: str) -> str:
+    value = None if outcome is None else getattr(outcome, score)
+    return "–" if value is None else f"{value:.3g}"
 
 
 def plot(path: Path, outcomes: Sequence[Outcome], title: str) -> None:

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from fastdiff.cli import main
-from fastdiff.experiments.comparison import Case, Comparison, Outcome, best, markdown
+from fastdiff.experiments.comparison import (
+    Case,
+    Comparison,
+    Outcome,
+    best,
+    every_outcome,
+    markdown,
+)
 from fastdiff.methods.registry import METHODS
 from fastdiff.process.gaussian import GaussianDiffusion, create_diffusion
 from fastdiff.sampling.sampler import Sampler
@@ -28,8 +35,9 @@ def test_a_table_a_picture_and_a_record_that_is_gone_on_with(checkpoint, tmp_pat
     given = [*methods, "--data", "digits", "--num", "5"]
     assert compare(checkpoint, tmp_path, *given) == 0
     assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
-    table = (tmp_path / "compare.md").read_text()
+    table, every = (tmp_path / "compare.md").read_text().split("Error / Fréchet ratio of all")
     assert table in capsys.readouterr().out
+    assert every.count("| `ddim` | `logsnr` |") == 1 and every.count("| `ddpm` |") == 2
     assert "| `ddim` |" in table and "| `ddpm` |" in table.split("Fréchet")[1]
     assert "`ddpm`" not in table.split("Fréchet")[0]  # it draws noise: it has no error
     record = json.loads((tmp_path / "compare.json").read_text())
@@ -118,13 +126,22 @@ def test_the_error_is_the_distance_from_all_steps():
     assert comparison.outcome(Case("dpmsolver++", "uniform", 20)).error < 1e-6
 
 
-def test_the_best_spacing_of_each_method_is_shown():
+def test_the_best_of_each_method_and_spacing_is_shown():
     outcomes = [
         Outcome("a", "uniform", 5, 5, 0.2, 3.0),
         Outcome("a", "logsnr", 5, 5, 0.1, 4.0),
         Outcome("b", "uniform", 5, 5, None, 2.0),
+        Outcome("b", "uniform", 10, 10, None, 1.25),
     ]
     assert best(outcomes, "error") == {("a", 5): outcomes[1]}
-    errors, ratios = markdown(outcomes).split("Fréchet")
-    assert "| `a` | **0.1** logsnr |" in errors and "`b`" not in errors
-    assert "| `a` | 3 uniform |" in ratios and "| `b` | **2** uniform |" in ratios
+    assert best(outcomes, "frechet", "spacing")["uniform", 5] == outcomes[2]
+    errors, spaced_errors, ratios, spaced_ratios = markdown(outcomes).strip().split("\n\n")[1::2]
+    assert "| `a` | **0.1** logsnr | – |" in errors and "`b`" not in errors
+    assert "| `uniform` | 0.2 a | – |" in spaced_errors
+    assert "| `a` | 3 uniform | – |" in ratios and "| `b` | **2** uniform | **1.25**" in ratios
+    assert "| `uniform` | **2** b | **1.25** b |" in spaced_ratios
+    assert "| `logsnr` | 4 a | – |" in spaced_ratios
+    rows = every_outcome(outcomes).splitlines()
+    assert rows[2] == "| method | spacing | 5 | 10 |"
+    assert "| `a` | `logsnr` | 0.1 / 4 | – / – |" in rows
+    assert "| `b` | `uniform` | – / 2 | – / 1.25 |" in rows
