@@ -51,7 +51,7 @@ def unipc(
         e = history.factors(kept)
         slot = history.keep(i) if at.signal else None
         rows.append(Row(at, c=now, d=d, e=e, slot=slot, k=1.0))
-        if corrector and at.signal and to.signal and to.noise:
+        if corrector and at.signal and to.noise:
             correction = _correction(at, to, before[: step_order - 1], older, variant)
     return rows
 
