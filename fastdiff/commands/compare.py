@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
             replace_text(out / RECORD, json.dumps(record, indent=1) + "\n")
         bar.update(case.calls)
     bar.close()
-    shown = [outcome for outcome in outcomes if outcome.case in wanted]
+    found = {outcome.case: outcome for outcome in outcomes}
+    shown = [found[case] for case in wanted if case in found]
     text = markdown(shown)
     replace_text(out / "compare.md", f"{text}\n{every_outcome(shown)}")
     plot(out / "compare.png", shown, Path(args.checkpoint).resolve().name)

@@ -46,6 +46,10 @@ def test_a_table_a_picture_and_a_record_that_is_gone_on_with(checkpoint, tmp_pat
     (tmp_path / "compare.json").write_text(json.dumps(record))
     assert compare(checkpoint, tmp_path, *given) == 0  # finds all of them, and draws nothing
     assert json.loads((tmp_path / "compare.json").read_text()) == record
+    given[1] = "dpmsolver++,ddim"
+    assert compare(checkpoint, tmp_path, *given) == 0  # shows these alone, in this order
+    errors = (tmp_path / "compare.md").read_text().split("Fréchet")[0]
+    assert 0 < errors.index("| `dpmsolver++` |") < errors.index("| `ddim` |")
     assert main(["compare", "--checkpoint", str(checkpoint), "--out", str(tmp_path)]) == 2
     assert "is of data 'digits', and now it is None" in capsys.readouterr().err
 
