@@ -30,18 +30,20 @@ from fastdiff.sampling.sampler import Sampler
 from harness import results
 
 DDIM = {"method": "ddim", "steps": 50}
-DEIS = {"method": "deis", "spacing": "beta"}  # what "auto" takes
-SDE = {"method": "sde-dpmsolver++", "spacing": "beta"}
+DEIS = {"method": "deis", "spacing": "beta", "steps": 15}
+SDE = {"method": "sde-dpmsolver++", "spacing": "beta", "steps": 10}
+TRAILING = {"spacing": "trailing", "steps": 6}
 WAYS: dict[str, dict[str, Any]] = {
     "DDIM, 50 steps, network as it is": {**DDIM, "executor": False},
     "DDIM, 50 steps": DDIM,
     "DDIM, 50 steps, reuse=3": {**DDIM, "reuse": 3},
-    "DEIS, 15 steps": {**DEIS, "steps": 15},
-    "DEIS, 15 steps, reuse=2": {**DEIS, "steps": 15, "reuse": 2},
-    "SDE-DPM-Solver++(2M), 15 steps": {**SDE, "steps": 15},
-    "SDE-DPM-Solver++(2M), 15 steps, reuse=2": {**SDE, "steps": 15, "reuse": 2},
-    "SDE-DPM-Solver++(2M), 10 steps": {**SDE, "steps": 10},
-    "SDE-DPM-Solver++(2M), 10 steps, reuse=2": {**SDE, "steps": 10, "reuse": 2},
+    "DEIS, beta, 15 steps": DEIS,
+    "DEIS, beta, 15 steps, reuse=2": {**DEIS, "reuse": 2},
+    "SDE-DPM-Solver++(2M), beta, 10 steps": SDE,
+    "SDE-DPM-Solver++(2M), beta, 10 steps, reuse=2": {**SDE, "reuse": 2},
+    "SDE-DPM-Solver++(3M), trailing, 6 steps": {**TRAILING, "method": "sde-dpmsolver++3m"},
+    "UniPC, trailing, 6 steps": {**TRAILING, "method": "unipc"},
+    "UniPC, trailing, 6 steps, reuse=2": {**TRAILING, "method": "unipc", "reuse": 2},
 }
 
 

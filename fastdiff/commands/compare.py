@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods", default=",".join(METHODS), metavar="LIST", help="of fastdiff sample --method"
     )
     parser.add_argument(
-        "--spacings", default="uniform,logsnr,beta", metavar="LIST", help="of --spacing"
+        "--spacings", default="uniform,trailing,logsnr,beta", metavar="LIST", help="of --spacing"
     )
     parser.add_argument("--num", type=int, default=500, help="samples of a Fréchet ratio")
     parser.add_argument("--paths", type=int, default=64, help="samples of an error")
