@@ -26,6 +26,7 @@ from fastdiff.commands.checkpoint_options import (
 )
 from fastdiff.commands.class_options import choose_classes, class_names, is_number
 from fastdiff.commands.data_options import KINDS_OF_DATA, add_reading_arguments
+from fastdiff.commands.method_options import add_method_option, named_method_options
 from fastdiff.commands.network_data import network_dataset, network_pictures
 from fastdiff.commands.numbers import check_least
 from fastdiff.commands.step_options import OPTIONAL as STEP_OPTIONAL
@@ -38,10 +39,11 @@ from fastdiff.optional import require
 from fastdiff.process.low_res import level_of
 from fastdiff.sampling.interpolation import encode, lerp, slerp, through_noise
 from fastdiff.sampling.sampler import Sampler
+from fastdiff.sampling.settings import AUTO
 
 MODES_OF_MIXING = ("shared-noise", "ddim")
 # Options without a default of their own.
-OPTIONAL = ("data", "t", "method", "classes", "scale", *STEP_OPTIONAL)
+OPTIONAL = ("data", "t", "method", "method_option", "classes", "scale", *STEP_OPTIONAL)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=MODES_OF_MIXING,
         default=MODES_OF_MIXING[0],
-        help="noise both by one draw, mix linearly and denoise; or encode both by DDIM, mix "
-        "spherically and decode",
+        help="noise both by one draw, mix linearly and denoise; or encode both by DDIM, or another "
+        "--method without noise, mix spherically and decode",
     )
     parser.add_argument(
         "--t",
@@ -82,10 +84,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_step_arguments(parser)
     parser.add_argument(
         "--method",
-        choices=METHODS,
+        choices=(*METHODS, AUTO),
         default=argparse.SUPPRESS,
-        help="of shared-noise: the sampler (default: ddpm)",
+        metavar="NAME",
+        help="the sampler, of ddim one that draws no noise: of fastdiff sample --method (default: "
+        "ddpm, and ddim)",
     )
+    add_method_option(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument(
         "--classes",
@@ -216,22 +221,23 @@ def _check_numbers(args: argparse.Namespace) -> None:
                 f"--between {' '.join(pair)}: {len(pair)} image{'s' * (len(pair) > 1)}; expected "
                 "two, and --between again for another pair"
             )
-    for option in ("t", "method"):
-        if args.mode == "ddim" and getattr(args, option) is not None:
-            raise InputError(
-                f"--{option} is of --mode shared-noise; ddim goes its own way through all steps"
-            )
+    if args.mode == "ddim" and args.t is not None:
+        raise InputError("--t is of --mode shared-noise; ddim goes its own way through all steps")
 
 
 def _sampler(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampler:
-    method = "ddim" if args.mode == "ddim" else args.method or "ddpm"
-    return Sampler(
+    method = args.method or ("ddim" if args.mode == "ddim" else "ddpm")
+    sampler = Sampler(
         checkpoint.model,
         checkpoint.diffusion,
         **step_arguments(args, args.steps, checkpoint, method),
         method=method,
+        method_options=named_method_options(method, args.method_option),
         self_condition=networks.self_condition(checkpoint),
     )
+    if args.mode == "ddim":
+        sampler.settings.encoding_table(sampler.diffusion)  # refuses what draws noise, at once
+    return sampler
 
 
 def _levels(

@@ -96,6 +96,22 @@ def test_ddim_between_image_files(checkpoint, images, tmp_path, capsys):
     assert "   0    100   {:.2f}  {:.2f}".format(*errors) in capsys.readouterr().out
 
 
+@pytest.mark.seconds
+def test_the_method_that_is_named_encodes_and_decodes(checkpoint, images, tmp_path):
+    options = ["--data", str(images), "--between", "0", "3", "--mode", "ddim", "--columns", "3"]
+    given = [*options, "--steps", "10", "--method", "unipc", "--method-option", "order=2"]
+    assert interpolate(checkpoint, tmp_path / "out", *given) == 0
+    found, loaded = arrays(tmp_path / "out"), load(checkpoint)
+    sampler = Sampler(loaded.model, loaded.diffusion, steps=10, method="unipc")
+    sampler.configure(method_options={"order": 2})
+    real = np.load(images)
+    x = to_float(torch.from_numpy(real["arr_0"][[0, 3]]).permute(0, 3, 1, 2))
+    labels = torch.from_numpy(real["arr_1"][[0, 3]]).long()
+    mixed = slerp(*encode(sampler, x, {"y": labels}), torch.linspace(0, 1, 3))
+    labels = {"y": labels[[0, 1, 1]]}
+    assert close(found["arr_0"], sampler.sample(mixed.shape, noise=mixed, model_kwargs=labels))
+
+
 def test_bad_input(checkpoint, images, tmp_path, capsys):
     pictures = [str(images.parent / f"{i}.png") for i in range(2)]
     data, two = ["--data", str(images)], ["--between", "0", "1"]
@@ -113,7 +129,8 @@ def test_bad_input(checkpoint, images, tmp_path, capsys):
         ([*data, *two, "--t", "0,101"], "'101'; expected numbers 0 … 100"),
         ([*data, *two, "--t", "half"], "'half'; expected numbers 0 … 100"),
         ([*data, *two, "--t", "5", "--mode", "ddim"], "--t is of --mode shared-noise"),
-        ([*data, *two, "--method", "ddpm", "--mode", "ddim"], "--method is of --mode shared-noise"),
+        ([*data, *two, "--method", "ddpm", "--mode", "ddim"], "method 'ddpm' draws noise here"),
+        ([*data, *two, "--method-option", "order=2"], "order"),
         ([*data, *two, "--columns", "1"], "--columns is 1; expected 2 or more"),
         ([*data, *two, "--seed", "-1"], "--seed is -1"),
         ([*data, *two, "--scale", "0"], "--scale is 0"),
