@@ -92,8 +92,7 @@ def run(args: argparse.Namespace) -> int:
         outcome = comparison.outcome(case)
         if outcome is not None:
             outcomes.append(outcome)
-            record = {"settings": settings, "outcomes": [asdict(o) for o in outcomes]}
-            replace_text(out / RECORD, json.dumps(record, indent=1) + "\n")
+            replace_text(out / RECORD, _record(settings, outcomes))
         bar.update(case.calls)
     bar.close()
     found = {outcome.case: outcome for outcome in outcomes}
@@ -141,6 +140,12 @@ def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any
     """What decides an outcome beside its case."""
     names = ("data", "num", "paths", "seed", "dtype")
     return {"network": fingerprint(checkpoint)} | {name: getattr(args, name) for name in names}
+
+
+def _record(settings: dict[str, Any], outcomes: list[Outcome]) -> str:
+    """JSON with a line for each outcome."""
+    lines = ",\n".join(f"  {json.dumps(asdict(outcome))}" for outcome in outcomes)
+    return f'{{\n "settings": {json.dumps(settings)},\n "outcomes": [\n{lines}\n ]\n}}\n'
 
 
 def _recorded(record: Path, settings: dict[str, Any]) -> list[Outcome]:

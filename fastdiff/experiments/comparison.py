@@ -6,6 +6,7 @@ makes of the same x_T by all steps of the process. What the samples are worth sa
 their Fréchet ratio to real images (``fastdiff.evaluation.scores.FrechetRatio``).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -245,6 +246,9 @@ def plot(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
                     label=method,
                 )
         axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel=TITLES[score])
+        if score == "frechet":  # what is far off would press the others together
+            least = min(outcome.frechet or math.inf for outcome in found[score].values())
+            axes.set_ylim(top=8 * least)
         calls = sorted({outcome.calls for outcome in outcomes})
         axes.set_xticks(calls, map(str, calls))
         axes.set_xticks([], minor=True)
