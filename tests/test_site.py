@@ -1,5 +1,6 @@
 """The site: mkdocs.yml names what exists, the reference has every public name, and it builds."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -66,6 +67,17 @@ def test_the_reference_shows_every_public_name():
             value = getattr(module, name)
             if callable(value):
                 assert any(value is other for other in shown), f"{module.__name__}.{name}"
+
+
+def test_the_reference_names_arguments_one_by_one():
+    """The site's builder refuses "a, b: …", which is no argument's name."""
+    for value in map(resolve_name, (name for name in SHOWN if "diffusers" not in name)):
+        members = vars(value).values() if isinstance(value, type) else ()
+        for documented in (value, *members):
+            doc = inspect.getdoc(documented) or ""
+            section = re.search(r"^Args:\n((?:[ ].*\n|\n)*)", doc + "\n", flags=re.MULTILINE)
+            together = re.findall(r"^ {4}(\w+, .*?):", section[1] if section else "", re.MULTILINE)
+            assert not together, f"{documented}: {together}"
 
 
 @pytest.mark.long

@@ -127,12 +127,13 @@ class Cascade:
         one by one or together.
 
         Args:
-            seed, first_sample: as :meth:`Sampler.iterate`'s.
+            seed: as :meth:`Sampler.iterate`'s.
+            first_sample: as :meth:`Sampler.iterate`'s.
             low_res: (N, C, h, w) floats in [-1, 1], exactly where the first network is an
                 upsampler.
             model_kwargs: of each network, such as its labels; low_res and noise_level are added.
-            uncond_kwargs, cond_kwargs: of each network, for guidance; None: as
-                :meth:`Sampler.iterate` has it.
+            uncond_kwargs: of each network, for guidance; None: as :meth:`Sampler.iterate` has it.
+            cond_kwargs: the same for the conditional half.
             progress: is called after every step of every network.
             callback: gets what :meth:`Sampler.iterate` yields, of the last network.
 

@@ -37,10 +37,12 @@ def norm_coefficients(
         moments: (N, 2, C) float32, the mean and the biased variance of x's channels, as
             ``convolution`` answers them.
         groups: divides the channels of both sources.
-        weight, bias: (C + C2,).
+        weight: (C + C2,).
+        bias: (C + C2,).
         eps: added to the variance.
         second: (N, 2, C2), the moments of channels after those.
-        scale, shift: (N, C + C2), both or neither.
+        scale: (N, C + C2), with ``shift`` or not at all.
+        shift: (N, C + C2).
 
     Returns:
         (N, 2, C + C2) float32 (float64 for float64): A and B.

@@ -81,9 +81,10 @@ def posterior_step(
     if noisy and noise is None and seed is None:
         raise InputError(f"{OP}: this step draws noise; give noise=, or seed= to have it drawn")
     slots = _slots(memory, prev_x_start, table, step, reads, x_t)
-    for name, tensor, read in (("noise", noise, noisy), ("prev_x_start", prev_x_start, reads)):
-        if tensor is not None and not read:
-            check_tensor(OP, name, tensor, x_t, x_t.shape)
+    if noise is not None and not noisy:
+        check_tensor(OP, "noise", noise, x_t, x_t.shape)
+    if prev_x_start is not None and not reads:
+        check_tensor(OP, "prev_x_start", prev_x_start, x_t, x_t.shape)
     given = (noise, prev_x_start, *slots, unconditional, guidance_scale, output_scale)
     backend = choose(x_t, model_output, *given).backend
     noise, prev_x_start = noise if noisy else None, prev_x_start if reads else None
@@ -136,6 +137,8 @@ def _slots(
 ) -> tuple[Maybe, Maybe, Maybe]:
     """M0, M1 and M2 as far as the table has them and the step reads or writes memory."""
     none, count = (None, None, None), table.slots
+    if not count and memory is None and prev_x_start is None:
+        return none
     if prev_x_start is not None:
         if memory is not None:
             raise InputError(f"{OP}: memory and prev_x_start are both given; expected one of them")
