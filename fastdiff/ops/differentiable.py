@@ -111,8 +111,8 @@ class Kernel:
             with backends.device_of(tensors[0]):
                 launch(*given)
         for i in self.written:  # autograd may hold them for a backward
-            if call[i] is not None and not call[i].is_inference():
-                torch.autograd.graph.increment_version(call[i])
+            if tensors[i] is not None and not tensors[i].is_inference():
+                torch.autograd.graph.increment_version(tensors[i])
         return outputs
 
     def bound(self, call: Any, outputs: Outputs) -> Callable[[], Any] | None:

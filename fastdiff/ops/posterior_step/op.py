@@ -321,18 +321,22 @@ def _plan(call: Arguments) -> Any:
         plan = native.library().PosteriorStep(*described)
         launch = functools.partial(native.launch_on, OP, backend, plan)
 
+    def fill_by_triton(
+        x_t: Tensor, output: Tensor, packed: Tensor, noise: Maybe, before: Maybe, m0: Maybe,
+        *others: Any,
+    ) -> None:  # fmt: skip
+        launch(x_t, output, packed, noise, m0 if before is None else before, *others)
+
     def fill(*given: Any) -> None:
         x_t, output, packed, noise, before, m0, *others, step, seed, first_sample = given
         tensors = (x_t, output, packed, noise, m0 if before is None else before, *others)
-        if backend == "triton":
-            return launch(*tensors, step, seed, first_sample)
         wide_step = isinstance(step, Tensor) and step.dtype == torch.int64
         row = (keeps, *value_or_address(step), wide_step, scale, draws)
         noise = *arguments(backend, seed), FIRST_COUNTER_STEP, *arguments(backend, first_sample)
         if launch(tensors, *row, *noise) is False:
             raise step_error(int(step), rows)
 
-    return fill
+    return fill_by_triton if backend == "triton" else fill
 
 
 _kernel = Kernel(OP, Arguments, layouts.one_or_two_like, _plan, _check, _readable, outputs=2)
