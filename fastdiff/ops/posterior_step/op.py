@@ -99,11 +99,16 @@ def posterior_step(
         if not torch.compiler.is_compiling() and not 0 <= int(step) < len(table):
             raise step_error(int(step), len(table))
 
-    by_tensor = isinstance(guidance_scale, Tensor)
-    if not by_tensor and guidance_scale is not None and not is_finite(guidance_scale):
-        raise InputError(f"{OP}: guidance_scale is {guidance_scale!r}; expected a finite number")
-    guidance: Any = guidance_scale if by_tensor else None
-    scale = None if by_tensor or guidance_scale is None else float(guidance_scale)
+    guidance, scale = None, None
+    if guidance_scale is not None:  # first, as isinstance(None, Tensor) is slow
+        if isinstance(guidance_scale, Tensor):
+            guidance = guidance_scale
+        elif is_finite(guidance_scale):
+            scale = float(guidance_scale)
+        else:
+            raise InputError(
+                f"{OP}: guidance_scale is {guidance_scale!r}; expected a finite number"
+            )
     call = Arguments(
         x_t, model_output, table.packed, noise, prev_x_start, *slots,
         unconditional, guidance, output_scale, scale,
