@@ -5,7 +5,7 @@ Each outcome stands in compare.json as soon as it is there; the same command aga
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -81,21 +81,19 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = load_checkpoint(args.checkpoint, args.weights, getattr(args, "device", None))
     out = writable_folder(args.out)
     settings = _settings(args, checkpoint)
-    outcomes = _recorded(out / RECORD, settings)
+    found = {outcome.case: outcome for outcome in _recorded(out / RECORD, settings)}
     print(describe(checkpoint, args.weights))
     comparison = _comparison(args, checkpoint)
-    known = {outcome.case for outcome in outcomes}
-    left = [case for case in wanted if case not in known]
+    left = [case for case in wanted if case not in found]
     bar = require("tqdm", "train").tqdm(total=sum(case.calls for case in left), unit="call")
     for case in left:
         bar.set_description(f"{case.method}, {case.spacing}, {case.calls}")
         outcome = comparison.outcome(case)
         if outcome is not None:
-            outcomes.append(outcome)
-            replace_text(out / RECORD, _record(settings, outcomes))
+            found[case] = outcome
+            replace_text(out / RECORD, _record_of(settings, found.values()))
         bar.update(case.calls)
     bar.close()
-    found = {outcome.case: outcome for outcome in outcomes}
     shown = [found[case] for case in wanted if case in found]
     text = markdown(shown)
     replace_text(out / "compare.md", f"{text}\n{every_outcome(shown)}")
@@ -142,7 +140,7 @@ def _settings(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any
     return {"network": fingerprint(checkpoint)} | {name: getattr(args, name) for name in names}
 
 
-def _record(settings: dict[str, Any], outcomes: list[Outcome]) -> str:
+def _record_of(settings: dict[str, Any], outcomes: Iterable[Outcome]) -> str:
     """JSON with a line for each outcome."""
     lines = ",\n".join(f"  {json.dumps(asdict(outcome))}" for outcome in outcomes)
     return f'{{\n "settings": {json.dumps(settings)},\n "outcomes": [\n{lines}\n ]\n}}\n'

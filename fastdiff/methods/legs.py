@@ -11,11 +11,10 @@ with the c and d of DDIM's exact step for a constant x_0.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, zip_longest
-
-import numpy as np
 
 from fastdiff.checks import is_finite
 from fastdiff.errors import InputError
@@ -85,12 +84,14 @@ class Leg:
 def at_sigmas(source: Source, sigmas: Sequence[float]) -> list[Level]:
     """The levels of these σ, in this order: the process's own steps where they are such up to
     rounding."""
-    own = np.array([level.sigma for level in source.steps])
+    own = {level.sigma: level for level in source.steps}
+    rising = sorted(own)
     found: dict[float, Level] = {}
     for sigma in sigmas:
-        same = np.flatnonzero(np.isclose(own, sigma, rtol=1e-12, atol=0))
-        if same.size:
-            found[sigma] = source.steps[same[0]]
+        above = bisect_left(rising, sigma)
+        for near in rising[max(above - 1, 0) : above + 1]:
+            if math.isclose(near, sigma, rel_tol=1e-12):
+                found[sigma] = own[near]
     others = [sigma for sigma in sigmas if sigma not in found]
     between = source.between([-math.log(sigma) for sigma in others])
     found |= zip(others, between, strict=True)

@@ -24,8 +24,7 @@ def pndm(source: Source, *, order: int | None = None) -> list[Row]:
     2. The first step is an improved Euler's: a second row takes the mean of the ε at both of its
     ends. It costs one call more, and is CompVis's start (diffusers' ``skip_prk_steps``) in the
     place of the paper's Runge–Kutta. It is DDIM's where it leads to the data, or from or to no
-    signal.
-    InputError for an ``order`` that is not 1 … 4, or more than the steps.
+    signal. InputError for an ``order`` that is not 1 … 4, or more than the steps.
     """
     first, *others = ipndm(source, order=order)
     at, to = source.path[:2]

@@ -165,14 +165,13 @@ def test_a_known_x_start_stays_on_its_line(chosen, drops, first, radii):
     zeros = [np.zeros(1)] * len(table)
     after = run(table, np.array([x]), lambda *_: x_0, z=zeros)
     size = 1.0 + np.abs(table.levels).max() * sum(float(c.abs().max()) for c in factors(table))
-    grown = grown_rounding(table)
+    each = zip(arrivals(table), after, rows_of(table), grown_rounding(table), strict=True)
     left = eps.copy()
-    for i, (s, n) in enumerate(arrivals(table)):
-        made_x, row = after[i], rows_of(table)[i]
+    for (s, n), made_x, row, grown in each:
         if row["sigma"]:  # of an SDE's row, which reads no ε: d·(what is left of it)
             left = left * row["d"] * row["noise"] / n if n else left
             assert (row["d"] * row["noise"]) ** 2 + row["sigma"] ** 2 == pytest.approx(n**2)
-        bound = 1e-11 * size + 4 * grown[i]
+        bound = 1e-11 * size + 4 * grown
         np.testing.assert_allclose(made_x, s * x_0 + n * left, rtol=0, atol=bound)
 
 

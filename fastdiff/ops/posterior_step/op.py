@@ -317,20 +317,22 @@ def _plan(call: Arguments) -> Any:
     unconditional = n * call.model_output.stride(0) if halves else -1
     described = (shape, rows, x_t, output, variance, unconditional, *others)
     keeps, draws = len(call.memory) > 0, call.seed is not None
-    launch: Any
     if backend == "triton":
         from fastdiff.kernels.posterior_step import launch_for
 
-        launch = launch_for(*described, guided=guided, guidance=scale, draws=draws, keeps=keeps)
-    else:
-        plan = native.library().PosteriorStep(*described)
-        launch = functools.partial(native.launch_on, OP, backend, plan)
+        options = {"guided": guided, "guidance": scale, "draws": draws, "keeps": keeps}
+        launched = launch_for(*described, **options)
 
-    def fill_by_triton(
-        x_t: Tensor, output: Tensor, packed: Tensor, noise: Maybe, before: Maybe, m0: Maybe,
-        *others: Any,
-    ) -> None:  # fmt: skip
-        launch(x_t, output, packed, noise, m0 if before is None else before, *others)
+        def fill_by_triton(
+            x_t: Tensor, output: Tensor, packed: Tensor, noise: Maybe, before: Maybe, m0: Maybe,
+            *others: Any,
+        ) -> None:  # fmt: skip
+            launched(x_t, output, packed, noise, m0 if before is None else before, *others)
+
+        return fill_by_triton
+
+    plan = native.library().PosteriorStep(*described)
+    launch = functools.partial(native.launch_on, OP, backend, plan)
 
     def fill(*given: Any) -> None:
         x_t, output, packed, noise, before, m0, *others, step, seed, first_sample = given
@@ -341,7 +343,7 @@ def _plan(call: Arguments) -> Any:
         if launch(tensors, *row, *noise) is False:
             raise step_error(int(step), rows)
 
-    return fill_by_triton if backend == "triton" else fill
+    return fill
 
 
 _kernel = Kernel(OP, Arguments, layouts.one_or_two_like, _plan, _check, _readable, outputs=2)
